@@ -1,0 +1,2 @@
+"""jaxvid: the video transformers STAM and XViT in JAX."""
+

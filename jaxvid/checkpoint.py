@@ -1,0 +1,281 @@
+"""What goes to disk: training checkpoints (state and data iterator) and model folders."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from jaxvid.errors import InputError
+from jaxvid.models import Params, abstract_model, make_model_config, merge_params, split_params
+
+FORMAT_VERSION = 1
+
+
+def check_writable(workdir: Path, need_bytes: int) -> None:
+    """Makes sure, before any work is done, that its results can be kept.
+
+    Args:
+        workdir: Folder to make and write to.
+        need_bytes: What checkpoints and the model folder will take.
+
+    Raises:
+        InputError: The folder cannot be written or its disk has less room than that.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".probe"
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+        free = shutil.disk_usage(workdir).free
+    except OSError as error:
+        raise InputError(
+            f"{workdir}: cannot be written to ({error.strerror}); choose another --workdir"
+        ) from None
+    if free < need_bytes:
+        raise InputError(
+            f"{workdir}: {free / 1e6:.0f} MB free, but checkpoints need {need_bytes / 1e6:.0f} MB; "
+            "make room or choose another --workdir"
+        )
+
+
+def make_manager(workdir: Path, *, keep: int) -> ocp.CheckpointManager:
+    """The manager of `WORKDIR/checkpoints/STEP/`; saves run in the background.
+
+    Args:
+        workdir: The run's folder.
+        keep: How many of the newest checkpoints stay.
+    """
+    return ocp.CheckpointManager(
+        (workdir / "checkpoints").resolve(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+        item_names=("state", "data"),
+    )
+
+
+def save_checkpoint(
+    manager: ocp.CheckpointManager, state: dict, data_iter: grain.DatasetIterator
+) -> None:
+    """Saves state and iterator under the state's step. Call it before the next draw."""
+    args = ocp.args.Composite(
+        state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data_iter)
+    )
+    manager.save(int(state["step"]), args=args)
+
+
+def restore_checkpoint(
+    manager: ocp.CheckpointManager, abstract_state: dict, data_iter: grain.DatasetIterator
+) -> dict:
+    """Restores the newest checkpoint.
+
+    Args:
+        manager: As `make_manager` gives it, with at least one checkpoint.
+        abstract_state: Shapes, dtypes and shardings of the state.
+        data_iter: Is set to where it was.
+
+    Returns:
+        The state.
+    """
+    args = ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract_state),
+        data=grain.checkpoint.CheckpointRestore(data_iter),
+    )
+    return manager.restore(manager.latest_step(), args=args).state
+
+
+def restore_params(workdir: Path, step: int, abstract_params: Params) -> Params:
+    """Restores the weights alone out of a training checkpoint, for evaluation.
+
+    Args:
+        workdir: The run's folder.
+        step: Which checkpoint.
+        abstract_params: Shapes, dtypes and shardings of the weights.
+    """
+    item = {"params": abstract_params}
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(
+            (workdir / "checkpoints" / str(step) / "state").resolve(),
+            args=ocp.args.PyTreeRestore(
+                item=item, restore_args=restore_args, partial_restore=True
+            ),
+        )
+    return restored["params"]
+
+
+def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
+    """Writes a model folder: `model.json` and `params/`. It appears complete or not at all.
+
+    Args:
+        folder: An existing model folder is replaced.
+        params: The weights.
+        card: `name`, `config` (the model's), `preprocessing`, `labels` (or None), `provenance`.
+
+    Raises:
+        InputError: The folder holds something that is no model folder.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder / "model.json").is_file():
+        raise InputError(f"{folder} exists and is no model folder; name another one")
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial / "params", params)
+    (partial / "model.json").write_text(
+        json.dumps({"format_version": FORMAT_VERSION, **card}, indent=2, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+
+
+def load_card(folder: str | Path) -> dict:
+    """Reads a model folder's `model.json`.
+
+    Raises:
+        InputError: There is none, or it is not one that this version reads.
+    """
+    path = Path(folder) / "model.json"
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        version = card["format_version"]
+    except FileNotFoundError:
+        raise InputError(f"{folder} is no model folder: {path} does not exist") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error!r}); export the model again") from None
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {version}; this jaxvid reads {FORMAT_VERSION}: update it"
+        )
+    return card
+
+
+def check_same_model(folder: str | Path, model_config) -> None:
+    """Refuses a model folder whose network differs from a config's, and says where.
+
+    Rates and dtype may differ: they change no weight.
+    """
+    card = load_card(folder)
+    now = json.loads(json.dumps(dataclasses.asdict(model_config)))
+    differences = [
+        f"{name} is {card['config'].get(name)!r} there, {value!r} here"
+        for name, value in now.items()
+        if name not in ("name", "init", "dropout", "drop_path", "dtype")
+        and card["config"].get(name) != value
+    ]
+    if differences:
+        raise InputError(f"{folder} holds another network: {'; '.join(differences)}")
+
+
+def newest_step(workdir: Path) -> int:
+    """The newest complete checkpoint of a run.
+
+    Raises:
+        InputError: There is none.
+    """
+    folder = workdir / "checkpoints"
+    steps = ocp.utils.checkpoint_steps(folder.resolve()) if folder.is_dir() else []
+    if not steps:
+        raise InputError(
+            f"{workdir} holds no checkpoint; name a --workdir that was trained in, "
+            "or a model folder with --config.init_from"
+        )
+    return max(steps)
+
+
+def load_params(folder: str | Path, abstract_params: Params) -> Params:
+    """Reads a model folder's weights.
+
+    Args:
+        folder: The model folder.
+        abstract_params: Shapes, dtypes and, if wanted, shardings that the weights must have.
+
+    Raises:
+        InputError: Weights are missing, left over, or of another shape; all are named.
+    """
+    path = (Path(folder) / "params").resolve()
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            found = checkpointer.metadata(path).item_metadata.tree
+        except (OSError, ValueError, AttributeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path} cannot be read ({reason}); export the model again") from None
+        problems = [
+            f"{name}: {_shape(found.get(name))} in the folder, {_shape(abstract_params.get(name))} "
+            "in the model"
+            for name in sorted({*found, *abstract_params})
+            if _shape(found.get(name)) != _shape(abstract_params.get(name))
+        ]
+        if problems:
+            raise InputError(f"{path} does not fit the model: {'; '.join(problems)}")
+        return checkpointer.restore(path, abstract_params)
+
+
+def _shape(leaf) -> str:
+    return "absent" if leaf is None else str(tuple(leaf.shape))
+
+
+def load_model(folder: str | Path):
+    """Loads a model folder.
+
+    Args:
+        folder: Written by training, by a converter or by `save_model`.
+
+    Returns:
+        The network, ready for evaluation: `model(video)` takes a normalised float clip
+        `(b t h w c)` to logits `(b, num_classes)`.
+
+    Raises:
+        InputError: The folder is no model folder, or is damaged.
+    """
+    card = load_card(folder)
+    graphdef, abstract_params = abstract_model(make_model_config(**card["config"]))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        for name, leaf in abstract_params.items()
+    }
+    return merge_params(graphdef, load_params(folder, target))
+
+
+def save_model(
+    model, folder: str | Path, *, preprocessing: dict | None = None, labels: list | None = None
+) -> None:
+    """Writes a network as a model folder.
+
+    Args:
+        model: A network of this project.
+        folder: Where to; an existing model folder is replaced.
+        preprocessing: How clips are made for it, as in a trained model's `model.json`.
+        labels: Names of the classes, in order.
+    """
+    save_model_folder(
+        folder,
+        split_params(model)[1],
+        make_card(model.config, preprocessing=preprocessing, labels=labels, provenance={}),
+    )
+
+
+def make_card(model_config, *, preprocessing, labels, provenance: dict) -> dict:
+    """The contents of a `model.json`."""
+    return {
+        "name": model_config.name,
+        "config": dataclasses.asdict(model_config),
+        "preprocessing": preprocessing,
+        "labels": labels,
+        "provenance": provenance,
+    }
+
+
+def fingerprint(params: Params) -> str:
+    """SHA-256 over names, shapes and values of the weights, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        array = jax.device_get(params[name])
+        digest.update(f"{name}{array.shape}{array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""From bytes to uint8 clips. Knows nothing of models."""

@@ -1,0 +1,149 @@
+"""Evaluation: every listed video is counted once, by the sum of its views' logits."""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxvid import checkpoint, metrics, report, sharding, steps
+from jaxvid.data.pipeline import make_eval_iter
+from jaxvid.data.sources import Record, open_folder
+from jaxvid.metrics import log
+from jaxvid.models import Params, abstract_model, make_model_config
+
+
+def make_eval_step(config, graphdef, mesh) -> Callable[[Params, dict], dict]:
+    """The jitted `steps.eval_step` of a config."""
+    step = functools.partial(
+        steps.eval_step, graphdef=graphdef, mean=config.data.mean, std=config.data.std
+    )
+    return jax.jit(step, out_shardings=sharding.replicated(mesh))
+
+
+def evaluate_params(
+    params: Params, records: Sequence[Record], config, *, eval_step: Callable, mesh
+) -> dict[str, np.ndarray]:
+    """Runs the network over all records.
+
+    Returns:
+        The sums of `steps.eval_step` over all records.
+
+    Raises:
+        DecodeError: A video cannot be decoded.
+    """
+    batches = make_eval_iter(
+        records,
+        batch_size=config.eval.batch_size // jax.process_count(),
+        num_frames=config.model.num_frames,
+        short_side=config.data.short_side,
+        crop=config.model.image_size,
+        num_clips=config.eval.num_clips,
+        num_crops=config.eval.num_crops,
+        num_threads=config.data.num_threads,
+        num_workers=config.data.num_workers,
+        shard=(jax.process_index(), jax.process_count()),
+    )
+    progress = metrics.Progress(len(records), unit="video", title="evaluating")
+    results = []
+    try:
+        for batch in batches:
+            results.append(eval_step(params, sharding.to_global(batch, mesh)))
+            progress.advance(min(config.eval.batch_size, len(records) - progress.done))
+    finally:
+        progress.close()
+        batches.close()
+    sums = metrics.sum_metrics(results)
+    if sums["count"] != len(records):
+        raise RuntimeError(f"{sums['count']} videos counted, {len(records)} listed")
+    return sums
+
+
+def make_report(sums: dict, config, *, checkpoint: str) -> dict:
+    """What goes into `eval.json`: percentages, the protocol they were measured by, and of what."""
+    count = int(sums["count"])
+    correct, listed = np.diag(sums["confusion"]), sums["confusion"].sum(axis=1)
+    per_class = 100 * correct[listed > 0] / listed[listed > 0]
+    return {
+        "top1": 100 * int(sums["top1"]) / count,
+        "top5": 100 * int(sums["top5"]) / count,
+        "mean_class_accuracy": float(per_class.mean()),
+        "loss": float(sums["loss"]) / count,
+        "num_videos": count,
+        "protocol": {
+            "num_clips": config.eval.num_clips,
+            "num_crops": config.eval.num_crops,
+            "num_frames": config.model.num_frames,
+            "image_size": config.model.image_size,
+            "short_side": config.data.short_side,
+            "score": "sum of logits over the views",
+        },
+        "data": config.data.folder,
+        "checkpoint": checkpoint,
+    }
+
+
+def save_report(workdir: Path, result: dict, sums: dict, labels: list[str]) -> None:
+    """Writes `eval.json` and `confusion.png` (on the first process)."""
+    if jax.process_index():
+        return
+    result = {**result, "confusion": sums["confusion"].tolist(), "labels": labels}
+    partial = workdir / ".eval.json.partial"
+    partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(workdir / "eval.json")
+    report.draw_confusion(sums["confusion"], labels, workdir / "confusion.png")
+
+
+def evaluate(config, workdir: str | Path) -> dict:
+    """Evaluates a model folder (`init_from`) or else the newest checkpoint of the workdir.
+
+    Args:
+        config: A locked config.
+        workdir: Gets `eval.json` and `confusion.png`.
+
+    Returns:
+        What `eval.json` holds.
+
+    Raises:
+        InputError: There is nothing to evaluate, or it does not fit the config.
+    """
+    workdir = Path(workdir)
+    sharding.use_compilation_cache()
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
+    checkpoint.check_writable(workdir, need_bytes=10**6)
+    metrics.setup_logging(workdir)
+
+    model_config = make_model_config(**config.model)
+    graphdef, abstract_params = abstract_model(model_config)
+    abstract_params = sharding.with_sharding(abstract_params, mesh)
+    if config.init_from:
+        source = config.init_from
+        checkpoint.check_same_model(source, model_config)
+        params = checkpoint.load_params(source, abstract_params)
+    else:
+        step = checkpoint.newest_step(workdir)
+        source = str(workdir / "checkpoints" / str(step))
+        params = checkpoint.restore_params(workdir, step, abstract_params)
+    log.info("evaluating %s", source)
+
+    data = open_folder(config.data, config.model.num_classes)
+    eval_step = make_eval_step(config, graphdef, mesh)
+    sums = evaluate_params(params, data.val, config, eval_step=eval_step, mesh=mesh)
+    result = make_report(sums, config, checkpoint=source)
+    result["weights_sha256"] = checkpoint.fingerprint(params)
+    save_report(workdir, result, sums, data.labels)
+    log.info(summary(result))
+    return result
+
+
+def summary(result: dict) -> str:
+    """One line with the headline numbers and how they were measured."""
+    protocol = result["protocol"]
+    return (
+        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % on {result['num_videos']} "
+        f"videos ({protocol['num_clips']} clip × {protocol['num_crops']} crop, "
+        f"{protocol['num_frames']} frames, {protocol['image_size']} px)"
+    )

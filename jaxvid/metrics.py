@@ -1,0 +1,138 @@
+"""Where numbers go: metrics.jsonl, TensorBoard, the log and the progress bar."""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import absl.logging
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+log = logging.getLogger("jaxvid")
+
+
+def setup_logging(workdir: Path) -> None:
+    """Sends the `jaxvid` log to the console and to `WORKDIR/log.txt`; on other processes, nowhere."""
+    absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax and Grain tell every step they take
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(logging.INFO)
+    if jax.process_index():
+        log.addHandler(logging.NullHandler())
+        return
+    file = logging.FileHandler(workdir / "log.txt", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    console = logging.Handler()
+    console.emit = lambda record: tqdm.write(record.getMessage(), file=sys.stderr)
+    log.addHandler(file)
+    log.addHandler(console)
+
+
+def sum_metrics(batches: list[dict]) -> dict[str, np.ndarray]:
+    """Adds up the sums and counts of several steps on the host, in float64 and int64."""
+    host = jax.device_get(batches)
+    return {
+        name: sum(
+            metrics[name].astype(np.int64 if metrics[name].dtype.kind == "i" else np.float64)
+            for metrics in host
+        )
+        for name in host[0]
+    }
+
+
+class MetricWriter:
+    """Writes scalars to `WORKDIR/metrics.jsonl` and to TensorBoard events in `WORKDIR/tensorboard`.
+
+    Args:
+        workdir: The run's folder.
+        step: Where the run starts. What an earlier, killed run wrote for later steps is dropped,
+            so that the file tells one story.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        self._files = None
+        if jax.process_index():
+            return
+        path = workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(path)
+        events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._files = (path.open("a"), events)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes one line of scalars."""
+        if self._files is None:
+            return
+        lines, events = self._files
+        lines.write(json.dumps({"step": step, **scalars}) + "\n")
+        lines.flush()
+        for name, value in scalars.items():
+            events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._files is not None:
+            for file in self._files:
+                file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the last line of a run that was killed while it wrote
+        return float("inf")
+
+
+class Progress:
+    """A bar on a terminal; elsewhere the log's lines serve, and `summary` gives what a bar shows.
+
+    Args:
+        total: Number of items.
+        done: Items that an earlier run did.
+        unit: What an item is.
+        title: Stands before the bar.
+
+    Attributes:
+        done: Items done so far.
+        is_bar: Whether a bar is shown.
+    """
+
+    def __init__(self, total: int, *, done: int = 0, unit: str, title: str):
+        self._total, self.done, self._start_count = total, done, done
+        self._start = time.monotonic()
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit=f" {unit}",
+            desc=title,
+            leave=False,
+            dynamic_ncols=True,
+            disable=bool(jax.process_index()) or not sys.stderr.isatty(),
+        )
+        self.is_bar = not self._bar.disable
+
+    def advance(self, count: int, postfix: str = "") -> None:
+        """Counts items as done."""
+        self.done += count
+        if postfix:
+            self._bar.set_postfix_str(postfix, refresh=False)
+        self._bar.update(count)
+
+    def rate(self) -> float:
+        """Items a second since the start of this run."""
+        return (self.done - self._start_count) / max(time.monotonic() - self._start, 1e-9)
+
+    def time_left(self) -> str:
+        """Minutes and seconds at that rate."""
+        return tqdm.format_interval((self._total - self.done) / max(self.rate(), 1e-9))
+
+    def close(self) -> None:
+        """Clears the bar."""
+        self._bar.close()

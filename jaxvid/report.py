@@ -1,0 +1,78 @@
+"""Pictures of what a run produced."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+INK, GRID = "#222222", "#dddddd"
+TRAIN, VAL = "#9a9a9a", "#0b6fb8"
+MAX_NAMED_CLASSES = 40
+
+
+def draw_curves(metrics: Path, output: Path) -> None:
+    """Draws loss, top-1 accuracy and learning rate over steps.
+
+    Args:
+        metrics: A run's `metrics.jsonl`.
+        output: The PNG file.
+    """
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+
+    def series(name: str) -> tuple[list, list]:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        return [step for step, _ in points], [value for _, value in points]
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained", dpi=130)
+    panels = (
+        ("loss", (("train/loss", "training", TRAIN), ("val/loss", "validation", VAL))),
+        ("top-1 (%)", (("train/top1", "training", TRAIN), ("val/top1", "validation", VAL))),
+        ("learning rate", (("learning_rate", "", INK),)),
+    )
+    for axes, (title, lines) in zip(figure.subplots(1, 3), panels, strict=True):
+        for name, label, colour in lines:
+            steps, values = series(name)
+            marker = "o" if name.startswith("val") else None
+            axes.plot(steps, values, color=colour, label=label, marker=marker, ms=4, lw=1.6)
+        if len(lines) > 1:
+            axes.legend(frameon=False)
+        axes.set_title(title, color=INK)
+        axes.set_xlabel("step")
+        axes.set_ylim(bottom=0)
+        if "%" in title:
+            axes.set_ylim(0, 100)
+        axes.grid(color=GRID, lw=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output)
+
+
+def draw_confusion(confusion: np.ndarray, labels: list[str], output: Path) -> None:
+    """Draws which classes are taken for which, each row in percent of its label's videos.
+
+    Args:
+        confusion: `(num_classes, num_classes)` counts: rows are labels, columns predictions.
+        labels: Names of the classes.
+        output: The PNG file.
+    """
+    share = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    count = len(labels)
+    side = min(3.2 + 0.55 * count, 14)
+    figure = Figure(figsize=(side + 1.2, side), layout="constrained", dpi=130)
+    axes = figure.subplots()
+    image = axes.imshow(share, vmin=0, vmax=100, cmap="Blues")
+    figure.colorbar(image, label="% of the label's videos", shrink=0.8)
+    if count <= MAX_NAMED_CLASSES:
+        axes.set_xticks(range(count), labels, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(count), labels)
+    if count <= MAX_NAMED_CLASSES // 2:
+        for row, column in np.argwhere(confusion):
+            colour = "white" if share[row, column] > 55 else INK
+            value = f"{share[row, column]:.0f}"
+            axes.text(column, row, value, ha="center", va="center", color=colour, fontsize=9)
+    axes.set_xlabel("prediction")
+    axes.set_ylabel("label")
+    top1 = 100 * np.trace(confusion) / max(confusion.sum(), 1)
+    axes.set_title(f"top-1 {top1:.1f} % on {confusion.sum()} videos", color=INK)
+    figure.savefig(output)
