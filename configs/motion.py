@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.batch_size = 32
-    config.num_epochs = 14.0
+    config.num_epochs = 8.0
     config.init_from = ""  # a model folder to start from (training) or to evaluate
     config.label_smoothing = 0.0
 

@@ -101,9 +101,7 @@ def restore_params(workdir: Path, step: int, abstract_params: Params) -> Params:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(
             (workdir / "checkpoints" / str(step) / "state").resolve(),
-            args=ocp.args.PyTreeRestore(
-                item=item, restore_args=restore_args, partial_restore=True
-            ),
+            args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
         )
     return restored["params"]
 
@@ -172,15 +170,19 @@ def check_same_model(folder: str | Path, model_config) -> None:
         raise InputError(f"{folder} holds another network: {'; '.join(differences)}")
 
 
+def find_steps(workdir: Path) -> list[int]:
+    """The steps of a run's complete checkpoints."""
+    folder = workdir / "checkpoints"
+    return ocp.utils.checkpoint_steps(folder.resolve()) if folder.is_dir() else []
+
+
 def newest_step(workdir: Path) -> int:
     """The newest complete checkpoint of a run.
 
     Raises:
         InputError: There is none.
     """
-    folder = workdir / "checkpoints"
-    steps = ocp.utils.checkpoint_steps(folder.resolve()) if folder.is_dir() else []
-    if not steps:
+    if not (steps := find_steps(workdir)):
         raise InputError(
             f"{workdir} holds no checkpoint; name a --workdir that was trained in, "
             "or a model folder with --config.init_from"

@@ -10,9 +10,28 @@ import numpy as np
 
 from jaxvid import checkpoint, metrics, report, sharding, steps
 from jaxvid.data.pipeline import make_eval_iter
+from jaxvid.data.sampling import NUM_CLIPS
 from jaxvid.data.sources import Record, open_folder
+from jaxvid.data.transforms import NUM_CROPS
+from jaxvid.errors import InputError
 from jaxvid.metrics import log
 from jaxvid.models import Params, abstract_model, make_model_config
+
+
+def check_protocol(protocol, mesh) -> None:
+    """Refuses views or a batch size that cannot be evaluated, before anything else is done.
+
+    Args:
+        protocol: The config's `eval`.
+        mesh: Cuts the batches.
+
+    Raises:
+        InputError: Names the field and what is possible.
+    """
+    sharding.check_batch_size("eval.batch_size", protocol.batch_size, mesh)
+    for field, possible in (("num_clips", NUM_CLIPS), ("num_crops", NUM_CROPS)):
+        if protocol[field] not in possible:
+            raise InputError(f"eval.{field}={protocol[field]}: possible are {possible}")
 
 
 def make_eval_step(config, graphdef, mesh) -> Callable[[Params, dict], dict]:
@@ -112,7 +131,7 @@ def evaluate(config, workdir: str | Path) -> dict:
     workdir = Path(workdir)
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
+    check_protocol(config.eval, mesh)
     checkpoint.check_writable(workdir, need_bytes=10**6)
     metrics.setup_logging(workdir)
 

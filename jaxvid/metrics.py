@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import absl.logging
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -16,9 +15,10 @@ log = logging.getLogger("jaxvid")
 
 
 def setup_logging(workdir: Path) -> None:
-    """Sends the `jaxvid` log to the console and to `WORKDIR/log.txt`; on other processes, nowhere."""
-    absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax and Grain tell every step they take
-    log.handlers.clear()
+    """Sends the `jaxvid` log to the console and `WORKDIR/log.txt` (on the first process)."""
+    for handler in log.handlers[:]:
+        log.removeHandler(handler)
+        handler.close()
     log.propagate = False
     log.setLevel(logging.INFO)
     if jax.process_index():

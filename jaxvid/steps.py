@@ -90,7 +90,7 @@ def train_step(
         "loss": loss * count,
         "top1": (logits.argmax(-1) == batch["label"]).sum(),
         "count": jnp.asarray(count),
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
     }
     return new_state, metrics
 
@@ -121,7 +121,8 @@ def eval_step(
     _, top = jax.lax.top_k(scores, min(5, num_classes))  # (b 5)
     hits = (top == label[:, None]) & mask[:, None]
     losses = cross_entropy(scores / v, label, smoothing=0.0)
-    confusion = jnp.zeros((num_classes, num_classes), jnp.int32).at[label, top[:, 0]].add(mask.astype(jnp.int32))
+    confusion = jnp.zeros((num_classes, num_classes), jnp.int32)
+    confusion = confusion.at[label, top[:, 0]].add(mask.astype(jnp.int32))
     return {
         "loss": jnp.where(mask, losses, 0).sum(),
         "top1": hits[:, 0].sum(),

@@ -1,6 +1,5 @@
 """Training: one function, top to bottom."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -14,7 +13,14 @@ from jaxvid import checkpoint, metrics, optim, report, sharding, steps
 from jaxvid.data.pipeline import make_train_iter
 from jaxvid.data.sources import open_folder
 from jaxvid.errors import InputError
-from jaxvid.evaluate import evaluate_params, make_eval_step, make_report, save_report, summary
+from jaxvid.evaluate import (
+    check_protocol,
+    evaluate_params,
+    make_eval_step,
+    make_report,
+    save_report,
+    summary,
+)
 from jaxvid.metrics import log
 from jaxvid.models import abstract_model, make_model_config
 
@@ -44,7 +50,7 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size("batch_size", config.batch_size, mesh)
-    sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
+    check_protocol(config.eval, mesh)
     _check_same_run(config, workdir)
     model_config = make_model_config(**config.model)
     graphdef, abstract_params = abstract_model(model_config)
@@ -52,7 +58,6 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
     # Weights and two moments a checkpoint, one more checkpoint while the oldest is still there.
     need_bytes = weight_bytes * (3 * (config.checkpoint_keep + 1) + 2) + 10**6
     checkpoint.check_writable(workdir, need_bytes)
-    metrics.setup_logging(workdir)
 
     # ------------------------------------------------------------------ data
     data = open_folder(config.data, config.model.num_classes)
@@ -87,6 +92,7 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
             checkpoint.check_same_model(config.init_from, model_config)
             state["params"] = checkpoint.load_params(config.init_from, abstract_state["params"])
     step = start_step = int(state["step"])
+    metrics.setup_logging(workdir)
     _save_config(config, workdir)
 
     # ------------------------------------------------------------------ compiled steps
@@ -142,8 +148,8 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
         if not math.isfinite(scalars["train/loss"] + scalars["train/grad_norm"]):
             raise InputError(
                 f"the loss or its gradient is not finite at step {step} (learning rate "
-                f"{scalars['learning_rate']:.3g}); lower optimizer.learning_rate. "
-                f"The newest checkpoint is step {manager.latest_step()}"
+                f"{scalars['learning_rate']:.3g}); lower optimizer.learning_rate; "
+                f"the newest checkpoint is of step {manager.latest_step() or 0}"
             )
         writer.write(step, scalars)
         line = f"loss {scalars['train/loss']:.3f}, top-1 {scalars['train/top1']:.1f} %"
@@ -169,7 +175,9 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
                         state["params"], data.val, config, eval_step=eval_step, mesh=mesh
                     )
                     result = make_report(sums, config, checkpoint=f"step {step}")
-                    writer.write(step, {f"val/{k}": result[k] for k in ("top1", "top5", "loss")})
+                    if step > start_step:  # or an earlier run has written it
+                        scalars = {f"val/{k}": result[k] for k in ("top1", "top5", "loss")}
+                        writer.write(step, scalars)
                     log.info("step %d: validation %s", step, summary(result))
                 due = step % every(config.checkpoint_every_epochs) == 0
                 if step > start_step and (stopping or at_end or due):
@@ -285,7 +293,7 @@ def _as_json(config) -> dict:
 def _check_same_run(config, workdir: Path) -> None:
     """Refuses a workdir whose checkpoints were made with another config, and says what differs."""
     path = workdir / "config.json"
-    if not path.exists():
+    if not path.exists() or not checkpoint.find_steps(workdir):
         return
     try:
         before = _flat(json.loads(path.read_text()))

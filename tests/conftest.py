@@ -11,10 +11,52 @@ import jax
 import pytest
 from absl import flags
 
+from configs import motion as motion_config
+from jaxvid.data.motion import make_motion
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def parsed_flags():
-    """Grain's workers want absl flags that have been parsed."""
+def _environment(tmp_path_factory):
+    """Grain's workers want absl flags that have been parsed; the user's cache stays as it is.
+
+    Compiled programs are kept for this run of the tests, in a folder that its workers share.
+    """
     flags.FLAGS.mark_as_parsed()
+    cache = str(tmp_path_factory.getbasetemp().parent / "xla")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def motion_folder(tmp_path_factory):
+    """A small set of motion clips: 48 for training, 24 for validation."""
+    folder = tmp_path_factory.mktemp("data") / "motion"
+    make_motion(folder, num_train=48, num_val=24, seed=0)
+    return folder
+
+
+def shrunk_config(folder, num_epochs: float = 2.0):
+    """The demo's config on the small clips, shrunk to a few steps of 16 clips."""
+    config = motion_config.get_config().unlock()
+    config.data.source = "folder"
+    config.data.folder = str(folder)
+    config.model.width = 16
+    config.model.depth = 1
+    config.model.shift_blocks = (0,)
+    config.batch_size = 16
+    config.num_epochs = num_epochs
+    config.eval.batch_size = 16
+    config.eval.every_epochs = 1.0
+    config.optimizer.warmup_steps = 2
+    config.mesh.update({"data": 1, "fsdp": 8, "tensor": 1})
+    config.log_steps = 2
+    return config.lock()
+
+
+@pytest.fixture
+def config(motion_folder):
+    """A config of two epochs."""
+    return shrunk_config(motion_folder)

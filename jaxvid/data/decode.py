@@ -138,6 +138,7 @@ class Video:
         self.close()
 
     def _error(self, reason: object) -> DecodeError:
-        if isinstance(reason, OSError):  # PyAV's errors are OSErrors too
-            reason = reason.strerror or type(reason).__name__
-        return DecodeError(f"{self._path}: {reason}; repair the file or take it out of the list")
+        reason = getattr(reason, "strerror", None) or reason  # PyAV's errors, and the system's
+        return DecodeError(
+            f"{self._path}: cannot be decoded ({reason}); replace the file or leave it out"
+        )

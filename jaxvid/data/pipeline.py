@@ -35,7 +35,7 @@ def load_eval_views(
     """Decodes a video once and cuts all its evaluation views.
 
     Returns:
-        `(v, t, crop, crop, c)` uint8 with `v = num_clips · num_crops`, the crops of a clip adjacent.
+        `(v, t, crop, crop, c)` uint8, `v = num_clips · num_crops`, the crops of a clip adjacent.
     """
     with Video(path) as video:
         indices = [
@@ -79,9 +79,7 @@ def make_train_iter(
     """
 
     def load(record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        return load_train_clip(
-            record, rng, num_frames=num_frames, short_side=short_side, crop=crop
-        )
+        return load_train_clip(record, rng, num_frames=num_frames, short_side=short_side, crop=crop)
 
     dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
     dataset = dataset[shard[0] :: shard[1]].random_map(load).batch(batch_size)

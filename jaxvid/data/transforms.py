@@ -3,6 +3,8 @@
 import numpy as np
 from PIL import Image
 
+NUM_CROPS = (1, 3)  # how many crops of a clip evaluation may look at
+
 
 def resize_short_side(frames: np.ndarray, short_side: int) -> np.ndarray:
     """Resizes so that the shorter side has `short_side` pixels; Pillow's antialiased bilinear."""
@@ -38,18 +40,13 @@ def eval_crops(frames: np.ndarray, size: int, num_crops: int) -> list[np.ndarray
 
     Returns:
         `num_crops` arrays `(t, size, size, c)`; with 3: left, centre, right or top, centre, bottom.
-
-    Raises:
-        ValueError: `num_crops` is neither 1 nor 3.
     """
     _, h, w, _ = frames.shape
     middle = (-(-(h - size) // 2), -(-(w - size) // 2))  # rounded up, as the original programs do
     if num_crops == 1:
         places = [middle]
-    elif num_crops == 3:
-        ends = ((middle[0], 0), (middle[0], w - size)) if w >= h else None
-        ends = ends or ((0, middle[1]), (h - size, middle[1]))
-        places = [ends[0], middle, ends[1]]
+    elif w >= h:
+        places = [(middle[0], 0), middle, (middle[0], w - size)]
     else:
-        raise ValueError(f"num_crops={num_crops}: there is 1 (the centre) and 3 (and both ends)")
+        places = [(0, middle[1]), middle, (h - size, middle[1])]
     return [frames[:, top : top + size, left : left + size] for top, left in places]

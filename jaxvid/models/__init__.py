@@ -61,7 +61,11 @@ def create_model(name: str, *, seed: int = 0, **overrides) -> nnx.Module:
     Raises:
         InputError: No such preset or field, or sizes that do not fit each other.
     """
-    return build_model(make_model_config(name, **overrides), nnx.Rngs(seed))
+    config = make_model_config(name, **overrides)
+    graphdef, _ = abstract_model(config)
+    # Compiled as one program: op by op, the initialisers of a large model take much longer.
+    init = jax.jit(lambda: split_params(build_model(config, nnx.Rngs(seed)))[1])
+    return merge_params(graphdef, init())
 
 
 def abstract_model(config: xvit.XViTConfig) -> tuple[nnx.GraphDef, Params]:

@@ -198,9 +198,7 @@ class Backbone(nnx.Module):
         self.cls_token = nnx.Param(normal(rngs.params(), (1, 1, cfg.width)))
         self.pos_embed = nnx.Param(normal(rngs.params(), (1, n, cfg.width)))
         if cfg.temporal_embedding_frames:
-            self.temp_embed = nnx.Param(
-                jnp.zeros((1, cfg.temporal_embedding_frames, 1, cfg.width))
-            )
+            self.temp_embed = nnx.Param(jnp.zeros((1, cfg.temporal_embedding_frames, 1, cfg.width)))
         self.blocks = nnx.List([Block(cfg, i, rngs=rngs) for i in range(cfg.depth)])
         self.norm = layer_norm(cfg.width, BACKBONE_EPS, cfg.dtype, rngs=rngs)
 
@@ -254,9 +252,7 @@ class TemporalHead(nnx.Module):
     def __init__(self, cfg: XViTConfig, *, rngs: nnx.Rngs):
         self.dropout = cfg.dropout
         self.cls_token = nnx.Param(jnp.zeros((1, 1, cfg.width)))
-        self.temporal_encoder = nnx.List(
-            [HeadBlock(cfg, rngs=rngs) for _ in range(cfg.head_depth)]
-        )
+        self.temporal_encoder = nnx.List([HeadBlock(cfg, rngs=rngs) for _ in range(cfg.head_depth)])
         self.mlp_head = nnx.List(
             [
                 layer_norm(cfg.width, HEAD_EPS, cfg.dtype, rngs=rngs),

@@ -1,0 +1,37 @@
+# make demo · make test · make lint: each sets up what it needs in .venv, once.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint format
+
+demo: $(VENV)/.run-installed
+	$(RUN) main.py --config configs/motion.py --workdir runs/motion
+
+test: $(VENV)/.dev-installed
+	$(RUN) -m pytest
+
+lint: $(VENV)/.dev-installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/.dev-installed
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+# A stamp is written after its installation, so one that was cut short is done again.
+$(VENV)/.run-installed: requirements.txt | $(RUN)
+	@echo "installing requirements.txt into $(VENV) (about a minute)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev-installed: requirements-dev.txt $(VENV)/.run-installed
+	@echo "installing requirements-dev.txt into $(VENV)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("error: \
+	$(PYTHON) is Python %d.%d; jaxvid needs 3.11 or newer: make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,130 @@
+"""Model folders come back as they were, and bad ones are refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import jaxvid
+from jaxvid import checkpoint, sharding
+from jaxvid.errors import InputError
+from jaxvid.models import abstract_model, make_model_config, split_params
+
+TINY = {"width": 16, "depth": 1, "shift_blocks": (0,), "image_size": 32}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = jaxvid.create_model("xvit_tiny", **TINY, seed=3)
+    jaxvid.save_model(model, tmp_path / "model", labels=[f"class {i}" for i in range(8)])
+    return tmp_path / "model"
+
+
+def test_a_model_folder_comes_back_bit_by_bit(folder):
+    expected = split_params(jaxvid.create_model("xvit_tiny", **TINY, seed=3))[1]
+    model = jaxvid.load_model(folder)
+    params = split_params(model)[1]
+    assert params.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(params[name], array)
+    assert checkpoint.fingerprint(params) == checkpoint.fingerprint(expected)
+    assert model.config.width == 16
+    card = checkpoint.load_card(folder)
+    assert card["name"] == "xvit_tiny"
+    assert card["labels"][7] == "class 7"
+    video = np.zeros((1, 8, 32, 32, 3), np.float32)
+    np.testing.assert_array_equal(model(video), jaxvid.load_model(folder)(video))
+
+
+def test_saving_replaces_a_model_folder_and_nothing_else(folder, tmp_path):
+    other = jaxvid.create_model("xvit_tiny", **TINY, seed=4)
+    before = checkpoint.fingerprint(split_params(jaxvid.load_model(folder))[1])
+    jaxvid.save_model(other, folder)
+    assert checkpoint.fingerprint(split_params(jaxvid.load_model(folder))[1]) != before
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="is no model folder; name another one"):
+        jaxvid.save_model(other, tmp_path / "mine")
+
+
+def test_fingerprints_tell_weights_apart():
+    params = {"a": np.zeros(3, np.float32), "b": np.ones(2, np.float32)}
+    changed = {**params, "b": np.array([1, 1.0000001], np.float32)}
+    assert checkpoint.fingerprint(params) == checkpoint.fingerprint(dict(reversed(params.items())))
+    assert checkpoint.fingerprint(params) != checkpoint.fingerprint(changed)
+
+
+def test_damaged_model_folders_are_refused(folder, tmp_path):
+    def damaged(name, change):
+        copy = shutil.copytree(folder, tmp_path / name)
+        change(copy)
+        return copy
+
+    def edit(**changes):
+        def change(copy):
+            card = json.loads((copy / "model.json").read_text())
+            card.update(changes)
+            (copy / "model.json").write_text(json.dumps(card))
+
+        return change
+
+    config = json.loads((folder / "model.json").read_text())["config"]
+    cases = {
+        "model.json does not exist": lambda copy: (copy / "model.json").unlink(),
+        "model.json cannot be read": lambda copy: (copy / "model.json").write_text("{"),
+        "format version 99; this jaxvid reads 1": edit(format_version=99),
+        "params cannot be read": lambda copy: shutil.rmtree(copy / "params"),
+        r"fc2.kernel: \(64, 16\) in the folder, \(128, 32\) in the": edit(
+            config={**config, "width": 32}
+        ),
+        r"blocks.1.norm1.scale: absent in the folder": edit(config={**config, "depth": 2}),
+        "no option 'size'": edit(config={**config, "size": 1}),
+    }
+    for i, (message, change) in enumerate(cases.items()):
+        with pytest.raises(InputError, match=message) as error:
+            jaxvid.load_model(damaged(str(i), change))
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="is no model folder"):
+        jaxvid.load_model(tmp_path / "nowhere")
+
+
+def test_another_network_is_refused_field_by_field(folder):
+    checkpoint.check_same_model(folder, make_model_config("xvit_tiny", **TINY, dropout=0.3))
+    with pytest.raises(InputError, match="depth is 1 there, 2 here"):
+        checkpoint.check_same_model(folder, make_model_config("xvit_tiny", **{**TINY, "depth": 2}))
+
+
+def test_weights_load_onto_any_sharding(folder):
+    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 4, "tensor": 1}))
+    _, abstract = abstract_model(make_model_config("xvit_tiny", **TINY))
+    params = checkpoint.load_params(folder, sharding.with_sharding(abstract, mesh))
+    kernel = params["base_model.blocks.0.mlp.fc1.kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    expected = split_params(jaxvid.load_model(folder))[1]
+    np.testing.assert_array_equal(
+        jax.device_get(kernel), expected["base_model.blocks.0.mlp.fc1.kernel"]
+    )
+
+
+def test_a_full_or_read_only_disk_is_noticed_at_the_start(tmp_path, monkeypatch):
+    checkpoint.check_writable(tmp_path / "new", 1000)
+    assert not list((tmp_path / "new").iterdir())
+    with pytest.raises(InputError, match="cannot be written to .*choose another --workdir"):
+        checkpoint.check_writable(Path("/proc/jaxvid"), 1000)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written to"):
+        checkpoint.check_writable(tmp_path / "file", 1000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match="1 MB free, but checkpoints need 2 MB"):
+        checkpoint.check_writable(tmp_path, 2 * 10**6)
+
+
+def test_a_run_without_checkpoints_is_named(tmp_path):
+    assert checkpoint.find_steps(tmp_path) == []
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        checkpoint.newest_step(tmp_path)

@@ -1,0 +1,48 @@
+"""Sums are exact, files tell one story."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxvid.metrics import MetricWriter, Progress, sum_metrics
+
+
+def test_sums_are_exact():
+    big = 2**24
+    steps = [(big, 0.1), (1, big)]
+    sums = sum_metrics([{"n": jnp.asarray(n), "x": jnp.float32(x)} for n, x in steps])
+    assert sums["n"] == big + 1
+    assert sums["x"] == pytest.approx(big + 0.1, abs=1e-6)
+    matrix = sum_metrics([{"c": jnp.ones((2, 2), jnp.int32)}] * 3)["c"]
+    np.testing.assert_array_equal(matrix, np.full((2, 2), 3))
+
+
+def test_a_continued_run_drops_what_was_written_after_its_checkpoint(tmp_path):
+    writer = MetricWriter(tmp_path, 0)
+    for step in (10, 20, 30):
+        writer.write(step, {"loss": step / 10})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')  # killed in the middle of a line
+    writer = MetricWriter(tmp_path, 20)
+    writer.write(30, {"loss": 0.5})
+    writer.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 2.0}, {"step": 30, "loss": 0.5}]
+    assert len(list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))) >= 1
+
+
+def test_progress_counts_rate_and_time_left(monkeypatch):
+    from jaxvid import metrics
+
+    clock = iter([100.0, 104.0, 104.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    progress = Progress(100, done=20, unit="clip", title="training")
+    progress.advance(40)
+    assert progress.done == 60
+    assert progress.rate() == 10.0
+    assert progress.time_left() == "00:04"
+    assert not progress.is_bar  # tests have no terminal
+    progress.close()

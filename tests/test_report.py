@@ -1,0 +1,34 @@
+"""Pictures are drawn at few and many classes."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxvid.report import draw_confusion, draw_curves
+
+
+def ink(path) -> float:
+    """The share of pixels that are not white."""
+    with Image.open(path) as picture:
+        return float((np.asarray(picture.convert("L")) < 250).mean())
+
+
+@pytest.mark.parametrize("count", [2, 8, 30, 400])
+def test_confusion(tmp_path, count):
+    confusion = np.eye(count, dtype=int) * 9
+    confusion[0, 1] = 1
+    draw_confusion(confusion, [f"class {i}" for i in range(count)], tmp_path / "confusion.png")
+    assert 0.01 < ink(tmp_path / "confusion.png") < 0.95
+
+
+def test_curves(tmp_path):
+    rows = [
+        {"step": s, "train/loss": 2 / s, "train/top1": s, "learning_rate": 0.1}
+        for s in range(1, 50)
+    ]
+    rows += [{"step": 40, "val/top1": 50.0, "val/top5": 90.0, "val/loss": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert 0.01 < ink(tmp_path / "curves.png") < 0.5

@@ -1,0 +1,111 @@
+"""Every mixture of parallelism computes what one device computes."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from jaxvid import sharding, steps
+from jaxvid.errors import InputError
+from jaxvid.models import abstract_model, make_model_config
+
+MIXTURES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 2, 2)]
+
+
+def make_mesh(data, fsdp, tensor):
+    return sharding.make_mesh(ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor}))
+
+
+def train(mesh, put):
+    config = make_model_config("xvit_tiny", width=64, depth=2, shift_blocks=(0, 1), image_size=32)
+    # Not Adam, which divides a gradient that is rounding noise by its own size.
+    optimizer = optax.sgd(0.03, momentum=0.9, nesterov=True)
+    init = functools.partial(steps.init_state, config, optimizer, seed=0)
+    places = sharding.state_sharding(jax.eval_shape(init), mesh)
+    state = jax.jit(init, out_shardings=places)()
+    step = jax.jit(
+        functools.partial(
+            steps.train_step,
+            graphdef=abstract_model(config)[0],
+            optimizer=optimizer,
+            mean=0.5,
+            std=0.5,
+            label_smoothing=0.1,
+            seed=0,
+        ),
+        donate_argnums=0,
+        out_shardings=(places, sharding.replicated(mesh)),
+    )
+    rng, losses = np.random.default_rng(0), []
+    for _ in range(3):
+        batch = {
+            "video": rng.integers(0, 255, (8, 8, 32, 32, 3), np.uint8),
+            "label": rng.integers(0, 8, 8).astype(np.int32),
+        }
+        state, sums = step(state, put(batch))
+        losses.append(float(sums["loss"]))
+    return jax.device_get(state["params"]), losses, state
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    mesh = jax.make_mesh(
+        (1, 1, 1),
+        sharding.AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        devices=jax.devices()[:1],
+    )
+    return train(mesh, lambda batch: batch)[:2]
+
+
+@pytest.mark.parametrize("sizes", MIXTURES, ids=str)
+def test_mixtures_equal_one_device(sizes, one_device):
+    mesh = make_mesh(*sizes)
+    params, losses, state = train(mesh, lambda batch: sharding.to_global(batch, mesh))
+    expected_params, expected_losses = one_device
+    np.testing.assert_allclose(losses, expected_losses, rtol=5e-6)
+    for name, expected in expected_params.items():
+        difference = np.linalg.norm(params[name] - expected)
+        assert difference <= 5e-6 * max(np.linalg.norm(expected), 1), name
+    kernel = state["params"]["base_model.blocks.0.mlp.fc1.kernel"]
+    _, fsdp, tensor = sizes
+    assert kernel.addressable_shards[0].data.size == kernel.size // (fsdp * tensor)
+
+
+def test_the_rule_cuts_kernels_and_their_moments_alike():
+    mesh = make_mesh(2, 2, 2)
+    leaf = jax.ShapeDtypeStruct
+    tree = {
+        "params": {
+            "b.qkv.kernel": leaf((64, 192), "float32"),
+            "b.fc2.kernel": leaf((64, 48), "f4"),
+        },
+        "opt_state": ({"b.qkv.kernel": leaf((64, 192), "float32")}, leaf((), "int32")),
+        "odd": {"cls_token": leaf((1, 1, 7), "float32")},
+    }
+    specs = jax.tree.map(lambda s: s.spec, sharding.state_sharding(tree, mesh))
+    assert specs["params"]["b.qkv.kernel"] == P("fsdp", "tensor")
+    assert specs["params"]["b.fc2.kernel"] == P("tensor", "fsdp")
+    assert specs["opt_state"][0]["b.qkv.kernel"] == P("fsdp", "tensor")
+    assert specs["opt_state"][1] == P()
+    assert specs["odd"]["cls_token"] == P(None, None, None)
+
+
+def test_meshes_fill_what_is_left_and_refuse_the_rest():
+    assert dict(make_mesh(-1, 2, 1).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(make_mesh(1, -1, 1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    for sizes in ((3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1), (-2, 4, -1)):
+        with pytest.raises(InputError, match="cannot be laid over 8 devices"):
+            make_mesh(*sizes)
+
+
+def test_batch_sizes_that_cannot_be_cut_are_refused():
+    mesh = make_mesh(4, 2, 1)
+    sharding.check_batch_size("batch_size", 16, mesh)
+    for size in (12, 0, -8):
+        with pytest.raises(InputError, match=f"batch_size={size} must be a positive multiple of 8"):
+            sharding.check_batch_size("batch_size", size, mesh)

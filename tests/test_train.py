@@ -1,0 +1,329 @@
+"""The programs from end to end, on real clips: train, interrupt, continue, evaluate, predict."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxvid
+from jaxvid import checkpoint, evaluate, steps
+from jaxvid.data.pipeline import load_eval_views
+from jaxvid.errors import InputError
+from jaxvid.models import split_params
+from jaxvid.predict import main as predict_main
+from jaxvid.predict import predict
+from jaxvid.train import train
+from tests.conftest import shrunk_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def weights(workdir: Path) -> str:
+    return checkpoint.fingerprint(split_params(jaxvid.load_model(workdir / "model"))[1])
+
+
+@pytest.fixture(scope="module")
+def run(motion_folder, tmp_path_factory):
+    """A finished run of 4 epochs (12 steps): its workdir, its config and its report."""
+    config = shrunk_config(motion_folder, num_epochs=4.0)
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, config, train(config, workdir)
+
+
+def test_a_run_leaves_everything_that_it_promises(run):
+    workdir, config, result = run
+    report = json.loads((workdir / "eval.json").read_text())
+    assert result.items() <= report.items()
+    assert report["num_videos"] == 24  # although batches hold 16
+    assert 0 <= report["top1"] <= report["top5"] <= 100
+    assert report["protocol"]["num_clips"] == 1
+    assert report["checkpoint"].endswith("checkpoints/12")
+    assert np.sum(report["confusion"]) == 24
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val/top1" in row] == [3, 6, 9, 12]
+    assert rows[-1]["val/top1"] == report["top1"]
+    train_rows = [row for row in rows if "train/loss" in row]
+    assert train_rows[-1]["step"] == 12
+    assert all(row["clips_per_second"] > 0 for row in train_rows)
+    for name in ("curves.png", "confusion.png"):
+        with Image.open(workdir / name) as picture:
+            assert picture.size > (300, 200)
+    assert list((workdir / "tensorboard").iterdir())
+    log = (workdir / "log.txt").read_text()
+    assert "python -m jaxvid.predict CLIP.mp4 --model" in log
+    assert "clips/s" in log
+    assert json.loads((workdir / "config.json").read_text())["batch_size"] == config.batch_size
+    assert checkpoint.find_steps(workdir) == [9, 12]  # checkpoint_keep
+
+
+def test_two_epochs_and_two_more_end_in_the_bits_of_four(run, tmp_path):
+    workdir, config, result = run
+    assert train(config, tmp_path / "w", stop_step=6) is None
+    assert not (tmp_path / "w" / "model").exists()
+    continued = train(config, tmp_path / "w")
+    assert weights(tmp_path / "w") == weights(workdir)
+    same = {"checkpoint"}
+    assert {k: v for k, v in continued.items() if k not in same} == {
+        k: v for k, v in result.items() if k not in same
+    }
+    rows = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
+    whole = (workdir / "metrics.jsonl").read_text().splitlines()
+
+    def losses(lines):
+        return [json.loads(line).get("train/loss") for line in lines]
+
+    assert losses(rows) == losses(whole)
+
+
+def test_a_stop_between_epochs_of_the_log_changes_nothing(run, tmp_path):
+    workdir, config, _ = run
+    for step in (1, 5):
+        train(config, tmp_path / "w", stop_step=step)
+    train(config, tmp_path / "w")
+    assert weights(tmp_path / "w") == weights(workdir)
+
+
+def test_a_signal_saves_and_stops_and_the_next_start_continues(run, tmp_path):
+    workdir, config, _ = run
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    from jaxvid import train as module
+
+    class Soon(module._Signals):
+        def __enter__(self):
+            timer.start()
+            return super().__enter__()
+
+    original, module._Signals = module._Signals, Soon
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train(config, tmp_path / "w")
+    finally:
+        module._Signals = original
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 128 + signal.SIGTERM
+    [step] = checkpoint.find_steps(tmp_path / "w")[-1:]
+    assert 0 < step < 12
+    train(config, tmp_path / "w")
+    assert weights(tmp_path / "w") == weights(workdir)
+
+
+def test_a_finished_run_is_not_trained_again(run):
+    workdir, config, result = run
+    before = weights(workdir)
+    again = train(config, workdir)
+    assert again == result
+    assert weights(workdir) == before
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert sum("val/top1" in row and row["step"] == 12 for row in rows) == 1
+
+
+def test_another_config_is_refused_with_the_difference(run):
+    workdir, config, _ = run
+    other = config.copy_and_resolve_references().unlock()
+    other.seed = 7
+    other.model.width = 32
+    with pytest.raises(InputError, match=r"model.width was 16, now 32; seed was 0, now 7"):
+        train(other.lock(), workdir)
+
+
+def test_how_it_runs_may_change(run, tmp_path):
+    """Threads, logging and the mesh change no result beyond float error."""
+    workdir, config, _ = run
+    train(config, tmp_path / "w", stop_step=6)
+    other = config.copy_and_resolve_references().unlock()
+    other.mesh.update({"data": 4, "fsdp": 2, "tensor": 1})
+    other.data.num_threads = 1
+    other.log_steps = 5
+    train(other.lock(), tmp_path / "w")
+    params = [split_params(jaxvid.load_model(w / "model"))[1] for w in (tmp_path / "w", workdir)]
+    for name, array in params[0].items():
+        difference = np.linalg.norm(array - params[1][name])
+        assert difference <= 1e-3 * max(1, np.linalg.norm(array)), name
+
+
+@pytest.mark.parametrize(("batch_size", "mesh"), [(8, (8, 1, 1)), (40, (2, 4, 1)), (1, (1, 1, 8))])
+def test_eval_mode_counts_exactly_whatever_the_batches_and_devices(run, tmp_path, batch_size, mesh):
+    workdir, config, result = run
+    other = config.copy_and_resolve_references().unlock()
+    other.eval.batch_size = batch_size
+    other.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
+    other.init_from = str(workdir / "model")
+    found = evaluate.evaluate(other.lock(), tmp_path)
+    for name in ("top1", "top5", "num_videos", "weights_sha256", "mean_class_accuracy"):
+        assert found[name] == result[name], name
+    assert (tmp_path / "confusion.png").exists()
+    assert json.loads((tmp_path / "eval.json").read_text())["checkpoint"] == other.init_from
+
+
+def test_eval_mode_takes_the_newest_checkpoint_of_the_workdir(run):
+    workdir, config, result = run
+    found = evaluate.evaluate(config, workdir)
+    assert found["top1"] == result["top1"]
+    assert found["weights_sha256"] == result["weights_sha256"]
+    assert found["checkpoint"].endswith("checkpoints/12")
+
+
+def test_more_views_are_summed(run, tmp_path):
+    workdir, config, _ = run
+    other = config.copy_and_resolve_references().unlock()
+    other.eval.update({"num_clips": 2, "num_crops": 3})
+    other.init_from = str(workdir / "model")
+    found = evaluate.evaluate(other.lock(), tmp_path)
+    assert found["num_videos"] == 24
+    assert (found["protocol"]["num_clips"], found["protocol"]["num_crops"]) == (2, 3)
+
+
+def test_init_from_starts_training_at_those_weights(run, tmp_path):
+    workdir, config, result = run
+    other = config.copy_and_resolve_references().unlock()
+    other.init_from = str(workdir / "model")
+    other.optimizer.learning_rate = 0.0
+    train(other.lock(), tmp_path / "w")
+    assert weights(tmp_path / "w") == result["weights_sha256"]
+
+
+def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
+    cases = {
+        "eval.num_crops=2: possible are": ("eval", "num_crops", 2),
+        "batch_size=3 must be a positive multiple": ("", "batch_size", 3),
+        "eval.batch_size=3 must be": ("eval", "batch_size", 3),
+        "cannot be laid over 8 devices": ("mesh", "data", 3),
+        "warmup_steps=100 does not fit": ("optimizer", "warmup_steps", 100),
+        "is no model folder": ("", "init_from", "nowhere"),
+    }
+    for message, (section, field, value) in cases.items():
+        other = config.copy_and_resolve_references().unlock()
+        (other[section] if section else other)[field] = value
+        with pytest.raises(InputError, match=message):
+            train(other.lock(), tmp_path / "w")
+        assert not (tmp_path / "w" / "config.json").exists()
+        assert not (tmp_path / "w" / "metrics.jsonl").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
+    other = config.copy_and_resolve_references().unlock()
+    other.optimizer.update({"learning_rate": 1e30, "warmup_steps": 0})
+    with pytest.raises(InputError, match="not finite at step .*lower optimizer.learning_rate"):
+        train(other.lock(), tmp_path / "w")
+    assert checkpoint.find_steps(tmp_path / "w") == []
+
+
+def test_predictions_are_the_models_and_broken_files_are_one_line(run, motion_folder, tmp_path):
+    workdir, config, _ = run
+    clip = motion_folder / "val" / "00003.mp4"
+    broken = tmp_path / "broken.mp4"
+    broken.write_text("hello")
+    first, error, last = predict([clip, broken, clip], workdir / "model", top_k=3)
+    assert first == last
+    assert "broken.mp4: cannot be decoded" in error["error"]
+    assert [entry["probability"] for entry in first["top"]] == sorted(
+        (entry["probability"] for entry in first["top"]), reverse=True
+    )
+    views = load_eval_views(clip, num_frames=8, short_side=72, crop=64, num_clips=1, num_crops=1)
+    logits = jaxvid.load_model(workdir / "model")(steps.normalize(views, 0.5, 0.5))
+    probabilities = jax.nn.softmax(logits)[0]
+    labels = (motion_folder / "labels.txt").read_text().split()
+    assert first["top"][0]["label"] == labels[int(probabilities.argmax())]
+    assert first["top"][0]["probability"] == pytest.approx(float(probabilities.max()), rel=1e-5)
+
+
+def test_the_predict_command(run, motion_folder, tmp_path, capsys):
+    workdir, _, _ = run
+    clip, model = str(motion_folder / "val" / "00003.mp4"), str(workdir / "model")
+    assert predict_main([clip, "--model", model, "--top_k", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == clip
+    assert len(lines) == 3
+    assert predict_main([clip, str(tmp_path / "no.mp4"), "--model", model, "--json"]) == 1
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "No such file" in results[1]["error"]
+    assert predict_main([clip, "--model", str(tmp_path)]) == InputError.EXIT_CODE
+    assert "is no model folder" in capsys.readouterr().err
+    assert predict_main([clip, "--model", model, "--top_k", "0"]) == InputError.EXIT_CODE
+
+
+def main_py(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "main.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_is_quick_and_says_how():
+    done = main_py("--help")
+    assert done.returncode == 0
+    assert "--mode eval" in done.stdout
+    assert "--workdir" in done.stdout
+
+
+MOTION = ("--config", "configs/motion.py", "--workdir")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--config FILE.py is needed"),
+        (("--config", "configs/motion.py"), "--workdir FOLDER is needed"),
+        (("--config", "configs/none.py", "--workdir", "w"), "configs/none.py does not exist; ther"),
+        (("--config=configs/motion.py:x", "--workdir", "w"), "there are '' and 'blind'"),
+        ((*MOTION, "w", "--config.model.dept=1"), "there is --config.model.depth"),
+        ((*MOTION, "w", "--config.sed=1"), "there is --config.seed"),
+        ((*MOTION, "w", "--config.seed.x=1"), "nothing below .seed"),
+        ((*MOTION, "w", "--config.seed=one"), "--config.seed=one: invalid literal"),
+        ((*MOTION, "w", "--mode=test"), "--mode=test: value should be one of <train|eval>"),
+        ((*MOTION, "w", "--wrokdir=x"), "Did you mean: workdir"),
+        ((*MOTION, "w", "x"), "'x': not a flag"),
+    ],
+)
+def test_bad_command_lines_are_one_line(arguments, message):
+    done = main_py(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (ROOT / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "train.csv").write_text(""), "train.csv is empty"),
+        (lambda folder: (folder / "val" / "00001.mp4").write_bytes(b""), "00001.mp4 is empty"),
+        (
+            lambda folder: (folder / "val" / "00001.mp4").write_bytes(b"text"),
+            "00001.mp4: cannot be decoded",
+        ),
+    ],
+)
+def test_bad_data_is_one_line_and_exit_code_2(motion_folder, run, tmp_path, change, message):
+    workdir, _, _ = run
+    folder = shutil.copytree(motion_folder, tmp_path / "data")
+    change(folder)
+    done = main_py(
+        *("--config", "configs/motion.py", "--workdir", tmp_path / "w", "--mode", "eval"),
+        *("--config.data.source=folder", f"--config.data.folder={folder}"),
+        *(f"--config.init_from={workdir / 'model'}", "--config.model.width=16"),
+        *("--config.model.depth=1", "--config.model.shift_blocks=(0,)"),
+        "--config.mesh.fsdp=-1",
+        "--config.mesh.data=1",
+    )
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("evaluating ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert not (tmp_path / "w" / "eval.json").exists()
