@@ -15,18 +15,21 @@ log = logging.getLogger("jaxvid")
 
 
 def setup_logging(workdir: Path) -> None:
-    """Sends the `jaxvid` log to the console and `WORKDIR/log.txt` (on the first process)."""
+    """Sends the `jaxvid` log to the console and `WORKDIR/log.txt` (on the first process).
+
+    Progress is logged as `debug`: the file gets it always, the console where there is no bar.
+    """
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
     log.propagate = False
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
     if jax.process_index():
         log.addHandler(logging.NullHandler())
         return
     file = logging.FileHandler(workdir / "log.txt", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    console = logging.Handler()
+    console = logging.Handler(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
     console.emit = lambda record: tqdm.write(record.getMessage(), file=sys.stderr)
     log.addHandler(file)
     log.addHandler(console)
@@ -101,7 +104,6 @@ class Progress:
 
     Attributes:
         done: Items done so far.
-        is_bar: Whether a bar is shown.
     """
 
     def __init__(self, total: int, *, done: int = 0, unit: str, title: str):
@@ -116,7 +118,6 @@ class Progress:
             dynamic_ncols=True,
             disable=bool(jax.process_index()) or not sys.stderr.isatty(),
         )
-        self.is_bar = not self._bar.disable
 
     def advance(self, count: int, postfix: str = "") -> None:
         """Counts items as done."""

@@ -154,15 +154,14 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
         writer.write(step, scalars)
         line = f"loss {scalars['train/loss']:.3f}, top-1 {scalars['train/top1']:.1f} %"
         progress.advance(0, line)
-        if not progress.is_bar:
-            log.info(
-                "step %d/%d: %s, %.0f clips/s, %s left",
-                step,
-                total_steps,
-                line,
-                progress.rate(),
-                progress.time_left(),
-            )
+        log.debug(
+            "step %d/%d: %s, %.0f clips/s, %s left",
+            step,
+            total_steps,
+            line,
+            progress.rate(),
+            progress.time_left(),
+        )
 
     with _Signals() as signals:
         try:
