@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.init_from = ""  # a model folder to start from (training) or to evaluate
     config.label_smoothing = 0.0
 
-    time_blind = {"shift_blocks": (), "temporal_embedding_frames": 0, "head": "mean"}
+    time_blind = {"shift": "none", "temporal_embedding_frames": 0, "head": "mean"}
     config.model = common.model_section("xvit_tiny", **(time_blind if variant == "blind" else {}))
 
     config.data = ConfigDict()
@@ -44,7 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.num_workers = 0
 
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98

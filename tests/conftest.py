@@ -45,7 +45,6 @@ def shrunk_config(folder, num_epochs: float = 2.0):
     config.data.folder = str(folder)
     config.model.width = 16
     config.model.depth = 1
-    config.model.shift_blocks = (0,)
     config.batch_size = 16
     config.num_epochs = num_epochs
     config.eval.batch_size = 16

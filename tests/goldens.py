@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convert import rules
 from tests.golden.synthetic import synthetic_clip, synthetic_param
 
 FOLDER = Path(__file__).parent / "golden"
@@ -20,31 +21,36 @@ def load(name: str) -> dict:
     return golden
 
 
-def torch_name(name: str) -> str:
-    """The state_dict key that a weight of ours goes by."""
-    path, leaf = name.rsplit(".", 1)
-    return f"{path}.weight" if leaf in ("kernel", "scale") else name
-
-
-def to_torch(name: str, array) -> np.ndarray:
-    """A weight of ours as torch stores it: kernels have their output axis first."""
-    array = np.asarray(array)
-    if name.endswith(".kernel"):
-        return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
-    return array
-
-
-def from_torch(name: str, array: np.ndarray) -> np.ndarray:
-    """The inverse of `to_torch`."""
-    if name.endswith(".kernel"):
-        return array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
-    return array
-
-
 def params(abstract: dict, seed: int) -> dict:
     """Synthetic weights for every weight in `abstract`, in our layout."""
-    out = {}
-    for name, leaf in abstract.items():
-        shape = to_torch(name, np.empty(leaf.shape, bool)).shape
-        out[name] = from_torch(name, synthetic_param(torch_name(name), shape, seed))
-    return out
+    return {
+        name: rules.from_torch(
+            name,
+            synthetic_param(rules.torch_key(name), rules.torch_shape(name, leaf.shape), seed),
+        )
+        for name, leaf in abstract.items()
+    }
+
+
+def assert_gradients(golden: dict, grads: dict) -> None:
+    """Each weight's gradient norm and samples within 1e-4 relative of the original program's."""
+    for key, grad in grads.items():
+        grad = rules.to_torch(key, np.asarray(grad)).astype(np.float64).ravel()
+        norm = golden[f"grad_norm/{rules.torch_key(key)}"]
+        np.testing.assert_allclose(np.linalg.norm(grad), norm, rtol=1e-4, err_msg=key)
+        sample = golden[f"grad_sample/{rules.torch_key(key)}"]
+        places = np.linspace(0, grad.size - 1, len(sample)).astype(int)
+        # Relative to the larger of the samples and the gradient's root mean square: single entries
+        # can be zero.
+        scale = max(np.abs(sample).max(), norm / np.sqrt(grad.size))
+        np.testing.assert_allclose(grad[places], sample, rtol=0, atol=1e-4 * scale, err_msg=key)
+
+
+def assert_blocks(golden: dict, blocks: list) -> None:
+    """Every recorded block's class token and token mean within 1e-5 of the original program's."""
+    recorded = {int(key.split("/")[1]) for key in golden if key.startswith("block/")}
+    assert {0, len(blocks) - 1} <= recorded
+    for i in recorded:
+        x = blocks[i].reshape(-1, *blocks[i].shape[2:])  # (b·t n d)
+        np.testing.assert_allclose(x[:, 0], golden[f"block/{i}/cls"], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(x.mean(1), golden[f"block/{i}/mean"], rtol=0, atol=1e-5)

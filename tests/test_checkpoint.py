@@ -14,7 +14,7 @@ from jaxvid import checkpoint, sharding
 from jaxvid.errors import InputError
 from jaxvid.models import abstract_model, make_model_config, split_params
 
-TINY = {"width": 16, "depth": 1, "shift_blocks": (0,), "image_size": 32}
+TINY = {"width": 16, "depth": 1, "image_size": 32}
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from jaxvid.optim import make_optimizer, make_schedule
 def test_warm_up_is_linear_and_the_end_is_zero():
     schedule = make_schedule(motion.get_config().optimizer, 1000)
     assert schedule(0) == 0
-    assert schedule(50) == pytest.approx(1e-3)
-    assert schedule(100) == pytest.approx(2e-3)
-    assert schedule(550) == pytest.approx(1e-3)
+    assert schedule(50) == pytest.approx(5e-4)
+    assert schedule(100) == pytest.approx(1e-3)
+    assert schedule(550) == pytest.approx(5e-4)
     assert schedule(1000) == pytest.approx(0, abs=1e-9)
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxvid.models import abstract_model, make_model_config, merge_params, split_params
 from jaxvid.steps import cross_entropy, eval_step, init_state, normalize, train_step
 
-TINY = {"width": 16, "depth": 1, "shift_blocks": (0,), "image_size": 32}
+TINY = {"width": 16, "depth": 1, "image_size": 32}
 
 
 class Stub(nnx.Module):
@@ -95,7 +95,7 @@ def test_train_step_learns_a_batch_and_leaves_metrics_as_sums():
         "label": np.arange(8, dtype=np.int32),
     }
     config = make_model_config("xvit_tiny", **TINY)
-    state, step, graphdef = make_step(config, optax.adam(1e-2), seed=0)
+    state, step, graphdef = make_step(config, optax.adam(3e-3), seed=0)
 
     @jax.jit
     def first_losses(params):
@@ -103,10 +103,10 @@ def test_train_step_learns_a_batch_and_leaves_metrics_as_sums():
         return cross_entropy(logits, batch["label"], smoothing=0.0)
 
     expected, metrics = first_losses(state["params"]).sum(), []
-    for _ in range(30):
+    for _ in range(80):
         state, sums = step(state, batch)
         metrics.append(jax.device_get(sums))
-    assert int(state["step"]) == 30
+    assert int(state["step"]) == 80
     assert metrics[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert metrics[0]["count"] == 8
     assert metrics[0]["grad_norm"] > 0

@@ -317,8 +317,7 @@ def test_bad_data_is_one_line_and_exit_code_2(motion_folder, run, tmp_path, chan
         *("--config", "configs/motion.py", "--workdir", tmp_path / "w", "--mode", "eval"),
         *("--config.data.source=folder", f"--config.data.folder={folder}"),
         *(f"--config.init_from={workdir / 'model'}", "--config.model.width=16"),
-        *("--config.model.depth=1", "--config.model.shift_blocks=(0,)"),
-        "--config.mesh.fsdp=-1",
+        *("--config.model.depth=1", "--config.mesh.fsdp=-1"),
         "--config.mesh.data=1",
     )
     assert done.returncode == 2, done.stderr

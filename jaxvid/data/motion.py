@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import av
@@ -192,9 +193,10 @@ def _write_all(folder: Path, settings: dict) -> None:
     ]
     for split in ("train", "val"):
         (folder / split).mkdir(parents=True)
+    seconds = 0.1 if sys.stderr.isatty() else 5  # between lines, where no terminal redraws one
     with (
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=2 * len(scenes), desc="writing clips", unit="clip") as bar,
+        tqdm(total=2 * len(scenes), desc="writing clips", unit=" clip", mininterval=seconds) as bar,
     ):
         jobs = [
             pool.submit(_write_pair, folder, split, scene, settings["seed"])

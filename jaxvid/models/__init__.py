@@ -12,13 +12,14 @@ import jax
 from flax import nnx
 
 from jaxvid.errors import InputError
-from jaxvid.models import xvit
+from jaxvid.models import stam, xvit
 
-PRESETS = {**xvit.PRESETS}
+PRESETS = {**stam.PRESETS, **xvit.PRESETS}
 Params = dict[str, jax.Array]
+ModelConfig = stam.STAMConfig | xvit.XViTConfig
 
 
-def make_model_config(name: str, **overrides) -> xvit.XViTConfig:
+def make_model_config(name: str, **overrides) -> ModelConfig:
     """The config of a preset with some fields replaced.
 
     Args:
@@ -42,9 +43,10 @@ def make_model_config(name: str, **overrides) -> xvit.XViTConfig:
         raise InputError(f"model {name}: {error}") from None
 
 
-def build_model(config: xvit.XViTConfig, rngs: nnx.Rngs) -> nnx.Module:
+def build_model(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     """The network of a config, with fresh weights drawn from `rngs`."""
-    return xvit.XViT(config, rngs=rngs)
+    network = stam.STAM if isinstance(config, stam.STAMConfig) else xvit.XViT
+    return network(config, rngs=rngs)
 
 
 def create_model(name: str, *, seed: int = 0, **overrides) -> nnx.Module:
@@ -68,7 +70,7 @@ def create_model(name: str, *, seed: int = 0, **overrides) -> nnx.Module:
     return merge_params(graphdef, init())
 
 
-def abstract_model(config: xvit.XViTConfig) -> tuple[nnx.GraphDef, Params]:
+def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
     """The structure of a network and the shapes of its weights, without allocating any."""
     return split_params(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))
 

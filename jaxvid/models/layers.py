@@ -4,6 +4,8 @@ Axis letters: `b` clips, `t` frames, `h w` pixels, `n` tokens, `k` heads, `d` wi
 `c` channels. Modules hold no random state: whatever is random takes its key at the call.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,14 +14,16 @@ from flax import nnx
 torch_kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def torch_bias_init(fan_in: int) -> nnx.Initializer:
-    """The bias initialiser of a default `torch.nn.Linear` with `fan_in` inputs."""
+def torch_linear(fan_in: int, fan_out: int, dtype: str, *, rngs: nnx.Rngs) -> nnx.Linear:
+    """A Linear layer with torch's default initial weights and bias."""
     bound = fan_in**-0.5
 
-    def init(key, shape, dtype=jnp.float32):
+    def bias_init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    return init
+    return nnx.Linear(
+        fan_in, fan_out, kernel_init=torch_kernel_init, bias_init=bias_init, dtype=dtype, rngs=rngs
+    )
 
 
 def layer_norm(width: int, eps: float, dtype: str, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -27,25 +31,68 @@ def layer_norm(width: int, eps: float, dtype: str, *, rngs: nnx.Rngs) -> nnx.Lay
     return nnx.LayerNorm(width, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
+def check_divides(config, **divisors: str) -> None:
+    """Raises a ValueError for a config field that another one (named) does not divide."""
+    for name, divisor in divisors.items():
+        value, by = getattr(config, name), getattr(config, divisor)
+        if by < 1 or value < 1 or value % by:
+            raise ValueError(f"{name}={value} does not divide by {divisor}={by}")
+
+
+def check_options(config, **options: tuple[str, ...]) -> None:
+    """Raises a ValueError for a config field whose value is none of its options."""
+    for name, valid in options.items():
+        if getattr(config, name) not in valid:
+            raise ValueError(f"{name}={getattr(config, name)!r} is not one of {', '.join(valid)}")
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """`(b, t, n, d)` → `(b, t, k, n, e)`."""
+    return x.reshape(*x.shape[:3], heads, -1).swapaxes(2, 3)
+
+
+def attention_weights(q: jax.Array, k: jax.Array, heads: int) -> jax.Array:
+    """How much each query attends to each key, within each frame.
+
+    Args:
+        q: Queries `(b, t, n, d)`, the heads side by side in `d`.
+        k: Keys `(b, t, m, d)`.
+        heads: Number of heads; divides `d`.
+
+    Returns:
+        `(b, t, k, n, m)`, float32; rows sum to 1.
+    """
+    q, k = split_heads(q, heads), split_heads(k, heads)
+    scores = jnp.matmul(
+        q * q.shape[-1] ** -0.5, k.swapaxes(-1, -2), preferred_element_type=jnp.float32
+    )
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    heads: int,
+    *,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
     """Scaled dot-product attention within each frame; the softmax runs in float32.
 
     Args:
         q: Queries `(b, t, n, d)`, the heads side by side in `d`.
-        k: Keys, of the same shape.
-        v: Values, of the same shape.
+        k: Keys `(b, t, m, d)`.
+        v: Values, of the keys' shape.
         heads: Number of heads; divides `d`.
+        rate: Dropout rate on the weights.
+        key: PRNG key of that dropout; None: no dropout.
 
     Returns:
         `(b, t, n, d)`, in the dtype of `v`.
     """
-    b, t, n, d = q.shape
-    q, k, v = (x.reshape(b, t, n, heads, -1).swapaxes(2, 3) for x in (q, k, v))  # (b t k n e)
-    scores = jnp.matmul(
-        q * q.shape[-1] ** -0.5, k.swapaxes(-1, -2), preferred_element_type=jnp.float32
-    )  # (b t k n n)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.matmul(weights, v).swapaxes(2, 3).reshape(b, t, n, d)
+    weights = dropout(attention_weights(q, k, heads), rate, key).astype(v.dtype)
+    return jnp.matmul(weights, split_heads(v, heads)).swapaxes(2, 3).reshape(q.shape)
 
 
 def drop_path(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -101,31 +148,15 @@ class PatchEmbed(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two Linear layers with the exact (erf) GELU between them."""
+    """Two Linear layers with the exact (erf) GELU between them.
 
-    def __init__(
-        self,
-        width: int,
-        hidden: int,
-        dtype: str,
-        *,
-        kernel_init: nnx.Initializer,
-        torch_bias: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        def linear(fan_in: int, fan_out: int) -> nnx.Linear:
-            bias_init = torch_bias_init(fan_in) if torch_bias else nnx.initializers.zeros
-            return nnx.Linear(
-                fan_in,
-                fan_out,
-                kernel_init=kernel_init,
-                bias_init=bias_init,
-                dtype=dtype,
-                rngs=rngs,
-            )
+    Args:
+        make_linear: `(fan_in, fan_out) → nnx.Linear`: decides initial weights and dtype.
+    """
 
-        self.fc1 = linear(width, hidden)
-        self.fc2 = linear(hidden, width)
+    def __init__(self, width: int, hidden: int, make_linear: Callable[[int, int], nnx.Linear]):
+        self.fc1 = make_linear(width, hidden)
+        self.fc2 = make_linear(hidden, width)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))

@@ -5,6 +5,7 @@ Attribute names equal the paths in the released checkpoints' state_dict. Axis le
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +15,28 @@ from jaxvid.models.layers import (
     Mlp,
     PatchEmbed,
     attend,
+    attention_weights,
+    check_divides,
+    check_options,
     drop_path,
     dropout,
     layer_norm,
-    torch_bias_init,
     torch_kernel_init,
+    torch_linear,
 )
 from jaxvid.models.surgery import resize_pos_embed
 
 BACKBONE_EPS = 1e-6
 HEAD_EPS = 1e-5
+normal_init = nnx.initializers.truncated_normal(0.02)
+# Of the backbone: Linear weights, `pos_embed`, `temp_embed`.
 INITS = {
-    "normal": nnx.initializers.truncated_normal(0.02),
-    "fan_in": nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
+    "released": (normal_init, normal_init, nnx.initializers.zeros),
+    "small": (
+        nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
+        nnx.initializers.normal(0.3),
+        nnx.initializers.normal(0.3),
+    ),
 }
 
 
@@ -47,16 +57,22 @@ class XViTConfig:
         mlp_ratio: Hidden width of an MLP over `width`.
         temporal_embedding_frames: Rows of the temporal embedding; a clip is runs of that many
             frames that share them. 0: no temporal embedding.
+        shift: What is shifted in time: `both` keys and values, `keys`, `values`, or `none`.
         shift_segment: Frames within which keys and values are shifted; zeros enter at its ends.
         shift_div: `width // shift_div` channels come from the next frame and as many from the
             previous one (paper, section 3.2).
-        shift_blocks: Indices of the blocks that shift.
+        shift_blocks: Indices of the blocks that shift; empty: all.
+        shift_per_head: Shift that part of each head's channels, not of all channels together.
+        summary_tokens: Let every frame attend, too, to the mean patch token of each frame of its
+            segment (paper, section 3.2, "summary token").
         head: `attention` (the temporal head) or `mean` (the paper's baseline, mean over frames).
         head_depth: Transformer blocks in the temporal head.
         dropout: Rate on the frame features and inside the head.
         drop_path: Stochastic depth at the last block; rises linearly from 0 at the first.
-        init: Backbone's Linear weights: `normal` (truncated, std 0.02: the released recipe) or
-            `fan_in` (std 1/sqrt(fan_in): learns faster where the width is small).
+        init: The backbone's initial weights: `released` (truncated normal, std 0.02; temporal
+            embedding zero) or `small` (Linear weights 1/sqrt(fan_in), positional and temporal
+            embeddings 0.3: learns far faster where the width is small).
+        remat: Recompute the backbone's blocks in the backward pass instead of keeping them.
         dtype: `float32` or `bfloat16` for the computation; weights are float32 always.
     """
 
@@ -70,44 +86,45 @@ class XViTConfig:
     heads: int = 12
     mlp_ratio: int = 4
     temporal_embedding_frames: int = 8
+    shift: str = "both"
     shift_segment: int = 8
     shift_div: int = 8
-    shift_blocks: tuple[int, ...] = tuple(range(12))
+    shift_blocks: tuple[int, ...] = ()
+    shift_per_head: bool = False
+    summary_tokens: bool = False
     head: str = "attention"
     head_depth: int = 1
     dropout: float = 0.5
     drop_path: float = 0.0
-    init: str = "normal"
+    init: str = "released"
+    remat: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
         object.__setattr__(self, "shift_blocks", tuple(self.shift_blocks))
-        for value, name, divisor, divisor_name in (
-            (self.width, "width", self.heads, "heads"),
-            (self.image_size, "image_size", self.patch_size, "patch_size"),
-            (self.num_frames, "num_frames", self.shift_segment, "shift_segment"),
-        ):
-            if value % divisor:
-                raise ValueError(f"{name}={value} does not divide by {divisor_name}={divisor}")
-        m = self.temporal_embedding_frames
-        if m and self.num_frames % m:
-            raise ValueError(
-                f"num_frames={self.num_frames} does not divide by temporal_embedding_frames={m}"
-            )
+        check_divides(self, width="heads", image_size="patch_size", num_frames="shift_segment")
+        if self.temporal_embedding_frames:
+            check_divides(self, num_frames="temporal_embedding_frames")
         if self.shift_div < 2:
             raise ValueError(f"shift_div={self.shift_div}: two shifted parts need at least 2")
         if outside := [i for i in self.shift_blocks if not 0 <= i < self.depth]:
             raise ValueError(f"shift_blocks={outside} lie outside 0..{self.depth - 1} (depth)")
-        for name, value, valid in (
-            ("head", self.head, ("attention", "mean")),
-            ("init", self.init, tuple(INITS)),
-            ("dtype", self.dtype, ("float32", "bfloat16")),
-        ):
-            if value not in valid:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(valid)}")
+        check_options(
+            self,
+            shift=("both", "keys", "values", "none"),
+            head=("attention", "mean"),
+            init=tuple(INITS),
+            dtype=("float32", "bfloat16"),
+        )
 
 
+_KINETICS = XViTConfig(name="xvit_k400", num_classes=400)
 PRESETS = {
+    "xvit_k400": _KINETICS,
+    "xvit_k600": dataclasses.replace(_KINETICS, name="xvit_k600", num_classes=600),
+    "xvit_ssv2": dataclasses.replace(
+        _KINETICS, name="xvit_ssv2", num_classes=174, shift_segment=16, shift_div=4
+    ),
     "xvit_tiny": XViTConfig(
         name="xvit_tiny",
         num_classes=8,
@@ -117,51 +134,82 @@ PRESETS = {
         depth=3,
         heads=2,
         shift_div=4,
-        shift_blocks=(0, 1, 2),
         dropout=0.0,
-        init="fan_in",
+        init="small",
     ),
 }
 
 
-def shift_time(x: jax.Array, segment: int, fold: int) -> jax.Array:
+def shift_time(x: jax.Array, segment: int, fold: int, *, groups: int = 1) -> jax.Array:
     """Takes a part of the channels from the neighbouring frames (paper, section 3.2).
 
-    Channels `[0, fold)` come from frame t+1, `[fold, 2·fold)` from frame t-1, the rest stay.
+    Of each group's channels, `[0, fold)` come from frame t+1, `[fold, 2·fold)` from frame t-1, and
+    the rest stay.
 
     Args:
         x: Keys or values `(b, t, n, d)`, the heads side by side in `d`.
         segment: Frames within which the shift stays; zeros enter at its ends. Divides `t`.
-        fold: Number of channels taken from either side.
+        fold: Number of channels of a group taken from either side.
+        groups: Into how many groups `d` is cut: 1 (the released models), or one a head.
 
     Returns:
         The shifted `x`, `(b, t, n, d)`.
     """
     b, t, n, d = x.shape
-    x = x.reshape(b, t // segment, segment, n, d)
-    edge = jnp.zeros_like(x[:, :, :1, :, :fold])
-    after = jnp.concatenate([x[:, :, 1:, :, :fold], edge], axis=2)
-    before = jnp.concatenate([edge, x[:, :, :-1, :, fold : 2 * fold]], axis=2)
-    return jnp.concatenate([after, before, x[..., 2 * fold :]], axis=-1).reshape(b, t, n, d)
+    parts = x.reshape(b, t // segment, segment, n, groups, d // groups)
+    edge = jnp.zeros_like(parts[:, :, :1, ..., :fold])
+    after = jnp.concatenate([parts[:, :, 1:, ..., :fold], edge], axis=2)
+    before = jnp.concatenate([edge, parts[:, :, :-1, ..., fold : 2 * fold]], axis=2)
+    return jnp.concatenate([after, before, parts[..., 2 * fold :]], axis=-1).reshape(x.shape)
+
+
+def summarize(x: jax.Array, segment: int) -> jax.Array:
+    """The summary tokens that each frame sees: the mean patch token of every frame of its segment.
+
+    Args:
+        x: Keys or values `(b, t, n, d)`; token 0 is the class token, which the means leave out.
+        segment: Frames that see each other's summaries. Divides `t`.
+
+    Returns:
+        `(b, t, segment, d)`.
+    """
+    b, t, _, d = x.shape
+    means = x[:, :, 1:].mean(axis=2).reshape(b, t // segment, 1, segment, d)
+    means = jnp.broadcast_to(means, (b, t // segment, segment, segment, d))
+    return means.reshape(b, t, segment, d)
 
 
 class Attention(nnx.Module):
-    """Attention within each frame, with keys and values shifted in time where `shift` is set."""
+    """Attention within each frame over keys and values that mix neighbouring frames."""
 
-    def __init__(
-        self, cfg: XViTConfig, *, shift: bool, bias: bool, head_init: bool, rngs: nnx.Rngs
-    ):
+    def __init__(self, cfg: XViTConfig, index: int, *, rngs: nnx.Rngs):
+        shifts = index in cfg.shift_blocks or not cfg.shift_blocks
         self.heads = cfg.heads
         self.segment = cfg.shift_segment
-        self.fold = cfg.width // cfg.shift_div if shift else 0
-        self.qkv = _linear(cfg, cfg.width, 3 * cfg.width, head_init, use_bias=bias, rngs=rngs)
-        self.proj = _linear(cfg, cfg.width, cfg.width, head_init, rngs=rngs)
+        self.groups = cfg.heads if cfg.shift_per_head else 1
+        self.fold = cfg.width // self.groups // cfg.shift_div
+        self.shift_keys = shifts and cfg.shift in ("both", "keys")
+        self.shift_values = shifts and cfg.shift in ("both", "values")
+        self.summary_tokens = cfg.summary_tokens
+        self.qkv = _linear(cfg, cfg.width, 3 * cfg.width, rngs=rngs)
+        self.proj = _linear(cfg, cfg.width, cfg.width, rngs=rngs)
+
+    def split(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries `(b t n d)`, and mixed keys and values `(b t m d)`."""
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        shifted = [
+            shift_time(a, self.segment, self.fold, groups=self.groups) if shifts else a
+            for a, shifts in ((k, self.shift_keys), (v, self.shift_values))
+        ]
+        if self.summary_tokens:
+            shifted = [
+                jnp.concatenate([a, summarize(plain, self.segment)], axis=2)
+                for a, plain in zip(shifted, (k, v), strict=True)
+            ]
+        return q, *shifted
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)  # 3 × (b t n d)
-        if self.fold:
-            k, v = (shift_time(a, self.segment, self.fold) for a in (k, v))
-        return self.proj(attend(q, k, v, self.heads))
+        return self.proj(attend(*self.split(x), self.heads))
 
 
 class Block(nnx.Module):
@@ -170,17 +218,10 @@ class Block(nnx.Module):
     def __init__(self, cfg: XViTConfig, index: int, *, rngs: nnx.Rngs):
         self.drop_path = cfg.drop_path * index / max(cfg.depth - 1, 1)
         self.norm1 = layer_norm(cfg.width, BACKBONE_EPS, cfg.dtype, rngs=rngs)
-        self.attn = Attention(
-            cfg, shift=index in cfg.shift_blocks, bias=True, head_init=False, rngs=rngs
-        )
+        self.attn = Attention(cfg, index, rngs=rngs)
         self.norm2 = layer_norm(cfg.width, BACKBONE_EPS, cfg.dtype, rngs=rngs)
-        self.mlp = Mlp(
-            cfg.width,
-            cfg.mlp_ratio * cfg.width,
-            cfg.dtype,
-            kernel_init=INITS[cfg.init],
-            rngs=rngs,
-        )
+        linear = functools.partial(_linear, cfg, rngs=rngs)
+        self.mlp = Mlp(cfg.width, cfg.mlp_ratio * cfg.width, linear)
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         keys = (None, None) if key is None else jax.random.split(key)
@@ -192,13 +233,15 @@ class Backbone(nnx.Module):
     """The ViT: a clip `(b t h w c)` → the class token of each frame `(b t d)`."""
 
     def __init__(self, cfg: XViTConfig, *, rngs: nnx.Rngs):
-        normal = INITS["normal"]
+        self.remat = cfg.remat
+        _, pos_init, temp_init = INITS[cfg.init]
         n = (cfg.image_size // cfg.patch_size) ** 2 + 1
         self.patch_embed = PatchEmbed(cfg.patch_size, cfg.width, cfg.dtype, rngs=rngs)
-        self.cls_token = nnx.Param(normal(rngs.params(), (1, 1, cfg.width)))
-        self.pos_embed = nnx.Param(normal(rngs.params(), (1, n, cfg.width)))
+        self.cls_token = nnx.Param(normal_init(rngs.params(), (1, 1, cfg.width)))
+        self.pos_embed = nnx.Param(pos_init(rngs.params(), (1, n, cfg.width)))
         if cfg.temporal_embedding_frames:
-            self.temp_embed = nnx.Param(jnp.zeros((1, cfg.temporal_embedding_frames, 1, cfg.width)))
+            shape = (1, cfg.temporal_embedding_frames, 1, cfg.width)
+            self.temp_embed = nnx.Param(temp_init(rngs.params(), shape))
         self.blocks = nnx.List([Block(cfg, i, rngs=rngs) for i in range(cfg.depth)])
         self.norm = layer_norm(cfg.width, BACKBONE_EPS, cfg.dtype, rngs=rngs)
 
@@ -218,25 +261,43 @@ class Backbone(nnx.Module):
     def __call__(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         x = self.embed(video)
         for i, block in enumerate(self.blocks):
-            x = block(x, key=None if key is None else jax.random.fold_in(key, i))
+            call = jax.checkpoint(block.__call__) if self.remat else block
+            x = call(x, key=None if key is None else jax.random.fold_in(key, i))
         return self.norm(x)[:, :, 0]  # (b t d)
 
 
+class HeadAttention(nnx.Module):
+    """The temporal head's attention over frames; no bias on queries, keys and values."""
+
+    def __init__(self, cfg: XViTConfig, *, rngs: nnx.Rngs):
+        self.heads = cfg.heads
+        self.qkv = nnx.Linear(
+            cfg.width,
+            3 * cfg.width,
+            use_bias=False,
+            kernel_init=torch_kernel_init,
+            dtype=cfg.dtype,
+            rngs=rngs,
+        )
+        self.proj = torch_linear(cfg.width, cfg.width, cfg.dtype, rngs=rngs)
+
+    def split(self, x: jax.Array) -> list[jax.Array]:
+        """Queries, keys and values, each `(b 1 n d)`."""
+        return jnp.split(self.qkv(x), 3, axis=-1)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.proj(attend(*self.split(x), self.heads))
+
+
 class HeadBlock(nnx.Module):
-    """A pre-norm block of the temporal head: over frames, without a bias on q, k and v."""
+    """A pre-norm block of the temporal head."""
 
     def __init__(self, cfg: XViTConfig, *, rngs: nnx.Rngs):
         self.norm1 = layer_norm(cfg.width, HEAD_EPS, cfg.dtype, rngs=rngs)
-        self.attn = Attention(cfg, shift=False, bias=False, head_init=True, rngs=rngs)
+        self.attn = HeadAttention(cfg, rngs=rngs)
         self.norm2 = layer_norm(cfg.width, HEAD_EPS, cfg.dtype, rngs=rngs)
-        self.mlp = Mlp(
-            cfg.width,
-            cfg.mlp_ratio * cfg.width,
-            cfg.dtype,
-            kernel_init=torch_kernel_init,
-            torch_bias=True,
-            rngs=rngs,
-        )
+        linear = functools.partial(torch_linear, dtype=cfg.dtype, rngs=rngs)
+        self.mlp = Mlp(cfg.width, cfg.mlp_ratio * cfg.width, linear)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.attn(self.norm1(x))
@@ -256,21 +317,29 @@ class TemporalHead(nnx.Module):
         self.mlp_head = nnx.List(
             [
                 layer_norm(cfg.width, HEAD_EPS, cfg.dtype, rngs=rngs),
-                _linear(cfg, cfg.width, cfg.width, True, rngs=rngs),
+                torch_linear(cfg.width, cfg.width, cfg.dtype, rngs=rngs),
                 None,  # GELU: keeps its place in the released numbering
                 None,  # dropout: likewise
-                _linear(cfg, cfg.width, cfg.num_classes, True, rngs=rngs),
+                torch_linear(cfg.width, cfg.num_classes, "float32", rngs=rngs),
             ]
         )
 
-    def __call__(self, frames: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    def embed(self, frames: jax.Array) -> jax.Array:
+        """Tokens before the first block: `(b t d)` → `(b 1 n d)`, n = 1 + t."""
         b, _, d = frames.shape
         cls_token = jnp.broadcast_to(self.cls_token[...].astype(frames.dtype), (b, 1, d))
-        x = jnp.concatenate([cls_token, frames], axis=1)[:, None]  # (b 1 n d), n = 1 + t
+        return jnp.concatenate([cls_token, frames], axis=1)[:, None]
+
+    def video_features(self, frames: jax.Array) -> jax.Array:
+        """The class token after the blocks and the norm: `(b t d)` → `(b d)`."""
+        x = self.embed(frames)
         for block in self.temporal_encoder:
             x = block(x)
-        norm, fc1, _, _, fc2 = self.mlp_head
-        x = jax.nn.gelu(fc1(norm(x[:, 0, 0])), approximate=False)  # (b d)
+        return self.mlp_head[0](x[:, 0, 0])
+
+    def __call__(self, frames: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        _, fc1, _, _, fc2 = self.mlp_head
+        x = jax.nn.gelu(fc1(self.video_features(frames)), approximate=False)  # (b d)
         return fc2(dropout(x, self.dropout, key))
 
 
@@ -288,7 +357,43 @@ class XViT(nnx.Module):
         if config.head == "attention":
             self.consensus = TemporalHead(config, rngs=rngs)
         else:
-            self.new_fc = _linear(config, config.width, config.num_classes, True, rngs=rngs)
+            self.new_fc = torch_linear(config.width, config.num_classes, "float32", rngs=rngs)
+
+    def features(self, video: jax.Array) -> dict[str, jax.Array]:
+        """`frames` `(b t d)` and `video` `(b d)`, for a clip `(b t h w c)`."""
+        self._check_length(video)
+        frames = self.base_model(video)
+        if self.config.head == "mean":
+            return {"frames": frames, "video": frames.mean(axis=1)}
+        return {"frames": frames, "video": self.consensus.video_features(frames)}
+
+    def attention(self, video: jax.Array) -> dict[str, jax.Array]:
+        """Attention weights, computed beside the forward pass.
+
+        Args:
+            video: `(b t h w c)`.
+
+        Returns:
+            `spatial` `(b, blocks, t, k, n, m)`, m = n without summary tokens, and, with the
+            attention head, `temporal` `(b, blocks, k, 1 + t, 1 + t)`; rows are queries and sum to
+            1, token 0 is the class token.
+        """
+        self._check_length(video)
+        heads, spatial, temporal = self.config.heads, [], []
+        x = self.base_model.embed(video)
+        for block in self.base_model.blocks:
+            q, k, _ = block.attn.split(block.norm1(x))
+            spatial.append(attention_weights(q, k, heads))  # (b t k n m)
+            x = block(x)
+        weights = {"spatial": jnp.stack(spatial, axis=1)}
+        if self.config.head == "attention":
+            x = self.consensus.embed(self.base_model.norm(x)[:, :, 0])
+            for block in self.consensus.temporal_encoder:
+                q, k, _ = block.attn.split(block.norm1(x))
+                temporal.append(attention_weights(q, k, heads)[:, 0])
+                x = block(x)
+            weights["temporal"] = jnp.stack(temporal, axis=1)
+        return weights
 
     def __call__(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Classifies clips.
@@ -304,28 +409,21 @@ class XViT(nnx.Module):
         Raises:
             ValueError: The clip's length does not divide by the segment or the embedding.
         """
-        for name in ("shift_segment", "temporal_embedding_frames"):
-            divisor = getattr(self.config, name)
-            if divisor and video.shape[1] % divisor:
-                raise ValueError(f"{video.shape[1]} frames do not divide by {name}={divisor}")
+        self._check_length(video)
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         frames = self.base_model(video, key=keys[0])  # (b t d)
         frames = dropout(frames, self.config.dropout, keys[1])
         if self.config.head == "mean":
-            return self.new_fc(frames.mean(axis=1)).astype(jnp.float32)
-        return self.consensus(frames, key=keys[2]).astype(jnp.float32)
+            return self.new_fc(frames.mean(axis=1))
+        return self.consensus(frames, key=keys[2])
+
+    def _check_length(self, video: jax.Array) -> None:
+        for name in ("shift_segment", "temporal_embedding_frames"):
+            divisor = getattr(self.config, name)
+            if divisor and video.shape[1] % divisor:
+                raise ValueError(f"{video.shape[1]} frames do not divide by {name}={divisor}")
 
 
-def _linear(
-    cfg: XViTConfig, fan_in: int, fan_out: int, head: bool, *, use_bias=True, rngs: nnx.Rngs
-) -> nnx.Linear:
-    """A Linear layer of the backbone, or of the head, which keeps torch's default init."""
-    return nnx.Linear(
-        fan_in,
-        fan_out,
-        use_bias=use_bias,
-        kernel_init=torch_kernel_init if head else INITS[cfg.init],
-        bias_init=torch_bias_init(fan_in) if head else nnx.initializers.zeros,
-        dtype=cfg.dtype,
-        rngs=rngs,
-    )
+def _linear(cfg: XViTConfig, fan_in: int, fan_out: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+    """A Linear layer of the backbone."""
+    return nnx.Linear(fan_in, fan_out, kernel_init=INITS[cfg.init][0], dtype=cfg.dtype, rngs=rngs)

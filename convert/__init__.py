@@ -1,0 +1,1 @@
+"""Weights between PyTorch's world and this one."""
