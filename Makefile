@@ -1,16 +1,19 @@
-# make demo · make test · make lint: each sets up what it needs in .venv, once.
+# make demo · make test · make lint · make test-full (at full size): each sets up what it needs in .venv, once.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint format
+.PHONY: demo test test-full lint format
 
 demo: $(VENV)/.run-installed
 	$(RUN) main.py --config configs/motion.py --workdir runs/motion
 
 test: $(VENV)/.dev-installed
 	$(RUN) -m pytest
+
+test-full: $(VENV)/.dev-installed
+	$(RUN) -m pytest -m full -n 0
 
 lint: $(VENV)/.dev-installed
 	$(RUN) -m ruff check .

@@ -39,7 +39,6 @@ def config_of(golden: dict) -> XViTConfig:
         temporal_embedding_frames=sizes["temporal_embedding_frames"],
         shift_segment=sizes["shift_segment"],
         shift_div=sizes["shift_div"],
-        shift_blocks=tuple(range(sizes["depth"])),
     )
 
 

@@ -1,0 +1,65 @@
+"""Writes a model folder as a .pth file that the original programs load with strict=True.
+
+python convert/flax_to_torch.py --input FOLDER --output FILE.pth
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+
+from convert import rules
+from jaxvid import checkpoint
+from jaxvid.errors import InputError
+from jaxvid.models import ModelConfig, Params, split_params
+from jaxvid.models.stam import STAMConfig
+
+
+def to_state_dict(params: Params, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The original program's state_dict; XViT's unused `new_fc` is zeros."""
+    state = {
+        rules.torch_key(name): torch.from_numpy(
+            np.array(rules.to_torch(name, np.asarray(array)), order="C")
+        )
+        for name, array in params.items()
+    }
+    if not isinstance(config, STAMConfig) and "new_fc.weight" not in state:
+        state["new_fc.weight"] = torch.zeros(config.num_classes, config.width)
+        state["new_fc.bias"] = torch.zeros(config.num_classes)
+    return state
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--input", required=True, type=Path, help="model folder")
+    parser.add_argument("--output", required=True, type=Path, help=".pth file to write")
+    args = parser.parse_args(argv)
+    try:
+        model = checkpoint.load_model(args.input)
+        state = to_state_dict(split_params(model)[1], model.config)
+        if isinstance(model.config, STAMConfig):
+            tree = {"model": state}
+        else:
+            tree = {"epoch": 0, "model_state": state, "optimizer_state": {}, "cfg": ""}
+        partial = args.output.with_name(f".{args.output.name}.partial")
+        try:
+            torch.save(tree, partial)
+            os.replace(partial, args.output)
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            raise InputError(f"{args.output} cannot be written ({error})") from None
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return InputError.EXIT_CODE
+    print(f"{args.output}: {len(state)} tensors, as the original program of {model.config.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

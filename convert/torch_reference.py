@@ -1,0 +1,261 @@
+"""Both models in plain PyTorch, written from the papers, to check the JAX ones against.
+
+Parameter names are those of the released checkpoints, so that these load them with strict=True.
+Axis letters: jaxvid/models/layers.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from jaxvid.models import ModelConfig
+from jaxvid.models.stam import STAMConfig
+from jaxvid.models.xvit import XViTConfig
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+    """Attention over the second axis of `(rows, n, d)`, written out: softmax(q·kᵀ)·v."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (rows k n e)
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return (weights @ v).transpose(1, 2).flatten(-2)
+
+
+def attend_fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+    """The same through `scaled_dot_product_attention`."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (rows k n e)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Attention whose keys and values may be shifted in time before it."""
+
+    def __init__(self, width: int, heads: int, *, bias: bool, shift=None, attend=attend):
+        super().__init__()
+        self.heads, self.shift, self.attend = heads, shift, attend
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.shift is not None:
+            k, v = self.shift(k), self.shift(v)
+        return self.proj(self.attend(q, k, v, self.heads))
+
+
+class Mlp(nn.Module):
+    """Two Linear layers with the exact GELU between them."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, hidden: int, attention: Attention, eps: float):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
+        self.attn, self.mlp = attention, Mlp(width, hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Patches by a convolution: `(rows, c, h, w)` → `(rows, n, d)`."""
+
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class ImageViT(nn.Module):
+    """The ViT that both models run on each frame."""
+
+    def __init__(self, cfg: ModelConfig, eps: float, make_attention):
+        super().__init__()
+        n = (cfg.image_size // cfg.patch_size) ** 2 + 1
+        self.patch_embed = PatchEmbed(cfg.patch_size, cfg.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, n, cfg.width))
+        hidden = cfg.mlp_ratio * cfg.width
+        self.blocks = nn.ModuleList(
+            Block(cfg.width, hidden, make_attention(i), eps) for i in range(cfg.depth)
+        )
+        self.norm = nn.LayerNorm(cfg.width, eps=eps)
+
+    def embed(self, video: torch.Tensor) -> torch.Tensor:
+        """Tokens before the first block: `(b, t, h, w, c)` → `(b·t, n, d)`."""
+        frames = video.flatten(0, 1).permute(0, 3, 1, 2)  # (b·t c h w)
+        grid = [size // self.patch_embed.proj.stride[0] for size in frames.shape[2:]]
+        x = self.patch_embed(frames)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        side = round((self.pos_embed.shape[1] - 1) ** 0.5)
+        pos_embed = self.pos_embed
+        if grid != [side, side]:
+            patches = pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+            patches = patches.permute(0, 2, 3, 1).flatten(1, 2)
+            pos_embed = torch.cat([pos_embed[:, :1], patches], dim=1)
+        return x + pos_embed
+
+    def frame_features(self, video: torch.Tensor, record: list | None = None) -> torch.Tensor:
+        """Each frame's class token `(b, t, d)`; appends each block's output to `record`."""
+        x = self.embed(video)
+        for block in self.blocks:
+            x = block(x)
+            if record is not None:
+                record.append(x)
+        return self.norm(x)[:, 0].unflatten(0, video.shape[:2])
+
+
+class Aggregate(nn.Module):
+    """STAM's transformer over frames, made of torch's stock layers."""
+
+    def __init__(self, cfg: STAMConfig):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, cfg.num_frames + 1, cfg.width))
+        layer = nn.TransformerEncoderLayer(
+            cfg.width, cfg.temporal_heads, cfg.temporal_mlp, dropout=cfg.dropout, batch_first=True
+        )
+        self.transformer_enc = nn.TransformerEncoder(
+            layer, cfg.temporal_depth, norm=nn.LayerNorm(cfg.width), enable_nested_tensor=False
+        )
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.cls_token.expand(len(frames), -1, -1), frames], dim=1)
+        return self.transformer_enc(x + self.pos_embed)[:, 0]
+
+
+class STAM(ImageViT):
+    """STAM; the mean aggregator has no weights."""
+
+    def __init__(self, cfg: STAMConfig, attend=attend):
+        def make_attention(_):
+            return Attention(cfg.width, cfg.heads, bias=True, attend=attend)
+
+        super().__init__(cfg, 1e-5, make_attention)
+        self.aggregate = Aggregate(cfg) if cfg.aggregator == "transformer" else None
+        self.head = nn.Linear(cfg.width, cfg.num_classes)
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        frames = self.frame_features(video)
+        return self.head(frames.mean(1) if self.aggregate is None else self.aggregate(frames))
+
+
+class Shift(nn.Module):
+    """Space-time mixing on `(b·t, n, d)`: see jaxvid.models.xvit.shift_time."""
+
+    def __init__(self, segment: int, fold: int):
+        super().__init__()
+        self.segment, self.fold = segment, fold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.unflatten(0, (-1, self.segment))  # (b·segments t n d)
+        fold, shifted = self.fold, x.clone()
+        shifted[:, -1, :, :fold] = 0
+        shifted[:, :-1, :, :fold] = x[:, 1:, :, :fold]
+        shifted[:, 0, :, fold : 2 * fold] = 0
+        shifted[:, 1:, :, fold : 2 * fold] = x[:, :-1, :, fold : 2 * fold]
+        return shifted.flatten(0, 1)
+
+
+class XViTBackbone(ImageViT):
+    """The ViT with shifted keys and values and a temporal embedding."""
+
+    def __init__(self, cfg: XViTConfig, attend):
+        shift = Shift(cfg.shift_segment, cfg.width // cfg.shift_div)
+
+        def make_attention(_):
+            return Attention(cfg.width, cfg.heads, bias=True, shift=shift, attend=attend)
+
+        super().__init__(cfg, 1e-6, make_attention)
+        self.temp_embed = nn.Parameter(torch.zeros(1, cfg.temporal_embedding_frames, 1, cfg.width))
+
+    def embed(self, video: torch.Tensor) -> torch.Tensor:
+        x = super().embed(video).unflatten(0, video.shape[:2])  # (b t n d)
+        repeats = video.shape[1] // self.temp_embed.shape[1]
+        return (x + self.temp_embed.repeat(1, repeats, 1, 1)).flatten(0, 1)
+
+
+class Consensus(nn.Module):
+    """XViT's temporal head."""
+
+    def __init__(self, cfg: XViTConfig):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
+        self.temporal_encoder = nn.ModuleList(
+            Block(
+                cfg.width,
+                cfg.mlp_ratio * cfg.width,
+                Attention(cfg.width, cfg.heads, bias=False),
+                1e-5,
+            )
+            for _ in range(cfg.head_depth)
+        )
+        self.mlp_head = nn.Sequential(
+            nn.LayerNorm(cfg.width),
+            nn.Linear(cfg.width, cfg.width),
+            nn.GELU(),
+            nn.Dropout(cfg.dropout),
+            nn.Linear(cfg.width, cfg.num_classes),
+        )
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.cls_token.expand(len(frames), -1, -1), frames], dim=1)
+        for block in self.temporal_encoder:
+            x = block(x)
+        return self.mlp_head(x[:, 0])
+
+
+class XViT(nn.Module):
+    """XViT as released; `new_fc` is in its checkpoints and read by nothing."""
+
+    def __init__(self, cfg: XViTConfig, attend=attend):
+        super().__init__()
+        self.base_model = XViTBackbone(cfg, attend)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.new_fc = nn.Linear(cfg.width, cfg.num_classes)
+        self.consensus = Consensus(cfg)
+
+    def frame_features(self, video: torch.Tensor, record: list | None = None) -> torch.Tensor:
+        """Each frame's class token `(b, t, d)`; appends each block's output to `record`."""
+        return self.base_model.frame_features(video, record)
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        return self.consensus(self.dropout(self.frame_features(video)))
+
+
+def build_reference(config: ModelConfig, *, fused: bool = False) -> STAM | XViT:
+    """The PyTorch model of a config, in evaluation mode.
+
+    Args:
+        config: A released model's config, with any sizes. The options that the papers study beside
+            it (summary tokens, other shifts and heads) exist in JAX alone.
+        fused: Use torch's fused attention kernel instead of the one written out.
+
+    Raises:
+        ValueError: The config uses such an option.
+    """
+    how = attend_fused if fused else attend
+    if isinstance(config, STAMConfig):
+        return STAM(config, how).eval()
+    if (
+        config.shift != "both"
+        or config.shift_blocks
+        or config.shift_per_head
+        or config.summary_tokens
+        or config.head != "attention"
+        or not config.temporal_embedding_frames
+    ):
+        raise ValueError(f"the PyTorch reference knows the released XViT alone, not {config}")
+    return XViT(config, how).eval()

@@ -1,0 +1,96 @@
+"""The released models at full size: `make test-full`."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import jaxvid
+from convert import flax_to_torch, rules, torch_to_flax
+from convert.torch_reference import build_reference
+from jaxvid.models import abstract_model, make_model_config, merge_params
+from tests import goldens
+from tests.golden.synthetic import synthetic_clip, synthetic_param
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
+RECORDED = ["stam_8", "stam_16", "xvit_k400", "xvit_k600", "xvit_ssv2"]
+ALL = [*RECORDED, "stam_32", "stam_64"]
+
+
+def manifest(name: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in the released checkpoint."""
+    if not (goldens.FOLDER / f"full/{name}.manifest.json").exists():
+        state = build_reference(make_model_config(name)).state_dict()
+        return {key: tuple(value.shape) for key, value in state.items()}
+    listed = json.loads((goldens.FOLDER / f"full/{name}.manifest.json").read_text())
+    return {key: tuple(shape) for key, shape in listed}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_full_models_equal_the_original(name):
+    with np.load(goldens.FOLDER / f"full/{name}.npz") as arrays:
+        golden = dict(arrays)
+    graphdef, abstract = abstract_model(make_model_config(name))
+    names = {rules.torch_key(key): rules.torch_shape(key, v.shape) for key, v in abstract.items()}
+    unread = {key for key in manifest(name) if key.startswith("new_fc.")}
+    assert names == {k: v for k, v in manifest(name).items() if k not in unread}
+    params = goldens.params(abstract, int(golden["seed"]))
+    clip = synthetic_clip(tuple(golden["clip_shape"]), int(golden["clip_seed"]))
+
+    @jax.jit
+    def run(params, clip):
+        model = merge_params(graphdef, params)
+        return model(clip), model.features(clip)
+
+    logits, features = run(params, clip)
+    differences = {
+        "logits": abs(logits - golden["logits"]).max(),
+        "frame features": abs(features["frames"] - golden["frame_features"]).max(),
+    }
+    if "video_features" in golden:
+        differences["video"] = abs(features["video"] - golden["video_features"]).max()
+    print(name, {what: f"{float(value):.1e}" for what, value in differences.items()})
+    assert max(differences.values()) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["stam_8", "xvit_k600"])
+def test_256_px_equals_the_torch_reference(name):
+    config = make_model_config(name)
+    state = {
+        key: torch.from_numpy(np.array(synthetic_param(key, shape, 5)))
+        for key, shape in manifest(name).items()
+    }
+    reference = build_reference(config)
+    reference.load_state_dict(state, strict=True)
+    clip = synthetic_clip((1, config.num_frames, 256, 256, 3), 6)
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(clip)).numpy()
+    del reference, state
+    graphdef, abstract = abstract_model(config)
+    params = goldens.params(abstract, 5)
+    logits = jax.jit(lambda p, c: merge_params(graphdef, p)(c))(params, clip)
+    print(name, f"256 px: {float(abs(logits - expected).max()):.1e}")
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_full_round_trips_are_bit_identical(name, tmp_path):
+    shapes = manifest(name)
+    state = {
+        key: torch.from_numpy(np.array(synthetic_param(key, shape, 1)))
+        for key, shape in shapes.items()
+    }
+    key = "model" if name.startswith("stam") else "model_state"
+    torch.save({key: state}, tmp_path / "in.pth")
+    arguments = ["--model", name, "--input", str(tmp_path / "in.pth")]
+    assert torch_to_flax.main([*arguments, "--output", str(tmp_path / "model")]) == 0
+    arguments = ["--input", str(tmp_path / "model"), "--output", str(tmp_path / "out.pth")]
+    assert flax_to_torch.main(arguments) == 0
+    found = torch.load(tmp_path / "out.pth", weights_only=True)[key]
+    assert found.keys() == state.keys()
+    for key, tensor in state.items():
+        if not key.startswith("new_fc."):
+            assert torch.equal(found[key], tensor), key
+    assert jaxvid.load_model(tmp_path / "model").config == make_model_config(name)
