@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import motion as motion_config
@@ -18,7 +19,7 @@ from jaxvid.models import (
     split_params,
 )
 from jaxvid.models.layers import drop_path, dropout
-from jaxvid.models.xvit import XViTConfig, shift_time
+from jaxvid.models.xvit import XViTConfig, shift_time, summarize
 from jaxvid.steps import cross_entropy
 from tests import goldens
 
@@ -208,3 +209,166 @@ def test_configs_survive_json_and_replace():
     config = make_model_config("xvit_tiny", shift_blocks=[0, 2])
     assert config.shift_blocks == (0, 2)
     assert dataclasses.replace(config, depth=3) == config
+
+
+def test_a_training_trajectory_equals_the_original():
+    """Five steps of the released recipe: SGD, Nesterov, coupled decay, mixup with given draws."""
+    golden = goldens.load("tiny/xvit_tiny_train_trajectory")
+    graphdef, abstract = abstract_model(config_of(golden))
+    params = goldens.params(abstract, int(golden["param_seed"]))
+
+    def decays(params):
+        return {k: not (k.startswith("consensus.") and k.endswith(".bias")) for k in params}
+
+    optimizer = optax.inject_hyperparams(
+        lambda rate: optax.chain(
+            optax.add_decayed_weights(1e-5, decays), optax.sgd(rate, momentum=0.9, nesterov=True)
+        )
+    )(rate=0.0)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state, clip, labels, other, lam):
+        def loss_fn(params):
+            logits = merge_params(graphdef, params)(clip)
+            pair = (cross_entropy(logits, y, smoothing=0.3).mean() for y in (labels, other))
+            return lam * next(pair) + (1 - lam) * next(pair)
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    for i, rate in enumerate(golden["lrs"]):
+        state.hyperparams["rate"] = jnp.float32(rate)
+        lam, order = np.float32(golden["lams"][i]), golden["perms"][i]
+        clip, labels = golden["clip"][i], golden["labels"][i]
+        mixed = lam * clip + (1 - lam) * clip[order]
+        params, state, loss = step(params, state, mixed, labels, labels[order], lam)
+        assert abs(float(loss) - golden["losses"][i]) <= 1e-5, i
+    for key, array in params.items():
+        array = rules.to_torch(key, np.asarray(array)).astype(np.float64).ravel()
+        norm = golden[f"final_norm/{rules.torch_key(key)}"]
+        np.testing.assert_allclose(np.linalg.norm(array), norm, rtol=1e-4, err_msg=key)
+        sample = golden[f"final_sample/{rules.torch_key(key)}"]
+        places = np.linspace(0, array.size - 1, len(sample)).astype(int)
+        scale = max(np.abs(sample).max(), norm / np.sqrt(array.size))
+        np.testing.assert_allclose(array[places], sample, rtol=0, atol=1e-4 * scale, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "segment", "shift_div", "millions"),
+    [
+        ("xvit_k400", 400, 8, 8, 93.79),
+        ("xvit_k600", 600, 8, 8, 93.94),
+        ("xvit_ssv2", 174, 16, 4, 93.62),
+    ],
+)
+def test_released_sizes(name, classes, segment, shift_div, millions):
+    config = make_model_config(name)
+    assert (config.num_classes, config.shift_segment, config.shift_div) == (
+        classes,
+        segment,
+        shift_div,
+    )
+    _, params = abstract_model(config)
+    count = sum(np.prod(leaf.shape) for leaf in params.values())
+    assert round(count / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize("patch", [16, 32])
+def test_large_and_coarse_backbones_build(patch):
+    """ViT-L/16 and the /32 backbones are overrides of the sizes."""
+    large = {"width": 1024, "depth": 24, "heads": 16, "patch_size": patch}
+    for name in ("xvit_k400", "stam_16"):
+        _, params = abstract_model(make_model_config(name, **large))
+        assert sum("attn.qkv.kernel" in key for key in params) >= 24
+
+
+def test_shift_per_head_moves_a_part_of_each_head():
+    x = jax.random.normal(jax.random.key(0), (1, 4, 2, 12))
+    by_hand = [shift_time(part, 4, 1) for part in jnp.split(x, 3, axis=-1)]
+    np.testing.assert_array_equal(shift_time(x, 4, 1, groups=3), jnp.concatenate(by_hand, axis=-1))
+
+
+def test_summary_tokens_are_the_patch_means_of_the_segment():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 5, 3))
+    summaries = summarize(x, 2)
+    assert summaries.shape == (2, 4, 2, 3)
+    for t in range(4):
+        for i in range(2):
+            expected = x[:, 2 * (t // 2) + i, 1:].mean(axis=1)
+            np.testing.assert_allclose(summaries[:, t, i], expected, rtol=1e-5)
+
+
+OPTIONS = [
+    {"shift": "keys"},
+    {"shift": "values"},
+    {"shift": "none"},
+    {"shift_blocks": (1,)},
+    {"shift_per_head": True},
+    {"shift_segment": 4},
+    {"shift_div": 8},
+    {"summary_tokens": True},
+    {"head": "mean"},
+    {"head_depth": 2},
+]
+
+
+def test_every_option_changes_the_network_and_none_the_default():
+    video = clips()
+    default = run(demo_model(""), video)
+    np.testing.assert_array_equal(run(demo_model(""), video), default)
+    found = [np.asarray(run(demo_model("", **options), video)) for options in OPTIONS]
+    for i, logits in enumerate(found):
+        assert np.isfinite(logits).all()
+        assert abs(logits - default).max() > 1e-3, OPTIONS[i]
+        assert all(abs(logits - other).max() > 1e-4 for other in found[:i]), OPTIONS[i]
+
+
+def test_features_and_attention_stand_beside_the_forward_pass():
+    model, video = demo_model("", summary_tokens=True, head_depth=2), clips()
+    graphdef, params = split_params(model)
+
+    @jax.jit
+    def everything(params):
+        model = merge_params(graphdef, params)
+        return model.features(video), model.attention(video)
+
+    features, weights = everything(params)
+    assert features["frames"].shape == (2, 8, 64)
+    assert features["video"].shape == (2, 64)
+    assert weights["spatial"].shape == (2, 3, 8, 2, 17, 17 + 8)
+    assert weights["temporal"].shape == (2, 2, 2, 9, 9)
+    for array in weights.values():
+        np.testing.assert_allclose(array.sum(-1), 1, rtol=1e-5)
+    mean = demo_model("", head="mean").features(video)
+    np.testing.assert_array_equal(mean["video"], mean["frames"].mean(axis=1))
+
+
+@pytest.mark.parametrize("name", ["xvit_tiny", "stam_8"])
+def test_rematerialised_gradients_equal_plain_ones(name):
+    sizes = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "drop_path": 0.3}
+    found = []
+    for remat in (False, True):
+        graphdef, params = split_params(create_model(name, **sizes, remat=remat))
+        video = clips(size=32)
+
+        def loss_fn(params, graphdef=graphdef, video=video):
+            return merge_params(graphdef, params)(video, key=jax.random.key(3)).sum()
+
+        lowered = jax.jit(jax.grad(loss_fn)).lower(params)
+        assert ("optimization_barrier" in lowered.as_text()) == remat
+        found.append(lowered.compile()(params))
+    for key, grad in found[0].items():
+        np.testing.assert_allclose(found[1][key], grad, rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("name", [GOLDENS[0], GOLDENS[2]])
+def test_bfloat16_logits_stay_near_float32(name):
+    """Within 0.05 where logits have a standard deviation of about 0.5: bfloat16 keeps 8 bits."""
+    golden = goldens.load(name)
+    config = dataclasses.replace(config_of(golden), dtype="bfloat16")
+    graphdef, abstract = abstract_model(config)
+    params = goldens.params(abstract, int(golden["param_seed"]))
+    logits = jax.jit(lambda p: merge_params(graphdef, p)(golden["clip"]))(params)
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=0.05)

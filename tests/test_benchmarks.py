@@ -1,0 +1,35 @@
+"""The counts that the benchmarks print are those of the papers and of the compiler."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.cost import PAPER, multiply_adds, print_table
+from jaxvid.models import abstract_model, make_model_config, merge_params
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_multiply_adds_are_the_papers(name):
+    paper, counts_attention, views = PAPER[name]
+    found = views * multiply_adds(make_model_config(name), attention=counts_attention) / 1e9
+    assert found == pytest.approx(paper, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("stam_8", {}), ("stam_8", {"aggregator": "mean"}), ("xvit_k400", {"summary_tokens": True})],
+)
+def test_multiply_adds_are_the_compilers(name, overrides):
+    """Up to what the compiler counts beside matrix products: norms, softmax, GELU."""
+    config = make_model_config(name, depth=2, **overrides)
+    graphdef, params = abstract_model(config)
+    clip = jax.ShapeDtypeStruct((1, config.num_frames, 224, 224, 3), jnp.float32)
+    lowered = jax.jit(lambda p, c: merge_params(graphdef, p)(c)).lower(params, clip)
+    flops = lowered.cost_analysis()["flops"]
+    assert flops / 2 == pytest.approx(multiply_adds(config), rel=0.02)
+
+
+def test_the_table_has_a_line_for_every_model(capsys):
+    print_table()
+    out = capsys.readouterr().out
+    assert all(name in out for name in PAPER)
