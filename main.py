@@ -2,7 +2,7 @@
 
 python main.py --config FILE.py --workdir FOLDER                train, with evaluation; continues
 python main.py --config FILE.py --workdir FOLDER --mode eval    evaluate the newest checkpoint
-... --config.FIELD=VALUE                                        override a field of the config
+... --config.FIELD=VALUE              override a field; the config file lists and explains them
 """
 
 import difflib
@@ -34,7 +34,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             raise ValueError(f"{positional[1]!r}: not a flag; see --help")
         if not WORKDIR.value:
             raise ValueError("--workdir FOLDER is needed; see --help")
-    except (flags.Error, ValueError, TypeError) as error:
+    except (flags.Error, ValueError, TypeError, SyntaxError, ImportError) as error:
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(2)
     return positional
@@ -52,9 +52,12 @@ def _check_config(argv: list[str]) -> None:
         raise ValueError("--config FILE.py is needed; see --help")
     file, _, variant = values[-1].partition(":")
     if not Path(file).is_file():
-        there = ", ".join(str(path) for path in sorted(Path("configs").glob("*.py")))
+        files = sorted(path for path in Path("configs").glob("*.py") if path.stem != "common")
+        there = ", ".join(map(str, files))
         raise ValueError(f"--config: {file} does not exist; there are {there or 'no configs'}")
-    get_config = runpy.run_path(file)["get_config"]
+    get_config = runpy.run_path(file).get("get_config")
+    if get_config is None:
+        raise ValueError(f"--config: {file} is no config: it has no get_config()")
     config = get_config(variant) if variant else get_config()
     for argument in argv:
         if argument.startswith("--config."):
@@ -62,6 +65,8 @@ def _check_config(argv: list[str]) -> None:
 
 
 def _check_field(config: ConfigDict, name: str) -> None:
+    if name == "model.name":
+        raise ValueError("--config.model.name: a config is made for one model; take another config")
     section = config
     for depth, part in enumerate(name.split(".")):
         names = list(section) if isinstance(section, ConfigDict) else []
@@ -88,7 +93,7 @@ def main(_) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(InputError.EXIT_CODE)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+        print("interrupted; the same command goes on from what is there", file=sys.stderr)
         sys.exit(130)
 
 

@@ -45,7 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 100
+    config.optimizer.warmup_epochs = 0.8
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.05

@@ -47,13 +47,11 @@ class Source:
     """What a kind of file calls its weights, and which it may lack or have too many of.
 
     Attributes:
-        kind: `stam`, `xvit`, `timm_vit` or `google_vit`.
         ignored: Patterns of keys that are not read, each with the reason.
         zeros: Patterns of keys that may be missing and then are zeros, each with the reason.
         is_image_model: Whether it fills the image part of a video model alone.
     """
 
-    kind: str
     ignored: dict[str, str] = dataclasses.field(default_factory=dict)
     zeros: dict[str, str] = dataclasses.field(default_factory=dict)
     is_image_model: bool = False
@@ -62,12 +60,10 @@ class Source:
 _IMAGE_HEAD = "the image model's classifier; the video model has its own"
 SOURCES = {
     "stam": Source(
-        "stam",
         zeros={r"blocks\.\d+\.attn\.qkv\.bias": "a first-version file, which has none"},
     ),
-    "xvit": Source("xvit", ignored={r"new_fc\..*": "the program never reads it"}),
+    "xvit": Source(ignored={r"new_fc\..*": "the program never reads it"}),
     "timm_vit": Source(
-        "timm_vit",
         ignored={
             r"head(_dist)?\..*": _IMAGE_HEAD,
             r"(pre_logits|fc_norm)\..*": "belongs to the image model's classifier",
@@ -75,7 +71,7 @@ SOURCES = {
         is_image_model=True,
     ),
 }
-SOURCES["google_vit"] = dataclasses.replace(SOURCES["timm_vit"], kind="google_vit")
+SOURCES["google_vit"] = SOURCES["timm_vit"]  # after google_to_torch
 
 
 def image_prefix(config: ModelConfig) -> str:

@@ -80,11 +80,7 @@ def read_file(path: Path) -> tuple[str, dict[str, np.ndarray]]:
     tree = _torch_load(path)
     if not isinstance(tree, dict):
         raise InputError(f"{path} holds a {type(tree).__name__}, not a dict of weights")
-    for key in ("model", "model_state", "state_dict"):
-        if isinstance(tree.get(key), dict):
-            tree = tree[key]
-            break
-    tree = {str(key).removeprefix("module."): value for key, value in tree.items()}
+    tree = _unwrap(tree)
     if "pos_embed" not in tree and "base_model.pos_embed" not in tree:
         names = ", ".join(list(tree)[:4]) or "nothing"
         raise InputError(f"{path} holds no weights of STAM, XViT or a timm ViT, but {names}, ...")
@@ -93,6 +89,19 @@ def read_file(path: Path) -> tuple[str, dict[str, np.ndarray]]:
     else:
         kind = "stam" if any(key.startswith("aggregate.") for key in tree) else "timm_vit"
     return kind, _to_numpy(path, tree)
+
+
+def _unwrap(tree: dict) -> dict:
+    """The state_dict inside a checkpoint, without a DDP prefix."""
+    inner = next(
+        (
+            tree[key]
+            for key in ("model", "model_state", "state_dict")
+            if isinstance(tree.get(key), dict)
+        ),
+        tree,
+    )
+    return {str(key).removeprefix("module."): value for key, value in inner.items()}
 
 
 def _torch_load(path: Path):
@@ -132,7 +141,7 @@ def _to_numpy(path: Path, tree: dict) -> dict[str, np.ndarray]:
         if not isinstance(value, torch.Tensor):
             problems.append(f"{key} is a {type(value).__name__}, not a tensor")
         elif value.dtype in (torch.float16, torch.bfloat16):
-            out[key] = value.float().numpy()
+            out[key] = value.detach().float().numpy()
         else:
             out[key] = value.detach().numpy()
     if problems:
@@ -178,13 +187,13 @@ def infer_config(
     if kind == "stam":
         wanted["num_frames"] = config.num_frames
     for field, value in wanted.items():
-        if sizes.get(field, value) != value:
+        if field in sizes and sizes[field] != value:
             problems.append(
                 f"{field} is {sizes[field]} in {found[field][0]} but {value} in {model}"
             )
     if problems:
         hint = ""
-        if sizes.get("num_classes") != wanted["num_classes"]:
+        if "num_classes" in sizes and sizes["num_classes"] != wanted["num_classes"]:
             hint = f"; --num_classes {sizes['num_classes']} takes another number of classes"
         raise InputError(f"{source} contradicts --model {model}: {'; '.join(problems)}{hint}")
     try:
@@ -275,9 +284,7 @@ def check(path: Path, config: ModelConfig, params: Params) -> list[tuple[str, fl
     from jaxvid.models import merge_params
 
     reference = build_reference(config)
-    tree = _torch_load(path)
-    tree = tree.get("model") or tree.get("model_state") or tree
-    state = {key.removeprefix("module."): value.float() for key, value in tree.items()}
+    state = {key: value.float() for key, value in _unwrap(_torch_load(path)).items()}
     for key, value in reference.state_dict().items():
         if key.endswith("attn.qkv.bias"):  # which first-version files lack
             state.setdefault(key, torch.zeros_like(value))

@@ -15,6 +15,7 @@ from jaxvid.errors import InputError
 from jaxvid.models import Params, abstract_model, make_model_config, merge_params, split_params
 
 FORMAT_VERSION = 1
+CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance")
 
 
 def check_writable(workdir: Path, need_bytes: int) -> None:
@@ -122,14 +123,18 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
         raise InputError(f"{folder} exists and is no model folder; name another one")
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / "params", params)
-    (partial / "model.json").write_text(
-        json.dumps({"format_version": FORMAT_VERSION, **card}, indent=2, ensure_ascii=False) + "\n",
-        encoding="utf-8",
-    )
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
+    card = {"format_version": FORMAT_VERSION, **card}
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / "params", params)
+        text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+        (partial / "model.json").write_text(text, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}); name another") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_card(folder: str | Path) -> dict:
@@ -142,8 +147,13 @@ def load_card(folder: str | Path) -> dict:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
         version = card["format_version"]
+        if missing := [key for key in CARD_KEYS if key not in card]:
+            raise KeyError(*missing)
     except FileNotFoundError:
-        raise InputError(f"{folder} is no model folder: {path} does not exist") from None
+        raise InputError(
+            f"{folder} is no model folder: {path} does not exist; name a folder that training or "
+            "a converter wrote"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error!r}); export the model again") from None
     if version != FORMAT_VERSION:
@@ -151,6 +161,45 @@ def load_card(folder: str | Path) -> dict:
             f"{path} has format version {version}; this jaxvid reads {FORMAT_VERSION}: update it"
         )
     return card
+
+
+def compare_config(workdir: Path, config) -> dict[str, str]:
+    """How a config differs from the one that a run was started with.
+
+    Args:
+        workdir: The run's folder; without `config.json` nothing differs.
+        config: A ConfigDict.
+
+    Returns:
+        Field (`model.width`) → "model.width was 64, now 32".
+
+    Raises:
+        InputError: `config.json` is damaged.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        before = _flatten(json.loads(path.read_text()))
+    except ValueError:
+        raise InputError(f"{path} is damaged; choose another --workdir") from None
+    now = _flatten(json.loads(json.dumps(config.to_dict())))
+    return {
+        name: f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    }
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in tree.items():
+        flat |= (
+            _flatten(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {prefix + name: value}
+        )
+    return flat
 
 
 def check_same_model(folder: str | Path, model_config) -> None:
@@ -163,7 +212,7 @@ def check_same_model(folder: str | Path, model_config) -> None:
     differences = [
         f"{name} is {card['config'].get(name)!r} there, {value!r} here"
         for name, value in now.items()
-        if name not in ("name", "init", "dropout", "drop_path", "dtype")
+        if name not in ("name", "init", "dropout", "drop_path", "remat", "dtype")
         and card["config"].get(name) != value
     ]
     if differences:
@@ -215,7 +264,11 @@ def load_params(folder: str | Path, abstract_params: Params) -> Params:
         ]
         if problems:
             raise InputError(f"{path} does not fit the model: {'; '.join(problems)}")
-        return checkpointer.restore(path, abstract_params)
+        try:
+            return checkpointer.restore(path, abstract_params)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise InputError(f"{path} is damaged ({reason}); export the model again") from None
 
 
 def _shape(leaf) -> str:

@@ -18,20 +18,39 @@ from jaxvid.metrics import log
 from jaxvid.models import Params, abstract_model, make_model_config
 
 
-def check_protocol(protocol, mesh) -> None:
-    """Refuses views or a batch size that cannot be evaluated, before anything else is done.
+def check_protocol(config, mesh) -> None:
+    """Refuses views, sizes or a batch that cannot be evaluated, before anything else is done.
 
     Args:
-        protocol: The config's `eval`.
+        config: A whole config.
         mesh: Cuts the batches.
 
     Raises:
         InputError: Names the field and what is possible.
     """
-    sharding.check_batch_size("eval.batch_size", protocol.batch_size, mesh)
+    sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
     for field, possible in (("num_clips", NUM_CLIPS), ("num_crops", NUM_CROPS)):
-        if protocol[field] not in possible:
-            raise InputError(f"eval.{field}={protocol[field]}: possible are {possible}")
+        if config.eval[field] not in possible:
+            raise InputError(f"eval.{field}={config.eval[field]}: possible are {possible}")
+    if config.eval.every_epochs <= 0:
+        raise InputError(f"eval.every_epochs={config.eval.every_epochs}: must be above 0")
+    if config.data.short_side < config.model.image_size:
+        raise InputError(
+            f"data.short_side={config.data.short_side} is below model.image_size="
+            f"{config.model.image_size}: crops would not fit; raise it"
+        )
+
+
+def preprocessing(config) -> dict:
+    """How a clip is made for a config's model: what `predict` must do as training did."""
+    return {
+        "sampling": "segments",
+        "num_frames": config.model.num_frames,
+        "short_side": config.data.short_side,
+        "crop": config.model.image_size,
+        "mean": config.data.mean,
+        "std": config.data.std,
+    }
 
 
 def make_eval_step(config, graphdef, mesh) -> Callable[[Params, dict], dict]:
@@ -66,15 +85,20 @@ def evaluate_params(
         shard=(jax.process_index(), jax.process_count()),
     )
     progress = metrics.Progress(len(records), unit="video", title="evaluating")
-    results = []
+    sums, pending = None, []  # sums on the host, and those of the newest step on the device
     try:
         for batch in batches:
-            results.append(eval_step(params, sharding.to_global(batch, mesh)))
+            results = eval_step(params, sharding.to_global(batch, mesh))
+            if pending:
+                sums = metrics.sum_metrics(([sums] if sums else []) + pending)
+            pending = [results]
             progress.advance(min(config.eval.batch_size, len(records) - progress.done))
+        sums = metrics.sum_metrics(([sums] if sums else []) + pending)
     finally:
         progress.close()
         batches.close()
-    sums = metrics.sum_metrics(results)
+    if not np.isfinite(sums["loss"]):
+        raise InputError("the network gives logits that are not finite: its weights are damaged")
     if sums["count"] != len(records):
         raise RuntimeError(f"{sums['count']} videos counted, {len(records)} listed")
     return sums
@@ -131,7 +155,7 @@ def evaluate(config, workdir: str | Path) -> dict:
     workdir = Path(workdir)
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(config.mesh)
-    check_protocol(config.eval, mesh)
+    check_protocol(config, mesh)
     checkpoint.check_writable(workdir, need_bytes=10**6)
     metrics.setup_logging(workdir)
 
@@ -141,16 +165,24 @@ def evaluate(config, workdir: str | Path) -> dict:
     if config.init_from:
         source = config.init_from
         checkpoint.check_same_model(source, model_config)
+        _check_preprocessing(source, config)
         params = checkpoint.load_params(source, abstract_params)
     else:
         step = checkpoint.newest_step(workdir)
+        differences = [
+            text
+            for name, text in checkpoint.compare_config(workdir, config).items()
+            if name.startswith(("model.", "data.mean", "data.std"))
+        ]
+        if differences:
+            raise InputError(f"{workdir} holds another model: {'; '.join(differences)}")
         source = str(workdir / "checkpoints" / str(step))
         params = checkpoint.restore_params(workdir, step, abstract_params)
     log.info("evaluating %s", source)
 
-    data = open_folder(config.data, config.model.num_classes)
+    data = open_folder(config.data, config.model.num_classes, ("val",))
     eval_step = make_eval_step(config, graphdef, mesh)
-    sums = evaluate_params(params, data.val, config, eval_step=eval_step, mesh=mesh)
+    sums = evaluate_params(params, data.records["val"], config, eval_step=eval_step, mesh=mesh)
     result = make_report(sums, config, checkpoint=source)
     result["weights_sha256"] = checkpoint.fingerprint(params)
     save_report(workdir, result, sums, data.labels)
@@ -163,6 +195,19 @@ def summary(result: dict) -> str:
     protocol = result["protocol"]
     return (
         f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % on {result['num_videos']} "
-        f"videos ({protocol['num_clips']} clip × {protocol['num_crops']} crop, "
+        f"videos (clips × crops: {protocol['num_clips']} × {protocol['num_crops']}, "
         f"{protocol['num_frames']} frames, {protocol['image_size']} px)"
     )
+
+
+def _check_preprocessing(folder: str, config) -> None:
+    """Refuses to evaluate a model folder on clips that are made otherwise than it is used to."""
+    expected = checkpoint.load_card(folder)["preprocessing"] or {}
+    found = preprocessing(config)
+    differences = [
+        f"{name} is {expected[name]!r} there, {found[name]!r} in the config"
+        for name in ("sampling", "mean", "std")
+        if name in expected and expected[name] != found[name]
+    ]
+    if differences:
+        raise InputError(f"{folder} wants its clips made otherwise: {'; '.join(differences)}")

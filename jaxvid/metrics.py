@@ -66,7 +66,7 @@ class MetricWriter:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(f"{line}\n" for line in kept))
         partial.replace(path)
-        events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+        events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self._files = (path.open("a"), events)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -94,7 +94,7 @@ def _step_of(line: str) -> float:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere the log's lines serve, and `summary` gives what a bar shows.
+    """A bar on a terminal; elsewhere the log's lines serve.
 
     Args:
         total: Number of items.

@@ -5,25 +5,27 @@ import optax
 from jaxvid.errors import InputError
 
 
-def make_schedule(optimizer, total_steps: int) -> optax.Schedule:
+def make_schedule(optimizer, *, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
     """Linear warm-up from 0, then a half cosine to 0 at `total_steps`.
 
     Args:
-        optimizer: The config's `optimizer`: `learning_rate` (the peak) and `warmup_steps`.
+        optimizer: The config's `optimizer`: `learning_rate` (the peak) and `warmup_epochs`.
         total_steps: Length of the training.
+        steps_per_epoch: Length of an epoch; need not be whole.
 
     Raises:
         InputError: The warm-up does not fit into the training.
     """
-    if not 0 <= optimizer.warmup_steps < total_steps:
+    warmup_steps = round(optimizer.warmup_epochs * steps_per_epoch)
+    if not 0 <= warmup_steps < total_steps:
         raise InputError(
-            f"optimizer.warmup_steps={optimizer.warmup_steps} does not fit into {total_steps} "
-            "training steps; lower it or raise num_epochs"
+            f"optimizer.warmup_epochs={optimizer.warmup_epochs} ({warmup_steps} steps) does not "
+            f"fit into {total_steps} training steps; lower it or raise num_epochs"
         )
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=optimizer.learning_rate,
-        warmup_steps=optimizer.warmup_steps,
+        warmup_steps=warmup_steps,
         decay_steps=total_steps,
     )
 

@@ -37,6 +37,11 @@ def predict(videos: Sequence[str | Path], folder: str | Path, *, top_k: int = 5)
     how = card["preprocessing"]
     if not how:
         raise InputError(f"{folder}: model.json says nothing of preprocessing; export it again")
+    if how["sampling"] != "segments":
+        raise InputError(
+            f"{folder} wants its frames sampled by {how['sampling']!r}, which predict cannot do "
+            "yet; call the model from Python"
+        )
     model = checkpoint.load_model(folder)
     labels = card["labels"] or [str(i) for i in range(model.config.num_classes)]
     classify = jax.jit(lambda clip: jax.nn.softmax(model(clip)))
@@ -62,7 +67,7 @@ def predict(videos: Sequence[str | Path], folder: str | Path, *, top_k: int = 5)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 1 if a video could not be decoded."""
+    """The command line; returns the exit code: 0, or 2 if some input was unusable."""
     parser = argparse.ArgumentParser(prog="python -m jaxvid.predict", description=__doc__)
     parser.add_argument("videos", nargs="+", metavar="VIDEO")
     parser.add_argument("--model", required=True, metavar="FOLDER", help="a model folder")
@@ -84,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return InputError.EXIT_CODE
-    return int(failed > 0)
+    return InputError.EXIT_CODE if failed else 0
 
 
 if __name__ == "__main__":

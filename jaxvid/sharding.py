@@ -27,6 +27,8 @@ def make_mesh(mesh) -> Mesh:
     Raises:
         InputError: The sizes do not multiply to the number of devices.
     """
+    if jax.process_count() > 1:
+        raise InputError(f"{jax.process_count()} processes: one process drives all devices so far")
     sizes = [mesh[axis] for axis in AXES]
     devices = jax.device_count()
     if sizes.count(-1) == 1:

@@ -3,7 +3,9 @@
 import functools
 import json
 import math
+import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from jaxvid.evaluate import (
     evaluate_params,
     make_eval_step,
     make_report,
+    preprocessing,
     save_report,
     summary,
 )
@@ -25,7 +28,7 @@ from jaxvid.metrics import log
 from jaxvid.models import abstract_model, make_model_config
 
 # What may differ between a run and its continuation: how it runs, not what it computes.
-FREE_FIELDS = ("mesh.", "eval.", "checkpoint_", "log_steps", "data.num_threads", "data.num_workers")
+FREE_FIELDS = ("mesh.", "eval.", "checkpoint_", "log_steps", "data.num_threads")
 
 
 def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict | None:
@@ -50,7 +53,8 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size("batch_size", config.batch_size, mesh)
-    check_protocol(config.eval, mesh)
+    check_protocol(config, mesh)
+    _check_numbers(config)
     _check_same_run(config, workdir)
     model_config = make_model_config(**config.model)
     graphdef, abstract_params = abstract_model(model_config)
@@ -60,9 +64,9 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
     checkpoint.check_writable(workdir, need_bytes)
 
     # ------------------------------------------------------------------ data
-    data = open_folder(config.data, config.model.num_classes)
+    data = open_folder(config.data, config.model.num_classes, ("train", "val"))
     train_iter = make_train_iter(
-        data.train,
+        data.records["train"],
         batch_size=config.batch_size // jax.process_count(),
         seed=config.seed,
         num_frames=config.model.num_frames,
@@ -72,13 +76,15 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
         num_workers=config.data.num_workers,
         shard=(jax.process_index(), jax.process_count()),
     )
-    total_steps = max(1, round(config.num_epochs * len(data.train) / config.batch_size))
-
-    def every(epochs: float) -> int:
-        return max(1, round(epochs * len(data.train) / config.batch_size))
+    steps_per_epoch = len(data.records["train"]) / config.batch_size
+    total_steps = max(1, round(config.num_epochs * steps_per_epoch))
+    eval_steps = max(1, round(config.eval.every_epochs * steps_per_epoch))
+    checkpoint_steps = max(1, round(config.checkpoint_every_epochs * steps_per_epoch))
 
     # ------------------------------------------------------------------ state
-    schedule = optim.make_schedule(config.optimizer, total_steps)
+    schedule = optim.make_schedule(
+        config.optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+    )
     optimizer = optim.make_optimizer(config.optimizer, schedule)
     init = functools.partial(steps.init_state, model_config, optimizer, seed=config.seed)
     abstract_state = sharding.with_sharding(jax.eval_shape(init), mesh)
@@ -112,15 +118,17 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
     eval_step = make_eval_step(config, graphdef, mesh)
 
     log.info(
-        "%s: %.2f M parameters, %d training and %d validation videos, %d devices %s",
+        "%s: %.2f M parameters, %d training and %d validation videos, mesh %s",
         model_config.name,
         weight_bytes / 4e6,
-        len(data.train),
-        len(data.val),
-        jax.device_count(),
-        dict(mesh.shape),
+        len(data.records["train"]),
+        len(data.records["val"]),
+        ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
     )
-    log.info("step %d of %d%s", step, total_steps, ", continued" if step else "")
+    if step == total_steps:
+        log.info("trained before, all %d steps; evaluating again", step)
+    else:
+        log.info("step %d of %d%s", step, total_steps, ", continued" if step else "")
 
     # ------------------------------------------------------------------ loop
     writer = metrics.MetricWriter(workdir, step)
@@ -134,13 +142,14 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
     result = None
 
     def flush() -> None:
+        """Fetches and writes what is pending; too short a window is only checked."""
         if not pending:
             return
-        sums = metrics.sum_metrics(pending)
+        sums, count = metrics.sum_metrics(pending), len(pending)
         scalars = {
             "train/loss": float(sums["loss"] / sums["count"]),
             "train/top1": float(100 * sums["top1"] / sums["count"]),
-            "train/grad_norm": float(sums["grad_norm"] / len(pending)),
+            "train/grad_norm": float(sums["grad_norm"] / count),
             "learning_rate": float(schedule(step - 1)),
             "clips_per_second": progress.rate(),
         }
@@ -151,6 +160,8 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
                 f"{scalars['learning_rate']:.3g}); lower optimizer.learning_rate; "
                 f"the newest checkpoint is of step {manager.latest_step() or 0}"
             )
+        if 2 * count < config.log_steps and step != total_steps:
+            return
         writer.write(step, scalars)
         line = f"loss {scalars['train/loss']:.3f}, top-1 {scalars['train/top1']:.1f} %"
         progress.advance(0, line)
@@ -168,22 +179,22 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
             while True:
                 stopping = signals.received is not None or step == stop_step
                 at_end = step == total_steps
-                if at_end or (step > start_step and step % every(config.eval.every_epochs) == 0):
-                    flush()
-                    sums = evaluate_params(
-                        state["params"], data.val, config, eval_step=eval_step, mesh=mesh
-                    )
-                    result = make_report(sums, config, checkpoint=f"step {step}")
-                    if step > start_step:  # or an earlier run has written it
-                        scalars = {f"val/{k}": result[k] for k in ("top1", "top5", "loss")}
-                        writer.write(step, scalars)
-                    log.info("step %d: validation %s", step, summary(result))
-                due = step % every(config.checkpoint_every_epochs) == 0
-                if step > start_step and (stopping or at_end or due):
+                is_new = step > start_step
+                if is_new and (stopping or at_end or step % checkpoint_steps == 0):
                     flush()
                     # The iterator is saved with the state and only advanced afterwards: the next
                     # draw is then the one that a continued run makes too.
                     checkpoint.save_checkpoint(manager, state, train_iter)
+                if at_end or (is_new and step % eval_steps == 0 and signals.received is None):
+                    flush()
+                    sums = evaluate_params(
+                        state["params"], data.records["val"], config, eval_step=eval_step, mesh=mesh
+                    )
+                    result = make_report(sums, config, checkpoint=f"step {step}")
+                    if is_new:  # or an earlier run has written it
+                        scalars = {f"val/{k}": result[k] for k in ("top1", "top5", "loss")}
+                        writer.write(step, scalars)
+                    log.info("step %d: validation %s", step, summary(result))
                 if at_end or stopping:
                     break
                 batch = sharding.to_global(next(train_iter), mesh)
@@ -191,7 +202,7 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
                 step += 1
                 if step == start_step + 1:
                     jax.block_until_ready(state)
-                    log.info("first step after %.1f s", time.monotonic() - began)
+                    log.info("first step %.1f s after the start", time.monotonic() - began)
                 pending.append(step_metrics)
                 progress.advance(config.batch_size)
                 if step % config.log_steps == 0:
@@ -215,7 +226,7 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
     result["weights_sha256"] = checkpoint.fingerprint(state["params"])
     card = checkpoint.make_card(
         model_config,
-        preprocessing=_preprocessing(config),
+        preprocessing=preprocessing(config),
         labels=data.labels,
         provenance={"workdir": str(workdir), "step": step, "top1": result["top1"]},
     )
@@ -225,11 +236,12 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
         report.draw_curves(workdir / "metrics.jsonl", workdir / "curves.png")
     log.info(
         "%s. Pictures: %s, %s. The model is in %s; try it on a clip of your own:\n"
-        "  python -m jaxvid.predict CLIP.mp4 --model %s",
+        "  %s -m jaxvid.predict CLIP.mp4 --model %s",
         summary(result),
         workdir / "curves.png",
         workdir / "confusion.png",
         model_folder,
+        min(sys.executable, os.path.relpath(sys.executable), key=len),
         model_folder,
     )
     return result
@@ -263,48 +275,21 @@ class _Signals:
         self._restore()
 
 
-def _preprocessing(config) -> dict:
-    """How a clip is made for this model: what `predict` must do as training did."""
-    return {
-        "sampling": "segments",
-        "num_frames": config.model.num_frames,
-        "short_side": config.data.short_side,
-        "crop": config.model.image_size,
-        "mean": config.data.mean,
-        "std": config.data.std,
-    }
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _as_json(config) -> dict:
-    return json.loads(json.dumps(config.to_dict()))
+def _check_numbers(config) -> None:
+    for name in ("num_epochs", "log_steps", "checkpoint_keep", "checkpoint_every_epochs"):
+        if config[name] <= 0:
+            raise InputError(f"{name}={config[name]}: must be above 0")
 
 
 def _check_same_run(config, workdir: Path) -> None:
     """Refuses a workdir whose checkpoints were made with another config, and says what differs."""
-    path = workdir / "config.json"
-    if not path.exists() or not checkpoint.find_steps(workdir):
-        return
-    try:
-        before = _flat(json.loads(path.read_text()))
-    except ValueError:
-        raise InputError(f"{path} is damaged; choose another --workdir") from None
-    now = _flat(_as_json(config))
-    differences = [
-        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name) and not name.startswith(FREE_FIELDS)
-    ]
-    if differences:
+    if checkpoint.find_steps(workdir) and (
+        differences := [
+            text
+            for name, text in checkpoint.compare_config(workdir, config).items()
+            if not name.startswith(FREE_FIELDS)
+        ]
+    ):
         raise InputError(
             f"{workdir} holds a run with another config ({'; '.join(differences)}); "
             "choose another --workdir or delete this one"
@@ -314,5 +299,5 @@ def _check_same_run(config, workdir: Path) -> None:
 def _save_config(config, workdir: Path) -> None:
     if not jax.process_index():
         partial = workdir / ".config.json.partial"
-        partial.write_text(json.dumps(_as_json(config), indent=2) + "\n")
+        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         partial.replace(workdir / "config.json")

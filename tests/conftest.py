@@ -49,7 +49,7 @@ def shrunk_config(folder, num_epochs: float = 2.0):
     config.num_epochs = num_epochs
     config.eval.batch_size = 16
     config.eval.every_epochs = 1.0
-    config.optimizer.warmup_steps = 2
+    config.optimizer.warmup_epochs = 0.67
     config.mesh.update({"data": 1, "fsdp": 8, "tensor": 1})
     config.log_steps = 2
     return config.lock()

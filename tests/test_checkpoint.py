@@ -72,6 +72,18 @@ def test_damaged_model_folders_are_refused(folder, tmp_path):
 
         return change
 
+    def drop(key):
+        def change(copy):
+            card = json.loads((copy / "model.json").read_text())
+            del card[key]
+            (copy / "model.json").write_text(json.dumps(card))
+
+        return change
+
+    def truncate(copy):
+        largest = max((copy / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:100])
+
     config = json.loads((folder / "model.json").read_text())["config"]
     cases = {
         "model.json does not exist": lambda copy: (copy / "model.json").unlink(),
@@ -83,6 +95,8 @@ def test_damaged_model_folders_are_refused(folder, tmp_path):
         ),
         r"blocks.1.norm1.scale: absent in the folder": edit(config={**config, "depth": 2}),
         "no option 'size'": edit(config={**config, "size": 1}),
+        "model.json cannot be read .*'config'": drop("config"),
+        "params is damaged": truncate,
     }
     for i, (message, change) in enumerate(cases.items()):
         with pytest.raises(InputError, match=message) as error:
@@ -93,7 +107,8 @@ def test_damaged_model_folders_are_refused(folder, tmp_path):
 
 
 def test_another_network_is_refused_field_by_field(folder):
-    checkpoint.check_same_model(folder, make_model_config("xvit_tiny", **TINY, dropout=0.3))
+    other = make_model_config("xvit_tiny", **TINY, dropout=0.3, remat=True)
+    checkpoint.check_same_model(folder, other)
     with pytest.raises(InputError, match="depth is 1 there, 2 here"):
         checkpoint.check_same_model(folder, make_model_config("xvit_tiny", **{**TINY, "depth": 2}))
 
@@ -128,3 +143,21 @@ def test_a_run_without_checkpoints_is_named(tmp_path):
     assert checkpoint.find_steps(tmp_path) == []
     with pytest.raises(InputError, match="holds no checkpoint"):
         checkpoint.newest_step(tmp_path)
+
+
+def test_configs_are_compared_field_by_field(tmp_path):
+    config = ConfigDict({"seed": 0, "model": {"width": 64, "blocks": (1, 2)}})
+    assert checkpoint.compare_config(tmp_path, config) == {}
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert checkpoint.compare_config(tmp_path, config) == {}
+    config.model.width = 32
+    found = checkpoint.compare_config(tmp_path, config)
+    assert found == {"model.width": "model.width was 64, now 32"}
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="config.json is damaged"):
+        checkpoint.compare_config(tmp_path, config)
+
+
+def test_a_model_folder_that_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="cannot be written"):
+        jaxvid.save_model(jaxvid.create_model("xvit_tiny", **TINY), "/proc/jaxvid/model")

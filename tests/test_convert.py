@@ -206,6 +206,17 @@ def test_image_models_start_video_models(name, suffix, tmp_path, capsys):
     np.testing.assert_allclose(params[f"{prefix}pos_embed"], expected, atol=1e-5)
 
 
+def test_a_bare_state_dict_is_read_and_checked_too(tmp_path):
+    torch.save({"state_dict": state_dict("stam_8")}, tmp_path / "in.pth")
+    assert convert("stam_8", tmp_path / "in.pth", tmp_path / "m", "--check") == 0
+
+
+def test_an_unwritable_output_is_one_line(tmp_path, capsys):
+    path = save(tmp_path / "in.pth", "stam_8", state_dict("stam_8"))
+    assert convert("stam_8", path, "/proc/jaxvid/model") == InputError.EXIT_CODE
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_labels_are_kept_or_refused(tmp_path, capsys):
     path = save(tmp_path / "in.pth", "stam_8", state_dict("stam_8"))
     names = [f"class {i}" for i in range(400)]

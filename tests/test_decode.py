@@ -34,11 +34,23 @@ def decode_all_of(path) -> np.ndarray:
         return video.get_frames(np.arange(video.num_frames))
 
 
+def cut_without_decoding(source, path, start: int):
+    """Copies a video's packets from the `start`-th on: it begins between key frames."""
+    with av.open(str(source)) as video, av.open(str(path), "w") as copy:
+        stream = copy.add_stream_from_template(video.streams.video[0])
+        for packet in [p for p in video.demux(video=0) if p.size][start:]:
+            packet.stream = stream
+            copy.mux(packet)
+    return path
+
+
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
     closed, open_gops = {"bf": "3", "g": "12"}, {"bf": "3", "g": "12", "x264-params": "open-gop=1"}
+    whole = write_video(folder / "whole.mkv", options=closed)
     return {
+        "cut": cut_without_decoding(whole, folder / "cut.mkv", 5),
         "h264": write_video(folder / "h264.mp4", options=closed),
         "open_gops": write_video(folder / "open.mp4", options=open_gops),
         "one_gop": write_video(folder / "one.mp4", options={"bf": "3", "g": "250"}),
@@ -51,7 +63,7 @@ def videos(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    ["h264", "open_gops", "one_gop", "matroska", "mpeg4_avi", "mpeg4_b_avi", "one_frame"],
+    ["h264", "cut", "open_gops", "one_gop", "matroska", "mpeg4_avi", "mpeg4_b_avi", "one_frame"],
 )
 def test_frames_by_index_are_exact(videos, name):
     expected = decode_everything(videos[name])
@@ -81,7 +93,7 @@ def test_bad_files_are_named_with_a_reason(videos, tmp_path):
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     reasons = {
-        "missing.mp4": "No such file",
+        "missing.mp4": "does not exist",
         "text.mp4": "Invalid data",
         "empty.mp4": "Invalid data",
         "header.mkv": "",

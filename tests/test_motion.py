@@ -91,8 +91,9 @@ def test_an_interrupted_generation_is_redone(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             motion.make_motion(folder, num_train=16, num_val=8, seed=0)
     assert not folder.exists()
-    motion.make_motion(folder, num_train=16, num_val=8, seed=0)
     assert not list(tmp_path.glob("*.partial"))
+    motion.make_motion(folder, num_train=16, num_val=8, seed=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["motion"]
     assert len(list(folder.glob("*/*.mp4"))) == 24
     before = (folder / "train.csv").stat().st_mtime_ns
     motion.make_motion(folder, num_train=16, num_val=8, seed=0)  # there already
@@ -107,6 +108,8 @@ def test_other_contents_are_not_overwritten(tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(InputError, match="something else"):
         motion.make_motion(tmp_path / "mine", num_train=8, num_val=8, seed=1)
+    with pytest.raises(InputError, match="cannot be written"):
+        motion.make_motion("/proc/jaxvid/motion", num_train=8, num_val=8, seed=1)
     with pytest.raises(InputError, match="num_train=12: must be a positive multiple of 8"):
         motion.make_motion(tmp_path / "new", num_train=12, num_val=8, seed=1)
 

@@ -9,7 +9,8 @@ from jaxvid.optim import make_optimizer, make_schedule
 
 
 def test_warm_up_is_linear_and_the_end_is_zero():
-    schedule = make_schedule(motion.get_config().optimizer, 1000)
+    settings = motion.get_config().optimizer
+    schedule = make_schedule(settings, total_steps=1000, steps_per_epoch=125)
     assert schedule(0) == 0
     assert schedule(50) == pytest.approx(5e-4)
     assert schedule(100) == pytest.approx(1e-3)
@@ -18,8 +19,9 @@ def test_warm_up_is_linear_and_the_end_is_zero():
 
 
 def test_a_warm_up_longer_than_the_training_is_refused():
-    with pytest.raises(InputError, match="optimizer.warmup_steps=100 does not fit into 50"):
-        make_schedule(motion.get_config().optimizer, 50)
+    settings = motion.get_config().optimizer
+    with pytest.raises(InputError, match=r"warmup_epochs=0.8 \(100 steps\) does not fit into 50"):
+        make_schedule(settings, total_steps=50, steps_per_epoch=125)
 
 
 def test_only_kernels_decay_and_gradients_are_clipped():

@@ -164,12 +164,12 @@ def test_paths_may_hold_spaces_and_any_script(tmp_path):
 
 def test_folders_are_refused_with_the_way_out(config, motion_folder):
     with config.unlocked():
-        assert len(open_folder(config.data, 8).labels) == 8
+        assert len(open_folder(config.data, 8, ("val",)).labels) == 8
         with pytest.raises(InputError, match="set --config.model.num_classes=8"):
-            open_folder(config.data, 9)
+            open_folder(config.data, 9, ("val",))
         config.data.folder = str(motion_folder / "nothing")
         with pytest.raises(InputError, match="a data folder holds train.csv"):
-            open_folder(config.data, 8)
+            open_folder(config.data, 8, ("val",))
         config.data.source = "kinetics"
         with pytest.raises(InputError, match="data.source='kinetics': there are 'motion' and"):
-            open_folder(config.data, 8)
+            open_folder(config.data, 8, ("val",))

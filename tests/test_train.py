@@ -174,6 +174,49 @@ def test_eval_mode_takes_the_newest_checkpoint_of_the_workdir(run):
     assert found["checkpoint"].endswith("checkpoints/12")
 
 
+def test_eval_mode_refuses_another_model_or_other_preprocessing(run, tmp_path):
+    workdir, config, _ = run
+    for section, field, value in (("model", "shift", "none"), ("data", "mean", 0.0)):
+        other = config.copy_and_resolve_references().unlock()
+        other[section][field] = value
+        with pytest.raises(InputError, match=f"holds another model: {section}.{field} was"):
+            evaluate.evaluate(other.lock(), workdir)
+    other = config.copy_and_resolve_references().unlock()
+    other.init_from, other.data.std = str(workdir / "model"), 0.25
+    with pytest.raises(InputError, match="std is 0.5 there, 0.25 in the config"):
+        evaluate.evaluate(other.lock(), tmp_path)
+
+
+def test_eval_mode_needs_no_training_list(run, motion_folder, tmp_path):
+    workdir, config, result = run
+    folder = shutil.copytree(motion_folder, tmp_path / "data")
+    (folder / "train.csv").unlink()
+    shutil.rmtree(folder / "train")
+    other = config.copy_and_resolve_references().unlock()
+    other.init_from, other.data.folder = str(workdir / "model"), str(folder)
+    assert evaluate.evaluate(other.lock(), tmp_path / "w")["top1"] == result["top1"]
+
+
+def test_weights_that_are_not_finite_are_not_evaluated(run, tmp_path):
+    workdir, config, _ = run
+    model = jaxvid.load_model(workdir / "model")
+    model.consensus.cls_token[...] = np.nan
+    how = checkpoint.load_card(workdir / "model")["preprocessing"]
+    jaxvid.save_model(model, tmp_path / "nan", preprocessing=how)
+    other = config.copy_and_resolve_references().unlock()
+    other.init_from = str(tmp_path / "nan")
+    with pytest.raises(InputError, match="logits that are not finite"):
+        evaluate.evaluate(other.lock(), tmp_path / "w")
+    assert not (tmp_path / "w" / "eval.json").exists()
+
+
+def test_predict_refuses_a_model_whose_sampling_it_does_not_know(tmp_path):
+    how = {"sampling": "rate", "num_frames": 8, "short_side": 72, "crop": 64, "mean": 0, "std": 1}
+    jaxvid.save_model(jaxvid.create_model("xvit_tiny"), tmp_path / "m", preprocessing=how)
+    with pytest.raises(InputError, match="frames sampled by 'rate', which predict cannot do"):
+        list(predict(["a.mp4"], tmp_path / "m"))
+
+
 def test_more_views_are_summed(run, tmp_path):
     workdir, config, _ = run
     other = config.copy_and_resolve_references().unlock()
@@ -199,7 +242,12 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
         "batch_size=3 must be a positive multiple": ("", "batch_size", 3),
         "eval.batch_size=3 must be": ("eval", "batch_size", 3),
         "cannot be laid over 8 devices": ("mesh", "data", 3),
-        "warmup_steps=100 does not fit": ("optimizer", "warmup_steps", 100),
+        "short_side=32 is below model.image_size=64": ("data", "short_side", 32),
+        "log_steps=0: must be above 0": ("", "log_steps", 0),
+        "checkpoint_keep=0: must be above 0": ("", "checkpoint_keep", 0),
+        "num_epochs=-3.0: must be above 0": ("", "num_epochs", -3.0),
+        "eval.every_epochs=0.0: must be": ("eval", "every_epochs", 0.0),
+        "warmup_epochs=9.0 .* does not fit": ("optimizer", "warmup_epochs", 9.0),
         "is no model folder": ("", "init_from", "nowhere"),
     }
     for message, (section, field, value) in cases.items():
@@ -213,7 +261,7 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     other = config.copy_and_resolve_references().unlock()
-    other.optimizer.update({"learning_rate": 1e30, "warmup_steps": 0})
+    other.optimizer.update({"learning_rate": 1e30, "warmup_epochs": 0.0})
     with pytest.raises(InputError, match="not finite at step .*lower optimizer.learning_rate"):
         train(other.lock(), tmp_path / "w")
     assert checkpoint.find_steps(tmp_path / "w") == []
@@ -245,9 +293,12 @@ def test_the_predict_command(run, motion_folder, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == clip
     assert len(lines) == 3
-    assert predict_main([clip, str(tmp_path / "no.mp4"), "--model", model, "--json"]) == 1
+    assert (
+        predict_main([clip, str(tmp_path / "no.mp4"), "--model", model, "--json"])
+        == InputError.EXIT_CODE
+    )
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert "No such file" in results[1]["error"]
+    assert "no.mp4 does not exist" in results[1]["error"]
     assert predict_main([clip, "--model", str(tmp_path)]) == InputError.EXIT_CODE
     assert "is no model folder" in capsys.readouterr().err
     assert predict_main([clip, "--model", model, "--top_k", "0"]) == InputError.EXIT_CODE
@@ -287,6 +338,8 @@ MOTION = ("--config", "configs/motion.py", "--workdir")
         ((*MOTION, "w", "--mode=test"), "--mode=test: value should be one of <train|eval>"),
         ((*MOTION, "w", "--wrokdir=x"), "Did you mean: workdir"),
         ((*MOTION, "w", "x"), "'x': not a flag"),
+        ((*MOTION, "w", "--config.model.name=xvit_k400"), "made for one model"),
+        (("--config", "configs/common.py", "--workdir", "w"), "has no get_config()"),
     ],
 )
 def test_bad_command_lines_are_one_line(arguments, message):
@@ -301,7 +354,7 @@ def test_bad_command_lines_are_one_line(arguments, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: (folder / "train.csv").write_text(""), "train.csv is empty"),
+        (lambda folder: (folder / "val.csv").write_text(""), "val.csv is empty"),
         (lambda folder: (folder / "val" / "00001.mp4").write_bytes(b""), "00001.mp4 is empty"),
         (
             lambda folder: (folder / "val" / "00001.mp4").write_bytes(b"text"),

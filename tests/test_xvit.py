@@ -201,6 +201,8 @@ def test_clips_that_do_not_fit_are_refused():
     model = demo_model("")
     with pytest.raises(ValueError, match="7 frames do not divide by shift_segment=8"):
         model(clips(frames=7))
+    with pytest.raises(ValueError, match=r"shape \(8, 64, 64, 3\) is not \(b, t, h, w, 3\)"):
+        model(clips()[0])
     with pytest.raises(ValueError, match="60x60 px do not divide into patches of 16 px"):
         model(clips(size=60))
 
@@ -345,9 +347,11 @@ def test_features_and_attention_stand_beside_the_forward_pass():
     np.testing.assert_array_equal(mean["video"], mean["frames"].mean(axis=1))
 
 
-@pytest.mark.parametrize("name", ["xvit_tiny", "stam_8"])
-def test_rematerialised_gradients_equal_plain_ones(name):
-    sizes = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "drop_path": 0.3}
+@pytest.mark.parametrize(
+    ("name", "more"), [("xvit_tiny", {}), ("stam_8", {"temporal_depth": 1, "temporal_mlp": 32})]
+)
+def test_rematerialised_gradients_equal_plain_ones(name, more):
+    sizes = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "drop_path": 0.3, **more}
     found = []
     for remat in (False, True):
         graphdef, params = split_params(create_model(name, **sizes, remat=remat))

@@ -46,19 +46,22 @@ class Video:
         self._stream.codec_context.thread_count = 1  # clips are decoded in parallel, not frames
         try:
             packets = [
-                (packet.pts, packet.is_keyframe)
+                (packet.pts, packet.is_keyframe, packet.is_discard)
                 for packet in self._container.demux(self._stream)
                 if packet.size
             ]
         except (av.FFmpegError, OSError) as error:
             raise self._error(error) from None
-        if not packets:
+        # Frames before the first key frame cannot be decoded; those that an edit list cuts off are
+        # decoded on the way to others and never shown.
+        first_key = next((i for i, packet in enumerate(packets) if packet[1]), len(packets))
+        shown = [pts for pts, _, discarded in packets[first_key:] if not discarded]
+        if not shown:
             raise self._error("no frame in it")
-        self.num_frames = len(packets)
-        times = [pts for pts, _ in packets]
+        self.num_frames = len(shown)
         # Without distinct timestamps (some AVI files) frames are known by their order alone.
-        self._times = sorted(times) if None not in times and len({*times}) == len(times) else None
-        self._key_times = sorted(pts for pts, is_key in packets if is_key and pts is not None)
+        self._times = sorted(shown) if None not in shown and len({*shown}) == len(shown) else None
+        self._key_times = sorted(pts for pts, is_key, _ in packets if is_key and pts is not None)
 
     def get_frames(self, indices: np.ndarray) -> np.ndarray:
         """Decodes some frames.
@@ -115,11 +118,13 @@ class Video:
         return frames
 
     def _decode_all(self, wanted: list[int]) -> dict[int, np.ndarray]:
-        """Decodes from the start, counting frames."""
+        """Decodes from the start; knows frames by their timestamps, or else by their order."""
         frames, remaining = {}, set(wanted)
+        places = {time: i for i, time in enumerate(self._times or ())}
         self._container.seek(0, backward=True, any_frame=False)
         self._stream.codec_context.skip_frame = "DEFAULT"
-        for i, frame in enumerate(self._container.decode(self._stream)):
+        for count, frame in enumerate(self._container.decode(self._stream)):
+            i = places.get(frame.pts) if places else count
             if i in remaining:
                 frames[i] = frame.to_ndarray(format="rgb24")
                 remaining.remove(i)
@@ -138,6 +143,8 @@ class Video:
         self.close()
 
     def _error(self, reason: object) -> DecodeError:
+        if isinstance(reason, FileNotFoundError):
+            return DecodeError(f"{self._path} does not exist")
         reason = getattr(reason, "strerror", None) or reason  # PyAV's errors, and the system's
         return DecodeError(
             f"{self._path}: cannot be decoded ({reason}); replace the file or leave it out"

@@ -159,6 +159,18 @@ def make_motion(folder: str | Path, *, num_train: int, num_val: int, seed: int) 
                 f"{name}={settings[name]}: must be a positive multiple of {len(LABELS)}, "
                 "so that the classes are equally frequent"
             )
+    if folder.exists():
+        _check_same(folder, settings)
+        return
+    try:
+        _make_locked(folder, settings)
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror}); name another folder"
+        ) from None
+
+
+def _make_locked(folder: Path, settings: dict) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The lock makes concurrent runs wait for one data set instead of writing it twice; the kernel
     # frees it when its holder dies.
@@ -169,8 +181,12 @@ def make_motion(folder: str | Path, *, num_train: int, num_val: int, seed: int) 
             return
         partial = folder.parent / f".{folder.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        _write_all(partial, settings)
-        os.rename(partial, folder)
+        try:
+            _write_all(partial, settings)
+            os.rename(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        os.unlink(lock.name)
 
 
 def _check_same(folder: Path, settings: dict) -> None:

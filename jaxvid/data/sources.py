@@ -22,25 +22,24 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class VideoFolder:
-    """A folder with lists of videos and the names of their classes.
+    """Lists of videos and the names of their classes.
 
     Attributes:
-        train: Records of `train.csv`.
-        val: Records of `val.csv`.
+        records: Split (`train`, `val`) → the records of its `.csv`.
         labels: Lines of `labels.txt`: the names of the classes, in order.
     """
 
-    train: list[Record]
-    val: list[Record]
+    records: dict[str, list[Record]]
     labels: list[str]
 
 
-def open_folder(data, num_classes: int) -> VideoFolder:
+def open_folder(data, num_classes: int, splits: tuple[str, ...]) -> VideoFolder:
     """Opens the data of a config, making the motion clips first where those are asked for.
 
     Args:
         data: The config's `data`: `source` (`motion` or `folder`) and `folder`.
         num_classes: The model's; every label must lie below it.
+        splits: Which lists to read.
 
     Raises:
         InputError: A list or file is missing or empty, a line is malformed, a label out of range.
@@ -56,8 +55,8 @@ def open_folder(data, num_classes: int) -> VideoFolder:
             f"{folder / 'labels.txt'}: {len(labels)} names, but model.num_classes={num_classes}; "
             f"set --config.model.num_classes={len(labels)}"
         )
-    train, val = (read_list(folder / f"{split}.csv", num_classes) for split in ("train", "val"))
-    return VideoFolder(train, val, labels)
+    records = {split: read_list(folder / f"{split}.csv", num_classes) for split in splits}
+    return VideoFolder(records, labels)
 
 
 def read_list(path: Path, num_classes: int) -> list[Record]:
@@ -69,13 +68,17 @@ def read_list(path: Path, num_classes: int) -> list[Record]:
     """
     records = []
     for number, line in enumerate(_read_lines(path), start=1):
+        if not line.strip():
+            continue
         name, _, label = line.rpartition(" ")
         if not name or not label.isascii() or not label.isdigit():
-            raise InputError(f"{path}:{number}: {line!r} is not 'path label'")
+            raise InputError(
+                f"{path}:{number}: {line!r} is not 'path label', as in 'clips/first.mp4 0'"
+            )
         if int(label) >= num_classes:
             raise InputError(
                 f"{path}:{number}: label {label} is out of range: model.num_classes={num_classes} "
-                f"allows 0 to {num_classes - 1}"
+                f"allows 0 to {num_classes - 1}; correct the line or the config"
             )
         video = path.parent / name
         if not video.is_file() or not video.stat().st_size:
@@ -95,6 +98,6 @@ def _read_lines(path: Path) -> list[str]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    if not lines:
+    if not any(line.strip() for line in lines):
         raise InputError(f"{path} is empty; it needs one line for each entry")
     return lines

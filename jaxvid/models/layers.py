@@ -4,7 +4,7 @@ Axis letters: `b` clips, `t` frames, `h w` pixels, `n` tokens, `k` heads, `d` wi
 `c` channels. Modules hold no random state: whatever is random takes its key at the call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,22 @@ def attend(
     return jnp.matmul(weights, split_heads(v, heads)).swapaxes(2, 3).reshape(q.shape)
 
 
+def record_attention(
+    blocks: Iterable[nnx.Module], x: jax.Array, heads: int
+) -> tuple[jax.Array, jax.Array]:
+    """Runs pre-norm blocks on tokens `(b, t, n, d)` and computes their attention weights beside it.
+
+    Returns:
+        The tokens after the last block, and the weights `(b, blocks, t, k, n, m)`.
+    """
+    weights = []
+    for block in blocks:
+        q, k, _ = block.attn.split(block.norm1(x))
+        weights.append(attention_weights(q, k, heads))
+        x = block(x)
+    return x, jnp.stack(weights, axis=1)
+
+
 def drop_path(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Stochastic depth: zeroes a residual branch, frame by frame, and rescales those that stay.
 
@@ -134,6 +150,8 @@ class PatchEmbed(nnx.Module):
 
     def __call__(self, video: jax.Array) -> jax.Array:
         # Patches do not overlap, so the convolution is one matmul over flattened patches.
+        if video.ndim != 5 or video.shape[-1] != 3:
+            raise ValueError(f"a clip of shape {video.shape} is not (b, t, h, w, 3)")
         b, t, h, w, c = video.shape
         p = self.patch_size
         if h % p or w % p:

@@ -21,6 +21,7 @@ from jaxvid.models.layers import (
     drop_path,
     dropout,
     layer_norm,
+    record_attention,
 )
 from jaxvid.models.surgery import resize_pos_embed
 
@@ -210,9 +211,9 @@ class STAM(nnx.Module):
 
     def embed(self, video: jax.Array) -> jax.Array:
         """Tokens before the first block: `(b t h w c)` → `(b t n d)`."""
+        x = self.patch_embed(video)
         b, t, h, w, _ = video.shape
         p = self.config.patch_size
-        x = self.patch_embed(video)
         cls_token = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (b, t, 1, x.shape[-1]))
         pos_embed = resize_pos_embed(self.pos_embed[...], (h // p, w // p))
         return jnp.concatenate([cls_token, x], axis=2) + pos_embed[:, None].astype(x.dtype)
@@ -247,20 +248,15 @@ class STAM(nnx.Module):
             `(b, layers, k, 1 + t, 1 + t)`; rows are queries and sum to 1, token 0 is the class
             token.
         """
-        x, spatial, temporal = self.embed(video), [], []
-        for block in self.blocks:
-            q, k, _ = block.attn.split(block.norm1(x))
-            spatial.append(attention_weights(q, k, self.config.heads))  # (b t k n n)
-            x = block(x)
-        weights = {"spatial": jnp.stack(spatial, axis=1)}
-        if self.config.aggregator == "transformer":
-            x = self.aggregate.embed(self.norm(x)[:, :, 0])
-            for layer in self.aggregate.transformer_enc.layers:
-                q, k, _ = layer.self_attn.split(x)
-                temporal.append(attention_weights(q, k, self.config.temporal_heads)[:, 0])
-                x = layer(x)
-            weights["temporal"] = jnp.stack(temporal, axis=1)
-        return weights
+        x, spatial = record_attention(self.blocks, self.embed(video), self.config.heads)
+        if self.config.aggregator == "mean":
+            return {"spatial": spatial}
+        x, temporal = self.aggregate.embed(self.norm(x)[:, :, 0]), []
+        for layer in self.aggregate.transformer_enc.layers:  # post-norm: not record_attention's
+            q, k, _ = layer.self_attn.split(x)
+            temporal.append(attention_weights(q, k, self.config.temporal_heads)[:, 0])
+            x = layer(x)
+        return {"spatial": spatial, "temporal": jnp.stack(temporal, axis=1)}
 
     def __call__(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Classifies clips.

@@ -15,12 +15,12 @@ from jaxvid.models.layers import (
     Mlp,
     PatchEmbed,
     attend,
-    attention_weights,
     check_divides,
     check_options,
     drop_path,
     dropout,
     layer_norm,
+    record_attention,
     torch_kernel_init,
     torch_linear,
 )
@@ -42,7 +42,7 @@ INITS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class XViTConfig:
-    """Sizes and switches of an XViT. Errors name the field, its value and what would be valid.
+    """Sizes and switches of an XViT; impossible values are refused by name.
 
     Attributes:
         name: The preset that this started from.
@@ -166,12 +166,7 @@ def shift_time(x: jax.Array, segment: int, fold: int, *, groups: int = 1) -> jax
 def summarize(x: jax.Array, segment: int) -> jax.Array:
     """The summary tokens that each frame sees: the mean patch token of every frame of its segment.
 
-    Args:
-        x: Keys or values `(b, t, n, d)`; token 0 is the class token, which the means leave out.
-        segment: Frames that see each other's summaries. Divides `t`.
-
-    Returns:
-        `(b, t, segment, d)`.
+    Keys or values `(b, t, n, d)`, whose class token the means leave out → `(b, t, segment, d)`.
     """
     b, t, _, d = x.shape
     means = x[:, :, 1:].mean(axis=2).reshape(b, t // segment, 1, segment, d)
@@ -247,9 +242,9 @@ class Backbone(nnx.Module):
 
     def embed(self, video: jax.Array) -> jax.Array:
         """Tokens before the first block: `(b t h w c)` → `(b t n d)`."""
+        x = self.patch_embed(video)
         b, t, h, w, _ = video.shape
         p = self.patch_embed.patch_size
-        x = self.patch_embed(video)
         cls_token = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (b, t, 1, x.shape[-1]))
         pos_embed = resize_pos_embed(self.pos_embed[...], (h // p, w // p))
         x = jnp.concatenate([cls_token, x], axis=2) + pos_embed[:, None].astype(x.dtype)
@@ -344,12 +339,7 @@ class TemporalHead(nnx.Module):
 
 
 class XViT(nnx.Module):
-    """The whole classifier: a normalised float clip `(b t h w c)` → logits `(b, num_classes)`.
-
-    Args:
-        config: Sizes and switches.
-        rngs: Where the initial weights come from.
-    """
+    """The whole classifier, of a config's sizes, with initial weights drawn from `rngs`."""
 
     def __init__(self, config: XViTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -368,46 +358,27 @@ class XViT(nnx.Module):
         return {"frames": frames, "video": self.consensus.video_features(frames)}
 
     def attention(self, video: jax.Array) -> dict[str, jax.Array]:
-        """Attention weights, computed beside the forward pass.
+        """Attention weights of a clip `(b t h w c)`, computed beside the forward pass.
 
-        Args:
-            video: `(b t h w c)`.
-
-        Returns:
-            `spatial` `(b, blocks, t, k, n, m)`, m = n without summary tokens, and, with the
-            attention head, `temporal` `(b, blocks, k, 1 + t, 1 + t)`; rows are queries and sum to
-            1, token 0 is the class token.
+        `spatial` `(b, blocks, t, k, n, m)`, m = n without summary tokens, and, with the attention
+        head, `temporal` `(b, blocks, k, 1 + t, 1 + t)`. Rows are queries and sum to 1; token 0 is
+        the class token.
         """
         self._check_length(video)
-        heads, spatial, temporal = self.config.heads, [], []
-        x = self.base_model.embed(video)
-        for block in self.base_model.blocks:
-            q, k, _ = block.attn.split(block.norm1(x))
-            spatial.append(attention_weights(q, k, heads))  # (b t k n m)
-            x = block(x)
-        weights = {"spatial": jnp.stack(spatial, axis=1)}
-        if self.config.head == "attention":
-            x = self.consensus.embed(self.base_model.norm(x)[:, :, 0])
-            for block in self.consensus.temporal_encoder:
-                q, k, _ = block.attn.split(block.norm1(x))
-                temporal.append(attention_weights(q, k, heads)[:, 0])
-                x = block(x)
-            weights["temporal"] = jnp.stack(temporal, axis=1)
-        return weights
+        heads = self.config.heads
+        x, spatial = record_attention(self.base_model.blocks, self.base_model.embed(video), heads)
+        if self.config.head == "mean":
+            return {"spatial": spatial}
+        x = self.consensus.embed(self.base_model.norm(x)[:, :, 0])
+        _, temporal = record_attention(self.consensus.temporal_encoder, x, heads)
+        return {"spatial": spatial, "temporal": temporal[:, :, 0]}
 
     def __call__(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Classifies clips.
+        """Classifies clips: normalised `(b t h w c)` → logits `(b, num_classes)`, both float32.
 
-        Args:
-            video: `(b, t, h, w, c)` float, RGB, normalised; `t`, `h`, `w` may differ from the
-                config's as long as segment, temporal embedding and patches divide them.
-            key: PRNG key for dropout and drop-path in training; None in evaluation.
-
-        Returns:
-            Logits `(b, num_classes)`, float32.
-
-        Raises:
-            ValueError: The clip's length does not divide by the segment or the embedding.
+        `t`, `h`, `w` may differ from the config's where segment, temporal embedding and patches
+        divide them; otherwise a ValueError says which does not. `key` is the PRNG key of dropout
+        and drop-path in training, None in evaluation.
         """
         self._check_length(video)
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
@@ -420,7 +391,7 @@ class XViT(nnx.Module):
     def _check_length(self, video: jax.Array) -> None:
         for name in ("shift_segment", "temporal_embedding_frames"):
             divisor = getattr(self.config, name)
-            if divisor and video.shape[1] % divisor:
+            if divisor and video.ndim == 5 and video.shape[1] % divisor:
                 raise ValueError(f"{video.shape[1]} frames do not divide by {name}={divisor}")
 
 
