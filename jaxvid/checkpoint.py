@@ -15,7 +15,7 @@ from jaxvid.errors import InputError
 from jaxvid.models import Params, abstract_model, make_model_config, merge_params, split_params
 
 FORMAT_VERSION = 1
-CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance")
+CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance", "files")
 
 
 def check_writable(workdir: Path, need_bytes: int) -> None:
@@ -123,10 +123,10 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
         raise InputError(f"{folder} exists and is no model folder; name another one")
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    card = {"format_version": FORMAT_VERSION, **card}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / "params", params)
+        card = {"format_version": FORMAT_VERSION, **card, "files": _file_sizes(partial / "params")}
         text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
         (partial / "model.json").write_text(text, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
@@ -250,12 +250,15 @@ def load_params(folder: str | Path, abstract_params: Params) -> Params:
         InputError: Weights are missing, left over, or of another shape; all are named.
     """
     path = (Path(folder) / "params").resolve()
+    # Before TensorStore meets what is not there: a copy that was cut short is told by its sizes.
+    expected, found = load_card(folder)["files"], _file_sizes(path)
+    if wrong := [name for name, size in expected.items() if found.get(name) != size]:
+        raise InputError(
+            f"{path} is damaged: {len(wrong)} of {len(expected)} files are missing or of another "
+            f"size ({wrong[0]}); copy or export the model again"
+        )
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            found = checkpointer.metadata(path).item_metadata.tree
-        except (OSError, ValueError, AttributeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{path} cannot be read ({reason}); export the model again") from None
+        found = checkpointer.metadata(path).item_metadata.tree
         problems = [
             f"{name}: {_shape(found.get(name))} in the folder, {_shape(abstract_params.get(name))} "
             "in the model"
@@ -264,11 +267,16 @@ def load_params(folder: str | Path, abstract_params: Params) -> Params:
         ]
         if problems:
             raise InputError(f"{path} does not fit the model: {'; '.join(problems)}")
-        try:
-            return checkpointer.restore(path, abstract_params)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise InputError(f"{path} is damaged ({reason}); export the model again") from None
+        return checkpointer.restore(path, abstract_params)
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _shape(leaf) -> str:
