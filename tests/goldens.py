@@ -32,18 +32,24 @@ def params(abstract: dict, seed: int) -> dict:
     }
 
 
-def assert_gradients(golden: dict, grads: dict) -> None:
-    """Each weight's gradient norm and samples within 1e-4 relative of the original program's."""
-    for key, grad in grads.items():
-        grad = rules.to_torch(key, np.asarray(grad)).astype(np.float64).ravel()
-        norm = golden[f"grad_norm/{rules.torch_key(key)}"]
-        np.testing.assert_allclose(np.linalg.norm(grad), norm, rtol=1e-4, err_msg=key)
-        sample = golden[f"grad_sample/{rules.torch_key(key)}"]
-        places = np.linspace(0, grad.size - 1, len(sample)).astype(int)
-        # Relative to the larger of the samples and the gradient's root mean square: single entries
+def assert_samples(golden: dict, kind: str, arrays: dict) -> None:
+    """Norms and samples within 1e-4 relative of the original program's.
+
+    Args:
+        golden: As `load` gives it.
+        kind: `grad` (gradients) or `final` (weights after training).
+        arrays: One for each weight, under our names.
+    """
+    for key, array in arrays.items():
+        array = rules.to_torch(key, np.asarray(array)).astype(np.float64).ravel()
+        norm = golden[f"{kind}_norm/{rules.torch_key(key)}"]
+        np.testing.assert_allclose(np.linalg.norm(array), norm, rtol=1e-4, err_msg=key)
+        sample = golden[f"{kind}_sample/{rules.torch_key(key)}"]
+        places = np.linspace(0, array.size - 1, len(sample)).astype(int)
+        # Relative to the larger of the samples and the array's root mean square: single entries
         # can be zero.
-        scale = max(np.abs(sample).max(), norm / np.sqrt(grad.size))
-        np.testing.assert_allclose(grad[places], sample, rtol=0, atol=1e-4 * scale, err_msg=key)
+        scale = max(np.abs(sample).max(), norm / np.sqrt(array.size))
+        np.testing.assert_allclose(array[places], sample, rtol=0, atol=1e-4 * scale, err_msg=key)
 
 
 def assert_blocks(golden: dict, blocks: list) -> None:
