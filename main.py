@@ -2,7 +2,7 @@
 
 python main.py --config FILE.py --workdir FOLDER                train, with evaluation; continues
 python main.py --config FILE.py --workdir FOLDER --mode eval    evaluate the newest checkpoint
-... --config.FIELD=VALUE              override a field; the config file lists and explains them
+... --config.FIELD=VALUE                           override a field; the config file lists them
 """
 
 import difflib
