@@ -85,15 +85,14 @@ def evaluate_params(
         shard=(jax.process_index(), jax.process_count()),
     )
     progress = metrics.Progress(len(records), unit="video", title="evaluating")
-    sums, pending = None, []  # sums on the host, and those of the newest step on the device
+    results = []  # the sums so far on the host, and the newest steps' on the device
     try:
         for batch in batches:
-            results = eval_step(params, sharding.to_global(batch, mesh))
-            if pending:
-                sums = metrics.sum_metrics(([sums] if sums else []) + pending)
-            pending = [results]
+            results.append(eval_step(params, sharding.to_global(batch, mesh)))
+            if len(results) == 3:  # fetch the older step, leave the newest running
+                results = [metrics.sum_metrics(results[:2]), results[2]]
             progress.advance(min(config.eval.batch_size, len(records) - progress.done))
-        sums = metrics.sum_metrics(([sums] if sums else []) + pending)
+        sums = metrics.sum_metrics(results)
     finally:
         progress.close()
         batches.close()
