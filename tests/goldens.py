@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from convert import rules
+from jaxvid.models import merge_params
 from tests.golden.synthetic import synthetic_clip, synthetic_param
 
 FOLDER = Path(__file__).parent / "golden"
@@ -30,6 +32,30 @@ def params(abstract: dict, seed: int) -> dict:
         )
         for name, leaf in abstract.items()
     }
+
+
+def assert_forward(golden: dict, graphdef, params: dict, get_vit) -> None:
+    """Logits and every recorded block within 1e-5 of the original program's.
+
+    Args:
+        golden: As `load` gives it.
+        graphdef: The network's structure.
+        params: Its weights.
+        get_vit: Network → the part that holds `embed` and `blocks`.
+    """
+
+    @jax.jit
+    def blocks_and_logits(params, clip):
+        model = merge_params(graphdef, params)
+        x, outputs = get_vit(model).embed(clip), []
+        for block in get_vit(model).blocks:
+            x = block(x)
+            outputs.append(x)
+        return model(clip), outputs
+
+    logits, blocks = blocks_and_logits(params, golden["clip"])
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-5)
+    assert_blocks(golden, blocks)
 
 
 def assert_samples(golden: dict, kind: str, arrays: dict) -> None:

@@ -51,19 +51,7 @@ def test_forward_equals_the_original(name):
         key for key, _ in golden["manifest"] if not key.startswith("new_fc.")
     }
     params = goldens.params(abstract, int(golden["param_seed"]))
-
-    @jax.jit
-    def blocks_and_logits(params, clip):
-        model = merge_params(graphdef, params)
-        x, outputs = model.base_model.embed(clip), []
-        for block in model.base_model.blocks:
-            x = block(x)
-            outputs.append(x)
-        return model(clip), outputs
-
-    logits, blocks = blocks_and_logits(params, golden["clip"])
-    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-5)
-    goldens.assert_blocks(golden, blocks)
+    goldens.assert_forward(golden, graphdef, params, lambda model: model.base_model)
 
 
 @pytest.mark.parametrize("name", GOLDENS)
