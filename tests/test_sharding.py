@@ -21,7 +21,7 @@ def make_mesh(data, fsdp, tensor):
 
 
 def train(mesh, put):
-    config = make_model_config("xvit_tiny", width=64, depth=2, image_size=32)
+    config = make_model_config("xvit_tiny", width=64, depth=3, image_size=32)
     # Not Adam, which divides a gradient that is rounding noise by its own size.
     optimizer = optax.sgd(0.03, momentum=0.9, nesterov=True)
     init = functools.partial(steps.init_state, config, optimizer, seed=0)

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxvid.models.layers import (
-    Mlp,
+    Block,
     PatchEmbed,
     attend,
     attention_weights,
     check_divides,
     check_options,
-    drop_path,
     dropout,
     layer_norm,
     record_attention,
+    run_blocks,
 )
 from jaxvid.models.surgery import resize_pos_embed
 
@@ -95,25 +95,9 @@ class Attention(nnx.Module):
         """Queries, keys and values, each `(b t n d)`."""
         return jnp.split(self.qkv(x), 3, axis=-1)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.proj(attend(*self.split(x), self.heads))
-
-
-class Block(nnx.Module):
-    """A pre-norm transformer block of the image ViT."""
-
-    def __init__(self, cfg: STAMConfig, index: int, *, rngs: nnx.Rngs):
-        self.drop_path = cfg.drop_path * index / max(cfg.depth - 1, 1)
-        self.norm1 = layer_norm(cfg.width, EPS, cfg.dtype, rngs=rngs)
-        self.attn = Attention(cfg, rngs=rngs)
-        self.norm2 = layer_norm(cfg.width, EPS, cfg.dtype, rngs=rngs)
-        linear = functools.partial(_linear, dtype=cfg.dtype, rngs=rngs)
-        self.mlp = Mlp(cfg.width, cfg.mlp_ratio * cfg.width, linear)
-
-    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        keys = (None, None) if key is None else jax.random.split(key)
-        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, keys[0])
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, keys[1])
+    def __call__(self, x: jax.Array, *, num_queries: int | None = None) -> jax.Array:
+        q, k, v = self.split(x)
+        return self.proj(attend(q[:, :, :num_queries], k, v, self.heads))
 
 
 class FrameAttention(nnx.Module):
@@ -203,7 +187,15 @@ class STAM(nnx.Module):
         self.patch_embed = PatchEmbed(config.patch_size, config.width, config.dtype, rngs=rngs)
         self.cls_token = nnx.Param(normal_init(rngs.params(), (1, 1, config.width)))
         self.pos_embed = nnx.Param(normal_init(rngs.params(), (1, n, config.width)))
-        self.blocks = nnx.List([Block(config, i, rngs=rngs) for i in range(config.depth)])
+        hidden = config.mlp_ratio * config.width
+        linear = functools.partial(_linear, dtype=config.dtype, rngs=rngs)
+        attention = functools.partial(Attention, config, rngs=rngs)
+        self.blocks = nnx.List(
+            [
+                Block(config.width, hidden, EPS, attention, linear, config.dtype, rngs=rngs)
+                for _ in range(config.depth)
+            ]
+        )
         self.norm = layer_norm(config.width, EPS, config.dtype, rngs=rngs)
         if config.aggregator == "transformer":
             self.aggregate = Aggregator(config, rngs=rngs)
@@ -220,11 +212,10 @@ class STAM(nnx.Module):
 
     def frame_features(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Each frame's class token: `(b t h w c)` → `(b t d)`. Frames do not see each other."""
+        cfg = self.config
         x = self.embed(video)
-        for i, block in enumerate(self.blocks):
-            call = jax.checkpoint(block.__call__) if self.config.remat else block
-            x = call(x, key=None if key is None else jax.random.fold_in(key, i))
-        return self.norm(x)[:, :, 0]
+        x = run_blocks(self.blocks, x, rate=cfg.drop_path, key=key, remat=cfg.remat)
+        return self.norm(x)
 
     def video_features(self, frames: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """The video's feature out of its frames': `(b t d)` → `(b d)`."""

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxvid.models.layers import (
-    Mlp,
+    Block,
     PatchEmbed,
     attend,
     check_divides,
     check_options,
-    drop_path,
     dropout,
     layer_norm,
     record_attention,
+    run_blocks,
     torch_kernel_init,
     torch_linear,
 )
@@ -203,32 +203,16 @@ class Attention(nnx.Module):
             ]
         return q, *shifted
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.proj(attend(*self.split(x), self.heads))
-
-
-class Block(nnx.Module):
-    """A pre-norm transformer block of the backbone."""
-
-    def __init__(self, cfg: XViTConfig, index: int, *, rngs: nnx.Rngs):
-        self.drop_path = cfg.drop_path * index / max(cfg.depth - 1, 1)
-        self.norm1 = layer_norm(cfg.width, BACKBONE_EPS, cfg.dtype, rngs=rngs)
-        self.attn = Attention(cfg, index, rngs=rngs)
-        self.norm2 = layer_norm(cfg.width, BACKBONE_EPS, cfg.dtype, rngs=rngs)
-        linear = functools.partial(_linear, cfg, rngs=rngs)
-        self.mlp = Mlp(cfg.width, cfg.mlp_ratio * cfg.width, linear)
-
-    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        keys = (None, None) if key is None else jax.random.split(key)
-        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, keys[0])
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, keys[1])
+    def __call__(self, x: jax.Array, *, num_queries: int | None = None) -> jax.Array:
+        q, k, v = self.split(x)
+        return self.proj(attend(q[:, :, :num_queries], k, v, self.heads))
 
 
 class Backbone(nnx.Module):
     """The ViT: a clip `(b t h w c)` → the class token of each frame `(b t d)`."""
 
     def __init__(self, cfg: XViTConfig, *, rngs: nnx.Rngs):
-        self.remat = cfg.remat
+        self.config = cfg
         _, pos_init, temp_init = INITS[cfg.init]
         n = (cfg.image_size // cfg.patch_size) ** 2 + 1
         self.patch_embed = PatchEmbed(cfg.patch_size, cfg.width, cfg.dtype, rngs=rngs)
@@ -237,7 +221,14 @@ class Backbone(nnx.Module):
         if cfg.temporal_embedding_frames:
             shape = (1, cfg.temporal_embedding_frames, 1, cfg.width)
             self.temp_embed = nnx.Param(temp_init(rngs.params(), shape))
-        self.blocks = nnx.List([Block(cfg, i, rngs=rngs) for i in range(cfg.depth)])
+        hidden, linear = cfg.mlp_ratio * cfg.width, functools.partial(_linear, cfg, rngs=rngs)
+        attentions = [functools.partial(Attention, cfg, i, rngs=rngs) for i in range(cfg.depth)]
+        self.blocks = nnx.List(
+            [
+                Block(cfg.width, hidden, BACKBONE_EPS, attention, linear, cfg.dtype, rngs=rngs)
+                for attention in attentions
+            ]
+        )
         self.norm = layer_norm(cfg.width, BACKBONE_EPS, cfg.dtype, rngs=rngs)
 
     def embed(self, video: jax.Array) -> jax.Array:
@@ -254,11 +245,9 @@ class Backbone(nnx.Module):
         return x
 
     def __call__(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        x = self.embed(video)
-        for i, block in enumerate(self.blocks):
-            call = jax.checkpoint(block.__call__) if self.remat else block
-            x = call(x, key=None if key is None else jax.random.fold_in(key, i))
-        return self.norm(x)[:, :, 0]  # (b t d)
+        x, cfg = self.embed(video), self.config
+        x = run_blocks(self.blocks, x, rate=cfg.drop_path, key=key, remat=cfg.remat)
+        return self.norm(x)  # (b t d)
 
 
 class HeadAttention(nnx.Module):
@@ -280,23 +269,9 @@ class HeadAttention(nnx.Module):
         """Queries, keys and values, each `(b 1 n d)`."""
         return jnp.split(self.qkv(x), 3, axis=-1)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.proj(attend(*self.split(x), self.heads))
-
-
-class HeadBlock(nnx.Module):
-    """A pre-norm block of the temporal head."""
-
-    def __init__(self, cfg: XViTConfig, *, rngs: nnx.Rngs):
-        self.norm1 = layer_norm(cfg.width, HEAD_EPS, cfg.dtype, rngs=rngs)
-        self.attn = HeadAttention(cfg, rngs=rngs)
-        self.norm2 = layer_norm(cfg.width, HEAD_EPS, cfg.dtype, rngs=rngs)
-        linear = functools.partial(torch_linear, dtype=cfg.dtype, rngs=rngs)
-        self.mlp = Mlp(cfg.width, cfg.mlp_ratio * cfg.width, linear)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def __call__(self, x: jax.Array, *, num_queries: int | None = None) -> jax.Array:
+        q, k, v = self.split(x)
+        return self.proj(attend(q[:, :, :num_queries], k, v, self.heads))
 
 
 class TemporalHead(nnx.Module):
@@ -308,7 +283,15 @@ class TemporalHead(nnx.Module):
     def __init__(self, cfg: XViTConfig, *, rngs: nnx.Rngs):
         self.dropout = cfg.dropout
         self.cls_token = nnx.Param(jnp.zeros((1, 1, cfg.width)))
-        self.temporal_encoder = nnx.List([HeadBlock(cfg, rngs=rngs) for _ in range(cfg.head_depth)])
+        hidden = cfg.mlp_ratio * cfg.width
+        linear = functools.partial(torch_linear, dtype=cfg.dtype, rngs=rngs)
+        attention = functools.partial(HeadAttention, cfg, rngs=rngs)
+        self.temporal_encoder = nnx.List(
+            [
+                Block(cfg.width, hidden, HEAD_EPS, attention, linear, cfg.dtype, rngs=rngs)
+                for _ in range(cfg.head_depth)
+            ]
+        )
         self.mlp_head = nnx.List(
             [
                 layer_norm(cfg.width, HEAD_EPS, cfg.dtype, rngs=rngs),
@@ -328,9 +311,8 @@ class TemporalHead(nnx.Module):
     def video_features(self, frames: jax.Array) -> jax.Array:
         """The class token after the blocks and the norm: `(b t d)` → `(b d)`."""
         x = self.embed(frames)
-        for block in self.temporal_encoder:
-            x = block(x)
-        return self.mlp_head[0](x[:, 0, 0])
+        x = run_blocks(self.temporal_encoder, x, rate=0.0, key=None, remat=False)
+        return self.mlp_head[0](x[:, 0])
 
     def __call__(self, frames: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         _, fc1, _, _, fc2 = self.mlp_head
