@@ -1,36 +1,43 @@
 """This project's models against plain PyTorch on the same weights, in alternating runs.
 
-python benchmarks/forward.py --model stam_16             forward
-python benchmarks/forward.py --model xvit_k600 --train   forward, backward and an SGD step
+python benchmarks/forward.py --model stam_16                          forward
+python benchmarks/forward.py --model xvit_k600 --train                forward, backward, SGD step
+python benchmarks/forward.py --model xvit_k600 --against unshifted    what the temporal shift costs
 
-Prints clips/s of both, the median of the paired ratios, the share of the machine's measured matmul
-peak, and peak memory. PyTorch runs as `convert/torch_reference.py`: eagerly on a CPU, compiled and
-with its fused attention on a GPU.
+Prints clips/s and peak memory of both, the share of the machine's measured matmul peak, and the
+median of the paired ratios. Each side runs in a process of its own. PyTorch is
+`convert/torch_reference.py`: eager on a CPU, compiled and with its fused attention on a GPU.
 """
 
 import argparse
+import functools
+import multiprocessing
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 THREADS = 2
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs room beside it
+# Memory that one side frees stays its own (glibc): a virtual machine may take seconds to hand out
+# a fresh GB, which would be counted as the other side's.
+os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 40))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import torch
 
 from benchmarks.cost import multiply_adds
-from convert.flax_to_torch import to_state_dict
-from convert.torch_reference import build_reference
-from jaxvid.models import create_model, merge_params, split_params
+from jaxvid.models import create_model, make_model_config, merge_params, split_params
 from jaxvid.steps import cross_entropy
 
 
@@ -48,39 +55,59 @@ def matmul_peak(dtype: str) -> float:
     return best
 
 
-def make_jax(model, clip: np.ndarray, label: np.ndarray, train: bool) -> Callable[[], None]:
+def make_inputs(args: argparse.Namespace, **overrides) -> tuple[object, np.ndarray, np.ndarray]:
+    """The network with fresh weights, clips and labels: the same in every process."""
+    # Dropout off: both sides do the same arithmetic.
+    model = create_model(args.model, dtype=args.dtype, dropout=0.0, **overrides)
+    cfg = model.config
+    shape = (args.batch, cfg.num_frames, cfg.image_size, cfg.image_size, 3)
+    clip = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    return model, clip, np.arange(args.batch) % cfg.num_classes
+
+
+def make_jax(args: argparse.Namespace, **overrides) -> Callable[[], None]:
     """A function that runs one step of this project's model and waits for it."""
+    model, clip, label = make_inputs(args, **overrides)
     graphdef, params = split_params(model)
     clip, label = jnp.asarray(clip), jnp.asarray(label)
-    if not train:
-        forward = jax.jit(lambda params, clip: merge_params(graphdef, params)(clip))
-        return lambda: forward(params, clip).block_until_ready()
-
     optimizer = optax.sgd(1e-4)
 
-    def step(params, clip, label):
+    def forward(params, clip, label):
+        return merge_params(graphdef, params)(clip)
+
+    def train(params, clip, label):
         def loss_fn(params):
-            logits = merge_params(graphdef, params)(clip)
-            return cross_entropy(logits, label, smoothing=0.0).mean()
+            return cross_entropy(forward(params, clip, label), label, smoothing=0.0).mean()
 
         grads = jax.grad(loss_fn)(params)
         updates, _ = optimizer.update(grads, optimizer.init(params), params)
         return optax.apply_updates(params, updates)
 
-    compiled = jax.jit(step, donate_argnums=0)
+    step = jax.jit(train, donate_argnums=0) if args.train else jax.jit(forward)
+    start = time.perf_counter()
+    step = step.lower(params, clip, label).compile()
+    print(f"jaxvid: traced and compiled in {time.perf_counter() - start:.1f} s", flush=True)
     state = [params]
 
     def run() -> None:
-        state[0] = jax.block_until_ready(compiled(state[0], clip, label))
+        out = jax.block_until_ready(step(state[0], clip, label))
+        if args.train:
+            state[0] = out
 
     return run
 
 
-def make_torch(model, clip: np.ndarray, label: np.ndarray, train: bool) -> Callable[[], None]:
+def make_torch(args: argparse.Namespace) -> Callable[[], None]:
     """A function that runs one step of the PyTorch reference on the same weights."""
+    import torch
+
+    from convert.flax_to_torch import to_state_dict
+    from convert.torch_reference import build_reference
+
+    model, clip, label = make_inputs(args)
     on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
     device = "cuda" if on_gpu else "cpu"
-    dtype = getattr(torch, model.config.dtype)
+    dtype = getattr(torch, args.dtype)
     torch.set_num_threads(THREADS)
     reference = build_reference(model.config, fused=on_gpu).to(device)
     reference.load_state_dict(to_state_dict(split_params(model)[1], model.config), strict=True)
@@ -89,9 +116,12 @@ def make_torch(model, clip: np.ndarray, label: np.ndarray, train: bool) -> Calla
     optimizer = torch.optim.SGD(reference.parameters(), lr=1e-4)
 
     def run() -> None:
-        with torch.set_grad_enabled(train), torch.autocast(device, dtype, dtype != torch.float32):
+        with (
+            torch.set_grad_enabled(args.train),
+            torch.autocast(device, dtype, dtype != torch.float32),
+        ):
             logits = call(clip)
-        if train:
+        if args.train:
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(logits.float(), label).backward()
             optimizer.step()
@@ -101,11 +131,37 @@ def make_torch(model, clip: np.ndarray, label: np.ndarray, train: bool) -> Calla
     return run
 
 
-def seconds(run: Callable[[], None]) -> float:
-    """Wall time of one call."""
+SIDES = {
+    "jaxvid": make_jax,
+    "pytorch": make_torch,
+    "unshifted": functools.partial(make_jax, shift="none"),
+}
+_run: Callable[[], None]  # in a side's process: its step
+
+
+def prepare(side: str, args: argparse.Namespace) -> None:
+    """In a side's process: builds its step and runs it once."""
+    global _run
+    _run = SIDES[side](args)
+    _run()
+
+
+def seconds() -> float:
+    """In a side's process: wall time of one step."""
     start = time.perf_counter()
-    run()
+    _run()
     return time.perf_counter() - start
+
+
+def peak_memory(side: str) -> float:
+    """In a side's process: the most bytes it has used, on the GPU if there is one."""
+    if jax.default_backend() == "gpu":
+        if side != "pytorch":
+            return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
@@ -116,43 +172,37 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--train", action="store_true", help="a training step, not a forward")
     parser.add_argument("--pairs", type=int, default=7, help="counted pairs of runs")
-    parser.add_argument("--only_jax", action="store_true", help="leave PyTorch out")
+    others = (*list(SIDES)[1:], "nothing")
+    parser.add_argument("--against", default="pytorch", choices=others, help="what runs beside it")
     args = parser.parse_args()
+    config = make_model_config(args.model)
 
-    # Dropout off: both do the same arithmetic.
-    model = create_model(args.model, dtype=args.dtype, dropout=0.0)
-    cfg = model.config
-    rng = np.random.default_rng(0)
-    clip = rng.normal(size=(args.batch, cfg.num_frames, cfg.image_size, cfg.image_size, 3))
-    label = np.arange(args.batch) % cfg.num_classes
-    clip = clip.astype(np.float32)
-    start = time.perf_counter()
-    ours = make_jax(model, clip, label, args.train)
-    ours()
-    print(f"jaxvid: first step (compilation included) {time.perf_counter() - start:.1f} s")
-    runs = [ours]
-    if not args.only_jax:
-        runs.append(make_torch(model, clip, label, args.train))
-        runs[1]()
-    times = np.array([[seconds(run) for run in runs] for _ in range(args.pairs)])  # (pairs runs)
-    medians = np.median(times, axis=0)
-    peak = matmul_peak(args.dtype)
-    work = args.batch * multiply_adds(cfg) * (3 if args.train else 1)
+    spawn = multiprocessing.get_context("spawn")
+    sides = ["jaxvid"] if args.against == "nothing" else ["jaxvid", args.against]
+    pools = {side: ProcessPoolExecutor(1, mp_context=spawn) for side in sides}
+    for side, pool in pools.items():
+        pool.submit(prepare, side, args).result()
+    times = np.array(
+        [[pool.submit(seconds).result() for pool in pools.values()] for _ in range(args.pairs)]
+    )  # (pairs sides)
+    memory = [pool.submit(peak_memory, side).result() for side, pool in pools.items()]
+    peak = pools["jaxvid"].submit(matmul_peak, args.dtype).result()
+    for pool in pools.values():
+        pool.shutdown()
+
+    work = args.batch * multiply_adds(config) * (3 if args.train else 1)
     what = "training step" if args.train else "forward"
-    print(
-        f"{args.model}, {what}, {args.batch} clip(s), {args.dtype}, {jax.devices()[0].device_kind}"
-    )
-    for name, median in zip(("jaxvid", "PyTorch"), medians, strict=False):
+    kind = jax.devices()[0].device_kind
+    print(f"{args.model}, {what}, {args.batch} clip(s), {args.dtype}, {kind}")
+    print(f"matmul peak {peak / 1e9:.0f} · 10⁹ multiply-adds/s")
+    for side, median, bytes_ in zip(sides, np.median(times, axis=0), memory, strict=True):
         share = 100 * work / median / peak
-        print(f"{name:8} {args.batch / median:7.3f} clips/s, {share:3.0f} % of the matmul peak")
-    if not args.only_jax:
+        speed = f"{args.batch / median:7.3f} clips/s, {share:3.0f} % of the matmul peak"
+        print(f"{side:9} {speed}, {bytes_ / 1e9:.1f} GB at the peak")
+    if len(sides) == 2:
         ratios = times[:, 1] / times[:, 0]
-        spread = f"{ratios.min():.2f} to {ratios.max():.2f}"
-        print(
-            f"jaxvid is {np.median(ratios):.2f} × PyTorch (median of {args.pairs} pairs, {spread})"
-        )
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"matmul peak {peak / 1e9:.0f} · 10⁹ multiply-adds/s; peak memory {memory:.1f} GB")
+        spread = f"median of {args.pairs} pairs, {ratios.min():.2f} to {ratios.max():.2f}"
+        print(f"jaxvid is {np.median(ratios):.2f} × as fast as {args.against} ({spread})")
 
 
 if __name__ == "__main__":
