@@ -106,9 +106,7 @@ def _unwrap(tree: dict) -> dict:
 
 def _torch_load(path: Path):
     try:
-        return torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = _first_line(error)
         if "Unsupported" in str(error) or "weights_only" in str(error).lower():
@@ -235,16 +233,16 @@ def convert(
     params = {}
     if plan.initialised:
         fresh = split_params(create_model(**dataclasses.asdict(config)))[1]
-        params = {name: np.asarray(fresh[name]) for name in plan.initialised}
+        params = {name: fresh[name] for name in plan.initialised}
     for name, leaf in abstract_params.items():
         if name in plan.zeros:
-            params[name] = np.zeros(leaf.shape, np.float32)
+            params[name] = jax.numpy.zeros(leaf.shape, np.float32)
         elif name in plan.used:
             array = rules.from_torch(name, arrays.pop(plan.used[name]))
             if name in plan.resized:
                 side = config.image_size // config.patch_size
-                array = np.asarray(resize_pos_embed(jax.numpy.asarray(array), (side, side)))
-            params[name] = np.ascontiguousarray(array, np.float32)
+                array = resize_pos_embed(jax.numpy.asarray(array), (side, side))
+            params[name] = jax.numpy.array(array, np.float32)
     return params, plan
 
 

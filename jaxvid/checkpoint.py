@@ -124,7 +124,9 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        # A few arrays at a time: the default copies all of them first.
+        handler = ocp.StandardCheckpointHandler(save_concurrent_gb=0.1)
+        with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(partial / "params", params)
         card = {"format_version": FORMAT_VERSION, **card, "files": _file_sizes(partial / "params")}
         text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
