@@ -88,8 +88,7 @@ def attend(
     """Scaled dot-product attention within each frame; the softmax runs in float32.
 
     The softmax's sum divides the result instead of the weights, which are `m / e` times as many:
-    measured at half the time of `softmax @ v` on a CPU, and a quarter of
-    `jax.nn.dot_product_attention`'s.
+    half the time of `softmax @ v` on a CPU, and a quarter of `jax.nn.dot_product_attention`'s.
 
     Args:
         q: Queries `(b, t, n, d)`, the heads side by side in `d`.
