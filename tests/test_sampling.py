@@ -3,15 +3,23 @@
 import json
 
 import numpy as np
+import pytest
 
-from jaxvid.data.sampling import NUM_CLIPS, segment_indices
+from jaxvid.data.sampling import (
+    SAMPLINGS,
+    dense_indices,
+    frames_at_times,
+    is_padded,
+    make_indices,
+    rate_indices,
+    segment_indices,
+)
 from tests import goldens
 
 
 def test_segment_views_equal_the_original():
     cases = json.loads((goldens.FOLDER / "data/sampling_and_schedule.json").read_text())["ssv2"]
     assert {case["view"] for case in cases} == {0, 1, 2}
-    assert len(NUM_CLIPS) == 3
     for case in cases:
         indices = segment_indices(case["num_video_frames"], case["num_frames"], view=case["view"])
         assert indices.tolist() == case["indices"], case
@@ -33,3 +41,78 @@ def test_the_demo_clips_are_sampled_symmetrically_in_time():
     """Or the set of sampled frames would tell a clip from its reversal."""
     middle = segment_indices(17, 8, view=0)
     np.testing.assert_array_equal(16 - middle[::-1], middle)
+
+
+CASES = json.loads((goldens.FOLDER / "data/sampling_and_schedule.json").read_text())
+
+
+def test_dense_views_equal_the_original():
+    assert len(CASES["kinetics"]) == 160
+    for case in CASES["kinetics"]:
+        found = dense_indices(
+            case["num_video_frames"],
+            case["num_frames"],
+            sampling_rate=case["sampling_rate"],
+            fps=case["fps"],
+            view=case["view"],
+            num_views=case["num_views"],
+        )
+        assert found.tolist() == case["indices"], case
+
+
+def test_rate_sampling_equals_the_original_where_that_keeps_the_video():
+    """It drops what is shorter than 10 s, even by a frame that it would not have looked at."""
+    dropped = []
+    for case in CASES["stam"]:
+        length, t, fps = case["num_video_frames"], case["num_frames"], case["fps"]
+        found = rate_indices(length, t, fps=fps)
+        padded = is_padded("rate", length, t, sampling_rate=0, fps=fps)
+        if case["indices"] is None:
+            dropped.append(length)
+            assert found.tolist() == [min(i, length - 1) for i in rate_indices(300, t, fps=fps)]
+            assert padded == (length == 90)
+        else:
+            assert found.tolist() == case["indices"], case
+            assert not padded
+    assert sorted(dropped) == [90] * 4 + [299] * 4
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_training_draws_stay_inside_and_move(sampling):
+    rng = np.random.default_rng(0)
+    for length in (1, 3, 100, 700):
+        draws = [
+            make_indices(sampling, length, 8, sampling_rate=16, fps=25.0, rng=rng)
+            for _ in range(50)
+        ]
+        for indices in draws:
+            assert indices.shape == (8,)
+            assert (np.diff(indices) >= 0).all()
+            assert indices[0] >= 0
+            assert indices[-1] < length
+        assert length < 700 or len({tuple(indices) for indices in draws}) > 10
+
+
+def test_views_spread_over_a_long_video():
+    for sampling in ("dense", "rate"):
+        firsts = [
+            make_indices(sampling, 1000, 8, sampling_rate=4, fps=30.0, view=v, num_views=4)[0]
+            for v in range(4)
+        ]
+        assert firsts[0] == 0
+        assert np.ptp(np.diff(firsts)) <= 1
+        assert firsts[1] > 100
+
+
+def test_an_unknown_sampling_is_refused():
+    with pytest.raises(ValueError, match="sampling='sparse' is not one of segments, dense, rate"):
+        make_indices("sparse", 10, 8, sampling_rate=1, fps=None)
+
+
+def test_by_time_a_slow_half_is_not_sampled_twice_as_often():
+    times = np.concatenate([np.arange(50) / 10, 5 + np.arange(150) / 30])  # 10 s, 200 frames
+    even = np.arange(8) * 25  # of 20 frames a second
+    found = frames_at_times(even, times, fps=20.0)
+    np.testing.assert_allclose(times[found], even / 20, atol=0.1)
+    constant = np.arange(200) / 20
+    np.testing.assert_array_equal(frames_at_times(even, constant, fps=20.0), even)

@@ -2,7 +2,49 @@
 
 import numpy as np
 
-NUM_CLIPS = (1, 2, 3)  # how many clips of a video evaluation may look at
+SAMPLINGS = ("segments", "dense", "rate")
+
+
+def make_indices(
+    sampling: str,
+    length: int,
+    num_frames: int,
+    *,
+    sampling_rate: int,
+    fps: float | None,
+    rng: np.random.Generator | None = None,
+    view: int = 0,
+    num_views: int = 1,
+) -> np.ndarray:
+    """The frames of a clip, sampled the named way; see the functions below.
+
+    Args:
+        sampling: `segments` (XViT on Something-Something), `dense` (XViT on Kinetics) or `rate`
+            (STAM).
+        length: Frames in the video.
+        num_frames: Frames in the clip.
+        sampling_rate: Of `dense`: frames from one to the next, at 30 frames a second.
+        fps: The video's frames a second; None: unknown.
+        rng: Training: draws where the clip lies. None: evaluation.
+        view: Evaluation: which of the clips.
+        num_views: Evaluation: of how many.
+
+    Returns:
+        `(num_frames,)` indices in [0, length - 1], never falling.
+    """
+    if sampling == "segments":
+        return segment_indices(length, num_frames, rng=rng, view=view)
+    views = {"fps": fps, "rng": rng, "view": view, "num_views": num_views}
+    if sampling == "dense":
+        return dense_indices(length, num_frames, sampling_rate=sampling_rate, **views)
+    if sampling == "rate":
+        return rate_indices(length, num_frames, **views)
+    raise ValueError(f"sampling={sampling!r} is not one of {', '.join(SAMPLINGS)}")
+
+
+def max_views(sampling: str) -> int | None:
+    """How many clips of a video evaluation may look at; None: any number."""
+    return 3 if sampling == "segments" else None
 
 
 def segment_indices(
@@ -24,3 +66,82 @@ def segment_indices(
     if rng is not None:
         return rng.integers(starts, ends, endpoint=True)
     return ((starts + ends) // 2, starts, ends)[view]
+
+
+def dense_indices(
+    length: int,
+    num_frames: int,
+    *,
+    sampling_rate: int,
+    fps: float | None,
+    rng: np.random.Generator | None = None,
+    view: int = 0,
+    num_views: int = 1,
+) -> np.ndarray:
+    """Frames evenly over a window of fixed duration (XViT's Kinetics).
+
+    The window is `num_frames · sampling_rate` frames at 30 frames a second; a video shorter than it
+    repeats its last frame. Training draws where it starts; view `v` of `V` starts at `v / V` of
+    what is left beside it. Arguments and result: `make_indices`.
+    """
+    window = num_frames * sampling_rate * (fps / 30 if fps else 1)
+    start = _start(max(length - window, 0), rng, view, num_views)
+    # torch.linspace in float32, from both ends: in float64 an index in some hundred is another.
+    first, last = np.float32(start), np.float32(start + window - 1)
+    step = (last - first) / np.float32(max(num_frames - 1, 1))
+    places = np.arange(num_frames)
+    rising = first + places.astype(np.float32) * step
+    falling = last - (num_frames - 1 - places).astype(np.float32) * step
+    indices = np.where(places < num_frames // 2, rising, falling)
+    return np.clip(indices, 0, length - 1).astype(int)
+
+
+def rate_indices(
+    length: int,
+    num_frames: int,
+    *,
+    fps: float | None,
+    rng: np.random.Generator | None = None,
+    view: int = 0,
+    num_views: int = 1,
+) -> np.ndarray:
+    """The first `num_frames` frames at a tenth of `num_frames` frames a second (STAM): 10 s.
+
+    A video shorter than that repeats its last frame. Training draws where the clip starts; view `v`
+    of `V` starts at `v / V` of what is left. Arguments and result: `make_indices`; where `fps` is
+    unknown, 30 is assumed.
+    """
+    step = (fps or 30.0) / (num_frames / 10)
+    indices = np.floor(np.arange(num_frames, dtype=np.float32) * np.float32(step)).astype(int)
+    start = int(_start(max(length - 1 - indices[-1], 0), rng, view, num_views))
+    return np.minimum(start + indices, length - 1)
+
+
+def is_padded(
+    sampling: str, length: int, num_frames: int, *, sampling_rate: int, fps: float | None
+) -> bool:
+    """Whether a video is too short for its clip and repeats frames to fill it."""
+    if sampling == "segments":
+        return length < num_frames
+    if sampling == "dense":
+        return length < int(num_frames * sampling_rate * (fps / 30 if fps else 1))
+    return length - 1 < (num_frames - 1) * (fps or 30.0) // (num_frames / 10)
+
+
+def frames_at_times(indices: np.ndarray, times: np.ndarray, fps: float) -> np.ndarray:
+    """Frames of a video with a variable frame rate, by time instead of by number.
+
+    Args:
+        indices: Frame numbers `(t,)` that were meant for a constant `fps`.
+        times: Seconds at which each frame of the video is shown, rising.
+        fps: Frames a second.
+
+    Returns:
+        `(t,)` numbers of the frames that are shown at those moments.
+    """
+    shown = np.searchsorted(times, indices / fps + 0.5 / fps, side="right") - 1
+    return np.clip(shown, 0, len(times) - 1)
+
+
+def _start(spare: float, rng: np.random.Generator | None, view: int, num_views: int) -> float:
+    return rng.uniform(0, spare) if rng is not None else spare * view / num_views
