@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxvid.data.transforms import eval_crops, random_crop, resize_short_side
+from jaxvid.data.transforms import (
+    eval_crops,
+    multi_scale_crop,
+    multi_scale_sizes,
+    random_crop,
+    random_flip,
+    resize,
+    resize_bilinear,
+    resize_short_side,
+)
+from tests.goldens import FOLDER
+
+GOLDENS = ["40x60_to_32", "60x40_to_32", "37x53_to_32", "32x32_to_32", "48x85_to_24"]
 
 
 def frames(height: int, width: int) -> np.ndarray:
@@ -13,7 +25,7 @@ def frames(height: int, width: int) -> np.ndarray:
     return np.stack([y, x, t], axis=-1).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (32, 32), (33, 200)])
+@pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (32, 32), (33, 200), (9, 13)])
 def test_resize_keeps_the_aspect_and_is_pillows(height, width):
     clip = frames(height, width)
     resized = resize_short_side(clip, 24)
@@ -24,9 +36,39 @@ def test_resize_keeps_the_aspect_and_is_pillows(height, width):
     np.testing.assert_array_equal(resized[1], expected)
 
 
-def test_resize_leaves_the_right_size_alone():
+@pytest.mark.parametrize("resize_to", [resize_short_side, resize_bilinear])
+def test_resize_leaves_the_right_size_alone(resize_to):
     clip = frames(24, 50)
-    assert resize_short_side(clip, 24) is clip
+    assert resize_to(clip, 24) is clip
+
+
+def test_the_goldens_are_all_tested():
+    with np.load(FOLDER / "data" / "spatial_crops.npz") as arrays:
+        assert sorted({name.rsplit("_", 1)[0] for name in arrays}) == sorted(GOLDENS)
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_three_crops_are_the_originals_within_a_grey_level(name):
+    with np.load(FOLDER / "data" / "spatial_crops.npz") as arrays:
+        seed = int(arrays[f"{name}_seed"])
+        expected = [arrays[f"{name}_crop{i}"] for i in range(3)]
+    source, size = name.split("_to_")
+    h, w = (int(side) for side in source.split("x"))
+    clip = np.random.RandomState(seed).randint(0, 256, (4, h, w, 3)).astype(np.uint8)
+    crops = eval_crops(resize_bilinear(clip, int(size)), int(size), 3)
+    assert len(crops) == 3
+    for crop, golden in zip(crops, expected, strict=True):
+        assert crop.dtype == np.uint8
+        # The originals crop floats normalised with 0.5 and 0.5: a grey level is 2/255.
+        np.testing.assert_allclose((crop / 255 - 0.5) / 0.5, golden, rtol=0, atol=2 / 255)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [((11, 13), (24, 28)), ((13, 11), (28, 24)), ((240, 427), (24, 42)), ((50, 30), (40, 24))],
+)
+def test_bilinear_resize_floors_the_longer_side(source, expected):
+    assert resize_bilinear(frames(*source), 24).shape == (2, *expected, 3)
 
 
 def test_random_crops_take_one_place_a_clip_and_reach_every_edge():
@@ -40,6 +82,80 @@ def test_random_crops_take_one_place_a_clip_and_reach_every_edge():
     assert corners == {(y, x) for y in range(3) for x in range(5)}
 
 
+def test_flips_mirror_whole_clips_half_of_the_time():
+    clip, rng, count = frames(4, 7), np.random.default_rng(0), 0
+    for _ in range(400):
+        flipped = random_flip(clip, rng)
+        mirrored = flipped[0, 0, 0, 1] == 6
+        np.testing.assert_array_equal(flipped, clip[:, :, ::-1] if mirrored else clip)
+        count += mirrored
+    assert 160 < count < 240  # four standard deviations
+    np.testing.assert_array_equal(random_flip(clip, rng, 1.0), clip[:, :, ::-1])
+    assert random_flip(clip, rng, 0.0) is clip
+
+
+def test_multi_scale_sizes_are_at_most_one_step_apart():
+    sides = [256, 224, 192, 168]
+    expected = [(a, b) for i, a in enumerate(sides) for b in sides[max(0, i - 1) : i + 2]]
+    assert multi_scale_sizes(256, 224) == expected
+    assert len(set(expected)) == 10
+
+
+@pytest.mark.parametrize(
+    ("short_side", "sides"),
+    [
+        (258, {258, 224, 193, 170}),  # 225 becomes 224
+        (299, {299, 261, 224, 197}),
+        (301, {301, 263, 224, 198}),
+        (303, {303, 265, 227, 199}),  # 3 pixels are too many
+        (225, {224, 196, 168, 148}),
+        (223, {223, 195, 167, 147}),  # 224 would not fit
+    ],
+)
+def test_multi_scale_sizes_near_the_crops_become_the_crops(short_side, sides):
+    assert {side for pair in multi_scale_sizes(short_side, 224) for side in pair} == sides
+
+
+def test_multi_scale_crops_start_at_13_places():
+    clip, rng = frames(40, 56), np.random.default_rng(0)
+    corners = {}
+    for _ in range(3000):
+        crop = multi_scale_crop(clip, 26, rng)
+        assert crop.shape == (2, 26, 26, 3)
+        np.testing.assert_array_equal(crop[0, :, :, :2], crop[1, :, :, :2])
+        # A side of 26 is not resized, so that the pixels still hold their places.
+        if crop[0, -1, -1, 0] - crop[0, 0, 0, 0] == 25 == crop[0, -1, -1, 1] - crop[0, 0, 0, 1]:
+            corner = tuple(int(i) for i in crop[0, 0, 0, :2])
+            corners[corner] = corners.get(corner, 0) + 1
+    down, right = (40 - 26) // 4, (56 - 26) // 4
+    places = [(0, 0), (0, 4), (4, 0), (4, 4), (0, 2), (2, 0), (4, 2), (2, 4), (2, 2)]
+    places += [(1, 1), (1, 3), (3, 1), (3, 3)]
+    assert sorted(corners) == sorted((y * down, x * right) for y, x in places)
+    assert min(corners.values()) > 5  # about 3000 / 10 / 13 each
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 56), (56, 40), (9, 12), (33, 35)])
+def test_multi_scale_crops_are_pillows_resizes_of_the_frames(height, width):
+    """Also where the frames are smaller than the crop."""
+    clip = np.random.default_rng(1).integers(0, 256, (2, height, width, 3)).astype(np.uint8)
+    candidates = []
+    for crop_h, crop_w in multi_scale_sizes(min(height, width), 32):
+        for y in range(5):
+            for x in range(5):
+                top, left = (height - crop_h) // 4 * y, (width - crop_w) // 4 * x
+                part = Image.fromarray(clip[1, top : top + crop_h, left : left + crop_w])
+                candidates.append(np.asarray(part.resize((32, 32), Image.Resampling.BILINEAR)))
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        crop = multi_scale_crop(clip, 32, rng)
+        assert crop.shape == (2, 32, 32, 3)
+        assert any((crop[1] == candidate).all() for candidate in candidates)
+
+
+def test_resize_takes_height_then_width():
+    assert resize(frames(10, 20), 5, 7).shape == (2, 5, 7, 3)
+
+
 def test_eval_crops_are_the_centre_or_the_centre_and_both_ends():
     def corners(clip, num_crops):
         crops = eval_crops(clip, 8, num_crops)
@@ -50,3 +166,15 @@ def test_eval_crops_are_the_centre_or_the_centre_and_both_ends():
     assert corners(frames(8, 13), 3) == [(0, 0), (0, 3), (0, 5)]
     assert corners(frames(12, 8), 3) == [(0, 0), (2, 0), (4, 0)]
     assert corners(frames(8, 8), 3) == [(0, 0)] * 3
+    np.testing.assert_array_equal(eval_crops(frames(9, 13), 8, 1)[0], frames(9, 13)[:, 1:, 3:11])
+
+
+@pytest.mark.parametrize("resize_to", [resize_short_side, resize_bilinear])
+def test_small_frames_are_enlarged_to_the_crop(resize_to):
+    for crop in eval_crops(resize_to(frames(5, 9), 8), 8, 3):
+        assert crop.shape == (2, 8, 8, 3)
+
+
+def test_frames_smaller_than_the_crop_are_refused():
+    with pytest.raises(ValueError, match="9 × 5 pixels"):
+        eval_crops(frames(5, 9), 8, 1)

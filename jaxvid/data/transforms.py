@@ -1,9 +1,28 @@
-"""Resizing and cropping of clips `(t, h, w, c)` uint8: one draw a clip, used for all its frames."""
+"""Resizing, cropping and flipping of clips `(t, h, w, c)` uint8.
 
+One draw a clip, from the generator handed in, used for all its frames.
+"""
+
+import cv2
 import numpy as np
 from PIL import Image
 
 NUM_CROPS = (1, 3)  # how many crops of a clip evaluation may look at
+
+_SCALES = (1.0, 0.875, 0.75, 0.66)  # of the multi-scale crop, relative to the shorter side
+# The 13 places of the multi-scale crop, (down, right) in quarters of the free room: the corners,
+# the centres of the edges, the centre, and the four points between the corners and the centre.
+_PLACES = tuple((i, j) for i in (0, 2, 4) for j in (0, 2, 4)) + ((1, 1), (1, 3), (3, 1), (3, 3))
+
+
+def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes to `(t, height, width, c)`; Pillow's antialiased bilinear."""
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
+            for frame in frames
+        ]
+    )
 
 
 def resize_short_side(frames: np.ndarray, short_side: int) -> np.ndarray:
@@ -12,15 +31,25 @@ def resize_short_side(frames: np.ndarray, short_side: int) -> np.ndarray:
     if min(h, w) == short_side:
         return frames
     if h <= w:
-        size = (max(short_side, short_side * w // h), short_side)
-    else:
-        size = (short_side, max(short_side, short_side * h // w))
-    return np.stack(
-        [
-            np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR))
-            for frame in frames
-        ]
-    )
+        return resize(frames, short_side, max(short_side, short_side * w // h))
+    return resize(frames, max(short_side, short_side * h // w), short_side)
+
+
+def resize_bilinear(frames: np.ndarray, short_side: int) -> np.ndarray:
+    """Resizes as `torch.nn.functional.interpolate` does: bilinear, half-pixel, not antialiased.
+
+    Args:
+        frames: `(t, h, w, c)` uint8.
+        short_side: Pixels of the shorter side; the longer one gets floor(long / short · this).
+
+    Returns:
+        `(t, h, w, c)` uint8, within one grey level of the same on floats.
+    """
+    _, h, w, _ = frames.shape
+    if min(h, w) == short_side:
+        return frames
+    size = (int(max(w / h, 1) * short_side), int(max(h / w, 1) * short_side))  # (width, height)
+    return np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR) for frame in frames])
 
 
 def random_crop(frames: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -30,18 +59,70 @@ def random_crop(frames: np.ndarray, size: int, rng: np.random.Generator) -> np.n
     return frames[:, top : top + size, left : left + size]
 
 
+def random_flip(
+    frames: np.ndarray, rng: np.random.Generator, probability: float = 0.5
+) -> np.ndarray:
+    """Mirrors the whole clip left to right, with the given probability."""
+    return frames[:, :, ::-1] if rng.random() < probability else frames
+
+
+def multi_scale_crop(frames: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A crop of random size and shape at one of 13 places, resized (Wang et al., 2015).
+
+    Args:
+        frames: `(t, h, w, c)` uint8 of any size.
+        size: Height and width of the result in pixels.
+        rng: Draws the size of the crop, then its place.
+
+    Returns:
+        `(t, size, size, c)` uint8; resized by Pillow's antialiased bilinear.
+    """
+    _, h, w, _ = frames.shape
+    sizes = multi_scale_sizes(min(h, w), size)
+    crop_h, crop_w = sizes[rng.integers(len(sizes))]
+    down, right = _PLACES[rng.integers(len(_PLACES))]
+    top, left = (h - crop_h) // 4 * down, (w - crop_w) // 4 * right
+    return resize(frames[:, top : top + crop_h, left : left + crop_w], size, size)
+
+
+def multi_scale_sizes(short_side: int, size: int) -> list[tuple[int, int]]:
+    """The sizes that `multi_scale_crop` draws from.
+
+    The sides are 1, ⅞, ¾ and 0.66 of the shorter side of the frame; a side within 2 pixels of the
+    result's becomes the result's where the frame is large enough. Height and width are at most one
+    step apart.
+
+    Args:
+        short_side: Shorter side of the frame in pixels.
+        size: Height and width of the result in pixels.
+
+    Returns:
+        10 pairs (height, width) in pixels.
+    """
+    sides = [int(short_side * scale) for scale in _SCALES]
+    sides = [size if abs(side - size) <= 2 and size <= short_side else side for side in sides]
+    steps = range(len(sides))
+    return [(sides[i], sides[j]) for i in steps for j in steps if abs(i - j) <= 1]
+
+
 def eval_crops(frames: np.ndarray, size: int, num_crops: int) -> list[np.ndarray]:
     """The crops that evaluation looks at.
 
     Args:
         frames: `(t, h, w, c)`, at least `size` high and wide.
         size: Height and width of a crop in pixels.
-        num_crops: 1: the centre. 3: along the longer side the two ends and the centre.
+        num_crops: 1: the centre. 3: along the longer side the two ends and the centre; the original
+            protocol is that on what `resize_bilinear(frames, size)` gives.
 
     Returns:
         `num_crops` arrays `(t, size, size, c)`; with 3: left, centre, right or top, centre, bottom.
+
+    Raises:
+        ValueError: The frames are smaller than the crop.
     """
     _, h, w, _ = frames.shape
+    if min(h, w) < size:
+        raise ValueError(f"frames of {w} × {h} pixels have no crops of {size} × {size}")
     middle = (-(-(h - size) // 2), -(-(w - size) // 2))  # rounded up, as the original programs do
     if num_crops == 1:
         places = [middle]

@@ -1,0 +1,114 @@
+"""Random erasing, mixup and cutmix: augmentation on the device, of normalised clips.
+
+All are pure and can be compiled, with `alpha`, `area` and `aspect` as Python numbers.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+_ERASE_ATTEMPTS = 10
+
+
+def erase(
+    video: jax.Array,
+    key: jax.Array,
+    probability: float = 0.5,
+    *,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+) -> jax.Array:
+    """Sets a random box to zero, the same in all frames of a clip (Zhong et al., arXiv:1708.04896).
+
+    Args:
+        video: `(b, t, h, w, c)`, normalised.
+        key: Decides which clips, and the boxes.
+        probability: Of a box in a clip.
+        area: Least and greatest share of the frame that a box covers; uniform.
+        aspect: Least and greatest height / width of a box; its logarithm is uniform.
+
+    Returns:
+        An array like `video`. Of 10 boxes drawn for a clip the first that fits into the frame is
+        used; where none fits the clip is unchanged.
+    """
+    b, _, h, w, _ = video.shape
+    key_boxes, key_places = jax.random.split(key)
+    draws = jax.random.uniform(key_boxes, (2, b, _ERASE_ATTEMPTS))
+    pixels = h * w * (area[0] + (area[1] - area[0]) * draws[0])  # (b attempts)
+    log_aspect = math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * draws[1]
+    heights = jnp.round(jnp.sqrt(pixels * jnp.exp(log_aspect))).astype(int)
+    widths = jnp.round(jnp.sqrt(pixels * jnp.exp(-log_aspect))).astype(int)
+    fits = (heights <= h) & (widths <= w)
+    first = fits.argmax(axis=1, keepdims=True)
+    height = jnp.take_along_axis(heights, first, axis=1)[:, 0]
+    width = jnp.take_along_axis(widths, first, axis=1)[:, 0]  # (b,)
+    happens, down, right = jax.random.uniform(key_places, (3, b))
+    happens = (happens < probability) & fits.any(axis=1)
+    top = jnp.floor(down * (h - height + 1)).astype(int)
+    left = jnp.floor(right * (w - width + 1)).astype(int)
+    rows = _between(h, top, top + height)[:, None, :, None, None]
+    columns = _between(w, left, left + width)[:, None, None, :, None]
+    return jnp.where(rows & columns & happens[:, None, None, None, None], 0, video)
+
+
+def mixup(video: jax.Array, key: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Blends each clip with another one of the batch (Zhang et al., arXiv:1710.09412).
+
+    Args:
+        video: `(b, t, h, w, c)`, floats.
+        key: Decides the partners and λ.
+        alpha: λ, one for the batch, follows Beta(alpha, alpha); 0 leaves the clips as they are.
+
+    Returns:
+        `λ · video + (1 - λ) · video[permutation]`; the permutation, `(b,)` integers; and λ. The
+        loss is mixed alike: λ times that of the labels plus 1 - λ times that of
+        `labels[permutation]`.
+    """
+    if not alpha:
+        return video, jnp.arange(len(video)), jnp.ones(())
+    key_lam, key_permutation = jax.random.split(key)
+    lam = jax.random.beta(key_lam, alpha, alpha)
+    permutation = jax.random.permutation(key_permutation, len(video))
+    mixed = lam * video + (1 - lam) * video[permutation]
+    return mixed.astype(video.dtype), permutation, lam
+
+
+def cutmix(
+    video: jax.Array, key: jax.Array, alpha: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Pastes a box of another clip into each, in all frames (Yun et al., arXiv:1905.04899).
+
+    Args:
+        video: `(b, t, h, w, c)`.
+        key: Decides the partners, λ and the place.
+        alpha: λ, one for the batch, first follows Beta(alpha, alpha); 0 leaves the clips as they
+            are.
+
+    Returns:
+        The clips; the permutation that names the partners, `(b,)` integers; and λ, the share of
+        the pixels that is a clip's own: the box, which has the frame's shape and an area of 1 - λ,
+        is cut off at the frame's edges, and λ then corrected. The loss is mixed as in `mixup`.
+    """
+    if not alpha:
+        return video, jnp.arange(len(video)), jnp.ones(())
+    _, _, h, w, _ = video.shape
+    key_lam, key_permutation, key_place = jax.random.split(key, 3)
+    side = jnp.sqrt(1 - jax.random.beta(key_lam, alpha, alpha))  # of the box, relative
+    permutation = jax.random.permutation(key_permutation, len(video))
+    height, width = jnp.floor(side * h).astype(int), jnp.floor(side * w).astype(int)
+    down, right = jax.random.uniform(key_place, (2,))  # of the box's centre
+    top = jnp.floor(down * h).astype(int) - height // 2
+    left = jnp.floor(right * w).astype(int) - width // 2
+    rows, columns = _between(h, top, top + height), _between(w, left, left + width)
+    lam = 1 - rows.sum() * columns.sum() / (h * w)
+    box = (rows[:, None] & columns[None])[None, None, :, :, None]
+    return jnp.where(box, video[permutation], video), permutation, lam
+
+
+def _between(size: int, start: jax.Array, stop: jax.Array) -> jax.Array:
+    """Which of `size` pixels lie in [start, stop): `(..., size)` booleans for `(...)` bounds."""
+    pixels = jnp.arange(size)
+    if start.ndim:
+        pixels, start, stop = pixels[None], start[:, None], stop[:, None]
+    return (pixels >= start) & (pixels < stop)
