@@ -1,0 +1,309 @@
+"""Reads every frame of every video of a list and says what is broken or odd.
+
+    python -m jaxvid.data.check LIST_OR_FOLDER [--json OUT]
+
+Ends with status 0 where every video can be read, 3 where some cannot, 2 where the input is
+unusable.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxvid.data.decode import DecodeError, Video
+from jaxvid.data.lists import (
+    Record,
+    file_state,
+    is_kinetics,
+    read_class_folders,
+    read_kinetics_list,
+    read_labels,
+    read_list,
+)
+from jaxvid.errors import InputError
+
+SOME_BROKEN = 3  # exit status
+SPLITS = ("train", "val", "test")
+MAX_SECONDS = 3600.0  # for one video, however long
+CLIP_FRAMES = 16  # a video with fewer is too short for a clip
+CHUNK_BYTES = 128 * 2**20  # of decoded frames that are held at once
+
+
+@dataclasses.dataclass
+class Finding:
+    """What is known of a video after reading it.
+
+    Attributes:
+        id: Its id.
+        split: Its list.
+        num_frames: Frames in it; 0: it cannot be opened.
+        fps: Frames a second; None: unknown.
+        odd: What is unusual, though it can be read.
+        broken: Why it cannot be read; None: it can.
+        readable: Frames that can be read.
+        size: Of the file in bytes; -1: there is none.
+    """
+
+    id: str
+    split: str
+    num_frames: int = 0
+    fps: float | None = None
+    odd: tuple[str, ...] = ()
+    broken: str | None = None
+    readable: int = 0
+    size: int = -1
+
+
+def gather(
+    paths: Sequence[str | Path], prefix: str = ""
+) -> tuple[dict[str, list[Record]], list[str]]:
+    """Finds the videos of lists and folders, whether the files are there or not.
+
+    Args:
+        paths: Lists, named after their splits, or folders: those with `train.csv`, `val.csv` or
+            `test.csv` in them, and those with a folder a class.
+        prefix: What paths in lists are relative to; empty: the list's folder.
+
+    Returns:
+        Split → records, and the names of the classes; their numbers where nothing names them.
+
+    Raises:
+        InputError: A list or folder is missing, malformed or empty; two are of the same split.
+    """
+    records, names, where = {}, None, None
+    for path in map(Path, paths):
+        found, labels = _gather_one(path, prefix)
+        for split in found:
+            if split in records:
+                raise InputError(f"{path}: split {split!r} is given twice; rename one of the lists")
+        records.update(found)
+        if labels is not None and names is not None and labels != names:
+            raise InputError(f"{path}: its classes are named otherwise than {where}'s")
+        if labels is not None:
+            names, where = labels, path
+    highest = max(record.label for split in records.values() for record in split)
+    if names is None:
+        names = [str(i) for i in range(highest + 1)]
+    elif highest >= len(names):
+        raise InputError(f"{where}: label {highest} is out of range: there are {len(names)} names")
+    return records, names
+
+
+def _gather_one(path: Path, prefix: str) -> tuple[dict[str, list[Record]], list[str] | None]:
+    folder = path if path.is_dir() else path.parent
+    lists = [folder / f"{split}.csv" for split in SPLITS] if path.is_dir() else [path]
+    if path.is_dir() and not any(map(os.path.isfile, lists)):
+        splits = tuple(split for split in SPLITS if (path / split).is_dir())
+        labels, records = read_class_folders(path, splits or ("train",))
+        return records, labels
+    lists = [file for file in lists if file.is_file()] or [path]
+    named = any((folder / name).is_file() for name in ("labels.txt", "labels.json"))
+    labels = read_labels(folder)[0] if named or is_kinetics(lists[0]) else None
+    records = {}
+    for file in lists:
+        split = file.stem
+        if not split.isidentifier():
+            raise InputError(f"{file}: its name is its split's, in letters; rename it to train.csv")
+        options = {"prefix": prefix, "missing": "keep"}
+        if is_kinetics(file):
+            records[split] = read_kinetics_list(file, labels, **options)
+        else:
+            records[split] = read_list(file, labels and len(labels), **options)
+    return records, labels
+
+
+def examine(record: Record, split: str, use: Callable[[np.ndarray], None], num: int = 0) -> Finding:
+    """Reads a video to the end.
+
+    Args:
+        record: The video.
+        split: Its list.
+        use: Is called with its frames `(t, h, w, c)` uint8, some at a time, in order.
+        num: Frames to read, evenly spaced; 0: all.
+
+    Returns:
+        What was found. If it is broken, what `use` was given is not all of it.
+    """
+    finding = Finding(record.id, split)
+    if state := file_state(record.path):
+        finding.broken = f"{record.path} {state}"
+        finding.size = 0 if state == "is empty" else -1
+        return finding
+    finding.size = record.path.stat().st_size
+    try:
+        reader = Video(record.path, max_seconds=MAX_SECONDS)
+    except DecodeError as error:
+        finding.broken = str(error)
+        return finding
+    with reader:
+        finding.num_frames = finding.readable = reader.num_frames
+        finding.fps = reader.fps
+        try:
+            for frames in iter_frames(reader, spread(reader.num_frames, num)):
+                use(frames)
+        except DecodeError as error:
+            finding.broken = str(error)
+            with contextlib.suppress(DecodeError):  # no time left to count
+                finding.readable = 0
+                finding.readable = reader.count_readable()
+        short = [f"shorter than a clip of {CLIP_FRAMES} frames"]
+        finding.odd = (*reader.oddities, *(short if reader.num_frames < CLIP_FRAMES else []))
+    return finding
+
+
+def spread(length: int, num: int) -> np.ndarray:
+    """The frames to read: all, or `num` of them, evenly spaced, where there are more."""
+    if not num or num >= length:
+        return np.arange(length)
+    return np.rint(np.linspace(0, length - 1, num)).astype(int)
+
+
+def iter_frames(reader, indices: np.ndarray) -> Iterator[np.ndarray]:
+    """Reads frames as many at a time as `CHUNK_BYTES` hold: all at once, unless they are large."""
+    first = reader.get_frames(indices[:1])
+    step = max(1, CHUNK_BYTES // first.nbytes)
+    for start in range(0, len(indices), step):
+        yield reader.get_frames(indices[start : start + step])
+
+
+def map_in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
+    """Calls a function in threads; yields results in order, a few calls ahead of what is taken."""
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        queue = collections.deque()
+        try:
+            for item in items:
+                queue.append(pool.submit(function, item))
+                if len(queue) > 2 * workers:
+                    yield queue.popleft().result()
+            while queue:
+                yield queue.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Progress:
+    """Clips done, clips a second, bytes and time left.
+
+    A line that is redrawn on a terminal; elsewhere a line now and then.
+    """
+
+    def __init__(self, total: int, title: str):
+        self._total, self._title, self._done, self._bytes = total, title, 0, 0
+        self._start = self._shown = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def advance(self, num_bytes: int) -> None:
+        """Counts a clip."""
+        self._done, self._bytes = self._done + 1, self._bytes + max(num_bytes, 0)
+        now = time.monotonic()
+        if now - self._shown < (0.2 if self._terminal else 10):
+            return
+        self._shown, rate = now, self._done / (now - self._start)
+        minutes, seconds = divmod(round((self._total - self._done) / rate), 60)
+        line = (
+            f"{self._title}: {self._done}/{self._total} clips, {rate:.1f} clips/s, "
+            f"{self._bytes / 1e6:.1f} MB, {minutes}:{seconds:02d} left"
+        )
+        print(f"\r{line}\033[K" if self._terminal else line, file=sys.stderr, flush=True, end="")
+        if not self._terminal:
+            print(file=sys.stderr)
+
+    def close(self) -> None:
+        """Clears the line."""
+        if self._terminal:
+            print("\r\033[K", file=sys.stderr, end="", flush=True)
+
+
+def make_report(findings: Sequence[Finding], seconds: float) -> dict:
+    """What the console and the JSON file say; `seconds` is the time that reading took."""
+    broken = [
+        {"id": f.id, "split": f.split, "reason": f.broken, "readable": f.readable,
+         "num_frames": f.num_frames}
+        for f in findings
+        if f.broken
+    ]  # fmt: skip
+    odd = [
+        {"id": f.id, "split": f.split, "what": list(f.odd)}
+        for f in findings
+        if f.odd and not f.broken
+    ]
+    return {
+        "videos": len(findings),
+        "readable": len(findings) - len(broken),
+        "frames": sum(f.num_frames for f in findings if not f.broken),
+        "bytes": sum(max(f.size, 0) for f in findings),
+        "broken": broken,
+        "odd": odd,
+        "seconds": round(seconds, 3),
+    }
+
+
+def print_report(report: dict, done: str) -> None:
+    """Prints a report of `make_report`; `done`: what was done with the readable videos."""
+    for row in report["broken"]:
+        print(f"broken: {row['reason']}")
+    for row in report["odd"]:
+        print(f"odd: {row['id']}: {', '.join(row['what'])}")
+    print(
+        f"{report['readable']} of {report['videos']} videos {done}, {report['frames']} frames, "
+        f"{report['bytes'] / 1e6:.1f} MB read; {len(report['broken'])} broken, "
+        f"{len(report['odd'])} odd; {report['seconds']:.1f} s"
+    )
+
+
+def check(paths: Sequence[str | Path], workers: int, prefix: str = "") -> dict:
+    """Reads every video of lists and folders.
+
+    Args:
+        paths: As `gather`.
+        workers: Threads.
+        prefix: As `gather`.
+
+    Returns:
+        The report.
+
+    Raises:
+        InputError: As `gather`.
+    """
+    records, _ = gather(paths, prefix)
+    items = [(record, split) for split, found in records.items() for record in found]
+    start, findings, progress = time.monotonic(), [], Progress(len(items), "reading")
+    for finding in map_in_order(lambda item: examine(*item, lambda _: None), items, workers):
+        findings.append(finding)
+        progress.advance(finding.size)
+    progress.close()
+    return make_report(findings, time.monotonic() - start)
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("input", nargs="+", metavar="LIST_OR_FOLDER")
+    parser.add_argument("--prefix", default="", help="what paths in lists are relative to")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="file to write the report to")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
+    args = parser.parse_args()
+    try:
+        report = check(args.input, max(1, args.workers), args.prefix)
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    except InputError as error:
+        parser.exit(InputError.EXIT_CODE, f"error: {error}\n")
+    except OSError as error:
+        parser.exit(InputError.EXIT_CODE, f"error: {args.json}: cannot be written ({error})\n")
+    print_report(report, "can be read")
+    parser.exit(SOME_BROKEN if report["broken"] else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,422 @@
+"""A pack holds what the videos hold, whatever happened on the way, and says what broke."""
+
+import fcntl
+import io
+import json
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from jaxvid.data import check, prepare
+from jaxvid.data.decode import Video
+from jaxvid.data.motion import write_clip
+from jaxvid.data.packing import Part, Settings, plan
+from jaxvid.data.sources import Record, open_folder
+from jaxvid.errors import InputError
+
+NUM = 10
+SETTINGS = {"arrayrecord": Settings(clips_per_file=3), "h5": Settings("h5", clips_per_file=3)}
+REPO = Path(__file__).parent.parent
+
+
+def make_clip(path: Path, seed: int, num_frames: int = 17, size: tuple = (40, 56)) -> None:
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    colours = rng.uniform(40, 215, (num_frames, 1, 1, 3))
+    frames = colours + 30 * np.sin(rows / 9 + columns / 7 + seed)[None, :, :, None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_clip(path, frames.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Ten clips in class folders, one in a subfolder with an odd name, and their list."""
+    folder = tmp_path_factory.mktemp("clips")
+    lines = []
+    for i in range(NUM):
+        name = f"sub {i % 3}/影, {i}.mp4"
+        make_clip(folder / name, i, num_frames=12 if i == 4 else 17)
+        lines.append(f"{name} {i % 3}\n")
+    (folder / "train.csv").write_text("".join(lines), encoding="utf-8")
+    (folder / "val.csv").write_text(lines[2] + lines[1], encoding="utf-8")
+    (folder / "labels.txt").write_text("x\ny\nz z\n")
+    return folder
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def pack(request, folder, tmp_path_factory):
+    """The folder, packed in one go."""
+    output = tmp_path_factory.mktemp("packs") / request.param
+    report = prepare.prepare([folder], output, SETTINGS[request.param], workers=2)
+    assert report["complete"]
+    return output, request.param, report
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """All files that matter; the report tells the time that packing took."""
+    return {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in output.rglob("*")
+        if path.is_file() and ".parts" not in path.parts and path.name != "report.json"
+    }
+
+
+def open_pack(output: Path, kind: str, splits=("train", "val"), num_classes=3):
+    source = {"arrayrecord": "pack", "h5": "xvit_h5"}[kind]
+    data = ConfigDict({"source": source, "folder": str(output), "prefix": ""})
+    return open_folder(data, num_classes, splits)
+
+
+def command(*args) -> list[str]:
+    return [sys.executable, "-m", "jaxvid.data.prepare", *map(str, args)]
+
+
+def test_a_pack_holds_what_the_videos_hold(folder, pack):
+    output, kind, report = pack
+    data = open_pack(output, kind)
+    assert data.labels == ["x", "y", "z z"]
+    assert report["readable"] == report["videos"] == NUM + 2
+    assert [len(data.records[split]) for split in ("train", "val")] == [NUM, 2]
+    for i, record in enumerate(data.records["train"]):
+        assert record.label == i % 3
+        assert str(i) in record.id
+        with Video(folder / f"sub {i % 3}/影, {i}.mp4") as video, record.open() as reader:
+            assert reader.num_frames == video.num_frames == (12 if i == 4 else 17)
+            assert reader.fps == video.fps
+            indices = np.array([3, 0, 11, 3])
+            found, expected = reader.get_frames(indices), video.get_frames(indices)
+        assert found.shape == expected.shape
+        assert abs(found.astype(int) - expected).mean() < 2.5
+    assert data.records["val"][0].label == 2
+
+
+def test_both_formats_hold_the_same_pictures(folder, tmp_path):
+    frames = []
+    for kind, settings in SETTINGS.items():
+        prepare.prepare([folder / "val.csv"], tmp_path / kind, settings, workers=1)
+        record = open_pack(tmp_path / kind, kind, ("val",)).records["val"][1]
+        with record.open() as reader:
+            frames.append(reader.get_frames(np.arange(17)))
+    np.testing.assert_array_equal(*frames)
+
+
+def test_tfds_opens_a_pack(folder, tmp_path):
+    import tensorflow_datasets as tfds
+
+    prepare.prepare([folder / "val.csv"], tmp_path / "pack", Settings(), workers=1)
+    builder = tfds.builder_from_directory(tmp_path / "pack")
+    example = builder.as_data_source("val")[0]
+    assert example["id"].decode() == "sub 2/影, 2.mp4"
+    assert (example["label"], example["num_frames"], example["fps"]) == (2, 17, 15)
+    assert len(example["frames"]) == 17
+    assert example["frames"][0].startswith(b"\xff\xd8")
+    assert builder.info.features["label"].names == ["x", "y", "z z"]
+    assert "tensorflow" not in sys.modules
+
+
+def test_the_original_program_opens_h5_packs(folder, tmp_path):
+    prepare.prepare([folder / "val.csv"], tmp_path, Settings("h5"), workers=1)
+    rates = dict(
+        line.split(",") for line in (tmp_path / "annotation" / "val_fps.txt").read_text().split()
+    )
+    for line in (tmp_path / "annotations" / "val.txt").read_text().splitlines():
+        name, num_frames, _ = line.split(",")
+        assert float(rates[name]) == 15
+        with h5py.File(tmp_path / "seq_h5" / "val" / f"{name}.h5") as file:
+            frames = file[list(file.keys())[0]]
+            assert len(frames) == int(num_frames) == 17
+            assert Image.open(io.BytesIO(frames[3])).convert("RGB").size == (56, 40)
+
+
+def test_running_again_does_nothing(folder, pack):
+    output, kind, report = pack
+    before, times = contents(output), {p: p.stat().st_mtime_ns for p in output.rglob("*record-*")}
+    assert prepare.prepare([folder], output, SETTINGS[kind], workers=2) == report
+    assert contents(output) == before
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+def test_jobs_that_share_the_work_make_the_same_pack(folder, pack, tmp_path):
+    output, kind, _ = pack
+    for i in (1, 0):
+        report = prepare.prepare(
+            [folder], tmp_path / "pack", SETTINGS[kind], workers=1, shard=(i, 2)
+        )
+        assert report["complete"] == (i == 0)
+    assert contents(tmp_path / "pack") == contents(output)
+
+
+# Kills its own process at the call of a function, the n-th time.
+KILLED = """
+import os, signal, sys
+from jaxvid.data import prepare
+module, name, left = {"encode": prepare, "replace": os}[sys.argv[1]], sys.argv[1], int(sys.argv[2])
+function = getattr(module, name)
+def killing(*args):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args)
+setattr(module, name, killing)
+del sys.argv[1:3]
+prepare.main()
+"""
+
+
+@pytest.mark.parametrize("places", [[("encode", 2), ("encode", 6)], [("replace", 3)] * 3])
+def test_a_killed_run_continues_to_the_same_bytes(folder, pack, tmp_path, places):
+    output, kind, _ = pack
+    args = ["--input", folder, "--output", tmp_path / "pack", "--format", kind, "--workers", "1"]
+    for place in places:
+        script = [sys.executable, "-c", KILLED, *map(str, place)]
+        job = subprocess.run(
+            [*script, *map(str, args), "--clips_per_file", "3"],
+            cwd=REPO,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+        assert job.returncode == -signal.SIGKILL
+        assert not (tmp_path / "pack" / "report.json").exists()
+    prepare.prepare([folder], tmp_path / "pack", SETTINGS[kind], workers=2)
+    assert contents(tmp_path / "pack") == contents(output)
+    assert not list((tmp_path / "pack").rglob("*.partial"))
+
+
+def test_an_exception_anywhere_leaves_nothing_half_written(folder, pack, tmp_path, monkeypatch):
+    output, kind, _ = pack
+    encode, calls = prepare.encode, []
+
+    def fail(record, *args):
+        calls.append(record)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return encode(record, *args)
+
+    monkeypatch.setattr(prepare, "encode", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare([folder], tmp_path / "pack", SETTINGS[kind], workers=1)
+    assert not list((tmp_path / "pack").rglob("*.partial"))
+    prepare.prepare([folder], tmp_path / "pack", SETTINGS[kind], workers=1)
+    assert contents(tmp_path / "pack") == contents(output)
+    assert len(calls) < 8 + NUM + 2  # what was complete was kept
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(folder, tmp_path, kind):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes of a file
+
+    args = command("--input", folder, "--output", tmp_path / "pack", "--format", kind)
+    job = subprocess.run(
+        args, cwd=REPO, preexec_fn=limit, capture_output=True, text=True, check=False
+    )
+    assert job.returncode == 2
+    [line] = job.stderr.strip().splitlines()
+    assert "cannot be written (" in line
+    assert "too large" in line
+    assert not list((tmp_path / "pack").rglob("*.partial"))
+    assert not list((tmp_path / "pack").rglob("*record-*"))
+
+
+# ------------------------------------------------------------------ broken and odd videos
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A list of sound, damaged, missing, empty and foreign files."""
+    make_clip(tmp_path / "sound.mp4", 0)
+    make_clip(tmp_path / "short.mp4", 1, num_frames=5)
+    make_clip(tmp_path / "damaged.mp4", 2)
+    data = bytearray((tmp_path / "damaged.mp4").read_bytes())
+    middle = data.index(b"mdat") + 4 + (len(data) - data.index(b"mdat")) // 2
+    data[middle : middle + 400] = bytes(400)
+    (tmp_path / "damaged.mp4").write_bytes(data)
+    (tmp_path / "empty.mp4").write_text("")
+    (tmp_path / "text.mp4").write_text("hello")
+    names = ("sound", "short", "damaged", "missing", "empty", "text")
+    (tmp_path / "val.csv").write_text("".join(f"{name}.mp4 1\n" for name in names))
+    return tmp_path / "val.csv"
+
+
+def test_broken_videos_are_left_out_and_listed(mixed, tmp_path, capsys, monkeypatch):
+    args = ["prepare", "--input", str(mixed), "--output", str(tmp_path / "pack")]
+    monkeypatch.setattr(sys, "argv", args)
+    with pytest.raises(SystemExit) as status:
+        prepare.main()
+    assert status.value.code == 3
+    out = capsys.readouterr().out
+    report = json.loads((tmp_path / "pack" / "report.json").read_text())
+    reasons = {row["id"]: row["reason"] for row in report["broken"]}
+    assert list(reasons) == ["damaged.mp4", "missing.mp4", "empty.mp4", "text.mp4"]
+    assert all(reason in out for reason in reasons.values())
+    assert "missing.mp4 does not exist" in reasons["missing.mp4"]
+    assert "empty.mp4 is empty" in reasons["empty.mp4"]
+    assert 0 < report["broken"][0]["readable"] < report["broken"][0]["num_frames"] == 17
+    assert "odd: short.mp4: shorter than a clip of 16 frames" in out
+    assert "2 of 6 videos packed" in out
+    records = open_pack(tmp_path / "pack", "arrayrecord", ("val",), num_classes=2).records["val"]
+    assert [record.id for record in records] == ["sound.mp4", "short.mp4"]
+
+
+def test_what_is_odd_about_a_file_is_told(tmp_path):
+    make_clip(tmp_path / "a.mkv", 0)  # Matroska does not say how many frames it holds
+    (tmp_path / "val.csv").write_text("a.mkv 0\n")
+    [odd] = check.check([tmp_path / "val.csv"], workers=1)["odd"]
+    assert odd["id"] == "a.mkv"
+    assert odd["what"] == ["header claims 0 frames, there are 17"]
+
+
+def test_mended_videos_are_packed_when_it_is_run_again(mixed, tmp_path):
+    prepare.prepare([mixed], tmp_path / "pack", Settings(), workers=2)
+    for i, name in enumerate(("missing", "damaged", "empty", "text")):
+        make_clip(tmp_path / f"{name}.mp4", 5 + i, num_frames=20)
+    report = prepare.prepare([mixed], tmp_path / "pack", Settings(), workers=2)
+    assert report["readable"] == 6
+    assert len(open_pack(tmp_path / "pack", "arrayrecord", ("val",), 2).records["val"]) == 6
+
+
+def test_a_list_of_broken_videos_is_refused(tmp_path, mixed):
+    mixed.write_text("missing.mp4 0\nempty.mp4 0\n")
+    with pytest.raises(InputError, match="none of 2 videos can be read"):
+        prepare.prepare([mixed], tmp_path / "pack", Settings(), workers=1)
+    assert not (tmp_path / "pack" / "dataset_info.json").exists()
+
+
+def test_check_reports_the_same_without_writing(mixed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["check", str(mixed), "--json", str(tmp_path / "out.json")])
+    with pytest.raises(SystemExit) as status:
+        check.main()
+    assert status.value.code == 3
+    assert "2 of 6 videos can be read" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out.json").read_text())
+    packed = prepare.prepare([mixed], tmp_path / "pack", Settings(), workers=2)
+    for name in ("videos", "readable", "frames", "bytes", "broken", "odd"):
+        assert found[name] == packed[name]
+    mixed.write_text("sound.mp4 0\n")
+    with pytest.raises(SystemExit) as status:
+        check.main()
+    assert status.value.code == 0
+    mixed.write_text("sound.mp4 zero\n")
+    with pytest.raises(SystemExit) as status:
+        check.main()
+    assert status.value.code == 2
+
+
+# ------------------------------------------------------------------ settings
+
+
+def test_frames_are_scaled_down_and_thinned(tmp_path):
+    make_clip(tmp_path / "wide.mp4", 0, size=(64, 96))
+    make_clip(tmp_path / "small.mp4", 0, size=(16, 24))
+    (tmp_path / "val.csv").write_text("wide.mp4 0\nsmall.mp4 0\n")
+    prepare.prepare([tmp_path], tmp_path / "pack", Settings(short_side=32, frames=5), workers=1)
+    wide, small = open_pack(tmp_path / "pack", "arrayrecord", ("val",), 1).records["val"]
+    with wide.open() as reader, Video(tmp_path / "wide.mp4") as video:
+        assert reader.fps == pytest.approx(15 * 5 / 17)
+        frames = reader.get_frames(np.arange(reader.num_frames))
+        expected = video.get_frames(np.array([0, 4, 8, 12, 16]))
+    assert frames.shape == (5, 32, 48, 3)
+    halves = expected.reshape(5, 32, 2, 48, 2, 3).mean((2, 4))
+    assert abs(frames - halves).mean() < 3
+    with small.open() as reader:
+        assert reader.get_frames([0]).shape == (1, 16, 24, 3)  # never enlarged
+
+
+def test_class_folders_are_packed(folder, tmp_path):
+    for name in ("train/a", "train/b", "val/b"):
+        make_clip(tmp_path / "tree" / name / "1.mp4", 0)
+    prepare.prepare([tmp_path / "tree"], tmp_path / "pack", Settings("h5"), workers=1)
+    data = open_pack(tmp_path / "pack", "h5", num_classes=2)
+    assert data.labels == ["a", "b"]
+    assert [(r.id, r.label) for r in data.records["train"]] == [("a_1", 0), ("b_1", 1)]
+
+
+def test_a_prefix_is_what_paths_are_relative_to(folder, tmp_path):
+    (tmp_path / "val.csv").write_text("1.mp4 0\n")
+    make_clip(tmp_path / "videos" / "1.mp4", 0)
+    prefix = str(tmp_path / "videos")
+    assert not check.check([tmp_path / "val.csv"], 1, prefix)["broken"]
+    report = prepare.prepare(
+        [tmp_path / "val.csv"], tmp_path / "pack", Settings(), workers=1, prefix=prefix
+    )
+    assert report["readable"] == 1
+
+
+def test_large_lists_do_not_make_more_files_than_a_process_can_open():
+    for count, expected in ((1, 1), (65, 2), (240_000, 256)):
+        records = [Record(Path(f"{i}.mp4"), 0) for i in range(count)]
+        parts = plan({"train": records}, Settings())
+        assert len(parts) == parts[0].count == expected
+        assert sum(len(part.records) for part in parts) == count
+
+
+@pytest.mark.parametrize(
+    ("ids", "names"),
+    [
+        (["x/a.mp4", "y/b, c.mp4"], ["a", "b__c"]),
+        (["x/a.mp4", "y/a.mp4"], ["x_a", "y_a"]),
+        (["../a.mp4", "a.mp4"], ["a_0", "a_1"]),
+        (["影.mp4"], ["影"]),
+    ],
+)
+def test_names_of_files_differ_and_stay_in_the_folder(ids, names):
+    records = [Record(Path(name), 0, name) for name in ids]
+    [part] = plan({"train": records}, Settings("h5"))
+    assert isinstance(part, Part)
+    assert part.names == names
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--shard", "2/2"], "--shard 2/2: must be i/n"),
+        (["--shard", "x"], "--shard x: must be i/n"),
+        (["--frames", "0"], "--frames 0: must be 'all' or a number"),
+        (["--quality", "0"], "quality=0: must be 1 to 100"),
+        (["--format", "zip"], "format='zip': there are 'arrayrecord' and 'h5'"),
+        (["--input", "nothing.csv"], "nothing.csv does not exist"),
+        (["--short_side", "128"], "was begun with another short_side; name another folder"),
+    ],
+)
+def test_unusable_input_is_refused(folder, pack, capsys, monkeypatch, args, message):
+    output, kind, _ = pack
+    before = contents(output)
+    base = ["--input", str(folder), "--output", str(output), "--format", kind]
+    monkeypatch.setattr(sys, "argv", ["prepare", *base, "--clips_per_file", "3", *args])
+    with pytest.raises(SystemExit) as status:
+        prepare.main()
+    assert status.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert contents(output) == before
+
+
+def test_other_folders_and_running_jobs_are_left_alone(folder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(InputError, match="mine holds something else"):
+        prepare.prepare([folder], tmp_path / "mine", Settings(), workers=1)
+    prepare.prepare([folder], tmp_path / "pack", Settings(), workers=1)
+    with open(tmp_path / "pack" / ".parts" / "lock.0-of-1.partial", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another prepare writes it"):
+            prepare.prepare([folder], tmp_path / "pack", Settings(), workers=1)
+
+
+def test_two_lists_of_a_split_are_refused(tmp_path):
+    make_clip(tmp_path / "train.mp4", 0)
+    (tmp_path / "a").mkdir()
+    for name in ("a/train.csv", "train.csv"):
+        (tmp_path / name).write_text(f"{tmp_path}/train.mp4 0\n")
+    with pytest.raises(InputError, match="split 'train' is given twice"):
+        check.gather([tmp_path / "a/train.csv", tmp_path / "train.csv"])
