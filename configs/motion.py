@@ -29,19 +29,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.num_epochs = 8.0
     config.init_from = ""  # a model folder to start from (training) or to evaluate
     config.label_smoothing = 0.0
+    config.mixup = 0.0  # α of Beta(α, α); 0: off
+    config.cutmix = 0.0  # likewise; one of the two
+    config.erase = 0.0  # probability that a box of a training clip is erased
 
     time_blind = {"shift": "none", "temporal_embedding_frames": 0, "head": "mean"}
     config.model = common.model_section("xvit_tiny", **(time_blind if variant == "blind" else {}))
 
-    config.data = ConfigDict()
-    config.data.source = "motion"
-    config.data.folder = "data/motion"
+    config.data = common.data_section(source="motion", folder="data/motion", short_side=72)
     config.data.motion = ConfigDict({"num_train": 4000, "num_val": 512, "seed": 0})
-    config.data.short_side = 72
-    config.data.mean = 0.5
-    config.data.std = 0.5
-    config.data.num_threads = 2
-    config.data.num_workers = 0
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-3
@@ -54,6 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.num_clips = 1
     config.eval.num_crops = 1
+    config.eval.short_side = 72
     config.eval.batch_size = 64
     config.eval.every_epochs = 2.0
 

@@ -37,10 +37,11 @@ from jaxvid.models.stam import STAMConfig
 from jaxvid.models.surgery import resize_pos_embed
 
 CHECK_BOUND = 1e-4  # largest absolute difference of logits and features, in float32
+_XVIT = {"short_side": 256, "resize": "bilinear", "mean": 0.5, "std": 0.5}
 PREPROCESSING = {
     "stam": {"sampling": "rate", "short_side": 256, "mean": 0.0, "std": 1.0},
-    "xvit": {"sampling": "dense", "short_side": 256, "mean": 0.5, "std": 0.5},
-    "xvit_ssv2": {"sampling": "segments", "short_side": 256, "mean": 0.5, "std": 0.5},
+    "xvit": {"sampling": "dense", "sampling_rate": 16, **_XVIT},
+    "xvit_ssv2": {"sampling": "segments", **_XVIT},
 }
 
 

@@ -9,10 +9,8 @@ import jax
 import numpy as np
 
 from jaxvid import checkpoint, metrics, report, sharding, steps
-from jaxvid.data.pipeline import make_eval_iter
-from jaxvid.data.sampling import NUM_CLIPS
+from jaxvid.data.pipeline import make_eval_iter, make_spec, split_batch
 from jaxvid.data.sources import Record, open_folder
-from jaxvid.data.transforms import NUM_CROPS
 from jaxvid.errors import InputError
 from jaxvid.metrics import log
 from jaxvid.models import Params, abstract_model, make_model_config
@@ -29,24 +27,19 @@ def check_protocol(config, mesh) -> None:
         InputError: Names the field and what is possible.
     """
     sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
-    for field, possible in (("num_clips", NUM_CLIPS), ("num_crops", NUM_CROPS)):
-        if config.eval[field] not in possible:
-            raise InputError(f"eval.{field}={config.eval[field]}: possible are {possible}")
+    make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops)
     if config.eval.every_epochs <= 0:
         raise InputError(f"eval.every_epochs={config.eval.every_epochs}: must be above 0")
-    if config.data.short_side < config.model.image_size:
-        raise InputError(
-            f"data.short_side={config.data.short_side} is below model.image_size="
-            f"{config.model.image_size}: crops would not fit; raise it"
-        )
 
 
 def preprocessing(config) -> dict:
     """How a clip is made for a config's model: what `predict` must do as training did."""
     return {
-        "sampling": "segments",
+        "sampling": config.data.sampling,
+        "sampling_rate": config.data.sampling_rate,
         "num_frames": config.model.num_frames,
-        "short_side": config.data.short_side,
+        "short_side": config.eval.short_side,
+        "resize": config.data.resize,
         "crop": config.model.image_size,
         "mean": config.data.mean,
         "std": config.data.std,
@@ -63,63 +56,78 @@ def make_eval_step(config, graphdef, mesh) -> Callable[[Params, dict], dict]:
 
 def evaluate_params(
     params: Params, records: Sequence[Record], config, *, eval_step: Callable, mesh
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], list[dict]]:
     """Runs the network over all records.
 
     Returns:
-        The sums of `steps.eval_step` over all records.
-
-    Raises:
-        DecodeError: A video cannot be decoded.
+        The sums of `steps.eval_step` over all records that can be decoded, with `padded`, the
+        number of those that are too short for their clips; and `{"id", "label", "error"}` of each
+        that cannot.
     """
     batches = make_eval_iter(
         records,
+        spec=make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops),
         batch_size=config.eval.batch_size // jax.process_count(),
-        num_frames=config.model.num_frames,
-        short_side=config.data.short_side,
-        crop=config.model.image_size,
-        num_clips=config.eval.num_clips,
-        num_crops=config.eval.num_crops,
         num_threads=config.data.num_threads,
         num_workers=config.data.num_workers,
         shard=(jax.process_index(), jax.process_count()),
     )
     progress = metrics.Progress(len(records), unit="video", title="evaluating")
     results = []  # the sums so far on the host, and the newest steps' on the device
+    failed, padded = [], 0
     try:
         for batch in batches:
+            padded += int(batch["padded"].sum())
+            batch, ids, errors = split_batch(batch)
+            for id_, label, error in zip(ids, batch["label"], errors, strict=True):
+                if error:
+                    failed.append({"id": id_, "label": int(label), "error": error})
+                    log.warning("counts as wrong: %s", error)
             results.append(eval_step(params, sharding.to_global(batch, mesh)))
             if len(results) == 3:  # fetch the older step, leave the newest running
                 results = [metrics.sum_metrics(results[:2]), results[2]]
             progress.advance(min(config.eval.batch_size, len(records) - progress.done))
-        sums = metrics.sum_metrics(results)
+        sums = {**metrics.sum_metrics(results), "padded": padded}
     finally:
         progress.close()
         batches.close()
     if not np.isfinite(sums["loss"]):
         raise InputError("the network gives logits that are not finite: its weights are damaged")
-    if sums["count"] != len(records):
-        raise RuntimeError(f"{sums['count']} videos counted, {len(records)} listed")
-    return sums
+    if sums["count"] + len(failed) != len(records):
+        raise RuntimeError(
+            f"{sums['count']} videos counted and {len(failed)} failed, but {len(records)} listed"
+        )
+    return sums, failed
 
 
-def make_report(sums: dict, config, *, checkpoint: str) -> dict:
-    """What goes into `eval.json`: percentages, the protocol they were measured by, and of what."""
-    count = int(sums["count"])
+def make_report(sums: dict, failed: list[dict], config, *, checkpoint: str) -> dict:
+    """What goes into `eval.json`: percentages, the protocol they were measured by, and of what.
+
+    Videos that failed count as wrong; the loss is that of the others.
+    """
+    evaluated = int(sums["count"])
+    count = evaluated + len(failed)
     correct, listed = np.diag(sums["confusion"]), sums["confusion"].sum(axis=1)
+    listed = listed + np.bincount([video["label"] for video in failed], minlength=len(listed))
     per_class = 100 * correct[listed > 0] / listed[listed > 0]
     return {
         "top1": 100 * int(sums["top1"]) / count,
         "top5": 100 * int(sums["top5"]) / count,
         "mean_class_accuracy": float(per_class.mean()),
-        "loss": float(sums["loss"]) / count,
+        "loss": float(sums["loss"]) / max(evaluated, 1),
         "num_videos": count,
+        "num_evaluated": evaluated,
+        "num_padded": int(sums["padded"]),
+        "num_failed": len(failed),
+        "failed": failed,
         "protocol": {
             "num_clips": config.eval.num_clips,
             "num_crops": config.eval.num_crops,
             "num_frames": config.model.num_frames,
             "image_size": config.model.image_size,
-            "short_side": config.data.short_side,
+            "short_side": config.eval.short_side,
+            "resize": config.data.resize,
+            "sampling": config.data.sampling,
             "score": "sum of logits over the views",
         },
         "data": config.data.folder,
@@ -179,10 +187,12 @@ def evaluate(config, workdir: str | Path) -> dict:
         params = checkpoint.restore_params(workdir, step, abstract_params)
     log.info("evaluating %s", source)
 
-    data = open_folder(config.data, config.model.num_classes, ("val",))
+    data = open_folder(config.data, config.model.num_classes, ("val",), missing=config.data.missing)
     eval_step = make_eval_step(config, graphdef, mesh)
-    sums = evaluate_params(params, data.records["val"], config, eval_step=eval_step, mesh=mesh)
-    result = make_report(sums, config, checkpoint=source)
+    sums, failed = evaluate_params(
+        params, data.records["val"], config, eval_step=eval_step, mesh=mesh
+    )
+    result = make_report(sums, failed, config, checkpoint=source)
     result["weights_sha256"] = checkpoint.fingerprint(params)
     save_report(workdir, result, sums, data.labels)
     log.info(summary(result))
@@ -192,10 +202,16 @@ def evaluate(config, workdir: str | Path) -> dict:
 def summary(result: dict) -> str:
     """One line with the headline numbers and how they were measured."""
     protocol = result["protocol"]
+    counts = [
+        f"{result[name]} {name.removeprefix('num_')}"
+        for name in ("num_padded", "num_failed")
+        if result[name]
+    ]
+    sizes = [f"{protocol['num_frames']} frames", f"{protocol['image_size']} px", *counts]
     return (
         f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % on {result['num_videos']} "
         f"videos (clips × crops: {protocol['num_clips']} × {protocol['num_crops']}, "
-        f"{protocol['num_frames']} frames, {protocol['image_size']} px)"
+        f"{', '.join(sizes)})"
     )
 
 
@@ -205,7 +221,7 @@ def _check_preprocessing(folder: str, config) -> None:
     found = preprocessing(config)
     differences = [
         f"{name} is {expected[name]!r} there, {found[name]!r} in the config"
-        for name in ("sampling", "mean", "std")
+        for name in ("sampling", "sampling_rate", "mean", "std")
         if name in expected and expected[name] != found[name]
     ]
     if differences:

@@ -11,6 +11,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from jaxvid.errors import InputError
+
 log = logging.getLogger("jaxvid")
 
 
@@ -84,6 +86,41 @@ class MetricWriter:
         if self._files is not None:
             for file in self._files:
                 file.close()
+
+
+class SkippedVideos:
+    """Counts the training videos that cannot be decoded and lists them in `WORKDIR/skipped.jsonl`.
+
+    Args:
+        workdir: The run's folder; what an earlier part of the run listed counts too.
+        num_videos: Videos that are listed for training.
+        max_share: Of them, how many may fail before the run stops.
+    """
+
+    def __init__(self, workdir: Path, *, num_videos: int, max_share: float):
+        self._path = workdir / "skipped.jsonl"
+        self._num_videos, self._max_share = num_videos, max_share
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        self._ids = {json.loads(line)["id"] for line in lines}
+
+    def note(self, ids: list[str], errors: list[str]) -> None:
+        """Notes a batch's failures; each video is told once.
+
+        Raises:
+            InputError: More than the allowed share has failed.
+        """
+        for id_, error in zip(ids, errors, strict=True):
+            if error and id_ not in self._ids:
+                self._ids.add(id_)
+                log.warning("skipped: %s", error)
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"id": id_, "error": error}) + "\n")
+        if len(self._ids) > self._max_share * self._num_videos:
+            raise InputError(
+                f"{len(self._ids)} of {self._num_videos} training videos cannot be decoded, more "
+                f"than data.max_failed_share={self._max_share} allows; they are listed in "
+                f"{self._path}; restore them, delete their lines, or raise the share"
+            )
 
 
 def _step_of(line: str) -> float:

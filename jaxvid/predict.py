@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxvid import checkpoint, sharding, steps
 from jaxvid.data.decode import DecodeError
-from jaxvid.data.pipeline import load_eval_views
+from jaxvid.data.pipeline import ClipSpec, load_eval_views
 from jaxvid.errors import InputError
 
 
@@ -37,24 +37,13 @@ def predict(videos: Sequence[str | Path], folder: str | Path, *, top_k: int = 5)
     how = card["preprocessing"]
     if not how:
         raise InputError(f"{folder}: model.json says nothing of preprocessing; export it again")
-    if how["sampling"] != "segments":
-        raise InputError(
-            f"{folder} wants its frames sampled by {how['sampling']!r}, which predict cannot do "
-            "yet; call the model from Python"
-        )
+    spec = ClipSpec(**{name: how[name] for name in how if name not in ("mean", "std")})
     model = checkpoint.load_model(folder)
     labels = card["labels"] or [str(i) for i in range(model.config.num_classes)]
     classify = jax.jit(lambda clip: jax.nn.softmax(model(clip)))
     for video in videos:
         try:
-            views = load_eval_views(
-                video,
-                num_frames=how["num_frames"],
-                short_side=how["short_side"],
-                crop=how["crop"],
-                num_clips=1,
-                num_crops=1,
-            )
+            views = load_eval_views(video, spec)["video"]
         except DecodeError as error:
             yield {"video": str(video), "error": str(error)}
             continue

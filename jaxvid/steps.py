@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jaxvid import mixing
 from jaxvid.models import Params, build_model, merge_params, split_params
 
 
@@ -54,29 +55,50 @@ def train_step(
     std: float,
     label_smoothing: float,
     seed: int,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    erase: float = 0.0,
 ) -> tuple[dict, dict[str, jax.Array]]:
     """One optimiser step on a batch.
 
     Args:
         state: As `init_state` gives it.
-        batch: `video` `(b, t, h, w, c)` uint8 and `label` `(b,)`.
+        batch: `video` `(b, t, h, w, c)` uint8, `label` `(b,)` and `mask` `(b,)`; clips whose mask
+            is False count nowhere.
         graphdef: The network's structure.
         optimizer: The one that made `state`.
         mean: Subtracted from pixels in [0, 1].
         std: Divides them.
         label_smoothing: ε of the loss.
-        seed: With the step number it gives the key of dropout and drop-path.
+        seed: With the step number it gives the key of all that is random.
+        mixup: α of mixup; 0: off.
+        cutmix: α of cutmix; 0: off. One of the two is used.
+        erase: Probability that a box of a clip is erased.
 
     Returns:
         The new state, and sums over the batch: `loss`, `top1`, `count`; and `grad_norm`.
     """
     key = jax.random.fold_in(jax.random.key(seed), state["step"])
+    key, erase_key, mix_key = jax.random.split(key, 3) if erase or mixup or cutmix else (key,) * 3
+    label, mask = batch["label"], batch["mask"]
     video = normalize(batch["video"], mean, std)
+    if erase:
+        video = mixing.erase(video, erase_key, erase)
+    other, share = jnp.arange(len(label)), 1.0
+    if mixup:
+        video, other, share = mixing.mixup(video, mix_key, mixup)
+    elif cutmix:
+        video, other, share = mixing.cutmix(video, mix_key, cutmix)
+    mask = mask & mask[other]  # a clip mixed with one that is missing is missing too
+    count = jnp.maximum(mask.sum(), 1)
 
     def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
         logits = merge_params(graphdef, params)(video, key=key)
-        losses = cross_entropy(logits, batch["label"], smoothing=label_smoothing)
-        return losses.mean(), logits
+        losses = cross_entropy(logits, label, smoothing=label_smoothing)
+        if mixup or cutmix:
+            others = cross_entropy(logits, label[other], smoothing=label_smoothing)
+            losses = share * losses + (1 - share) * others
+        return jnp.where(mask, losses, 0).sum() / count, logits
 
     (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"])
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
@@ -85,11 +107,10 @@ def train_step(
         "opt_state": opt_state,
         "step": state["step"] + 1,
     }
-    count = batch["label"].size
     metrics = {
         "loss": loss * count,
-        "top1": (logits.argmax(-1) == batch["label"]).sum(),
-        "count": jnp.asarray(count),
+        "top1": ((logits.argmax(-1) == label) & mask).sum(),
+        "count": mask.sum(),
         "grad_norm": optax.tree.norm(grads),
     }
     return new_state, metrics

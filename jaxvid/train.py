@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from jaxvid import checkpoint, metrics, optim, report, sharding, steps
-from jaxvid.data.pipeline import make_train_iter
+from jaxvid.data.pipeline import make_spec, make_train_iter, split_batch
 from jaxvid.data.sources import open_folder
 from jaxvid.errors import InputError
 from jaxvid.evaluate import (
@@ -64,14 +64,14 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
     checkpoint.check_writable(workdir, need_bytes)
 
     # ------------------------------------------------------------------ data
-    data = open_folder(config.data, config.model.num_classes, ("train", "val"))
+    data = open_folder(
+        config.data, config.model.num_classes, ("train", "val"), missing=config.data.missing
+    )
     train_iter = make_train_iter(
         data.records["train"],
+        spec=make_spec(config),
         batch_size=config.batch_size // jax.process_count(),
         seed=config.seed,
-        num_frames=config.model.num_frames,
-        short_side=config.data.short_side,
-        crop=config.model.image_size,
         num_threads=config.data.num_threads,
         num_workers=config.data.num_workers,
         shard=(jax.process_index(), jax.process_count()),
@@ -110,6 +110,9 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
             mean=config.data.mean,
             std=config.data.std,
             label_smoothing=config.label_smoothing,
+            mixup=config.mixup,
+            cutmix=config.cutmix,
+            erase=config.erase,
             seed=config.seed,
         ),
         donate_argnums=0,
@@ -132,6 +135,9 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
 
     # ------------------------------------------------------------------ loop
     writer = metrics.MetricWriter(workdir, step)
+    skipped = metrics.SkippedVideos(
+        workdir, num_videos=len(data.records["train"]), max_share=config.data.max_failed_share
+    )
     progress = metrics.Progress(
         total_steps * config.batch_size,
         done=step * config.batch_size,
@@ -187,18 +193,19 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
                     checkpoint.save_checkpoint(manager, state, train_iter)
                 if at_end or (is_new and step % eval_steps == 0 and signals.received is None):
                     flush()
-                    sums = evaluate_params(
+                    sums, failed = evaluate_params(
                         state["params"], data.records["val"], config, eval_step=eval_step, mesh=mesh
                     )
-                    result = make_report(sums, config, checkpoint=f"step {step}")
+                    result = make_report(sums, failed, config, checkpoint=f"step {step}")
                     if is_new:  # or an earlier run has written it
                         scalars = {f"val/{k}": result[k] for k in ("top1", "top5", "loss")}
                         writer.write(step, scalars)
                     log.info("step %d: validation %s", step, summary(result))
                 if at_end or stopping:
                     break
-                batch = sharding.to_global(next(train_iter), mesh)
-                state, step_metrics = train_step(state, batch)
+                batch, ids, errors = split_batch(next(train_iter))
+                skipped.note(ids, errors)
+                state, step_metrics = train_step(state, sharding.to_global(batch, mesh))
                 step += 1
                 if step == start_step + 1:
                     jax.block_until_ready(state)

@@ -1,25 +1,49 @@
 """Frames by index are the frames that decoding everything gives, bit by bit."""
 
+import os
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
 
+from jaxvid.data import decode
 from jaxvid.data.decode import DecodeError, Video
 
+VARIABLE = np.arange(40) + np.arange(40) ** 2 // 20  # frame times, in 1/25 s
 
-def write_video(path, codec="libx264", frames=40, size=(48, 64), options=None, **settings):
-    """A video of moving noise with B-frames and several key frames."""
+
+def write_video(
+    path,
+    codec="libx264",
+    frames=40,
+    size=(48, 64),
+    options=None,
+    times=None,
+    turn=None,
+    container_options=None,
+    **settings,
+):
+    """A video of moving noise with B-frames and several key frames.
+
+    `times`: of each frame, in 1/25 s. `turn`: arguments of the display matrix.
+    """
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 255, (size[0] * 2, size[1] * 2, 3), np.uint8)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=container_options) as container:
         stream = container.add_stream(codec, rate=25)
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         stream.options = options or {}
         for name, value in settings.items():
             setattr(stream.codec_context, name, value)
+        if turn:
+            stream.set_display_rotation(*turn)
         for t in range(frames):
             image = np.ascontiguousarray(noise[t : t + size[0], t : t + size[1]])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = int(times[t]), Fraction(1, 25)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
 
@@ -49,27 +73,48 @@ def videos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
     closed, open_gops = {"bf": "3", "g": "12"}, {"bf": "3", "g": "12", "x264-params": "open-gop=1"}
     whole = write_video(folder / "whole.mkv", options=closed)
+    open_mkv = write_video(folder / "open.mkv", options=open_gops)
     return {
+        "av1": write_video(folder / "av1.mkv", "libsvtav1", frames=20, options={"preset": "12"}),
         "cut": cut_without_decoding(whole, folder / "cut.mkv", 5),
         "h264": write_video(folder / "h264.mp4", options=closed),
+        "hevc": write_video(
+            folder / "hevc.mp4", "libx265", options={"x265-params": "log-level=0:keyint=12"}
+        ),
+        "mpeg2": write_video(folder / "mpeg2.ts", "mpeg2video", gop_size=12, max_b_frames=2),
+        "interlaced": write_video(
+            folder / "interlaced.mp4", options={**closed, "x264-params": "tff=1"}
+        ),
+        "open_cut": cut_without_decoding(open_mkv, folder / "open_cut.mkv", 5),
+        "open_mkv": open_mkv,
         "open_gops": write_video(folder / "open.mp4", options=open_gops),
         "one_gop": write_video(folder / "one.mp4", options={"bf": "3", "g": "250"}),
         "matroska": write_video(folder / "h264.mkv", options=closed),
         "mpeg4_avi": write_video(folder / "mpeg4.avi", codec="mpeg4", gop_size=10),
         "mpeg4_b_avi": write_video(folder / "b.avi", codec="mpeg4", gop_size=10, max_b_frames=2),
         "one_frame": write_video(folder / "frame.mp4", frames=1),
+        "vfr": write_video(folder / "vfr.mp4", options=closed, times=VARIABLE),
+        "vp8": write_video(
+            folder / "vp8.webm", "libvpx", options={"auto-alt-ref": "1", "lag-in-frames": "16"}
+        ),
+        "vp9": write_video(folder / "vp9.webm", "libvpx-vp9", frames=20, options={"cpu-used": "8"}),
     }
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["h264", "cut", "open_gops", "one_gop", "matroska", "mpeg4_avi", "mpeg4_b_avi", "one_frame"],
+EXACT = (
+    "h264 cut open_gops one_gop matroska mpeg4_avi mpeg4_b_avi one_frame vfr av1 hevc mpeg2 vp8 "
+    "vp9 interlaced"
 )
-def test_frames_by_index_are_exact(videos, name):
+
+
+@pytest.mark.parametrize("kept_bytes", [decode.KEPT_BYTES, 0])
+@pytest.mark.parametrize("name", EXACT.split())
+def test_frames_by_index_are_exact(videos, name, kept_bytes, monkeypatch):
+    monkeypatch.setattr(decode, "KEPT_BYTES", kept_bytes)  # with 0 it seeks in the file
     expected = decode_everything(videos[name])
     rng = np.random.default_rng(0)
     with Video(videos[name]) as video:
-        assert video.num_frames == len(expected)
+        assert video.num_frames == len(expected) == video.count_readable()
         choices = [rng.integers(0, len(expected), 5) for _ in range(12)]  # repeats, any order
         choices += [np.arange(len(expected)), np.array([len(expected) - 1]), np.array([0, 0])]
         for indices in choices:
@@ -105,16 +150,177 @@ def test_bad_files_are_named_with_a_reason(videos, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_truncated_video_gives_what_it_holds_or_an_error(videos, tmp_path):
-    """Cut at every tenth: the frames that come are right, and no cut goes unnoticed."""
-    whole, expected = videos["matroska"].read_bytes(), decode_everything(videos["matroska"])
-    for tenth in range(1, 10):
-        path = tmp_path / f"{tenth}.mkv"
-        path.write_bytes(whole[: len(whole) * tenth // 10])
-        try:
-            with Video(path) as video:
-                assert video.num_frames < len(expected)
-                first = video.get_frames(np.array([0]))
-        except DecodeError:
-            continue
-        np.testing.assert_array_equal(first[0], expected[0])
+def test_skipping_is_what_decodes(videos, monkeypatch):
+    """Otherwise the tests of exactness would compare sequential decoding with itself."""
+    monkeypatch.setattr(Video, "_decode_all", None)
+    for name in ("h264", "one_gop", "matroska", "vfr", "hevc", "av1"):
+        with Video(videos[name]) as video:
+            assert len(video.get_frames(np.array([3, 9, 19]))) == 3
+
+
+def test_frames_before_an_open_group_of_pictures_are_refused(videos):
+    """Their references were cut off; the frames after it are as in the whole video."""
+    with Video(videos["open_cut"]) as video:
+        damaged = video.num_frames - video.count_readable()
+        assert 0 < damaged <= 3
+        with pytest.raises(DecodeError, match="frame 0 is damaged; "):
+            video.get_frames(np.array([0]))
+        rest = video.get_frames(np.arange(damaged, video.num_frames))
+    expected = decode_everything(videos["open_mkv"])
+    np.testing.assert_array_equal(rest, expected[-len(rest) :])
+
+
+def test_times_and_rate(videos, tmp_path):
+    with Video(videos["h264"]) as video:
+        np.testing.assert_allclose(video.times, np.arange(40) / 25)
+        assert (video.fps, video.oddities) == (25, [])
+    with Video(videos["vfr"]) as video:
+        np.testing.assert_allclose(video.times, VARIABLE / 25)
+        assert "variable frame rate" in video.oddities
+    with Video(videos["matroska"]) as video:
+        np.testing.assert_allclose(video.times, np.arange(40) / 25)
+        assert video.oddities == ["header claims 0 frames, there are 40"]
+    with Video(videos["mpeg4_b_avi"]) as video:
+        assert (video.times is None) == ("no usable timestamps" in video.oddities)
+        assert video.fps == 25
+    with Video(write_video(tmp_path / "slow.mp4", times=np.arange(40) * 40_000)) as video:
+        assert video.fps is None
+
+
+@pytest.mark.parametrize(
+    ("turn", "filters", "oddity"),
+    [
+        ((-90,), "transpose=clock", "rotated by 90°"),
+        ((90,), "transpose=cclock", "rotated by 270°"),
+        ((180,), "hflip,vflip", "rotated by 180°"),
+        ((0, True), "hflip", "mirrored"),
+        ((0, False, True), "vflip", "mirrored"),
+        ((30,), "null", None),
+    ],
+)
+def test_the_display_matrix_is_applied(tmp_path, turn, filters, oddity):
+    """The filters are those that FFmpeg's program inserts for the same file."""
+    path = write_video(tmp_path / "turned.mp4", frames=3, turn=turn)
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0)).reformat(format="rgb24")
+    graph = av.filter.Graph()
+    graph.link_nodes(
+        graph.add_buffer(width=64, height=48, format="rgb24", time_base=frame.time_base),
+        *(graph.add(*f.split("=")) for f in filters.split(",")),
+        graph.add("buffersink"),
+    ).configure()
+    graph.push(frame)
+    with Video(path) as video:
+        np.testing.assert_array_equal(
+            video.get_frames(np.array([0]))[0], graph.pull().to_ndarray(format="rgb24")
+        )
+        assert video.oddities == ([oddity] if oddity else [])
+
+
+def write_colour(path, yuv, pix_fmt, options, size=(48, 64), codec="libx264", full=False):
+    """Frames of one colour, given in 8 bits."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
+        stream.codec_context.color_range = 2 if full else 0
+        for _ in range(3):
+            frame = av.VideoFrame(size[1], size[0], pix_fmt)
+            for plane, value in zip(frame.planes, yuv, strict=True):
+                deep = "10" in pix_fmt
+                samples = np.full(plane.buffer_size >> deep, value << 2 * deep, "<u2")
+                plane.update(samples.astype("<u2" if deep else np.uint8).tobytes())
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def rgb_of(yuv, matrix, full):
+    """The colour by the definitions of ITU-R BT.601 and BT.709."""
+    kr, kb = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}[matrix]
+    y, cb, cr = (yuv[0], *(c - 128 for c in yuv[1:])) if full else (
+        (yuv[0] - 16) * 255 / 219, *((c - 128) * 255 / 224 for c in yuv[1:])
+    )  # fmt: skip
+    r, b = y + 2 * (1 - kr) * cr, y + 2 * (1 - kb) * cb
+    return np.clip([r, (y - kr * r - kb * b) / (1 - kr - kb), b], 0, 255)
+
+
+@pytest.mark.parametrize("yuv", [(81, 90, 200), (145, 54, 80), (120, 200, 110), (235, 128, 128)])
+@pytest.mark.parametrize(
+    ("tags", "matrix", "full", "pix_fmt"),
+    [
+        ("", "bt601", False, "yuv420p"),
+        ("colormatrix=bt709", "bt709", False, "yuv420p"),
+        ("colormatrix=smpte170m", "bt601", False, "yuv420p"),
+        ("colormatrix=bt470bg", "bt601", False, "yuv420p"),
+        ("colormatrix=bt709", "bt709", True, "yuv420p"),
+        ("", "bt601", True, "yuv420p"),
+        ("", "bt601", True, "yuvj420p"),
+        ("colormatrix=bt709", "bt709", False, "yuv420p10le"),
+        ("colormatrix=bt709", "bt709", True, "yuv420p10le"),
+        ("colormatrix=YCgCo", "bt601", False, "yuv420p"),  # swscale has no such matrix
+    ],
+)
+def test_colours_are_converted_as_tagged(tmp_path, yuv, tags, matrix, full, pix_fmt):
+    options = {"qp": "1", "x264-params": tags}
+    path = write_colour(tmp_path / "colour.mp4", yuv, pix_fmt, options, full=full)
+    frames = decode_all_of(path)
+    expected = np.broadcast_to(rgb_of(yuv, matrix, full), frames.shape)
+    np.testing.assert_allclose(frames, expected, atol=3)
+
+
+def test_odd_sizes(tmp_path):
+    yuv = (120, 200, 110)
+    frames = decode_all_of(
+        write_colour(tmp_path / "odd.avi", yuv, "yuv420p", {"qscale": "1"}, (49, 65), "mpeg4")
+    )
+    assert frames.shape == (3, 49, 65, 3)
+    expected = np.broadcast_to(rgb_of(yuv, "bt601", False), frames.shape)
+    np.testing.assert_allclose(frames, expected, atol=3)
+
+
+def test_sizes_lengths_and_time_are_bounded(videos, tmp_path, monkeypatch):
+    (tmp_path / "huge.mp4").write_bytes(b"YUV4MPEG2 W100000 H100000 F25:1\nFRAME\n" + bytes(99))
+    with pytest.raises(DecodeError, match=r"huge.mp4"):
+        Video(tmp_path / "huge.mp4")
+    with pytest.raises(DecodeError, match="longer than 0 s"):
+        Video(videos["h264"], max_seconds=0)
+    with Video(videos["h264"]) as video:
+        video._seconds_left = 0
+        with pytest.raises(DecodeError, match="longer than 60 s"):
+            video.count_readable()
+    monkeypatch.setattr(decode, "MAX_FRAMES", 39)
+    with pytest.raises(DecodeError, match="more than 39 frames"):
+        Video(videos["h264"])
+    monkeypatch.setattr(decode, "MAX_PIXELS", 48 * 64 - 1)
+    with pytest.raises(DecodeError, match="64×48 is too large"):
+        Video(videos["h264"])
+
+
+def test_what_is_no_regular_file_is_refused(videos, tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
+    (tmp_path / "locked.mp4").write_bytes(videos["h264"].read_bytes())
+    (tmp_path / "locked.mp4").chmod(0)
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{videos['h264']}'\n")
+    reasons = {
+        "pipe.mp4": "not a regular file",
+        "folder.mp4": "not a regular file",
+        "loop.mp4": "symbolic links",
+        "null\0.mp4": "null",
+        "list.mp4": "Invalid",
+    }
+    if os.geteuid():  # nothing is locked for root
+        reasons["locked.mp4"] = "denied"
+    for name, reason in reasons.items():
+        with pytest.raises(DecodeError, match=reason):
+            Video(tmp_path / name)
+    with pytest.raises(DecodeError, match="not a regular file"):
+        Video("/dev/zero")
+
+
+def test_names_are_no_addresses(videos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("12:30.mp4", "a|b %03d.mp4", "-"):
+        (tmp_path / name).write_bytes(videos["h264"].read_bytes())
+        assert len(decode_all_of(name)) == 40

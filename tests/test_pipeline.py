@@ -1,17 +1,24 @@
 """Batches are functions of the seed and the position alone, and evaluation misses nothing."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxvid.data import pipeline
-from jaxvid.data.decode import DecodeError
-from jaxvid.data.pipeline import load_eval_views, make_eval_iter, make_train_iter
+from jaxvid.data.pipeline import (
+    ClipSpec,
+    load_eval_views,
+    load_train_clip,
+    make_eval_iter,
+    make_train_iter,
+    split_batch,
+)
 from jaxvid.data.sources import Record, open_folder, read_list
 from jaxvid.errors import InputError
 
-CLIP = {"num_frames": 8, "short_side": 72, "crop": 64}
+SPEC = ClipSpec(num_frames=8, short_side=72, crop=64, train_short_side=(72, 72))
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +27,7 @@ def records(motion_folder):
 
 
 def train_batches(records, count, skip=0, **kwargs):
-    settings = {"batch_size": 8, "seed": 0, "num_threads": 2, **CLIP, **kwargs}
+    settings = {"spec": SPEC, "batch_size": 8, "seed": 0, "num_threads": 2, **kwargs}
     batches = make_train_iter(records, **settings)
     try:
         return [next(batches) for _ in range(skip + count)][skip:]
@@ -52,7 +59,7 @@ def test_seeds_and_epochs_differ(records):
 
 
 def seen(batches) -> list[int]:
-    return sorted(int(i) for batch in batches for i in batch["id"])
+    return sorted(int(i) for batch in batches for i in batch["video"])
 
 
 @pytest.fixture
@@ -60,8 +67,8 @@ def numbered(records, monkeypatch):
     """Records whose clips are their own number."""
     places = {record.path: i for i, record in enumerate(records)}
 
-    def load(record, rng, **_):
-        return {"id": np.int32(places[record.path])}
+    def load(record, rng, spec):
+        return {"video": np.int32(places[record.path]), "indices": 0, "padded": False}
 
     monkeypatch.setattr(pipeline, "load_train_clip", load)
     return records
@@ -78,7 +85,7 @@ def test_shards_are_disjoint_and_complete(numbered):
 
 
 def test_the_iterators_state_resumes_in_the_middle_of_an_epoch(records):
-    settings = {"batch_size": 8, "seed": 0, "num_threads": 2, **CLIP}
+    settings = {"spec": SPEC, "batch_size": 8, "seed": 0, "num_threads": 2}
     batches = make_train_iter(records, **settings)
     for _ in range(4):
         next(batches)
@@ -91,6 +98,26 @@ def test_the_iterators_state_resumes_in_the_middle_of_an_epoch(records):
     resumed.close()
 
 
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_continues_with_the_same_clips(records, processes):
+    settings = {"spec": SPEC, "seed": 0, "num_threads": 2}
+    batches = make_train_iter(records, batch_size=8, **settings)
+    for _ in range(7):  # into the second epoch
+        next(batches)
+    state, expected = batches.get_state(), next(batches)
+    batches.close()
+    clips = []
+    for shard in range(processes):
+        resumed = make_train_iter(
+            records, batch_size=8 // processes, shard=(shard, processes), **settings
+        )
+        resumed.set_state(state)
+        clips += list(next(resumed)["video"])
+        resumed.close()
+    found, wanted = (sorted(clip.tobytes() for clip in part) for part in (clips, expected["video"]))
+    assert found == wanted
+
+
 @pytest.mark.parametrize(("batch_size", "processes"), [(5, 1), (8, 1), (64, 1), (5, 2), (7, 3)])
 def test_evaluation_counts_every_video_once(motion_folder, batch_size, processes):
     records = read_list(motion_folder / "val.csv", 8)
@@ -98,12 +125,10 @@ def test_evaluation_counts_every_video_once(motion_folder, batch_size, processes
     for shard in range(processes):
         batches = make_eval_iter(
             records,
+            spec=SPEC,
             batch_size=batch_size,
-            num_clips=1,
-            num_crops=1,
             num_threads=2,
             shard=(shard, processes),
-            **CLIP,
         )
         found = list(batches)
         lengths.add(len(found))
@@ -117,22 +142,85 @@ def test_evaluation_counts_every_video_once(motion_folder, batch_size, processes
 
 def test_views_are_clips_of_crops(motion_folder):
     path = motion_folder / "val" / "00000.mp4"
-    views = load_eval_views(path, num_clips=3, num_crops=3, **{**CLIP, "short_side": 80})
-    assert views.shape == (9, 8, 64, 64, 3)
-    one = load_eval_views(path, num_clips=1, num_crops=1, **{**CLIP, "short_side": 80})
-    np.testing.assert_array_equal(views[1], one[0])  # first clip, centre
+    spec = dataclasses.replace(SPEC, short_side=80, num_clips=3, num_crops=3)
+    views = load_eval_views(path, spec)
+    assert views["video"].shape == (9, 8, 64, 64, 3)
+    assert views["indices"].shape == (3, 8)
+    one = load_eval_views(path, dataclasses.replace(spec, num_clips=1, num_crops=1))
+    np.testing.assert_array_equal(views["video"][1], one["video"][0])  # first clip, centre
+    assert not one["padded"]
+    long = dataclasses.replace(spec, sampling="dense", num_clips=1)
+    assert load_eval_views(path, long)["padded"]
 
 
-def test_an_undecodable_video_stops_the_iteration_with_its_name(records, tmp_path):
+def test_an_undecodable_video_keeps_its_place_masked_with_the_reason(records, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_text("hello")
-    with pytest.raises(DecodeError, match="broken.mp4: cannot be decoded"):
-        train_batches([*records, Record(broken, 0)], 7)
+    found = 0
+    for batch in train_batches([*records[:15], Record(broken, 3)], 2):
+        arrays, ids, errors = split_batch(batch)
+        assert sorted(arrays) == ["label", "mask", "video"]
+        np.testing.assert_array_equal(arrays["mask"], [not error for error in errors])
+        for i in np.flatnonzero(~arrays["mask"]):
+            found += 1
+            assert not arrays["video"][i].any()
+            assert ids[i] == str(broken)
+            assert "broken.mp4: cannot be decoded" in errors[i]
+    assert found == 1
     batches = make_eval_iter(
-        [Record(broken, 0)], batch_size=1, num_clips=1, num_crops=1, num_threads=1, **CLIP
+        [Record(broken, 3), records[0]], spec=SPEC, batch_size=3, num_threads=1
     )
-    with pytest.raises(DecodeError, match="broken.mp4: cannot be decoded"):
-        next(batches)
+    [batch] = list(batches)
+    assert batch["mask"].tolist() == [False, True, False]
+    assert batch["label"].tolist() == [3, records[0].label, 0]
+    _, ids, errors = split_batch(batch)
+    assert ids == [str(broken), records[0].id, ""]
+    assert [bool(error) for error in errors] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampling": "sparse"}, "sampling='sparse': there are 'segments', 'dense', 'rate'"),
+        ({"num_clips": 4}, "num_clips=4: sampling='segments' gives 1 to 3"),
+        ({"num_crops": 2}, "num_crops=2: there are 1, 3"),
+        ({"short_side": 32}, "short_side=32 is below the crop of 64 px"),
+        ({"augment": "auto"}, "augment='auto': there are '', 'autoaugment', 'randaugment'"),
+    ],
+)
+def test_impossible_clips_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(SPEC, **options)
+
+
+def test_the_short_side_is_drawn_between_its_bounds(records, monkeypatch):
+    sizes, plain = set(), pipeline.transforms.resize_short_side
+
+    def resize(frames, short_side):
+        sizes.add(short_side)
+        return plain(frames, short_side)
+
+    monkeypatch.setattr(pipeline.transforms, "resize_short_side", resize)
+    spec, rng = dataclasses.replace(SPEC, train_short_side=(64, 67)), np.random.default_rng(0)
+    for _ in range(40):
+        load_train_clip(records[0], rng, spec)
+    assert sizes - {SPEC.short_side} == {64, 65, 66, 67}  # a closed iterator may still finish
+
+
+def test_every_recipe_gives_clips_of_the_asked_size(records):
+    recipes = [
+        {"sampling": "dense", "train_crop": "multiscale", "augment": "autoaugment", "flip": 0.5},
+        {"sampling": "segments", "train_short_side": (64, 80), "augment": "randaugment"},
+        {"sampling": "rate", "by_time": True},
+    ]
+    for recipe in recipes:
+        spec = dataclasses.replace(SPEC, **recipe)
+        for seed in range(3):
+            clip = load_train_clip(records[seed], np.random.default_rng(seed), spec)
+            again = load_train_clip(records[seed], np.random.default_rng(seed), spec)
+            assert clip["video"].shape == (8, 64, 64, 3)
+            assert clip["video"].dtype == np.uint8
+            np.testing.assert_array_equal(clip["video"], again["video"])
 
 
 @pytest.mark.parametrize(
@@ -171,5 +259,5 @@ def test_folders_are_refused_with_the_way_out(config, motion_folder):
         with pytest.raises(InputError, match="a data folder holds train.csv"):
             open_folder(config.data, 8, ("val",))
         config.data.source = "kinetics"
-        with pytest.raises(InputError, match="data.source='kinetics': there are 'motion' and"):
+        with pytest.raises(InputError, match="data.source='kinetics': there are 'motion'"):
             open_folder(config.data, 8, ("val",))

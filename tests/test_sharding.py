@@ -45,6 +45,7 @@ def train(mesh, put):
         batch = {
             "video": rng.integers(0, 255, (8, 8, 32, 32, 3), np.uint8),
             "label": rng.integers(0, 8, 8).astype(np.int32),
+            "mask": np.ones(8, bool),
         }
         state, sums = step(state, put(batch))
         losses.append(float(sums["loss"]))

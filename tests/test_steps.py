@@ -93,6 +93,7 @@ def test_train_step_learns_a_batch_and_leaves_metrics_as_sums():
     batch = {
         "video": rng.integers(0, 255, (8, 8, 32, 32, 3), np.uint8),
         "label": np.arange(8, dtype=np.int32),
+        "mask": np.ones(8, bool),
     }
     config = make_model_config("xvit_tiny", **TINY)
     state, step, graphdef = make_step(config, optax.adam(3e-3), seed=0)
@@ -116,7 +117,11 @@ def test_train_step_learns_a_batch_and_leaves_metrics_as_sums():
 
 def test_dropout_keys_follow_seed_and_step():
     config = make_model_config("xvit_tiny", **TINY, dropout=0.5)
-    batch = {"video": np.zeros((8, 8, 32, 32, 3), np.uint8), "label": np.zeros(8, np.int32)}
+    batch = {
+        "video": np.zeros((8, 8, 32, 32, 3), np.uint8),
+        "label": np.zeros(8, np.int32),
+        "mask": np.ones(8, bool),
+    }
 
     def losses(seed):
         # A learning rate of 0 leaves the weights as they are: only the key changes.

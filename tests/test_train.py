@@ -16,7 +16,7 @@ from PIL import Image
 
 import jaxvid
 from jaxvid import checkpoint, evaluate, steps
-from jaxvid.data.pipeline import load_eval_views
+from jaxvid.data.pipeline import ClipSpec, load_eval_views
 from jaxvid.errors import InputError
 from jaxvid.models import split_params
 from jaxvid.predict import main as predict_main
@@ -210,11 +210,16 @@ def test_weights_that_are_not_finite_are_not_evaluated(run, tmp_path):
     assert not (tmp_path / "w" / "eval.json").exists()
 
 
-def test_predict_refuses_a_model_whose_sampling_it_does_not_know(tmp_path):
+def test_predict_samples_frames_as_the_model_folder_says(tmp_path, motion_folder):
     how = {"sampling": "rate", "num_frames": 8, "short_side": 72, "crop": 64, "mean": 0, "std": 1}
     jaxvid.save_model(jaxvid.create_model("xvit_tiny"), tmp_path / "m", preprocessing=how)
-    with pytest.raises(InputError, match="frames sampled by 'rate', which predict cannot do"):
-        list(predict(["a.mp4"], tmp_path / "m"))
+    clip = motion_folder / "val" / "00003.mp4"
+    [found] = predict([clip], tmp_path / "m")
+    views = load_eval_views(clip, ClipSpec(num_frames=8, short_side=72, crop=64, sampling="rate"))
+    assert views["padded"]  # 17 frames are no 10 s
+    logits = jaxvid.load_model(tmp_path / "m")(steps.normalize(views["video"], 0.0, 1.0))
+    expected = float(jax.nn.softmax(logits).max())
+    assert found["top"][0]["probability"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_more_views_are_summed(run, tmp_path):
@@ -238,11 +243,11 @@ def test_init_from_starts_training_at_those_weights(run, tmp_path):
 
 def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
     cases = {
-        "eval.num_crops=2: possible are": ("eval", "num_crops", 2),
+        "num_crops=2: there are 1, 3": ("eval", "num_crops", 2),
         "batch_size=3 must be a positive multiple": ("", "batch_size", 3),
         "eval.batch_size=3 must be": ("eval", "batch_size", 3),
         "cannot be laid over 8 devices": ("mesh", "data", 3),
-        "short_side=32 is below model.image_size=64": ("data", "short_side", 32),
+        "short_side=32 is below the crop of 64 px": ("eval", "short_side", 32),
         "log_steps=0: must be above 0": ("", "log_steps", 0),
         "checkpoint_keep=0: must be above 0": ("", "checkpoint_keep", 0),
         "num_epochs=-3.0: must be above 0": ("", "num_epochs", -3.0),
@@ -278,7 +283,7 @@ def test_predictions_are_the_models_and_broken_files_are_one_line(run, motion_fo
     assert [entry["probability"] for entry in first["top"]] == sorted(
         (entry["probability"] for entry in first["top"]), reverse=True
     )
-    views = load_eval_views(clip, num_frames=8, short_side=72, crop=64, num_clips=1, num_crops=1)
+    views = load_eval_views(clip, ClipSpec(num_frames=8, short_side=72, crop=64))["video"]
     logits = jaxvid.load_model(workdir / "model")(steps.normalize(views, 0.5, 0.5))
     probabilities = jax.nn.softmax(logits)[0]
     labels = (motion_folder / "labels.txt").read_text().split()
@@ -356,10 +361,6 @@ def test_bad_command_lines_are_one_line(arguments, message):
     [
         (lambda folder: (folder / "val.csv").write_text(""), "val.csv is empty"),
         (lambda folder: (folder / "val" / "00001.mp4").write_bytes(b""), "00001.mp4 is empty"),
-        (
-            lambda folder: (folder / "val" / "00001.mp4").write_bytes(b"text"),
-            "00001.mp4: cannot be decoded",
-        ),
     ],
 )
 def test_bad_data_is_one_line_and_exit_code_2(motion_folder, run, tmp_path, change, message):
@@ -379,3 +380,48 @@ def test_bad_data_is_one_line_and_exit_code_2(motion_folder, run, tmp_path, chan
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert not (tmp_path / "w" / "eval.json").exists()
+
+
+@pytest.fixture
+def with_broken(motion_folder, tmp_path):
+    """The motion clips with a broken video in each split, first in its list."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "broken.mp4").write_text("hello")
+    (folder / "labels.txt").write_text((motion_folder / "labels.txt").read_text())
+    for split in ("train", "val"):
+        lines = (motion_folder / f"{split}.csv").read_text().splitlines()
+        listed = ["broken.mp4 0", *(f"{motion_folder}/{line}" for line in lines)]
+        (folder / f"{split}.csv").write_text("\n".join(listed) + "\n")
+    return folder
+
+
+def test_broken_videos_are_skipped_in_training_and_wrong_in_evaluation(with_broken, tmp_path):
+    config = shrunk_config(with_broken)
+    result = train(config, tmp_path / "w")
+    [line] = (tmp_path / "w" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"].endswith("broken.mp4")
+    assert (result["num_videos"], result["num_evaluated"], result["num_failed"]) == (25, 24, 1)
+    [failed] = result["failed"]
+    assert failed["label"] == 0
+    assert "broken.mp4: cannot be decoded" in failed["error"]
+    confusion = json.loads((tmp_path / "w" / "eval.json").read_text())["confusion"]
+    hits = sum(confusion[i][i] for i in range(8))
+    assert result["top1"] == pytest.approx(100 * hits / 25)
+    config = config.copy_and_resolve_references().unlock()
+    config.data.max_failed_share = 0.01
+    with pytest.raises(InputError, match="1 of 49 training videos cannot be decoded, more than"):
+        train(config.lock(), tmp_path / "strict")
+
+
+def test_mixing_and_erasing_train_and_continue_to_the_same_bits(motion_folder, tmp_path):
+    for options in ({"mixup": 0.4, "erase": 0.5}, {"cutmix": 1.0}):
+        config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
+        config.update(options)
+        config.lock()
+        name = "_".join(options)
+        whole = train(config, tmp_path / f"{name}_whole")
+        train(config, tmp_path / f"{name}_parts", stop_step=2)
+        parts = train(config, tmp_path / f"{name}_parts")
+        assert whole["weights_sha256"] == parts["weights_sha256"]
+        assert np.isfinite(whole["loss"])

@@ -1,12 +1,37 @@
-"""Frames by index out of a video file."""
+"""Frames by index out of a video file, exactly and within bounds."""
 
 import bisect
+import contextlib
+import itertools
+import math
+import os
+import stat
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
+from av.stream import Discard, Disposition
+from av.video.reformatter import VideoReformatter
 
 from jaxvid.errors import InputError
+
+# A file may claim or hold anything; these bounds are far above what clips need.
+MAX_PIXELS = 64_000_000  # of a frame: twice that of 8K video
+MAX_FRAMES = 1_000_000  # nine hours at 30 frames/s
+MAX_SECONDS = 60.0  # of wall time for opening a file and all its decoding
+KEPT_BYTES = 64 * 2**20  # of compressed frames, so that they are read from the file only once
+
+# Containers that hold their own frames. Others can name further files, or network addresses.
+CONTAINERS = "asf,avi,flv,gif,h264,hevc,ivf,matroska,mov,mpeg,mpegts,mxf,nut,ogg,rm,yuv4mpegpipe"
+# Codecs that say of each frame whether any other refers to it, whatever the encoder's layering.
+SKIPPABLE = ("h264", "mpeg1video", "mpeg2video", "mpeg4")
+# H.273 numbers of the matrices that swscale has; it refuses frames tagged with any other.
+UNSPECIFIED, MATRICES = 2, (0, 1, 2, 4, 5, 6, 7, 9)
+# Clockwise, by whether x and y are exchanged and then each is flipped; all others are mirrored.
+TURNS = {(True, True, False): "90°", (False, True, True): "180°", (True, False, True): "270°"}
 
 
 class DecodeError(InputError):
@@ -19,52 +44,150 @@ class Video:
     Opening reads the container's packets once, without decoding any, for the number of frames and
     their timestamps: what a header claims is not believed.
 
+    Args:
+        path: A regular file.
+        max_seconds: Wall time for opening and all decoding together.
+
     Attributes:
         num_frames: Number of frames.
+        fps: Average frames a second; None where it is unknown or absurd.
+        times: `(num_frames,)` float64, seconds from the first frame to each, never falling; None
+            where the file has no usable timestamps.
+        oddities: What is unusual about the file, a phrase each; decoding may add to them.
 
     Raises:
-        DecodeError: The file is missing, is no video, or holds no frame.
+        DecodeError: The file is missing, is no video, holds no frame, or exceeds a bound.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, max_seconds: float = MAX_SECONDS):
         self._path = path
+        self._seconds_left = self._max_seconds = max_seconds
+        self._container = self._readable = self._kept = None
+        self._reformatter = VideoReformatter()  # one: its tables are made once
+        self.oddities: list[str] = []
         try:
-            self._container = av.open(str(path))
-        except (av.FFmpegError, OSError) as error:
-            raise self._error(error) from None
-        try:
-            self._scan()
+            with self._bounded():
+                self._scan()
         except BaseException:
             self.close()
             raise
 
-    def _scan(self) -> None:
-        streams = self._container.streams.video
-        if not streams:
-            raise self._error("no video stream in it")
-        self._stream = streams[0]
-        self._stream.codec_context.thread_count = 1  # clips are decoded in parallel, not frames
+    @contextlib.contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """Counts the time inside and gives FFmpeg's errors the file's name."""
+        start = time.monotonic()
+        self._deadline = start + self._seconds_left
         try:
-            packets = [
-                (packet.pts, packet.is_keyframe, packet.is_discard)
-                for packet in self._container.demux(self._stream)
-                if packet.size
-            ]
-        except (av.FFmpegError, OSError) as error:
-            raise self._error(error) from None
+            yield
+        except av.error.ExitError:
+            raise self._error(f"it takes longer than {self._max_seconds:g} s") from None
+        # FFmpeg's errors are not all OSErrors, and a path may hold a null character.
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise error if isinstance(error, DecodeError) else self._error(error) from None
+        finally:
+            self._seconds_left -= time.monotonic() - start
+
+    def _open(self) -> None:
+        self.close()
+        if not stat.S_ISREG(os.stat(self._path).st_mode):  # a pipe could block for ever
+            raise self._error("not a regular file")
+        limits = {"max_pixels": str(MAX_PIXELS)}  # the size may change on the way
+        self._container = av.open(
+            f"file:{self._path}",  # or else "12:30.mp4" is a network protocol
+            options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file", **limits},
+            metadata_errors="replace",
+            timeout=max(self._deadline - time.monotonic(), 0.001),
+        )
+        streams, cover = self._container.streams, Disposition.attached_pic  # the cover of a song
+        videos = [stream for stream in streams.video if not stream.disposition & cover]
+        if not videos:
+            raise self._error("no video stream in it")
+        self._stream = videos[0]
+        for stream in streams:
+            stream.discard = Discard.default if stream is self._stream else Discard.all
+        if (context := self._stream.codec_context) is None:
+            raise self._error("no decoder for its codec")
+        if context.width * context.height > MAX_PIXELS:
+            raise self._error(f"{context.width}×{context.height} is too large a frame")
+        context.thread_count = 1  # clips are decoded in parallel, not frames
+        context.options = limits
+
+    def _packets_from(self, stamp: int | None, position: int) -> Iterator[av.Packet]:
+        """The packets from a key frame on, or all without `stamp`; the decoder starts afresh."""
+        if self._kept is not None:
+            self._stream.codec_context.flush_buffers()
+            return self._packets(self._kept[position:])
+        if stamp is None:
+            self._open()  # what a seek to the start finds depends on the container
+        else:
+            self._container.seek(stamp, stream=self._stream, backward=True)
+        return self._packets()
+
+    def _packets(self, packets: list[av.Packet] | None = None) -> Iterator[av.Packet]:
+        for packet in self._container.demux(self._stream) if packets is None else packets:
+            if time.monotonic() > self._deadline:
+                raise self._error(f"it takes longer than {self._max_seconds:g} s")
+            if packet.size:  # an empty one would flush the decoder
+                yield packet
+
+    def _scan(self) -> None:
+        self._open()
+        is_avi = self._container.format.name == "avi"
+        is_vp8 = self._stream.codec_context.name == "vp8"
+        guessed, num_bytes, kept, packets = False, 0, [], []
+        for packet in self._packets():
+            guessed |= is_avi and packet.pts != packet.dts
+            # VP8 has frames that are not for showing; a bit of their header says so.
+            hidden = packet.is_discard or (is_vp8 and not memoryview(packet)[0] & 0x10)
+            packets.append((packet.pts, packet.is_keyframe, hidden))
+            num_bytes += packet.size
+            if num_bytes <= KEPT_BYTES:
+                kept.append(packet)
+            if len(packets) > MAX_FRAMES:
+                raise self._error(f"more than {MAX_FRAMES} frames")
+        self._kept = kept if len(kept) == len(packets) else None
         # Frames before the first key frame cannot be decoded; those that an edit list cuts off are
         # decoded on the way to others and never shown.
-        first_key = next((i for i, packet in enumerate(packets) if packet[1]), len(packets))
-        shown = [pts for pts, _, discarded in packets[first_key:] if not discarded]
+        keys = [position for position, packet in enumerate(packets) if packet[1]]
+        first_key = keys[0] if keys else len(packets)
+        shown = [(p[0], i) for i, p in enumerate(packets) if i >= first_key and not p[2]]
         if not shown:
             raise self._error("no frame in it")
-        self.num_frames = len(shown)
-        # Without distinct timestamps (some AVI files) frames are known by their order alone.
-        self._times = sorted(shown) if None not in shown and len({*shown}) == len(shown) else None
-        self._key_times = sorted(pts for pts, is_key, _ in packets if is_key and pts is not None)
+        self._num_packets, self.num_frames = len(packets), len(shown)
+        # Without distinct timestamps frames are known by their order alone. AVI has none; guesses
+        # are right only where frames are stored in the order in which they are shown.
+        self._stamps, distinct = None, len(dict(shown)) == len(shown)
+        if distinct and not guessed and all(p[0] is not None for p in packets):
+            shown.sort()
+            self._stamps = [pts for pts, _ in shown]
+        self._positions = [position for _, position in shown]  # of each frame's packet in the file
+        self._key_positions, self._key_stamps = keys, [packets[i][0] for i in keys]
+        self._set_times()
+        claimed, hidden = self._stream.frames, len(packets) - first_key - self.num_frames
+        phrases = {
+            f"header claims {claimed} frames, there are {len(packets)}": claimed != len(packets),
+            f"{first_key} frames before the first key frame, left out": first_key,
+            f"{hidden} frames are not for showing": hidden,
+            "no usable frame rate": self.fps is None,
+        }
+        self.oddities += [phrase for phrase, holds in phrases.items() if holds]
+
+    def _set_times(self) -> None:
+        self.times = None
+        if self._stamps is None:
+            self.oddities.append("no usable timestamps")
+        else:
+            stamps = np.array([stamp - self._stamps[0] for stamp in self._stamps], np.float64)
+            self.times = stamps * float(self._stream.time_base)
+            steps = np.diff(stamps)
+            # Timestamps in whole milliseconds differ by one.
+            if len(steps) and np.ptp(steps) > max(1, np.median(steps) / 2):
+                self.oddities.append("variable frame rate")
+        rate = self._stream.average_rate
+        self.fps = float(rate) if rate and 0.01 <= rate <= 1000 else None
 
     def get_frames(self, indices: np.ndarray) -> np.ndarray:
-        """Decodes some frames.
+        """Decodes some frames: upright, converted by the matrix and range that the file names.
 
         Args:
             indices: Frame numbers in presentation order, in any order, repeats allowed.
@@ -73,68 +196,144 @@ class Video:
             `(t, h, w, c)` uint8, RGB, one frame for each index.
 
         Raises:
-            DecodeError: A wanted frame cannot be decoded.
+            DecodeError: A wanted frame is damaged, or time is up.
         """
         wanted = sorted({int(i) for i in indices})
         if not 0 <= wanted[0] <= wanted[-1] < self.num_frames:
             raise IndexError(f"{self._path}: {wanted} outside 0..{self.num_frames - 1}")
-        try:
-            frames = self._decode_groups(wanted) if self._times else {}
+        with self._bounded():
+            frames = self._decode_groups(wanted) if self._stamps else {}
             if len(frames) < len(wanted):  # open GOPs, damage, no timestamps
-                frames = self._decode_all(wanted)
-        except (av.FFmpegError, OSError) as error:
-            raise self._error(error) from None
+                frames, _ = self._decode_all(wanted)
         if missing := [i for i in wanted if i not in frames]:
-            raise self._error(f"frame {missing[0]} of {self.num_frames} cannot be decoded")
+            readable = f"{self.count_readable()} of {self.num_frames} can be read"
+            raise self._error(f"frame {missing[0]} is damaged; {readable}")
         shapes = {frame.shape for frame in frames.values()}
         if len(shapes) > 1:
             raise self._error(f"the frame size changes within it: {sorted(shapes)}")
         return np.stack([frames[int(i)] for i in indices])
 
+    def count_readable(self) -> int:
+        """Decodes everything and counts the frames that no damage reaches.
+
+        Damage reaches all frames that are decoded after it, up to the next key frame.
+
+        Raises:
+            DecodeError: Time is up.
+        """
+        if self._readable is None:
+            with self._bounded():
+                self._readable = len(self._decode_all(None)[1])
+            if damaged := self.num_frames - self._readable:
+                self.oddities.append(f"{damaged} of {self.num_frames} frames are damaged")
+        return self._readable
+
     def _decode_groups(self, wanted: list[int]) -> dict[int, np.ndarray]:
-        """Seeks to each key frame that wanted frames follow and decodes no more than they need."""
-        groups: dict[int, dict[int, int]] = {}
+        """Decodes no more than is needed; damage and interlacing are left to `_decode_all`."""
+        keys = sorted(zip(self._key_stamps, self._key_positions, strict=True))
+        groups: dict[tuple[int, int], dict[int, int]] = {}
         for i in wanted:
-            place = bisect.bisect_right(self._key_times, self._times[i])
-            if not place:
-                return {}
-            groups.setdefault(self._key_times[place - 1], {})[self._times[i]] = i
+            place = bisect.bisect(keys, (self._stamps[i], math.inf))
+            if place:
+                groups.setdefault(keys[place - 1], {})[self._stamps[i]] = i
         frames = {}
-        for key_time, group in groups.items():
-            self._container.seek(key_time, stream=self._stream, backward=True)
-            context = self._stream.codec_context
-            last, found = max(group), 0
-            for packet in self._container.demux(self._stream):
-                # Frames that no other frame refers to are decoded only where they are wanted.
-                context.skip_frame = "DEFAULT" if packet.pts in group else "NONREF"
-                for frame in packet.decode():
-                    if frame.pts in group:
-                        frames[group[frame.pts]] = frame.to_ndarray(format="rgb24")
-                        found += 1
-                if found == len(group):
-                    break
-                if packet.dts is not None and packet.dts > last and packet.is_keyframe:
-                    break  # past the group: the rest is for _decode_all
+        with contextlib.suppress(av.FFmpegError):
+            for key, group in groups.items():
+                frames.update(self._decode_group(key, group))
         return frames
 
-    def _decode_all(self, wanted: list[int]) -> dict[int, np.ndarray]:
-        """Decodes from the start; knows frames by their timestamps, or else by their order."""
-        frames, remaining = {}, set(wanted)
-        places = {time: i for i, time in enumerate(self._times or ())}
-        self._container.seek(0, backward=True, any_frame=False)
-        self._stream.codec_context.skip_frame = "DEFAULT"
-        for count, frame in enumerate(self._container.decode(self._stream)):
-            i = places.get(frame.pts) if places else count
-            if i in remaining:
-                frames[i] = frame.to_ndarray(format="rgb24")
-                remaining.remove(i)
-            if not remaining:
+    def _decode_group(self, key: tuple[int, int], group: dict[int, int]) -> dict[int, np.ndarray]:
+        """Decodes the frames of `group` (timestamp → index) from a key frame on."""
+        context = self._stream.codec_context
+        unwanted = "NONREF" if context.name in SKIPPABLE else "DEFAULT"
+        frames, unsent = {}, set(group)
+        for packet in self._packets_from(*key):
+            # Frames that no other frame refers to are decoded only where they are wanted.
+            context.skip_frame = "DEFAULT" if packet.pts in group else unwanted
+            decoded = context.decode(packet)
+            unsent.discard(packet.pts)
+            if not unsent:
+                decoded += context.decode(None)  # what it holds back for reordering
+            for frame in decoded:
+                # Of an interlaced frame one field may be left out.
+                if frame.is_corrupt or (frame.interlaced_frame and unwanted == "NONREF"):
+                    return {}
+                if frame.pts in group:
+                    frames[group[frame.pts]] = self._to_rgb(frame)
+            past = packet.is_keyframe and packet.dts is not None and packet.dts > max(group)
+            if past or not unsent:
                 break
         return frames
 
+    def _decode_all(self, wanted: list[int] | None) -> tuple[dict[int, np.ndarray], set[int]]:
+        """Decodes from the start as far as wanted frames need it; the whole file without them.
+
+        Returns the wanted frames that no damage reaches, and the indices of all such frames.
+        """
+        places = {stamp: i for i, stamp in enumerate(self._stamps or ())}
+        needed = [self._positions[i] for i in wanted or ()] if places else []
+        last = max(needed, default=math.inf)  # position of the last packet that is needed
+        frames, seen, failed, count = {}, set(), set(), 0
+        packets = enumerate(self._packets_from(None, 0))
+        packets = itertools.takewhile(lambda item: item[0] <= last, packets)
+        context = self._stream.codec_context
+        context.skip_frame = "DEFAULT"
+        for position, packet in itertools.chain(packets, [(self._num_packets, None)]):
+            try:
+                decoded = context.decode(packet)
+            except av.FFmpegError:
+                failed.add(position)
+                continue
+            for frame in decoded:
+                i, count = places.get(frame.pts) if places else count, count + 1
+                if frame.is_corrupt:
+                    failed.add(position if i is None or not places else self._positions[i])
+                # Without timestamps it is not known which frames those after damage are.
+                elif (i is not None) if places else (i < self.num_frames and not failed):
+                    seen.add(i)
+                    if i in (wanted or ()):
+                        frames[i] = self._to_rgb(frame)
+        sound = self._find_sound(seen, failed) if places else seen
+        return {i: frame for i, frame in frames.items() if i in sound}, sound
+
+    def _find_sound(self, seen: set[int], failed: set[int]) -> set[int]:
+        """Of the frames `seen`, those that no failed packet, given by its position, can reach."""
+        starts = {}  # of each frame: the position of the first packet that it may refer to
+        for i, position in enumerate(self._positions):
+            run = bisect.bisect_right(self._key_positions, position) - 1
+            # Shown before the key frame that precedes it in the file, it also refers to earlier
+            # ones; where there are none, no decoder hands it out, and nothing is wrong.
+            leads = self._stamps[i] < self._key_stamps[run]
+            starts[i] = self._key_positions[max(run - leads, 0)]
+            if i not in seen and not leads and self._stream.codec_context.name == "h264":
+                failed.add(position)  # in H.264 each packet gives a frame
+        failures = [*sorted(failed), math.inf]
+        return {
+            i for i in seen if failures[bisect.bisect(failures, starts[i] - 1)] > self._positions[i]
+        }
+
+    def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        """Converts a frame to `(h, w, c)` uint8 and turns it upright."""
+        if frame.colorspace not in MATRICES:
+            frame.colorspace = UNSPECIFIED
+        image = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        if (side_data := frame.side_data.get(SideDataType.DISPLAYMATRIX)) is None:
+            return image
+        matrix = np.frombuffer(side_data, np.int32)  # x' = m0 x + m3 y, y' = m1 x + m4 y
+        turned = bool(abs(matrix[[0, 4]]).min() < abs(matrix[[1, 3]]).min())
+        flips = tuple((matrix[[3, 1]] if turned else matrix[[0, 4]]) < 0)  # of x', of y'
+        if turned or any(flips):
+            turn = TURNS.get((turned, *flips))
+            phrase = f"rotated by {turn}" if turn else "mirrored"
+            if phrase not in self.oddities:
+                self.oddities.append(phrase)
+        image = image.swapaxes(0, 1) if turned else image
+        return image[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]
+
     def close(self) -> None:
         """Closes the file."""
-        self._container.close()
+        if self._container is not None:
+            self._container.close()
 
     def __enter__(self) -> "Video":
         return self

@@ -1,62 +1,214 @@
 """The Grain chain: records → decoded, cropped, batched uint8 clips.
 
 Every random choice comes from the generator that Grain derives from (seed, position), so batches do
-not depend on the number of threads, workers or restarts.
+not depend on the number of threads, workers or restarts. A video that cannot be decoded keeps its
+place in its batch, masked, with the reason: nothing is swapped for it.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
+import cv2
 import grain
 import numpy as np
 
-from jaxvid.data import sampling, transforms
-from jaxvid.data.decode import Video
+from jaxvid.data import augment, sampling, transforms
+from jaxvid.data.decode import DecodeError
 from jaxvid.data.sources import Record
+from jaxvid.errors import InputError
+
+TEXT_BYTES = 512  # of a video's id, and of the reason why it failed, in a batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipSpec:
+    """How clips are made out of videos.
+
+    Attributes:
+        num_frames: Frames a clip.
+        crop: Height and width of a clip in pixels.
+        short_side: Evaluation: the frames' shorter side in pixels before cropping.
+        sampling: Which frames: `segments`, `dense` or `rate` (`sampling.make_indices`).
+        sampling_rate: Of `dense`.
+        by_time: Videos with a variable frame rate are sampled by time, not by frame number.
+        resize: `antialiased` (Pillow's bilinear) or `bilinear` (torch's, without).
+        num_clips: Evaluation: clips of a video.
+        num_crops: Evaluation: crops of a clip, 1 or 3.
+        train_crop: `random` (a random place after a random short side) or `multiscale` (XViT on
+            Kinetics).
+        train_short_side: Lowest and highest short side of `random` crops.
+        flip: Probability that a training clip is mirrored.
+        augment: ``, `autoaugment` (v0) or `randaugment`, on whole frames before the crop.
+        randaugment_layers: Operations of `randaugment`.
+        randaugment_magnitude: Its strength, 0 to 10.
+    """
+
+    num_frames: int
+    crop: int
+    short_side: int
+    sampling: str = "segments"
+    sampling_rate: int = 16
+    by_time: bool = False
+    resize: str = "antialiased"
+    num_clips: int = 1
+    num_crops: int = 1
+    train_crop: str = "random"
+    train_short_side: tuple[int, int] = (0, 0)
+    flip: float = 0.0
+    augment: str = ""
+    randaugment_layers: int = 2
+    randaugment_magnitude: int = 9
+
+    def __post_init__(self):
+        options = {
+            "sampling": sampling.SAMPLINGS,
+            "resize": ("antialiased", "bilinear"),
+            "num_crops": transforms.NUM_CROPS,
+            "train_crop": ("random", "multiscale"),
+            "augment": ("", "autoaugment", "randaugment"),
+        }
+        for name, valid in options.items():
+            if getattr(self, name) not in valid:
+                known = ", ".join(repr(option) for option in valid)
+                raise InputError(f"{name}={getattr(self, name)!r}: there are {known}")
+        most = sampling.max_views(self.sampling) or self.num_clips
+        if not 1 <= self.num_clips <= most:
+            raise InputError(
+                f"num_clips={self.num_clips}: sampling={self.sampling!r} gives 1 to {max(most, 1)}"
+            )
+        for low in (self.short_side, self.train_short_side[0] or self.crop):
+            if low < self.crop:
+                raise InputError(f"short_side={low} is below the crop of {self.crop} px; raise it")
+
+
+def make_spec(config, *, num_clips: int = 1, num_crops: int = 1) -> ClipSpec:
+    """The clips of a config.
+
+    Raises:
+        InputError: A field of `data` or `eval` has an impossible value.
+    """
+    data = config.data
+    low = data.short_side
+    return ClipSpec(
+        num_frames=config.model.num_frames,
+        crop=config.model.image_size,
+        short_side=config.eval.short_side,
+        sampling=data.sampling,
+        sampling_rate=data.sampling_rate,
+        by_time=data.by_time,
+        resize=data.resize,
+        num_clips=num_clips,
+        num_crops=num_crops,
+        train_crop=data.train_crop,
+        train_short_side=(low, max(low, data.short_side_max)),
+        flip=data.flip,
+        augment=data.augment,
+        randaugment_layers=data.randaugment_layers,
+        randaugment_magnitude=data.randaugment_magnitude,
+    )
 
 
 def load_train_clip(
-    record: Record, rng: np.random.Generator, *, num_frames: int, short_side: int, crop: int
+    record: Record, rng: np.random.Generator, spec: ClipSpec
 ) -> dict[str, np.ndarray]:
     """Decodes and augments one training clip.
 
     Returns:
-        `video` `(t, crop, crop, c)` uint8 and `label`, an int32.
+        `video` `(t, crop, crop, c)` uint8; `indices` `(t,)`, its frames; `padded`, whether the
+        video is too short for it.
+
+    Raises:
+        DecodeError: The video cannot be decoded.
     """
-    with Video(record.path) as video:
-        indices = sampling.segment_indices(video.num_frames, num_frames, rng=rng)
-        frames = video.get_frames(indices)
-    frames = transforms.random_crop(transforms.resize_short_side(frames, short_side), crop, rng)
-    return {"video": frames, "label": np.int32(record.label)}
+    with record.open() as reader:
+        indices = _indices(reader, spec, rng=rng)
+        frames = reader.get_frames(indices)
+        padded = _is_padded(reader, spec)
+    if spec.augment == "autoaugment":
+        frames = augment.autoaugment(frames, rng)
+    elif spec.augment == "randaugment":
+        layers, magnitude = spec.randaugment_layers, spec.randaugment_magnitude
+        frames = augment.randaugment(frames, rng, num_layers=layers, magnitude=magnitude)
+    if spec.train_crop == "multiscale":
+        frames = transforms.multi_scale_crop(frames, spec.crop, rng)
+    else:
+        low, high = spec.train_short_side
+        frames = _resize(frames, int(rng.integers(low, high, endpoint=True)), spec)
+        frames = transforms.random_crop(frames, spec.crop, rng)
+    if spec.flip:
+        frames = transforms.random_flip(frames, rng, spec.flip)
+    return {
+        "video": np.ascontiguousarray(frames),
+        "indices": indices.astype(np.int32),
+        "padded": np.bool_(padded),
+    }
 
 
-def load_eval_views(
-    path, *, num_frames: int, short_side: int, crop: int, num_clips: int, num_crops: int
-) -> np.ndarray:
+def load_eval_views(video: Record | str | Path, spec: ClipSpec) -> dict[str, np.ndarray]:
     """Decodes a video once and cuts all its evaluation views.
 
     Returns:
-        `(v, t, crop, crop, c)` uint8, `v = num_clips · num_crops`, the crops of a clip adjacent.
+        `video` `(v, t, crop, crop, c)` uint8, `v = num_clips · num_crops`, the crops of a clip
+        adjacent; `indices` `(num_clips, t)`; `padded`, whether it is too short for its clips.
+
+    Raises:
+        DecodeError: The video cannot be decoded.
     """
-    with Video(path) as video:
-        indices = [
-            sampling.segment_indices(video.num_frames, num_frames, view=view)
-            for view in range(num_clips)
-        ]
-        frames = video.get_frames(np.concatenate(indices))
-    frames = transforms.resize_short_side(frames, short_side)
-    crops = transforms.eval_crops(frames, crop, num_crops)
-    views = np.stack(crops).reshape(num_crops, num_clips, num_frames, crop, crop, 3)
-    return views.swapaxes(0, 1).reshape(-1, num_frames, crop, crop, 3)  # (v t h w c)
+    record = video if hasattr(video, "open") and hasattr(video, "label") else Record(video, 0)
+    with record.open() as reader:
+        indices = np.stack([_indices(reader, spec, view=view) for view in range(spec.num_clips)])
+        frames = reader.get_frames(indices.reshape(-1))
+        padded = _is_padded(reader, spec)
+    frames = _resize(frames, spec.short_side, spec)
+    crops = np.stack(transforms.eval_crops(frames, spec.crop, spec.num_crops))
+    views = crops.reshape(spec.num_crops, spec.num_clips, spec.num_frames, spec.crop, spec.crop, 3)
+    views = views.swapaxes(0, 1).reshape(-1, *views.shape[2:])  # (v t h w c)
+    return {"video": views, "indices": indices.astype(np.int32), "padded": np.bool_(padded)}
+
+
+def _resize(frames: np.ndarray, short_side: int, spec: ClipSpec) -> np.ndarray:
+    if spec.resize == "bilinear":
+        return transforms.resize_bilinear(frames, short_side)
+    return transforms.resize_short_side(frames, short_side)
+
+
+def _indices(reader, spec: ClipSpec, **draw) -> np.ndarray:
+    """The frames of a clip; `draw`: `rng` or `view`."""
+    times = reader.times if spec.by_time else None
+    length, fps = reader.num_frames, reader.fps
+    if times is not None and fps:
+        length = max(1, round(times[-1] * fps) + 1)  # as many as a constant rate would have
+    indices = sampling.make_indices(
+        spec.sampling,
+        length,
+        spec.num_frames,
+        sampling_rate=spec.sampling_rate,
+        fps=fps,
+        num_views=spec.num_clips,
+        **draw,
+    )
+    if times is not None and fps:
+        return sampling.frames_at_times(indices, times, fps)
+    return indices
+
+
+def _is_padded(reader, spec: ClipSpec) -> bool:
+    return sampling.is_padded(
+        spec.sampling,
+        reader.num_frames,
+        spec.num_frames,
+        sampling_rate=spec.sampling_rate,
+        fps=reader.fps,
+    )
 
 
 def make_train_iter(
     records: Sequence[Record],
     *,
+    spec: ClipSpec,
     batch_size: int,
     seed: int,
-    num_frames: int,
-    short_side: int,
-    crop: int,
     num_threads: int,
     num_workers: int = 0,
     shard: tuple[int, int] = (0, 1),
@@ -65,68 +217,100 @@ def make_train_iter(
 
     Args:
         records: Labelled videos.
+        spec: How clips are made.
         batch_size: Clips in a batch of this process.
         seed: Decides order, frames and crops.
-        num_frames: Frames in a clip.
-        short_side: The frames' shorter side in pixels before cropping.
-        crop: Height and width of a clip in pixels.
         num_threads: Threads that decode, in each worker.
         num_workers: Worker processes; 0: none, threads alone.
         shard: `(index, count)` of this process among all; shards are disjoint.
 
     Returns:
-        An iterator over `{"video": (b, t, h, w, c) uint8, "label": (b,) int32}`.
+        An iterator over `{"video": (b, t, h, w, c) uint8, "label": (b,) int32, "mask": (b,) bool,
+        "padded": (b,) bool, "indices": (b, t) int32, "id": (b, bytes), "error": (b, bytes)}`; the
+        mask is False, the video zeros and the error told for what cannot be decoded.
     """
+    zeros = {
+        "video": np.zeros((spec.num_frames, spec.crop, spec.crop, 3), np.uint8),
+        "indices": np.zeros(spec.num_frames, np.int32),
+    }
 
     def load(record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        return load_train_clip(record, rng, num_frames=num_frames, short_side=short_side, crop=crop)
+        return _example(record, lambda: load_train_clip(record, rng, spec), zeros)
 
-    dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
-    dataset = dataset[shard[0] :: shard[1]].random_map(load).batch(batch_size)
+    # Loading comes before the slice, so that a clip's draw is that of its place in the stream:
+    # together, the processes make the same batches whatever their number.
+    dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat().random_map(load)
+    dataset = dataset[shard[0] :: shard[1]].batch(batch_size)
     return _to_iter(dataset, num_threads, num_workers)
 
 
 def make_eval_iter(
     records: Sequence[Record],
     *,
+    spec: ClipSpec,
     batch_size: int,
-    num_frames: int,
-    short_side: int,
-    crop: int,
-    num_clips: int,
-    num_crops: int,
     num_threads: int,
     num_workers: int = 0,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
     """Every video once, in order; what fills the last batch is masked.
 
-    All shards give the same number of batches. Arguments as in `make_train_iter`, and the views.
+    All shards give the same number of batches. Arguments as in `make_train_iter`.
 
     Returns:
-        An iterator over `{"video": (b, v, t, h, w, c) uint8, "label": (b,) int32, "mask": (b,)
-        bool}`; the mask is False for padding, whose clips are zeros.
+        An iterator over what `make_train_iter` gives, with `video` `(b, v, t, h, w, c)`; what fills
+        the last batch has an empty `id`.
     """
     count = -(-len(records) // (batch_size * shard[1])) * batch_size * shard[1]
-    num_views = num_clips * num_crops
+    views, t, size = spec.num_clips * spec.num_crops, spec.num_frames, spec.crop
+    zeros = {
+        "video": np.zeros((views, t, size, size, 3), np.uint8),
+        "indices": np.zeros((spec.num_clips, t), np.int32),
+    }
 
     def load(index: int) -> dict[str, np.ndarray]:
         if index >= len(records):
-            views = np.zeros((num_views, num_frames, crop, crop, 3), np.uint8)
-            return {"video": views, "label": np.int32(0), "mask": np.bool_(False)}
-        views = load_eval_views(
-            records[index].path,
-            num_frames=num_frames,
-            short_side=short_side,
-            crop=crop,
-            num_clips=num_clips,
-            num_crops=num_crops,
-        )
-        label = np.int32(records[index].label)
-        return {"video": views, "label": label, "mask": np.bool_(True)}
+            return _example(None, None, zeros)
+        record = records[index]
+        return _example(record, lambda: load_eval_views(record, spec), zeros)
 
     dataset = grain.MapDataset.range(count)[shard[0] :: shard[1]].map(load).batch(batch_size)
     return _to_iter(dataset, num_threads, num_workers)
+
+
+def _example(record: Record | None, load, zeros: dict) -> dict[str, np.ndarray]:
+    """What `load` gives, with all that a batch needs; zeros for no record and for a broken one."""
+    example = {**zeros, "padded": np.bool_(False)}
+    error = ""
+    cv2.setNumThreads(0)  # clips are made in parallel, not the parts of a frame
+    if record is not None:
+        try:
+            example = load()
+        except DecodeError as failure:
+            error = str(failure)
+    return {
+        **example,
+        "label": np.int32(record.label if record is not None else 0),
+        "mask": np.bool_(record is not None and not error),
+        "id": _text(record.id if record is not None else ""),
+        "error": _text(error),
+    }
+
+
+def _text(text: str) -> np.ndarray:
+    """A string as an array that can be batched and shared between processes."""
+    encoded = text.encode()[-TEXT_BYTES:]  # the end of a long path tells more
+    return np.frombuffer(encoded.ljust(TEXT_BYTES, b"\0"), np.uint8)
+
+
+def split_batch(batch: dict) -> tuple[dict, list[str], list[str]]:
+    """What the device needs of a batch, and its ids and errors, empty where there is none."""
+    arrays = {name: batch[name] for name in ("video", "label", "mask")}
+    ids, errors = (
+        [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in batch[name]]
+        for name in ("id", "error")
+    )
+    return arrays, ids, errors
 
 
 def _to_iter(dataset: grain.MapDataset, num_threads: int, num_workers: int):

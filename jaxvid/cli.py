@@ -1,0 +1,84 @@
+"""The command line of programs that take a config."""
+
+import difflib
+import runpy
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+
+def define_config() -> flags.FlagHolder:
+    """Defines `--config FILE.py[:VARIANT]` and its overrides `--config.FIELD=VALUE`."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "Config file; --config.FIELD=VALUE overrides a field.", lock_config=True
+    )
+
+
+def parse_flags(argv: list[str], *, doc: str, needed: dict[str, str]) -> list[str]:
+    """Parses the command line; what is wrong with it becomes one line and exit code 2.
+
+    Args:
+        argv: The arguments, the program's name first.
+        doc: What `--help` shows before the flags.
+        needed: Flags that must be given → what their value is, e.g. `{"workdir": "FOLDER"}`.
+
+    Returns:
+        The arguments that are no flags: the program's name.
+    """
+    if {"--help", "-h"} & {*argv}:
+        print(doc + flags.FLAGS.main_module_help())
+        sys.exit(0)
+    try:
+        _check_config(argv)
+        positional = flags.FLAGS(argv)
+        if len(positional) > 1:
+            raise ValueError(f"{positional[1]!r}: not a flag; see --help")
+        for name, value in needed.items():
+            if not flags.FLAGS[name].value:
+                raise ValueError(f"--{name} {value} is needed; see --help")
+    except (flags.Error, ValueError, TypeError, SyntaxError, ImportError) as error:
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        sys.exit(2)
+    return positional
+
+
+def _check_config(argv: list[str]) -> None:
+    """Refuses a config file that is not there and overrides of fields that it does not have."""
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    values = [
+        argument.partition("=")[2] or after
+        for argument, after in pairs
+        if argument.partition("=")[0] in ("--config", "-config")
+    ]
+    if not values:
+        raise ValueError("--config FILE.py is needed; see --help")
+    file, _, variant = values[-1].partition(":")
+    if not Path(file).is_file():
+        files = sorted(path for path in Path("configs").glob("*.py") if path.stem != "common")
+        there = ", ".join(map(str, files))
+        raise ValueError(f"--config: {file} does not exist; there are {there or 'no configs'}")
+    get_config = runpy.run_path(file).get("get_config")
+    if get_config is None:
+        raise ValueError(f"--config: {file} is no config: it has no get_config()")
+    config = get_config(variant) if variant else get_config()
+    for argument in argv:
+        if argument.startswith("--config."):
+            _check_field(config, argument.partition("=")[0].removeprefix("--config."))
+
+
+def _check_field(config: ConfigDict, name: str) -> None:
+    if name == "model.name":
+        raise ValueError("--config.model.name: a config is made for one model; take another config")
+    section = config
+    for depth, part in enumerate(name.split(".")):
+        names = list(section) if isinstance(section, ConfigDict) else []
+        if part not in names:
+            prefix = "".join(f".{parent}" for parent in name.split(".")[:depth])
+            near = difflib.get_close_matches(part, names, n=1) or names
+            hint = " or ".join(f"--config{prefix}.{option}" for option in near)
+            raise ValueError(
+                f"--config.{name} does not exist; there is {hint or 'nothing below ' + prefix}"
+            )
+        section = section[part]

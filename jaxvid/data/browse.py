@@ -1,0 +1,104 @@
+"""Shows what the network sees: augmented training clips and evaluation views, as one picture.
+
+python -m jaxvid.data.browse --config configs/motion.py --output sheet.png [--config.FIELD=VALUE]
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+from matplotlib.figure import Figure
+
+from jaxvid import cli
+from jaxvid.data import pipeline
+from jaxvid.data.decode import DecodeError
+from jaxvid.data.sources import Record, open_folder
+from jaxvid.errors import InputError
+
+SHOWN_FRAMES = 8  # of a clip, evenly chosen
+
+CONFIG = cli.define_config()
+OUTPUT = flags.DEFINE_string("output", None, "The PNG file.")
+COUNT = flags.DEFINE_integer("count", 4, "Videos of each split.", lower_bound=1)
+
+
+def draw_sheet(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], output: Path) -> None:
+    """Draws clips as rows of frames.
+
+    Args:
+        rows: Title, clip `(t, h, w, c)` uint8 and the numbers of its frames `(t,)`.
+        output: The PNG file.
+    """
+    columns = min(SHOWN_FRAMES, min(len(clip) for _, clip, _ in rows))
+    figure = Figure(figsize=(1.5 * columns, 1.85 * len(rows)), layout="constrained", dpi=110)
+    for line, (title, clip, indices) in zip(
+        figure.subplots(len(rows), columns, squeeze=False), rows, strict=True
+    ):
+        places = np.linspace(0, len(clip) - 1, columns).round().astype(int)
+        for axes, place in zip(line, places, strict=True):
+            axes.imshow(clip[place])
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.set_xlabel(f"frame {indices[place]}", fontsize=7)
+        line[0].set_title(title, loc="left", fontsize=8)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+
+
+def make_rows(config, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """The first videos of both splits, as training and as evaluation see them.
+
+    Raises:
+        InputError: The data cannot be opened, or none of the videos can be decoded.
+    """
+    data = open_folder(
+        config.data, config.model.num_classes, ("train", "val"), missing=config.data.missing
+    )
+    spec = pipeline.make_spec(
+        config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops
+    )
+    rows = []
+    for split in ("train", "val"):
+        records = data.records[split]
+        for i in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int):
+            title = f"{split}: {records[i].id}, {data.labels[records[i].label]}"
+            try:
+                rng = np.random.default_rng([config.seed, i])
+                rows += _rows_of(records[i], split, spec, rng, title)
+            except DecodeError as error:
+                print(f"left out: {error}", file=sys.stderr)
+    if not rows:
+        raise InputError(f"{config.data.folder}: none of the chosen videos can be decoded")
+    return rows
+
+
+def _rows_of(record: Record, split: str, spec: pipeline.ClipSpec, rng, title: str) -> list:
+    if split == "train":
+        clip = pipeline.load_train_clip(record, rng, spec)
+        return [(title, clip["video"], clip["indices"])]
+    views = pipeline.load_eval_views(record, spec)
+    indices = np.repeat(views["indices"], spec.num_crops, axis=0)
+    return [
+        (f"{title}, view {v}", clip, places)
+        for v, (clip, places) in enumerate(zip(views["video"], indices, strict=True))
+    ]
+
+
+def main(_) -> None:
+    """The command line; bad input becomes one line and exit code 2."""
+    output = Path(OUTPUT.value)
+    try:
+        rows = make_rows(CONFIG.value, COUNT.value)
+        draw_sheet(rows, output)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(InputError.EXIT_CODE)
+    print(f"{output}: {len(rows)} clips")
+
+
+if __name__ == "__main__":
+    parse = functools.partial(cli.parse_flags, doc=__doc__, needed={"output": "FILE.png"})
+    app.run(main, flags_parser=parse)
