@@ -1,0 +1,334 @@
+"""This project's data pipeline against its alternatives, one thread, in alternating runs.
+
+python benchmarks/data.py                     on clips that it makes: 340×256, 10 s, 30 frames/s
+python benchmarks/data.py --size 640x480      the same, larger
+
+A clip is 16 frames spread over a video, scaled to a short side of 256 px and cropped to 224 px, as
+uint8. Prints clips/s of a core (CPU time, so that a busy machine matters little), the medians of
+the paired ratios, and what each stage costs. Every side gives the same 16 frames.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import av
+import cv2
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from jaxvid.data import augment, sampling, transforms
+from jaxvid.data.decode import Video
+from jaxvid.data.packing import Settings
+from jaxvid.data.packs import PackRecords
+from jaxvid.data.pipeline import ClipSpec, load_eval_views
+from jaxvid.data.prepare import prepare
+
+NUM_FRAMES, SHORT_SIDE, CROP = 16, 256, 224
+SECONDS, FPS = 10, 30
+SPEC = ClipSpec(num_frames=NUM_FRAMES, crop=CROP, short_side=SHORT_SIDE)
+
+
+# ------------------------------------------------------------------ videos
+
+
+def make_texture(rng: np.random.Generator, size: int, contrast: float) -> Image.Image:
+    """A picture whose spectrum falls as that of photographs does, about 1/f."""
+    f = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
+    noise = np.fft.fft2(rng.standard_normal((3, size, size)), axes=(1, 2))
+    planes = np.fft.ifft2(noise / np.maximum(f, 1 / size) ** 1.2, axes=(1, 2)).real
+    planes /= planes.std(axis=(1, 2), keepdims=True)
+    planes = planes[:1] + 0.3 * planes  # mostly grey, as the world is
+    values = rng.uniform(90, 150, (3, 1, 1)) + contrast * planes
+    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def write_video(path: Path, width: int, height: int, seed: int) -> None:
+    """A hand-held shot of two things that move, with sensor noise; one cut."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:height, :width]
+    cut, shake = int(rng.integers(60, SECONDS * FPS - 60)), np.zeros(2)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS)  # its defaults: crf 23, keyint 250
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for t in range(SECONDS * FPS):
+            if t in (0, cut):
+                layers = [make_texture(rng, 2 * max(width, height), 40) for _ in range(3)]
+                places, speeds = rng.uniform(0.3, 0.7, (3, 2)), rng.uniform(-1, 1, (3, 2))
+                radii = rng.uniform(0.1, 0.3, (3, 2)) * (width, height)
+            shake = shake + rng.normal(0, 0.2, 2)
+            frame = None
+            for layer, place, speed, radius in zip(layers, places, speeds, radii, strict=True):
+                # The background drifts; what is before it goes to and fro, and turns.
+                x, y = (place + 0.2 * speed * np.sin(t / 20)) * (width, height)
+                angle = 0.0 if frame is None else 0.5 * speed[0] * np.sin(t / 15)
+                zoom = 1 + 0.05 * np.sin(t / 60)
+                c, s = zoom * np.cos(angle), zoom * np.sin(angle)
+                dx, dy = shake + (width / 2, height / 2) - np.array([x, y]) * (frame is not None)
+                picture = np.asarray(
+                    layer.transform(
+                        (width, height), Image.Transform.AFFINE, (c, -s, dx, s, c, dy),
+                        Image.Resampling.BILINEAR,
+                    )
+                )  # fmt: skip
+                if frame is None:
+                    frame = picture
+                else:
+                    inside = ((columns - x) / radius[0]) ** 2 + ((rows - y) / radius[1]) ** 2 < 1
+                    frame = np.where(inside[..., None], picture, frame)
+            noisy = frame + rng.normal(0, 2, frame.shape)
+            image = av.VideoFrame.from_ndarray(np.clip(noisy, 0, 255).astype(np.uint8), "rgb24")
+            container.mux(stream.encode(image))
+        container.mux(stream.encode())
+
+
+# ------------------------------------------------------------------ sides: path → clip
+
+
+def finish(frames: list[np.ndarray]) -> np.ndarray:
+    """Scaled and cropped, `(t, h, w, c)`: the same on every side."""
+    frames = transforms.resize_short_side(np.stack(frames), SHORT_SIDE)
+    return np.ascontiguousarray(transforms.eval_crops(frames, CROP, 1)[0])
+
+
+def wanted_of(length: int) -> list[int]:
+    """The frames of the clip, ascending."""
+    return sampling.segment_indices(length, NUM_FRAMES).tolist()
+
+
+def with_jaxvid(source) -> np.ndarray:
+    """This project's pipeline, on a file or on a record of a pack."""
+    return np.ascontiguousarray(load_eval_views(source, SPEC)["video"][0])
+
+
+def with_pyav(path: Path) -> np.ndarray:
+    """Decodes from the start to the last wanted frame."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        wanted = wanted_of(stream.frames)
+        frames = []
+        for i, frame in enumerate(container.decode(stream)):
+            if i in wanted:
+                frames.append(frame.to_ndarray(format="rgb24"))
+            if i == wanted[-1]:
+                break
+    return finish(frames)
+
+
+def with_opencv(path: Path) -> np.ndarray:
+    """Grabs from the start to the last wanted frame, retrieves the wanted ones."""
+    video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    wanted = wanted_of(int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
+    frames = []
+    for i in range(wanted[-1] + 1):
+        video.grab()
+        if i in wanted:
+            frames.append(cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB))
+    video.release()
+    return finish(frames)
+
+
+def make_with_torch(paths: list[Path]) -> Callable[[Path], np.ndarray]:
+    """A torch DataLoader, in this process, over sequential PyAV decoding."""
+    import torch
+
+    torch.set_num_threads(1)
+
+    class Videos(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(paths)
+
+        def __getitem__(self, index: int):
+            return torch.from_numpy(with_pyav(paths[index]))
+
+    def load(path: Path) -> np.ndarray:
+        only = torch.utils.data.Subset(Videos(), [paths.index(path)])
+        return next(iter(torch.utils.data.DataLoader(only)))[0].numpy()
+
+    return load
+
+
+# ------------------------------------------------------------------ augmentation
+
+RESAMPLING = {
+    cv2.INTER_NEAREST: Image.Resampling.NEAREST,
+    cv2.INTER_LINEAR: Image.Resampling.BILINEAR,
+    cv2.INTER_CUBIC: Image.Resampling.BICUBIC,
+}
+
+
+def warp(image: Image.Image, matrix: tuple, interpolation: int) -> Image.Image:
+    """Pillow's affine transform."""
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, RESAMPLING[interpolation], fillcolor=(128,) * 3
+    )
+
+
+PILLOW = {  # operations of the policy, for one frame
+    "autocontrast": ImageOps.autocontrast,
+    "color": lambda image, factor: ImageEnhance.Color(image).enhance(factor),
+    "equalize": ImageOps.equalize,
+    "invert": ImageOps.invert,
+    "posterize": lambda image, bits: image.point(
+        [i & 0xFF00 >> bits & 255 for i in range(256)] * 3
+    ),
+    "rotate": lambda image, degrees, interpolation: image.rotate(
+        degrees, RESAMPLING[interpolation], fillcolor=(128,) * 3
+    ),
+    "shear_x": lambda image, factor, how: warp(image, (1, factor, 0, 0, 1, 0), how),
+    "shear_y": lambda image, factor, how: warp(image, (1, 0, 0, factor, 1, 0), how),
+    "solarize": ImageOps.solarize,
+    "solarize_add": lambda image, addition: image.point(
+        [min(i + addition, 255) if i < 128 else i for i in range(256)] * 3
+    ),
+    "translate_y": lambda image, share, how: warp(
+        image, (1, 0, 0, 0, 1, share * image.size[1]), how
+    ),
+}
+
+
+def pillow_autoaugment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The same draws as `augment.autoaugment`, applied by Pillow to one frame after the other."""
+    for name, probability, level in augment.AUTOAUGMENT_V0[
+        rng.integers(len(augment.AUTOAUGMENT_V0))
+    ]:
+        if rng.random() < probability:
+            arguments = augment._OPERATIONS[name][1](level, rng)
+            images = (PILLOW[name](Image.fromarray(frame), *arguments) for frame in frames)
+            frames = np.stack([np.asarray(image) for image in images])
+    return frames
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def cpu_seconds(call: Callable) -> float:
+    """CPU time of one call in this process, all its threads together."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def compare(title: str, sides: dict[str, Callable], rounds: list) -> None:
+    """Runs all sides on each of `rounds`, in turn, and prints rates and paired ratios."""
+    for side in sides.values():
+        side(rounds[0])
+    times = np.array(
+        [[cpu_seconds(functools.partial(s, item)) for s in sides.values()] for item in rounds]
+    )  # (rounds sides)
+    print(f"\n{title}: {len(rounds)} rounds")
+    for side, column in zip(sides, times.T, strict=True):
+        ratios = column / times[:, 0]
+        line = f"{side:32} {1 / np.median(column):7.1f} clips/s {np.median(column) * 1e3:7.1f} ms"
+        if side != next(iter(sides)):
+            line += f"   first is {np.median(ratios):.2f} × as fast"
+            line += f" ({ratios.min():.2f} to {ratios.max():.2f})"
+        print(line)
+
+
+class TimedVideo(Video):
+    """Counts the time that conversion to RGB takes."""
+
+    rgb_seconds = 0.0
+
+    def _to_rgb(self, frame):
+        start = time.process_time()
+        image = super()._to_rgb(frame)
+        self.rgb_seconds += time.process_time() - start
+        return image
+
+
+def print_stages(paths: list[Path], rounds: int) -> None:
+    """What each stage of a training clip costs."""
+    rows = []
+    batch = np.empty((8, NUM_FRAMES, CROP, CROP, 3), np.uint8)
+    for i in range(rounds + 1):
+        rng = np.random.default_rng(i)
+        marks = [time.process_time()]
+        with TimedVideo(paths[i % len(paths)]) as video:
+            marks.append(time.process_time())
+            frames = video.get_frames(np.array(wanted_of(video.num_frames)))
+        marks.append(time.process_time())
+        augmented = augment.autoaugment(frames, rng)
+        marks.append(time.process_time())
+        resized = transforms.resize_short_side(augmented, SHORT_SIDE + 32)
+        marks.append(time.process_time())
+        clip = transforms.random_crop(resized, CROP, rng)
+        marks.append(time.process_time())
+        batch[i % 8] = clip
+        marks.append(time.process_time())
+        scan, decode, *rest = np.diff(marks)
+        rows.append([scan, decode - video.rgb_seconds, video.rgb_seconds, *rest])
+    names = (
+        "open and scan", "seek and decode", "to RGB", "AutoAugment", f"resize to {SHORT_SIDE + 32}",
+        "crop", "copy into the batch",
+    )  # fmt: skip
+    print("\nstages of a training clip, ms (median and mean)")
+    for name, column in zip(names, np.array(rows[1:]).T, strict=True):
+        print(f"{name:24} {np.median(column) * 1e3:7.2f} {column.mean() * 1e3:7.2f}")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="340x256", help="of the videos, in pixels")
+    parser.add_argument("--videos", type=int, default=6, help="different videos")
+    parser.add_argument("--rounds", type=int, default=24, help="clips that each side makes")
+    args = parser.parse_args()
+    width, height = (int(n) for n in args.size.split("x"))
+    cv2.setNumThreads(1)
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        paths = [folder / f"{i}.mp4" for i in range(args.videos)]
+        for i, path in enumerate(paths):
+            write_video(path, width, height, seed=i)
+        rate = np.mean([path.stat().st_size for path in paths]) * 8e-6 / SECONDS
+        print(f"{len(paths)} videos, H.264 {args.size}, {SECONDS} s, {rate:.2f} Mbit/s")
+        rounds = [paths[i % len(paths)] for i in range(args.rounds)]
+
+        sides = {"jaxvid": with_jaxvid, "PyAV, sequential": with_pyav, "OpenCV": with_opencv}
+        try:
+            sides["torch DataLoader, PyAV"] = make_with_torch(paths)
+        except ImportError:
+            print("torch is not installed: left out")
+        expected = with_pyav(paths[0])
+        for name, side in sides.items():
+            difference = np.abs(side(paths[0]).astype(int) - expected).max()
+            print(f"{name}: differs from sequential PyAV by at most {difference} grey levels")
+        compare("mp4", sides, rounds)
+
+        (folder / "labels.txt").write_text("only\n")
+        (folder / "train.csv").write_text("".join(f"{path.name} 0\n" for path in paths))
+        with contextlib.redirect_stderr(io.StringIO()):
+            prepare([folder / "train.csv"], folder / "pack", Settings(), workers=1)
+        pack = PackRecords(str(folder / "pack"), "train", is_folder=True)
+        records = {path: pack[i] for i, path in enumerate(paths)}
+        sides = {"jaxvid, pack of JPEG frames": lambda path: with_jaxvid(records[path]), **sides}
+        compare("pack", sides, rounds)
+
+        with Video(paths[0]) as video:
+            frames = video.get_frames(np.array(wanted_of(video.num_frames)))
+        sides = {
+            "jaxvid AutoAugment": lambda i: augment.autoaugment(frames, np.random.default_rng(i)),
+            "Pillow, frame by frame": lambda i: pillow_autoaugment(
+                frames, np.random.default_rng(i)
+            ),
+        }
+        compare("AutoAugment of 16 frames", sides, list(range(3 * args.rounds)))
+        print_stages(paths, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
