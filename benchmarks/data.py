@@ -204,7 +204,7 @@ def pillow_autoaugment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarr
         rng.integers(len(augment.AUTOAUGMENT_V0))
     ]:
         if rng.random() < probability:
-            arguments = augment._OPERATIONS[name][1](level, rng)
+            arguments = augment.OPERATIONS[name][1](level, rng)
             images = (PILLOW[name](Image.fromarray(frame), *arguments) for frame in frames)
             frames = np.stack([np.asarray(image) for image in images])
     return frames

@@ -158,8 +158,8 @@ def calls(monkeypatch) -> list:
     def record(name):
         return lambda frames, *arguments: calls.append((name, arguments)) or frames
 
-    operations = {name: (record(name), pair[1]) for name, pair in augment._OPERATIONS.items()}
-    monkeypatch.setattr(augment, "_OPERATIONS", operations)
+    operations = {name: (record(name), pair[1]) for name, pair in augment.OPERATIONS.items()}
+    monkeypatch.setattr(augment, "OPERATIONS", operations)
     return calls
 
 

@@ -1,11 +1,17 @@
 """The counts that the benchmarks print are those of the papers and of the compiler."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from benchmarks.cost import PAPER, multiply_adds, print_table
 from jaxvid.models import abstract_model, make_model_config, merge_params
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -48,3 +54,23 @@ def test_the_table_has_a_line_for_every_model(capsys):
     print_table()
     out = capsys.readouterr().out
     assert all(name in out for name in PAPER)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        (("forward.py", "--model", "xvit_tiny", "--pairs", "1"), "× as fast as pytorch"),
+        (
+            ("forward.py", "--model", "xvit_tiny", "--pairs", "1", "--train")
+            + ("--against", "unshifted"),
+            "× as fast as unshifted",
+        ),
+        (("data.py", "--size", "340x256", "--videos", "1", "--rounds", "1"), "AutoAugment"),
+    ],
+)
+def test_the_benchmarks_run(arguments, printed):
+    name, *flags = arguments
+    command = [sys.executable, f"benchmarks/{name}", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert printed in done.stdout

@@ -80,7 +80,7 @@ def randaugment(
     """
     if not 0 <= magnitude <= 10:
         raise ValueError(f"RandAugment's magnitude goes from 0 to 10, not {magnitude}")
-    names = tuple(_OPERATIONS)
+    names = tuple(OPERATIONS)
     for _ in range(num_layers):
         frames = apply_operation(frames, names[rng.integers(len(names))], magnitude, rng)
     return frames
@@ -94,7 +94,7 @@ def apply_operation(
     The levels mean what they mean in the TPU EfficientNet program: a higher level shears, rotates,
     shifts and brightens more, but solarizes and posterizes less.
     """
-    operation, arguments = _OPERATIONS[name]
+    operation, arguments = OPERATIONS[name]
     return operation(frames, *arguments(level, rng))
 
 
@@ -311,7 +311,7 @@ def _geometry(full: float) -> Callable:
 
 
 # What is drawn from: the operation, and the arguments that a level from 0 to 10 stands for.
-_OPERATIONS: dict[str, tuple[Callable, Callable]] = {
+OPERATIONS: dict[str, tuple[Callable, Callable]] = {
     "autocontrast": (autocontrast, _none),
     "equalize": (equalize, _none),
     "invert": (invert, _none),
