@@ -28,7 +28,10 @@ from jaxvid.metrics import log
 from jaxvid.models import abstract_model, make_model_config
 
 # What may differ between a run and its continuation: how it runs, not what it computes.
-FREE_FIELDS = ("mesh.", "eval.", "checkpoint_", "log_steps", "data.num_threads")
+FREE_FIELDS = (
+    *("mesh.", "eval.", "checkpoint_", "log_steps"),
+    *("data.num_threads", "data.max_failed_share", "data.missing"),
+)
 
 
 def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict | None:

@@ -3,7 +3,6 @@
 import fcntl
 import io
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -212,13 +211,9 @@ def test_an_exception_anywhere_leaves_nothing_half_written(folder, pack, tmp_pat
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(folder, tmp_path, kind):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes of a file
-
     args = command("--input", folder, "--output", tmp_path / "pack", "--format", kind)
-    job = subprocess.run(
-        args, cwd=REPO, preexec_fn=limit, capture_output=True, text=True, check=False
-    )
+    limited = ["prlimit", "--fsize=20000", *args]  # bytes of a file
+    job = subprocess.run(limited, cwd=REPO, capture_output=True, text=True, check=False)
     assert job.returncode == 2
     [line] = job.stderr.strip().splitlines()
     assert "cannot be written (" in line
