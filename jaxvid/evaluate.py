@@ -187,7 +187,7 @@ def evaluate(config, workdir: str | Path) -> dict:
         params = checkpoint.restore_params(workdir, step, abstract_params)
     log.info("evaluating %s", source)
 
-    data = open_folder(config.data, config.model.num_classes, ("val",), missing=config.data.missing)
+    data = open_folder(config.data, config.model.num_classes, ("val",))
     eval_step = make_eval_step(config, graphdef, mesh)
     sums, failed = evaluate_params(
         params, data.records["val"], config, eval_step=eval_step, mesh=mesh

@@ -67,9 +67,7 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
     checkpoint.check_writable(workdir, need_bytes)
 
     # ------------------------------------------------------------------ data
-    data = open_folder(
-        config.data, config.model.num_classes, ("train", "val"), missing=config.data.missing
-    )
+    data = open_folder(config.data, config.model.num_classes, ("train", "val"))
     train_iter = make_train_iter(
         data.records["train"],
         spec=make_spec(config),

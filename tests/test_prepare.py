@@ -70,7 +70,7 @@ def contents(output: Path) -> dict[str, bytes]:
 
 def open_pack(output: Path, kind: str, splits=("train", "val"), num_classes=3):
     source = {"arrayrecord": "pack", "h5": "xvit_h5"}[kind]
-    data = ConfigDict({"source": source, "folder": str(output), "prefix": ""})
+    data = ConfigDict({"source": source, "folder": str(output), "prefix": "", "missing": "error"})
     return open_folder(data, num_classes, splits)
 
 

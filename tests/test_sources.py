@@ -24,7 +24,8 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8).repea
 
 
 def section(source, folder, prefix=""):
-    return ConfigDict({"source": source, "folder": str(folder), "prefix": prefix})
+    fields = {"source": source, "folder": str(folder), "prefix": prefix, "missing": "error"}
+    return ConfigDict(fields)
 
 
 def write(path: Path, text: str = "x") -> Path:
@@ -270,7 +271,8 @@ def test_damaged_h5_files_are_named(tmp_path):
     data = section("xvit_h5", tmp_path)
     with pytest.raises(InputError, match="w.h5 does not exist"):
         open_folder(data, 1, ("val",))
-    x, y, z, w = open_folder(data, 1, ("val",), missing="keep").records["val"]
+    data.missing = "keep"
+    x, y, z, w = open_folder(data, 1, ("val",)).records["val"]
     for record, message in (
         (x, "x.h5: no data set 'x' in it"),
         (y, "y.h5: cannot be read"),

@@ -54,9 +54,7 @@ def make_rows(config, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
     Raises:
         InputError: The data cannot be opened, or none of the videos can be decoded.
     """
-    data = open_folder(
-        config.data, config.model.num_classes, ("train", "val"), missing=config.data.missing
-    )
+    data = open_folder(config.data, config.model.num_classes, ("train", "val"))
     spec = pipeline.make_spec(
         config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops
     )

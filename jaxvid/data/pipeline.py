@@ -155,7 +155,7 @@ def load_eval_views(video: Record | str | Path, spec: ClipSpec) -> dict[str, np.
     Raises:
         DecodeError: The video cannot be decoded.
     """
-    record = video if hasattr(video, "open") and hasattr(video, "label") else Record(video, 0)
+    record = Record(Path(video), 0) if isinstance(video, str | Path) else video
     with record.open() as reader:
         indices = np.stack([_indices(reader, spec, view=view) for view in range(spec.num_clips)])
         frames = reader.get_frames(indices.reshape(-1))

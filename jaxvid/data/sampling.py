@@ -84,7 +84,7 @@ def dense_indices(
     repeats its last frame. Training draws where it starts; view `v` of `V` starts at `v / V` of
     what is left beside it. Arguments and result: `make_indices`.
     """
-    window = num_frames * sampling_rate * (fps / 30 if fps else 1)
+    window = _window(num_frames, sampling_rate, fps)
     start = _start(max(length - window, 0), rng, view, num_views)
     # torch.linspace in float32, from both ends: in float64 an index in some hundred is another.
     first, last = np.float32(start), np.float32(start + window - 1)
@@ -111,8 +111,7 @@ def rate_indices(
     of `V` starts at `v / V` of what is left. Arguments and result: `make_indices`; where `fps` is
     unknown, 30 is assumed.
     """
-    step = (fps or 30.0) / (num_frames / 10)
-    indices = np.floor(np.arange(num_frames, dtype=np.float32) * np.float32(step)).astype(int)
+    indices = _offsets(num_frames, fps)
     start = int(_start(max(length - 1 - indices[-1], 0), rng, view, num_views))
     return np.minimum(start + indices, length - 1)
 
@@ -124,8 +123,8 @@ def is_padded(
     if sampling == "segments":
         return length < num_frames
     if sampling == "dense":
-        return length < int(num_frames * sampling_rate * (fps / 30 if fps else 1))
-    return length - 1 < (num_frames - 1) * (fps or 30.0) // (num_frames / 10)
+        return length < int(_window(num_frames, sampling_rate, fps))
+    return length <= _offsets(num_frames, fps)[-1]
 
 
 def frames_at_times(indices: np.ndarray, times: np.ndarray, fps: float) -> np.ndarray:
@@ -141,6 +140,17 @@ def frames_at_times(indices: np.ndarray, times: np.ndarray, fps: float) -> np.nd
     """
     shown = np.searchsorted(times, indices / fps + 0.5 / fps, side="right") - 1
     return np.clip(shown, 0, len(times) - 1)
+
+
+def _window(num_frames: int, sampling_rate: int, fps: float | None) -> float:
+    """Frames that a dense clip spans."""
+    return num_frames * sampling_rate * (fps / 30 if fps else 1)
+
+
+def _offsets(num_frames: int, fps: float | None) -> np.ndarray:
+    """Frames from the first of a rate-sampled clip to each."""
+    step = (fps or 30.0) / (num_frames / 10)
+    return np.floor(np.arange(num_frames, dtype=np.float32) * np.float32(step)).astype(int)
 
 
 def _start(spare: float, rng: np.random.Generator | None, view: int, num_views: int) -> float:

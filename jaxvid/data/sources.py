@@ -35,17 +35,15 @@ class VideoFolder:
     labels: list[str]
 
 
-def open_folder(
-    data, num_classes: int, splits: tuple[str, ...], missing: str = "error"
-) -> VideoFolder:
+def open_folder(data, num_classes: int, splits: tuple[str, ...]) -> VideoFolder:
     """Opens the data of a config, making the motion clips first where those are asked for.
 
     Args:
         data: The config's `data`: `source` (one of `SOURCES`), `folder` (or the name of a TFDS data
-            set), `prefix` (what the paths of a list are relative to; empty: the list's folder).
+            set), `prefix` (what the paths of a list are relative to; empty: the list's folder),
+            `missing` (`error`, or `keep` to leave missing files to whoever opens them).
         num_classes: The model's; every label must lie below it.
         splits: Which splits to read.
-        missing: `error`, or `keep` to leave missing files to whoever opens them.
 
     Raises:
         InputError: A list or file is missing or empty, a line is malformed, a label out of range.
@@ -57,7 +55,7 @@ def open_folder(
         labels, where = read_labels(folder)
         _check_labels(labels, where, num_classes)
         records = {
-            split: read_split(folder, split, labels, data.prefix, missing) for split in splits
+            split: read_split(folder, split, labels, data.prefix, data.missing) for split in splits
         }
     elif data.source == "class_folders":
         labels, records = read_class_folders(folder, splits)
@@ -65,7 +63,9 @@ def open_folder(
     elif data.source == "xvit_h5":
         labels, where = read_labels_or_numbers(folder, num_classes)
         _check_labels(labels, where, num_classes)
-        records = {split: read_xvit_list(folder, split, num_classes, missing) for split in splits}
+        records = {
+            split: read_xvit_list(folder, split, num_classes, data.missing) for split in splits
+        }
     elif data.source in ("pack", "tfds"):
         is_folder = data.source == "pack"
         records = {split: PackRecords(data.folder, split, is_folder=is_folder) for split in splits}
