@@ -100,8 +100,12 @@ class SkippedVideos:
     def __init__(self, workdir: Path, *, num_videos: int, max_share: float):
         self._path = workdir / "skipped.jsonl"
         self._num_videos, self._max_share = num_videos, max_share
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        self._ids = {json.loads(line)["id"] for line in lines}
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        # The last line may be that of a run that was killed while it wrote.
+        lines = text[: text.rfind("\n") + 1]
+        if lines != text:
+            self._path.write_text(lines, encoding="utf-8")
+        self._ids = {json.loads(line)["id"] for line in lines.splitlines()}
 
     def note(self, ids: list[str], errors: list[str]) -> None:
         """Notes a batch's failures; each video is told once.

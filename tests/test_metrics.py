@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxvid.metrics import MetricWriter, Progress, sum_metrics
+from jaxvid.errors import InputError
+from jaxvid.metrics import MetricWriter, Progress, SkippedVideos, sum_metrics
 
 
 def test_sums_are_exact():
@@ -45,3 +46,17 @@ def test_progress_counts_rate_and_time_left(monkeypatch):
     assert progress.rate() == 10.0
     assert progress.time_left() == "00:04"
     progress.close()
+
+
+def test_skipped_videos_are_listed_once_and_survive_a_kill(tmp_path):
+    path = tmp_path / "skipped.jsonl"
+    skipped = SkippedVideos(tmp_path, num_videos=4, max_share=0.5)
+    skipped.note(["a", "b", "ä"], ["", "b is broken", "ä is broken"])
+    skipped.note(["b"], ["b is broken"])
+    whole = path.read_text(encoding="utf-8")
+    assert [json.loads(line)["id"] for line in whole.splitlines()] == ["b", "ä"]
+    path.write_text(whole + '{"id": "c", "err', encoding="utf-8")
+    again = SkippedVideos(tmp_path, num_videos=4, max_share=0.5)
+    assert path.read_text(encoding="utf-8") == whole
+    with pytest.raises(InputError, match="3 of 4 training videos cannot be decoded"):
+        again.note(["c"], ["c is broken"])
