@@ -3,7 +3,6 @@
 import json
 import logging
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from jaxvid import progress
 from jaxvid.errors import InputError
 
 log = logging.getLogger("jaxvid")
@@ -134,47 +134,12 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-class Progress:
-    """A bar on a terminal; elsewhere the log's lines serve.
+class Progress(progress.Progress):
+    """Of the first process, a bar; `lines=True`: lines in the log too.
 
-    Args:
-        total: Number of items.
-        done: Items that an earlier run did.
-        unit: What an item is.
-        title: Stands before the bar.
-
-    Attributes:
-        done: Items done so far.
+    Arguments: `jaxvid.progress.Progress`.
     """
 
-    def __init__(self, total: int, *, done: int = 0, unit: str, title: str):
-        self._total, self.done, self._start_count = total, done, done
-        self._start = time.monotonic()
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            unit=f" {unit}",
-            desc=title,
-            leave=False,
-            dynamic_ncols=True,
-            disable=bool(jax.process_index()) or not sys.stderr.isatty(),
-        )
-
-    def advance(self, count: int, postfix: str = "") -> None:
-        """Counts items as done."""
-        self.done += count
-        if postfix:
-            self._bar.set_postfix_str(postfix, refresh=False)
-        self._bar.update(count)
-
-    def rate(self) -> float:
-        """Items a second since the start of this run."""
-        return (self.done - self._start_count) / max(time.monotonic() - self._start, 1e-9)
-
-    def time_left(self) -> str:
-        """Minutes and seconds at that rate."""
-        return tqdm.format_interval((self._total - self.done) / max(self.rate(), 1e-9))
-
-    def close(self) -> None:
-        """Clears the bar."""
-        self._bar.close()
+    def __init__(self, total: int, *, done: int = 0, unit: str, title: str, lines: bool = False):
+        bar, tell = not jax.process_index(), log.debug if lines else None
+        super().__init__(total, title=title, unit=unit, done=done, bar=bar, tell=tell)

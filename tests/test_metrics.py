@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxvid.errors import InputError
-from jaxvid.metrics import MetricWriter, Progress, SkippedVideos, sum_metrics
+from jaxvid.metrics import MetricWriter, SkippedVideos, sum_metrics
 
 
 def test_sums_are_exact():
@@ -33,19 +33,6 @@ def test_a_continued_run_drops_what_was_written_after_its_checkpoint(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 2.0}, {"step": 30, "loss": 0.5}]
     assert len(list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))) >= 1
-
-
-def test_progress_counts_rate_and_time_left(monkeypatch):
-    from jaxvid import metrics
-
-    clock = iter([100.0, 104.0, 104.0])
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
-    progress = Progress(100, done=20, unit="clip", title="training")
-    progress.advance(40)
-    assert progress.done == 60
-    assert progress.rate() == 10.0
-    assert progress.time_left() == "00:04"
-    progress.close()
 
 
 def test_skipped_videos_are_listed_once_and_survive_a_kill(tmp_path):

@@ -13,13 +13,13 @@ import contextlib
 import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from jaxvid import progress
 from jaxvid.data.decode import DecodeError, Video
 from jaxvid.data.lists import (
     Record,
@@ -192,36 +192,24 @@ def map_in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
 
 
 class Progress:
-    """Clips done, clips a second, bytes and time left.
+    """Videos done, and the bytes that were read or written for them.
 
-    A line that is redrawn on a terminal; elsewhere a line now and then.
+    Args:
+        total: Number of videos.
+        title: What is being done.
     """
 
     def __init__(self, total: int, title: str):
-        self._total, self._title, self._done, self._bytes = total, title, 0, 0
-        self._start = self._shown = time.monotonic()
-        self._terminal = sys.stderr.isatty()
+        self._progress, self._bytes = progress.Progress(total, title=title, unit="video"), 0
 
     def advance(self, num_bytes: int) -> None:
-        """Counts a clip."""
-        self._done, self._bytes = self._done + 1, self._bytes + max(num_bytes, 0)
-        now = time.monotonic()
-        if now - self._shown < (0.2 if self._terminal else 10):
-            return
-        self._shown, rate = now, self._done / (now - self._start)
-        minutes, seconds = divmod(round((self._total - self._done) / rate), 60)
-        line = (
-            f"{self._title}: {self._done}/{self._total} clips, {rate:.1f} clips/s, "
-            f"{self._bytes / 1e6:.1f} MB, {minutes}:{seconds:02d} left"
-        )
-        print(f"\r{line}\033[K" if self._terminal else line, file=sys.stderr, flush=True, end="")
-        if not self._terminal:
-            print(file=sys.stderr)
+        """Counts a video."""
+        self._bytes += max(num_bytes, 0)
+        self._progress.advance(1, f"{self._bytes / 1e6:.1f} MB")
 
     def close(self) -> None:
-        """Clears the line."""
-        if self._terminal:
-            print("\r\033[K", file=sys.stderr, end="", flush=True)
+        """Clears the bar."""
+        self._progress.close()
 
 
 def make_report(findings: Sequence[Finding], seconds: float) -> dict:
@@ -277,11 +265,11 @@ def check(paths: Sequence[str | Path], workers: int, prefix: str = "") -> dict:
     """
     records, _ = gather(paths, prefix)
     items = [(record, split) for split, found in records.items() for record in found]
-    start, findings, progress = time.monotonic(), [], Progress(len(items), "reading")
-    for finding in map_in_order(lambda item: examine(*item, lambda _: None), items, workers):
-        findings.append(finding)
-        progress.advance(finding.size)
-    progress.close()
+    start, findings = time.monotonic(), []
+    with contextlib.closing(Progress(len(items), "reading")) as bar:
+        for finding in map_in_order(lambda item: examine(*item, lambda _: None), items, workers):
+            findings.append(finding)
+            bar.advance(finding.size)
     return make_report(findings, time.monotonic() - start)
 
 

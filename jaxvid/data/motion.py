@@ -9,18 +9,18 @@ two it is, and a model that is blind to time reaches 50 % at best.
 
 import argparse
 import concurrent.futures
+import contextlib
 import fcntl
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import av
 import numpy as np
-from tqdm import tqdm
 
 from jaxvid.errors import InputError
+from jaxvid.progress import Progress
 
 LABELS = ("left", "right", "up", "down", "growing", "shrinking", "clockwise", "counter-clockwise")
 SIZE = 72  # px; height and width of a clip
@@ -209,10 +209,10 @@ def _write_all(folder: Path, settings: dict) -> None:
     ]
     for split in ("train", "val"):
         (folder / split).mkdir(parents=True)
-    seconds = 0.1 if sys.stderr.isatty() else 5  # between lines, where no terminal redraws one
+    progress = Progress(2 * len(scenes), title="writing clips", unit="clip")
     with (
+        contextlib.closing(progress),
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=2 * len(scenes), desc="writing clips", unit=" clip", mininterval=seconds) as bar,
     ):
         jobs = [
             pool.submit(_write_pair, folder, split, scene, settings["seed"])
@@ -221,7 +221,7 @@ def _write_all(folder: Path, settings: dict) -> None:
         try:
             for job in concurrent.futures.as_completed(jobs):
                 job.result()
-                bar.update(2)
+                progress.advance(2)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
