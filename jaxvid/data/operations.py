@@ -1,0 +1,265 @@
+"""Operations on clips `(t, h, w, c)` uint8 RGB that augmentation draws from.
+
+They give what Pillow gives for each frame by itself. Tables of values are exactly its; blends with
+another picture and shifts of rows or columns are within one level, and nearly always equal. A
+rotation rounds where Pillow truncates, and its bicubic kernel is OpenCV's (a = -0.75, in Pillow's
+`transform` -1).
+"""
+
+import itertools
+import math
+
+import cv2
+import numpy as np
+
+_FILL = 128  # the grey of what comes in from outside the frame
+_TRUNCATE = -0.5 + 2**-10  # makes OpenCV, which rounds, truncate as Pillow does
+
+# --- Tables of pixel values -----------------------------------------------------------------------
+
+
+def invert(frames: np.ndarray) -> np.ndarray:
+    """The negative."""
+    return 255 - frames
+
+
+def solarize(frames: np.ndarray, threshold: int) -> np.ndarray:
+    """The negative of the values from `threshold` on."""
+    negative = (frames >= threshold).view(np.uint8)
+    np.negative(negative, out=negative)  # 1 → 255
+    negative ^= frames
+    return negative
+
+
+def solarize_add(frames: np.ndarray, addition: int) -> np.ndarray:
+    """Adds to the values below 128, up to 255."""
+    added = (frames < 128).view(np.uint8)
+    added *= np.uint8(addition)
+    result = np.minimum(frames, 255 - added)
+    result += added
+    return result
+
+
+def posterize(frames: np.ndarray, bits: int) -> np.ndarray:
+    """Keeps the `bits` highest of the 8 bits; with 0 all is black."""
+    return frames & np.uint8(0xFF00 >> bits & 0xFF)
+
+
+def brightness(frames: np.ndarray, factor: float) -> np.ndarray:
+    """From black (0) over the same (1) to brighter."""
+    t, h, w, c = frames.shape
+    return cv2.LUT(frames.reshape(t * h, w * c), _blend_table(0, factor)).reshape(frames.shape)
+
+
+def contrast(frames: np.ndarray, factor: float) -> np.ndarray:
+    """From the grey that is the frame's mean (0) over the same (1) to more contrast."""
+    means = [int(_luma(frame).mean(dtype=np.float64) + 0.5) for frame in frames]
+    tables = [_blend_table(mean, factor) for mean in means]
+    return np.stack([cv2.LUT(frame, table) for frame, table in zip(frames, tables, strict=True)])
+
+
+def autocontrast(frames: np.ndarray) -> np.ndarray:
+    """Stretches each channel of each frame to all values from 0 to 255."""
+    low = frames.min(axis=1).min(axis=1)[..., None].astype(int)  # (t c 1)
+    high = frames.max(axis=1).max(axis=1)[..., None].astype(int)
+    scale = 255.0 / np.maximum(high - low, 1)
+    values = np.arange(256)[None, None]
+    tables = (values * scale - low * scale).astype(int).clip(0, 255)  # truncated, as Pillow does
+    return _look_up(_split(frames), np.where(high > low, tables, values))
+
+
+def equalize(frames: np.ndarray) -> np.ndarray:
+    """Makes the values of each channel of each frame about equally frequent."""
+    planes = _split(frames)
+    counts = [cv2.calcHist([p], [0], None, [256], [0, 256]) for p in itertools.chain(*planes)]
+    counts = np.array(counts, np.int64).reshape(-1, 3, 256)  # (t c 256)
+    highest = 255 - (counts[..., ::-1] > 0).argmax(-1)[..., None]  # (t c 1)
+    below_highest = counts.sum(-1, keepdims=True) - np.take_along_axis(counts, highest, -1)
+    step = below_highest // 255
+    below = counts.cumsum(-1) - counts
+    tables = np.minimum((below + step // 2) // np.maximum(step, 1), 255)
+    return _look_up(planes, np.where(step > 0, tables, np.arange(256)[None, None]))
+
+
+# --- Blends with another picture ------------------------------------------------------------------
+
+
+def color(frames: np.ndarray, factor: float) -> np.ndarray:
+    """From grey (0) over the same (1) to more colourful."""
+    result = np.empty_like(frames, order="C")
+    for frame, coloured in zip(frames, result, strict=True):
+        grey = cv2.cvtColor(_luma(frame), cv2.COLOR_GRAY2RGB)
+        cv2.addWeighted(frame, factor, grey, 1 - factor, _TRUNCATE, coloured)
+    return result
+
+
+def sharpness(frames: np.ndarray, factor: float) -> np.ndarray:
+    """From smoothed over 3 × 3 pixels (0) over the same (1) to sharper; the outer pixels stay."""
+    kernel = np.float32([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    result = frames.copy()
+    for frame, sharp in zip(frames, result, strict=True):
+        smooth = cv2.filter2D(frame, -1, kernel)
+        blended = cv2.addWeighted(frame, factor, smooth, 1 - factor, _TRUNCATE)
+        sharp[1:-1, 1:-1] = blended[1:-1, 1:-1]
+    return result
+
+
+# --- Shears, turns, shifts ------------------------------------------------------------------------
+
+
+def shear_x(frames: np.ndarray, factor: float, interpolation: int) -> np.ndarray:
+    """Moves each row to the left by `factor` times its distance from the top.
+
+    Args:
+        frames: `(t, h, w, c)` uint8.
+        factor: Pixels a pixel; negative: to the right.
+        interpolation: OpenCV's `INTER_LINEAR` or `INTER_CUBIC`.
+
+    Returns:
+        An array like `frames`; what comes in from outside is grey.
+    """
+    return _shift(frames, factor * (np.arange(frames.shape[1]) + 0.5), interpolation)
+
+
+def shear_y(frames: np.ndarray, factor: float, interpolation: int) -> np.ndarray:
+    """Moves each column up by `factor` times its distance from the left; see `shear_x`."""
+    shifts = factor * (np.arange(frames.shape[2]) + 0.5)
+    return _shift(frames, shifts, interpolation, columns=True)
+
+
+def translate_x(frames: np.ndarray, share: float, interpolation: int) -> np.ndarray:
+    """Moves everything to the left by a share of the width; see `shear_x`."""
+    _, h, w, _ = frames.shape
+    return _shift(frames, np.full(h, share * w), interpolation)
+
+
+def translate_y(frames: np.ndarray, share: float, interpolation: int) -> np.ndarray:
+    """Moves everything up by a share of the height; see `shear_x`."""
+    _, h, w, _ = frames.shape
+    return _shift(frames, np.full(w, share * h), interpolation, columns=True)
+
+
+def rotate(frames: np.ndarray, degrees: float, interpolation: int) -> np.ndarray:
+    """Turns counter-clockwise around the centre; see `shear_x`."""
+    _, h, w, _ = frames.shape
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    right = (w - cos * w + sin * h) / 2
+    down = (h - sin * w - cos * h) / 2
+    if not degrees:
+        return frames
+    # The pixel at (x, y) comes from (from_x, from_y); the first pixel's centre is (½, ½).
+    x, y = np.arange(w)[None] + 0.5, np.arange(h)[:, None] + 0.5
+    from_x, from_y = cos * x - sin * y + right, sin * x + cos * y + down  # (h w)
+    outside = (from_x < 0) | (from_x >= w) | (from_y < 0) | (from_y >= h)
+    fill, mask = np.full((h, w, 3), _FILL, np.uint8), outside.astype(np.uint8)
+    # The edge is repeated, as far as the kernels reach, and what lies outside is filled thereafter:
+    # OpenCV's own fill would bleed inwards. For OpenCV the first pixel's centre is (0, 0).
+    pad = 3
+    right, down = right + (cos - sin - 1) / 2 + pad, down + (sin + cos - 1) / 2 + pad
+    matrix = np.array([[cos, -sin, right], [sin, cos, down]])
+    flags = interpolation | cv2.WARP_INVERSE_MAP
+    result = np.empty_like(frames, order="C")
+    for frame, turned in zip(frames, result, strict=True):
+        padded = cv2.copyMakeBorder(frame, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
+        if interpolation == cv2.INTER_LINEAR:  # twice as fast with a fourth channel
+            padded = cv2.cvtColor(padded, cv2.COLOR_RGB2RGBA)
+            four = cv2.warpAffine(padded, matrix, (w, h), flags=flags)
+            cv2.cvtColor(four, cv2.COLOR_RGBA2RGB, turned)
+        else:
+            cv2.warpAffine(padded, matrix, (w, h), turned, flags)
+        cv2.copyTo(fill, mask, turned)
+    return result
+
+
+# --- Helpers --------------------------------------------------------------------------------------
+
+
+def _shift(
+    frames: np.ndarray, shifts: np.ndarray, interpolation: int, *, columns: bool = False
+) -> np.ndarray:
+    """Moves each row to the left by its number of pixels in `shifts`, or each column up.
+
+    The pixels of a row all come from between two others at the same fraction of the way, so that
+    one small filter makes them.
+    """
+    if not shifts.any():
+        return frames
+    t, h, w, _ = frames.shape
+    h, w = (w, h) if columns else (h, w)  # of here on: columns are laid down as rows
+    # One more pixel on the left: the first of a row may come from half a pixel outside it.
+    rows = np.empty((h, t, w + 1, 3), np.uint8)
+    for i, frame in enumerate(frames):
+        rows[:, i, 1:] = cv2.transpose(frame) if columns else frame
+    rows[:, :, 0] = rows[:, :, 1]
+    bounds = [0, *np.flatnonzero(np.diff(shifts)) + 1, h]
+    for top, bottom in itertools.pairwise(bounds):
+        run, shift = rows[top:bottom], shifts[top]
+        whole = math.floor(shift)
+        # What comes from x + ½ + shift is inside where that is at least 0 and below w.
+        first, end = (min(max(math.ceil(x - 0.5 - shift), 0), w) for x in (0, w))
+        moved = cv2.filter2D(
+            run.reshape(-1, w + 1, 3),
+            -1,
+            _kernel(shift - whole, interpolation),
+            anchor=(1, 0),
+            delta=_TRUNCATE,
+            borderType=cv2.BORDER_REPLICATE,
+        ).reshape(run.shape)
+        run[:, :, first + 1 : end + 1] = moved[:, :, first + whole + 1 : end + whole + 1]
+        run[:, :, 1 : first + 1] = run[:, :, end + 1 :] = _FILL
+    result = np.empty_like(frames, order="C")
+    for i, frame in enumerate(result):
+        frame[:] = cv2.transpose(rows[:, i, 1:]) if columns else rows[:, i, 1:]
+    return result
+
+
+def _kernel(d: float, interpolation: int) -> np.ndarray:
+    """Pillow's weights `(1, 4)` of the pixels from -1 to 2 for a value `d` behind the pixel 0."""
+    if interpolation == cv2.INTER_LINEAR:
+        return np.float32([[0, 1 - d, d, 0]])
+    e = 1 - d
+    return np.float32([[-d * e * e, (1 + d - d * d) * e, (1 + e - e * e) * d, -e * d * d]])
+
+
+def _split(frames: np.ndarray) -> np.ndarray:
+    """`(t, h, w, c)` to `(t, c, h, w)`."""
+    t, h, w, c = frames.shape
+    planes = np.empty((t, c, h, w), np.uint8)
+    for frame, channels in zip(frames, planes, strict=True):
+        cv2.split(frame, list(channels))
+    return planes
+
+
+def _look_up(planes: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """Replaces each value in `planes` by the one in its plane's table, there and in the result.
+
+    Args:
+        planes: `(t, c, h, w)` uint8.
+        tables: `(t, c, 256)` of an integer type.
+
+    Returns:
+        `(t, h, w, c)` uint8.
+    """
+    t, c, h, w = planes.shape
+    result = np.empty((t, h, w, c), np.uint8)
+    for channels, rows, frame in zip(planes, tables.astype(np.uint8), result, strict=True):
+        for channel, row in zip(channels, rows, strict=True):
+            cv2.LUT(channel, row, channel)
+        cv2.merge(list(channels), frame)
+    return result
+
+
+def _luma(frame: np.ndarray) -> np.ndarray:
+    """Pillow's grey `(h, w)` of a frame `(h, w, c)`, both uint8."""
+    # Pillow's weights in units of 2⁻¹⁶: every sum fits into the 24 bits of a float32.
+    weights = np.float32([19595, 38470, 7471]) / 2**16
+    grey = cv2.transform(frame.astype(np.float32), weights[None])
+    grey += np.float32(0.5)
+    return grey.astype(np.uint8)
+
+
+def _blend_table(start: int, factor: float) -> np.ndarray:
+    """`start + factor · (value - start)` of all values: Pillow's blend, in float32 as there."""
+    blended = np.arange(256, dtype=np.float32) - np.float32(start)
+    blended = blended * np.float32(factor) + np.float32(start)
+    return blended.clip(0, 255).astype(np.uint8)
