@@ -1,10 +1,13 @@
 """Frame indices equal the original programs', exactly."""
 
+import contextlib
 import json
+import types
 
 import numpy as np
 import pytest
 
+from jaxvid.data.pipeline import ClipSpec, load_eval_views
 from jaxvid.data.sampling import (
     SAMPLINGS,
     dense_indices,
@@ -116,3 +119,23 @@ def test_by_time_a_slow_half_is_not_sampled_twice_as_often():
     np.testing.assert_allclose(times[found], even / 20, atol=0.1)
     constant = np.arange(200) / 20
     np.testing.assert_array_equal(frames_at_times(even, constant, fps=20.0), even)
+
+
+@pytest.mark.parametrize(("count", "seconds", "padded"), [(100, 10.0, False), (150, 3.0, True)])
+def test_by_time_a_clip_is_padded_where_the_time_ends(count, seconds, padded):
+    """Of 128 frames of 30 a second; by their numbers it would be the other way round."""
+    times = np.linspace(0, seconds, count)
+
+    reader = types.SimpleNamespace(
+        num_frames=count,
+        fps=30.0,
+        times=times,
+        get_frames=lambda indices: np.zeros((len(indices), 8, 8, 3), np.uint8),
+    )
+    record = types.SimpleNamespace(open=lambda: contextlib.nullcontext(reader))
+    for by_time in (False, True):
+        spec = ClipSpec(num_frames=8, crop=8, short_side=8, sampling="dense", by_time=by_time)
+        views = load_eval_views(record, spec)
+        assert views["padded"] == (padded if by_time else not padded)
+        if by_time:
+            assert padded == (np.diff(times[views["indices"][0]])[-1] == 0)

@@ -175,32 +175,31 @@ def _resize(frames: np.ndarray, short_side: int, spec: ClipSpec) -> np.ndarray:
 
 def _indices(reader, spec: ClipSpec, **draw) -> np.ndarray:
     """The frames of a clip; `draw`: `rng` or `view`."""
-    times = reader.times if spec.by_time else None
-    length, fps = reader.num_frames, reader.fps
-    if times is not None and fps:
-        length = max(1, round(times[-1] * fps) + 1)  # as many as a constant rate would have
+    length, times = _length(reader, spec)
     indices = sampling.make_indices(
         spec.sampling,
         length,
         spec.num_frames,
         sampling_rate=spec.sampling_rate,
-        fps=fps,
+        fps=reader.fps,
         num_views=spec.num_clips,
         **draw,
     )
-    if times is not None and fps:
-        return sampling.frames_at_times(indices, times, fps)
-    return indices
+    return indices if times is None else sampling.frames_at_times(indices, times, reader.fps)
+
+
+def _length(reader, spec: ClipSpec) -> tuple[int, np.ndarray | None]:
+    """Frames to sample from, and when each is shown; None: they are sampled by their number."""
+    if not spec.by_time or reader.times is None or not reader.fps:
+        return reader.num_frames, None
+    # As many as a constant rate would have.
+    return max(1, round(reader.times[-1] * reader.fps) + 1), reader.times
 
 
 def _is_padded(reader, spec: ClipSpec) -> bool:
-    return sampling.is_padded(
-        spec.sampling,
-        reader.num_frames,
-        spec.num_frames,
-        sampling_rate=spec.sampling_rate,
-        fps=reader.fps,
-    )
+    length, _ = _length(reader, spec)
+    rates = {"sampling_rate": spec.sampling_rate, "fps": reader.fps}
+    return sampling.is_padded(spec.sampling, length, spec.num_frames, **rates)
 
 
 def make_train_iter(
