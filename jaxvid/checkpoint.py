@@ -9,13 +9,26 @@ from pathlib import Path
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxvid.errors import InputError
-from jaxvid.models import Params, abstract_model, make_model_config, merge_params, split_params
+from jaxvid.models import (
+    ModelConfig,
+    Params,
+    abstract_model,
+    make_model_config,
+    merge_params,
+    split_params,
+    surgery,
+)
 
 FORMAT_VERSION = 1
 CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance", "files")
+# Fields of a model's config that change no weight and no use of one.
+RATE_FIELDS = ("name", "init", "dropout", "drop_path", "remat", "dtype")
+# Fields whose change surgery makes up for.
+SIZE_FIELDS = ("num_classes", "num_frames", "image_size", "temporal_embedding_frames")
 
 
 def check_writable(workdir: Path, need_bytes: int) -> None:
@@ -209,16 +222,20 @@ def check_same_model(folder: str | Path, model_config) -> None:
 
     Rates and dtype may differ: they change no weight.
     """
-    card = load_card(folder)
-    now = json.loads(json.dumps(dataclasses.asdict(model_config)))
-    differences = [
-        f"{name} is {card['config'].get(name)!r} there, {value!r} here"
-        for name, value in now.items()
-        if name not in ("name", "init", "dropout", "drop_path", "remat", "dtype")
-        and card["config"].get(name) != value
-    ]
+    differences = _differences(load_card(folder)["config"], model_config, RATE_FIELDS)
     if differences:
-        raise InputError(f"{folder} holds another network: {'; '.join(differences)}")
+        raise InputError(f"{folder} holds another network: {'; '.join(differences.values())}")
+
+
+def _differences(there: dict, model_config: ModelConfig, free: tuple[str, ...]) -> dict[str, str]:
+    """Field → how a folder's config differs from a model's, but for the free ones."""
+    # A card has lists where a config has tuples.
+    there, here = json.loads(json.dumps([there, dataclasses.asdict(model_config)]))
+    return {
+        name: f"{name} is {there.get(name)!r} there, {value!r} here"
+        for name, value in here.items()
+        if name not in free and there.get(name) != value
+    }
 
 
 def find_steps(workdir: Path) -> list[int]:
@@ -270,6 +287,64 @@ def load_params(folder: str | Path, abstract_params: Params) -> Params:
         if problems:
             raise InputError(f"{path} does not fit the model: {'; '.join(problems)}")
         return checkpointer.restore(path, abstract_params)
+
+
+def load_init(
+    folder: str | Path, model_config: ModelConfig, fresh: Params
+) -> tuple[Params, list[str]]:
+    """The weights of a model folder as the start of a model that may differ from it.
+
+    Other classes, frames or resolution, a temporal part more or less: see
+    `surgery.plan_fit`. At its peak, one copy of the weights beside `fresh`.
+
+    Args:
+        folder: The model folder.
+        model_config: The wanted model's config.
+        fresh: The wanted model's newly initialised weights.
+
+    Returns:
+        Weights of the names, shapes and shardings of `fresh`; and what was loaded, resized,
+        reinitialised or left unused, and which options differ, as lines for a log.
+
+    Raises:
+        InputError: The folder is damaged, or the weights would not fit or would mean something
+            else; every reason is named.
+    """
+    card = load_card(folder)
+    try:
+        source = make_model_config(**card["config"])
+    except (InputError, TypeError) as error:
+        raise InputError(
+            f"{Path(folder) / 'model.json'}: {error}; export the model again"
+        ) from None
+    kinds = [type(config).__name__.removesuffix("Config") for config in (source, model_config)]
+    if kinds[0] != kinds[1]:
+        raise InputError(
+            f"{folder} holds {source.name}, of the family {kinds[0]}; {model_config.name} is of "
+            f"{kinds[1]}, which its weights do not fit: name a folder of that family"
+        )
+    found = abstract_model(source)[1]
+    fit = surgery.plan_fit(found, fresh)
+    differences = _differences(dataclasses.asdict(source), model_config, RATE_FIELDS + SIZE_FIELDS)
+    # No shape tells how many heads share a kernel, but each would get parts of several.
+    unfit = {"heads"} & differences.keys()
+    if "aggregate.cls_token" in fit.loaded:
+        unfit |= {"temporal_heads"} & differences.keys()
+    if unfit or fit.problems:
+        raise InputError(
+            f"{folder} cannot start this {model_config.name}: "
+            f"{'; '.join([*differences.values(), *fit.problems])}; "
+            "take its values with --config.model.NAME=VALUE or name another folder"
+        )
+    # What changes is read into host memory: its new shape alone knows its place on the devices.
+    target = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in found.items()}
+    target |= {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in fresh.items()
+        if name in fit.loaded
+    }
+    params = surgery.fit_params(fit, load_params(folder, target), fresh)
+    return params, [*fit.describe(), *(f"differs: {text}" for text in differences.values())]
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:
