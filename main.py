@@ -2,7 +2,13 @@
 
 python main.py --config FILE.py --workdir FOLDER                train, with evaluation; continues
 python main.py --config FILE.py --workdir FOLDER --mode eval    evaluate the newest checkpoint
+python main.py --config FILE.py --workdir FOLDER --mode schedule    draw the learning rate
 ... --config.FIELD=VALUE                           override a field; the config file lists them
+... --profile 10:20                                write a trace of the steps 10 to 20
+... --coordinator HOST:PORT --num_processes N --process_id I     one process of several
+
+Exit codes: 0 done; 2 bad input, in one line; 130 and 143: SIGINT and SIGTERM (or a process beside
+this one was told to stop), the state was saved and the same command continues.
 """
 
 import functools
@@ -15,19 +21,32 @@ from jaxvid import cli
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, reports.")
 MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval"], "train (with evaluation; continues), or eval only."
+    *("mode", "train", ["train", "eval", "schedule"]),
+    "train (with evaluation; continues), eval only, or schedule: a picture of the learning rate.",
 )
+PROFILE = flags.DEFINE_string("profile", None, "START:STOP, the steps of a trace for a profiler.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def main(_) -> None:
     """Runs the program that the flags name; bad input becomes one line and exit code 2."""
     logging.set_verbosity(logging.WARNING)  # JAX, Orbax and Grain tell every step they take
+    from jaxvid import sharding
     from jaxvid.errors import InputError
     from jaxvid.evaluate import evaluate
+    from jaxvid.report import draw_schedule
     from jaxvid.train import train
 
     try:
-        {"train": train, "eval": evaluate}[MODE.value](CONFIG.value, WORKDIR.value)
+        sharding.init_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        if MODE.value == "train":
+            train(CONFIG.value, WORKDIR.value, profile_steps=cli.parse_range("profile"))
+        elif MODE.value == "eval":
+            evaluate(CONFIG.value, WORKDIR.value)
+        else:
+            print(draw_schedule(CONFIG.value, WORKDIR.value))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(InputError.EXIT_CODE)

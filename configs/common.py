@@ -54,11 +54,9 @@ def train_section(**overrides) -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # or sgd (Nesterov; weight decay added to the gradient)
-    config.optimizer.learning_rate = (
-        1e-4  # the peak, at reference_batch_size; scaled with the batch
-    )
+    config.optimizer.learning_rate = 1e-4  # the peak, at reference_batch_size
     config.optimizer.warmup_start_rate = 0.0  # likewise
-    config.optimizer.reference_batch_size = 64
+    config.optimizer.reference_batch_size = 64  # rates are scaled to batch_size
     config.optimizer.warmup_epochs = 0.0
     config.optimizer.weight_decay = 0.0
     config.optimizer.decay = "kernels"  # or released: all but the biases of the heads
@@ -66,9 +64,7 @@ def train_section(**overrides) -> ConfigDict:
     config.optimizer.b2 = 0.999  # adamw
     config.optimizer.momentum = 0.9  # sgd
     config.optimizer.clip_norm = 0.0  # of the whole gradient; 0: off
-    config.optimizer.layer_decay = (
-        1.0  # factor on the learning rate from each block to the one below
-    )
+    config.optimizer.layer_decay = 1.0  # learning rate of a block over that of the one above it
     config.optimizer.freeze = ""  # or backbone: only the temporal and classification heads learn
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

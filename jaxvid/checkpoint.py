@@ -1,18 +1,23 @@
 """What goes to disk: training checkpoints (state and data iterator) and model folders."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxvid import sharding
 from jaxvid.errors import InputError
+from jaxvid.metrics import log
 from jaxvid.models import (
     ModelConfig,
     Params,
@@ -43,7 +48,7 @@ def check_writable(workdir: Path, need_bytes: int) -> None:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".probe"
+        probe = workdir / f".probe{jax.process_index()}"
         probe.write_bytes(bytes(4096))
         probe.unlink()
         free = shutil.disk_usage(workdir).free
@@ -75,31 +80,116 @@ def make_manager(workdir: Path, *, keep: int) -> ocp.CheckpointManager:
 def save_checkpoint(
     manager: ocp.CheckpointManager, state: dict, data_iter: grain.DatasetIterator
 ) -> None:
-    """Saves state and iterator under the state's step. Call it before the next draw."""
-    args = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data_iter)
-    )
-    manager.save(int(state["step"]), args=args)
+    """Saves state and iterator under the state's step. Call it before the next draw.
+
+    Raises:
+        InputError: It, or the one before, cannot be written.
+    """
+    position = {"checksum": int(_checksum(state)), "iterator": data_iter.get_state()}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position))
+    with _told_if_not_written(manager):
+        manager.save(int(state["step"]), args=args)
 
 
-def restore_checkpoint(
-    manager: ocp.CheckpointManager, abstract_state: dict, data_iter: grain.DatasetIterator
-) -> dict:
-    """Restores the newest checkpoint.
+def finish_saving(manager: ocp.CheckpointManager) -> None:
+    """Waits for the last checkpoint.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    with _told_if_not_written(manager):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _told_if_not_written(manager: ocp.CheckpointManager) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), repr(error))
+        steps = ", ".join(map(str, find_steps(Path(manager.directory).parent))) or "none"
+        raise InputError(
+            f"a checkpoint cannot be written to {manager.directory} ({reason[:200]}); whole ones "
+            f"there are of the steps: {steps}; make room, then the same command continues"
+        ) from None
+
+
+@jax.jit
+def _checksum(state: dict) -> jax.Array:
+    """A number that changes with any bit of the state; the same on any devices."""
+    total = jnp.zeros((), jnp.uint32)
+    for i, leaf in enumerate(jax.tree.leaves(state)):
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+        total += jnp.uint32(2 * i + 1) * bits.sum(dtype=jnp.uint32)
+    return total
+
+
+def restore_newest(
+    workdir: Path, abstract_state: dict, data_iter: grain.DatasetIterator, *, keep: int
+) -> tuple[ocp.CheckpointManager, dict | None]:
+    """Restores the newest checkpoint that is whole.
+
+    A damaged one is named in the log and moved to `WORKDIR/damaged`, never deleted.
 
     Args:
-        manager: As `make_manager` gives it, with at least one checkpoint.
+        workdir: The run's folder.
         abstract_state: Shapes, dtypes and shardings of the state.
         data_iter: Is set to where it was.
+        keep: How many of the newest checkpoints stay, from now on.
 
     Returns:
-        The state.
+        The manager; and the state, None where there is no checkpoint yet.
+
+    Raises:
+        InputError: There are checkpoints, and all are damaged.
     """
+    damaged = []
+    while True:
+        manager = make_manager(workdir, keep=keep)
+        step = manager.latest_step()
+        if step is None:
+            break
+        try:
+            return manager, _restore(manager, step, abstract_state, data_iter)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            reason = next(filter(None, map(str.strip, str(error).splitlines())), repr(error))
+        manager.close()
+        damaged.append(_move_aside(workdir, step))
+        log.warning(
+            "the checkpoint of step %d is damaged (%s); it was moved to %s, and the one before it "
+            "is used",
+            *(step, reason[:200], damaged[-1]),
+        )
+    if damaged:
+        manager.close()
+        raise InputError(
+            f"{workdir}: every checkpoint is damaged ({', '.join(map(str, damaged))}); restore "
+            "one, or choose another --workdir"
+        )
+    return manager, None
+
+
+def _restore(manager, step: int, abstract_state: dict, data_iter) -> dict:
     args = ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract_state),
-        data=grain.checkpoint.CheckpointRestore(data_iter),
+        state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
     )
-    return manager.restore(manager.latest_step(), args=args).state
+    restored = manager.restore(step, args=args)
+    if int(_checksum(restored.state)) != restored.data["checksum"]:
+        raise ValueError("its checksum is another")
+    data_iter.set_state(restored.data["iterator"])
+    return restored.state
+
+
+def _move_aside(workdir: Path, step: int) -> Path:
+    place = workdir / "damaged" / f"{step}"
+    while place.exists():
+        place = place.with_name(f"{place.name}_again")
+    sharding.wait_for_all(f"damaged {step}")
+    if not jax.process_index():
+        place.parent.mkdir(exist_ok=True)
+        (workdir / "checkpoints" / str(step)).rename(place)
+    sharding.wait_for_all(f"moved {step}")
+    return place
 
 
 def restore_params(workdir: Path, step: int, abstract_params: Params) -> Params:
@@ -109,15 +199,20 @@ def restore_params(workdir: Path, step: int, abstract_params: Params) -> Params:
         workdir: The run's folder.
         step: Which checkpoint.
         abstract_params: Shapes, dtypes and shardings of the weights.
+
+    Returns:
+        The weights' average where the run keeps one, or else the weights.
     """
-    item = {"params": abstract_params}
-    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    path = (workdir / "checkpoints" / str(step) / "state").resolve()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        name = "ema" if "ema" in checkpointer.metadata(path).item_metadata.tree else "params"
+        item = {name: abstract_params}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         restored = checkpointer.restore(
-            (workdir / "checkpoints" / str(step) / "state").resolve(),
+            path,
             args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
         )
-    return restored["params"]
+    return restored[name]
 
 
 def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
@@ -135,12 +230,17 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
     if folder.exists() and not (folder / "model.json").is_file():
         raise InputError(f"{folder} exists and is no model folder; name another one")
     partial = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    is_first = not jax.process_index()
+    if is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+    sharding.wait_for_all(f"saving {folder}")
     try:
         # A few arrays at a time: the default copies all of them first.
         handler = ocp.StandardCheckpointHandler(save_concurrent_gb=0.1)
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(partial / "params", params)
+        if not is_first:
+            return
         card = {"format_version": FORMAT_VERSION, **card, "files": _file_sizes(partial / "params")}
         text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
         (partial / "model.json").write_text(text, encoding="utf-8")
@@ -149,7 +249,9 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}); name another") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        sharding.wait_for_all(f"saved {folder}")
 
 
 def load_card(folder: str | Path) -> dict:
@@ -236,6 +338,13 @@ def _differences(there: dict, model_config: ModelConfig, free: tuple[str, ...]) 
         for name, value in here.items()
         if name not in free and there.get(name) != value
     }
+
+
+def best_top1(workdir: Path) -> float:
+    """The validation top-1, in percent, of the model in `WORKDIR/best`; -1: there is none."""
+    if not (workdir / "best" / "model.json").exists():
+        return -1.0
+    return load_card(workdir / "best")["provenance"]["top1"]
 
 
 def find_steps(workdir: Path) -> list[int]:
@@ -416,6 +525,6 @@ def fingerprint(params: Params) -> str:
     """SHA-256 over names, shapes and values of the weights, as hexadecimal digits."""
     digest = hashlib.sha256()
     for name in sorted(params):
-        array = jax.device_get(params[name])
+        array = sharding.to_host(params[name])
         digest.update(f"{name}{array.shape}{array.dtype}".encode() + array.tobytes())
     return digest.hexdigest()

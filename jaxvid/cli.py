@@ -82,3 +82,20 @@ def _check_field(config: ConfigDict, name: str) -> None:
                 f"--config.{name} does not exist; there is {hint or 'nothing below ' + prefix}"
             )
         section = section[part]
+
+
+def parse_range(name: str) -> tuple[int, int] | None:
+    """The value `START:STOP` of a flag, two whole numbers; None where it is not given.
+
+    Raises:
+        InputError: It is something else.
+    """
+    from jaxvid.errors import InputError
+
+    text = flags.FLAGS[name].value
+    if text is None:
+        return None
+    start, _, stop = text.partition(":")
+    if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
+        raise InputError(f"--{name}={text}: must be START:STOP, two step numbers, as in 10:20")
+    return int(start), int(stop)

@@ -64,13 +64,14 @@ def evaluate_params(
         number of those that are too short for their clips; and `{"id", "label", "error"}` of each
         that cannot.
     """
+    shard = sharding.rows_of_process(mesh, config.eval.batch_size)
     batches = make_eval_iter(
         records,
         spec=make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops),
-        batch_size=config.eval.batch_size // jax.process_count(),
+        batch_size=config.eval.batch_size // shard[1],
         num_threads=config.data.num_threads,
         num_workers=config.data.num_workers,
-        shard=(jax.process_index(), jax.process_count()),
+        shard=shard,
     )
     progress = metrics.Progress(len(records), unit="video", title="evaluating")
     results = []  # the sums so far on the host, and the newest steps' on the device
@@ -87,7 +88,10 @@ def evaluate_params(
             if len(results) == 3:  # fetch the older step, leave the newest running
                 results = [metrics.sum_metrics(results[:2]), results[2]]
             progress.advance(min(config.eval.batch_size, len(records) - progress.done))
-        sums = {**metrics.sum_metrics(results), "padded": padded}
+        # Processes that share their rows tell the same.
+        told = {part: what for part, *what in sharding.gather([shard[0], padded, failed])}
+        failed = [video for _, videos in told.values() for video in videos]
+        sums = {**metrics.sum_metrics(results), "padded": sum(count for count, _ in told.values())}
     finally:
         progress.close()
         batches.close()
@@ -100,6 +104,17 @@ def evaluate_params(
     return sums, failed
 
 
+def per_class(sums: dict, failed: list[dict], labels: Sequence) -> dict:
+    """Top-1 accuracy in percent of every class that has videos; those that failed are wrong."""
+    correct, listed = np.diag(sums["confusion"]), sums["confusion"].sum(axis=1)
+    listed = listed + np.bincount([video["label"] for video in failed], minlength=len(listed))
+    return {
+        label: 100 * float(hits / count)
+        for label, hits, count in zip(labels, correct, listed, strict=True)
+        if count
+    }
+
+
 def make_report(sums: dict, failed: list[dict], config, *, checkpoint: str) -> dict:
     """What goes into `eval.json`: percentages, the protocol they were measured by, and of what.
 
@@ -107,13 +122,11 @@ def make_report(sums: dict, failed: list[dict], config, *, checkpoint: str) -> d
     """
     evaluated = int(sums["count"])
     count = evaluated + len(failed)
-    correct, listed = np.diag(sums["confusion"]), sums["confusion"].sum(axis=1)
-    listed = listed + np.bincount([video["label"] for video in failed], minlength=len(listed))
-    per_class = 100 * correct[listed > 0] / listed[listed > 0]
+    accuracies = per_class(sums, failed, range(len(sums["confusion"])))
     return {
         "top1": 100 * int(sums["top1"]) / count,
         "top5": 100 * int(sums["top5"]) / count,
-        "mean_class_accuracy": float(per_class.mean()),
+        "mean_class_accuracy": float(np.mean([*accuracies.values()])),
         "loss": float(sums["loss"]) / max(evaluated, 1),
         "num_videos": count,
         "num_evaluated": evaluated,

@@ -14,6 +14,7 @@ from jaxvid import progress
 from jaxvid.errors import InputError
 
 log = logging.getLogger("jaxvid")
+MAX_CLASS_SCALARS = 50
 
 
 def setup_logging(workdir: Path) -> None:
@@ -42,10 +43,10 @@ def sum_metrics(batches: list[dict]) -> dict[str, np.ndarray]:
     host = jax.device_get(batches)
     return {
         name: sum(
-            metrics[name].astype(np.int64 if metrics[name].dtype.kind == "i" else np.float64)
+            metrics[name].astype(np.float64 if metrics[name].dtype.kind == "f" else np.int64)
             for metrics in host
         )
-        for name in host[0]
+        for name in (host[0] if host else ())
     }
 
 
@@ -81,6 +82,25 @@ class MetricWriter:
         for name, value in scalars.items():
             events.add_scalar(name, value, step)
 
+    def write_classes(self, step: int, accuracies: dict[str, float]) -> None:
+        """Writes each class's accuracy, in percent, to TensorBoard; above 50 a histogram."""
+        if self._files is None:
+            return
+        events = self._files[1]
+        if len(accuracies) > MAX_CLASS_SCALARS:
+            events.add_histogram("val/class_top1", np.array([*accuracies.values()]), step)
+            return
+        for name, value in accuracies.items():
+            events.add_scalar(f"val_class_top1/{name}", value, step)
+
+    def write_clips(self, step: int, video: np.ndarray) -> None:
+        """Writes clips `(b, t, h, w, c)` uint8 to TensorBoard, each a row of its frames."""
+        if self._files is None:
+            return
+        b, t, h, w, c = video.shape
+        rows = video.transpose(0, 2, 1, 3, 4).reshape(b * h, t * w, c)  # (b h) (t w) c
+        self._files[1].add_image("train/clips", rows, step, dataformats="HWC")
+
     def close(self) -> None:
         """Closes the files."""
         if self._files is not None:
@@ -107,16 +127,18 @@ class SkippedVideos:
             self._path.write_text(lines, encoding="utf-8")
         self._ids = {json.loads(line)["id"] for line in lines.splitlines()}
 
-    def note(self, ids: list[str], errors: list[str]) -> None:
-        """Notes a batch's failures; each video is told once.
+    def note(self, failures: list[tuple[str, str]]) -> None:
+        """Notes failures, each an id and a reason; each video is told once.
 
         Raises:
             InputError: More than the allowed share has failed.
         """
-        for id_, error in zip(ids, errors, strict=True):
-            if error and id_ not in self._ids:
+        for id_, error in failures:
+            if id_ not in self._ids:
                 self._ids.add(id_)
                 log.warning("skipped: %s", error)
+                if jax.process_index():
+                    continue
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"id": id_, "error": error}) + "\n")
         if len(self._ids) > self._max_share * self._num_videos:

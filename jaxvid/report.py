@@ -3,8 +3,12 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
+
+from jaxvid import optim
+from jaxvid.errors import InputError
 
 INK, GRID = "#222222", "#dddddd"
 TRAIN, VAL = "#9a9a9a", "#0b6fb8"
@@ -39,13 +43,56 @@ def draw_curves(metrics: Path, output: Path) -> None:
             axes.legend(frameon=False)
         axes.set_title(title, color=INK)
         axes.set_xlabel("step")
-        axes.set_ylim(bottom=0)
+        _tidy(axes)
         if "%" in title:
             axes.set_ylim(0, 100)
-        axes.grid(color=GRID, lw=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(output)
+
+
+def _tidy(axes) -> None:
+    axes.set_ylim(bottom=0)
+    axes.grid(color=GRID, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_schedule(config, workdir: str | Path) -> Path:
+    """Draws a config's learning rate over epochs, without training.
+
+    Args:
+        config: A locked config.
+        workdir: Gets `schedule.png`.
+
+    Returns:
+        The picture's path.
+
+    Raises:
+        InputError: The schedule is impossible, or the folder cannot be written.
+    """
+    optim.check_optimizer(config.optimizer)
+    per_epoch = 100  # steps; the curve over epochs is the same for any number
+    total = max(1, round(config.num_epochs * per_epoch))
+    schedule = optim.make_schedule(
+        config.optimizer,
+        batch_size=config.batch_size,
+        total_steps=total,
+        steps_per_epoch=per_epoch,
+    )
+    rates = np.asarray(jax.vmap(schedule)(np.arange(total + 1)))
+    figure = Figure(figsize=(6.5, 3.4), layout="constrained", dpi=130)
+    axes = figure.subplots()
+    axes.plot(np.arange(total + 1) / per_epoch, rates, color=VAL, lw=1.8)
+    axes.set_title(optim.describe_rate(config.optimizer, config.batch_size), color=INK, fontsize=10)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("learning rate")
+    _tidy(axes)
+    path = Path(workdir) / "schedule.png"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); name another") from None
+    return path
 
 
 def draw_confusion(confusion: np.ndarray, labels: list[str], output: Path) -> None:

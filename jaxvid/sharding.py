@@ -1,11 +1,14 @@
-"""The device mesh, and the one rule that gives every leaf of the training state its sharding."""
+"""Processes, the device mesh, and the one rule that gives every leaf of the state its sharding."""
 
+import json
 import math
 import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,6 +19,55 @@ BATCH = P(("data", "fsdp"))
 # Tensor parallelism: the axis of a kernel that is cut, output for the first Linear layer of a pair
 # and input for the second.
 TENSOR_AXIS = {"qkv": -1, "fc1": -1, "proj": 0, "fc2": 0}
+TENSOR_AXIS |= {"self_attn": -1, "linear1": -1, "out_proj": 0, "linear2": 0}  # STAM's aggregator
+# How launchers tell a process that it is one of several, and how JAX calls them.
+LAUNCHERS = {
+    "SLURM_STEP_NUM_TASKS": "slurm",
+    "OMPI_COMM_WORLD_SIZE": "mpi4py",
+    "PMI_SIZE": "mpi4py",
+}
+
+
+def init_processes(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the other processes of this run, if there are any; call it before JAX is used.
+
+    Without arguments the environment decides: a Slurm step or MPI of several tasks, or an indexed
+    Kubernetes job (which needs the package `kubernetes`).
+
+    Args:
+        coordinator: `HOST:PORT` of process 0, the same in all processes.
+        num_processes: How many there are.
+        process_id: Which one this is, from 0.
+
+    Raises:
+        InputError: The arguments are incomplete, or the processes cannot be joined.
+    """
+    explicit = (coordinator, num_processes, process_id)
+    method = None
+    if any(value is not None for value in explicit):
+        if any(value is None for value in explicit) or not 0 <= process_id < num_processes:
+            raise InputError(
+                f"--coordinator {coordinator} --num_processes {num_processes} --process_id "
+                f"{process_id}: all three are needed, and the id counts from 0"
+            )
+    else:
+        several = (n for n in LAUNCHERS if os.environ.get(n, "1") not in ("", "0", "1"))
+        if (name := next(several, None)) is not None:
+            method = LAUNCHERS[name]
+        elif {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys():
+            method = "k8s"
+        else:
+            return
+    try:
+        jax.distributed.initialize(*explicit, cluster_detection_method=method)
+    except (RuntimeError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"the processes cannot be joined ({reason}); give --coordinator, --num_processes and "
+            "--process_id"
+        ) from None
 
 
 def make_mesh(mesh) -> Mesh:
@@ -27,8 +79,6 @@ def make_mesh(mesh) -> Mesh:
     Raises:
         InputError: The sizes do not multiply to the number of devices.
     """
-    if jax.process_count() > 1:
-        raise InputError(f"{jax.process_count()} processes: one process drives all devices so far")
     sizes = [mesh[axis] for axis in AXES]
     devices = jax.device_count()
     if sizes.count(-1) == 1:
@@ -81,7 +131,8 @@ def state_sharding(abstract_state, mesh: Mesh):
         spec = [None] * leaf.ndim
         name = str(getattr(path[-1], "key", "")) if path else ""
         module, _, kind = name.rpartition(".")
-        axis = TENSOR_AXIS.get(module.rpartition(".")[2]) if kind == "kernel" else None
+        is_kernel = kind in ("kernel", "in_proj_weight")
+        axis = TENSOR_AXIS.get(module.rpartition(".")[2]) if is_kernel else None
         if leaf.ndim == 2 and axis is not None and leaf.shape[axis] % mesh.shape["tensor"] == 0:
             spec[axis] = "tensor"
         free = [
@@ -112,6 +163,63 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()
     }
+
+
+def rows_of_process(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """Which part of every global batch this process makes.
+
+    Returns:
+        `(index, count)`: part `index` of `count` equal ones. Processes that share their rows, where
+        'tensor' spans several, get the same part.
+
+    Raises:
+        InputError: The process's devices hold rows that are not one such part.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = sorted({row for (place,) in places for row in range(batch_size)[place]})
+    size = len(rows)
+    if rows[-1] - rows[0] + 1 != size or batch_size % size or rows[0] % size:
+        raise InputError(
+            f"mesh {dict(mesh.shape)}: process {jax.process_index()} would hold scattered clips of "
+            "a batch; let mesh.fsdp · mesh.tensor be a multiple or a divisor of its devices"
+        )
+    return rows[0] // size, batch_size // size
+
+
+def gather(value) -> list:
+    """Every process's `value`, a tree that JSON can hold, in all processes; all must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(text.size))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: text.size] = text
+    rows = multihost_utils.process_allgather(padded)  # (processes bytes)
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def any_process(flag: bool, mesh: Mesh) -> jax.Array:
+    """Whether `flag` holds in some process: a scalar that is computed while the caller goes on."""
+    everywhere = NamedSharding(mesh, P(mesh.axis_names))
+    local = np.full(len(mesh.local_devices), flag)
+    flags = jax.make_array_from_process_local_data(everywhere, local, (mesh.size,))
+    return _any(flags)
+
+
+_any = jax.jit(jnp.any)
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array, also where other processes hold parts of it; all must call it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def use_compilation_cache() -> None:

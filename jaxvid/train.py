@@ -10,16 +10,19 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
-from jaxvid import checkpoint, metrics, optim, report, sharding, steps
-from jaxvid.data.pipeline import make_spec, make_train_iter, split_batch
+from jaxvid import checkpoint, metrics, optim, provenance, report, sharding, steps, watch
+from jaxvid.data.pipeline import describe_loading, make_spec, make_train_iter, split_batch
 from jaxvid.data.sources import open_folder
+from jaxvid.distill import check_distill, load_teacher
 from jaxvid.errors import InputError
 from jaxvid.evaluate import (
     check_protocol,
     evaluate_params,
     make_eval_step,
     make_report,
+    per_class,
     preprocessing,
     save_report,
     summary,
@@ -30,11 +33,18 @@ from jaxvid.models import abstract_model, make_model_config
 # What may differ between a run and its continuation: how it runs, not what it computes.
 FREE_FIELDS = (
     *("mesh.", "eval.", "checkpoint_", "log_steps"),
-    *("data.num_threads", "data.max_failed_share", "data.missing"),
+    *("data.num_threads", "data.max_failed_share", "data.missing", "data.stall_seconds"),
 )
+STEPS_AHEAD = 2  # how far Python runs ahead of the device
 
 
-def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict | None:
+def train(
+    config,
+    workdir: str | Path,
+    *,
+    stop_step: int | None = None,
+    profile_steps: tuple[int, int] | None = None,
+) -> dict | None:
     """Trains, or continues training, and evaluates.
 
     Args:
@@ -42,40 +52,43 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
         workdir: The run's folder. If it holds checkpoints of this config, the newest is continued,
             to the same bits as if the run had never stopped.
         stop_step: Saves and returns at this step; the next call continues.
+        profile_steps: Writes a trace of the steps between the two to `WORKDIR/profile`.
 
     Returns:
         What `eval.json` holds; None if the run stopped before its end.
 
     Raises:
         InputError: The config, the data or the workdir is unusable; or the loss is not finite.
-        SystemExit: SIGINT or SIGTERM came, and the state was saved; code 128 + signal number.
+        SystemExit: SIGINT or SIGTERM came, here or to another process of the run, and the state was
+            saved; code 128 + signal number.
     """
     workdir, began = Path(workdir), time.monotonic()
 
     # ------------------------------------------------------------------ devices, folders
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch_size("batch_size", config.batch_size, mesh)
+    _check_config(config, mesh)
     check_protocol(config, mesh)
-    _check_numbers(config)
     _check_same_run(config, workdir)
     model_config = make_model_config(**config.model)
     graphdef, abstract_params = abstract_model(model_config)
     weight_bytes = sum(math.prod(leaf.shape) * 4 for leaf in abstract_params.values())
-    # Weights and two moments a checkpoint, one more checkpoint while the oldest is still there.
-    need_bytes = weight_bytes * (3 * (config.checkpoint_keep + 1) + 2) + 10**6
+    # Weights, their average and two moments a checkpoint, one more checkpoint while the oldest is
+    # still there, and two model folders.
+    need_bytes = weight_bytes * (4 * (config.checkpoint_keep + 1) + 3) + 10**6
     checkpoint.check_writable(workdir, need_bytes)
 
     # ------------------------------------------------------------------ data
     data = open_folder(config.data, config.model.num_classes, ("train", "val"))
+    shard = sharding.rows_of_process(mesh, config.batch_size)
     train_iter = make_train_iter(
         data.records["train"],
         spec=make_spec(config),
-        batch_size=config.batch_size // jax.process_count(),
+        batch_size=config.batch_size // shard[1],
         seed=config.seed,
         num_threads=config.data.num_threads,
         num_workers=config.data.num_workers,
-        shard=(jax.process_index(), jax.process_count()),
+        shard=shard,
     )
     steps_per_epoch = len(data.records["train"]) / config.batch_size
     total_steps = max(1, round(config.num_epochs * steps_per_epoch))
@@ -84,21 +97,41 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
 
     # ------------------------------------------------------------------ state
     schedule = optim.make_schedule(
-        config.optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+        config.optimizer,
+        batch_size=config.batch_size,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
     )
     optimizer = optim.make_optimizer(config.optimizer, schedule)
-    init = functools.partial(steps.init_state, model_config, optimizer, seed=config.seed)
+    recipe = steps.Recipe(
+        seed=config.seed,
+        mean=config.data.mean,
+        std=config.data.std,
+        label_smoothing=config.label_smoothing,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        erase=config.erase,
+        accumulate_steps=config.accumulate_steps,
+        ema_decay=config.ema_decay,
+        frozen=optim.frozen_names(config.optimizer, abstract_params),
+    )
+    teacher, teacher_params = load_teacher(config, mesh)
+    init = functools.partial(steps.init_state, model_config, optimizer, recipe, seed=config.seed)
     abstract_state = sharding.with_sharding(jax.eval_shape(init), mesh)
     state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-    manager = checkpoint.make_manager(workdir, keep=config.checkpoint_keep)
-    if manager.latest_step() is not None:
-        state = checkpoint.restore_checkpoint(manager, abstract_state, train_iter)
-    else:
+    manager, state = checkpoint.restore_newest(
+        workdir, abstract_state, train_iter, keep=config.checkpoint_keep
+    )
+    loaded = []
+    if state is None:
         state = jax.jit(init, out_shardings=state_sharding)()
         if config.init_from:
-            checkpoint.check_same_model(config.init_from, model_config)
-            state["params"] = checkpoint.load_params(config.init_from, abstract_state["params"])
+            found = checkpoint.load_init(config.init_from, model_config, state["params"])
+            state["params"], loaded = found
+            if config.ema_decay:
+                state["ema"] = jax.tree.map(jnp.copy, state["params"])
     step = start_step = int(state["step"])
+    provenance.note_start(workdir, provenance.describe_run(mesh, data.records))
     metrics.setup_logging(workdir)
     _save_config(config, workdir)
 
@@ -108,13 +141,8 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
             steps.train_step,
             graphdef=graphdef,
             optimizer=optimizer,
-            mean=config.data.mean,
-            std=config.data.std,
-            label_smoothing=config.label_smoothing,
-            mixup=config.mixup,
-            cutmix=config.cutmix,
-            erase=config.erase,
-            seed=config.seed,
+            recipe=recipe,
+            teacher=teacher,
         ),
         donate_argnums=0,
         out_shardings=(state_sharding, sharding.replicated(mesh)),
@@ -129,6 +157,8 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
         len(data.records["val"]),
         ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
     )
+    for line in (*loaded, optim.describe_rate(config.optimizer, config.batch_size)):
+        log.info("%s", line)
     if step == total_steps:
         log.info("trained before, all %d steps; evaluating again", step)
     else:
@@ -145,103 +175,136 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
         unit="clip",
         title="training",
     )
-    pending: list[dict] = []  # metrics still on the device
+    stalls, late = watch.Stalls(config.data.stall_seconds), watch.LateMetrics()
+    failures: list[list[str]] = []  # ids and reasons of videos since the last flush
+    best = checkpoint.best_top1(workdir)
     result = None
 
+    def save_model(folder: Path, result: dict) -> None:
+        card = checkpoint.make_card(
+            model_config,
+            preprocessing=preprocessing(config),
+            labels=data.labels,
+            provenance={"workdir": str(workdir), "step": step, "top1": result["top1"]},
+        )
+        checkpoint.save_model_folder(folder, steps.best_params(state), card)
+
     def flush() -> None:
-        """Fetches and writes what is pending; too short a window is only checked."""
-        if not pending:
+        """Reads and writes what is late; too short a window is only checked."""
+        skipped.note(sum(sharding.gather(failures), []))
+        failures.clear()
+        late.read()
+        sums, count = late.take()
+        if 2 * count < config.log_steps and step != total_steps or not count:
             return
-        sums, count = metrics.sum_metrics(pending), len(pending)
         scalars = {
             "train/loss": float(sums["loss"] / sums["count"]),
             "train/top1": float(100 * sums["top1"] / sums["count"]),
             "train/grad_norm": float(sums["grad_norm"] / count),
             "learning_rate": float(schedule(step - 1)),
             "clips_per_second": progress.rate(),
+            "input_wait_share": stalls.waited.get("input", 0.0) / (time.monotonic() - looping),
         }
-        pending.clear()
-        if not math.isfinite(scalars["train/loss"] + scalars["train/grad_norm"]):
-            raise InputError(
-                f"the loss or its gradient is not finite at step {step} (learning rate "
-                f"{scalars['learning_rate']:.3g}); lower optimizer.learning_rate; "
-                f"the newest checkpoint is of step {manager.latest_step() or 0}"
-            )
-        if 2 * count < config.log_steps and step != total_steps:
-            return
         writer.write(step, scalars)
         line = f"loss {scalars['train/loss']:.3f}, top-1 {scalars['train/top1']:.1f} %"
         progress.advance(0, line)
         log.debug(
             "step %d/%d: %s, %.0f clips/s, %s left",
-            step,
-            total_steps,
-            line,
-            progress.rate(),
-            progress.time_left(),
+            *(step, total_steps, line, progress.rate(), progress.time_left()),
         )
 
-    with _Signals() as signals:
+    with watch.Signals() as signals:
+        looping = time.monotonic()
         try:
             while True:
-                stopping = signals.received is not None or step == stop_step
+                # Several processes must stop at the same step: they learn of it by the metrics.
+                alone = jax.process_count() == 1 and signals.received is not None
+                stopping = alone or late.stop or step == stop_step
                 at_end = step == total_steps
                 is_new = step > start_step
                 if is_new and (stopping or at_end or step % checkpoint_steps == 0):
                     flush()
                     # The iterator is saved with the state and only advanced afterwards: the next
                     # draw is then the one that a continued run makes too.
-                    checkpoint.save_checkpoint(manager, state, train_iter)
-                if at_end or (is_new and step % eval_steps == 0 and signals.received is None):
+                    with stalls.stage("the checkpoint"):
+                        checkpoint.save_checkpoint(manager, state, train_iter)
+                if at_end or (is_new and step % eval_steps == 0 and not (alone or late.stop)):
                     flush()
                     sums, failed = evaluate_params(
-                        state["params"], data.records["val"], config, eval_step=eval_step, mesh=mesh
+                        steps.best_params(state),
+                        data.records["val"],
+                        config,
+                        eval_step=eval_step,
+                        mesh=mesh,
                     )
                     result = make_report(sums, failed, config, checkpoint=f"step {step}")
                     if is_new:  # or an earlier run has written it
                         scalars = {f"val/{k}": result[k] for k in ("top1", "top5", "loss")}
                         writer.write(step, scalars)
+                        writer.write_classes(step, per_class(sums, failed, data.labels))
+                        if not jax.process_index():
+                            report.draw_curves(workdir / "metrics.jsonl", workdir / "curves.png")
                     log.info("step %d: validation %s", step, summary(result))
+                    if result["top1"] > best:
+                        best = result["top1"]
+                        save_model(workdir / "best", result)
                 if at_end or stopping:
                     break
-                batch, ids, errors = split_batch(next(train_iter))
-                skipped.note(ids, errors)
-                state, step_metrics = train_step(state, sharding.to_global(batch, mesh))
+                if profile_steps and step == profile_steps[0]:
+                    jax.profiler.start_trace(workdir / "profile")
+                with stalls.stage("input", describe_loading):
+                    batch, ids, errors = split_batch(next(train_iter))
+                failures += [[id_, error] for id_, error in zip(ids, errors, strict=True) if error]
+                if step == start_step:
+                    writer.write_clips(step, batch["video"][:4])
+                state, step_metrics = train_step(
+                    state, sharding.to_global(batch, mesh), teacher_params
+                )
+                stop = sharding.any_process(signals.received is not None, mesh)
                 step += 1
+                late.add(step, {**step_metrics, "stop": stop}, ids)
+                with stalls.stage("the device"):
+                    late.read(STEPS_AHEAD)
                 if step == start_step + 1:
                     jax.block_until_ready(state)
                     log.info("first step %.1f s after the start", time.monotonic() - began)
-                pending.append(step_metrics)
+                if profile_steps and step == profile_steps[1]:
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
+                    log.info(
+                        "a trace of the steps %d to %d is in %s/profile", *profile_steps, workdir
+                    )
                 progress.advance(config.batch_size)
                 if step % config.log_steps == 0:
                     flush()
-            manager.wait_until_finished()
+            checkpoint.finish_saving(manager)
+        except watch.NotFiniteError as error:
+            videos = ", ".join(error.ids[:8]) + (", …" if len(error.ids) > 8 else "")
+            raise InputError(
+                f"the loss or its gradient is not finite at step {error.step} (learning rate "
+                f"{float(schedule(error.step - 1)):.3g}; videos {videos}); lower "
+                "optimizer.learning_rate; the newest checkpoint is of step "
+                f"{manager.latest_step() or 0}"
+            ) from None
         finally:
             progress.close()
             writer.close()
+            stalls.close()
             train_iter.close()
             manager.close()
 
     if not at_end:
         log.info("stopped and saved at step %d; the same command continues from there", step)
-        if signals.received is not None:
-            raise SystemExit(128 + signals.received)
+        if stop_step != step:
+            raise SystemExit(128 + (signals.received or signal.SIGTERM))
         return None
 
     # ------------------------------------------------------------------ what stays
     model_folder = workdir / "model"
     result["checkpoint"] = str(workdir / "checkpoints" / str(step))
-    result["weights_sha256"] = checkpoint.fingerprint(state["params"])
-    card = checkpoint.make_card(
-        model_config,
-        preprocessing=preprocessing(config),
-        labels=data.labels,
-        provenance={"workdir": str(workdir), "step": step, "top1": result["top1"]},
-    )
-    checkpoint.save_model_folder(model_folder, state["params"], card)
+    result["weights_sha256"] = checkpoint.fingerprint(steps.best_params(state))
+    save_model(model_folder, result)
     save_report(workdir, result, sums, data.labels)
-    if not jax.process_index():
-        report.draw_curves(workdir / "metrics.jsonl", workdir / "curves.png")
     log.info(
         "%s. Pictures: %s, %s. The model is in %s; try it on a clip of your own:\n"
         "  %s -m jaxvid.predict CLIP.mp4 --model %s",
@@ -255,38 +318,26 @@ def train(config, workdir: str | Path, *, stop_step: int | None = None) -> dict 
     return result
 
 
-class _Signals:
-    """Notes SIGINT and SIGTERM, so that the loop can save and stop; a second one acts at once."""
-
-    received: int | None = None
-
-    def __enter__(self) -> "_Signals":
-        try:
-            self._before = {
-                number: signal.signal(number, self._note)
-                for number in (signal.SIGINT, signal.SIGTERM)
-            }
-        except ValueError:  # not the main thread: whoever called handles signals
-            self._before = {}
-        return self
-
-    def _note(self, number: int, _) -> None:
-        log.info("%s: saving, then stopping", signal.Signals(number).name)
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *_) -> None:
-        self._restore()
-
-
-def _check_numbers(config) -> None:
+def _check_config(config, mesh) -> None:
+    """Refuses what cannot be trained, before anything else is done."""
+    sharding.check_batch_size("batch_size", config.batch_size, mesh)
     for name in ("num_epochs", "log_steps", "checkpoint_keep", "checkpoint_every_epochs"):
         if config[name] <= 0:
             raise InputError(f"{name}={config[name]}: must be above 0")
+    if config.data.stall_seconds <= 0:
+        raise InputError(f"data.stall_seconds={config.data.stall_seconds}: must be above 0")
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * max(1, config.accumulate_steps)
+    if config.accumulate_steps < 1 or config.batch_size % parts:
+        raise InputError(
+            f"accumulate_steps={config.accumulate_steps}, batch_size={config.batch_size}: the "
+            f"batch must be a multiple of {parts} (mesh.data · mesh.fsdp · accumulate_steps)"
+        )
+    if config.mixup and config.cutmix:
+        raise InputError(f"mixup={config.mixup}, cutmix={config.cutmix}: only one can be used")
+    if not 0 <= config.ema_decay < 1:
+        raise InputError(f"ema_decay={config.ema_decay}: must be at least 0 and below 1")
+    optim.check_optimizer(config.optimizer)
+    check_distill(config.distill)
 
 
 def _check_same_run(config, workdir: Path) -> None:

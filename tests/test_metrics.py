@@ -38,12 +38,12 @@ def test_a_continued_run_drops_what_was_written_after_its_checkpoint(tmp_path):
 def test_skipped_videos_are_listed_once_and_survive_a_kill(tmp_path):
     path = tmp_path / "skipped.jsonl"
     skipped = SkippedVideos(tmp_path, num_videos=4, max_share=0.5)
-    skipped.note(["a", "b", "ä"], ["", "b is broken", "ä is broken"])
-    skipped.note(["b"], ["b is broken"])
+    skipped.note([("b", "b is broken"), ("ä", "ä is broken")])
+    skipped.note([("b", "b is broken")])
     whole = path.read_text(encoding="utf-8")
     assert [json.loads(line)["id"] for line in whole.splitlines()] == ["b", "ä"]
     path.write_text(whole + '{"id": "c", "err', encoding="utf-8")
     again = SkippedVideos(tmp_path, num_videos=4, max_share=0.5)
     assert path.read_text(encoding="utf-8") == whole
     with pytest.raises(InputError, match="3 of 4 training videos cannot be decoded"):
-        again.note(["c"], ["c is broken"])
+        again.note([("c", "c is broken")])

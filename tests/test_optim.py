@@ -1,5 +1,7 @@
 """Schedules and optimisers do what the config says."""
 
+import math
+
 import jax.numpy as jnp
 import pytest
 
@@ -10,18 +12,19 @@ from jaxvid.optim import make_optimizer, make_schedule
 
 def test_warm_up_is_linear_and_the_end_is_zero():
     settings = motion.get_config().optimizer
-    schedule = make_schedule(settings, total_steps=1000, steps_per_epoch=125)
+    schedule = make_schedule(settings, batch_size=32, total_steps=1000, steps_per_epoch=125)
     assert schedule(0) == 0
-    assert schedule(50) == pytest.approx(5e-4)
-    assert schedule(100) == pytest.approx(1e-3)
-    assert schedule(550) == pytest.approx(5e-4)
+    top = 1e-3 * 0.5 * (1 + math.cos(0.1 * math.pi))  # the cosine's value where it takes over
+    assert schedule(50) == pytest.approx(top / 2)
+    assert schedule(100) == pytest.approx(top)
+    assert schedule(500) == pytest.approx(5e-4)
     assert schedule(1000) == pytest.approx(0, abs=1e-9)
 
 
 def test_a_warm_up_longer_than_the_training_is_refused():
     settings = motion.get_config().optimizer
     with pytest.raises(InputError, match=r"warmup_epochs=0.8 \(100 steps\) does not fit into 50"):
-        make_schedule(settings, total_steps=50, steps_per_epoch=125)
+        make_schedule(settings, batch_size=32, total_steps=50, steps_per_epoch=125)
 
 
 def test_only_kernels_decay_and_gradients_are_clipped():

@@ -24,7 +24,8 @@ def train(mesh, put):
     config = make_model_config("xvit_tiny", width=64, depth=3, image_size=32)
     # Not Adam, which divides a gradient that is rounding noise by its own size.
     optimizer = optax.sgd(0.03, momentum=0.9, nesterov=True)
-    init = functools.partial(steps.init_state, config, optimizer, seed=0)
+    recipe = steps.Recipe(seed=0, label_smoothing=0.1)
+    init = functools.partial(steps.init_state, config, optimizer, recipe, seed=0)
     places = sharding.state_sharding(jax.eval_shape(init), mesh)
     state = jax.jit(init, out_shardings=places)()
     step = jax.jit(
@@ -32,10 +33,7 @@ def train(mesh, put):
             steps.train_step,
             graphdef=abstract_model(config)[0],
             optimizer=optimizer,
-            mean=0.5,
-            std=0.5,
-            label_smoothing=0.1,
-            seed=0,
+            recipe=recipe,
         ),
         donate_argnums=0,
         out_shardings=(places, sharding.replicated(mesh)),

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxvid.models import abstract_model, make_model_config, merge_params, split_params
-from jaxvid.steps import cross_entropy, eval_step, init_state, normalize, train_step
+from jaxvid.steps import Recipe, cross_entropy, eval_step, init_state, normalize, train_step
 
 TINY = {"width": 16, "depth": 1, "image_size": 32}
 
@@ -75,16 +75,14 @@ def test_views_add_their_logits():
 
 def make_step(config, optimizer, seed):
     graphdef, _ = abstract_model(config)
+    recipe = Recipe(seed=seed)
     step = functools.partial(
         train_step,
         graphdef=graphdef,
         optimizer=optimizer,
-        mean=0.5,
-        std=0.5,
-        label_smoothing=0.0,
-        seed=seed,
+        recipe=recipe,
     )
-    init = functools.partial(init_state, config, optimizer, seed=0)
+    init = functools.partial(init_state, config, optimizer, recipe, seed=0)
     return jax.jit(init)(), jax.jit(step), graphdef
 
 

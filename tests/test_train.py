@@ -97,19 +97,19 @@ def test_a_signal_saves_and_stops_and_the_next_start_continues(run, tmp_path):
     timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    from jaxvid import train as module
+    from jaxvid import watch as module
 
-    class Soon(module._Signals):
+    class Soon(module.Signals):
         def __enter__(self):
             timer.start()
             return super().__enter__()
 
-    original, module._Signals = module._Signals, Soon
+    original, module.Signals = module.Signals, Soon
     try:
         with pytest.raises(SystemExit) as stop:
             train(config, tmp_path / "w")
     finally:
-        module._Signals = original
+        module.Signals = original
         signal.signal(signal.SIGTERM, before)
     assert stop.value.code == 128 + signal.SIGTERM
     [step] = checkpoint.find_steps(tmp_path / "w")[-1:]
@@ -236,7 +236,7 @@ def test_init_from_starts_training_at_those_weights(run, tmp_path):
     workdir, config, result = run
     other = config.copy_and_resolve_references().unlock()
     other.init_from = str(workdir / "model")
-    other.optimizer.learning_rate = 0.0
+    other.optimizer.learning_rate = 1e-30
     train(other.lock(), tmp_path / "w")
     assert weights(tmp_path / "w") == result["weights_sha256"]
 
@@ -340,7 +340,7 @@ MOTION = ("--config", "configs/motion.py", "--workdir")
         ((*MOTION, "w", "--config.sed=1"), "there is --config.seed"),
         ((*MOTION, "w", "--config.seed.x=1"), "nothing below .seed"),
         ((*MOTION, "w", "--config.seed=one"), "--config.seed=one: invalid literal"),
-        ((*MOTION, "w", "--mode=test"), "--mode=test: value should be one of <train|eval>"),
+        ((*MOTION, "w", "--mode=test"), "--mode=test: value should be one of <train|eval|schedule>"),
         ((*MOTION, "w", "--wrokdir=x"), "Did you mean: workdir"),
         ((*MOTION, "w", "x"), "'x': not a flag"),
         ((*MOTION, "w", "--config.model.name=xvit_k400"), "made for one model"),

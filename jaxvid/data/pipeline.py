@@ -6,6 +6,8 @@ place in its batch, masked, with the reason: nothing is swapped for it.
 """
 
 import dataclasses
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from jaxvid.data.decode import DecodeError
 from jaxvid.data.sources import Record
 from jaxvid.errors import InputError
 
+_loading: dict[int, tuple[str, float]] = {}  # thread → its video, and since when
 TEXT_BYTES = 512  # of a video's id, and of the reason why it failed, in a batch
 
 
@@ -221,7 +224,7 @@ def make_train_iter(
         seed: Decides order, frames and crops.
         num_threads: Threads that decode, in each worker.
         num_workers: Worker processes; 0: none, threads alone.
-        shard: `(index, count)` of this process among all; shards are disjoint.
+        shard: `(index, count)` of this process among all: it makes that part of each batch.
 
     Returns:
         An iterator over `{"video": (b, t, h, w, c) uint8, "label": (b,) int32, "mask": (b,) bool,
@@ -236,11 +239,10 @@ def make_train_iter(
     def load(record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         return _example(record, lambda: load_train_clip(record, rng, spec), zeros)
 
-    # Loading comes before the slice, so that a clip's draw is that of its place in the stream:
+    # Loading comes before the shard, so that a clip's draw is that of its place in the stream:
     # together, the processes make the same batches whatever their number.
     dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat().random_map(load)
-    dataset = dataset[shard[0] :: shard[1]].batch(batch_size)
-    return _to_iter(dataset, num_threads, num_workers)
+    return _to_iter(_Shard(dataset, batch_size, shard).batch(batch_size), num_threads, num_workers)
 
 
 def make_eval_iter(
@@ -273,8 +275,23 @@ def make_eval_iter(
         record = records[index]
         return _example(record, lambda: load_eval_views(record, spec), zeros)
 
-    dataset = grain.MapDataset.range(count)[shard[0] :: shard[1]].map(load).batch(batch_size)
-    return _to_iter(dataset, num_threads, num_workers)
+    dataset = _Shard(grain.MapDataset.range(count).map(load), batch_size, shard)
+    return _to_iter(dataset.batch(batch_size), num_threads, num_workers)
+
+
+class _Shard(grain.MapDataset):
+    """Of every batch of `count · size` examples the `size` that process `index` makes."""
+
+    def __init__(self, parent: grain.MapDataset, size: int, shard: tuple[int, int]):
+        super().__init__(parent)
+        self._size, (self._index, self._count) = size, shard
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._count
+
+    def __getitem__(self, i: int):
+        batch, row = divmod(i, self._size)
+        return self._parent[(batch * self._count + self._index) * self._size + row]
 
 
 def _example(record: Record | None, load, zeros: dict) -> dict[str, np.ndarray]:
@@ -283,10 +300,14 @@ def _example(record: Record | None, load, zeros: dict) -> dict[str, np.ndarray]:
     error = ""
     cv2.setNumThreads(0)  # clips are made in parallel, not the parts of a frame
     if record is not None:
+        thread = threading.get_ident()
+        _loading[thread] = (record.id, time.monotonic())
         try:
             example = load()
         except DecodeError as failure:
             error = str(failure)
+        finally:
+            del _loading[thread]
     return {
         **example,
         "label": np.int32(record.label if record is not None else 0),
@@ -294,6 +315,13 @@ def _example(record: Record | None, load, zeros: dict) -> dict[str, np.ndarray]:
         "id": _text(record.id if record is not None else ""),
         "error": _text(error),
     }
+
+
+def describe_loading() -> str:
+    """The videos that this process's threads are at, the slowest first: for the log of a stall."""
+    found = sorted(_loading.copy().values(), key=lambda entry: entry[1])
+    now = time.monotonic()
+    return "; ".join(f"reading {id_} for {now - start:.0f} s" for id_, start in found)
 
 
 def _text(text: str) -> np.ndarray:
