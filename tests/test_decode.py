@@ -1,5 +1,6 @@
 """Frames by index are the frames that decoding everything gives, bit by bit."""
 
+import functools
 import os
 from fractions import Fraction
 
@@ -7,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from jaxvid.data import decode
+from jaxvid.data import check, decode
 from jaxvid.data.decode import DecodeError, Video
 
 VARIABLE = np.arange(40) + np.arange(40) ** 2 // 20  # frame times, in 1/25 s
@@ -119,6 +120,69 @@ def test_frames_by_index_are_exact(videos, name, kept_bytes, monkeypatch):
         choices += [np.arange(len(expected)), np.array([len(expected) - 1]), np.array([0, 0])]
         for indices in choices:
             np.testing.assert_array_equal(video.get_frames(indices), expected[indices])
+
+
+def outcome(frames) -> np.ndarray | str:
+    """The frames of a callable, or why there are none."""
+    try:
+        return np.stack(list(frames()))
+    except DecodeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("kept_bytes", [decode.KEPT_BYTES, 0])
+@pytest.mark.parametrize("name", [*EXACT.split(), "open_cut"])
+def test_frames_in_order_are_those_by_index(videos, name, kept_bytes, monkeypatch):
+    monkeypatch.setattr(decode, "KEPT_BYTES", kept_bytes)
+    with Video(videos[name]) as video:
+        for first, step in ((0, 1), (video.num_frames // 3, 4)):
+            indices = np.arange(first, video.num_frames, step)
+            found, expected = (
+                outcome(functools.partial(read, indices))
+                for read in (video.iter_frames, video.get_frames)
+            )
+            np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["h264", "one_gop", "open_mkv", "mpeg4_avi", "mpeg4_b_avi"])
+def test_damage_is_found_in_order_as_it_is_by_index(videos, name, tmp_path):
+    sound, rng, broken = videos[name].read_bytes(), np.random.default_rng(0), 0
+    path = tmp_path / videos[name].name
+    for _ in range(20):
+        data = bytearray(sound)
+        start = int(rng.integers(len(data) // 4, len(data) - 200))
+        data[start : start + 40] = rng.bytes(40)
+        path.write_bytes(data)
+        try:
+            with Video(path) as video, Video(path) as other:
+                every = np.arange(video.num_frames)
+                found = outcome(functools.partial(video.iter_frames, every))
+                expected = outcome(functools.partial(other.get_frames, every))
+                assert video.count_readable() == other.count_readable()
+                assert video.oddities == other.oddities
+        except DecodeError:  # it cannot even be opened
+            continue
+        broken += isinstance(found, str)
+        np.testing.assert_array_equal(found, expected)
+    assert broken > 3
+
+
+def test_frames_in_order_are_decoded_once_and_within_the_time(videos, monkeypatch):
+    with Video(videos["mpeg4_b_avi"]) as video:
+        assert video.times is None
+        starts, packets_from = [], video._packets_from
+        monkeypatch.setattr(
+            video, "_packets_from", lambda *args: starts.append(args) or packets_from(*args)
+        )
+        monkeypatch.setattr(check, "CHUNK_BYTES", 5 * 48 * 64 * 3)
+        lengths = [len(chunk) for chunk in check.iter_frames(video, np.arange(40))]
+        assert lengths == [5] * 8
+        assert len(starts) == 1
+        frames = video.iter_frames(np.arange(40))
+        next(frames)
+        video._seconds_left = 0
+        with pytest.raises(DecodeError, match="longer than 60 s"):
+            list(frames)
 
 
 def test_indices_outside_the_video_are_a_programming_error(videos):

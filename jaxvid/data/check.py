@@ -168,12 +168,20 @@ def spread(length: int, num: int) -> np.ndarray:
     return np.rint(np.linspace(0, length - 1, num)).astype(int)
 
 
-def iter_frames(reader, indices: np.ndarray) -> Iterator[np.ndarray]:
+def iter_frames(reader: Video, indices: np.ndarray) -> Iterator[np.ndarray]:
     """Reads frames as many at a time as `CHUNK_BYTES` hold: all at once, unless they are large."""
-    first = reader.get_frames(indices[:1])
-    step = max(1, CHUNK_BYTES // first.nbytes)
-    for start in range(0, len(indices), step):
-        yield reader.get_frames(indices[start : start + step])
+    if len(indices) < reader.num_frames and reader.times is not None:  # what lies between is left
+        step = max(1, CHUNK_BYTES // reader.get_frames(indices[:1]).nbytes)
+        for start in range(0, len(indices), step):
+            yield reader.get_frames(indices[start : start + step])
+        return
+    chunk = []
+    for frame in reader.iter_frames(indices):
+        if chunk and (len(chunk) + 1) * frame.nbytes > CHUNK_BYTES:
+            yield np.stack(chunk)
+            chunk = []
+        chunk.append(frame)
+    yield np.stack(chunk)
 
 
 def map_in_order(function: Callable, items: Iterable, workers: int) -> Iterator:

@@ -1,37 +1,36 @@
 """Frames by index out of a video file, exactly and within bounds."""
 
 import bisect
+import collections
 import contextlib
 import itertools
 import math
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 import av
 import numpy as np
-from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Discard, Disposition
 from av.video.reformatter import VideoReformatter
 
+from jaxvid.data.rgb import to_rgb
+from jaxvid.data.timeline import Timeline
 from jaxvid.errors import InputError
 
 # A file may claim or hold anything; these bounds are far above what clips need.
 MAX_PIXELS = 64_000_000  # of a frame: twice that of 8K video
 MAX_FRAMES = 1_000_000  # nine hours at 30 frames/s
 MAX_SECONDS = 60.0  # of wall time for opening a file and all its decoding
+MAX_EARLY = 64  # frames that are held back for one that comes late: above any codec's reordering
 KEPT_BYTES = 64 * 2**20  # of compressed frames, so that they are read from the file only once
 
 # Containers that hold their own frames. Others can name further files, or network addresses.
 CONTAINERS = "asf,avi,flv,gif,h264,hevc,ivf,matroska,mov,mpeg,mpegts,mxf,nut,ogg,rm,yuv4mpegpipe"
 # Codecs that say of each frame whether any other refers to it, whatever the encoder's layering.
 SKIPPABLE = ("h264", "mpeg1video", "mpeg2video", "mpeg4")
-# H.273 numbers of the matrices that swscale has; it refuses frames tagged with any other.
-UNSPECIFIED, MATRICES = 2, (0, 1, 2, 4, 5, 6, 7, 9)
-# Clockwise, by whether x and y are exchanged and then each is flipped; all others are mirrored.
-TURNS = {(True, True, False): "90°", (False, True, True): "180°", (True, False, True): "270°"}
 
 
 class DecodeError(InputError):
@@ -146,45 +145,24 @@ class Video:
             if len(packets) > MAX_FRAMES:
                 raise self._error(f"more than {MAX_FRAMES} frames")
         self._kept = kept if len(kept) == len(packets) else None
-        # Frames before the first key frame cannot be decoded; those that an edit list cuts off are
-        # decoded on the way to others and never shown.
-        keys = [position for position, packet in enumerate(packets) if packet[1]]
-        first_key = keys[0] if keys else len(packets)
-        shown = [(p[0], i) for i, p in enumerate(packets) if i >= first_key and not p[2]]
-        if not shown:
+        # AVI has no timestamps; guesses are right only where frames are stored in the order in
+        # which they are shown.
+        self._line = line = Timeline(packets, ordered=not guessed)
+        if not line.num_frames:
             raise self._error("no frame in it")
-        self._num_packets, self.num_frames = len(packets), len(shown)
-        # Without distinct timestamps frames are known by their order alone. AVI has none; guesses
-        # are right only where frames are stored in the order in which they are shown.
-        self._stamps, distinct = None, len(dict(shown)) == len(shown)
-        if distinct and not guessed and all(p[0] is not None for p in packets):
-            shown.sort()
-            self._stamps = [pts for pts, _ in shown]
-        self._positions = [position for _, position in shown]  # of each frame's packet in the file
-        self._key_positions, self._key_stamps = keys, [packets[i][0] for i in keys]
-        self._set_times()
-        claimed, hidden = self._stream.frames, len(packets) - first_key - self.num_frames
+        self.num_frames, self.times = line.num_frames, line.times(self._stream.time_base)
+        rate = self._stream.average_rate
+        self.fps = float(rate) if rate and 0.01 <= rate <= 1000 else None
+        claimed, hidden = self._stream.frames, len(packets) - line.num_headless - self.num_frames
         phrases = {
+            "no usable timestamps": self.times is None,
+            "variable frame rate": line.is_variable(),
             f"header claims {claimed} frames, there are {len(packets)}": claimed != len(packets),
-            f"{first_key} frames before the first key frame, left out": first_key,
+            f"{line.num_headless} frames before the first key frame, left out": line.num_headless,
             f"{hidden} frames are not for showing": hidden,
             "no usable frame rate": self.fps is None,
         }
         self.oddities += [phrase for phrase, holds in phrases.items() if holds]
-
-    def _set_times(self) -> None:
-        self.times = None
-        if self._stamps is None:
-            self.oddities.append("no usable timestamps")
-        else:
-            stamps = np.array([stamp - self._stamps[0] for stamp in self._stamps], np.float64)
-            self.times = stamps * float(self._stream.time_base)
-            steps = np.diff(stamps)
-            # Timestamps in whole milliseconds differ by one.
-            if len(steps) and np.ptp(steps) > max(1, np.median(steps) / 2):
-                self.oddities.append("variable frame rate")
-        rate = self._stream.average_rate
-        self.fps = float(rate) if rate and 0.01 <= rate <= 1000 else None
 
     def get_frames(self, indices: np.ndarray) -> np.ndarray:
         """Decodes some frames: upright, converted by the matrix and range that the file names.
@@ -198,20 +176,61 @@ class Video:
         Raises:
             DecodeError: A wanted frame is damaged, or time is up.
         """
-        wanted = sorted({int(i) for i in indices})
+        wanted, sound = sorted({int(i) for i in indices}), set()
+        self._check_indices(wanted)
+        with self._bounded():
+            frames = self._decode_groups(wanted) if self._line.stamps else {}
+            if len(frames) < len(wanted):  # open GOPs, damage, no timestamps
+                frames = dict(self._decode_all(wanted, sound))
+                frames = {i: frame for i, frame in frames.items() if i in sound}
+        self._check_frames(wanted, frames, {frame.shape for frame in frames.values()})
+        return np.stack([frames[int(i)] for i in indices])
+
+    def iter_frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        """Decodes once, in order: for many frames, or where frames are known by their order alone.
+
+        Args:
+            indices: Frame numbers in presentation order, rising.
+
+        Yields:
+            Each frame `(h, w, c)` uint8, as `get_frames`. Decode nothing else meanwhile.
+
+        Raises:
+            DecodeError: As `get_frames`, at the latest after the last frame: damage may show only
+                after a frame that it reaches was handed out.
+        """
+        wanted, sound = [int(i) for i in indices], set()
+        self._check_indices(wanted)
+        decoded, early, shapes = self._decode_all(wanted, sound), {}, set()
+        for i in wanted:
+            while i not in early and len(early) < MAX_EARLY:
+                with self._bounded():
+                    if (found := next(decoded, None)) is None:
+                        break
+                if found[0] >= i:  # not a second one of the same time
+                    early[found[0]] = found[1]
+            if i not in early:  # it is damaged, and what follows is not kept for it
+                break
+            frame = early.pop(i)
+            shapes.add(frame.shape)
+            if len(shapes) > 1:
+                break
+            yield frame
+        with self._bounded():  # to the end, for the damage there
+            shapes |= {frame.shape for _, frame in itertools.chain(early.items(), decoded)}
+        self._check_frames(wanted, sound, shapes)
+
+    def _check_indices(self, wanted: list[int]) -> None:
         if not 0 <= wanted[0] <= wanted[-1] < self.num_frames:
             raise IndexError(f"{self._path}: {wanted} outside 0..{self.num_frames - 1}")
-        with self._bounded():
-            frames = self._decode_groups(wanted) if self._stamps else {}
-            if len(frames) < len(wanted):  # open GOPs, damage, no timestamps
-                frames, _ = self._decode_all(wanted)
-        if missing := [i for i in wanted if i not in frames]:
+
+    def _check_frames(self, wanted: list[int], sound: Container[int], shapes: set[tuple]) -> None:
+        """Refuses a video of which a wanted frame is not sound, or has a shape of its own."""
+        if missing := [i for i in wanted if i not in sound]:
             readable = f"{self.count_readable()} of {self.num_frames} can be read"
             raise self._error(f"frame {missing[0]} is damaged; {readable}")
-        shapes = {frame.shape for frame in frames.values()}
         if len(shapes) > 1:
             raise self._error(f"the frame size changes within it: {sorted(shapes)}")
-        return np.stack([frames[int(i)] for i in indices])
 
     def count_readable(self) -> int:
         """Decodes everything and counts the frames that no damage reaches.
@@ -223,19 +242,22 @@ class Video:
         """
         if self._readable is None:
             with self._bounded():
-                self._readable = len(self._decode_all(None)[1])
+                sound = set()
+                collections.deque(self._decode_all((), sound), maxlen=0)
+                self._readable = len(sound)
             if damaged := self.num_frames - self._readable:
                 self.oddities.append(f"{damaged} of {self.num_frames} frames are damaged")
         return self._readable
 
     def _decode_groups(self, wanted: list[int]) -> dict[int, np.ndarray]:
         """Decodes no more than is needed; damage and interlacing are left to `_decode_all`."""
-        keys = sorted(zip(self._key_stamps, self._key_positions, strict=True))
+        line = self._line
+        keys = sorted(zip(line.key_stamps, line.key_positions, strict=True))
         groups: dict[tuple[int, int], dict[int, int]] = {}
         for i in wanted:
-            place = bisect.bisect(keys, (self._stamps[i], math.inf))
+            place = bisect.bisect(keys, (line.stamps[i], math.inf))
             if place:
-                groups.setdefault(keys[place - 1], {})[self._stamps[i]] = i
+                groups.setdefault(keys[place - 1], {})[line.stamps[i]] = i
         frames = {}
         with contextlib.suppress(av.FFmpegError):
             for key, group in groups.items():
@@ -265,20 +287,24 @@ class Video:
                 break
         return frames
 
-    def _decode_all(self, wanted: list[int] | None) -> tuple[dict[int, np.ndarray], set[int]]:
+    def _decode_all(
+        self, wanted: Sequence[int], sound: set[int]
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """Decodes from the start as far as wanted frames need it; the whole file without them.
 
-        Returns the wanted frames that no damage reaches, and the indices of all such frames.
+        Yields the wanted frames as they come, each with its index; damage may reach some. In the
+        end `sound` gets the indices of all frames, wanted or not, that none reaches.
         """
-        places = {stamp: i for i, stamp in enumerate(self._stamps or ())}
-        needed = [self._positions[i] for i in wanted or ()] if places else []
+        line = self._line
+        places = {stamp: i for i, stamp in enumerate(line.stamps or ())}
+        needed = [line.positions[i] for i in wanted] if places else []
         last = max(needed, default=math.inf)  # position of the last packet that is needed
-        frames, seen, failed, count = {}, set(), set(), 0
+        wanted, seen, failed, count = set(wanted), set(), set(), 0
         packets = enumerate(self._packets_from(None, 0))
         packets = itertools.takewhile(lambda item: item[0] <= last, packets)
-        context = self._stream.codec_context
+        context = self._stream.codec_context  # of the file as it is opened by now
         context.skip_frame = "DEFAULT"
-        for position, packet in itertools.chain(packets, [(self._num_packets, None)]):
+        for position, packet in itertools.chain(packets, [(line.num_packets, None)]):
             try:
                 decoded = context.decode(packet)
             except av.FFmpegError:
@@ -287,48 +313,20 @@ class Video:
             for frame in decoded:
                 i, count = places.get(frame.pts) if places else count, count + 1
                 if frame.is_corrupt:
-                    failed.add(position if i is None or not places else self._positions[i])
+                    failed.add(position if i is None or not places else line.positions[i])
                 # Without timestamps it is not known which frames those after damage are.
                 elif (i is not None) if places else (i < self.num_frames and not failed):
                     seen.add(i)
-                    if i in (wanted or ()):
-                        frames[i] = self._to_rgb(frame)
-        sound = self._find_sound(seen, failed) if places else seen
-        return {i: frame for i, frame in frames.items() if i in sound}, sound
-
-    def _find_sound(self, seen: set[int], failed: set[int]) -> set[int]:
-        """Of the frames `seen`, those that no failed packet, given by its position, can reach."""
-        starts = {}  # of each frame: the position of the first packet that it may refer to
-        for i, position in enumerate(self._positions):
-            run = bisect.bisect_right(self._key_positions, position) - 1
-            # Shown before the key frame that precedes it in the file, it also refers to earlier
-            # ones; where there are none, no decoder hands it out, and nothing is wrong.
-            leads = self._stamps[i] < self._key_stamps[run]
-            starts[i] = self._key_positions[max(run - leads, 0)]
-            if i not in seen and not leads and self._stream.codec_context.name == "h264":
-                failed.add(position)  # in H.264 each packet gives a frame
-        failures = [*sorted(failed), math.inf]
-        return {
-            i for i in seen if failures[bisect.bisect(failures, starts[i] - 1)] > self._positions[i]
-        }
+                    if i in wanted:
+                        yield i, self._to_rgb(frame)
+        one_each = context.name == "h264"
+        sound |= line.find_sound(seen, failed, one_each=one_each) if places else seen
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        """Converts a frame to `(h, w, c)` uint8 and turns it upright."""
-        if frame.colorspace not in MATRICES:
-            frame.colorspace = UNSPECIFIED
-        image = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        if (side_data := frame.side_data.get(SideDataType.DISPLAYMATRIX)) is None:
-            return image
-        matrix = np.frombuffer(side_data, np.int32)  # x' = m0 x + m3 y, y' = m1 x + m4 y
-        turned = bool(abs(matrix[[0, 4]]).min() < abs(matrix[[1, 3]]).min())
-        flips = tuple((matrix[[3, 1]] if turned else matrix[[0, 4]]) < 0)  # of x', of y'
-        if turned or any(flips):
-            turn = TURNS.get((turned, *flips))
-            phrase = f"rotated by {turn}" if turn else "mirrored"
-            if phrase not in self.oddities:
-                self.oddities.append(phrase)
-        image = image.swapaxes(0, 1) if turned else image
-        return image[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]
+        image, turn = to_rgb(frame, self._reformatter)
+        if turn and turn not in self.oddities:
+            self.oddities.append(turn)
+        return image
 
     def close(self) -> None:
         """Closes the file."""

@@ -1,0 +1,37 @@
+"""Decoded frames as upright RGB pictures."""
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
+from av.video.reformatter import VideoReformatter
+
+# H.273 numbers of the matrices that swscale has; it refuses frames tagged with any other.
+UNSPECIFIED, MATRICES = 2, (0, 1, 2, 4, 5, 6, 7, 9)
+# Clockwise, by whether x and y are exchanged and then each is flipped; all others are mirrored.
+TURNS = {(True, True, False): "90°", (False, True, True): "180°", (True, False, True): "270°"}
+
+
+def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> tuple[np.ndarray, str]:
+    """Converts a frame by the matrix and range that it names, and turns it upright.
+
+    Args:
+        frame: A decoded frame.
+        reformatter: One for all frames of a video: its tables are made once.
+
+    Returns:
+        `(h, w, c)` uint8, and how it was turned; empty: it was upright.
+    """
+    if frame.colorspace not in MATRICES:
+        frame.colorspace = UNSPECIFIED
+    image = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    if (side_data := frame.side_data.get(SideDataType.DISPLAYMATRIX)) is None:
+        return image, ""
+    matrix = np.frombuffer(side_data, np.int32)  # x' = m0 x + m3 y, y' = m1 x + m4 y
+    turned = bool(abs(matrix[[0, 4]]).min() < abs(matrix[[1, 3]]).min())
+    flips = tuple((matrix[[3, 1]] if turned else matrix[[0, 4]]) < 0)  # of x', of y'
+    if not turned and not any(flips):
+        return image, ""
+    turn = TURNS.get((turned, *flips))
+    image = image.swapaxes(0, 1) if turned else image
+    image = image[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]
+    return image, f"rotated by {turn}" if turn else "mirrored"
