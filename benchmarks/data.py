@@ -285,6 +285,9 @@ def main() -> None:
     parser.add_argument("--size", default="340x256", help="of the videos, in pixels")
     parser.add_argument("--videos", type=int, default=6, help="different videos")
     parser.add_argument("--rounds", type=int, default=24, help="clips that each side makes")
+    parser.add_argument(
+        "--frames_per_record", type=int, default=Settings.frames_per_record, help="of the pack"
+    )
     args = parser.parse_args()
     width, height = (int(n) for n in args.size.split("x"))
     cv2.setNumThreads(1)
@@ -312,7 +315,8 @@ def main() -> None:
         (folder / "labels.txt").write_text("only\n")
         (folder / "train.csv").write_text("".join(f"{path.name} 0\n" for path in paths))
         with contextlib.redirect_stderr(io.StringIO()):
-            prepare([folder / "train.csv"], folder / "pack", Settings(), workers=1)
+            settings = Settings(frames_per_record=args.frames_per_record)
+            prepare([folder / "train.csv"], folder / "pack", settings, workers=1)
         pack = PackRecords(str(folder / "pack"), "train", is_folder=True)
         records = {path: pack[i] for i, path in enumerate(paths)}
         sides = {"jaxvid, pack of JPEG frames": lambda path: with_jaxvid(records[path]), **sides}

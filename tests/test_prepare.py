@@ -6,8 +6,10 @@ import json
 import signal
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import h5py
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from jaxvid.data import check, prepare
 from jaxvid.data.decode import Video
 from jaxvid.data.motion import write_clip
 from jaxvid.data.packing import Part, Settings, plan
+from jaxvid.data.packs import PackRecords
+from jaxvid.data.pipeline import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.sources import Record, open_folder
 from jaxvid.errors import InputError
 
@@ -107,15 +111,98 @@ def test_both_formats_hold_the_same_pictures(folder, tmp_path):
     np.testing.assert_array_equal(*frames)
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 17, 1000])
+def test_records_of_any_size_hold_the_frames_that_were_packed(folder, pack, tmp_path, size):
+    output, kind, _ = pack
+    settings = Settings(frames_per_record=size)
+    prepare.prepare([folder / "val.csv"], tmp_path / "pack", settings, workers=1)
+    [first, second] = open_pack(tmp_path / "pack", "arrayrecord", ("val",)).records["val"]
+    assert second.listed.record == -(-17 // size)
+    others = open_pack(output, kind).records["val"]
+    for record, expected in zip((first, second), others, strict=True):
+        with record.open() as reader, expected.open() as other:
+            assert reader.num_frames == 17
+            frames = other.get_frames(np.arange(17))
+            for i in range(17):
+                np.testing.assert_array_equal(reader.get_frames([i])[0], frames[i])
+            mixed = np.array([16, 0, 5, 4, 5, 16])
+            np.testing.assert_array_equal(reader.get_frames(mixed), frames[mixed])
+
+
+def test_only_records_with_wanted_frames_are_read(folder, tmp_path, monkeypatch):
+    prepare.prepare(
+        [folder / "val.csv"], tmp_path / "pack", Settings(frames_per_record=4), workers=1
+    )
+    records = open_pack(tmp_path / "pack", "arrayrecord", ("val",)).records["val"]
+    read, function = [], PackRecords.read
+    monkeypatch.setattr(
+        PackRecords, "read", lambda self, record: read.append(record) or function(self, record)
+    )
+    with records[1].open() as reader:
+        assert (reader.num_frames, records[1].label) == (17, 1)
+        assert read == []
+        reader.get_frames([16, 3, 0, 9, 3])
+    assert read == [5, 7, 9]
+
+
+def write_uneven(path: Path) -> None:
+    """A clip whose frames are shown at uneven times, the last ones ever more slowly."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, pix_fmt="yuv420p")
+        stream.width, stream.height = 32, 32
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for i in range(40):
+            picture = np.full((32, 32, 3), 6 * i, np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = 33 * i + 3 * max(i - 20, 0) ** 2, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("size", [3, 100])
+def test_a_variable_frame_rate_is_kept(folder, tmp_path, size):
+    write_uneven(tmp_path / "uneven.mp4")
+    make_clip(tmp_path / "even.mp4", 0, num_frames=40)
+    (tmp_path / "val.csv").write_text("even.mp4 0\nuneven.mp4 0\n")
+    settings = Settings(frames_per_record=size)
+    prepare.prepare([tmp_path / "val.csv"], tmp_path / "pack", settings, workers=1)
+    records = open_pack(tmp_path / "pack", "arrayrecord", ("val",), 1).records["val"]
+    assert [record.listed.has_times for record in records] == [0, 1]
+    for name, record in zip(("even", "uneven"), records, strict=True):
+        video = Record(tmp_path / f"{name}.mp4", 0)
+        if name == "uneven":
+            with record.open() as reader, video.open() as expected:
+                np.testing.assert_array_equal(reader.times, expected.times)
+        for sampling in ("segments", "dense", "rate"):
+            options = {"num_frames": 8, "crop": 16, "short_side": 16, "sampling": sampling}
+            options |= {"sampling_rate": 3, "train_short_side": (16, 16)}
+            spec = ClipSpec(**options, by_time=True)
+            by_time = load_eval_views(record, spec)["indices"]
+            np.testing.assert_array_equal(by_time, load_eval_views(video, spec)["indices"])
+            by_number = load_eval_views(record, ClipSpec(**options))["indices"]
+            assert np.array_equal(by_time, by_number) == (name == "even")
+            for seed in range(5):
+                clips = [
+                    load_train_clip(source, np.random.default_rng(seed), spec)["indices"]
+                    for source in (record, video)
+                ]
+                np.testing.assert_array_equal(*clips)
+
+
 def test_tfds_opens_a_pack(folder, tmp_path):
     import tensorflow_datasets as tfds
 
-    prepare.prepare([folder / "val.csv"], tmp_path / "pack", Settings(), workers=1)
+    prepare.prepare(
+        [folder / "val.csv"], tmp_path / "pack", Settings(frames_per_record=4), workers=1
+    )
     builder = tfds.builder_from_directory(tmp_path / "pack")
-    example = builder.as_data_source("val")[0]
+    examples = list(builder.as_data_source("val"))
+    assert [(e["first"], len(e["frames"])) for e in examples] == [
+        *[(0, 4), (4, 4), (8, 4), (12, 4), (16, 1)] * 2
+    ]
+    example = examples[4]
     assert example["id"].decode() == "sub 2/影, 2.mp4"
     assert (example["label"], example["num_frames"], example["fps"]) == (2, 17, 15)
-    assert len(example["frames"]) == 17
     assert example["frames"][0].startswith(b"\xff\xd8")
     assert builder.info.features["label"].names == ["x", "y", "z z"]
     assert "tensorflow" not in sys.modules
@@ -215,7 +302,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(folder, tmp_pat
     limited = ["prlimit", "--fsize=20000", *args]  # bytes of a file
     job = subprocess.run(limited, cwd=REPO, capture_output=True, text=True, check=False)
     assert job.returncode == 2
-    [line] = job.stderr.strip().splitlines()
+    lines = job.stderr.strip().splitlines()
+    [line] = [line for line in lines if not line.startswith("packing: ")]  # a slow run's progress
     assert "cannot be written (" in line
     assert "too large" in line
     assert not list((tmp_path / "pack").rglob("*.partial"))
@@ -377,6 +465,8 @@ def test_names_of_files_differ_and_stay_in_the_folder(ids, names):
         (["--shard", "x"], "--shard x: must be i/n"),
         (["--frames", "0"], "--frames 0: must be 'all' or a number"),
         (["--quality", "0"], "quality=0: must be 1 to 100"),
+        (["--frames_per_record", "0"], "frames_per_record=0: must be 1 to 1000000"),
+        (["--frames_per_record", "3"], "was begun with another frames_per_record; name another"),
         (["--format", "zip"], "format='zip': there are 'arrayrecord' and 'h5'"),
         (["--input", "nothing.csv"], "nothing.csv does not exist"),
         (["--short_side", "128"], "was begun with another short_side; name another folder"),

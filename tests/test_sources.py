@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from ml_collections import ConfigDict
 from jaxvid.data.decode import DecodeError
 from jaxvid.data.motion import write_clip
 from jaxvid.data.packing import Settings
+from jaxvid.data.packs import PackRecords
+from jaxvid.data.pipeline import ClipSpec, make_eval_iter, split_batch
 from jaxvid.data.prepare import prepare
 from jaxvid.data.sources import Record, open_folder, read_list
 from jaxvid.errors import InputError
@@ -297,7 +300,7 @@ def pack(tmp_path_factory):
         write_clip(folder / f"{i}.mp4", frames)
     write(folder / "val.csv", "0.mp4 1\n1.mp4 0\n2.mp4 1\n")
     write(folder / "labels.txt", "a\nb, c\n")
-    settings = Settings(clips_per_file=2)
+    settings = Settings(clips_per_file=2, frames_per_record=4)
     prepare([folder / "val.csv"], folder / "pack", settings, workers=2)
     return folder / "pack"
 
@@ -345,7 +348,6 @@ def test_packs_give_records(pack):
 
 
 def test_tfds_finds_a_pack_by_name(copy, monkeypatch):
-    (copy / "val_index.csv").unlink()  # what TFDS wrote has none
     home = copy / "home" / "jaxvid" / "1.0.0"
     home.mkdir(parents=True)
     for path in list(copy.iterdir()):
@@ -360,30 +362,168 @@ def test_tfds_finds_a_pack_by_name(copy, monkeypatch):
         open_folder(section("tfds", "nothing_like_it"), 2, ("val",))
 
 
-def test_a_flipped_byte_is_noticed_and_never_gives_a_wrong_label(copy):
+def frames_of(records, index) -> dict[int, np.ndarray | str]:
+    """The frames of a record, each read by itself, or why it cannot be."""
+    found = {}
+    with records[index].open() as reader:
+        for i in range(reader.num_frames):
+            try:
+                found[i] = reader.get_frames([i])[0]
+            except DecodeError as error:
+                found[i] = str(error)
+    return found
+
+
+def test_a_flipped_byte_is_noticed_and_never_gives_a_wrong_frame_or_label(copy):
     path = copy / "jaxvid-val.array_record-00000-of-00002"
     sound = path.read_bytes()
-    expected = ("0.mp4", 1)
+    expected = frames_of(open_folder(section("pack", copy), 2, ("val",)).records["val"], 0)
     reasons = []
     for position in range(40, len(sound), len(sound) // 60):
         path.write_bytes(sound[:position] + bytes([sound[position] ^ 8]) + sound[position + 1 :])
-        record = open_folder(section("pack", copy), 2, ("val",)).records["val"][0]
-        assert (record.id, record.label) == expected
-        try:
-            record.open().close()
-        except DecodeError as error:
-            reasons.append(str(error))
+        records = open_folder(section("pack", copy), 2, ("val",)).records["val"]
+        assert (records[0].id, records[0].label) == ("0.mp4", 1)
+        for i, frame in frames_of(records, 0).items():
+            if isinstance(frame, str):
+                reasons.append(frame)
+            else:
+                np.testing.assert_array_equal(frame, expected[i])
     assert reasons
-    assert all("record 0 of split 'val' cannot be read" in reason for reason in reasons)
+    assert all("of split 'val' cannot be read" in reason for reason in reasons)
     assert not any("\n" in reason for reason in reasons)
 
 
-def test_a_table_that_tells_another_label_is_noticed(copy):
+def test_damage_reaches_no_further_than_its_record(copy):
+    path = copy / "jaxvid-val.array_record-00000-of-00002"
+    data = bytearray(path.read_bytes())
+    records = open_folder(section("pack", copy), 2, ("val",)).records["val"]
+    sound = [frames_of(records, i) for i in range(3)]
+    [jpeg] = records.read(1)["frames"]  # the last of five frames of the first video
+    data[data.index(jpeg) + len(jpeg) // 2] ^= 8
+    path.write_bytes(data)
+    records = open_folder(section("pack", copy), 2, ("val",)).records["val"]
+    for i in range(3):
+        for number, frame in frames_of(records, i).items():
+            if (i, number) == (0, 4):
+                assert "record 1 of split 'val' cannot be read" in frame
+            else:
+                np.testing.assert_array_equal(frame, sound[i][number])
+    spec = ClipSpec(num_frames=2, crop=16, short_side=48)
+    [batch] = make_eval_iter(records, spec=spec, batch_size=3, num_threads=2)
+    assert batch["mask"].tolist() == [True] * 3  # frames 1 and 3: the damaged one is not wanted
+    spec = ClipSpec(num_frames=8, crop=16, short_side=48)  # more than there are: all are wanted
+    [batch] = make_eval_iter(records, spec=spec, batch_size=3, num_threads=2)
+    assert batch["mask"].tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("found", "replaced", "message"),
+    [
+        (
+            "0.mp4,1",
+            "0.mp4,0",
+            "record 0 .* is '0.mp4', label 1, 4 of 5 .* its table says '0.mp4', label 0",
+        ),
+        ("1.mp4,0", "3.mp4,0", "record 2 of split 'val' is '1.mp4'"),
+        ("0.mp4,1,5", "0.mp4,1,6", "record 0 of split 'val' is '0.mp4', label 1, 4 of 5 frames"),
+        (
+            "5,15.0,0,4",
+            "5,15.0,0,3",
+            "4 of 5 frames, .* from frame 0; .* 3 of 5 frames, .* from frame 0; run",
+        ),
+    ],
+)
+def test_a_table_that_tells_something_else_is_noticed(copy, found, replaced, message):
     path = copy / "val_index.csv"
-    path.write_text(path.read_text().replace("0.mp4,1", "0.mp4,0"))
-    record = open_folder(section("pack", copy), 2, ("val",)).records["val"][0]
-    with pytest.raises(DecodeError, match="is '0.mp4', label 1, 15.0 frames.s; its table says"):
-        record.open()
+    path.write_text(path.read_text().replace(found, replaced))
+    records = open_folder(section("pack", copy), 2, ("val",)).records["val"]
+    [reason] = [
+        frame for i in (0, 1) for frame in frames_of(records, i).values() if isinstance(frame, str)
+    ][:1]
+    assert re.search(message, reason)
+
+
+def test_tables_that_cannot_be_right_are_refused(copy):
+    path = copy / "val_index.csv"
+    sound = path.read_text()
+    for text, message in (
+        (sound.replace("1.mp4,0", "1.mp4,x"), "val_index.csv: is damaged"),
+        (sound.replace("1.mp4,0", "1.mp4,2"), "is damaged .a label outside 0 to 1"),
+        (sound.replace("15.0", "nan"), "is damaged .a frame rate that is none"),
+        (sound.replace(",2,4,0", ",3,4,0"), "is damaged .records that do not follow each other"),
+        (sound.replace("1.mp4,0,5", "1.mp4,0,0"), "is damaged .a video without frames"),
+        (sound + "3.mp4,0,5,15.0,6,4,0\n", "lists 8 records, the pack holds 6"),
+        (sound + "3.mp4,0,5\n", "is damaged"),
+        (sound.splitlines()[0] + "\n", "no video in it"),
+        ("", "no video in it"),
+        ("id,label,num_frames,fps\n0.mp4,1,5,15.0\n", "is of an older layout; run prepare again"),
+        (None, "val_index.csv does not exist; run prepare again"),
+    ):
+        path.unlink() if text is None else path.write_text(text)
+        with pytest.raises(InputError, match=message) as error:
+            open_folder(section("pack", copy), 2, ("val",))
+        assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """What another program wrote with TFDS: a record a video, without ids; the second damaged."""
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    features = tfds.features.FeaturesDict(
+        {
+            "frames": tfds.features.Sequence(tfds.features.Text()),
+            "label": tfds.features.ClassLabel(names=["a", "b"]),
+        }
+    )
+    serializer = ExampleSerializer(features.get_serialized_info())
+    path = tmp_path / "other-val.array_record-00000-of-00001"
+    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    for i in range(3):
+        jpegs = [simplejpeg.encode_jpeg(frame, quality=95 - i) for frame in FRAMES]
+        example = features.encode_example({"frames": jpegs, "label": i % 2})
+        writer.write(serializer.get_tf_example(example).SerializeToString())
+        if i == 1:
+            damaged = jpegs[3]
+    writer.close()
+    split = tfds.core.SplitInfo(
+        name="val",
+        shard_lengths=[3],
+        num_bytes=path.stat().st_size,
+        filename_template=tfds.core.ShardedFileTemplate(
+            dataset_name="other", data_dir=tmp_path, split="val", filetype_suffix="array_record"
+        ),
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=tmp_path, features=features, split_infos=[split], check_data=False
+    )
+    data = bytearray(path.read_bytes())
+    data[data.index(damaged) + 100] ^= 8
+    path.write_bytes(data)
+    return tmp_path
+
+
+def test_a_damaged_record_of_another_tfds_set_is_masked_and_each_is_read_once(foreign, monkeypatch):
+    records = open_folder(section("pack", foreign), 2, ("val",)).records["val"]
+    read, function = [], PackRecords.read
+    monkeypatch.setattr(
+        PackRecords, "read", lambda self, record: read.append(record) or function(self, record)
+    )
+    spec = ClipSpec(num_frames=6, crop=32, short_side=32)
+    [batch] = make_eval_iter(records, spec=spec, batch_size=3, num_threads=1)
+    _, ids, errors = split_batch(batch)
+    assert sorted(read) == [0, 1, 2]
+    assert batch["mask"].tolist() == [True, False, True]
+    assert batch["label"].tolist() == [0, 0, 0]
+    assert ids == ["val/0", "val/1", "val/2"]
+    assert "record 1 of split 'val' cannot be read" in errors[1]
+    expected = FRAMES[batch["indices"][2, 0]]
+    assert abs(batch["video"][2, 0].astype(int) - expected).mean() < 25
+    assert [(record.id, record.label) for record in records] == [
+        ("val/0", 0), ("val/1", 0), ("val/2", 0)
+    ]  # fmt: skip
 
 
 def test_damaged_packs_are_refused(copy):
@@ -394,13 +534,7 @@ def test_damaged_packs_are_refused(copy):
             open_folder(data, 2, ("val",))
         assert "\n" not in str(error.value)
 
-    index, info = (copy / name for name in ("val_index.csv", "dataset_info.json"))
-    sound = index.read_text()
-    index.write_text(sound.replace("1.mp4,0", "1.mp4,x"))
-    refuse("val_index.csv: is damaged")
-    index.write_text(sound + "3.mp4,0,5,15.0\n")
-    refuse("lists 4 videos, the pack holds 3")
-    index.write_text(sound)
+    info = copy / "dataset_info.json"
     described = json.loads(info.read_text())
     info.write_text(json.dumps(described)[:-20])
     refuse("no readable pack")

@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jaxvid.data.check import Finding, examine
+from jaxvid.data.check import MAX_SECONDS, Finding, examine, spread
+from jaxvid.data.decode import Video
+from jaxvid.data.jpegs import import_or_explain, one_line
 from jaxvid.data.lists import Record
-from jaxvid.data.packs import import_or_explain, import_tfds, one_line
+from jaxvid.data.packs import import_tfds
+from jaxvid.data.sampling import frames_at_times
 from jaxvid.errors import InputError
 
 NAME = "jaxvid"  # of the data set that `prepare` writes, as TFDS knows it
@@ -31,6 +34,8 @@ class Settings:
         quality: Of JPEG, 1 to 100; colour at half the resolution.
         clips_per_file: Videos of one ArrayRecord file, as many as a killed run does again; 0: 64,
             or more where a split would need over 256 files.
+        frames_per_record: Frames that are read together. With fewer, less is read that is not
+            wanted; each process that reads remembers 8 bytes of each record.
 
     Raises:
         InputError: A value is impossible.
@@ -41,12 +46,14 @@ class Settings:
     frames: int = 0
     quality: int = 90
     clips_per_file: int = 0
+    frames_per_record: int = 2
 
     def __post_init__(self):
         if self.format not in FORMATS:
             raise InputError(f"format={self.format!r}: there are {FORMATS[0]!r} and {FORMATS[1]!r}")
         bounds = {"short_side": (0, 10_000), "frames": (0, 10**6), "quality": (1, 100)}
-        for name, (low, high) in {**bounds, "clips_per_file": (0, 10**6)}.items():
+        bounds |= {"clips_per_file": (0, 10**6), "frames_per_record": (1, 10**6)}
+        for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 raise InputError(f"{name}={getattr(self, name)}: must be {low} to {high}")
 
@@ -60,12 +67,14 @@ class Clip:
         label: Its class.
         fps: Of the packed frames; 0: unknown.
         jpegs: The frames.
+        times: Seconds at which each of them is shown; None: their rate is constant, or unknown.
     """
 
     finding: Finding
     label: int
     fps: float = 0.0
     jpegs: list[bytes] = dataclasses.field(default_factory=list)
+    times: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +115,21 @@ def encode(record: Record, split: str, settings: Settings) -> Clip:
     if finding.broken:
         return Clip(finding, record.label)
     rate = (finding.fps or 0.0) * len(jpegs) / finding.num_frames
-    return Clip(finding, record.label, rate, jpegs)
+    with Video(record.path, max_seconds=MAX_SECONDS) as video:
+        times = video.times
+    if times is not None:
+        times = _uneven(times[spread(finding.num_frames, settings.frames)], rate)
+    return Clip(finding, record.label, rate, jpegs, times)
+
+
+def _uneven(times: np.ndarray, fps: float) -> np.ndarray | None:
+    """The times, unless whoever samples by them finds the frames that a constant rate has."""
+    places = np.arange(len(times))
+    even = not fps or (
+        round(times[-1] * fps) + 1 == len(times)
+        and np.array_equal(frames_at_times(places, times, fps), places)
+    )
+    return None if even else times
 
 
 def _shrink(frame: np.ndarray, short_side: int) -> np.ndarray:
@@ -152,12 +175,31 @@ def make_features(labels: Sequence[str]):
     return tfds.features.FeaturesDict(
         {
             "frames": tfds.features.Sequence(tfds.features.Text()),
-            "num_frames": np.int32,
+            "first": np.int32,  # number of the first one in its video
+            "num_frames": np.int32,  # of the video
             "fps": np.float32,  # 0: unknown
             "label": tfds.features.ClassLabel(names=list(labels)),
             "id": tfds.features.Text(),
+            # Seconds of all frames of the video, as float64 (TFDS would round them to float32): in
+            # the first record of one whose rate is not constant, or else empty.
+            "times": tfds.features.Text(),
         }
     )
+
+
+def make_examples(clip: Clip, frames_per_record: int) -> Iterator[dict]:
+    """The records of a video."""
+    times = b"" if clip.times is None else clip.times.astype("<f8").tobytes()
+    for first in range(0, len(clip.jpegs), frames_per_record):
+        yield {
+            "frames": clip.jpegs[first : first + frames_per_record],
+            "first": first,
+            "num_frames": len(clip.jpegs),
+            "fps": clip.fps,
+            "label": clip.label,
+            "id": clip.finding.id,
+            "times": b"" if first else times,
+        }
 
 
 def write_array_record(path: Path, examples: Iterator[dict], labels: Sequence[str]) -> None:

@@ -1,124 +1,23 @@
-"""Packed frames: JPEG pictures in HDF5 and ArrayRecord files, read frame by frame and written."""
+"""Packed frames: ArrayRecord files of JPEG pictures, of which only the wanted ones are read."""
 
+import bisect
 import contextlib
-import csv
-import ctypes
 import dataclasses
 import functools
-import importlib
-import math
+import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jaxvid.data.decode import DecodeError
+from jaxvid.data.jpegs import JpegFrames, import_or_explain, keep_freed_memory, one_line
+from jaxvid.data.table import Listed, Table, table_path
 from jaxvid.errors import InputError
 
-
-def import_or_explain(module: str, package: str):
-    """Imports a package.
-
-    Raises:
-        InputError: It is not installed; the message names the command that mends it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(f"packed frames need {package} ({error}): pip install {package}") from None
-
-
-def one_line(error: object, length: int = 160) -> str:
-    """The first line of an error's text, shortened."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:length]
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Makes this process keep the memory of one record for the next.
-
-    glibc gives blocks of megabytes back to the system when they are freed. To be given cleared
-    pages for each record anew takes several times as long as to read it.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 256 * 2**20)  # M_TRIM_THRESHOLD, bytes
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
-
-
-class JpegFrames:
-    """An open video whose frames are JPEG pictures. A context manager, as `decode.Video` is.
-
-    Attributes:
-        num_frames: Number of frames.
-        fps: Frames a second; None: unknown.
-        times: None: packed frames have no times of their own.
-
-    Args:
-        name: Of the video, for errors.
-        num_frames: Number of frames.
-        fps: Frames a second; None: unknown.
-        get: Frame number → the bytes of its JPEG picture.
-        close: Called at the end.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        num_frames: int,
-        fps: float | None,
-        get: Callable[[int], bytes],
-        close: Callable[[], None] | None = None,
-    ):
-        self._name, self._get, self._close = name, get, close
-        self.num_frames, self.fps, self.times = num_frames, fps, None
-
-    def get_frames(self, indices: Iterable[int]) -> np.ndarray:
-        """Decodes some frames.
-
-        Args:
-            indices: Frame numbers in any order, repeats allowed.
-
-        Returns:
-            `(t, h, w, c)` uint8, RGB, one frame for each index.
-
-        Raises:
-            DecodeError: A picture is damaged, or its size differs from another's.
-        """
-        simplejpeg = import_or_explain("simplejpeg", "simplejpeg")
-        wanted = [int(i) for i in indices]
-        if not 0 <= min(wanted) <= max(wanted) < self.num_frames:
-            raise IndexError(f"{self._name}: {wanted} outside 0..{self.num_frames - 1}")
-        frames = {}
-        for i in sorted(set(wanted)):
-            try:
-                frames[i] = simplejpeg.decode_jpeg(self._get(i), colorspace="RGB")
-            except (ValueError, OSError, RuntimeError, TypeError) as error:
-                raise DecodeError(
-                    f"{self._name}: frame {i} of {self.num_frames} cannot be decoded "
-                    f"({one_line(error)}); make the pack again or leave the video out"
-                ) from None
-        shapes = {frame.shape for frame in frames.values()}
-        if len(shapes) > 1:
-            raise DecodeError(f"{self._name}: the frame size changes within it: {sorted(shapes)}")
-        return np.stack([frames[i] for i in wanted])  # (t h w c)
-
-    def close(self) -> None:
-        """Closes the file behind it."""
-        if self._close:
-            self._close()
-
-    def __enter__(self) -> "JpegFrames":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-
-# ------------------------------------------------------------------ ArrayRecord
+FIELDS = ("label", "fps", "id", "first", "num_frames", "times")  # of a record, beside its frames
 
 
 @functools.cache
@@ -136,13 +35,20 @@ def import_tfds():
     return tfds
 
 
-def index_path(folder: Path, split: str) -> Path:
-    """The table of a split's ids and labels, so that they are known without reading frames."""
-    return folder / f"{split}_index.csv"
+def _make_builder(name: str, is_folder: bool):
+    tfds = import_tfds()
+    try:
+        return tfds.builder_from_directory(name) if is_folder else tfds.builder(name)
+    except Exception as error:  # TFDS raises anything, protobuf's errors among them
+        way_out = "run jaxvid.data.prepare" if is_folder else "make it with TFDS"
+        raise InputError(f"{name}: no readable pack ({one_line(error)}); {way_out}") from None
 
 
 class PackRecords(Sequence):
-    """The records of a split of a TFDS data set; opened in each process when first read.
+    """The videos of a split of a TFDS data set; its files are opened when they are first read.
+
+    A record of what `prepare` writes is a run of frames, and a table tells which are a video's. Of
+    any other data set a record is a video, with `frames`, `label` and perhaps `fps`.
 
     Attributes:
         labels: Names of the classes.
@@ -158,137 +64,207 @@ class PackRecords(Sequence):
     """
 
     def __init__(self, name: str, split: str, *, is_folder: bool):
-        self._name, self._split, self._is_folder = name, split, is_folder
-        self._source, self._lock = None, threading.Lock()
-        builder = self._make_builder()
+        self.name, self.split = name, split
+        self._readers, self._lock = {}, threading.Lock()
+        builder = _make_builder(name, is_folder)
         if split not in builder.info.splits:
             raise InputError(f"{name}: no split {split!r} in it, only {list(builder.info.splits)}")
         features, info = builder.info.features, builder.info.splits[split]
+        if (kind := builder.info.file_format.value) != "array_record":
+            raise InputError(f"{name}: its files are {kind}; make it with TFDS as array_record")
         if not {"frames", "label"} <= set(features) or not hasattr(features["label"], "names"):
             raise InputError(
                 f"{name}: its features are {sorted(features)}; needed are 'frames', a Sequence of "
                 "Text with JPEG bytes, and 'label', a ClassLabel"
             )
         self.labels = list(features["label"].names)
-        self._length = info.num_examples
         root = os.path.abspath(builder.data_dir)
-        paths = [os.path.abspath(path) for path in info.filepaths]
-        if outside := [path for path in paths if not path.startswith(root + os.sep)]:
+        self._paths = [os.path.abspath(path) for path in info.filepaths]
+        self._ends = list(itertools.accumulate(info.shard_lengths))  # of each file's records
+        if outside := [path for path in self._paths if not path.startswith(root + os.sep)]:
             raise InputError(f"{name}: its file {outside[0]} lies outside {root}; make it again")
-        if missing := [path for path in paths if not os.path.isfile(path)]:
+        if missing := [path for path in self._paths if not os.path.isfile(path)]:
             raise InputError(
-                f"{missing[0]} and {len(missing) - 1} more of {len(paths)} files do not exist; "
-                "run prepare again"
+                f"{missing[0]} and {len(missing) - 1} more of {len(self._paths)} files do not "
+                "exist; run prepare again"
             )
-        self._index = self._read_index(index_path(Path(name), split)) if is_folder else None
+        table = table_path(Path(root), split)
+        self._table = None
+        if "first" in features or table.is_file():  # without the one it is of an older layout
+            self._table = Table(table, info.num_examples, len(self.labels))
 
-    def _make_builder(self):
-        tfds = import_tfds()
-        try:
-            if self._is_folder:
-                return tfds.builder_from_directory(self._name)
-            return tfds.builder(self._name)
-        except Exception as error:  # TFDS raises anything, protobuf's errors among them
-            way_out = "run jaxvid.data.prepare" if self._is_folder else "make it with TFDS"
-            reason = one_line(error)
-            raise InputError(f"{self._name}: no readable pack ({reason}); {way_out}") from None
+    def read(self, record: int) -> dict:
+        """Reads a record.
 
-    def _read_index(self, path: Path) -> list[tuple[str, int, float]] | None:
-        if not path.is_file():
-            return None
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = csv.DictReader(file)
-                index = [(row["id"], int(row["label"]), float(row["fps"])) for row in rows]
-        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-            raise InputError(f"{path}: is damaged ({one_line(error)}); run prepare again") from None
-        if len(index) != self._length:
-            raise InputError(
-                f"{path}: lists {len(index)} videos, the pack holds {self._length}; "
-                "run prepare again"
-            )
-        return index
-
-    def read(self, index: int) -> dict:
-        """Reads a record: `frames`, JPEG bytes, and the others of `make_features`.
+        Returns:
+            `frames`, JPEG bytes, `label`, and `fps` if there is one; of what `prepare` wrote also
+            the others of `packing.make_features`.
 
         Raises:
-            DecodeError: The record is damaged, or is not the one in the table of ids.
+            DecodeError: It is damaged.
         """
-        where = f"{self._name}: record {index} of split {self._split!r}"
         try:
-            with self._lock:
-                if self._source is None:
-                    keep_freed_memory()
-                    self._source = self._make_builder().as_data_source(self._split)
-            example = self._source[index]
-            frames, label = example["frames"], int(example["label"])
-            name = example["id"].decode() if "id" in example else f"{self._split}/{index}"
-            fps = float(example["fps"]) if "fps" in example else 0.0
-            if not len(frames) or not isinstance(frames[0], bytes):
+            file = bisect.bisect_right(self._ends, record)
+            place = record - (self._ends[file - 1] if file else 0)
+            # Asked for records by a list, it takes time in proportion to all that the file holds.
+            [data] = self._open_file(file).read(place, place + 1)
+            features = _example_type().FromString(data).features.feature
+            found = {"frames": features["frames"].bytes_list.value}
+            for name in ("label", "fps") if self._table is None else FIELDS:
+                if kind := features[name].WhichOneof("kind"):
+                    found[name] = getattr(features[name], kind).value[0]
+            if not found["frames"]:
                 raise ValueError("its frames are no JPEG bytes")
-        except Exception as error:  # array_record's, protobuf's and TFDS's errors share no base
-            raise DecodeError(
-                f"{where} cannot be read ({one_line(error)}); run prepare again"
-            ) from None
-        if self._index is not None:
-            *listed, exact_fps = self._index[index]
-            if [name, label] != listed or not math.isclose(fps, exact_fps, rel_tol=1e-6):
-                raise DecodeError(
-                    f"{where} is {name!r}, label {label}, {fps} frames/s; its table says "
-                    f"{self._index[index]}: run prepare again"
+            if self._table is not None and len(found) <= len(FIELDS):
+                raise ValueError(f"there is only {', '.join(found)} in it")
+            if not 0 <= found["label"] < len(self.labels):
+                raise ValueError(f"label {found['label']} is none of {len(self.labels)}")
+            return found
+        except Exception as error:  # array_record's and protobuf's errors share no base
+            raise self.error(record, f"cannot be read ({one_line(error)})") from None
+
+    def error(self, record: int, what: str) -> DecodeError:
+        """An error about a record."""
+        way_out = "make it again with TFDS" if self._table is None else "run prepare again"
+        return DecodeError(
+            f"{self.name}: record {record} of split {self.split!r} {what}; {way_out}"
+        )
+
+    def _open_file(self, file: int):
+        if reader := self._readers.get(file):
+            return reader
+        with self._lock:
+            if file not in self._readers:
+                keep_freed_memory()
+                from array_record.python.array_record_module import ArrayRecordReader
+
+                self._readers[file] = ArrayRecordReader(
+                    self._paths[file],
+                    options="readahead_buffer_size:0,max_parallelism:0",
+                    file_reader_buffer_size=2**15,
                 )
-            fps = exact_fps  # the record has single precision
-        return {"frames": frames, "label": label, "id": name, "fps": fps}
+            return self._readers[file]  # can be read from several threads
 
     def __len__(self) -> int:
-        return self._length
+        return self._ends[-1] if self._table is None else len(self._table)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
-            raise IndexError(f"{self._name}: {index} outside 0..{len(self) - 1}")
+            raise IndexError(f"{self.name}: {index} outside 0..{len(self) - 1}")
         index = int(index) % len(self)
-        return PackRecord(self, index, None if self._index is None else self._index[index][:2])
+        return (
+            TfdsVideo(self, index) if self._table is None else PackedVideo(self, self._table[index])
+        )
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_source": None, "_lock": None}
+        return {**self.__dict__, "_readers": {}, "_lock": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
 
+@functools.cache
+def _example_type():
+    """The protobuf message of a record."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return tf_example_pb2.Example
+
+
 @dataclasses.dataclass(frozen=True)
-class PackRecord:
-    """A labelled video of `PackRecords`.
+class PackedVideo:
+    """A labelled video of a pack that has a table. Opening it reads nothing.
 
     Attributes:
         records: The split that it belongs to.
-        index: Its place in it.
-        listed: Its id and label, where a table tells them; otherwise they are read.
+        listed: What the table tells of it.
     """
 
     records: PackRecords
-    index: int
-    listed: tuple[str, int] | None
-
-    @functools.cached_property
-    def _known(self) -> tuple[str, int]:
-        if self.listed is not None:
-            return self.listed
-        example = self.records.read(self.index)
-        return example["id"], example["label"]
+    listed: Listed
 
     @property
     def id(self) -> str:
         """Its id, unique in the split."""
-        return self._known[0]
+        return self.listed.id
 
     @property
     def label(self) -> int:
         """Its class."""
-        return self._known[1]
+        return self.listed.label
+
+    def open(self) -> JpegFrames:
+        """Opens the video; damage to a record is found when it is read."""
+        listed, read = self.listed, functools.lru_cache(1)(self._read)
+
+        def get(i: int) -> bytes:
+            number, place = divmod(i, listed.frames_per_record)
+            return read(number)["frames"][place]
+
+        def get_times() -> np.ndarray:
+            data = read(0)["times"]
+            times = np.frombuffer(data[: len(data) // 8 * 8], "<f8")
+            if len(times) != listed.num_frames or not (np.diff(times) >= 0).all():
+                raise self.records.error(listed.record, "does not tell the times of its frames")
+            return times
+
+        return JpegFrames(
+            f"{self.records.name}: {listed.id}",
+            listed.num_frames,
+            listed.fps or None,
+            get,
+            get_times=get_times if listed.has_times else None,
+        )
+
+    def _read(self, number: int) -> dict:
+        """Reads one of its records and makes sure that it is that.
+
+        Raises:
+            DecodeError: The record is damaged, or is not the one in the table.
+        """
+        listed = self.listed
+        found = self.records.read(listed.record + number)
+        first = number * listed.frames_per_record
+        count = min(listed.frames_per_record, listed.num_frames - first)
+        rate = np.float32(listed.fps)  # the precision that it has in the record
+        says = (listed.id.encode(), listed.label, count, listed.num_frames, rate, first)
+        told = (found["id"], found["label"], len(found["frames"]), found["num_frames"])
+        told += (found["fps"], found["first"])
+        if told != says:
+            form = "{!r}, label {}, {} of {} frames, {:.6g} frames/s, from frame {}"
+            told, says = (form.format(row[0].decode(), *row[1:]) for row in (told, says))
+            what = f"is {told}; its table says {says}"
+            raise self.records.error(listed.record + number, what)
+        return found
+
+
+@dataclasses.dataclass
+class TfdsVideo:
+    """A labelled video that is a record of a TFDS data set; its label is known by reading it.
+
+    Attributes:
+        records: The split that it belongs to.
+        index: Its place in it.
+    """
+
+    records: PackRecords
+    index: int
+    _label: int | None = dataclasses.field(default=None, init=False, repr=False)
+
+    @property
+    def id(self) -> str:
+        """Its split and place, which need no reading."""
+        return f"{self.records.split}/{self.index}"
+
+    @property
+    def label(self) -> int:
+        """Its class; 0 where the record cannot be read."""
+        if self._label is None:
+            with contextlib.suppress(DecodeError):
+                self.open()
+        return self._label
 
     def open(self) -> JpegFrames:
         """Opens the video.
@@ -296,11 +272,9 @@ class PackRecord:
         Raises:
             DecodeError: Its record is damaged.
         """
-        example = self.records.read(self.index)
-        frames = example["frames"]
-        return JpegFrames(
-            f"{self.records._name}: {example['id']}",
-            len(frames),
-            example["fps"] or None,
-            frames.__getitem__,
-        )
+        self._label = 0
+        found = self.records.read(self.index)
+        self._label = found["label"]
+        frames, fps = found["frames"], found.get("fps", 0.0)
+        rate = float(fps) if 0.01 <= fps <= 1000 else None
+        return JpegFrames(f"{self.records.name}: {self.id}", len(frames), rate, frames.__getitem__)

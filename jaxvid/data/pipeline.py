@@ -8,7 +8,7 @@ place in its batch, masked, with the reason: nothing is swapped for it.
 import dataclasses
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxvid.data import augment, sampling, transforms
 from jaxvid.data.decode import DecodeError
+from jaxvid.data.jpegs import JpegFrames
 from jaxvid.data.sources import Record
 from jaxvid.errors import InputError
 
@@ -161,13 +162,23 @@ def load_eval_views(video: Record | str | Path, spec: ClipSpec) -> dict[str, np.
     record = Record(Path(video), 0) if isinstance(video, str | Path) else video
     with record.open() as reader:
         indices = np.stack([_indices(reader, spec, view=view) for view in range(spec.num_clips)])
-        frames = reader.get_frames(indices.reshape(-1))
+        sizes = (spec.num_clips, spec.num_crops, spec.num_frames, spec.crop, spec.crop, 3)
+        views = np.empty(sizes, np.uint8)
+        for place, frame in _iter_frames(reader, indices.reshape(-1)):
+            clip, t = divmod(place, spec.num_frames)
+            frame = _resize(frame[None], spec.short_side, spec)
+            for number, crop in enumerate(transforms.eval_crops(frame, spec.crop, spec.num_crops)):
+                views[clip, number, t] = crop[0]
         padded = _is_padded(reader, spec)
-    frames = _resize(frames, spec.short_side, spec)
-    crops = np.stack(transforms.eval_crops(frames, spec.crop, spec.num_crops))
-    views = crops.reshape(spec.num_crops, spec.num_clips, spec.num_frames, spec.crop, spec.crop, 3)
-    views = views.swapaxes(0, 1).reshape(-1, *views.shape[2:])  # (v t h w c)
+    views = views.reshape(-1, *views.shape[2:])  # (v t h w c)
     return {"video": views, "indices": indices.astype(np.int32), "padded": np.bool_(padded)}
+
+
+def _iter_frames(reader, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Places in `indices` and their frames `(h, w, c)`, decoded one by one where that is cheap."""
+    if isinstance(reader, JpegFrames):
+        return reader.iter_frames(indices)
+    return enumerate(reader.get_frames(indices))
 
 
 def _resize(frames: np.ndarray, short_side: int, spec: ClipSpec) -> np.ndarray:

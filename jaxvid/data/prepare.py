@@ -9,11 +9,9 @@ status 0, 3 where videos were broken and left out, 2 where the input is unusable
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -22,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jaxvid.data import packing, packs
+from jaxvid.data import packing
 from jaxvid.data.check import (
     SOME_BROKEN,
     Finding,
@@ -34,6 +32,7 @@ from jaxvid.data.check import (
 )
 from jaxvid.data.h5 import write_h5
 from jaxvid.data.packing import Clip, Part, Settings, encode, plan
+from jaxvid.data.table import format_table, list_videos, table_path
 from jaxvid.errors import InputError
 
 # ------------------------------------------------------------------ what goes to disk
@@ -60,7 +59,8 @@ def _write_part(
             findings.append(clip.finding)
             if not clip.finding.broken:
                 f = clip.finding
-                kept.append([name, f.id, clip.label, len(clip.jpegs), clip.fps])
+                uneven = int(clip.times is not None)
+                kept.append([name, f.id, clip.label, len(clip.jpegs), clip.fps, uneven])
                 yield name, clip
 
     def place(partial: Path, name: str) -> None:
@@ -71,14 +71,9 @@ def _write_part(
 
     if settings.format == "arrayrecord":
         examples = (
-            {
-                "frames": clip.jpegs,
-                "num_frames": len(clip.jpegs),
-                "fps": clip.fps,
-                "label": clip.label,
-                "id": clip.finding.id,
-            }
+            example
             for _, clip in usable()
+            for example in packing.make_examples(clip, settings.frames_per_record)
         )
         name = packing.array_record_name(part.split, part.number, part.count)
         partial = partials / f"{name}{tag}"
@@ -144,16 +139,14 @@ def _finish(
     """Writes what describes the whole pack; always the same for the same parts."""
     lengths, sizes, rows = {}, {}, {}
     for part, state in zip(parts, states, strict=True):
-        lengths.setdefault(part.split, []).append(len(state["kept"]))
+        listed = list_videos([row[1:] for row in state["kept"]], settings.frames_per_record)
+        lengths.setdefault(part.split, []).append(sum(video.num_records for video in listed))
         sizes[part.split] = sizes.get(part.split, 0) + sum(state["files"].values())
         rows.setdefault(part.split, []).extend(state["kept"])
     if settings.format == "arrayrecord":
-        for split in rows:
-            table = io.StringIO()
-            writer = csv.writer(table, lineterminator="\n")
-            writer.writerow(("id", "label", "num_frames", "fps"))
-            writer.writerows(row[1:] for row in rows[split])
-            _write_atomically(packs.index_path(output, split), table.getvalue())
+        for split, found in rows.items():
+            listed = list_videos([row[1:] for row in found], settings.frames_per_record)
+            _write_atomically(table_path(output, split), format_table(listed))
         try:
             packing.write_metadata(output, labels, lengths, sizes)
         except OSError:
@@ -164,7 +157,7 @@ def _finish(
     (output / "annotations").mkdir(exist_ok=True)
     (output / "annotation").mkdir(exist_ok=True)  # where the original looks for frame rates
     for split, found in rows.items():
-        lines = "".join(f"{name},{frames},{label}\n" for name, _, label, frames, _ in found)
+        lines = "".join(f"{name},{frames},{label}\n" for name, _, label, frames, *_ in found)
         rates = "".join(f"{row[0]},{row[4]}\n" for row in found)
         _write_atomically(output / "annotations" / f"{split}.txt", lines)
         _write_atomically(output / "annotations" / f"{split}_fps.txt", rates)
@@ -284,6 +277,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
     parser.add_argument("--shard", default="0/1", help="i/n: this job of n, from 0")
     parser.add_argument("--clips_per_file", type=int, default=0)
+    parser.add_argument("--frames_per_record", type=int, default=Settings.frames_per_record)
     args = parser.parse_args()
     try:
         index, _, count = args.shard.partition("/")
@@ -292,7 +286,14 @@ def main() -> None:
         if args.frames != "all" and (not args.frames.isdecimal() or not int(args.frames)):
             raise InputError(f"--frames {args.frames}: must be 'all' or a number")
         frames = 0 if args.frames == "all" else int(args.frames)
-        settings = Settings(args.format, args.short_side, frames, args.quality, args.clips_per_file)
+        settings = Settings(
+            args.format,
+            args.short_side,
+            frames,
+            args.quality,
+            args.clips_per_file,
+            args.frames_per_record,
+        )
         shard = (int(index), int(count))
         report = prepare(
             args.input,

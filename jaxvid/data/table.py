@@ -1,0 +1,120 @@
+"""The table of a pack: what is known of its videos without reading any of its records."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxvid.errors import InputError
+
+
+class Listed(NamedTuple):
+    """A video's line in the table; the columns are called as these fields.
+
+    Attributes:
+        id: Its id.
+        label: Its class.
+        num_frames: Number of frames.
+        fps: Frames a second; 0: unknown.
+        record: Its first record.
+        frames_per_record: Frames of each of its records; the last one may have fewer.
+        has_times: 1: the first record tells when each frame is shown; 0: the rate is constant.
+    """
+
+    id: str
+    label: int
+    num_frames: int
+    fps: float
+    record: int
+    frames_per_record: int
+    has_times: int
+
+    @property
+    def num_records(self) -> int:
+        """How many records it has."""
+        return -(-self.num_frames // self.frames_per_record)
+
+
+class Table(Sequence):
+    """The videos of a split, in order: a sequence of `Listed`, packed tightly.
+
+    Args:
+        path: The file.
+        num_records: How many records the split has.
+        num_classes: How many classes.
+
+    Raises:
+        InputError: The file is missing, damaged, of an older layout, or not that of the split.
+    """
+
+    _NUMBERS = np.dtype([(name, np.float64 if name == "fps" else np.int64)
+                         for name in Listed._fields[1:]])  # fmt: skip
+
+    def __init__(self, path: Path, num_records: int, num_classes: int):
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = csv.reader(file)
+                header = next(rows, [])
+                if header[:2] == ["id", "label"] and header != list(Listed._fields):
+                    raise InputError(f"{path}: is of an older layout; run prepare again")
+                self._ids, numbers = [], []
+                for id_, label, num_frames, fps, *rest in rows:
+                    self._ids.append(id_)
+                    numbers.append((int(label), int(num_frames), float(fps), *map(int, rest)))
+            if not numbers:
+                raise InputError(f"{path}: no video in it: none of the split could be read")
+            self._numbers = np.array(numbers, self._NUMBERS)
+            self._check(num_records, num_classes)
+        except InputError:
+            raise
+        except FileNotFoundError:
+            raise InputError(f"{path} does not exist; run prepare again") from None
+        except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
+            raise InputError(f"{path}: is damaged ({error}); run prepare again") from None
+
+    def _check(self, num_records: int, num_classes: int) -> None:
+        numbers = self._numbers
+        lengths, sizes = numbers["num_frames"], numbers["frames_per_record"]
+        if lengths.min() < 1 or sizes.min() < 1:
+            raise ValueError("a video without frames")
+        if not 0 <= numbers["label"].min() <= numbers["label"].max() < num_classes:
+            raise ValueError(f"a label outside 0 to {num_classes - 1}")
+        if not (np.isfinite(numbers["fps"]) & (numbers["fps"] >= 0)).all():
+            raise ValueError("a frame rate that is none")
+        ends = np.cumsum(-(-lengths // sizes))
+        if not np.array_equal(numbers["record"][1:], ends[:-1]) or numbers["record"][0]:
+            raise ValueError("records that do not follow each other")
+        if ends[-1] != num_records:
+            raise ValueError(f"it lists {ends[-1]} records, the pack holds {num_records}")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> Listed:
+        return Listed(self._ids[index], *self._numbers[index].item())
+
+
+def table_path(folder: Path, split: str) -> Path:
+    """Where a split's table lies."""
+    return folder / f"{split}_index.csv"
+
+
+def list_videos(videos: Iterable[tuple], frames_per_record: int) -> list[Listed]:
+    """The lines of consecutive videos, of each `(id, label, num_frames, fps, has_times)`."""
+    listed, record = [], 0
+    for *known, has_times in videos:
+        listed.append(Listed(*known, record, frames_per_record, has_times))
+        record += listed[-1].num_records
+    return listed
+
+
+def format_table(videos: Iterable[Listed]) -> str:
+    """The text of a table."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(Listed._fields)
+    writer.writerows(videos)
+    return text.getvalue()
