@@ -87,6 +87,67 @@ def eval_section(**overrides) -> ConfigDict:
     return section
 
 
+def check_variant(file: str, variant: str, known: tuple[str, ...]) -> None:
+    """Refuses a config argument that the file does not know.
+
+    Raises:
+        ValueError: Names those that there are.
+    """
+    if variant not in known:
+        *names, last = map(repr, known)
+        raise ValueError(f"configs/{file}:{variant}: there are {', '.join(names)} and {last}")
+
+
+def xvit_section(name: str, *, epochs: float, warmup_start_rate: float, **train) -> ConfigDict:
+    """What XViT's recipes share: Nesterov SGD at .03 for 64 clips, cosine, AutoAugment v0.
+
+    Args:
+        name: Of the model.
+        epochs: Length of the training; 5 of them are warm-up.
+        warmup_start_rate: Learning rate at the start.
+        **train: Fields of `train_section`.
+    """
+    config = train_section(num_epochs=epochs, **train)
+    config.model = model_section(name, dtype="bfloat16")
+    config.data = data_section(resize="bilinear", augment="autoaugment", num_threads=16)
+    config.eval = eval_section(num_crops=3, short_side=224, every_epochs=5.0)
+    config.optimizer.update(
+        name="sgd",
+        learning_rate=0.03,
+        warmup_start_rate=warmup_start_rate,
+        warmup_epochs=5.0,
+        decay="released",
+    )
+    return config
+
+
+def stam_config(name: str, *, learning_rate: float, batch_size: int) -> ConfigDict:
+    """STAM's recipe, from its authors' answers; what they left open is chosen here.
+
+    Theirs: AdamW, weight decay 1e-3, 100 epochs of which 10 are warm-up, a cosine, an average of
+    the weights, the learning rate. Chosen here: the average's decay, random crops of 256 px
+    frames, flips, and that only matrices decay.
+
+    Args:
+        name: Of the model.
+        learning_rate: At `batch_size`.
+        batch_size: Clips of a step.
+    """
+    config = train_section(batch_size=batch_size, num_epochs=100.0, ema_decay=0.9999)
+    config.model = model_section(name, dtype="bfloat16")
+    config.data = data_section(
+        folder="data/k400", sampling="rate", flip=0.5, mean=0.0, std=1.0, num_threads=16
+    )
+    config.eval = eval_section(every_epochs=5.0)
+    config.optimizer.update(
+        learning_rate=learning_rate,
+        reference_batch_size=batch_size,
+        warmup_epochs=10.0,
+        weight_decay=1e-3,
+    )
+    return config.lock()
+
+
 def model_section(name: str, **overrides) -> ConfigDict:
     """All fields of a model preset, so that each can be overridden on the command line."""
     from jaxvid.models import make_model_config

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from convert import rules
-from jaxvid import checkpoint
+from jaxvid import model_folder
 from jaxvid.errors import InputError
 from jaxvid.models import ModelConfig, Params, split_params
 from jaxvid.models.stam import STAMConfig
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, help=".pth file to write")
     args = parser.parse_args(argv)
     try:
-        model = checkpoint.load_model(args.input)
+        model = model_folder.load_model(args.input)
         state = to_state_dict(split_params(model)[1], model.config)
         if isinstance(model.config, STAMConfig):
             tree = {"model": state}

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from convert import rules
-from jaxvid import checkpoint
+from jaxvid import model_folder
 from jaxvid.errors import InputError
 from jaxvid.models import (
     ModelConfig,
@@ -354,7 +354,7 @@ def _run(args: argparse.Namespace) -> int:
                 f"--check failed: {worst:.2e} is past {CHECK_BOUND:g}; nothing written"
             )
     preset = PREPROCESSING.get(config.name) or PREPROCESSING[config.name.split("_")[0]]
-    card = checkpoint.make_card(
+    card = model_folder.make_card(
         config,
         preprocessing={**preset, "num_frames": config.num_frames, "crop": config.image_size},
         labels=labels,
@@ -368,7 +368,7 @@ def _run(args: argparse.Namespace) -> int:
             "initialised": plan.initialised,
         },
     )
-    checkpoint.save_model_folder(args.output, params, card)
+    model_folder.save_model_folder(args.output, params, card)
     count = sum(array.size for array in params.values())
     print(f"\n{args.output}: {config.name}, {count / 1e6:.2f} M parameters")
     return 0

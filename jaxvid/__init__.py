@@ -6,7 +6,7 @@ logits = model(video)                     # normalised float (b t h w c) → (b,
 
 import importlib
 
-_HOME = {"create_model": "models", "load_model": "checkpoint", "save_model": "checkpoint"}
+_HOME = {"create_model": "models", "load_model": "model_folder", "save_model": "model_folder"}
 __all__ = ["create_model", "load_model", "save_model"]
 
 

@@ -1,10 +1,7 @@
-"""What goes to disk: training checkpoints (state and data iterator) and model folders."""
+"""Training checkpoints: the state and the data iterator of every so many steps."""
 
 import contextlib
-import dataclasses
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,28 +9,18 @@ from pathlib import Path
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxvid import sharding
 from jaxvid.errors import InputError
 from jaxvid.metrics import log
-from jaxvid.models import (
-    ModelConfig,
-    Params,
-    abstract_model,
-    make_model_config,
-    merge_params,
-    split_params,
-    surgery,
-)
+from jaxvid.models import Params
 
-FORMAT_VERSION = 1
-CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance", "files")
-# Fields of a model's config that change no weight and no use of one.
-RATE_FIELDS = ("name", "init", "dropout", "drop_path", "remat", "dtype")
-# Fields whose change surgery makes up for.
-SIZE_FIELDS = ("num_classes", "num_frames", "image_size", "temporal_embedding_frames")
+# What may differ between a run and its continuation: how it runs, not what it computes.
+FREE_FIELDS = (
+    *("mesh.", "eval.", "checkpoint_", "log_steps"),
+    *("data.num_threads", "data.max_failed_share", "data.missing", "data.stall_seconds"),
+)
 
 
 def check_writable(workdir: Path, need_bytes: int) -> None:
@@ -215,69 +202,51 @@ def restore_params(workdir: Path, step: int, abstract_params: Params) -> Params:
     return restored[name]
 
 
-def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
-    """Writes a model folder: `model.json` and `params/`. It appears complete or not at all.
-
-    Args:
-        folder: An existing model folder is replaced.
-        params: The weights.
-        card: `name`, `config` (the model's), `preprocessing`, `labels` (or None), `provenance`.
-
-    Raises:
-        InputError: The folder holds something that is no model folder.
-    """
-    folder = Path(folder).resolve()
-    if folder.exists() and not (folder / "model.json").is_file():
-        raise InputError(f"{folder} exists and is no model folder; name another one")
-    partial = folder.parent / f".{folder.name}.partial"
-    is_first = not jax.process_index()
-    if is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-    sharding.wait_for_all(f"saving {folder}")
-    try:
-        # A few arrays at a time: the default copies all of them first.
-        handler = ocp.StandardCheckpointHandler(save_concurrent_gb=0.1)
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(partial / "params", params)
-        if not is_first:
-            return
-        card = {"format_version": FORMAT_VERSION, **card, "files": _file_sizes(partial / "params")}
-        text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
-        (partial / "model.json").write_text(text, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(partial, folder)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}); name another") from None
-    finally:
-        if is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-        sharding.wait_for_all(f"saved {folder}")
+def find_steps(workdir: Path) -> list[int]:
+    """The steps of a run's complete checkpoints."""
+    folder = workdir / "checkpoints"
+    return ocp.utils.checkpoint_steps(folder.resolve()) if folder.is_dir() else []
 
 
-def load_card(folder: str | Path) -> dict:
-    """Reads a model folder's `model.json`.
+def newest_step(workdir: Path) -> int:
+    """The newest complete checkpoint of a run.
 
     Raises:
-        InputError: There is none, or it is not one that this version reads.
+        InputError: There is none.
     """
-    path = Path(folder) / "model.json"
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-        version = card["format_version"]
-        if missing := [key for key in CARD_KEYS if key not in card]:
-            raise KeyError(*missing)
-    except FileNotFoundError:
+    if not (steps := find_steps(workdir)):
         raise InputError(
-            f"{folder} is no model folder: {path} does not exist; name a folder that training or "
-            "a converter wrote"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error!r}); export the model again") from None
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format version {version}; this jaxvid reads {FORMAT_VERSION}: update it"
+            f"{workdir} holds no checkpoint; name a --workdir that was trained in, "
+            "or a model folder with --config.init_from"
         )
-    return card
+    return max(steps)
+
+
+def check_same_run(config, workdir: Path) -> None:
+    """Refuses a workdir whose checkpoints were made with another config, and says what differs.
+
+    Raises:
+        InputError: Names every field that differs, with both values.
+    """
+    if find_steps(workdir) and (
+        differences := [
+            text
+            for name, text in compare_config(workdir, config).items()
+            if not name.startswith(FREE_FIELDS)
+        ]
+    ):
+        raise InputError(
+            f"{workdir} holds a run with another config ({'; '.join(differences)}); "
+            "choose another --workdir or delete this one"
+        )
+
+
+def save_config(config, workdir: Path) -> None:
+    """Writes `WORKDIR/config.json` (on the first process)."""
+    if not jax.process_index():
+        partial = workdir / ".config.json.partial"
+        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        partial.replace(workdir / "config.json")
 
 
 def compare_config(workdir: Path, config) -> dict[str, str]:
@@ -317,214 +286,3 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
             else {prefix + name: value}
         )
     return flat
-
-
-def check_same_model(folder: str | Path, model_config) -> None:
-    """Refuses a model folder whose network differs from a config's, and says where.
-
-    Rates and dtype may differ: they change no weight.
-    """
-    differences = _differences(load_card(folder)["config"], model_config, RATE_FIELDS)
-    if differences:
-        raise InputError(f"{folder} holds another network: {'; '.join(differences.values())}")
-
-
-def _differences(there: dict, model_config: ModelConfig, free: tuple[str, ...]) -> dict[str, str]:
-    """Field → how a folder's config differs from a model's, but for the free ones."""
-    # A card has lists where a config has tuples.
-    there, here = json.loads(json.dumps([there, dataclasses.asdict(model_config)]))
-    return {
-        name: f"{name} is {there.get(name)!r} there, {value!r} here"
-        for name, value in here.items()
-        if name not in free and there.get(name) != value
-    }
-
-
-def best_top1(workdir: Path) -> float:
-    """The validation top-1, in percent, of the model in `WORKDIR/best`; -1: there is none."""
-    if not (workdir / "best" / "model.json").exists():
-        return -1.0
-    return load_card(workdir / "best")["provenance"]["top1"]
-
-
-def find_steps(workdir: Path) -> list[int]:
-    """The steps of a run's complete checkpoints."""
-    folder = workdir / "checkpoints"
-    return ocp.utils.checkpoint_steps(folder.resolve()) if folder.is_dir() else []
-
-
-def newest_step(workdir: Path) -> int:
-    """The newest complete checkpoint of a run.
-
-    Raises:
-        InputError: There is none.
-    """
-    if not (steps := find_steps(workdir)):
-        raise InputError(
-            f"{workdir} holds no checkpoint; name a --workdir that was trained in, "
-            "or a model folder with --config.init_from"
-        )
-    return max(steps)
-
-
-def load_params(folder: str | Path, abstract_params: Params) -> Params:
-    """Reads a model folder's weights.
-
-    Args:
-        folder: The model folder.
-        abstract_params: Shapes, dtypes and, if wanted, shardings that the weights must have.
-
-    Raises:
-        InputError: Weights are missing, left over, or of another shape; all are named.
-    """
-    path = (Path(folder) / "params").resolve()
-    # Before TensorStore meets what is not there: a copy that was cut short is told by its sizes.
-    expected, found = load_card(folder)["files"], _file_sizes(path)
-    if wrong := [name for name, size in expected.items() if found.get(name) != size]:
-        raise InputError(
-            f"{path} is damaged: {len(wrong)} of {len(expected)} files are missing or of another "
-            f"size ({wrong[0]}); copy or export the model again"
-        )
-    with ocp.StandardCheckpointer() as checkpointer:
-        found = checkpointer.metadata(path).item_metadata.tree
-        problems = [
-            f"{name}: {_shape(found.get(name))} in the folder, {_shape(abstract_params.get(name))} "
-            "in the model"
-            for name in sorted({*found, *abstract_params})
-            if _shape(found.get(name)) != _shape(abstract_params.get(name))
-        ]
-        if problems:
-            raise InputError(f"{path} does not fit the model: {'; '.join(problems)}")
-        return checkpointer.restore(path, abstract_params)
-
-
-def load_init(
-    folder: str | Path, model_config: ModelConfig, fresh: Params
-) -> tuple[Params, list[str]]:
-    """The weights of a model folder as the start of a model that may differ from it.
-
-    Other classes, frames or resolution, a temporal part more or less: see
-    `surgery.plan_fit`. At its peak, one copy of the weights beside `fresh`.
-
-    Args:
-        folder: The model folder.
-        model_config: The wanted model's config.
-        fresh: The wanted model's newly initialised weights.
-
-    Returns:
-        Weights of the names, shapes and shardings of `fresh`; and what was loaded, resized,
-        reinitialised or left unused, and which options differ, as lines for a log.
-
-    Raises:
-        InputError: The folder is damaged, or the weights would not fit or would mean something
-            else; every reason is named.
-    """
-    card = load_card(folder)
-    try:
-        source = make_model_config(**card["config"])
-    except (InputError, TypeError) as error:
-        raise InputError(
-            f"{Path(folder) / 'model.json'}: {error}; export the model again"
-        ) from None
-    kinds = [type(config).__name__.removesuffix("Config") for config in (source, model_config)]
-    if kinds[0] != kinds[1]:
-        raise InputError(
-            f"{folder} holds {source.name}, of the family {kinds[0]}; {model_config.name} is of "
-            f"{kinds[1]}, which its weights do not fit: name a folder of that family"
-        )
-    found = abstract_model(source)[1]
-    fit = surgery.plan_fit(found, fresh)
-    differences = _differences(dataclasses.asdict(source), model_config, RATE_FIELDS + SIZE_FIELDS)
-    # No shape tells how many heads share a kernel, but each would get parts of several.
-    unfit = {"heads"} & differences.keys()
-    if "aggregate.cls_token" in fit.loaded:
-        unfit |= {"temporal_heads"} & differences.keys()
-    if unfit or fit.problems:
-        raise InputError(
-            f"{folder} cannot start this {model_config.name}: "
-            f"{'; '.join([*differences.values(), *fit.problems])}; "
-            "take its values with --config.model.NAME=VALUE or name another folder"
-        )
-    # What changes is read into host memory: its new shape alone knows its place on the devices.
-    target = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in found.items()}
-    target |= {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-        for name, leaf in fresh.items()
-        if name in fit.loaded
-    }
-    params = surgery.fit_params(fit, load_params(folder, target), fresh)
-    return params, [*fit.describe(), *(f"differs: {text}" for text in differences.values())]
-
-
-def _file_sizes(folder: Path) -> dict[str, int]:
-    """Size in bytes of every file below a folder."""
-    return {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def _shape(leaf) -> str:
-    return "absent" if leaf is None else str(tuple(leaf.shape))
-
-
-def load_model(folder: str | Path):
-    """Loads a model folder.
-
-    Args:
-        folder: Written by training, by a converter or by `save_model`.
-
-    Returns:
-        The network, ready for evaluation: `model(video)` takes a normalised float clip
-        `(b t h w c)` to logits `(b, num_classes)`.
-
-    Raises:
-        InputError: The folder is no model folder, or is damaged.
-    """
-    card = load_card(folder)
-    graphdef, abstract_params = abstract_model(make_model_config(**card["config"]))
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-        for name, leaf in abstract_params.items()
-    }
-    return merge_params(graphdef, load_params(folder, target))
-
-
-def save_model(
-    model, folder: str | Path, *, preprocessing: dict | None = None, labels: list | None = None
-) -> None:
-    """Writes a network as a model folder.
-
-    Args:
-        model: A network of this project.
-        folder: Where to; an existing model folder is replaced.
-        preprocessing: How clips are made for it, as in a trained model's `model.json`.
-        labels: Names of the classes, in order.
-    """
-    save_model_folder(
-        folder,
-        split_params(model)[1],
-        make_card(model.config, preprocessing=preprocessing, labels=labels, provenance={}),
-    )
-
-
-def make_card(model_config, *, preprocessing, labels, provenance: dict) -> dict:
-    """The contents of a `model.json`."""
-    return {
-        "name": model_config.name,
-        "config": dataclasses.asdict(model_config),
-        "preprocessing": preprocessing,
-        "labels": labels,
-        "provenance": provenance,
-    }
-
-
-def fingerprint(params: Params) -> str:
-    """SHA-256 over names, shapes and values of the weights, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name in sorted(params):
-        array = sharding.to_host(params[name])
-        digest.update(f"{name}{array.shape}{array.dtype}".encode() + array.tobytes())
-    return digest.hexdigest()

@@ -8,6 +8,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from jaxvid.errors import InputError
+
 
 def define_config() -> flags.FlagHolder:
     """Defines `--config FILE.py[:VARIANT]` and its overrides `--config.FIELD=VALUE`."""
@@ -90,8 +92,6 @@ def parse_range(name: str) -> tuple[int, int] | None:
     Raises:
         InputError: It is something else.
     """
-    from jaxvid.errors import InputError
-
     text = flags.FLAGS[name].value
     if text is None:
         return None

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxvid import checkpoint, sharding
+from jaxvid import model_folder, sharding
 from jaxvid.errors import InputError
 from jaxvid.models import Params, abstract_model, make_model_config
 from jaxvid.steps import Teacher
@@ -25,7 +25,7 @@ def load_teacher(config, mesh) -> tuple[Teacher | None, Params | None]:
     distill = config.distill
     if not distill.teacher:
         return None, None
-    card = checkpoint.load_card(distill.teacher)
+    card = model_folder.load_card(distill.teacher)
     model_config = make_model_config(**{**card["config"], "dtype": "bfloat16"})
     differences = [
         f"{name} is {getattr(model_config, name)} there, {config.model[name]} here"
@@ -44,7 +44,7 @@ def load_teacher(config, mesh) -> tuple[Teacher | None, Params | None]:
             "export it again with its preprocessing"
         )
     graphdef, abstract = abstract_model(model_config)
-    params = checkpoint.load_params(distill.teacher, sharding.with_sharding(abstract, mesh))
+    params = model_folder.load_params(distill.teacher, sharding.with_sharding(abstract, mesh))
     halve = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree))
     teacher = Teacher(
         graphdef=graphdef,

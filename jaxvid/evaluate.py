@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxvid import checkpoint, metrics, report, sharding, steps
+from jaxvid import checkpoint, metrics, model_folder, report, sharding, steps
 from jaxvid.data.pipeline import make_eval_iter, make_spec, split_batch
 from jaxvid.data.sources import Record, open_folder
 from jaxvid.errors import InputError
@@ -184,9 +184,9 @@ def evaluate(config, workdir: str | Path) -> dict:
     abstract_params = sharding.with_sharding(abstract_params, mesh)
     if config.init_from:
         source = config.init_from
-        checkpoint.check_same_model(source, model_config)
+        model_folder.check_same_model(source, model_config)
         _check_preprocessing(source, config)
-        params = checkpoint.load_params(source, abstract_params)
+        params = model_folder.load_params(source, abstract_params)
     else:
         step = checkpoint.newest_step(workdir)
         differences = [
@@ -206,7 +206,7 @@ def evaluate(config, workdir: str | Path) -> dict:
         params, data.records["val"], config, eval_step=eval_step, mesh=mesh
     )
     result = make_report(sums, failed, config, checkpoint=source)
-    result["weights_sha256"] = checkpoint.fingerprint(params)
+    result["weights_sha256"] = model_folder.fingerprint(params)
     save_report(workdir, result, sums, data.labels)
     log.info(summary(result))
     return result
@@ -230,7 +230,7 @@ def summary(result: dict) -> str:
 
 def _check_preprocessing(folder: str, config) -> None:
     """Refuses to evaluate a model folder on clips that are made otherwise than it is used to."""
-    expected = checkpoint.load_card(folder)["preprocessing"] or {}
+    expected = model_folder.load_card(folder)["preprocessing"] or {}
     found = preprocessing(config)
     differences = [
         f"{name} is {expected[name]!r} there, {found[name]!r} in the config"

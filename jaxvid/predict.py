@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxvid import checkpoint, sharding, steps
+from jaxvid import model_folder, sharding, steps
 from jaxvid.data.decode import DecodeError
 from jaxvid.data.pipeline import ClipSpec, load_eval_views
 from jaxvid.errors import InputError
@@ -33,12 +33,12 @@ def predict(videos: Sequence[str | Path], folder: str | Path, *, top_k: int = 5)
     if top_k < 1:
         raise InputError(f"--top_k={top_k}: must be at least 1")
     sharding.use_compilation_cache()
-    card = checkpoint.load_card(folder)
+    card = model_folder.load_card(folder)
     how = card["preprocessing"]
     if not how:
         raise InputError(f"{folder}: model.json says nothing of preprocessing; export it again")
     spec = ClipSpec(**{name: how[name] for name in how if name not in ("mean", "std")})
-    model = checkpoint.load_model(folder)
+    model = model_folder.load_model(folder)
     labels = card["labels"] or [str(i) for i in range(model.config.num_classes)]
     classify = jax.jit(lambda clip: jax.nn.softmax(model(clip)))
     for video in videos:

@@ -1,7 +1,6 @@
 """Training: one function, top to bottom."""
 
 import functools
-import json
 import math
 import os
 import signal
@@ -12,7 +11,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxvid import checkpoint, metrics, optim, provenance, report, sharding, steps, watch
+from jaxvid import (
+    checkpoint,
+    metrics,
+    model_folder,
+    optim,
+    provenance,
+    report,
+    sharding,
+    steps,
+    watch,
+)
 from jaxvid.data.pipeline import describe_loading, make_spec, make_train_iter, split_batch
 from jaxvid.data.sources import open_folder
 from jaxvid.distill import check_distill, load_teacher
@@ -30,11 +39,6 @@ from jaxvid.evaluate import (
 from jaxvid.metrics import log
 from jaxvid.models import abstract_model, make_model_config
 
-# What may differ between a run and its continuation: how it runs, not what it computes.
-FREE_FIELDS = (
-    *("mesh.", "eval.", "checkpoint_", "log_steps"),
-    *("data.num_threads", "data.max_failed_share", "data.missing", "data.stall_seconds"),
-)
 STEPS_AHEAD = 2  # how far Python runs ahead of the device
 
 
@@ -69,7 +73,7 @@ def train(
     mesh = sharding.make_mesh(config.mesh)
     _check_config(config, mesh)
     check_protocol(config, mesh)
-    _check_same_run(config, workdir)
+    checkpoint.check_same_run(config, workdir)
     model_config = make_model_config(**config.model)
     graphdef, abstract_params = abstract_model(model_config)
     weight_bytes = sum(math.prod(leaf.shape) * 4 for leaf in abstract_params.values())
@@ -126,14 +130,14 @@ def train(
     if state is None:
         state = jax.jit(init, out_shardings=state_sharding)()
         if config.init_from:
-            found = checkpoint.load_init(config.init_from, model_config, state["params"])
+            found = model_folder.load_init(config.init_from, model_config, state["params"])
             state["params"], loaded = found
             if config.ema_decay:
                 state["ema"] = jax.tree.map(jnp.copy, state["params"])
     step = start_step = int(state["step"])
     provenance.note_start(workdir, provenance.describe_run(mesh, data.records))
     metrics.setup_logging(workdir)
-    _save_config(config, workdir)
+    checkpoint.save_config(config, workdir)
 
     # ------------------------------------------------------------------ compiled steps
     train_step = jax.jit(
@@ -177,17 +181,17 @@ def train(
     )
     stalls, late = watch.Stalls(config.data.stall_seconds), watch.LateMetrics()
     failures: list[list[str]] = []  # ids and reasons of videos since the last flush
-    best = checkpoint.best_top1(workdir)
+    best = model_folder.best_top1(workdir)
     result = None
 
     def save_model(folder: Path, result: dict) -> None:
-        card = checkpoint.make_card(
+        card = model_folder.make_card(
             model_config,
             preprocessing=preprocessing(config),
             labels=data.labels,
             provenance={"workdir": str(workdir), "step": step, "top1": result["top1"]},
         )
-        checkpoint.save_model_folder(folder, steps.best_params(state), card)
+        model_folder.save_model_folder(folder, steps.best_params(state), card)
 
     def flush() -> None:
         """Reads and writes what is late; too short a window is only checked."""
@@ -300,10 +304,10 @@ def train(
         return None
 
     # ------------------------------------------------------------------ what stays
-    model_folder = workdir / "model"
+    folder = workdir / "model"
     result["checkpoint"] = str(workdir / "checkpoints" / str(step))
-    result["weights_sha256"] = checkpoint.fingerprint(steps.best_params(state))
-    save_model(model_folder, result)
+    result["weights_sha256"] = model_folder.fingerprint(steps.best_params(state))
+    save_model(folder, result)
     save_report(workdir, result, sums, data.labels)
     log.info(
         "%s. Pictures: %s, %s. The model is in %s; try it on a clip of your own:\n"
@@ -311,9 +315,9 @@ def train(
         summary(result),
         workdir / "curves.png",
         workdir / "confusion.png",
-        model_folder,
+        folder,
         min(sys.executable, os.path.relpath(sys.executable), key=len),
-        model_folder,
+        folder,
     )
     return result
 
@@ -338,25 +342,3 @@ def _check_config(config, mesh) -> None:
         raise InputError(f"ema_decay={config.ema_decay}: must be at least 0 and below 1")
     optim.check_optimizer(config.optimizer)
     check_distill(config.distill)
-
-
-def _check_same_run(config, workdir: Path) -> None:
-    """Refuses a workdir whose checkpoints were made with another config, and says what differs."""
-    if checkpoint.find_steps(workdir) and (
-        differences := [
-            text
-            for name, text in checkpoint.compare_config(workdir, config).items()
-            if not name.startswith(FREE_FIELDS)
-        ]
-    ):
-        raise InputError(
-            f"{workdir} holds a run with another config ({'; '.join(differences)}); "
-            "choose another --workdir or delete this one"
-        )
-
-
-def _save_config(config, workdir: Path) -> None:
-    if not jax.process_index():
-        partial = workdir / ".config.json.partial"
-        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        partial.replace(workdir / "config.json")

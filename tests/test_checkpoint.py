@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import jaxvid
-from jaxvid import checkpoint, sharding
+from jaxvid import checkpoint, model_folder, sharding
 from jaxvid.errors import InputError
 from jaxvid.models import abstract_model, make_model_config, split_params
 
@@ -31,9 +31,9 @@ def test_a_model_folder_comes_back_bit_by_bit(folder):
     assert params.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(params[name], array)
-    assert checkpoint.fingerprint(params) == checkpoint.fingerprint(expected)
+    assert model_folder.fingerprint(params) == model_folder.fingerprint(expected)
     assert model.config.width == 16
-    card = checkpoint.load_card(folder)
+    card = model_folder.load_card(folder)
     assert card["name"] == "xvit_tiny"
     assert card["labels"][7] == "class 7"
     video = np.zeros((1, 8, 32, 32, 3), np.float32)
@@ -42,9 +42,9 @@ def test_a_model_folder_comes_back_bit_by_bit(folder):
 
 def test_saving_replaces_a_model_folder_and_nothing_else(folder, tmp_path):
     other = jaxvid.create_model("xvit_tiny", **TINY, seed=4)
-    before = checkpoint.fingerprint(split_params(jaxvid.load_model(folder))[1])
+    before = model_folder.fingerprint(split_params(jaxvid.load_model(folder))[1])
     jaxvid.save_model(other, folder)
-    assert checkpoint.fingerprint(split_params(jaxvid.load_model(folder))[1]) != before
+    assert model_folder.fingerprint(split_params(jaxvid.load_model(folder))[1]) != before
     assert not list(tmp_path.glob(".*"))
     (tmp_path / "mine").mkdir()
     with pytest.raises(InputError, match="is no model folder; name another one"):
@@ -54,8 +54,10 @@ def test_saving_replaces_a_model_folder_and_nothing_else(folder, tmp_path):
 def test_fingerprints_tell_weights_apart():
     params = {"a": np.zeros(3, np.float32), "b": np.ones(2, np.float32)}
     changed = {**params, "b": np.array([1, 1.0000001], np.float32)}
-    assert checkpoint.fingerprint(params) == checkpoint.fingerprint(dict(reversed(params.items())))
-    assert checkpoint.fingerprint(params) != checkpoint.fingerprint(changed)
+    assert model_folder.fingerprint(params) == model_folder.fingerprint(
+        dict(reversed(params.items()))
+    )
+    assert model_folder.fingerprint(params) != model_folder.fingerprint(changed)
 
 
 def test_damaged_model_folders_are_refused(folder, tmp_path):
@@ -110,15 +112,17 @@ def test_damaged_model_folders_are_refused(folder, tmp_path):
 
 def test_another_network_is_refused_field_by_field(folder):
     other = make_model_config("xvit_tiny", **TINY, dropout=0.3, remat=True)
-    checkpoint.check_same_model(folder, other)
+    model_folder.check_same_model(folder, other)
     with pytest.raises(InputError, match="depth is 1 there, 2 here"):
-        checkpoint.check_same_model(folder, make_model_config("xvit_tiny", **{**TINY, "depth": 2}))
+        model_folder.check_same_model(
+            folder, make_model_config("xvit_tiny", **{**TINY, "depth": 2})
+        )
 
 
 def test_weights_load_onto_any_sharding(folder):
     mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 4, "tensor": 1}))
     _, abstract = abstract_model(make_model_config("xvit_tiny", **TINY))
-    params = checkpoint.load_params(folder, sharding.with_sharding(abstract, mesh))
+    params = model_folder.load_params(folder, sharding.with_sharding(abstract, mesh))
     kernel = params["base_model.blocks.0.mlp.fc1.kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     expected = split_params(jaxvid.load_model(folder))[1]

@@ -1,22 +1,35 @@
-"""Every config builds, and so does its model."""
+"""Every config builds, and so does its model; shrunk, each trains two steps and evaluates."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
 
+import jaxvid
+from jaxvid.errors import InputError
 from jaxvid.models import abstract_model, make_model_config
+from jaxvid.train import train
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = [(path.stem, "") for path in sorted((ROOT / "configs").glob("*.py"))]
-CONFIGS = [(name, variant) for name, variant in CONFIGS if name != "common"] + [("motion", "blind")]
+VARIANTS = {"motion": ("", "blind"), "common": (), "finetune": ()}
+VARIANTS |= dict.fromkeys(("xvit_k400", "xvit_k600", "xvit_ssv2"), ("released", "paper"))
+CONFIGS = [
+    (path.stem, variant)
+    for path in sorted((ROOT / "configs").glob("*.py"))
+    for variant in VARIANTS.get(path.stem, ("",))
+]
+
+
+def get_config(name: str, variant: str):
+    module = importlib.import_module(f"configs.{name}")
+    return module, module.get_config(variant) if variant else module.get_config()
 
 
 @pytest.mark.parametrize(("name", "variant"), CONFIGS)
 def test_configs_build_and_are_locked(name, variant):
-    module = importlib.import_module(f"configs.{name}")
+    module, config = get_config(name, variant)
     assert f"configs/{name}.py" in module.__doc__  # says how it is run
-    config = module.get_config(variant)
     assert config.is_locked
     with pytest.raises(AttributeError, match="locked"):
         config.batch = 1
@@ -26,6 +39,80 @@ def test_configs_build_and_are_locked(name, variant):
     assert make_model_config(**config.model).num_classes == 5
 
 
+def shrink(config, folder):
+    """The same recipe on the motion clips: two steps of 8 clips on a network of one block."""
+    config = config.copy_and_resolve_references().unlock()
+    small = {"num_classes": 8, "width": 16, "depth": 1, "heads": 2, "image_size": 32}
+    small |= {"temporal_heads": 2, "temporal_depth": 1, "temporal_mlp": 16}
+    config.model.update({name: size for name, size in small.items() if name in config.model})
+    config.data.update(source="folder", folder=str(folder), short_side=36, num_threads=2)
+    config.data.short_side_max = min(config.data.short_side_max, 40)
+    config.eval.update(short_side=36, batch_size=8, every_epochs=1.0)
+    config.update(batch_size=8, num_epochs=2 / 6, log_steps=1)
+    config.optimizer.warmup_epochs = 1 / 6
+    return config.lock()
+
+
+@pytest.mark.parametrize(("name", "variant"), [c for c in CONFIGS if c[0] != "motion"])
+def test_recipes_train(name, variant, motion_folder, tmp_path):
+    _, config = get_config(name, variant)
+    result = train(shrink(config, motion_folder), tmp_path)
+    assert result["num_videos"] == 24
+    losses = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in losses if "train/loss" in row] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "learning_rate", "weight_decay", "smoothing", "mixup", "erase"),
+    [
+        ("xvit_k400", 0.03, 1e-5, 0.3, 0.4, 0.0),
+        ("xvit_k600", 0.03, 1e-5, 0.3, 0.4, 0.0),
+        ("xvit_ssv2", 0.03, 1e-4, 0.0, 0.0, 0.5),
+        ("stam_8_k400", 1e-5, 1e-3, 0.0, 0.0, 0.0),
+        ("stam_64_k400", 2.5e-6, 1e-3, 0.0, 0.0, 0.0),
+    ],
+)
+def test_released_recipes(name, learning_rate, weight_decay, smoothing, mixup, erase):
+    _, config = get_config(name, "")
+    optimizer = config.optimizer
+    found = (optimizer.learning_rate, optimizer.weight_decay, config.label_smoothing)
+    assert found == (learning_rate, weight_decay, smoothing)
+    assert (config.mixup, config.erase) == (mixup, erase)
+    xvit = name.startswith("xvit")
+    assert (optimizer.name, config.data.augment) == (
+        ("sgd", "autoaugment") if xvit else ("adamw", "")
+    )
+    assert bool(config.ema_decay) != xvit
+    assert config.batch_size == optimizer.reference_batch_size
+
+
+def test_finetune_reads_its_model_and_its_data(motion_folder, tmp_path):
+    get = importlib.import_module("configs.finetune").get_config
+    model = jaxvid.create_model("xvit_tiny", num_classes=3, width=16, depth=1)
+    how = {"sampling": "dense", "sampling_rate": 2, "resize": "bilinear", "mean": 0.4, "std": 0.2}
+    how |= {"short_side": 72, "num_frames": 8, "crop": 64}
+    jaxvid.save_model(model, tmp_path / "model", preprocessing=how)
+    config = get(f"{tmp_path / 'model'},{motion_folder}").unlock()
+    assert (config.model.num_classes, config.model.width, config.data.mean) == (8, 16, 0.4)
+    assert (config.data.source, config.data.sampling) == ("folder", "dense")
+    config.update(num_epochs=2 / 6)
+    config.optimizer.warmup_epochs = 1 / 6
+    train(config.lock(), tmp_path / "run")
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "reinitialised: consensus.mlp_head.4: 3 classes there, 8 here" in log
+    jaxvid.save_model(model, tmp_path / "bare")
+    for folders, message in {
+        "": "name --config configs/finetune.py:MODEL,DATA",
+        f"{tmp_path},{motion_folder}": "is no model folder",
+        f"{tmp_path / 'bare'},{motion_folder}": "says nothing of preprocessing",
+        f"{tmp_path / 'model'},{tmp_path}": "has no train.csv",
+    }.items():
+        with pytest.raises((ValueError, InputError), match=message):
+            get(folders)
+
+
 def test_unknown_variants_are_refused():
-    with pytest.raises(ValueError, match="configs/motion.py:fast: there are '' and 'blind'"):
+    with pytest.raises(ValueError, match="configs/motion.py:fast: there are ''"):
         importlib.import_module("configs.motion").get_config("fast")
+    with pytest.raises(ValueError, match="xvit_k400.py:fast: there are 'released' and 'paper'"):
+        importlib.import_module("configs.xvit_k400").get_config("fast")

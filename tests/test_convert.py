@@ -12,7 +12,7 @@ import torch
 import jaxvid
 from convert import flax_to_torch, rules, torch_to_flax
 from convert.torch_reference import build_reference
-from jaxvid import checkpoint
+from jaxvid import checkpoint, model_folder
 from jaxvid.errors import InputError
 from jaxvid.models import PRESETS, abstract_model, make_model_config, split_params
 from tests import goldens
@@ -82,8 +82,8 @@ def test_round_trips_are_bit_identical(name, tmp_path, capsys):
         assert torch.equal(found[key], expected), key
     assert convert(name, back, tmp_path / "again") == 0
     first, again = (split_params(jaxvid.load_model(tmp_path / f))[1] for f in ("model", "again"))
-    assert checkpoint.fingerprint(first) == checkpoint.fingerprint(again)
-    card = checkpoint.load_card(tmp_path / "model")
+    assert model_folder.fingerprint(first) == model_folder.fingerprint(again)
+    card = model_folder.load_card(tmp_path / "model")
     assert card["provenance"]["sha256"] == torch_to_flax.sha256(path)
     assert card["name"] == name
 
@@ -128,7 +128,7 @@ def test_first_version_stam_files_get_zero_biases_and_say_so(tmp_path, capsys):
     )
     params = split_params(jaxvid.load_model(tmp_path / "model"))[1]
     assert not params["blocks.1.attn.qkv.bias"].any()
-    card = checkpoint.load_card(tmp_path / "model")
+    card = model_folder.load_card(tmp_path / "model")
     assert "blocks.0.attn.qkv.bias" in card["provenance"]["zeros"]
 
 
@@ -223,7 +223,7 @@ def test_labels_are_kept_or_refused(tmp_path, capsys):
     (tmp_path / "labels.txt").write_text("\n".join(names) + "\n")
     (tmp_path / "labels.json").write_text(json.dumps(names[:9]))
     assert convert("stam_8", path, tmp_path / "m", "--labels", str(tmp_path / "labels.txt")) == 0
-    assert checkpoint.load_card(tmp_path / "m")["labels"] == names
+    assert model_folder.load_card(tmp_path / "m")["labels"] == names
     message = refused("stam_8", path, tmp_path, capsys, "--labels", str(tmp_path / "labels.json"))
     assert "9 names for 400 classes" in message
 

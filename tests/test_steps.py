@@ -1,5 +1,6 @@
 """The device-side functions: the loss, exact masked sums, and that a step learns."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,8 +10,28 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxvid.models import abstract_model, make_model_config, merge_params, split_params
-from jaxvid.steps import Recipe, cross_entropy, eval_step, init_state, normalize, train_step
+from configs import xvit_k600
+from jaxvid.models import (
+    abstract_model,
+    build_model,
+    make_model_config,
+    merge_params,
+    split_params,
+)
+from jaxvid.optim import make_optimizer, make_schedule
+from jaxvid.steps import (
+    Recipe,
+    Teacher,
+    best_params,
+    cross_entropy,
+    divergence,
+    eval_step,
+    init_state,
+    normalize,
+    train_step,
+)
+from tests import goldens
+from tests.test_xvit import config_of as xvit_config
 
 TINY = {"width": 16, "depth": 1, "image_size": 32}
 
@@ -73,9 +94,9 @@ def test_views_add_their_logits():
     assert int(stub_sums(brighter, [1, 0], [True, True])["top1"]) == 2
 
 
-def make_step(config, optimizer, seed):
+def make_step(config, optimizer, seed, **options):
     graphdef, _ = abstract_model(config)
-    recipe = Recipe(seed=seed)
+    recipe = Recipe(seed=seed, **options)
     step = functools.partial(
         train_step,
         graphdef=graphdef,
@@ -132,3 +153,146 @@ def test_dropout_keys_follow_seed_and_step():
 
     assert losses(0) == losses(0)
     assert len({*losses(0), *losses(1)}) == 4
+
+
+def test_the_released_recipe_follows_the_originals_trajectory(monkeypatch):
+    """Five steps of XViT's recipe: its schedule, optimiser and loss; mixup's draws are given."""
+    golden = goldens.load("tiny/xvit_tiny_train_trajectory")
+    model_config = dataclasses.replace(xvit_config(golden), dropout=0.0)
+    graphdef, abstract = abstract_model(model_config)
+    config = xvit_k600.get_config()
+    schedule = make_schedule(
+        config.optimizer,
+        batch_size=config.batch_size,
+        total_steps=round(config.num_epochs * int(golden["steps_per_epoch"])),
+        steps_per_epoch=int(golden["steps_per_epoch"]),
+    )
+    optimizer = make_optimizer(config.optimizer, schedule)
+    lams, orders = jnp.float32(golden["lams"]), jnp.asarray(golden["perms"])
+
+    def given_mixup(video, key, alpha):
+        # The key is fold_in(seed, step), split: the draws that belong to it are found by its bits.
+        bits = jax.random.key_data(key)[None]
+        step = (jax.random.key_data(keys) == bits).all(axis=-1).argmax()
+        lam, order = lams[step], orders[step]
+        return lam * video + (1 - lam) * video[order], order, lam
+
+    monkeypatch.setattr("jaxvid.mixing.mixup", given_mixup)
+    key = jax.random.key(config.seed)
+    keys = jnp.stack([jax.random.split(jax.random.fold_in(key, i), 3)[2] for i in range(5)])
+    recipe = Recipe(
+        seed=config.seed,
+        mean=0.0,
+        std=1 / 255,  # the golden's clips are normalised
+        label_smoothing=config.label_smoothing,
+        mixup=config.mixup,
+    )
+    step = jax.jit(
+        functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, recipe=recipe)
+    )
+    params = goldens.params(abstract, int(golden["param_seed"]))
+    state = {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), int)}
+    for i, expected in enumerate(golden["losses"]):
+        assert float(schedule(i)) == pytest.approx(float(golden["lrs"][i]), rel=1e-6)
+        clips = {"video": golden["clip"][i], "label": golden["labels"][i].astype(np.int32)}
+        state, sums = step(state, {**clips, "mask": np.ones(4, bool)})
+        assert abs(float(sums["loss"]) / 4 - expected) <= 1e-5, i
+    goldens.assert_samples(golden, "final", state["params"])
+
+
+def batch_of(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "video": rng.integers(0, 255, (count, 8, 32, 32, 3), np.uint8),
+        "label": rng.integers(0, 8, count).astype(np.int32),
+        "mask": np.arange(count) != 1,
+    }
+
+
+def distance(a, b):
+    return max(float(np.abs(a[name] - b[name]).max()) for name in a)
+
+
+@pytest.mark.parametrize("options", [{}, {"mixup": 0.4, "erase": 0.5}, {"cutmix": 1.0}], ids=str)
+def test_accumulation_equals_the_large_batch(options):
+    config, optimizer = make_model_config("xvit_tiny", **TINY), optax.sgd(0.1, momentum=0.9)
+    found = []
+    for parts in (1, 4):
+        state, step, _ = make_step(config, optimizer, 0, accumulate_steps=parts, **options)
+        for i in range(2):
+            state, sums = step(state, batch_of(8, i))
+        found.append((state["params"], jax.device_get(sums)))
+    (whole, expected), (parts, sums) = found
+    assert distance(whole, parts) <= 1e-6
+    for name, value in expected.items():
+        assert sums[name] == pytest.approx(value, rel=1e-5), name
+    assert sums["count"] <= 7  # one is masked, and with mixing its partner
+
+
+def test_averages_follow_the_weights():
+    config = make_model_config("xvit_tiny", **TINY)
+    state, step, _ = make_step(config, optax.sgd(0.1), 0, ema_decay=0.5)
+    average = jax.device_get(state["params"])
+    for i in range(8):
+        state, _ = step(state, batch_of(4, i))
+        keep = min(0.5, (2 + i) / (11 + i))
+        average = {k: keep * average[k] + (1 - keep) * v for k, v in state["params"].items()}
+    assert distance(average, state["ema"]) <= 1e-6
+    assert best_params(state) is state["ema"]
+    assert distance(state["params"], state["ema"]) > 1e-4
+
+
+def test_frozen_weights_stay_and_have_no_moments():
+    config = make_model_config("xvit_tiny", **TINY)
+    names = abstract_model(config)[1]
+    frozen = frozenset(name for name in names if name.startswith("base_model."))
+    state, step, _ = make_step(config, optax.adamw(0.1, weight_decay=1.0), 0, frozen=frozen)
+    assert not any("base_model" in str(path) for path, _ in tree_paths(state["opt_state"]))
+    after, _ = step(state, batch_of(4))
+    for name in names:
+        same = bool((after["params"][name] == state["params"][name]).all())
+        assert same == (name in frozen), name
+
+
+def tree_paths(tree):
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def test_divergence_is_the_formula():
+    rng = np.random.default_rng(0)
+    logits, wanted, t = rng.normal(size=(3, 5)), rng.normal(size=(3, 5)), 2.5
+
+    def softmax(x):
+        return np.exp(x) / np.exp(x).sum(1, keepdims=True)
+
+    p, q = softmax(wanted / t), softmax(logits / t)
+    expected = t * t * (p * np.log(p / q)).sum(1)
+    np.testing.assert_allclose(divergence(logits, wanted, t), expected, rtol=1e-4)
+    np.testing.assert_allclose(divergence(wanted, wanted, t), 0, atol=1e-5)
+
+
+def test_a_student_imitates_its_teacher():
+    """With all weight on the teacher, labels do not matter, and the divergence falls."""
+    config = make_model_config("xvit_tiny", **TINY)
+    graphdef, _ = abstract_model(config)
+    _, teacher_params = split_params(build_model(config, nnx.Rngs(7)))
+    # The teacher wants other pixels: the same video must reach it as its own normalisation gives.
+    teacher = Teacher(graphdef=graphdef, mean=0.25, std=0.75, weight=1.0, temperature=2.0)
+    recipe, optimizer = Recipe(seed=0), optax.adam(3e-3)
+    options = {"graphdef": graphdef, "optimizer": optimizer, "recipe": recipe}
+    step = jax.jit(functools.partial(train_step, **options, teacher=teacher))
+    state, batch = init_state(config, optimizer, recipe, seed=0), batch_of(6)
+    wanted = merge_params(graphdef, teacher_params)(normalize(batch["video"], 0.25, 0.75))
+    logits = merge_params(graphdef, state["params"])(normalize(batch["video"], 0.5, 0.5))
+    expected = divergence(logits, wanted, 2.0)[batch["mask"]].sum()
+    losses = []
+    for _ in range(60):
+        state, sums = step(state, batch, teacher_params)
+        losses.append(float(sums["loss"]))
+    assert losses[0] == pytest.approx(float(expected), rel=1e-4)
+    assert losses[-1] < 0.1 * losses[0]
+    other = {**batch, "label": (batch["label"] + 1) % 8}
+    assert (
+        step(state, other, teacher_params)[1]["loss"]
+        == step(state, batch, teacher_params)[1]["loss"]
+    )

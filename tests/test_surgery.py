@@ -12,7 +12,7 @@ import torch
 from ml_collections import ConfigDict
 
 import jaxvid
-from jaxvid import checkpoint, sharding
+from jaxvid import model_folder, sharding
 from jaxvid.errors import InputError
 from jaxvid.models import (
     abstract_model,
@@ -57,7 +57,7 @@ def folders(tmp_path_factory):
 def start(folder, options: dict):
     """Loads a folder as the start of another model: network, weights there, fresh, report."""
     graphdef, fresh = random_network(options, seed=2)
-    params, lines = checkpoint.load_init(folder, make_model_config(**options), fresh)
+    params, lines = model_folder.load_init(folder, make_model_config(**options), fresh)
     found = split_params(jaxvid.load_model(folder))[1]
     return merge_params(graphdef, params), found, fresh, lines
 
@@ -75,7 +75,7 @@ def clip(options: dict) -> jax.Array:
 
 def refused(folder, options: dict) -> str:
     with pytest.raises(InputError) as error:
-        checkpoint.load_init(folder, make_model_config(**options), random_network(options, 2)[1])
+        model_folder.load_init(folder, make_model_config(**options), random_network(options, 2)[1])
     assert "\n" not in str(error.value)
     assert str(folder) in str(error.value)
     return str(error.value)
@@ -279,7 +279,7 @@ def test_weights_get_the_sharding_of_the_fresh_ones(folders):
     options = {**STAM, "num_classes": 4, "num_frames": 11, "image_size": 48}
     fresh = random_network(options, seed=2)[1]
     fresh = jax.device_put(fresh, sharding.state_sharding(fresh, mesh))
-    params, _ = checkpoint.load_init(folders / "stam", make_model_config(**options), fresh)
+    params, _ = model_folder.load_init(folders / "stam", make_model_config(**options), fresh)
     plain = split_params(start(folders / "stam", options)[0])[1]
     head = ("head.kernel", "head.bias")
     for name, array in params.items():

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import jaxvid
-from jaxvid import checkpoint, evaluate, steps
+from jaxvid import checkpoint, evaluate, model_folder, steps
 from jaxvid.data.pipeline import ClipSpec, load_eval_views
 from jaxvid.errors import InputError
 from jaxvid.models import split_params
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def weights(workdir: Path) -> str:
-    return checkpoint.fingerprint(split_params(jaxvid.load_model(workdir / "model"))[1])
+    return model_folder.fingerprint(split_params(jaxvid.load_model(workdir / "model"))[1])
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_weights_that_are_not_finite_are_not_evaluated(run, tmp_path):
     workdir, config, _ = run
     model = jaxvid.load_model(workdir / "model")
     model.consensus.cls_token[...] = np.nan
-    how = checkpoint.load_card(workdir / "model")["preprocessing"]
+    how = model_folder.load_card(workdir / "model")["preprocessing"]
     jaxvid.save_model(model, tmp_path / "nan", preprocessing=how)
     other = config.copy_and_resolve_references().unlock()
     other.init_from = str(tmp_path / "nan")
@@ -340,7 +340,10 @@ MOTION = ("--config", "configs/motion.py", "--workdir")
         ((*MOTION, "w", "--config.sed=1"), "there is --config.seed"),
         ((*MOTION, "w", "--config.seed.x=1"), "nothing below .seed"),
         ((*MOTION, "w", "--config.seed=one"), "--config.seed=one: invalid literal"),
-        ((*MOTION, "w", "--mode=test"), "--mode=test: value should be one of <train|eval|schedule>"),
+        (
+            (*MOTION, "w", "--mode=test"),
+            "--mode=test: value should be one of <train|eval|sch",
+        ),
         ((*MOTION, "w", "--wrokdir=x"), "Did you mean: workdir"),
         ((*MOTION, "w", "x"), "'x': not a flag"),
         ((*MOTION, "w", "--config.model.name=xvit_k400"), "made for one model"),

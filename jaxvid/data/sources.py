@@ -77,6 +77,23 @@ def open_folder(data, num_classes: int, splits: tuple[str, ...]) -> VideoFolder:
     return VideoFolder(records, labels)
 
 
+def guess_source(folder: Path) -> tuple[str, int]:
+    """Which of `SOURCES` a folder is, and the number of its classes.
+
+    Raises:
+        InputError: It is none of them.
+    """
+    if (folder / "dataset_info.json").is_file():
+        return "pack", len(PackRecords(str(folder), "train", is_folder=True).labels)
+    if (folder / "train.csv").is_file() or any(folder.glob("something-something-v2-*.json")):
+        return "folder", len(read_labels(folder)[0])
+    if (folder / "train").is_dir():
+        return "class_folders", len(read_class_folders(folder, ("train",))[0])
+    raise InputError(
+        f"{folder}: has no train.csv, no train/CLASS/*.mp4, and is no pack; give it one of these"
+    )
+
+
 def _check_labels(labels: list[str], where: object, num_classes: int) -> None:
     if len(labels) != num_classes:
         raise InputError(
