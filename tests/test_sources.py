@@ -175,6 +175,9 @@ def test_official_something_lists(tmp_path):
     with pytest.raises(InputError, match="validation.json:1: 'Eating something' is not a class"):
         open_folder(data, 2, ("val",))
     write(path, '[{"id": "7"}]')
+    with pytest.raises(InputError, match="validation.json:1: has no label, as in a test list"):
+        open_folder(data, 2, ("val",))
+    write(path, '[{"template": "Holding [something]"}]')
     with pytest.raises(InputError, match="is no list of entries"):
         open_folder(data, 2, ("val",))
 
@@ -196,7 +199,7 @@ def test_class_folders(tmp_path):
     flat = open_folder(section("class_folders", tmp_path / "train"), 2, ("val",))
     assert len(flat.records["val"]) == 3
     write(tmp_path / "labels.txt", "b\n")
-    with pytest.raises(InputError, match="the folder 'a' is not a class in labels.txt"):
+    with pytest.raises(InputError, match="the folder 'a' is not a class in .*labels.txt"):
         open_folder(section("class_folders", tmp_path), 1, ("train",))
 
 

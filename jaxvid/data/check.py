@@ -22,14 +22,14 @@ import numpy as np
 from jaxvid import progress
 from jaxvid.data.decode import DecodeError, Video
 from jaxvid.data.lists import (
-    Record,
-    file_state,
-    is_kinetics,
+    find_split,
+    names_classes,
     read_class_folders,
-    read_kinetics_list,
     read_labels,
-    read_list,
+    read_records,
 )
+from jaxvid.data.official import is_kinetics
+from jaxvid.data.records import Record, file_state
 from jaxvid.errors import InputError
 
 SOME_BROKEN = 3  # exit status
@@ -65,14 +65,15 @@ class Finding:
 
 
 def gather(
-    paths: Sequence[str | Path], prefix: str = ""
+    paths: Sequence[str | Path], prefix: str = "", *, labelled: bool = True
 ) -> tuple[dict[str, list[Record]], list[str]]:
     """Finds the videos of lists and folders, whether the files are there or not.
 
     Args:
-        paths: Lists, named after their splits, or folders: those with `train.csv`, `val.csv` or
-            `test.csv` in them, and those with a folder a class.
+        paths: Lists, named after their splits, or folders: those with lists in them (`train.csv`,
+            `val.csv`, `test.csv`, or the official ones), and those with a folder a class.
         prefix: What paths in lists are relative to; empty: the list's folder.
+        labelled: Whether every video must have a label.
 
     Returns:
         Split → records, and the names of the classes; their numbers where nothing names them.
@@ -82,7 +83,7 @@ def gather(
     """
     records, names, where = {}, None, None
     for path in map(Path, paths):
-        found, labels = _gather_one(path, prefix)
+        found, labels = _gather_one(path, prefix, labelled)
         for split in found:
             if split in records:
                 raise InputError(f"{path}: split {split!r} is given twice; rename one of the lists")
@@ -99,27 +100,29 @@ def gather(
     return records, names
 
 
-def _gather_one(path: Path, prefix: str) -> tuple[dict[str, list[Record]], list[str] | None]:
+def _gather_one(
+    path: Path, prefix: str, labelled: bool
+) -> tuple[dict[str, list[Record]], list[str] | None]:
     folder = path if path.is_dir() else path.parent
-    lists = [folder / f"{split}.csv" for split in SPLITS] if path.is_dir() else [path]
-    if path.is_dir() and not any(map(os.path.isfile, lists)):
+    found = {split: find_split(folder, split) for split in SPLITS} if path.is_dir() else {}
+    lists = {split: file for split, file in found.items() if file.is_file()}
+    if path.is_dir() and not lists:
         splits = tuple(split for split in SPLITS if (path / split).is_dir())
         labels, records = read_class_folders(path, splits or ("train",))
         return records, labels
-    lists = [file for file in lists if file.is_file()] or [path]
-    named = any((folder / name).is_file() for name in ("labels.txt", "labels.json"))
-    labels = read_labels(folder)[0] if named or is_kinetics(lists[0]) else None
-    records = {}
-    for file in lists:
-        split = file.stem
-        if not split.isidentifier():
-            raise InputError(f"{file}: its name is its split's, in letters; rename it to train.csv")
-        options = {"prefix": prefix, "missing": "keep"}
-        if is_kinetics(file):
-            records[split] = read_kinetics_list(file, labels, **options)
-        else:
-            records[split] = read_list(file, labels and len(labels), **options)
-    return records, labels
+    if not path.is_dir():
+        lists = {_split_of(path): path}
+    named = names_classes(folder) or (labelled and any(map(is_kinetics, lists.values())))
+    labels = read_labels(folder)[0] if named else None
+    options = {"prefix": prefix, "missing": "keep", "labelled": labelled}
+    return {split: read_records(file, labels, **options) for split, file in lists.items()}, labels
+
+
+def _split_of(path: Path) -> str:
+    split = path.stem.removeprefix("something-something-v2-")
+    if not split.isidentifier():
+        raise InputError(f"{path}: its name is its split's, in letters; rename it to train.csv")
+    return "val" if split in ("validate", "validation") else split
 
 
 def examine(record: Record, split: str, use: Callable[[np.ndarray], None], num: int = 0) -> Finding:
@@ -271,7 +274,7 @@ def check(paths: Sequence[str | Path], workers: int, prefix: str = "") -> dict:
     Raises:
         InputError: As `gather`.
     """
-    records, _ = gather(paths, prefix)
+    records, _ = gather(paths, prefix, labelled=False)
     items = [(record, split) for split, found in records.items() for record in found]
     start, findings = time.monotonic(), []
     with contextlib.closing(Progress(len(items), "reading")) as bar:
