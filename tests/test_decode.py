@@ -35,6 +35,7 @@ def write_video(
         stream = container.add_stream(codec, rate=25)
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         stream.options = options or {}
+        stream.codec_context.thread_count = 1  # on a busy machine libvpx's threads may lock up
         for name, value in settings.items():
             setattr(stream.codec_context, name, value)
         if turn:
