@@ -25,12 +25,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import av
 import cv2
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageEnhance, ImageOps
 
 from jaxvid.data import augment, sampling, transforms
 from jaxvid.data.decode import Video
 from jaxvid.data.packing import Settings
-from jaxvid.data.packs import PackRecords
+from jaxvid.data.packs import PackedVideo, PackRecords
 from jaxvid.data.pipeline import ClipSpec, load_eval_views
 from jaxvid.data.prepare import prepare
 
@@ -109,6 +110,13 @@ def wanted_of(length: int) -> list[int]:
 def with_jaxvid(source) -> np.ndarray:
     """This project's pipeline, on a file or on a record of a pack."""
     return np.ascontiguousarray(load_eval_views(source, SPEC)["video"][0])
+
+
+def jpegs_of(video: PackedVideo) -> list[bytes]:
+    """The pictures of its clip."""
+    size = video.listed.frames_per_record
+    places = [divmod(i, size) for i in wanted_of(video.listed.num_frames)]
+    return [video.records.read(video.listed.record + n)["frames"][i] for n, i in places]
 
 
 def with_pyav(path: Path) -> np.ndarray:
@@ -285,9 +293,7 @@ def main() -> None:
     parser.add_argument("--size", default="340x256", help="of the videos, in pixels")
     parser.add_argument("--videos", type=int, default=6, help="different videos")
     parser.add_argument("--rounds", type=int, default=24, help="clips that each side makes")
-    parser.add_argument(
-        "--frames_per_record", type=int, default=Settings.frames_per_record, help="of the pack"
-    )
+    parser.add_argument("--frames_per_record", type=int, default=Settings.frames_per_record)
     args = parser.parse_args()
     width, height = (int(n) for n in args.size.split("x"))
     cv2.setNumThreads(1)
@@ -319,7 +325,12 @@ def main() -> None:
             prepare([folder / "train.csv"], folder / "pack", settings, workers=1)
         pack = PackRecords(str(folder / "pack"), "train", is_folder=True)
         records = {path: pack[i] for i, path in enumerate(paths)}
-        sides = {"jaxvid, pack of JPEG frames": lambda path: with_jaxvid(records[path]), **sides}
+        jpegs = {path: jpegs_of(record) for path, record in records.items()}
+        sides = {
+            "jaxvid, pack of JPEG frames": lambda path: with_jaxvid(records[path]),
+            "JPEG decoding alone": lambda path: [simplejpeg.decode_jpeg(j) for j in jpegs[path]],
+            **sides,
+        }
         compare("pack", sides, rounds)
 
         with Video(paths[0]) as video:
