@@ -12,7 +12,7 @@ from jaxvid.models import abstract_model, make_model_config
 from jaxvid.train import train
 
 ROOT = Path(__file__).parents[1]
-VARIANTS = {"motion": ("", "blind"), "common": (), "finetune": ()}
+VARIANTS = {"motion": ("", "blind", "stam"), "common": (), "finetune": ()}
 VARIANTS |= dict.fromkeys(("xvit_k400", "xvit_k600", "xvit_ssv2"), ("released", "paper"))
 CONFIGS = [
     (path.stem, variant)
@@ -112,7 +112,7 @@ def test_finetune_reads_its_model_and_its_data(motion_folder, tmp_path):
 
 
 def test_unknown_variants_are_refused():
-    with pytest.raises(ValueError, match="configs/motion.py:fast: there are ''"):
+    with pytest.raises(ValueError, match="motion.py:fast: there are '', 'blind' and 'stam'"):
         importlib.import_module("configs.motion").get_config("fast")
     with pytest.raises(ValueError, match="xvit_k400.py:fast: there are 'released' and 'paper'"):
         importlib.import_module("configs.xvit_k400").get_config("fast")

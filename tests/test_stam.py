@@ -126,6 +126,29 @@ def test_frames_do_not_see_each_other_and_their_order_counts():
     assert jnp.abs(run(model, video) - run(model, video[:, ::-1])).max() > 1e-5
 
 
+def test_the_mean_of_frames_does_not_know_their_order():
+    video = jax.random.uniform(jax.random.key(0), (2, 8, 64, 64, 3))
+    blind = create_model("stam_tiny", aggregator="mean")
+    np.testing.assert_allclose(run(blind, video), run(blind, video[:, ::-1]), atol=1e-5)
+    model = create_model("stam_tiny")
+    assert jnp.abs(run(model, video) - run(model, video[:, ::-1])).max() > 1e-3
+
+
+def test_small_initial_weights_depend_on_the_width():
+    _, params = split_params(create_model("stam_tiny"))
+    kernels = {name: leaf for name, leaf in params.items() if name.endswith("kernel")}
+    assert len(kernels) > 10
+    for name, kernel in kernels.items():
+        if not name.startswith("patch_embed"):
+            assert kernel.std() == pytest.approx(kernel.shape[0] ** -0.5, rel=0.1), name
+    assert params["pos_embed"].std() == pytest.approx(0.3, rel=0.1)
+    assert params["aggregate.pos_embed"].std() == pytest.approx(1, rel=0.1)
+    _, released = split_params(create_model("stam_tiny", init="released"))
+    for name in (*kernels, "pos_embed", "aggregate.pos_embed"):
+        if not name.startswith("patch_embed"):
+            assert released[name].std() == pytest.approx(0.02, rel=0.15), name
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -133,6 +156,7 @@ def test_frames_do_not_see_each_other_and_their_order_counts():
         ({"temporal_heads": 7}, "width=768 does not divide by temporal_heads=7"),
         ({"patch_size": 15}, "image_size=224 does not divide by patch_size=15"),
         ({"aggregator": "max"}, "aggregator='max' is not one of transformer, mean"),
+        ({"init": "zeros"}, "init='zeros' is not one of released, small"),
     ],
 )
 def test_impossible_configs_are_refused_by_name_and_value(overrides, message):

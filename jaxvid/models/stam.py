@@ -28,6 +28,15 @@ from jaxvid.models.surgery import resize_pos_embed
 EPS = 1e-5
 # normal(0.02) folded into ±2σ: what lies outside is drawn again, as jax's truncated normal does.
 normal_init = nnx.initializers.truncated_normal(0.02)
+# Of Linear weights, the image ViT's `pos_embed`, the aggregator's `pos_embed`.
+INITS = {
+    "released": (normal_init, normal_init, normal_init),
+    "small": (
+        nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
+        nnx.initializers.normal(0.3),
+        nnx.initializers.normal(1.0),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +60,9 @@ class STAMConfig:
         temporal_mlp: Hidden width of the aggregator's feed-forward layers.
         dropout: Rate inside the aggregator.
         drop_path: Stochastic depth at the last block; rises linearly from 0 at the first.
+        init: Initial weights: `released` (truncated normal, std 0.02) or `small` (Linear weights
+            1/sqrt(fan_in), positional embeddings 0.3 in the image ViT and 1 in the aggregator,
+            whose frames are normalised to 1: learns far faster where the width is small).
         remat: Recompute the image ViT's blocks in the backward pass instead of keeping them.
         dtype: `float32` or `bfloat16` for the computation; weights are float32 always.
     """
@@ -70,17 +82,37 @@ class STAMConfig:
     temporal_mlp: int = 2048
     dropout: float = 0.1
     drop_path: float = 0.0
+    init: str = "released"
     remat: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
         check_divides(self, width="heads", image_size="patch_size")
-        check_options(self, aggregator=("transformer", "mean"), dtype=("float32", "bfloat16"))
+        check_options(
+            self,
+            aggregator=("transformer", "mean"),
+            init=tuple(INITS),
+            dtype=("float32", "bfloat16"),
+        )
         if self.aggregator == "transformer":
             check_divides(self, width="temporal_heads")
 
 
 PRESETS = {f"stam_{t}": STAMConfig(name=f"stam_{t}", num_frames=t) for t in (8, 16, 32, 64)}
+PRESETS["stam_tiny"] = STAMConfig(
+    name="stam_tiny",
+    num_classes=8,
+    num_frames=8,
+    image_size=64,
+    width=64,
+    depth=3,
+    heads=2,
+    temporal_depth=2,
+    temporal_heads=4,
+    temporal_mlp=256,
+    dropout=0.0,
+    init="small",
+)
 
 
 class Attention(nnx.Module):
@@ -88,8 +120,8 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: STAMConfig, *, rngs: nnx.Rngs):
         self.heads = cfg.heads
-        self.qkv = _linear(cfg.width, 3 * cfg.width, cfg.dtype, rngs=rngs)
-        self.proj = _linear(cfg.width, cfg.width, cfg.dtype, rngs=rngs)
+        self.qkv = _linear(cfg, cfg.width, 3 * cfg.width, rngs=rngs)
+        self.proj = _linear(cfg, cfg.width, cfg.width, rngs=rngs)
 
     def split(self, x: jax.Array) -> list[jax.Array]:
         """Queries, keys and values, each `(b t n d)`."""
@@ -109,7 +141,7 @@ class FrameAttention(nnx.Module):
         # (in, out), as all kernels here; torch keeps its transpose under this name.
         self.in_proj_weight = nnx.Param(xavier(rngs.params(), (cfg.width, 3 * cfg.width)))
         self.in_proj_bias = nnx.Param(jnp.zeros(3 * cfg.width))
-        self.out_proj = _linear(cfg.width, cfg.width, cfg.dtype, rngs=rngs)
+        self.out_proj = _linear(cfg, cfg.width, cfg.width, rngs=rngs)
 
     def split(self, x: jax.Array) -> list[jax.Array]:
         """Queries, keys and values, each `(b 1 n d)`."""
@@ -126,8 +158,8 @@ class EncoderLayer(nnx.Module):
     def __init__(self, cfg: STAMConfig, *, rngs: nnx.Rngs):
         self.rate = cfg.dropout
         self.self_attn = FrameAttention(cfg, rngs=rngs)
-        self.linear1 = _linear(cfg.width, cfg.temporal_mlp, cfg.dtype, rngs=rngs)
-        self.linear2 = _linear(cfg.temporal_mlp, cfg.width, cfg.dtype, rngs=rngs)
+        self.linear1 = _linear(cfg, cfg.width, cfg.temporal_mlp, rngs=rngs)
+        self.linear2 = _linear(cfg, cfg.temporal_mlp, cfg.width, rngs=rngs)
         self.norm1 = layer_norm(cfg.width, EPS, cfg.dtype, rngs=rngs)
         self.norm2 = layer_norm(cfg.width, EPS, cfg.dtype, rngs=rngs)
 
@@ -157,7 +189,8 @@ class Aggregator(nnx.Module):
 
     def __init__(self, cfg: STAMConfig, *, rngs: nnx.Rngs):
         self.cls_token = nnx.Param(normal_init(rngs.params(), (1, 1, cfg.width)))
-        self.pos_embed = nnx.Param(normal_init(rngs.params(), (1, cfg.num_frames + 1, cfg.width)))
+        _, _, pos_init = INITS[cfg.init]
+        self.pos_embed = nnx.Param(pos_init(rngs.params(), (1, cfg.num_frames + 1, cfg.width)))
         self.transformer_enc = Encoder(cfg, rngs=rngs)
 
     def embed(self, frames: jax.Array) -> jax.Array:
@@ -186,9 +219,10 @@ class STAM(nnx.Module):
         n = (config.image_size // config.patch_size) ** 2 + 1
         self.patch_embed = PatchEmbed(config.patch_size, config.width, config.dtype, rngs=rngs)
         self.cls_token = nnx.Param(normal_init(rngs.params(), (1, 1, config.width)))
-        self.pos_embed = nnx.Param(normal_init(rngs.params(), (1, n, config.width)))
+        linear_init, pos_init, _ = INITS[config.init]
+        self.pos_embed = nnx.Param(pos_init(rngs.params(), (1, n, config.width)))
         hidden = config.mlp_ratio * config.width
-        linear = functools.partial(_linear, dtype=config.dtype, rngs=rngs)
+        linear = functools.partial(_linear, config, rngs=rngs)
         attention = functools.partial(Attention, config, rngs=rngs)
         self.blocks = nnx.List(
             [
@@ -199,7 +233,7 @@ class STAM(nnx.Module):
         self.norm = layer_norm(config.width, EPS, config.dtype, rngs=rngs)
         if config.aggregator == "transformer":
             self.aggregate = Aggregator(config, rngs=rngs)
-        self.head = _linear(config.width, config.num_classes, "float32", rngs=rngs)
+        self.head = nnx.Linear(config.width, config.num_classes, kernel_init=linear_init, rngs=rngs)
 
     def embed(self, video: jax.Array) -> jax.Array:
         """Tokens before the first block: `(b t h w c)` → `(b t n d)`."""
@@ -268,5 +302,5 @@ class STAM(nnx.Module):
         return self.head(self.video_features(frames, key=keys[1]))
 
 
-def _linear(fan_in: int, fan_out: int, dtype: str, *, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(fan_in, fan_out, kernel_init=normal_init, dtype=dtype, rngs=rngs)
+def _linear(cfg: STAMConfig, fan_in: int, fan_out: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(fan_in, fan_out, kernel_init=INITS[cfg.init][0], dtype=cfg.dtype, rngs=rngs)
