@@ -32,7 +32,8 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, fr
 
 def main(_) -> None:
     """Runs the program that the flags name; bad input becomes one line and exit code 2."""
-    logging.set_verbosity(logging.WARNING)  # JAX, Orbax and Grain tell every step they take
+    # JAX, Orbax and Grain tell every step they take; what fails is raised, and told in one line.
+    logging.set_verbosity(logging.FATAL)
     from jaxvid import sharding
     from jaxvid.errors import InputError
     from jaxvid.evaluate import evaluate
@@ -40,9 +41,10 @@ def main(_) -> None:
     from jaxvid.train import train
 
     try:
+        profile_steps = cli.parse_range("profile")
         sharding.init_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         if MODE.value == "train":
-            train(CONFIG.value, WORKDIR.value, profile_steps=cli.parse_range("profile"))
+            train(CONFIG.value, WORKDIR.value, profile_steps=profile_steps)
         elif MODE.value == "eval":
             evaluate(CONFIG.value, WORKDIR.value)
         else:

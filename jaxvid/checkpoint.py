@@ -3,12 +3,12 @@
 import contextlib
 import json
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import grain
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxvid import sharding
@@ -72,20 +72,23 @@ def save_checkpoint(
     Raises:
         InputError: It, or the one before, cannot be written.
     """
-    position = {"checksum": int(_checksum(state)), "iterator": data_iter.get_state()}
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position))
+    position = ocp.args.JsonSave(data_iter.get_state())
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=position)
+    finish_saving(manager)
     with _told_if_not_written(manager):
         manager.save(int(state["step"]), args=args)
 
 
 def finish_saving(manager: ocp.CheckpointManager) -> None:
-    """Waits for the last checkpoint.
+    """Waits for the last checkpoint, and notes what its files hold.
 
     Raises:
         InputError: It cannot be written.
     """
     with _told_if_not_written(manager):
         manager.wait_until_finished()
+        if not jax.process_index():
+            _note_files(Path(manager.directory).parent)
 
 
 @contextlib.contextmanager
@@ -101,14 +104,35 @@ def _told_if_not_written(manager: ocp.CheckpointManager) -> Iterator[None]:
         ) from None
 
 
-@jax.jit
-def _checksum(state: dict) -> jax.Array:
-    """A number that changes with any bit of the state; the same on any devices."""
-    total = jnp.zeros((), jnp.uint32)
-    for i, leaf in enumerate(jax.tree.leaves(state)):
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
-        total += jnp.uint32(2 * i + 1) * bits.sum(dtype=jnp.uint32)
-    return total
+def _note_files(workdir: Path) -> None:
+    """Keeps the checksums of all checkpoints' files in `WORKDIR/checkpoints.json`.
+
+    What reads a checkpoint finds damage late, or not at all; these find it before.
+    """
+    noted = _noted_files(workdir)
+    steps = {str(step): workdir / "checkpoints" / str(step) for step in find_steps(workdir)}
+    if steps.keys() != noted.keys():
+        noted = {step: noted.get(step) or _checksums(folder) for step, folder in steps.items()}
+        partial = workdir / ".checkpoints.json.partial"
+        partial.write_text(json.dumps(noted))
+        partial.replace(workdir / "checkpoints.json")
+
+
+def _noted_files(workdir: Path) -> dict[str, dict[str, int]]:
+    path = workdir / "checkpoints.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of every file below a folder."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        checksum = 0
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                checksum = zlib.crc32(block, checksum)
+        found[str(path.relative_to(folder))] = checksum
+    return found
 
 
 def restore_newest(
@@ -137,9 +161,13 @@ def restore_newest(
         if step is None:
             break
         try:
+            _check_files(workdir, step)
             return manager, _restore(manager, step, abstract_state, data_iter)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            reason = next(filter(None, map(str.strip, str(error).splitlines())), repr(error))
+        except jax.errors.JaxRuntimeError:  # the device's memory, say: not the checkpoint's fault
+            raise
+        except Exception as error:  # Orbax raises bare ones
+            cause = error.__cause__ or error
+            reason = next(filter(None, map(str.strip, str(cause).splitlines())), repr(cause))
         manager.close()
         damaged.append(_move_aside(workdir, step))
         log.warning(
@@ -156,14 +184,23 @@ def restore_newest(
     return manager, None
 
 
+def _check_files(workdir: Path, step: int) -> None:
+    expected = _noted_files(workdir).get(str(step))
+    if expected is None:  # the run was killed before it could note them
+        return
+    found = _checksums(workdir / "checkpoints" / str(step))
+    if wrong := [name for name, checksum in expected.items() if found.get(name) != checksum]:
+        raise ValueError(
+            f"{len(wrong)} of {len(expected)} files are missing or changed: {wrong[0]}"
+        )
+
+
 def _restore(manager, step: int, abstract_state: dict, data_iter) -> dict:
     args = ocp.args.Composite(
         state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
     )
     restored = manager.restore(step, args=args)
-    if int(_checksum(restored.state)) != restored.data["checksum"]:
-        raise ValueError("its checksum is another")
-    data_iter.set_state(restored.data["iterator"])
+    data_iter.set_state(restored.data)
     return restored.state
 
 

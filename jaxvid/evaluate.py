@@ -73,7 +73,7 @@ def evaluate_params(
         num_workers=config.data.num_workers,
         shard=shard,
     )
-    progress = metrics.Progress(len(records), unit="video", title="evaluating")
+    progress = metrics.Progress(len(records), unit="video", title="evaluating", lines=True)
     results = []  # the sums so far on the host, and the newest steps' on the device
     failed, padded = [], 0
     try:

@@ -135,6 +135,12 @@ def train(
             if config.ema_decay:
                 state["ema"] = jax.tree.map(jnp.copy, state["params"])
     step = start_step = int(state["step"])
+    if profile_steps and not step <= profile_steps[0] < profile_steps[1] <= total_steps:
+        manager.close()
+        raise InputError(
+            f"profile of the steps {profile_steps[0]} to {profile_steps[1]}: the run goes from "
+            f"{step} to {total_steps}"
+        )
     provenance.note_start(workdir, provenance.describe_run(mesh, data.records))
     metrics.setup_logging(workdir)
     checkpoint.save_config(config, workdir)

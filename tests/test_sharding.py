@@ -108,3 +108,41 @@ def test_batch_sizes_that_cannot_be_cut_are_refused():
     for size in (12, 0, -8):
         with pytest.raises(InputError, match=f"batch_size={size} must be a positive multiple of 8"):
             sharding.check_batch_size("batch_size", size, mesh)
+
+
+def test_fully_sharded_state_takes_an_eighth_of_the_memory():
+    """A ViT-B training step, as the compiler plans it: the state under fsdp=8 and on each of 8."""
+    config = make_model_config("xvit_k400", remat=True)
+    optimizer, recipe = optax.adamw(1e-4), steps.Recipe(seed=0)
+    graphdef, _ = abstract_model(config)
+    state = jax.eval_shape(functools.partial(steps.init_state, config, optimizer, recipe, seed=0))
+    held = {}
+    for fsdp in (1, 8):
+        mesh = make_mesh(8 // fsdp, fsdp, 1)
+        abstract = sharding.with_sharding(state, mesh)
+        clips = {"video": ((8, 16, 224, 224, 3), "uint8"), "label": ((8,), "int32")}
+        batch = {
+            name: jax.ShapeDtypeStruct(*what, sharding=sharding.batch_sharding(mesh))
+            for name, what in {**clips, "mask": ((8,), "bool")}.items()
+        }
+        step = functools.partial(
+            steps.train_step, graphdef=graphdef, optimizer=optimizer, recipe=recipe
+        )
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        step = jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+        memory = step.lower(abstract, batch).compile().memory_analysis()
+        video = 16 * 224 * 224 * 3  # bytes of one clip, the batch's share of a device
+        held[fsdp] = memory.argument_size_in_bytes - video
+    assert held[8] <= held[1] / 7
+    assert held[1] > 3 * 4 * 93e6  # weights and two moments, float32
+
+
+def test_processes_know_their_rows():
+    assert sharding.rows_of_process(make_mesh(4, 2, 1), 16) == (0, 1)
+
+
+def test_flags_of_processes_must_be_complete(monkeypatch):
+    sharding.init_processes()  # nothing says that there are several
+    for flags in (("host:1", None, None), (None, 2, 0), ("host:1", 2, 2), ("host:1", 2, -1)):
+        with pytest.raises(InputError, match="all three are needed"):
+            sharding.init_processes(*flags)

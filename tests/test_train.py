@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -267,7 +268,7 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     other = config.copy_and_resolve_references().unlock()
     other.optimizer.update({"learning_rate": 1e30, "warmup_epochs": 0.0})
-    with pytest.raises(InputError, match="not finite at step .*lower optimizer.learning_rate"):
+    with pytest.raises(InputError, match="not finite at step .*videos .*lower optimizer.learn"):
         train(other.lock(), tmp_path / "w")
     assert checkpoint.find_steps(tmp_path / "w") == []
 
@@ -428,3 +429,117 @@ def test_mixing_and_erasing_train_and_continue_to_the_same_bits(motion_folder, t
         parts = train(config, tmp_path / f"{name}_parts")
         assert whole["weights_sha256"] == parts["weights_sha256"]
         assert np.isfinite(whole["loss"])
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def damage_arrays(folder: Path, damage) -> None:
+    """Damages every file of a checkpoint that holds arrays: which one is read depends on Orbax."""
+    for path in (folder / "state").rglob("d/*"):
+        damage(path)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run, tmp_path, damage):
+    workdir, config, _ = run
+    train(config, tmp_path / "w", stop_step=6)
+    assert checkpoint.find_steps(tmp_path / "w") == [3, 6]
+    damage_arrays(tmp_path / "w" / "checkpoints" / "6", damage)
+    train(config, tmp_path / "w")
+    assert weights(tmp_path / "w") == weights(workdir)
+    assert (tmp_path / "w" / "damaged" / "6" / "state").is_dir()
+    log = (tmp_path / "w" / "log.txt").read_text()
+    assert "step 3 of 12, continued" in log
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run, tmp_path):
+    _, config, _ = run
+    train(config, tmp_path / "w", stop_step=2)
+    damage_arrays(tmp_path / "w" / "checkpoints" / "2", truncate)
+    with pytest.raises(InputError, match="every checkpoint is damaged"):
+        train(config, tmp_path / "w")
+
+
+def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(run, tmp_path, monkeypatch):
+    workdir, config, _ = run
+    original = checkpoint.save_checkpoint
+
+    def save_on_a_full_disk(manager, state, data_iter):
+        if int(state["step"]) < 6:
+            return original(manager, state, data_iter)
+        manager.wait_until_finished()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file may be larger
+        try:
+            original(manager, state, data_iter)
+            checkpoint.finish_saving(manager)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_on_a_full_disk)
+    with pytest.raises(InputError, match="cannot be written to .*whole ones there are .*: 3; make"):
+        train(config, tmp_path / "w")
+    monkeypatch.undo()
+    train(config, tmp_path / "w")
+    assert weights(tmp_path / "w") == weights(workdir)
+
+
+def test_the_best_model_is_kept_and_every_start_told(run):
+    workdir, _, _ = run
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    best = max(row["val/top1"] for row in rows if "val/top1" in row)
+    card = model_folder.load_card(workdir / "best")
+    assert card["provenance"]["top1"] == best
+    [step] = [row["step"] for row in rows if row.get("val/top1") == best][:1]
+    assert card["provenance"]["step"] == step
+    starts = [json.loads(line) for line in (workdir / "starts.jsonl").read_text().splitlines()]
+    assert starts[0]["data"]["train"]["videos"] == 48
+    assert starts[0]["data"] == starts[-1]["data"]
+
+
+def test_the_average_is_what_is_evaluated_and_kept(motion_folder, tmp_path):
+    config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
+    config.update(ema_decay=0.9, accumulate_steps=2)
+    result = train(config.lock(), tmp_path / "w")
+    found = evaluate.evaluate(config, tmp_path / "w")
+    assert found["weights_sha256"] == result["weights_sha256"] == weights(tmp_path / "w")
+    assert found["loss"] == result["loss"]
+
+
+def test_a_teacher_is_imitated_and_a_misfit_refused(run, motion_folder, tmp_path):
+    workdir, _, _ = run
+    config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
+    config.distill.update(teacher=str(workdir / "model"), weight=1.0, temperature=2.0)
+    train(config.lock(), tmp_path / "w")
+    rows = [json.loads(line) for line in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert 0 < losses[-1] < 2  # a divergence from a teacher that knows little yet
+    other = config.copy_and_resolve_references().unlock()
+    other.model.image_size = 48
+    with pytest.raises(InputError, match="image_size is 64 there, 48 here"):
+        train(other.lock(), tmp_path / "x")
+
+
+def test_a_trace_is_written(motion_folder, tmp_path):
+    train(shrunk_config(motion_folder, num_epochs=1.0), tmp_path / "w", profile_steps=(1, 2))
+    assert list((tmp_path / "w" / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(InputError, match="profile of the steps 1 to 9: the run goes from 3 to 3"):
+        train(shrunk_config(motion_folder, 1.0), tmp_path / "w", profile_steps=(1, 9))
+
+
+def test_the_schedule_is_drawn_without_data(tmp_path):
+    done = main_py(*MOTION, tmp_path / "s", "--mode", "schedule")
+    assert done.returncode == 0, done.stderr
+    with Image.open(done.stdout.strip()) as picture:
+        assert picture.size > (300, 200)
+    done = main_py(*MOTION, tmp_path / "s", "--mode", "schedule", "--profile", "7")
+    assert done.returncode == 2
+    assert "--profile=7: must be START:STOP" in done.stderr

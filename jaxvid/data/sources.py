@@ -7,6 +7,7 @@ from pathlib import Path
 from jaxvid.data.h5 import read_xvit_list
 from jaxvid.data.lists import (
     Record,
+    find_split,
     read_class_folders,
     read_labels,
     read_labels_or_numbers,
@@ -85,7 +86,7 @@ def guess_source(folder: Path) -> tuple[str, int]:
     """
     if (folder / "dataset_info.json").is_file():
         return "pack", len(PackRecords(str(folder), "train", is_folder=True).labels)
-    if (folder / "train.csv").is_file() or any(folder.glob("something-something-v2-*.json")):
+    if find_split(folder, "train").is_file():
         return "folder", len(read_labels(folder)[0])
     if (folder / "train").is_dir():
         return "class_folders", len(read_class_folders(folder, ("train",))[0])

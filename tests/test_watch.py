@@ -1,0 +1,96 @@
+"""What watches over a run: stalls are told while they last, losses read late but exactly."""
+
+import json
+import logging
+import time
+
+import numpy as np
+import pytest
+
+from jaxvid import provenance, sharding
+from jaxvid.errors import InputError
+from jaxvid.metrics import log
+from jaxvid.watch import LateMetrics, NotFiniteError, Stalls
+
+
+@pytest.fixture
+def lines():
+    """What is logged."""
+    found = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    log.addHandler(handler)
+    yield found
+    log.removeHandler(handler)
+
+
+def test_a_stall_is_told_with_what_it_waits_for_and_again_at_twice_the_time(lines):
+    stalls = Stalls(0.1)
+    with stalls.stage("input", lambda: "reading a.mp4"):
+        time.sleep(0.5)
+    with stalls.stage("the device"):
+        time.sleep(0.01)
+    stalls.close()
+    assert 1 <= len(lines) <= 3
+    assert all(line.startswith("waiting for input since ") for line in lines)
+    assert lines[0].endswith("reading a.mp4")
+    assert 0.4 < stalls.waited["input"] < 5
+    assert stalls.waited["the device"] >= 0.01
+
+
+def sums(loss=1.0, stop=False):
+    return {
+        "loss": np.float32(loss),
+        "grad_norm": np.float32(1.0),
+        "count": np.int32(4),
+        "stop": np.bool_(stop),
+    }
+
+
+def test_late_metrics_are_read_in_order_and_summed_once():
+    late = LateMetrics()
+    for step in range(1, 6):
+        late.add(step, sums(loss=step, stop=step == 4), [])
+        late.read(leave=2)
+    assert not late.stop  # steps 4 and 5 are not read yet
+    total, count = late.take()
+    assert (total["loss"], total["count"], count) == (1 + 2 + 3, 12, 3)
+    late.read()
+    assert late.stop
+    assert late.take()[0]["loss"] == 4 + 5
+    assert late.take() == ({}, 0)
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_its_videos():
+    late = LateMetrics()
+    late.add(1, sums(), ["a.mp4"])
+    late.add(2, sums(loss=np.nan), ["b.mp4"])
+    late.read(leave=1)
+    with pytest.raises(NotFiniteError) as error:
+        late.read()
+    assert (error.value.step, error.value.ids) == (2, ["b.mp4"])
+
+
+class Video:
+    def __init__(self, id_):
+        self.id = id_
+
+
+def test_starts_are_noted_and_other_training_videos_refused(tmp_path):
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    videos = {"train": [Video("a"), Video("b")], "val": [Video("c")]}
+    for _ in range(2):
+        provenance.note_start(tmp_path, provenance.describe_run(mesh, videos))
+    first, second = map(json.loads, (tmp_path / "starts.jsonl").read_text().splitlines())
+    assert first["data"] == second["data"]
+    assert first["data"]["train"]["videos"] == 2
+    assert first["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert {"jax", "flax", "grain"} <= first["packages"].keys()
+    assert first["devices"] == "8 × cpu"
+    other = {**videos, "train": [Video("a"), Video("x")]}
+    assert provenance.fingerprint(other["train"]) != provenance.fingerprint(videos["train"])
+    with pytest.raises(InputError, match="was started with 2 training videos"):
+        provenance.note_start(tmp_path, provenance.describe_run(mesh, other))
+    changed = {**videos, "val": [Video("d")]}  # another validation list trains the same
+    provenance.note_start(tmp_path, provenance.describe_run(mesh, changed))
+    assert len((tmp_path / "starts.jsonl").read_text().splitlines()) == 3
