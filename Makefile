@@ -1,13 +1,16 @@
-# make demo · make test · make lint · make test-full (at full size): each sets up what it needs in .venv, once.
+# make demo · make demo-stam · make test · make lint · make test-full (at full size): each sets up what it needs in .venv, once.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-full lint format
+.PHONY: demo demo-stam test test-full lint format
 
 demo: $(VENV)/.run-installed
 	$(RUN) main.py --config configs/motion.py --workdir runs/motion
+
+demo-stam: $(VENV)/.run-installed
+	$(RUN) main.py --config configs/motion.py:stam --workdir runs/motion_stam
 
 test: $(VENV)/.dev-installed
 	$(RUN) -m pytest
