@@ -4,6 +4,7 @@ python main.py --config FILE.py --workdir FOLDER                train, with eval
 python main.py --config FILE.py --workdir FOLDER --mode eval    evaluate the newest checkpoint
 python main.py --config FILE.py --workdir FOLDER --mode schedule    draw the learning rate
 ... --config.FIELD=VALUE                           override a field; the config file lists them
+... --mode eval --compare OTHER/eval.json          which videos changed, and is it more than chance?
 ... --profile 10:20                                write a trace of the steps 10 to 20
 ... --coordinator HOST:PORT --num_processes N --process_id I     one process of several
 
@@ -23,6 +24,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 MODE = flags.DEFINE_enum(
     *("mode", "train", ["train", "eval", "schedule"]),
     "train (with evaluation; continues), eval only, or schedule: a picture of the learning rate.",
+)
+COMPARE = flags.DEFINE_string(
+    "compare", None, "Another eval.json: which videos changed, and is the difference significant?"
 )
 PROFILE = flags.DEFINE_string("profile", None, "START:STOP, the steps of a trace for a profiler.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
@@ -46,7 +50,7 @@ def main(_) -> None:
         if MODE.value == "train":
             train(CONFIG.value, WORKDIR.value, profile_steps=profile_steps)
         elif MODE.value == "eval":
-            evaluate(CONFIG.value, WORKDIR.value)
+            evaluate(CONFIG.value, WORKDIR.value, compare_with=COMPARE.value)
         else:
             print(draw_schedule(CONFIG.value, WORKDIR.value))
     except InputError as error:

@@ -80,6 +80,7 @@ def eval_section(**overrides) -> ConfigDict:
     section = ConfigDict()
     section.num_clips = 1
     section.num_crops = 1
+    section.score = "logits"  # summed over the views; or probabilities, averaged
     section.short_side = 256
     section.batch_size = 16  # videos of a step, over all devices and processes
     section.every_epochs = 1.0

@@ -2,18 +2,35 @@
 
 import functools
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from jaxvid import checkpoint, metrics, model_folder, report, sharding, steps
+from jaxvid import (
+    checkpoint,
+    metrics,
+    model_folder,
+    provenance,
+    report,
+    scoring,
+    sharding,
+    steps,
+)
 from jaxvid.data.pipeline import make_eval_iter, make_spec, split_batch
 from jaxvid.data.sources import Record, open_folder
 from jaxvid.errors import InputError
+from jaxvid.eval_files import Unfinished, compare_tables, read_table, write_table
 from jaxvid.metrics import log
 from jaxvid.models import Params, abstract_model, make_model_config
+from jaxvid.scoring import Results
+
+SCORES = {
+    "logits": "sum of logits over the views",
+    "probabilities": "mean of probabilities over the views",
+}
 
 
 def check_protocol(config, mesh) -> None:
@@ -28,6 +45,9 @@ def check_protocol(config, mesh) -> None:
     """
     sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
     make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops)
+    if config.eval.score not in SCORES:
+        known = " and ".join(map(repr, SCORES))
+        raise InputError(f"eval.score={config.eval.score!r}: there are {known}")
     if config.eval.every_epochs <= 0:
         raise InputError(f"eval.every_epochs={config.eval.every_epochs}: must be above 0")
 
@@ -49,90 +69,130 @@ def preprocessing(config) -> dict:
 def make_eval_step(config, graphdef, mesh) -> Callable[[Params, dict], dict]:
     """The jitted `steps.eval_step` of a config."""
     step = functools.partial(
-        steps.eval_step, graphdef=graphdef, mean=config.data.mean, std=config.data.std
+        steps.eval_step,
+        graphdef=graphdef,
+        mean=config.data.mean,
+        std=config.data.std,
+        score=config.eval.score,
     )
     return jax.jit(step, out_shardings=sharding.replicated(mesh))
 
 
 def evaluate_params(
-    params: Params, records: Sequence[Record], config, *, eval_step: Callable, mesh
-) -> tuple[dict[str, np.ndarray], list[dict]]:
+    params: Params,
+    records: Sequence[Record],
+    config,
+    *,
+    eval_step: Callable,
+    mesh,
+    unfinished: Unfinished | None = None,
+) -> Results:
     """Runs the network over all records.
 
-    Returns:
-        The sums of `steps.eval_step` over all records that can be decoded, with `padded`, the
-        number of those that are too short for their clips; and `{"id", "label", "error"}` of each
-        that cannot.
+    Args:
+        params: The weights.
+        records: Labelled videos.
+        config: A whole config.
+        eval_step: As `make_eval_step` gives it.
+        mesh: Cuts the batches.
+        unfinished: Where to keep what is done, and to take from what an earlier run did.
+
+    Raises:
+        InputError: The network's logits are not finite.
     """
+    parts = unfinished.load() if unfinished else []
+    start = sum(len(part["padded"]) for part in parts)
     shard = sharding.rows_of_process(mesh, config.eval.batch_size)
     batches = make_eval_iter(
-        records,
+        records[start:],
         spec=make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops),
         batch_size=config.eval.batch_size // shard[1],
         num_threads=config.data.num_threads,
         num_workers=config.data.num_workers,
         shard=shard,
     )
-    progress = metrics.Progress(len(records), unit="video", title="evaluating", lines=True)
-    results = []  # the sums so far on the host, and the newest steps' on the device
-    failed, padded = [], 0
+    progress = metrics.Progress(
+        len(records), done=start, unit="video", title="evaluating", lines=True
+    )
+    running: list[tuple] = []  # batches that the device may still compute
+    hits = sum(int(part["hit"].sum()) for part in parts)
+
+    def read() -> None:
+        """Fetches the oldest running batch."""
+        nonlocal start, hits
+        outputs, *host = running.pop(0)
+        count = min(config.eval.batch_size, len(records) - start)
+        # Every process has all scores; what it knows of its own videos it tells the others.
+        told = dict(sharding.gather([shard[0], host]))
+        label, padded, error = (
+            sum((told[i][k] for i in sorted(told)), [])[:count] for k in range(3)
+        )
+        part = {name: np.asarray(array)[:count] for name, array in outputs.items()}
+        part |= {"label": np.array(label), "padded": np.array(padded), "error": error}
+        good = np.array([not error for error in part["error"]])
+        if not np.isfinite(part["scores"][good]).all():
+            raise InputError(
+                "the network gives logits that are not finite: its weights are damaged"
+            )
+        for name in ("scores", "probabilities"):
+            part[name] = np.where(good[:, None], part[name], 0)
+        for error in filter(None, part["error"]):
+            log.warning("counts as wrong: %s", error)
+        part["hit"] = good & (part["scores"].argmax(axis=1) == part["label"])
+        parts.append(part)
+        if unfinished:
+            unfinished.add(part)
+        start, hits = start + count, hits + int(part["hit"].sum())
+        progress.advance(count, f"top-1 {100 * hits / start:.2f} %")
+
     try:
         for batch in batches:
-            padded += int(batch["padded"].sum())
-            batch, ids, errors = split_batch(batch)
-            for id_, label, error in zip(ids, batch["label"], errors, strict=True):
-                if error:
-                    failed.append({"id": id_, "label": int(label), "error": error})
-                    log.warning("counts as wrong: %s", error)
-            results.append(eval_step(params, sharding.to_global(batch, mesh)))
-            if len(results) == 3:  # fetch the older step, leave the newest running
-                results = [metrics.sum_metrics(results[:2]), results[2]]
-            progress.advance(min(config.eval.batch_size, len(records) - progress.done))
-        # Processes that share their rows tell the same.
-        told = {part: what for part, *what in sharding.gather([shard[0], padded, failed])}
-        failed = [video for _, videos in told.values() for video in videos]
-        sums = {**metrics.sum_metrics(results), "padded": sum(count for count, _ in told.values())}
+            arrays, _, errors = split_batch(batch)
+            outputs = eval_step(params, sharding.to_global({"video": arrays["video"]}, mesh))
+            running.append((outputs, batch["label"].tolist(), batch["padded"].tolist(), errors))
+            if len(running) == 2:  # the device computes the newest meanwhile
+                read()
+        while running:
+            read()
     finally:
         progress.close()
         batches.close()
-    if not np.isfinite(sums["loss"]):
-        raise InputError("the network gives logits that are not finite: its weights are damaged")
-    if sums["count"] + len(failed) != len(records):
-        raise RuntimeError(
-            f"{sums['count']} videos counted and {len(failed)} failed, but {len(records)} listed"
-        )
-    return sums, failed
+    if start != len(records):
+        raise RuntimeError(f"{start} videos were evaluated, {len(records)} are listed")
+    return Results(
+        ids=[record.id for record in records],
+        labels=np.concatenate([part["label"] for part in parts]),
+        scores=np.concatenate([part["scores"] for part in parts]),
+        probabilities=np.concatenate([part["probabilities"] for part in parts]),
+        padded=np.concatenate([part["padded"] for part in parts]),
+        errors=[error for part in parts for error in part["error"]],
+    )
 
 
-def per_class(sums: dict, failed: list[dict], labels: Sequence) -> dict:
-    """Top-1 accuracy in percent of every class that has videos; those that failed are wrong."""
-    correct, listed = np.diag(sums["confusion"]), sums["confusion"].sum(axis=1)
-    listed = listed + np.bincount([video["label"] for video in failed], minlength=len(listed))
-    return {
-        label: 100 * float(hits / count)
-        for label, hits, count in zip(labels, correct, listed, strict=True)
-        if count
-    }
-
-
-def make_report(sums: dict, failed: list[dict], config, *, checkpoint: str) -> dict:
+def make_report(results: Results, config, *, checkpoint: str) -> dict:
     """What goes into `eval.json`: percentages, the protocol they were measured by, and of what.
 
-    Videos that failed count as wrong; the loss is that of the others.
+    Videos that failed count as wrong; the loss and the calibration are those of the others.
     """
-    evaluated = int(sums["count"])
-    count = evaluated + len(failed)
-    accuracies = per_class(sums, failed, range(len(sums["confusion"])))
+    hits, good = results.hits(1), ~results.failed
+    confidences = results.probabilities.max(axis=1)
+    _, calibration_error = scoring.reliability(confidences[good], hits[good])
+    losses = results.losses()
     return {
-        "top1": 100 * int(sums["top1"]) / count,
-        "top5": 100 * int(sums["top5"]) / count,
-        "mean_class_accuracy": float(np.mean([*accuracies.values()])),
-        "loss": float(sums["loss"]) / max(evaluated, 1),
-        "num_videos": count,
-        "num_evaluated": evaluated,
-        "num_padded": int(sums["padded"]),
-        "num_failed": len(failed),
-        "failed": failed,
+        "top1": scoring.accuracy(hits),
+        "top1_interval": [*scoring.confidence_interval(hits)],
+        "top5": scoring.accuracy(results.hits(5)),
+        "mean_class_accuracy": float(np.nanmean(results.per_class())),
+        "calibration_error": calibration_error,
+        "loss": float(losses[good].mean()) if good.any() else None,
+        "num_videos": len(hits),
+        "num_evaluated": int(good.sum()),
+        "num_padded": int(results.padded.sum()),
+        "num_failed": int((~good).sum()),
+        "failed": [
+            {"id": results.ids[i], "label": int(results.labels[i]), "error": results.errors[i]}
+            for i in np.flatnonzero(~good)
+        ],
         "protocol": {
             "num_clips": config.eval.num_clips,
             "num_crops": config.eval.num_crops,
@@ -141,30 +201,47 @@ def make_report(sums: dict, failed: list[dict], config, *, checkpoint: str) -> d
             "short_side": config.eval.short_side,
             "resize": config.data.resize,
             "sampling": config.data.sampling,
-            "score": "sum of logits over the views",
+            "sampling_rate": config.data.sampling_rate,
+            "score": SCORES[config.eval.score],
         },
         "data": config.data.folder,
         "checkpoint": checkpoint,
     }
 
 
-def save_report(workdir: Path, result: dict, sums: dict, labels: list[str]) -> None:
-    """Writes `eval.json` and `confusion.png` (on the first process)."""
+def save_report(workdir: Path, result: dict, results: Results, labels: list[str]) -> None:
+    """Writes `eval.json`, `eval_videos.csv` and `confusion.png` (on the first process)."""
     if jax.process_index():
         return
-    result = {**result, "confusion": sums["confusion"].tolist(), "labels": labels}
+    confusion = results.confusion()
+    accuracies = results.per_class()
+    result = {
+        **result,
+        "class_accuracy": {
+            label: float(value)
+            for label, value in zip(labels, accuracies, strict=True)
+            if np.isfinite(value)
+        },
+        "confusion": confusion.tolist(),
+        "labels": labels,
+    }
+    write_table(workdir / "eval_videos.csv", results, labels)
     partial = workdir / ".eval.json.partial"
     partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(workdir / "eval.json")
-    report.draw_confusion(sums["confusion"], labels, workdir / "confusion.png")
+    report.draw_confusion(confusion, labels, workdir / "confusion.png")
 
 
-def evaluate(config, workdir: str | Path) -> dict:
+def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = None) -> dict:
     """Evaluates a model folder (`init_from`) or else the newest checkpoint of the workdir.
+
+    Interrupted, it goes on where it was when the same command is run again.
 
     Args:
         config: A locked config.
-        workdir: Gets `eval.json` and `confusion.png`.
+        workdir: Gets `eval.json`, `eval_videos.csv`, `eval.html` and `confusion.png`.
+        compare_with: Another `eval.json`: says which videos changed, and whether that is more than
+            chance.
 
     Returns:
         What `eval.json` holds.
@@ -172,10 +249,11 @@ def evaluate(config, workdir: str | Path) -> dict:
     Raises:
         InputError: There is nothing to evaluate, or it does not fit the config.
     """
-    workdir = Path(workdir)
+    workdir, began = Path(workdir), time.monotonic()
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(config.mesh)
     check_protocol(config, mesh)
+    before = read_table(compare_with) if compare_with else None
     checkpoint.check_writable(workdir, need_bytes=10**6)
     metrics.setup_logging(workdir)
 
@@ -201,14 +279,35 @@ def evaluate(config, workdir: str | Path) -> dict:
     log.info("evaluating %s", source)
 
     data = open_folder(config.data, config.model.num_classes, ("val",))
-    eval_step = make_eval_step(config, graphdef, mesh)
-    sums, failed = evaluate_params(
-        params, data.records["val"], config, eval_step=eval_step, mesh=mesh
+    records = data.records["val"]
+    weights_sha256 = model_folder.fingerprint(params)
+    unfinished = Unfinished(
+        workdir / ".unfinished_eval",
+        {
+            "weights": weights_sha256,
+            "videos": provenance.fingerprint(records),
+            "model": config.model.to_dict(),
+            "data": config.data.to_dict(),
+            "eval": config.eval.to_dict(),
+        },
     )
-    result = make_report(sums, failed, config, checkpoint=source)
-    result["weights_sha256"] = model_folder.fingerprint(params)
-    save_report(workdir, result, sums, data.labels)
+    eval_step = make_eval_step(config, graphdef, mesh)
+    results = evaluate_params(
+        params, records, config, eval_step=eval_step, mesh=mesh, unfinished=unfinished
+    )
+    result = make_report(results, config, checkpoint=source)
+    seconds = time.monotonic() - began
+    result |= {"weights_sha256": weights_sha256, "seconds": seconds}
+    result["clips_per_second"] = (
+        len(records) * config.eval.num_clips * config.eval.num_crops / seconds
+    )
+    save_report(workdir, result, results, data.labels)
+    unfinished.remove()
     log.info(summary(result))
+    if before is not None:
+        sharding.wait_for_all("eval.json")
+        for line in compare_tables(before, read_table(workdir / "eval.json"), workdir):
+            log.info("%s", line)
     return result
 
 
@@ -220,11 +319,12 @@ def summary(result: dict) -> str:
         for name in ("num_padded", "num_failed")
         if result[name]
     ]
+    low, high = result["top1_interval"]
     sizes = [f"{protocol['num_frames']} frames", f"{protocol['image_size']} px", *counts]
     return (
-        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % on {result['num_videos']} "
-        f"videos (clips × crops: {protocol['num_clips']} × {protocol['num_crops']}, "
-        f"{', '.join(sizes)})"
+        f"top-1 {result['top1']:.2f} % (95 %: {low:.2f} to {high:.2f}), "
+        f"top-5 {result['top5']:.2f} % on {result['num_videos']} videos (clips × crops: "
+        f"{protocol['num_clips']} × {protocol['num_crops']}, {', '.join(sizes)})"
     )
 
 

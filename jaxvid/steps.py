@@ -246,37 +246,36 @@ def _accumulate(grad_fn, params: Params, clips: dict, key: jax.Array, num_parts:
 
 
 def eval_step(
-    params: Params, batch: dict[str, jax.Array], *, graphdef: nnx.GraphDef, mean: float, std: float
+    params: Params,
+    batch: dict[str, jax.Array],
+    *,
+    graphdef: nnx.GraphDef,
+    mean: float,
+    std: float,
+    score: str,
 ) -> dict[str, jax.Array]:
-    """Classifies a batch of videos, each by the sum of its views' logits.
+    """Classifies a batch of videos by all their views.
 
     Args:
         params: The network's weights.
-        batch: `video` `(b, v, t, h, w, c)` uint8, `label` `(b,)` and `mask` `(b,)`; videos whose
-            mask is False count nowhere.
+        batch: `video` `(b, v, t, h, w, c)` uint8.
         graphdef: The network's structure.
         mean: Subtracted from pixels in [0, 1].
         std: Divides them.
+        score: What classes are ranked by: `logits`, their sum over the views (the released
+            protocol), or `probabilities`, their mean.
 
     Returns:
-        Sums over the batch: `loss` (of the mean of the views' logits), `top1`, `top5` (k = the
-        number of classes where there are fewer than 5), `count`, and `confusion` `(num_classes,
-        num_classes)`, whose rows are labels and whose columns are predictions.
+        `scores` and `probabilities`, both `(b, num_classes)` float32: what classes are ranked by;
+        and the softmax of the mean logits, or the mean of the views' softmaxes.
     """
     b, v, *clip = batch["video"].shape
     video = normalize(batch["video"].reshape(b * v, *clip), mean, std)
-    scores = merge_params(graphdef, params)(video).reshape(b, v, -1).sum(axis=1)  # (b classes)
-    label, mask = batch["label"], batch["mask"]
-    num_classes = scores.shape[-1]
-    _, top = jax.lax.top_k(scores, min(5, num_classes))  # (b 5)
-    hits = (top == label[:, None]) & mask[:, None]
-    losses = cross_entropy(scores / v, label, smoothing=0.0)
-    confusion = jnp.zeros((num_classes, num_classes), jnp.int32)
-    confusion = confusion.at[label, top[:, 0]].add(mask.astype(jnp.int32))
+    logits = merge_params(graphdef, params)(video).reshape(b, v, -1)  # (b v classes)
+    if score == "probabilities":
+        probabilities = jax.nn.softmax(logits).mean(axis=1)
+        return {"scores": probabilities, "probabilities": probabilities}
     return {
-        "loss": jnp.where(mask, losses, 0).sum(),
-        "top1": hits[:, 0].sum(),
-        "top5": hits.sum(),
-        "count": mask.sum(),
-        "confusion": confusion,
+        "scores": logits.sum(axis=1),
+        "probabilities": jax.nn.softmax(logits.mean(axis=1)),
     }

@@ -31,7 +31,6 @@ from jaxvid.evaluate import (
     evaluate_params,
     make_eval_step,
     make_report,
-    per_class,
     preprocessing,
     save_report,
     summary,
@@ -240,18 +239,20 @@ def train(
                         checkpoint.save_checkpoint(manager, state, train_iter)
                 if at_end or (is_new and step % eval_steps == 0 and not (alone or late.stop)):
                     flush()
-                    sums, failed = evaluate_params(
+                    results = evaluate_params(
                         steps.best_params(state),
                         data.records["val"],
                         config,
                         eval_step=eval_step,
                         mesh=mesh,
                     )
-                    result = make_report(sums, failed, config, checkpoint=f"step {step}")
+                    result = make_report(results, config, checkpoint=f"step {step}")
                     if is_new:  # or an earlier run has written it
                         scalars = {f"val/{k}": result[k] for k in ("top1", "top5", "loss")}
                         writer.write(step, scalars)
-                        writer.write_classes(step, per_class(sums, failed, data.labels))
+                        writer.write_classes(
+                            step, dict(zip(data.labels, results.per_class(), strict=True))
+                        )
                         if not jax.process_index():
                             report.draw_curves(workdir / "metrics.jsonl", workdir / "curves.png")
                     log.info("step %d: validation %s", step, summary(result))
@@ -314,7 +315,7 @@ def train(
     result["checkpoint"] = str(workdir / "checkpoints" / str(step))
     result["weights_sha256"] = model_folder.fingerprint(steps.best_params(state))
     save_model(folder, result)
-    save_report(workdir, result, sums, data.labels)
+    save_report(workdir, result, results, data.labels)
     log.info(
         "%s. Pictures: %s, %s. The model is in %s; try it on a clip of your own:\n"
         "  %s -m jaxvid.predict CLIP.mp4 --model %s",

@@ -61,37 +61,31 @@ def test_normalize():
     np.testing.assert_allclose(normalize(video, 0.5, 0.5).ravel(), [-1, 1, -0.6], rtol=1e-6)
 
 
-def stub_sums(pixels, labels, mask):
-    """`pixels` `(b, v, 3)`: what the stub's logits are."""
+def stub_scores(pixels, score="logits"):
+    """What `eval_step` gives for `pixels` `(b, v, 3)`, which are what the stub's logits are."""
     graphdef, params = split_params(Stub())
-    batch = {
-        "video": np.asarray(pixels, np.uint8)[:, :, None, None, None, :],
-        "label": np.asarray(labels, np.int32),
-        "mask": np.asarray(mask),
-    }
-    return jax.jit(functools.partial(eval_step, graphdef=graphdef, mean=0.0, std=1.0))(
-        params, batch
-    )
+    batch = {"video": np.asarray(pixels, np.uint8)[:, :, None, None, None, :]}
+    options = {"graphdef": graphdef, "mean": 0.0, "std": 1.0, "score": score}
+    return jax.device_get(jax.jit(functools.partial(eval_step, **options))(params, batch))
 
 
-def test_eval_step_counts_what_is_known_and_nothing_that_is_masked():
-    pixels = [[[255, 0, 0]], [[0, 255, 0]], [[0, 0, 0]], [[255, 0, 0]], [[255, 0, 0]]]
-    sums = stub_sums(pixels, [0, 0, 3, 1, 0], [True, True, True, True, False])
-    assert int(sums["count"]) == 4
-    assert int(sums["top1"]) == 2  # the first, and the third (its constant wins)
-    assert int(sums["top5"]) == 4  # four classes: k is 4
-    expected = np.zeros((4, 4), int)
-    expected[0, 0] = expected[0, 1] = expected[3, 3] = expected[1, 0] = 1
-    np.testing.assert_array_equal(sums["confusion"], expected)
-
-
-def test_views_add_their_logits():
+def test_eval_step_sums_the_logits_of_the_views():
     """Two weak views outvote a strong one only if their sum is larger."""
-    views = [[[200, 0, 0], [0, 110, 0], [0, 110, 0]], [[230, 0, 0], [0, 110, 0], [0, 110, 0]]]
-    sums = stub_sums(views, [1, 0], [True, True])
-    assert int(sums["top1"]) == 0  # the constant 3 · 0.5 beats both sums
-    brighter = [[[100, 0, 0], [0, 210, 0], [0, 210, 0]], [[255, 0, 0], [250, 110, 0], [0, 110, 0]]]
-    assert int(stub_sums(brighter, [1, 0], [True, True])["top1"]) == 2
+    views = [[[255, 0, 0], [0, 102, 0], [0, 102, 0]], [[102, 0, 0], [0, 204, 0], [0, 204, 0]]]
+    found = stub_scores(views)
+    np.testing.assert_allclose(found["scores"][0], [1.0, 0.8, 0.0, 1.5], rtol=1e-5)
+    np.testing.assert_allclose(found["scores"][1], [0.4, 1.6, 0.0, 1.5], rtol=1e-5)
+    exp = np.exp(found["scores"] / 3)
+    np.testing.assert_allclose(found["probabilities"], exp / exp.sum(1, keepdims=True), rtol=1e-5)
+
+
+def test_eval_step_averages_probabilities_if_told_so():
+    views = [[[255, 0, 0], [0, 102, 0]]]
+    found = stub_scores(views, score="probabilities")
+    logits = np.array([[1, 0, 0, 0.5], [0, 0.4, 0, 0.5]])
+    each = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(found["scores"][0], each.mean(0), rtol=1e-5)
+    np.testing.assert_array_equal(found["scores"], found["probabilities"])
 
 
 def make_step(config, optimizer, seed, **options):
