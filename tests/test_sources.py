@@ -454,7 +454,7 @@ def test_tables_that_cannot_be_right_are_refused(copy):
         (sound.replace("1.mp4,0", "1.mp4,2"), "is damaged .a label outside 0 to 1"),
         (sound.replace("15.0", "nan"), "is damaged .a frame rate that is none"),
         (sound.replace(",2,4,0", ",3,4,0"), "is damaged .records that do not follow each other"),
-        (sound.replace("1.mp4,0,5", "1.mp4,0,0"), "is damaged .a video without frames"),
+        (sound.replace("1.mp4,0,5", "1.mp4,0,-1"), "is damaged .a number of frames that is none"),
         (sound + "3.mp4,0,5,15.0,6,4,0\n", "lists 8 records, the pack holds 6"),
         (sound + "3.mp4,0,5\n", "is damaged"),
         (sound.splitlines()[0] + "\n", "no video in it"),

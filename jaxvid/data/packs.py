@@ -196,7 +196,16 @@ class PackedVideo:
         return self.listed.label
 
     def open(self) -> JpegFrames:
-        """Opens the video; damage to a record is found when it is read."""
+        """Opens the video; damage to a record is found when it is read.
+
+        Raises:
+            DecodeError: It could not be decoded when the pack was made.
+        """
+        if not self.listed.num_frames:
+            raise DecodeError(
+                f"{self.records.name}: {self.listed.id}: could not be decoded when it was packed "
+                "(report.json there says why); restore it and run prepare again, or leave it out"
+            )
         listed, read = self.listed, functools.lru_cache(1)(self._read)
 
         def get(i: int) -> bytes:

@@ -57,10 +57,10 @@ def _write_part(
     def usable() -> Iterator[tuple[str, Clip]]:
         for name, clip in zip(part.names, clips, strict=True):
             findings.append(clip.finding)
-            if not clip.finding.broken:
-                f = clip.finding
-                uneven = int(clip.times is not None)
-                kept.append([name, f.id, clip.label, len(clip.jpegs), clip.fps, uneven])
+            uneven = int(clip.times is not None)
+            # A broken video has no frames, and stays listed: what reads the pack must count it.
+            kept.append([name, clip.finding.id, clip.label, len(clip.jpegs), clip.fps, uneven])
+            if clip.jpegs:
                 yield name, clip
 
     def place(partial: Path, name: str) -> None:
@@ -156,7 +156,8 @@ def _finish(
         return
     (output / "annotations").mkdir(exist_ok=True)
     (output / "annotation").mkdir(exist_ok=True)  # where the original looks for frame rates
-    for split, found in rows.items():
+    for split, listed in rows.items():
+        found = [row for row in listed if row[3]]  # its readers know of no video without frames
         lines = "".join(f"{name},{frames},{label}\n" for name, _, label, frames, *_ in found)
         rates = "".join(f"{row[0]},{row[4]}\n" for row in found)
         _write_atomically(output / "annotations" / f"{split}.txt", lines)

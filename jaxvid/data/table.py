@@ -17,7 +17,7 @@ class Listed(NamedTuple):
     Attributes:
         id: Its id.
         label: Its class.
-        num_frames: Number of frames.
+        num_frames: Number of frames; 0: it could not be decoded when the pack was made.
         fps: Frames a second; 0: unknown.
         record: Its first record.
         frames_per_record: Frames of each of its records; the last one may have fewer.
@@ -64,9 +64,9 @@ class Table(Sequence):
                 for id_, label, num_frames, fps, *rest in rows:
                     self._ids.append(id_)
                     numbers.append((int(label), int(num_frames), float(fps), *map(int, rest)))
-            if not numbers:
-                raise InputError(f"{path}: no video in it: none of the split could be read")
             self._numbers = np.array(numbers, self._NUMBERS)
+            if not self._numbers["num_frames"].any():
+                raise InputError(f"{path}: no video in it: none of the split could be read")
             self._check(num_records, num_classes)
         except InputError:
             raise
@@ -78,8 +78,8 @@ class Table(Sequence):
     def _check(self, num_records: int, num_classes: int) -> None:
         numbers = self._numbers
         lengths, sizes = numbers["num_frames"], numbers["frames_per_record"]
-        if lengths.min() < 1 or sizes.min() < 1:
-            raise ValueError("a video without frames")
+        if lengths.min() < 0 or sizes.min() < 1:
+            raise ValueError("a number of frames that is none")
         if not 0 <= numbers["label"].min() <= numbers["label"].max() < num_classes:
             raise ValueError(f"a label outside 0 to {num_classes - 1}")
         if not (np.isfinite(numbers["fps"]) & (numbers["fps"] >= 0)).all():
