@@ -72,26 +72,33 @@ class MetricWriter:
         events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self._files = (path.open("a"), events)
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes one line of scalars."""
+    def write(self, step: int, scalars: dict[str, float | None]) -> None:
+        """Writes one line of scalars; None: there is no such number."""
         if self._files is None:
             return
         lines, events = self._files
         lines.write(json.dumps({"step": step, **scalars}) + "\n")
         lines.flush()
         for name, value in scalars.items():
-            events.add_scalar(name, value, step)
+            if value is not None:
+                events.add_scalar(name, value, step)
 
-    def write_classes(self, step: int, accuracies: dict[str, float]) -> None:
-        """Writes each class's accuracy, in percent, to TensorBoard; above 50 a histogram."""
+    def write_classes(self, step: int, names: list[str], accuracies: np.ndarray) -> None:
+        """Writes each class's accuracy, in percent, to TensorBoard; above 50 a histogram.
+
+        Args:
+            step: When.
+            names: Of the classes.
+            accuracies: `(num_classes,)`; nan: the class has no videos.
+        """
         if self._files is None:
             return
-        events = self._files[1]
-        if len(accuracies) > MAX_CLASS_SCALARS:
-            events.add_histogram("val/class_top1", np.array([*accuracies.values()]), step)
+        events, known = self._files[1], np.isfinite(accuracies)
+        if len(names) > MAX_CLASS_SCALARS:
+            events.add_histogram("val/class_top1", accuracies[known], step)
             return
-        for name, value in accuracies.items():
-            events.add_scalar(f"val_class_top1/{name}", value, step)
+        for i in np.flatnonzero(known):
+            events.add_scalar(f"val_class_top1/{names[i]}", accuracies[i], step)
 
     def write_clips(self, step: int, video: np.ndarray) -> None:
         """Writes clips `(b, t, h, w, c)` uint8 to TensorBoard, each a row of its frames."""

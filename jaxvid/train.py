@@ -250,9 +250,7 @@ def train(
                     if is_new:  # or an earlier run has written it
                         scalars = {f"val/{k}": result[k] for k in ("top1", "top5", "loss")}
                         writer.write(step, scalars)
-                        writer.write_classes(
-                            step, dict(zip(data.labels, results.per_class(), strict=True))
-                        )
+                        writer.write_classes(step, data.labels, results.per_class())
                         if not jax.process_index():
                             report.draw_curves(workdir / "metrics.jsonl", workdir / "curves.png")
                     log.info("step %d: validation %s", step, summary(result))

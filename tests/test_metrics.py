@@ -47,3 +47,19 @@ def test_skipped_videos_are_listed_once_and_survive_a_kill(tmp_path):
     assert path.read_text(encoding="utf-8") == whole
     with pytest.raises(InputError, match="3 of 4 training videos cannot be decoded"):
         again.note([("c", "c is broken")])
+
+
+def test_tensorboard_gets_scalars_classes_and_clips(tmp_path):
+    writer = MetricWriter(tmp_path, 0)
+    writer.write(1, {"val/loss": None, "val/top1": 50.0})
+    writer.write_classes(1, ["red", "blue"], np.array([50.0, np.nan]))
+    writer.write_classes(1, [str(i) for i in range(60)], np.arange(60.0))
+    writer.write_clips(1, np.zeros((2, 3, 8, 10, 3), np.uint8))
+    writer.close()
+    [events] = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    written = events.read_bytes()
+    for tag in (b"val/top1", b"val_class_top1/red", b"val/class_top1", b"train/clips"):
+        assert tag in written, tag
+    for tag in (b"val/loss", b"val_class_top1/blue"):  # there is no such number
+        assert tag not in written, tag
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["val/loss"] is None
