@@ -226,7 +226,17 @@ def restore_params(workdir: Path, step: int, abstract_params: Params) -> Params:
 
     Returns:
         The weights' average where the run keeps one, or else the weights.
+
+    Raises:
+        InputError: The checkpoint is damaged.
     """
+    try:
+        _check_files(workdir, step)
+    except ValueError as error:
+        raise InputError(
+            f"{workdir}: the checkpoint of step {step} is damaged ({error}); train on, which goes "
+            f"back to the one before it, or evaluate --config.init_from={workdir / 'best'}"
+        ) from None
     path = (workdir / "checkpoints" / str(step) / "state").resolve()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         name = "ema" if "ema" in checkpointer.metadata(path).item_metadata.tree else "params"

@@ -464,6 +464,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run, tmp_pa
     _, config, _ = run
     train(config, tmp_path / "w", stop_step=2)
     damage_arrays(tmp_path / "w" / "checkpoints" / "2", truncate)
+    with pytest.raises(InputError, match="checkpoint of step 2 is damaged .*files are missing"):
+        evaluate.evaluate(config, tmp_path / "w")
     with pytest.raises(InputError, match="every checkpoint is damaged"):
         train(config, tmp_path / "w")
 
