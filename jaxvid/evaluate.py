@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxvid import (
     checkpoint,
+    html_report,
     metrics,
     model_folder,
     provenance,
@@ -209,8 +210,13 @@ def make_report(results: Results, config, *, checkpoint: str) -> dict:
     }
 
 
-def save_report(workdir: Path, result: dict, results: Results, labels: list[str]) -> None:
-    """Writes `eval.json`, `eval_videos.csv` and `confusion.png` (on the first process)."""
+def save_report(
+    workdir: Path, result: dict, results: Results, labels: list[str], records: Sequence[Record]
+) -> None:
+    """Writes `eval.json`, `eval_videos.csv`, `confusion.png`, `eval.html` (on the first process).
+
+    Arguments: `html_report.save_page`, and the folder.
+    """
     if jax.process_index():
         return
     confusion = results.confusion()
@@ -230,6 +236,7 @@ def save_report(workdir: Path, result: dict, results: Results, labels: list[str]
     partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(workdir / "eval.json")
     report.draw_confusion(confusion, labels, workdir / "confusion.png")
+    html_report.save_page(workdir / "eval.html", result, results, labels, records)
 
 
 def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = None) -> dict:
@@ -301,7 +308,7 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
     result["clips_per_second"] = (
         len(records) * config.eval.num_clips * config.eval.num_crops / seconds
     )
-    save_report(workdir, result, results, data.labels)
+    save_report(workdir, result, results, data.labels, records)
     unfinished.remove()
     log.info(summary(result))
     if before is not None:

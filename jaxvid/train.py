@@ -313,13 +313,12 @@ def train(
     result["checkpoint"] = str(workdir / "checkpoints" / str(step))
     result["weights_sha256"] = model_folder.fingerprint(steps.best_params(state))
     save_model(folder, result)
-    save_report(workdir, result, results, data.labels)
+    save_report(workdir, result, results, data.labels, data.records["val"])
     log.info(
-        "%s. Pictures: %s, %s. The model is in %s; try it on a clip of your own:\n"
+        "%s. The report is %s, the model in %s; try it on a clip of your own:\n"
         "  %s -m jaxvid.predict CLIP.mp4 --model %s",
         summary(result),
-        workdir / "curves.png",
-        workdir / "confusion.png",
+        workdir / "eval.html",
         folder,
         min(sys.executable, os.path.relpath(sys.executable), key=len),
         folder,
