@@ -30,7 +30,7 @@ COMPARE = flags.DEFINE_string(
 )
 PROFILE = flags.DEFINE_string("profile", None, "START:STOP, the steps of a trace for a profiler.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many; 1 alone: no others.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
@@ -39,6 +39,7 @@ def main(_) -> None:
     # JAX, Orbax and Grain tell every step they take; what fails is raised, and told in one line.
     logging.set_verbosity(logging.FATAL)
     from jaxvid import sharding
+    from jaxvid.checkpoint import check_same_everywhere
     from jaxvid.errors import InputError
     from jaxvid.evaluate import evaluate
     from jaxvid.report import draw_schedule
@@ -47,6 +48,7 @@ def main(_) -> None:
     try:
         profile_steps = cli.parse_range("profile")
         sharding.init_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        check_same_everywhere(CONFIG.value)
         if MODE.value == "train":
             train(CONFIG.value, WORKDIR.value, profile_steps=profile_steps)
         elif MODE.value == "eval":

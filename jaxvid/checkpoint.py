@@ -22,6 +22,9 @@ FREE_FIELDS = (
     *("data.num_threads", "data.max_failed_share", "data.missing", "data.stall_seconds"),
 )
 
+# What the processes of one run may have of their own.
+OWN_FIELDS = ("data.folder", "data.prefix", "data.num_threads", "data.num_workers")
+
 
 def check_writable(workdir: Path, need_bytes: int) -> None:
     """Makes sure, before any work is done, that its results can be kept.
@@ -250,9 +253,9 @@ def restore_params(workdir: Path, step: int, abstract_params: Params) -> Params:
 
 
 def find_steps(workdir: Path) -> list[int]:
-    """The steps of a run's complete checkpoints."""
+    """The steps of a run's complete checkpoints, in order."""
     folder = workdir / "checkpoints"
-    return ocp.utils.checkpoint_steps(folder.resolve()) if folder.is_dir() else []
+    return sorted(ocp.utils.checkpoint_steps(folder.resolve())) if folder.is_dir() else []
 
 
 def newest_step(workdir: Path) -> int:
@@ -286,6 +289,23 @@ def check_same_run(config, workdir: Path) -> None:
             f"{workdir} holds a run with another config ({'; '.join(differences)}); "
             "choose another --workdir or delete this one"
         )
+
+
+def check_same_everywhere(config) -> None:
+    """Refuses processes of one run that were given different configs, and says what differs.
+
+    Raises:
+        InputError: Names every field that differs, with both values.
+    """
+    first, *others = (_flatten(values) for values in sharding.gather(config.to_dict()))
+    for process, values in enumerate(others, 1):
+        differences = [
+            f"{name} is {value!r} in process 0, {values[name]!r} in process {process}"
+            for name, value in first.items()
+            if values[name] != value and name not in OWN_FIELDS
+        ]
+        if differences:
+            raise InputError(f"{'; '.join(differences)}; start all with the same flags")
 
 
 def save_config(config, workdir: Path) -> None:

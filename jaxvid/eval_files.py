@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxvid import sharding
 from jaxvid.errors import InputError
 from jaxvid.scoring import Results, compare_hits
 
@@ -151,8 +152,9 @@ class Unfinished:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
             key.write_text(self._key)
-        self._count = len(parts)
-        return parts
+        # On another machine, files may be seen later.
+        self._count = min(sharding.gather(len(parts)))
+        return parts[: self._count]
 
     def add(self, part: dict) -> None:
         """Keeps one more batch (on the first process)."""

@@ -261,7 +261,7 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
     mesh = sharding.make_mesh(config.mesh)
     check_protocol(config, mesh)
     before = read_table(compare_with) if compare_with else None
-    checkpoint.check_writable(workdir, need_bytes=10**6)
+    sharding.in_all(checkpoint.check_writable, workdir, 10**6)
     metrics.setup_logging(workdir)
 
     model_config = make_model_config(**config.model)
@@ -285,7 +285,7 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
         params = checkpoint.restore_params(workdir, step, abstract_params)
     log.info("evaluating %s", source)
 
-    data = open_folder(config.data, config.model.num_classes, ("val",))
+    data = sharding.in_all(open_folder, config.data, config.model.num_classes, ("val",))
     records = data.records["val"]
     weights_sha256 = model_folder.fingerprint(params)
     unfinished = Unfinished(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 
+from jaxvid import sharding
 from jaxvid.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
@@ -53,8 +54,13 @@ def note_start(workdir: Path, facts: dict) -> None:
 
     Raises:
         InputError: An earlier start had other training videos: their order, and so what the run
-            computes, would be another.
+            computes, would be another. Or another process has other videos.
     """
+    first, *others = sharding.gather(facts["data"])
+    if odd := [process for process, data in enumerate(others, 1) if data != first]:
+        raise InputError(
+            f"process {odd[0]} has other videos than process 0; give all of them the same lists"
+        )
     path = workdir / "starts.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     before = json.loads(lines[-1])["data"]["train"] if lines else facts["data"]["train"]

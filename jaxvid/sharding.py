@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -20,12 +23,17 @@ BATCH = P(("data", "fsdp"))
 # and input for the second.
 TENSOR_AXIS = {"qkv": -1, "fc1": -1, "proj": 0, "fc2": 0}
 TENSOR_AXIS |= {"self_attn": -1, "linear1": -1, "out_proj": 0, "linear2": 0}  # STAM's aggregator
-# How launchers tell a process that it is one of several, and how JAX calls them.
+# How launchers tell how many processes there are, and how many on this machine, and JAX's name for
+# the way to join them. Slurm's SLURM_NTASKS does not count: it is the allocation's, and what runs
+# in one without srun runs alone. mpirun may start its helpers by srun, and so comes first.
 LAUNCHERS = {
-    "SLURM_STEP_NUM_TASKS": "slurm",
-    "OMPI_COMM_WORLD_SIZE": "mpi4py",
-    "PMI_SIZE": "mpi4py",
+    "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "mpi4py"),
+    "SLURM_STEP_NUM_TASKS": ("SLURM_STEP_TASKS_PER_NODE", "slurm"),
+    "PMI_SIZE": ("MPI_LOCALNRANKS", "mpi4py"),
 }
+NEEDS = {"mpi4py": "the package mpi4py", "k8s": "the package kubernetes", "slurm": "srun"}
+TELL_SECONDS = 10  # a longer wait for the other processes is told
+SHUTDOWN_SECONDS = 60  # how long a process that has failed keeps the others, which wait for it
 
 
 def init_processes(
@@ -34,40 +42,68 @@ def init_processes(
     """Joins the other processes of this run, if there are any; call it before JAX is used.
 
     Without arguments the environment decides: a Slurm step or MPI of several tasks, or an indexed
-    Kubernetes job (which needs the package `kubernetes`).
+    Kubernetes job. Open MPI from 5 on and other MPIs need the package `mpi4py`, Kubernetes needs
+    `kubernetes`. A process has all devices of its machine, or one if a launcher started several
+    there.
 
     Args:
         coordinator: `HOST:PORT` of process 0, the same in all processes.
-        num_processes: How many there are.
+        num_processes: How many there are; 1 alone: only this one, whatever the environment says.
         process_id: Which one this is, from 0.
 
     Raises:
         InputError: The arguments are incomplete, or the processes cannot be joined.
     """
     explicit = (coordinator, num_processes, process_id)
-    method = None
+    # JAX's detection would restrict a process to one device even if all is said.
+    method, shares_devices = "deactivate", False
+    if explicit == (None, 1, None):
+        return
     if any(value is not None for value in explicit):
         if any(value is None for value in explicit) or not 0 <= process_id < num_processes:
             raise InputError(
                 f"--coordinator {coordinator} --num_processes {num_processes} --process_id "
                 f"{process_id}: all three are needed, and the id counts from 0"
             )
+        reason = "--num_processes"
+    elif several := [n for n in LAUNCHERS if os.environ.get(n, "1") not in ("", "0", "1")]:
+        reason = several[0]
+        here, method = LAUNCHERS[reason]
+        # Slurm writes 1(x4) for four machines with one process each.
+        shares_devices = os.environ.get(here, "").partition("(")[0] != "1"
+        if "OMPI_MCA_orte_hnp_uri" in os.environ:  # Open MPI before 5
+            method = "ompi"
+        num_processes = int(os.environ[reason])
+    elif {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys():
+        method, reason = "k8s", "JOB_COMPLETION_INDEX"
     else:
-        several = (n for n in LAUNCHERS if os.environ.get(n, "1") not in ("", "0", "1"))
-        if (name := next(several, None)) is not None:
-            method = LAUNCHERS[name]
-        elif {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys():
-            method = "k8s"
-        else:
-            return
+        return
+    told = threading.Timer(
+        *(TELL_SECONDS, print),
+        args=(f"waiting for the other processes ({reason} is set); alone: --num_processes 1",),
+        kwargs={"file": sys.stderr, "flush": True},
+    )
+    told.start()
+    # It would swallow a SIGTERM that comes before training does.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(*explicit, cluster_detection_method=method)
-    except (RuntimeError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        jax.distributed.initialize(
+            *(coordinator, num_processes, process_id),
+            cluster_detection_method=method,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except (RuntimeError, ValueError, ImportError, KeyError) as error:
+        need = f"; {reason} is set, which needs {NEEDS[method]}" if method in NEEDS else ""
+        why = (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(
-            f"the processes cannot be joined ({reason}); give --coordinator, --num_processes and "
-            "--process_id"
+            f"the processes cannot be joined ({why}{need}); give --coordinator, --num_processes "
+            "and --process_id, or --num_processes 1 alone for a process by itself"
         ) from None
+    finally:
+        told.cancel()
+    if not shares_devices:
+        for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
+            jax.config.update(name, os.environ.get("JAX_LOCAL_DEVICE_IDS") or "all")
 
 
 def make_mesh(mesh) -> Mesh:
@@ -196,6 +232,22 @@ def gather(value) -> list:
     padded[: text.size] = text
     rows = multihost_utils.process_allgather(padded)  # (processes bytes)
     return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def in_all(function: Callable, *args):
+    """What a function returns; if it refuses its input in one process, it does so in all.
+
+    Without it, a process that has what it needs would wait for one that has ended.
+    """
+    result = refusal = None
+    try:
+        result = function(*args)
+    except InputError as error:
+        refusal = str(error)
+    for process, told in enumerate(gather(refusal)):
+        if told is not None:
+            raise InputError(refusal or f"process {process}: {told}")
+    return result
 
 
 def any_process(flag: bool, mesh: Mesh) -> jax.Array:

@@ -79,10 +79,10 @@ def train(
     # Weights, their average and two moments a checkpoint, one more checkpoint while the oldest is
     # still there, and two model folders.
     need_bytes = weight_bytes * (4 * (config.checkpoint_keep + 1) + 3) + 10**6
-    checkpoint.check_writable(workdir, need_bytes)
+    sharding.in_all(checkpoint.check_writable, workdir, need_bytes)
 
     # ------------------------------------------------------------------ data
-    data = open_folder(config.data, config.model.num_classes, ("train", "val"))
+    data = sharding.in_all(open_folder, config.data, config.model.num_classes, ("train", "val"))
     shard = sharding.rows_of_process(mesh, config.batch_size)
     train_iter = make_train_iter(
         data.records["train"],
