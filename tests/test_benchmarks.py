@@ -66,6 +66,11 @@ def test_the_table_has_a_line_for_every_model(capsys):
             "× as fast as unshifted",
         ),
         (("data.py", "--size", "340x256", "--videos", "1", "--rounds", "1"), "AutoAugment"),
+        (
+            ("train.py", "--input", "pack", "--trace", "--turns", "1", "--steps", "2")
+            + ("--config.batch_size=8", "--config.model.depth=1"),
+            "pack, read at once is",
+        ),
     ],
 )
 def test_the_benchmarks_run(arguments, printed):
