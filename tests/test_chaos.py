@@ -1,0 +1,103 @@
+"""A run that is killed again and again ends as if nothing had happened (in the marked suite)."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxvid import checkpoint
+
+ROOT = Path(__file__).parents[1]
+STEPS = 90
+FIELDS = {
+    **{"data.source": "folder", "model.width": 16, "model.depth": 1, "batch_size": 16},
+    **{"num_epochs": 30.0, "eval.batch_size": 8, "eval.every_epochs": 3.0, "log_steps": 2},
+    "checkpoint_every_epochs": 0.67,  # 2 steps
+}
+
+
+def start(workdir: Path, data: Path) -> subprocess.Popen:
+    command = [sys.executable, "main.py", "--config=configs/motion.py", f"--workdir={workdir}"]
+    fields = FIELDS | {"data.folder": data}
+    command += [f"--config.{name}={value}" for name, value in fields.items()]
+    flags = "--xla_backend_optimization_level=0"  # compiles twice as fast
+    environment = os.environ | {"XLA_FLAGS": flags}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    with open(f"{workdir}.txt", "a") as told:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=told, stderr=subprocess.STDOUT
+        )
+
+
+def told(workdir: Path) -> str:
+    path = Path(f"{workdir}.txt")
+    return path.read_text() if path.exists() else ""
+
+
+def wait_for(run: subprocess.Popen, condition) -> None:
+    """Returns as soon as a condition holds, while the run still goes on."""
+    until = time.monotonic() + 120
+    while not condition():
+        assert run.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+def losses(workdir: Path) -> list[tuple]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_a_run_that_is_killed_at_random_ends_in_the_same_bits(motion_folder, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole, motion_folder).wait(timeout=300) == 0, told(whole)
+
+    def newest() -> int:
+        return max(checkpoint.find_steps(killed), default=0)
+
+    rng, reached = np.random.default_rng(0), 0
+    for moment in [*(["start", "steps", "save", "save"] * 3)[:9], "model"]:
+        started = told(killed).count("first step")
+        run = start(killed, motion_folder)
+        try:
+            if moment == "start":
+                time.sleep(rng.uniform(0, 5))
+            elif moment == "steps":
+                wait_for(run, lambda: told(killed).count("first step") > started)  # noqa: B023
+                time.sleep(rng.uniform(0, 1.5))
+            elif moment == "save":
+                wait_for(run, lambda: newest() > reached)  # noqa: B023
+                time.sleep(rng.uniform(0, 0.5))
+                wait_for(run, lambda: [*killed.glob("checkpoints/*.orbax-checkpoint-tmp")])
+                time.sleep(rng.uniform(0, 0.02))
+            else:
+                wait_for(run, (killed / ".model.partial").exists)
+            assert run.poll() is None, "the run ended before it was killed"
+        finally:
+            run.kill()
+            run.wait()
+        assert newest() >= reached + (moment == "save")
+        reached = newest()
+    assert reached == STEPS
+    assert start(killed, motion_folder).wait(timeout=300) == 0, told(killed)
+
+    reports = [json.loads((folder / "eval.json").read_text()) for folder in (whole, killed)]
+    for name in ("weights_sha256", "top1", "loss", "num_videos"):
+        assert reports[0][name] == reports[1][name], name
+    assert losses(killed) == losses(whole)
+    assert losses(whole)[-1][0] == STEPS
+    # Nothing half-written stays, and nothing whole was set aside as damaged.
+    names = [{path.name for path in folder.iterdir()} for folder in (whole, killed)]
+    assert names[0] == names[1]
+    assert not [*killed.rglob("*.orbax-checkpoint-tmp")]
+    assert checkpoint.find_steps(killed) == checkpoint.find_steps(whole)
+    bests = [json.loads((folder / "best" / "model.json").read_text()) for folder in (whole, killed)]
+    for name in ("top1", "step"):
+        assert bests[0]["provenance"][name] == bests[1]["provenance"][name]
