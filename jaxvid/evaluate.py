@@ -310,7 +310,7 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
     )
     save_report(workdir, result, results, data.labels, records)
     unfinished.remove()
-    log.info(summary(result))
+    log.info("%s. The report is %s", summary(result), workdir / "eval.html")
     if before is not None:
         sharding.wait_for_all("eval.json")
         for line in compare_tables(before, read_table(workdir / "eval.json"), workdir):

@@ -105,9 +105,7 @@ def page_data(result: dict, results: Results, labels: list[str], records: Sequen
     return {
         **{name: _finite(result[name]) for name in SHOWN if name in result},
         "protocol": describe_protocol(result["protocol"]),
-        "failed": [
-            {**video, "label": labels[video["label"]]} for video in result["failed"][:MAX_FAILED]
-        ],
+        "failed": result["failed"][:MAX_FAILED],
         "labels": labels,
         "count": by_class(np.ones(len(hits), bool)),
         "correct": by_class(hits),
@@ -115,7 +113,7 @@ def page_data(result: dict, results: Results, labels: list[str], records: Sequen
         "confusion": np.column_stack([places, confusion[tuple(places.T)]]).ravel().tolist(),
         "near": scoring.order_by_confusion(confusion).tolist(),
         "bins": [[_finite(round(float(value), 4)) for value in row] for row in bins],
-        "mistakes": find_mistakes(results, labels, records),
+        "mistakes": find_mistakes(results, records),
     }
 
 
@@ -134,9 +132,7 @@ def describe_protocol(protocol: dict) -> list[str]:
     ]
 
 
-def find_mistakes(
-    results: Results, labels: list[str], records: Sequence[Record]
-) -> list[dict[str, str | float]]:
+def find_mistakes(results: Results, records: Sequence[Record]) -> list[dict]:
     """The wrong predictions that the network is surest of, the surest first.
 
     Arguments: `save_page`.
@@ -152,8 +148,8 @@ def find_mistakes(
     return [
         {
             "id": results.ids[i],
-            "label": labels[results.labels[i]],
-            "prediction": labels[prediction[i]],
+            "label": int(results.labels[i]),
+            "prediction": int(prediction[i]),
             "confidence": round(100 * float(confidence[i]), 2),
             "image": base64.b64encode(draw_thumbnail(records[i])).decode(),
         }

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from jaxvid import optim
 from jaxvid.errors import InputError
+from jaxvid.scoring import order_by_confusion
 
 INK, GRID = "#222222", "#dddddd"
 TRAIN, VAL = "#9a9a9a", "#0b6fb8"
@@ -105,6 +106,10 @@ def draw_confusion(confusion: np.ndarray, labels: list[str], output: Path) -> No
     """
     share = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     count = len(labels)
+    ordering = ""
+    if count > MAX_NAMED_CLASSES:
+        order = order_by_confusion(confusion)
+        share, ordering = share[order][:, order], " (classes that are confused side by side)"
     side = min(3.2 + 0.55 * count, 14)
     figure = Figure(figsize=(side + 1.2, side), layout="constrained", dpi=130)
     axes = figure.subplots()
@@ -118,7 +123,7 @@ def draw_confusion(confusion: np.ndarray, labels: list[str], output: Path) -> No
             colour = "white" if share[row, column] > 55 else INK
             value = f"{share[row, column]:.0f}"
             axes.text(column, row, value, ha="center", va="center", color=colour, fontsize=9)
-    axes.set_xlabel("prediction")
+    axes.set_xlabel(f"prediction{ordering}")
     axes.set_ylabel("label")
     top1 = 100 * np.trace(confusion) / max(confusion.sum(), 1)
     axes.set_title(f"top-1 {top1:.1f} % on {confusion.sum()} videos", color=INK)
