@@ -186,3 +186,14 @@ def test_curves(tmp_path, config):
     np.testing.assert_allclose(values, np.array(steps) / 100, rtol=1e-4)
     path.write_text("")
     assert html_report.read_curves(path) is None
+
+
+def test_an_evaluation_leaves_the_page(tmp_path, config, motion_folder):
+    found = results([[0, 9], [3, 0]], [0, 0])
+    result = evaluate.make_report(found, config, checkpoint="x") | {"weights_sha256": "0" * 64}
+    records = read_list(motion_folder / "val.csv", 8)[:2]
+    evaluate.save_report(tmp_path, result, found, ["a", "b"], records)
+    data = numbers_of((tmp_path / "eval.html").read_text(encoding="utf-8"))
+    assert data["top1"] == json.loads((tmp_path / "eval.json").read_text())["top1"] == 50
+    assert data["mistakes"][0]["image"]
+    assert not list(tmp_path.glob("*.partial"))
