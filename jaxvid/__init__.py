@@ -2,12 +2,18 @@
 
 model = jaxvid.load_model("FOLDER")       # or create_model("xvit_tiny", num_classes=8)
 logits = model(video)                     # normalised float (b t h w c) → (b, num_classes)
+print(jaxvid.Classifier("FOLDER").predict("clip.mp4").labels[0])
 """
 
 import importlib
 
-_HOME = {"create_model": "models", "load_model": "model_folder", "save_model": "model_folder"}
-__all__ = ["create_model", "load_model", "save_model"]
+_HOME = {
+    "Classifier": "classifier",
+    "create_model": "models",
+    "load_model": "model_folder",
+    "save_model": "model_folder",
+}
+__all__ = ["Classifier", "create_model", "load_model", "save_model"]
 
 
 def __getattr__(name: str):

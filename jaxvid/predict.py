@@ -1,84 +1,228 @@
-"""Says what a video shows: python -m jaxvid.predict VIDEO... --model FOLDER."""
+"""Says what videos show: python -m jaxvid.predict FILE|FOLDER|PATTERN... --model FOLDER.
+
+Of a folder, all videos below it; a quoted pattern (`'clips/**/*.mp4'`) is expanded here. With
+--window and --stride: what is seen when in one long video.
+
+The exit status is the number of inputs that failed, at most 99: each of them is a line
+`failed: ...` on stderr, whose last line is `N of M failed`, and the others are predicted all the
+same. As in every program here, 2 is also the status of unusable input as a whole (a bad model
+folder or option, nothing to predict): then the last line is `error: ...`, and nothing is predicted.
+"""
 
 import argparse
+import glob
+import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
-import numpy as np
-
-from jaxvid import model_folder, sharding, steps
+from jaxvid.classifier import Classifier
 from jaxvid.data.decode import DecodeError
-from jaxvid.data.pipeline import ClipSpec, load_eval_views
+from jaxvid.data.lists import VIDEO_SUFFIXES
 from jaxvid.errors import InputError
+from jaxvid.files import write_file
+
+MAX_STATUS = 99
+STDOUT = "-"
+BATCH_SIZE = 8  # at most, where nothing else is asked for
 
 
-def predict(videos: Sequence[str | Path], folder: str | Path, *, top_k: int = 5) -> Iterator[dict]:
-    """Classifies videos with the network of a model folder, one after the other.
+def expand(inputs: Sequence[str]) -> tuple[list[str], list[dict]]:
+    """Finds the videos that are meant.
+
+    Args:
+        inputs: Files, taken whatever their names; folders, of which all videos below are taken,
+            sorted; patterns as `glob` knows them, `**` included. What exists is no pattern.
+
+    Returns:
+        The videos, each once; and `{"video", "error"}` of each input that has none or cannot be
+        read.
+    """
+    videos, failures = {}, []
+    for name in inputs:
+        is_pattern = glob.has_magic(name) and not os.path.lexists(name)
+        found = sorted(glob.glob(name, recursive=True)) if is_pattern else [name]
+        if not found:
+            failures.append({"video": name, "error": f"{name}: nothing matches this pattern"})
+        for path in found:
+            files, errors = list_videos(path) if os.path.isdir(path) else ([path], [])
+            videos |= dict.fromkeys(files)
+            failures += [{"video": path, "error": error} for error in errors]
+    return list(videos), failures
+
+
+def list_videos(folder: str) -> tuple[list[str], list[str]]:
+    """The videos below a folder, sorted, and what cannot be read there, a line each."""
+    unread, files = [], []
+    for root, folders, names in os.walk(folder, onerror=unread.append):
+        folders.sort()
+        files += [
+            os.path.join(root, name)
+            for name in sorted(names)
+            if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith(".")
+        ]
+    errors = [f"{error.filename}: cannot be read ({error.strerror})" for error in unread]
+    if not files and not errors:
+        errors.append(f"{folder}: no video in it ({', '.join(VIDEO_SUFFIXES)})")
+    return files, errors
+
+
+def predict(
+    videos: Sequence[str | Path],
+    folder: str | Path,
+    *,
+    top_k: int = 5,
+    batch_size: int | None = None,
+    num_clips: int | None = None,
+    num_crops: int | None = None,
+) -> Iterator[dict]:
+    """Classifies videos with the network of a model folder, in their order.
 
     Args:
         videos: Files.
         folder: The model folder.
         top_k: How many classes to name.
+        batch_size: Videos that are computed together; None: 8, or as many as there are.
+        num_clips: Clips of a video; None: as the model was tested if its folder says it, else 1.
+        num_crops: Crops of a clip; None: likewise.
 
     Yields:
-        For each video `{"video", "top": [{"label", "probability"}, ...]}`, most likely first; for
-        one that cannot be decoded `{"video", "error"}`.
+        What `classifier.Prediction.to_json` gives, for each video.
 
     Raises:
-        InputError: The model folder is unusable or `top_k` is no positive number.
+        InputError: The model folder is unusable, or a number impossible.
     """
-    if top_k < 1:
-        raise InputError(f"--top_k={top_k}: must be at least 1")
-    sharding.use_compilation_cache()
-    card = model_folder.load_card(folder)
-    how = card["preprocessing"]
-    if not how:
-        raise InputError(f"{folder}: model.json says nothing of preprocessing; export it again")
-    spec = ClipSpec(**{name: how[name] for name in how if name not in ("mean", "std")})
-    model = model_folder.load_model(folder)
-    labels = card["labels"] or [str(i) for i in range(model.config.num_classes)]
-    classify = jax.jit(lambda clip: jax.nn.softmax(model(clip)))
-    for video in videos:
-        try:
-            views = load_eval_views(video, spec)["video"]
-        except DecodeError as error:
-            yield {"video": str(video), "error": str(error)}
+    if batch_size is None:
+        batch_size = max(1, min(BATCH_SIZE, len(videos)))
+    classifier = Classifier(folder, batch_size=batch_size, num_clips=num_clips, num_crops=num_crops)
+    for prediction in classifier.stream(videos, top_k):
+        yield prediction.to_json()
+
+
+def print_result(result: dict, *, as_json: bool) -> None:
+    """Prints a video's result: what failed on stderr, unless all is JSON."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+    elif "error" not in result:
+        padded = ", shorter than its clip: frames repeat" if result["padded"] else ""
+        print(f"{result['video']}  ({result['seconds']:.3f} s{padded})")
+        for entry in result["top"]:
+            print(f"  {100 * entry['probability']:5.1f} %  {entry['label']}", flush=True)
+    if "error" in result:
+        print(f"failed: {result['error']}", file=sys.stderr, flush=True)
+
+
+def run(videos: Sequence[str], args: argparse.Namespace) -> Iterator[dict]:
+    """What the command line asks for: the videos' results, or that of one video's windows.
+
+    Yields:
+        As `predict`; of windows nothing but an error: they are printed or written here.
+
+    Raises:
+        InputError: An option or the model folder is unusable.
+    """
+    if args.window is None:
+        options = {"num_clips": args.clips, "num_crops": args.crops}
+        options |= {"top_k": args.top_k, "batch_size": args.batch_size}
+        yield from predict(videos, args.model, **options)
+        return
+    [video] = videos
+    classifier = Classifier(args.model, batch_size=args.batch_size or 1, num_crops=args.crops)
+    try:
+        timeline = classifier.windows(video, args.window, args.stride)
+    except DecodeError as error:
+        yield {"video": video, "error": str(error)}
+        return
+    if abs(timeline.stride - args.stride) > 1e-6 * args.stride:
+        wanted = f"{timeline.stride:g} s instead of {args.stride:g} s"
+        print(f"stride: {wanted}, so that windows share frames", file=sys.stderr)
+    if args.output:
+        print(*timeline.save(args.output, args.top_k), sep="\n")
+        return
+    for row in timeline.rows(args.top_k):
+        if args.json:
+            print(json.dumps({"video": video, **row}, ensure_ascii=False))
             continue
-        probabilities = np.asarray(classify(steps.normalize(views, how["mean"], how["std"])))[0]
-        top = np.argsort(-probabilities)[:top_k]
-        yield {
-            "video": str(video),
-            "top": [{"label": labels[i], "probability": float(probabilities[i])} for i in top],
-        }
+        top = ", ".join(f"{e['label']} {100 * e['probability']:.1f} %" for e in row["top"])
+        print(f"{row['start']:9.2f} to {row['end']:9.2f} s  {top}")
+
+
+def check_options(args: argparse.Namespace, num_videos: int) -> None:
+    """Refuses options that do not go together.
+
+    Raises:
+        InputError: Says which, and what would.
+    """
+    if args.json not in (None, STDOUT) and not args.json.endswith(".json"):
+        raise InputError(
+            f"--json {args.json}: the file to write must end in .json; to print JSON, put --json "
+            "last or before another option"
+        )
+    if args.top_k < 1:
+        raise InputError(f"--top_k={args.top_k}: must be at least 1")
+    if args.window is None:
+        for name in ("stride", "output"):
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name} needs --window SECONDS")
+        return
+    if args.stride is None:
+        raise InputError("--window needs --stride SECONDS, from one window's start to the next")
+    if num_videos != 1:
+        raise InputError(f"--window takes one video, not {num_videos}; call it once for each")
+    if args.clips is not None:
+        raise InputError("--clips does not go with --window: every window is one clip")
+    if args.json not in (None, STDOUT):
+        raise InputError(f"--json {args.json} does not go with --window; give --output PREFIX")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxvid.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="video files, folders, quoted patterns")
+    add("--model", required=True, metavar="FOLDER", help="a model folder")
+    add("--top_k", type=int, default=5, help="classes to name (default 5)")
+    add("--json", nargs="?", const=STDOUT, metavar="OUT", help="print one JSON object a line, "
+        "or write a list of them to OUT.json")  # fmt: skip
+    add("--clips", type=int, help="clips of a video, whose logits are summed (default: as the "
+        "model was tested if its folder says it, else 1)")  # fmt: skip
+    add("--crops", type=int, help="crops of a clip, 1 or 3 (default: likewise)")
+    add("--batch_size", type=int, help="videos that are computed together (default: 8, or as "
+        "many as there are), or windows (default 1)")  # fmt: skip
+    add("--window", type=float, metavar="SECONDS", help="classify windows of one video")
+    add("--stride", type=float, metavar="SECONDS", help="from one window's start to the next; of "
+        "a STAM, moved a little so that windows share frames")  # fmt: skip
+    add("--output", metavar="PREFIX", help="write windows to PREFIX.csv, .json and .png")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 if some input was unusable."""
-    parser = argparse.ArgumentParser(prog="python -m jaxvid.predict", description=__doc__)
-    parser.add_argument("videos", nargs="+", metavar="VIDEO")
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="a model folder")
-    parser.add_argument("--top_k", type=int, default=5, help="classes to name (default 5)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    args = parser.parse_args(argv)
-    failed = 0
+    """The command line; returns the exit status."""
+    args = make_parser().parse_args(argv)
+    results = []
     try:
-        for result in predict(args.videos, args.model, top_k=args.top_k):
-            failed += "error" in result
-            if args.json:
-                print(json.dumps(result, ensure_ascii=False), flush=True)
-            elif "error" in result:
-                print(f"error: {result['error']}", file=sys.stderr)
-            else:
-                print(result["video"])
-                for entry in result["top"]:
-                    print(f"  {100 * entry['probability']:5.1f} %  {entry['label']}", flush=True)
+        videos, failures = expand(args.inputs)
+        if not videos:
+            raise InputError("; ".join(failure["error"] for failure in failures))
+        check_options(args, len(videos))
+        for result in itertools.chain(run(videos, args), failures):
+            print_result(result, as_json=args.json == STDOUT)
+            results.append(result)
+        if args.json not in (None, STDOUT):
+            lines = ",\n".join(json.dumps(result, ensure_ascii=False) for result in results)
+            write_file(Path(args.json), f"[\n{lines}\n]\n".encode())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return InputError.EXIT_CODE
-    return InputError.EXIT_CODE if failed else 0
+    if failed := sum("error" in result for result in results):
+        print(f"{failed} of {len(failures) + len(videos)} failed", file=sys.stderr)
+    return min(failed, MAX_STATUS)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The programs from end to end, on real clips: train, interrupt, continue, evaluate, predict."""
+"""The programs from end to end, on real clips: train, interrupt, continue, evaluate."""
 
 import json
 import os
@@ -10,18 +10,14 @@ import sys
 import threading
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import jaxvid
-from jaxvid import checkpoint, evaluate, model_folder, steps
-from jaxvid.data.pipeline import ClipSpec, load_eval_views
+from jaxvid import checkpoint, evaluate, model_folder
 from jaxvid.errors import InputError
 from jaxvid.models import split_params
-from jaxvid.predict import main as predict_main
-from jaxvid.predict import predict
 from jaxvid.train import train
 from tests.conftest import shrunk_config
 
@@ -211,18 +207,6 @@ def test_weights_that_are_not_finite_are_not_evaluated(run, tmp_path):
     assert not (tmp_path / "w" / "eval.json").exists()
 
 
-def test_predict_samples_frames_as_the_model_folder_says(tmp_path, motion_folder):
-    how = {"sampling": "rate", "num_frames": 8, "short_side": 72, "crop": 64, "mean": 0, "std": 1}
-    jaxvid.save_model(jaxvid.create_model("xvit_tiny"), tmp_path / "m", preprocessing=how)
-    clip = motion_folder / "val" / "00003.mp4"
-    [found] = predict([clip], tmp_path / "m")
-    views = load_eval_views(clip, ClipSpec(num_frames=8, short_side=72, crop=64, sampling="rate"))
-    assert views["padded"]  # 17 frames are no 10 s
-    logits = jaxvid.load_model(tmp_path / "m")(steps.normalize(views["video"], 0.0, 1.0))
-    expected = float(jax.nn.softmax(logits).max())
-    assert found["top"][0]["probability"] == pytest.approx(expected, rel=1e-5)
-
-
 def test_more_views_are_summed(run, tmp_path):
     workdir, config, _ = run
     other = config.copy_and_resolve_references().unlock()
@@ -271,43 +255,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     with pytest.raises(InputError, match="not finite at step .*videos .*lower optimizer.learn"):
         train(other.lock(), tmp_path / "w")
     assert checkpoint.find_steps(tmp_path / "w") == []
-
-
-def test_predictions_are_the_models_and_broken_files_are_one_line(run, motion_folder, tmp_path):
-    workdir, config, _ = run
-    clip = motion_folder / "val" / "00003.mp4"
-    broken = tmp_path / "broken.mp4"
-    broken.write_text("hello")
-    first, error, last = predict([clip, broken, clip], workdir / "model", top_k=3)
-    assert first == last
-    assert "broken.mp4: cannot be decoded" in error["error"]
-    assert [entry["probability"] for entry in first["top"]] == sorted(
-        (entry["probability"] for entry in first["top"]), reverse=True
-    )
-    views = load_eval_views(clip, ClipSpec(num_frames=8, short_side=72, crop=64))["video"]
-    logits = jaxvid.load_model(workdir / "model")(steps.normalize(views, 0.5, 0.5))
-    probabilities = jax.nn.softmax(logits)[0]
-    labels = (motion_folder / "labels.txt").read_text().split()
-    assert first["top"][0]["label"] == labels[int(probabilities.argmax())]
-    assert first["top"][0]["probability"] == pytest.approx(float(probabilities.max()), rel=1e-5)
-
-
-def test_the_predict_command(run, motion_folder, tmp_path, capsys):
-    workdir, _, _ = run
-    clip, model = str(motion_folder / "val" / "00003.mp4"), str(workdir / "model")
-    assert predict_main([clip, "--model", model, "--top_k", "2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == clip
-    assert len(lines) == 3
-    assert (
-        predict_main([clip, str(tmp_path / "no.mp4"), "--model", model, "--json"])
-        == InputError.EXIT_CODE
-    )
-    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert "no.mp4 does not exist" in results[1]["error"]
-    assert predict_main([clip, "--model", str(tmp_path)]) == InputError.EXIT_CODE
-    assert "is no model folder" in capsys.readouterr().err
-    assert predict_main([clip, "--model", model, "--top_k", "0"]) == InputError.EXIT_CODE
 
 
 def main_py(*arguments) -> subprocess.CompletedProcess:
