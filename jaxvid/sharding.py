@@ -250,8 +250,10 @@ def in_all(function: Callable, *args):
     return result
 
 
-def any_process(flag: bool, mesh: Mesh) -> jax.Array:
+def any_process(flag: bool, mesh: Mesh) -> jax.Array | np.bool_:
     """Whether `flag` holds in some process: a scalar that is computed while the caller goes on."""
+    if jax.process_count() == 1:
+        return np.bool_(flag)
     everywhere = NamedSharding(mesh, P(mesh.axis_names))
     local = np.full(len(mesh.local_devices), flag)
     flags = jax.make_array_from_process_local_data(everywhere, local, (mesh.size,))

@@ -212,7 +212,7 @@ def train(
             "train/grad_norm": float(sums["grad_norm"] / count),
             "learning_rate": float(schedule(step - 1)),
             "clips_per_second": progress.rate(),
-            "input_wait_share": stalls.waited.get("input", 0.0) / (time.monotonic() - looping),
+            "input_wait_share": stalls.share("input"),
         }
         writer.write(step, scalars)
         line = f"loss {scalars['train/loss']:.3f}, top-1 {scalars['train/top1']:.1f} %"
@@ -223,7 +223,6 @@ def train(
         )
 
     with watch.Signals() as signals:
-        looping = time.monotonic()
         try:
             while True:
                 # Several processes must stop at the same step: they learn of it by the metrics.
@@ -257,6 +256,7 @@ def train(
                     if result["top1"] > best:
                         best = result["top1"]
                         save_model(workdir / "best", result)
+                    stalls.share("input")  # from here on: not of the evaluation's time
                 if at_end or stopping:
                     break
                 if profile_steps and step == profile_steps[0]:

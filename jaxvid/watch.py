@@ -53,8 +53,9 @@ class Stalls:
     """
 
     def __init__(self, seconds: float):
-        self._limit, self._current = seconds, None
+        self._limit, self._current, self._began = seconds, None, time.monotonic()
         self.waited: dict[str, float] = {}
+        self._shared: dict[str, tuple[float, float]] = {}  # stage → waited, when last asked
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -74,6 +75,13 @@ class Stalls:
         finally:
             self._current = None
             self.waited[name] = self.waited.get(name, 0.0) + time.monotonic() - start
+
+    def share(self, name: str) -> float:
+        """The share of the time since the last call for this stage that was spent in it."""
+        now, waited = time.monotonic(), self.waited.get(name, 0.0)
+        before, since = self._shared.get(name, (0.0, self._began))
+        self._shared[name] = (waited, now)
+        return (waited - before) / max(now - since, 1e-9)
 
     def _watch(self) -> None:
         while not self._done.wait(min(self._limit / 4, 5.0)):

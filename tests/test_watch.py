@@ -36,6 +36,8 @@ def test_a_stall_is_told_with_what_it_waits_for_and_again_at_twice_the_time(line
     assert lines[0].endswith("reading a.mp4")
     assert 0.4 < stalls.waited["input"] < 5
     assert stalls.waited["the device"] >= 0.01
+    assert 0.5 < stalls.share("input") < 1
+    assert stalls.share("input") == 0  # nothing since
 
 
 def sums(loss=1.0, stop=False):
