@@ -11,8 +11,9 @@ import jax
 import pytest
 from absl import flags
 
+import jaxvid
 from configs import motion as motion_config
-from jaxvid.data.motion import make_motion
+from jaxvid.data.motion import LABELS, make_motion
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -59,3 +60,21 @@ def shrunk_config(folder, num_epochs: float = 2.0):
 def config(motion_folder):
     """A config of two epochs."""
     return shrunk_config(motion_folder)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Folder of the model folders of two tiny networks, `xvit` and `stam`."""
+    folder = tmp_path_factory.mktemp("models")
+    how = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
+    for name, sampling in (("xvit", "segments"), ("stam", "rate")):
+        model = jaxvid.create_model(f"{name}_tiny", width=16, depth=2)
+        how["sampling"] = sampling
+        jaxvid.save_model(model, folder / name, preprocessing=how, labels=list(LABELS))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clips(motion_folder):
+    """The paths of 24 motion clips."""
+    return sorted(map(str, (motion_folder / "val").glob("*.mp4")))
