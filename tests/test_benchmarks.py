@@ -71,6 +71,10 @@ def test_the_table_has_a_line_for_every_model(capsys):
             + ("--config.batch_size=8", "--config.model.depth=1"),
             "pack, read at once is",
         ),
+        (
+            ("windows.py", "--model", "stam_tiny", "--windows", "4", "--rounds", "1"),
+            "frames: 14 shared, 32 alone",
+        ),
     ],
 )
 def test_the_benchmarks_run(arguments, printed):

@@ -1,0 +1,143 @@
+"""How much faster overlapping windows are when they share frames, against each for itself.
+
+python benchmarks/windows.py                                  a ViT-Ti/16 STAM-16, 75 % overlap
+python benchmarks/windows.py --model stam_16 --windows 8 --rounds 1          the full ViT-B/16
+python benchmarks/windows.py --model stam_tiny                                          quick
+
+A STAM with random weights looks at windows of 10 s of a synthetic video, and two sides take turns:
+`shared` is `Classifier.windows`, which decodes each frame once and computes its features once;
+`alone` decodes and classifies each window for itself, from a video that is open already and with a
+thread that decodes ahead, too. Of `n` windows that overlap by 75 %, `alone` computes `4n / (n + 3)`
+times as many frames: below 4, however many windows there are.
+"""
+
+import argparse
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import av
+import numpy as np
+
+import jaxvid
+from jaxvid.data import transforms
+from jaxvid.data.decode import Video
+from jaxvid.windows import plan_windows, prefetch, read_frames
+
+WINDOW, FPS = 10.0, 30  # seconds, frames a second
+TI = {"width": 192, "heads": 3, "temporal_heads": 3, "temporal_mlp": 512, "temporal_depth": 2}
+
+
+def write_video(path: Path, seconds: float) -> None:
+    """A noisy pattern that drifts, 340 × 256, with x264's defaults."""
+    rng = np.random.default_rng(0)
+    pattern = rng.integers(0, 256, (32, 43, 3), np.uint8).repeat(8, 0).repeat(8, 1)[:, :340]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
+        for i in range(round(seconds * FPS)):
+            noise = rng.integers(0, 8, pattern.shape, np.uint8)
+            frame = np.roll(pattern, (i, 2 * i), (0, 1)) // 8 * 7 + noise
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def read_windows(reader: Video, indices: np.ndarray, spec) -> Iterator[np.ndarray]:
+    """Each window's views `(1, v, t, h, w, c)`, decoded for itself."""
+    for row in indices:
+        frames = transforms.resize_short_side(reader.get_frames(row), spec.short_side)
+        yield np.stack(transforms.eval_crops(frames, spec.crop, spec.num_crops))[None]
+
+
+def score_alone(classifier: jaxvid.Classifier, views: Iterator[np.ndarray]) -> np.ndarray:
+    """The windows' logits `(windows, num_classes)`, one after the other."""
+    return np.concatenate([classifier.scores(view) for view in views])
+
+
+def time_in_turns(what: str, sides: dict[str, Callable], rounds: int) -> dict:
+    """Prints each side's shortest wall and CPU time, and their ratio; returns what each gave."""
+    seconds, results = {name: [] for name in sides}, {}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            start = np.array([time.perf_counter(), time.process_time()])
+            results[name] = run()
+            end = np.array([time.perf_counter(), time.process_time()])
+            seconds[name].append(end - start)
+    least = {name: np.min(values, axis=0) for name, values in seconds.items()}
+    times = ", ".join(f"{name} {wall:.2f} ({cpu:.2f}) s" for name, (wall, cpu) in least.items())
+    wall, cpu = least["alone"] / least["shared"]
+    print(f"{what}, wall (CPU) time: {times}: sharing is {wall:.2f} ({cpu:.2f}) × as fast")
+    return results
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="", help="a STAM; default: stam_16 as a ViT-Ti/16")
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--overlap", type=float, default=0.75, help="of neighbours, 0 to 1")
+    parser.add_argument("--rounds", type=int, default=2, help="the fastest one counts")
+    args = parser.parse_args()
+    stride = WINDOW * (1 - args.overlap)
+
+    model = jaxvid.create_model(args.model or "stam_16", **({} if args.model else TI))
+    config = model.config
+    how = {"sampling": "rate", "num_frames": config.num_frames, "crop": config.image_size}
+    how |= {"short_side": config.image_size * 8 // 7, "mean": 0.0, "std": 1.0}
+    with tempfile.TemporaryDirectory() as folder:
+        jaxvid.save_model(model, Path(folder) / "model", preprocessing=how)
+        video = Path(folder) / "video.mp4"
+        write_video(video, WINDOW + (args.windows - 1) * stride)
+        classifier = jaxvid.Classifier(Path(folder) / "model")
+        spec = classifier.spec
+        with Video(video, max_seconds=3600) as reader:
+            options = {"align": True, "name": str(video)}
+            indices = plan_windows(reader, spec, WINDOW, stride, **options).indices
+            needed = np.unique(indices)
+            chunks = list(read_frames(reader, needed, spec, spec.num_frames))
+            views = list(read_windows(reader, indices, spec))
+
+            def alone() -> np.ndarray:
+                with contextlib.closing(prefetch(read_windows(reader, indices, spec))) as ahead:
+                    return score_alone(classifier, ahead)
+
+            # Compiles.
+            classifier.scores(views[0])
+            classifier.score_windows(indices[:1], iter(chunks[:1]))
+            print(
+                f"{config.name}, width {config.width}, {config.num_frames} frames of "
+                f"{config.image_size} px: {len(indices)} windows of {WINDOW:g} s every {stride:g} s"
+            )
+            ratio = indices.size / len(needed)
+            print(f"frames: {len(needed)} shared, {indices.size} alone: {ratio:.2f} × as many")
+            logits = time_in_turns(
+                "compute",
+                {
+                    "shared": lambda: classifier.score_windows(indices, iter(chunks)),
+                    "alone": lambda: score_alone(classifier, iter(views)),
+                },
+                args.rounds,
+            )
+            difference = np.abs(logits["shared"] - logits["alone"]).max()
+            print(
+                f"logits between {logits['alone'].min():.2f} and {logits['alone'].max():.2f} ",
+                end="",
+            )
+            print(f"differ by {difference:.1e} at most")
+            time_in_turns(
+                "decode + compute",
+                {
+                    "shared": lambda: classifier.windows(video, WINDOW, stride),
+                    "alone": alone,
+                },
+                args.rounds,
+            )
+
+
+if __name__ == "__main__":
+    main()
