@@ -329,7 +329,7 @@ def test_a_failed_check_writes_nothing(tmp_path, capsys, monkeypatch):
 def test_a_killed_conversion_leaves_no_model_folder(tmp_path, monkeypatch):
     path = save(tmp_path / "in.pth", "stam_8", state_dict("stam_8"))
     monkeypatch.setattr(
-        checkpoint.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        model_folder.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         convert("stam_8", path, tmp_path / "model")
