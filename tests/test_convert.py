@@ -12,7 +12,7 @@ import torch
 import jaxvid
 from convert import flax_to_torch, rules, torch_to_flax
 from convert.torch_reference import build_reference
-from jaxvid import checkpoint, model_folder
+from jaxvid import model_folder
 from jaxvid.errors import InputError
 from jaxvid.models import PRESETS, abstract_model, make_model_config, split_params
 from tests import goldens
