@@ -63,6 +63,11 @@ def test_batches_change_nothing_and_one_program_is_compiled(folders, clips, batc
     assert len(classifier._programs) == 1
 
 
+def test_scores_are_of_as_many_videos_as_are_given(folders):
+    views = np.zeros((3, 1, 8, 64, 64, 3), np.uint8)
+    assert jaxvid.Classifier(folders / "xvit", batch_size=2).scores(views).shape == (3, 8)
+
+
 def test_broken_files_keep_their_place(folders, clips, tmp_path):
     (tmp_path / "broken.mp4").write_text("hello")
     videos = [tmp_path / "broken.mp4", clips[0], tmp_path / "none.mp4", clips[1], clips[2]]

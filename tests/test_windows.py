@@ -161,6 +161,24 @@ def test_a_short_video_is_one_window(folders, clips):
     np.testing.assert_allclose(found, whole.probabilities, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["stam", "xvit"])
+def test_damage_that_shows_late_leaves_no_timeline(
+    folders, long_videos, tmp_path, capsys, monkeypatch, name
+):
+    original = Video.iter_frames
+
+    def iter_frames(self, indices):
+        yield from original(self, indices)
+        raise DecodeError("x.mp4: frame 3 was damaged after all")
+
+    monkeypatch.setattr(Video, "iter_frames", iter_frames)
+    arguments = [str(long_videos / "25.mp4"), "--model", str(folders / name)]
+    arguments += ["--window", "10", "--stride", "2.5", "--output", str(tmp_path / "timeline")]
+    assert main(arguments) == 1
+    assert "failed: x.mp4: frame 3 was damaged after all" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
 class NoClock:
     """A video whose file tells neither a rate nor timestamps, or an uneven pace."""
 
