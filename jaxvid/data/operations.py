@@ -33,11 +33,8 @@ def solarize(frames: np.ndarray, threshold: int) -> np.ndarray:
 
 def solarize_add(frames: np.ndarray, addition: int) -> np.ndarray:
     """Adds to the values below 128, up to 255."""
-    added = (frames < 128).view(np.uint8)
-    added *= np.uint8(addition)
-    result = np.minimum(frames, 255 - added)
-    result += added
-    return result
+    values = np.arange(256)
+    return _look_up(frames, np.where(values < 128, np.minimum(values + addition, 255), values))
 
 
 def posterize(frames: np.ndarray, bits: int) -> np.ndarray:
@@ -47,15 +44,14 @@ def posterize(frames: np.ndarray, bits: int) -> np.ndarray:
 
 def brightness(frames: np.ndarray, factor: float) -> np.ndarray:
     """From black (0) over the same (1) to brighter."""
-    t, h, w, c = frames.shape
-    return cv2.LUT(frames.reshape(t * h, w * c), _blend_table(0, factor)).reshape(frames.shape)
+    return _look_up(frames, _blend_table(0, factor))
 
 
 def contrast(frames: np.ndarray, factor: float) -> np.ndarray:
     """From the grey that is the frame's mean (0) over the same (1) to more contrast."""
     means = [int(_luma(frame).mean(dtype=np.float64) + 0.5) for frame in frames]
-    tables = [_blend_table(mean, factor) for mean in means]
-    return np.stack([cv2.LUT(frame, table) for frame, table in zip(frames, tables, strict=True)])
+    tables = np.stack([_blend_table(mean, factor) for mean in means])
+    return _look_up(frames, tables[:, None].repeat(3, axis=1))
 
 
 def autocontrast(frames: np.ndarray) -> np.ndarray:
@@ -65,20 +61,21 @@ def autocontrast(frames: np.ndarray) -> np.ndarray:
     scale = 255.0 / np.maximum(high - low, 1)
     values = np.arange(256)[None, None]
     tables = (values * scale - low * scale).astype(int).clip(0, 255)  # truncated, as Pillow does
-    return _look_up(_split(frames), np.where(high > low, tables, values))
+    return _look_up(frames, np.where(high > low, tables, values))
 
 
 def equalize(frames: np.ndarray) -> np.ndarray:
     """Makes the values of each channel of each frame about equally frequent."""
-    planes = _split(frames)
-    counts = [cv2.calcHist([p], [0], None, [256], [0, 256]) for p in itertools.chain(*planes)]
-    counts = np.array(counts, np.int64).reshape(-1, 3, 256)  # (t c 256)
+    counts = [
+        [cv2.calcHist([frame], [c], None, [256], [0, 256]) for c in range(3)] for frame in frames
+    ]
+    counts = np.array(counts, np.int64)  # (t c 256)
     highest = 255 - (counts[..., ::-1] > 0).argmax(-1)[..., None]  # (t c 1)
     below_highest = counts.sum(-1, keepdims=True) - np.take_along_axis(counts, highest, -1)
     step = below_highest // 255
     below = counts.cumsum(-1) - counts
     tables = np.minimum((below + step // 2) // np.maximum(step, 1), 255)
-    return _look_up(planes, np.where(step > 0, tables, np.arange(256)[None, None]))
+    return _look_up(frames, np.where(step > 0, tables, np.arange(256)))
 
 
 # --- Blends with another picture ------------------------------------------------------------------
@@ -221,31 +218,20 @@ def _kernel(d: float, interpolation: int) -> np.ndarray:
     return np.float32([[-d * e * e, (1 + d - d * d) * e, (1 + e - e * e) * d, -e * d * d]])
 
 
-def _split(frames: np.ndarray) -> np.ndarray:
-    """`(t, h, w, c)` to `(t, c, h, w)`."""
-    t, h, w, c = frames.shape
-    planes = np.empty((t, c, h, w), np.uint8)
-    for frame, channels in zip(frames, planes, strict=True):
-        cv2.split(frame, list(channels))
-    return planes
-
-
-def _look_up(planes: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    """Replaces each value in `planes` by the one in its plane's table, there and in the result.
+def _look_up(frames: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """Replaces each value by the one in its table.
 
     Args:
-        planes: `(t, c, h, w)` uint8.
-        tables: `(t, c, 256)` of an integer type.
+        frames: `(t, h, w, c)` uint8.
+        tables: `(256,)` for all values, or `(t, c, 256)` for each channel of each frame.
 
     Returns:
-        `(t, h, w, c)` uint8.
+        An array like `frames`.
     """
-    t, c, h, w = planes.shape
-    result = np.empty((t, h, w, c), np.uint8)
-    for channels, rows, frame in zip(planes, tables.astype(np.uint8), result, strict=True):
-        for channel, row in zip(channels, rows, strict=True):
-            cv2.LUT(channel, row, channel)
-        cv2.merge(list(channels), frame)
+    result = np.empty_like(frames, order="C")
+    tables = np.broadcast_to(tables.astype(np.uint8), (len(frames), *tables.shape[-2:]))
+    for frame, table, replaced in zip(frames, tables, result, strict=True):
+        cv2.LUT(frame, np.ascontiguousarray(table.T).reshape(1, 256, -1), replaced)
     return result
 
 
