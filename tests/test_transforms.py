@@ -33,7 +33,8 @@ def test_resize_keeps_the_aspect_and_is_pillows(height, width):
     assert abs(resized.shape[2] / resized.shape[1] - width / height) < 0.05 * width / height
     size = resized.shape[2], resized.shape[1]
     expected = Image.fromarray(clip[1]).resize(size, Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(resized[1], expected)
+    enlarged = min(height, width) < 24
+    np.testing.assert_allclose(resized[1].astype(int), np.asarray(expected), atol=int(enlarged))
 
 
 @pytest.mark.parametrize("resize_to", [resize_short_side, resize_bilinear])
@@ -136,7 +137,7 @@ def test_multi_scale_crops_start_at_13_places():
 
 @pytest.mark.parametrize(("height", "width"), [(40, 56), (56, 40), (9, 12), (33, 35)])
 def test_multi_scale_crops_are_pillows_resizes_of_the_frames(height, width):
-    """Also where the frames are smaller than the crop."""
+    """Exactly where a side shrinks, else within a grey level; also if frames are below the crop."""
     clip = np.random.default_rng(1).integers(0, 256, (2, height, width, 3)).astype(np.uint8)
     candidates = []
     for crop_h, crop_w in multi_scale_sizes(min(height, width), 32):
@@ -144,12 +145,13 @@ def test_multi_scale_crops_are_pillows_resizes_of_the_frames(height, width):
             for x in range(5):
                 top, left = (height - crop_h) // 4 * y, (width - crop_w) // 4 * x
                 part = Image.fromarray(clip[1, top : top + crop_h, left : left + crop_w])
-                candidates.append(np.asarray(part.resize((32, 32), Image.Resampling.BILINEAR)))
+                expected = np.asarray(part.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+                candidates.append((expected, int(crop_h <= 32 and crop_w <= 32)))
     rng = np.random.default_rng(0)
     for _ in range(10):
         crop = multi_scale_crop(clip, 32, rng)
         assert crop.shape == (2, 32, 32, 3)
-        assert any((crop[1] == candidate).all() for candidate in candidates)
+        assert any(np.abs(crop[1] - expected).max() <= most for expected, most in candidates)
 
 
 def test_resize_takes_height_then_width():

@@ -16,7 +16,13 @@ _PLACES = tuple((i, j) for i in (0, 2, 4) for j in (0, 2, 4)) + ((1, 1), (1, 3),
 
 
 def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes to `(t, height, width, c)`; Pillow's antialiased bilinear."""
+    """Resizes to `(t, height, width, c)`: bilinear, antialiased along a side that shrinks.
+
+    Shrunk clips are exactly Pillow's, enlarged ones within one grey level of them.
+    """
+    _, h, w, _ = frames.shape
+    if height >= h and width >= w:  # nothing to antialias, and OpenCV is five times as fast
+        return _resize_bilinear(frames, height, width)
     return np.stack(
         [
             np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
@@ -26,7 +32,7 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def resize_short_side(frames: np.ndarray, short_side: int) -> np.ndarray:
-    """Resizes so that the shorter side has `short_side` pixels; Pillow's antialiased bilinear."""
+    """Resizes so that the shorter side has `short_side` pixels, as `resize` does."""
     _, h, w, _ = frames.shape
     if min(h, w) == short_side:
         return frames
@@ -48,7 +54,12 @@ def resize_bilinear(frames: np.ndarray, short_side: int) -> np.ndarray:
     _, h, w, _ = frames.shape
     if min(h, w) == short_side:
         return frames
-    size = (int(max(w / h, 1) * short_side), int(max(h / w, 1) * short_side))  # (width, height)
+    height, width = int(max(h / w, 1) * short_side), int(max(w / h, 1) * short_side)
+    return _resize_bilinear(frames, height, width)
+
+
+def _resize_bilinear(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    size = (width, height)
     return np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR) for frame in frames])
 
 
@@ -63,7 +74,9 @@ def random_flip(
     frames: np.ndarray, rng: np.random.Generator, probability: float = 0.5
 ) -> np.ndarray:
     """Mirrors the whole clip left to right, with the given probability."""
-    return frames[:, :, ::-1] if rng.random() < probability else frames
+    if rng.random() >= probability:
+        return frames
+    return np.stack([cv2.flip(frame, 1) for frame in frames])
 
 
 def multi_scale_crop(frames: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -75,7 +88,7 @@ def multi_scale_crop(frames: np.ndarray, size: int, rng: np.random.Generator) ->
         rng: Draws the size of the crop, then its place.
 
     Returns:
-        `(t, size, size, c)` uint8; resized by Pillow's antialiased bilinear.
+        `(t, size, size, c)` uint8, resized by `resize`.
     """
     _, h, w, _ = frames.shape
     sizes = multi_scale_sizes(min(h, w), size)
