@@ -112,6 +112,45 @@ def make_card(model_config, *, preprocessing, labels, provenance: dict) -> dict:
     }
 
 
+def check_labels(
+    card_labels: list | None, data_labels: list[str] | None, folder: str | Path
+) -> None:
+    """Refuses a model folder whose classes are not the data's, in the data's order.
+
+    Classes that only have their numbers for names, on either side, are taken as they are. Upper
+    case and underscores make no difference.
+
+    Args:
+        card_labels: Its `model.json`'s labels; None: it names none.
+        data_labels: The data's.
+        folder: The model folder, for the message.
+
+    Raises:
+        InputError: Names the first difference.
+    """
+    there, here = ([str(label) for label in labels or ()] for labels in (card_labels, data_labels))
+    if any(names == [str(i) for i in range(len(names))] for names in (there, here)):
+        return
+    if len(there) != len(here):
+        raise InputError(
+            f"{folder} has {len(there)} classes, the data {len(here)}; name another folder"
+        )
+    plain = [[name.replace("_", " ").strip().casefold() for name in side] for side in (there, here)]
+    if plain[0] == plain[1]:
+        return
+    first = next(i for i, (a, b) in enumerate(zip(*plain, strict=True)) if a != b)
+    way_out = "name a folder of the data's classes, or correct the data's labels.txt"
+    if sorted(plain[0]) == sorted(plain[1]):
+        way_out = (
+            "the names are the same in another order: bring the data's labels.txt, and the numbers "
+            "in its lists, into the order in model.json"
+        )
+    raise InputError(
+        f"{folder} has other classes: {first} is {there[first]!r} there, {here[first]!r} in the "
+        f"data; {way_out}"
+    )
+
+
 def check_same_model(folder: str | Path, model_config) -> None:
     """Refuses a model folder whose network differs from a config's, and says where.
 
