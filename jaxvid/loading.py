@@ -1,5 +1,11 @@
-"""A model folder with all that using it needs, checked against each other."""
+"""A model folder with all that using it needs, checked against each other.
 
+Its `preprocessing` says how clips were made when it was tested, views included: what training
+writes, what a converter writes of the released protocol, and what prediction does by default.
+"""
+
+import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -7,9 +13,92 @@ import numpy as np
 from flax import nnx
 
 from jaxvid import model_folder
-from jaxvid.data.pipeline import ClipSpec
+from jaxvid.data.pipeline import ClipSpec, make_spec
 from jaxvid.errors import InputError
 from jaxvid.models import make_model_config
+
+# All that a model folder's `preprocessing` says: fields of ClipSpec, and what pixels in [0, 1] are
+# normalised by.
+CLIP_FIELDS = (
+    *("num_frames", "crop", "short_side", "sampling", "sampling_rate", "by_time", "resize"),
+    *("num_clips", "num_crops"),
+)
+PIXEL_FIELDS = ("mean", "std")
+
+
+def preprocessing(config) -> dict:
+    """How clips are made when a config's model is evaluated: a value of each of the fields."""
+    views = {name: config.eval[name] for name in ("num_clips", "num_crops")}
+    spec = make_spec(config, **views)
+    clip = {name: getattr(spec, name) for name in CLIP_FIELDS}
+    return clip | {name: config.data[name] for name in PIXEL_FIELDS}
+
+
+def read_preprocessing(card: dict, path: Path) -> dict:
+    """What a `model.json` says of preprocessing, complete.
+
+    Args:
+        card: What is in the file.
+        path: The file, for messages.
+
+    Returns:
+        A value of each of the fields; of one that an older folder lacks, `ClipSpec`'s default.
+
+    Raises:
+        InputError: It says nothing, lacks what has no default, has a field that there is not, or
+            an impossible value.
+    """
+    how = card["preprocessing"]
+    if not how or not isinstance(how, dict):
+        raise InputError(f"{path} says nothing of preprocessing; export it again")
+    fields = (*CLIP_FIELDS, *PIXEL_FIELDS)
+    values = {
+        field.name: field.default
+        for field in dataclasses.fields(ClipSpec)
+        if field.name in CLIP_FIELDS and field.default is not dataclasses.MISSING
+    } | how
+    problems = [f"has no {name}" for name in fields if name not in values]
+    for name, value in how.items():
+        if name not in fields:
+            problems.append(f"has {name!r}, which this jaxvid does not know")
+        elif not _is_possible(name, value):
+            problems.append(f"has {name}={value!r}, which it cannot be")
+    if problems:
+        raise InputError(f"{path}: preprocessing {problems[0]}; export the model again")
+    return {name: values[name] for name in fields}
+
+
+def _is_possible(name: str, value) -> bool:
+    """Whether it is of a field's type, and above 0 where it must be."""
+    if name == "by_time":
+        return isinstance(value, bool)
+    if name in ("sampling", "resize"):
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if name in PIXEL_FIELDS:
+        return math.isfinite(value) and (name != "std" or value > 0)
+    return isinstance(value, int) and value > 0
+
+
+def check_preprocessing(folder: str | Path, config) -> None:
+    """Refuses to evaluate a model folder on clips that are made otherwise than it was trained for.
+
+    Sizes and views may be others than it was tested with.
+
+    Raises:
+        InputError: Names every difference.
+    """
+    expected = model_folder.load_card(folder)["preprocessing"] or {}
+    found = preprocessing(config)
+    names = ["sampling", *PIXEL_FIELDS] + ["sampling_rate"] * (found["sampling"] == "dense")
+    differences = [
+        f"{name} is {expected[name]!r} there, {found[name]!r} in the config"
+        for name in names
+        if name in expected and expected[name] != found[name]
+    ]
+    if differences:
+        raise InputError(f"{folder} wants its clips made otherwise: {'; '.join(differences)}")
 
 
 def open_model(folder: str | Path) -> tuple[dict, nnx.Module, ClipSpec]:
@@ -19,21 +108,17 @@ def open_model(folder: str | Path) -> tuple[dict, nnx.Module, ClipSpec]:
         folder: Written by training, by a converter or by `save_model`.
 
     Returns:
-        Its `model.json`, with `labels` always a list; the network; the clips, with `num_clips` and
-        `num_crops` as in its preprocessing, 1 where that says nothing.
+        Its `model.json`, with `labels` always a list and `preprocessing` complete; the network; how
+        its clips are made, with the views that it was tested with.
 
     Raises:
         InputError: A part is missing, damaged, from a newer version, or does not fit another.
     """
     card, path = model_folder.load_card(folder), Path(folder) / "model.json"
-    how = card["preprocessing"]
+    how = read_preprocessing(card, path)
     try:
         config = make_model_config(**card["config"])
-        if not how:
-            raise InputError("it says nothing of preprocessing")
-        if missing := sorted({"mean", "std"} - {*how}):
-            raise InputError(f"preprocessing has no {missing[0]}")
-        spec = ClipSpec(**{name: how[name] for name in how if name not in ("mean", "std")})
+        spec = ClipSpec(**{name: how[name] for name in CLIP_FIELDS})
     except (InputError, TypeError) as error:
         raise InputError(f"{path}: {error}; export the model again") from None
     labels = card["labels"]
@@ -52,7 +137,8 @@ def open_model(folder: str | Path) -> tuple[dict, nnx.Module, ClipSpec]:
         raise InputError(
             f"{path}: preprocessing does not fit the network ({error}); export the model again"
         ) from None
-    return {**card, "labels": [str(label) for label in labels]}, model, spec
+    card |= {"labels": [str(label) for label in labels], "preprocessing": how}
+    return card, model, spec
 
 
 def clip_shape(spec: ClipSpec, *leading: int) -> tuple[int, ...]:
