@@ -3,6 +3,8 @@
 import contextlib
 import json
 import shutil
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,13 +27,16 @@ FREE_FIELDS = (
 # What the processes of one run may have of their own.
 OWN_FIELDS = ("data.folder", "data.prefix", "data.num_threads", "data.num_workers")
 
+_noting = threading.Lock()
+
 
 def check_writable(workdir: Path, need_bytes: int) -> None:
     """Makes sure, before any work is done, that its results can be kept.
 
     Args:
         workdir: Folder to make and write to.
-        need_bytes: What checkpoints and the model folder will take.
+        need_bytes: What checkpoints and model folders will take, those of an earlier start
+            included.
 
     Raises:
         InputError: The folder cannot be written or its disk has less room than that.
@@ -41,6 +46,7 @@ def check_writable(workdir: Path, need_bytes: int) -> None:
         probe = workdir / f".probe{jax.process_index()}"
         probe.write_bytes(bytes(4096))
         probe.unlink()
+        need_bytes -= sum(_size(workdir / name) for name in ("checkpoints", "best", "model"))
         free = shutil.disk_usage(workdir).free
     except OSError as error:
         raise InputError(
@@ -51,6 +57,11 @@ def check_writable(workdir: Path, need_bytes: int) -> None:
             f"{workdir}: {free / 1e6:.0f} MB free, but checkpoints need {need_bytes / 1e6:.0f} MB; "
             "make room or choose another --workdir"
         )
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def make_manager(workdir: Path, *, keep: int) -> ocp.CheckpointManager:
@@ -80,6 +91,8 @@ def save_checkpoint(
     finish_saving(manager)
     with _told_if_not_written(manager):
         manager.save(int(state["step"]), args=args)
+    if not jax.process_index():
+        threading.Thread(target=_note_when_saved, args=(manager,), daemon=True).start()
 
 
 def finish_saving(manager: ocp.CheckpointManager) -> None:
@@ -107,23 +120,34 @@ def _told_if_not_written(manager: ocp.CheckpointManager) -> Iterator[None]:
         ) from None
 
 
+def _note_when_saved(manager: ocp.CheckpointManager) -> None:
+    """Notes a checkpoint's files as soon as it is whole: the run may be killed before the next."""
+    while manager.is_saving_in_progress():
+        time.sleep(0.2)
+    with contextlib.suppress(OSError):  # told by the next save
+        _note_files(Path(manager.directory).parent)
+
+
 def _note_files(workdir: Path) -> None:
     """Keeps the checksums of all checkpoints' files in `WORKDIR/checkpoints.json`.
 
     What reads a checkpoint finds damage late, or not at all; these find it before.
     """
-    noted = _noted_files(workdir)
-    steps = {str(step): workdir / "checkpoints" / str(step) for step in find_steps(workdir)}
-    if steps.keys() != noted.keys():
-        noted = {step: noted.get(step) or _checksums(folder) for step, folder in steps.items()}
-        partial = workdir / ".checkpoints.json.partial"
-        partial.write_text(json.dumps(noted))
-        partial.replace(workdir / "checkpoints.json")
+    with _noting:
+        noted = _noted_files(workdir)
+        steps = {str(step): workdir / "checkpoints" / str(step) for step in find_steps(workdir)}
+        if steps.keys() != noted.keys():
+            noted = {step: noted.get(step) or _checksums(folder) for step, folder in steps.items()}
+            partial = workdir / ".checkpoints.json.partial"
+            partial.write_text(json.dumps(noted))
+            partial.replace(workdir / "checkpoints.json")
 
 
 def _noted_files(workdir: Path) -> dict[str, dict[str, int]]:
-    path = workdir / "checkpoints.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads((workdir / "checkpoints.json").read_text())
+    except (FileNotFoundError, ValueError):  # nothing is known then
+        return {}
 
 
 def _checksums(folder: Path) -> dict[str, int]:
@@ -155,23 +179,30 @@ def restore_newest(
         The manager; and the state, None where there is no checkpoint yet.
 
     Raises:
-        InputError: There are checkpoints, and all are damaged.
+        InputError: There are checkpoints, and all are damaged; or the newest is whole and still
+            cannot be restored.
     """
     damaged = []
     while True:
-        manager = make_manager(workdir, keep=keep)
+        manager, is_whole = make_manager(workdir, keep=keep), False
         step = manager.latest_step()
         if step is None:
             break
         try:
-            _check_files(workdir, step)
+            is_whole = _check_files(workdir, step)
             return manager, _restore(manager, step, abstract_state, data_iter)
-        except jax.errors.JaxRuntimeError:  # the device's memory, say: not the checkpoint's fault
+        except (jax.errors.JaxRuntimeError, MemoryError):  # not the checkpoint's fault
             raise
         except Exception as error:  # Orbax raises bare ones
             cause = error.__cause__ or error
             reason = next(filter(None, map(str.strip, str(cause).splitlines())), repr(cause))
         manager.close()
+        if is_whole:
+            raise InputError(
+                f"{workdir}: the checkpoint of step {step} is whole, but cannot be restored "
+                f"({reason[:200]}); continue it with the versions in starts.jsonl, or begin in "
+                "another --workdir"
+            )
         damaged.append(_move_aside(workdir, step))
         log.warning(
             "the checkpoint of step %d is damaged (%s); it was moved to %s, and the one before it "
@@ -187,15 +218,21 @@ def restore_newest(
     return manager, None
 
 
-def _check_files(workdir: Path, step: int) -> None:
+def _check_files(workdir: Path, step: int) -> bool:
+    """Whether a checkpoint's files are known to be as they were written; False: nothing is noted.
+
+    Raises:
+        ValueError: Some are not.
+    """
     expected = _noted_files(workdir).get(str(step))
     if expected is None:  # the run was killed before it could note them
-        return
+        return False
     found = _checksums(workdir / "checkpoints" / str(step))
     if wrong := [name for name, checksum in expected.items() if found.get(name) != checksum]:
         raise ValueError(
             f"{len(wrong)} of {len(expected)} files are missing or changed: {wrong[0]}"
         )
+    return True
 
 
 def _restore(manager, step: int, abstract_state: dict, data_iter) -> dict:

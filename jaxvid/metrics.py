@@ -1,8 +1,10 @@
 """Where numbers go: metrics.jsonl, TensorBoard, the log and the progress bar."""
 
+import contextlib
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -18,17 +20,21 @@ MAX_CLASS_SCALARS = 50
 
 
 def setup_logging(workdir: Path) -> None:
-    """Sends the `jaxvid` log to the console and `WORKDIR/log.txt` (on the first process).
+    """Sends the `jaxvid` log to the console and `WORKDIR/log.txt`.
 
-    Progress is logged as `debug`: the file gets it always, the console where there is no bar.
+    Progress is logged as `debug`: the file gets it always, the console where there is no bar. Of
+    other processes than the first, warnings alone are told, on their consoles.
     """
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
     log.propagate = False
     log.setLevel(logging.DEBUG)
-    if jax.process_index():
-        log.addHandler(logging.NullHandler())
+    if process := jax.process_index():
+        warnings = logging.StreamHandler()
+        warnings.setLevel(logging.WARNING)
+        warnings.setFormatter(logging.Formatter(f"process {process}: %(message)s"))
+        log.addHandler(warnings)
         return
     file = logging.FileHandler(workdir / "log.txt", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -77,8 +83,9 @@ class MetricWriter:
         if self._files is None:
             return
         lines, events = self._files
-        lines.write(json.dumps({"step": step, **scalars}) + "\n")
-        lines.flush()
+        with _told_if_not_written(lines.name):
+            lines.write(json.dumps({"step": step, **scalars}) + "\n")
+            lines.flush()
         for name, value in scalars.items():
             if value is not None:
                 events.add_scalar(name, value, step)
@@ -118,8 +125,11 @@ class MetricWriter:
 class SkippedVideos:
     """Counts the training videos that cannot be decoded and lists them in `WORKDIR/skipped.jsonl`.
 
+    The list is that of the whole run; those that an earlier start has met do not count against the
+    allowed share, for they may have been restored since.
+
     Args:
-        workdir: The run's folder; what an earlier part of the run listed counts too.
+        workdir: The run's folder.
         num_videos: Videos that are listed for training.
         max_share: Of them, how many may fail before the run stops.
     """
@@ -132,28 +142,50 @@ class SkippedVideos:
         lines = text[: text.rfind("\n") + 1]
         if lines != text:
             self._path.write_text(lines, encoding="utf-8")
-        self._ids = {json.loads(line)["id"] for line in lines.splitlines()}
+        self._listed = {json.loads(line)["id"] for line in lines.splitlines()}
+        self._failed: set[str] = set()
 
     def note(self, failures: list[tuple[str, str]]) -> None:
-        """Notes failures, each an id and a reason; each video is told once.
+        """Notes failures, each an id and a reason; each video is told and listed once.
 
         Raises:
             InputError: More than the allowed share has failed.
         """
         for id_, error in failures:
-            if id_ not in self._ids:
-                self._ids.add(id_)
-                log.warning("skipped: %s", error)
-                if jax.process_index():
-                    continue
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"id": id_, "error": error}) + "\n")
-        if len(self._ids) > self._max_share * self._num_videos:
+            self._failed.add(id_)
+            if id_ in self._listed:
+                continue
+            self._listed.add(id_)
+            if jax.process_index():
+                continue
+            log.warning("skipped: %s", error)
+            with _told_if_not_written(self._path), self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"id": id_, "error": error}) + "\n")
+        if len(self._failed) > self._max_share * self._num_videos:
             raise InputError(
-                f"{len(self._ids)} of {self._num_videos} training videos cannot be decoded, more "
-                f"than data.max_failed_share={self._max_share} allows; they are listed in "
-                f"{self._path}; restore them, delete their lines, or raise the share"
+                f"{len(self._failed)} of {self._num_videos} training videos cannot be decoded, "
+                f"more than data.max_failed_share={self._max_share} allows; they are listed in "
+                f"{self._path}; restore them or raise the share"
             )
+
+
+@contextlib.contextmanager
+def _told_if_not_written(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}); make room, then the same command "
+            "continues"
+        ) from None
+
+
+def last_evaluation(workdir: Path) -> int:
+    """The newest step whose validation stands in `WORKDIR/metrics.jsonl`; 0: there is none."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if _step_of(line) < float("inf")]
+    return max((row["step"] for row in rows if "val/top1" in row), default=0)
 
 
 def _step_of(line: str) -> float:

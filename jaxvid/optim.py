@@ -9,7 +9,7 @@ import optax
 from jaxvid.errors import InputError
 
 # Parts that come after the image ViT, in STAM and in XViT.
-HEADS = ("aggregate.", "head.", "consensus.")
+HEADS = ("aggregate.", "head.", "consensus.", "new_fc.")
 OPTIONS = {"name": ("adamw", "sgd"), "decay": ("kernels", "released"), "freeze": ("", "backbone")}
 
 

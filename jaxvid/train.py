@@ -31,10 +31,10 @@ from jaxvid.evaluate import (
     evaluate_params,
     make_eval_step,
     make_report,
-    preprocessing,
     save_report,
     summary,
 )
+from jaxvid.loading import preprocessing
 from jaxvid.metrics import log
 from jaxvid.models import abstract_model, make_model_config
 
@@ -76,10 +76,6 @@ def train(
     model_config = make_model_config(**config.model)
     graphdef, abstract_params = abstract_model(model_config)
     weight_bytes = sum(math.prod(leaf.shape) * 4 for leaf in abstract_params.values())
-    # Weights, their average and two moments a checkpoint, one more checkpoint while the oldest is
-    # still there, and two model folders.
-    need_bytes = weight_bytes * (4 * (config.checkpoint_keep + 1) + 3) + 10**6
-    sharding.in_all(checkpoint.check_writable, workdir, need_bytes)
 
     # ------------------------------------------------------------------ data
     data = sharding.in_all(open_folder, config.data, config.model.num_classes, ("train", "val"))
@@ -122,6 +118,11 @@ def train(
     init = functools.partial(steps.init_state, model_config, optimizer, recipe, seed=config.seed)
     abstract_state = sharding.with_sharding(jax.eval_shape(init), mesh)
     state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    state_bytes = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract_state))
+    # One more checkpoint while the oldest is still there, two model folders, one while it is saved.
+    need_bytes = state_bytes * (config.checkpoint_keep + 1) + 3 * weight_bytes + 10**6
+    sharding.in_all(checkpoint.check_writable, workdir, need_bytes)
+    metrics.setup_logging(workdir)
     manager, state = checkpoint.restore_newest(
         workdir, abstract_state, train_iter, keep=config.checkpoint_keep
     )
@@ -141,7 +142,6 @@ def train(
             f"{step} to {total_steps}"
         )
     provenance.note_start(workdir, provenance.describe_run(mesh, data.records))
-    metrics.setup_logging(workdir)
     checkpoint.save_config(config, workdir)
 
     # ------------------------------------------------------------------ compiled steps
@@ -186,8 +186,11 @@ def train(
     )
     stalls, late = watch.Stalls(config.data.stall_seconds), watch.LateMetrics()
     failures: list[list[str]] = []  # ids and reasons of videos since the last flush
-    best = model_folder.best_top1(workdir)
-    result = None
+    # As the first process reads them: another may see an older file.
+    best, evaluated = sharding.gather(
+        [model_folder.best_top1(workdir), metrics.last_evaluation(workdir)]
+    )[0]
+    saved, result = step, None
 
     def save_model(folder: Path, result: dict) -> None:
         card = model_folder.make_card(
@@ -207,15 +210,17 @@ def train(
         if 2 * count < config.log_steps and step != total_steps or not count:
             return
         scalars = {
-            "train/loss": float(sums["loss"] / sums["count"]),
-            "train/top1": float(100 * sums["top1"] / sums["count"]),
+            "train/loss": float(sums["loss"] / sums["count"]) if sums["count"] else None,
+            "train/top1": float(100 * sums["top1"] / sums["count"]) if sums["count"] else None,
             "train/grad_norm": float(sums["grad_norm"] / count),
             "learning_rate": float(schedule(step - 1)),
             "clips_per_second": progress.rate(),
             "input_wait_share": stalls.share("input"),
         }
         writer.write(step, scalars)
-        line = f"loss {scalars['train/loss']:.3f}, top-1 {scalars['train/top1']:.1f} %"
+        line = "no video of these steps can be decoded"
+        if sums["count"]:
+            line = f"loss {scalars['train/loss']:.3f}, top-1 {scalars['train/top1']:.1f} %"
         progress.advance(0, line)
         log.debug(
             "step %d/%d: %s, %.0f clips/s, %s left",
@@ -229,24 +234,27 @@ def train(
                 alone = jax.process_count() == 1 and signals.received is not None
                 stopping = alone or late.stop or step == stop_step
                 at_end = step == total_steps
-                is_new = step > start_step
-                if is_new and (stopping or at_end or step % checkpoint_steps == 0):
+                evaluates = at_end or (step % eval_steps == 0 and step not in (0, evaluated))
+                saves = stopping or evaluates or step % checkpoint_steps == 0
+                if saves and step != saved:
                     flush()
                     # The iterator is saved with the state and only advanced afterwards: the next
                     # draw is then the one that a continued run makes too.
                     with stalls.stage("the checkpoint"):
                         checkpoint.save_checkpoint(manager, state, train_iter)
-                if at_end or (is_new and step % eval_steps == 0 and not (alone or late.stop)):
-                    flush()
-                    results = evaluate_params(
-                        steps.best_params(state),
-                        data.records["val"],
-                        config,
-                        eval_step=eval_step,
-                        mesh=mesh,
-                    )
+                    saved = step
+                if evaluates and not (alone or late.stop):
+                    with signals.end_at_once():
+                        results = evaluate_params(
+                            steps.best_params(state),
+                            data.records["val"],
+                            config,
+                            eval_step=eval_step,
+                            mesh=mesh,
+                        )
                     result = make_report(results, config, checkpoint=f"step {step}")
-                    if is_new:  # or an earlier run has written it
+                    if step != evaluated:
+                        evaluated = step
                         scalars = {f"val/{k}": result[k] for k in ("top1", "top5", "loss")}
                         writer.write(step, scalars)
                         writer.write_classes(step, data.labels, results.per_class())
@@ -257,7 +265,7 @@ def train(
                         best = result["top1"]
                         save_model(workdir / "best", result)
                     stalls.share("input")  # from here on: not of the evaluation's time
-                if at_end or stopping:
+                if at_end or stopping or late.stop:
                     break
                 if profile_steps and step == profile_steps[0]:
                     jax.profiler.start_trace(workdir / "profile")
@@ -288,12 +296,15 @@ def train(
                     flush()
             checkpoint.finish_saving(manager)
         except watch.NotFiniteError as error:
-            videos = ", ".join(error.ids[:8]) + (", …" if len(error.ids) > 8 else "")
+            ids = sum(sharding.gather(error.ids), [])
+            videos = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+            newest = manager.latest_step()
             raise InputError(
                 f"the loss or its gradient is not finite at step {error.step} (learning rate "
-                f"{float(schedule(error.step - 1)):.3g}; videos {videos}); lower "
-                "optimizer.learning_rate; the newest checkpoint is of step "
-                f"{manager.latest_step() or 0}"
+                f"{float(schedule(error.step - 1)):.3g}; videos {videos}); the newest checkpoint "
+                f"is {'none' if newest is None else f'of step {newest}'}; begin in another "
+                "--workdir with a lower optimizer.learning_rate"
+                + (f" and --config.init_from={workdir / 'best'}" if best >= 0 else "")
             ) from None
         finally:
             progress.close()

@@ -15,9 +15,14 @@ from jaxvid.metrics import log, sum_metrics
 
 
 class Signals:
-    """Notes SIGINT and SIGTERM, so that the loop can save and stop; a second one acts at once."""
+    """Notes SIGINT and SIGTERM, so that the loop can save and stop; a second one acts at once.
+
+    Attributes:
+        received: The signal that came; None: none yet.
+    """
 
     received: int | None = None
+    _at_once = False
 
     def __enter__(self) -> "Signals":
         try:
@@ -30,9 +35,29 @@ class Signals:
         return self
 
     def _note(self, number: int, _) -> None:
-        log.info("%s: saving, then stopping", signal.Signals(number).name)
         self.received = number
         self._restore()
+        then = "stopping; all before it is saved" if self._at_once else "saving, then stopping"
+        log.info("%s: %s", signal.Signals(number).name, then)
+        if self._at_once:
+            raise SystemExit(128 + number)
+
+    @contextlib.contextmanager
+    def end_at_once(self) -> Iterator[None]:
+        """Inside, a signal ends the program at once: for work that a continued run does again.
+
+        One of several processes goes on, for the others would wait for it.
+
+        Raises:
+            SystemExit: A signal came; code 128 + its number.
+        """
+        self._at_once = jax.process_count() == 1
+        try:
+            if self._at_once and self.received is not None:
+                raise SystemExit(128 + self.received)
+            yield
+        finally:
+            self._at_once = False
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -143,6 +143,9 @@ def test_a_full_or_read_only_disk_is_noticed_at_the_start(tmp_path, monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match="1 MB free, but checkpoints need 2 MB"):
         checkpoint.check_writable(tmp_path, 2 * 10**6)
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "weights").write_bytes(bytes(1_100_000))
+    checkpoint.check_writable(tmp_path, 2 * 10**6)  # what is there will be replaced
 
 
 def test_a_run_without_checkpoints_is_named(tmp_path):

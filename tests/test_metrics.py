@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxvid.errors import InputError
-from jaxvid.metrics import MetricWriter, SkippedVideos, sum_metrics
+from jaxvid.metrics import MetricWriter, SkippedVideos, last_evaluation, sum_metrics
 
 
 def test_sums_are_exact():
@@ -45,8 +45,27 @@ def test_skipped_videos_are_listed_once_and_survive_a_kill(tmp_path):
     path.write_text(whole + '{"id": "c", "err', encoding="utf-8")
     again = SkippedVideos(tmp_path, num_videos=4, max_share=0.5)
     assert path.read_text(encoding="utf-8") == whole
+    # Those of the earlier start may have been restored since.
+    again.note([("c", "c is broken"), ("b", "b is broken")])
+    again.note([])
     with pytest.raises(InputError, match="3 of 4 training videos cannot be decoded"):
-        again.note([("c", "c is broken")])
+        again.note([("d", "d is broken")])
+    listed = [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert listed == ["b", "ä", "c", "d"]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    skipped = SkippedVideos(tmp_path, num_videos=4, max_share=0.5)
+    (tmp_path / "skipped.jsonl").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="skipped.jsonl cannot be written .No space left"):
+        skipped.note([("b", "b is broken")])
+
+
+def test_the_last_evaluation_is_found_also_after_a_kill(tmp_path):
+    assert last_evaluation(tmp_path) == 0
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 4, "val/top1": 1.0}\n{"step": 6, "train/loss": 1.0}\n{"step": 8, "v')
+    assert last_evaluation(tmp_path) == 4
 
 
 def test_tensorboard_gets_scalars_classes_and_clips(tmp_path):

@@ -99,6 +99,16 @@ def test_sgd_couples_weight_decay_and_spares_the_heads_biases():
         np.testing.assert_allclose(updates[name], expected, rtol=1e-6)
 
 
+def test_no_classifier_is_frozen():
+    settings = motion.get_config().optimizer.unlock()
+    settings.freeze = "backbone"
+    for name, options in (("xvit_tiny", {"head": "mean"}), ("stam_16", {"aggregator": "mean"})):
+        _, params = abstract_model(make_model_config(name, width=16, heads=2, depth=2, **options))
+        trained = {*params} - frozen_names(settings, params)
+        assert len(trained) == 2, name  # kernel and bias of the classifier
+        assert not any("blocks" in key for key in trained)
+
+
 @pytest.mark.parametrize("name", ["xvit_tiny", "stam_16"])
 def test_layer_decay_slows_lower_blocks_and_freezing_spares_the_heads(name):
     settings = motion.get_config().optimizer.unlock()

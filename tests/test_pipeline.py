@@ -1,6 +1,12 @@
 """Batches are functions of the seed and the position alone, and evaluation misses nothing."""
 
 import dataclasses
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +55,49 @@ def test_batches_do_not_depend_on_threads_or_workers(records):
     assert expected[0]["video"].dtype == np.uint8
     assert_equal(train_batches(records, 8, num_threads=3), expected)
     assert_equal(train_batches(records, 8, num_workers=2), expected)
+
+
+def test_workers_outlive_signals_but_not_their_parent(records, tmp_path):
+    """Ctrl-C reaches every process of a terminal; the run still needs its batches to save."""
+    batches = make_train_iter(
+        records, spec=SPEC, batch_size=8, seed=0, num_threads=1, num_workers=1
+    )
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    time.sleep(0.5)
+    assert worker.is_alive()
+    for _ in range(4):
+        next(batches)
+    batches.close()
+    assert not worker.is_alive()
+
+    script = (
+        "import multiprocessing, os, signal, sys, time\n"
+        "from jaxvid.data.pipeline import _outlive_signals\n"
+        "def work():\n    _outlive_signals()\n    time.sleep(60)\n"
+        "if __name__ == '__main__':\n"
+        "    worker = multiprocessing.get_context('fork').Process(target=work)\n"
+        "    worker.start()\n    print(worker.pid, flush=True)\n"
+        "    time.sleep(1)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
+        worker = int(parent.stdout.readline())
+        assert parent.wait() == -signal.SIGKILL
+        deadline = time.monotonic() + 10
+        while is_running(worker) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ended = not is_running(worker)
+    assert ended
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_seeds_and_epochs_differ(records):

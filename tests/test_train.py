@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -253,7 +254,7 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     other = config.copy_and_resolve_references().unlock()
     other.optimizer.update({"learning_rate": 1e30, "warmup_epochs": 0.0})
-    with pytest.raises(InputError, match="not finite at step .*videos .*lower optimizer.learn"):
+    with pytest.raises(InputError, match="not finite at step .*videos .*is none; begin .*lower"):
         train(other.lock(), tmp_path / "w")
     assert checkpoint.find_steps(tmp_path / "w") == []
 
@@ -405,7 +406,47 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run, tmp_path
     assert weights(tmp_path / "w") == weights(workdir)
     assert (tmp_path / "w" / "damaged" / "6" / "state").is_dir()
     log = (tmp_path / "w" / "log.txt").read_text()
+    assert "the checkpoint of step 6 is damaged" in log
     assert "step 3 of 12, continued" in log
+
+
+def test_a_checkpoint_that_is_whole_is_never_set_aside(run, tmp_path, monkeypatch):
+    _, config, _ = run
+    train(config, tmp_path / "w", stop_step=2)
+
+    def restore_nothing(*_):
+        raise ValueError("the tree has another structure")
+
+    monkeypatch.setattr(checkpoint, "_restore", restore_nothing)
+    with pytest.raises(InputError, match="step 2 is whole, but cannot be restored .the tree has"):
+        train(config, tmp_path / "w")
+    assert checkpoint.find_steps(tmp_path / "w") == [2]
+    assert not (tmp_path / "w" / "damaged").exists()
+
+
+def test_an_evaluation_that_was_interrupted_is_made_up_for(run, tmp_path, monkeypatch):
+    """And meanwhile the checkpoint's files are noted, although no later save did it."""
+    workdir, config, _ = run
+
+    def be_killed(*_, **__):
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "w" / "checkpoints.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        signal.raise_signal(signal.SIGTERM)
+
+    other = config.copy_and_resolve_references().unlock()
+    other.checkpoint_every_epochs = 4.0  # evaluations save, too
+    monkeypatch.setattr("jaxvid.train.evaluate_params", be_killed)
+    with pytest.raises(SystemExit) as stop:
+        train(other.lock(), tmp_path / "w")
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert checkpoint.find_steps(tmp_path / "w") == [3]
+    assert [*json.loads((tmp_path / "w" / "checkpoints.json").read_text())] == ["3"]
+    monkeypatch.undo()
+    train(config, tmp_path / "w")
+    rows = [json.loads(line) for line in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val/top1" in row] == [3, 6, 9, 12]
+    assert weights(tmp_path / "w") == weights(workdir)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run, tmp_path):

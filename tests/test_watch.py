@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from jaxvid import provenance, sharding
 from jaxvid.errors import InputError
 from jaxvid.metrics import log
-from jaxvid.watch import LateMetrics, NotFiniteError, Stalls
+from jaxvid.watch import LateMetrics, NotFiniteError, Signals, Stalls
 
 
 @pytest.fixture
@@ -74,6 +75,8 @@ def test_a_loss_that_is_not_finite_names_its_step_and_its_videos():
 
 
 class Video:
+    label = 0
+
     def __init__(self, id_):
         self.id = id_
 
@@ -96,3 +99,18 @@ def test_starts_are_noted_and_other_training_videos_refused(tmp_path):
     changed = {**videos, "val": [Video("d")]}  # another validation list trains the same
     provenance.note_start(tmp_path, provenance.describe_run(mesh, changed))
     assert len((tmp_path / "starts.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_signal_is_noted_or_ends_at_once_what_can_be_done_again():
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is before  # a second one acts at once
+        with pytest.raises(SystemExit) as stop, signals.end_at_once():
+            pytest.fail("the signal came before")
+        assert stop.value.code == 128 + signal.SIGTERM
+    with Signals() as signals:
+        with pytest.raises(SystemExit) as stop, signals.end_at_once():
+            signal.raise_signal(signal.SIGINT)
+        assert stop.value.code == 128 + signal.SIGINT

@@ -6,6 +6,8 @@ place in its batch, masked, with the reason: nothing is swapped for it.
 """
 
 import dataclasses
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -337,8 +339,9 @@ def describe_loading() -> str:
 
 def _text(text: str) -> np.ndarray:
     """A string as an array that can be batched and shared between processes."""
-    encoded = text.encode()[-TEXT_BYTES:]  # the end of a long path tells more
-    return np.frombuffer(encoded.ljust(TEXT_BYTES, b"\0"), np.uint8)
+    encoded = text.encode(errors="surrogateescape")  # as names of files are
+    # The end of a long path tells more.
+    return np.frombuffer(encoded[-TEXT_BYTES:].ljust(TEXT_BYTES, b"\0"), np.uint8)
 
 
 def split_batch(batch: dict) -> tuple[dict, list[str], list[str]]:
@@ -358,6 +361,23 @@ def _to_iter(dataset: grain.MapDataset, num_threads: int, num_workers: int):
     iter_dataset = dataset.to_iter_dataset(options)
     if num_workers:
         iter_dataset = iter_dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
+            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1),
+            worker_init_fn=_outlive_signals,
         )
     return iter(iter_dataset)
+
+
+def _outlive_signals(*_) -> None:
+    """Makes a worker end with its parent alone.
+
+    Ctrl-C and cluster managers signal every process of a group; the run needs its workers to save.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
