@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import json
 from pathlib import Path
 
 from jaxvid.errors import InputError
@@ -20,5 +21,19 @@ def write_file(path: Path, data: bytes) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise InputError(f"{path} cannot be written ({error.strerror}); name another") from None
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}); name another or make room"
+        ) from None
     return path
+
+
+def write_json(path: Path, value) -> Path:
+    """Writes JSON that people can read. Names of files that are not UTF-8 come back as they were.
+
+    Raises:
+        InputError: It cannot be written.
+        ValueError: A number in it is not finite.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # Python has their bytes as lone surrogates, and JSON escapes for these.
+    return write_file(path, text.encode("utf-8", "backslashreplace"))

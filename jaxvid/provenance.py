@@ -1,19 +1,23 @@
 """What a run was made of: versions, devices, code and data."""
 
+import concurrent.futures
 import datetime
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
 
 from jaxvid import sharding
+from jaxvid.data.packs import PackRecords, TfdsVideo
 from jaxvid.errors import InputError
+from jaxvid.files import write_file
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
 
@@ -34,48 +38,96 @@ def describe_run(mesh, records: dict[str, Sequence]) -> dict:
         "processes": jax.process_count(),
         "mesh": dict(mesh.shape),
         "revision": _revision(),
-        "data": {
-            split: {"videos": len(found), "sha256": fingerprint(found)}
-            for split, found in records.items()
-        },
+        "data": {split: describe_videos(found) for split, found in records.items()},
+    }
+
+
+def describe_videos(records: Sequence) -> dict:
+    """How many videos a split has, and the fingerprints of their ids and of their labels."""
+    return {
+        "videos": len(records),
+        "sha256": fingerprint(records),
+        "labels_sha256": fingerprint_labels(records),
     }
 
 
 def fingerprint(records: Sequence) -> str:
     """SHA-256 over the ids of a split's videos, in order."""
+    return _digest(record.id for record in records)
+
+
+def fingerprint_labels(records: Sequence) -> str:
+    """SHA-256 over the labels of a split's videos, in order; of those that no list tells: none."""
+    return _digest("" if isinstance(record, TfdsVideo) else str(record.label) for record in records)
+
+
+def fingerprint_files(records: Sequence) -> str:
+    """SHA-256 over sizes and times of the files that videos lie in: another where one changed."""
+    is_pack = isinstance(records, PackRecords)
+    paths = records.paths if is_pack else [record.path for record in records]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # file systems over a network are slow
+        return _digest(pool.map(_describe_file, paths))
+
+
+def _describe_file(path: str | Path) -> str:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # who opens it says why
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _digest(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    for record in records:
-        digest.update(record.id.encode() + b"\0")
+    for text in texts:
+        digest.update(text.encode(errors="surrogateescape") + b"\0")  # as file names are
     return digest.hexdigest()
+
+
+def check_same_videos(described) -> None:
+    """Refuses processes that have other videos, or other labels, than the first.
+
+    Args:
+        described: Of `describe_videos`, or a tree of these.
+    """
+    first, *others = sharding.gather(described)
+    if odd := [process for process, found in enumerate(others, 1) if found != first]:
+        raise InputError(
+            f"process {odd[0]} has other videos than process 0, or other labels; give all of them "
+            "the same lists"
+        )
 
 
 def note_start(workdir: Path, facts: dict) -> None:
     """Adds a start of the run to `WORKDIR/starts.jsonl` (on the first process).
 
     Raises:
-        InputError: An earlier start had other training videos: their order, and so what the run
-            computes, would be another. Or another process has other videos.
+        InputError: An earlier start had other training videos, so that their order, and with it
+            what the run computes, would be another; or other labels. Or another process has other
+            videos.
     """
-    first, *others = sharding.gather(facts["data"])
-    if odd := [process for process, data in enumerate(others, 1) if data != first]:
-        raise InputError(
-            f"process {odd[0]} has other videos than process 0; give all of them the same lists"
-        )
+    check_same_videos(facts["data"])
     path = workdir / "starts.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    before = json.loads(lines[-1])["data"]["train"] if lines else facts["data"]["train"]
-    if before != facts["data"]["train"]:
+    now = facts["data"]["train"]
+    before = json.loads(lines[-1])["data"]["train"] if lines else now
+    # What began before labels were noted has none to compare.
+    changed = [name for name in before if before[name] != now[name]]
+    if changed == ["labels_sha256"]:
+        raise InputError(
+            f"{workdir} was started with other labels of its {before['videos']} training videos "
+            f"({before['labels_sha256'][:12]}, now {now['labels_sha256'][:12]}); restore the list "
+            "or choose another --workdir"
+        )
+    if changed:
         raise InputError(
             f"{workdir} was started with {before['videos']} training videos "
-            f"({before['sha256'][:12]}), now there are {facts['data']['train']['videos']} "
-            f"({facts['data']['train']['sha256'][:12]}); restore the list or choose another "
-            "--workdir"
+            f"({before['sha256'][:12]}), now there are {now['videos']} ({now['sha256'][:12]}); "
+            "restore the list or choose another --workdir"
         )
     if not jax.process_index():
         lines.append(json.dumps(facts, ensure_ascii=False))
-        partial = path.with_suffix(".partial")
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_file(path, ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def _revision() -> str | None:

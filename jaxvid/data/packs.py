@@ -52,6 +52,7 @@ class PackRecords(Sequence):
 
     Attributes:
         labels: Names of the classes.
+        paths: The files that the split lies in.
 
     Args:
         name: A folder that `prepare` wrote, or the name of a TFDS data set.
@@ -79,13 +80,13 @@ class PackRecords(Sequence):
             )
         self.labels = list(features["label"].names)
         root = os.path.abspath(builder.data_dir)
-        self._paths = [os.path.abspath(path) for path in info.filepaths]
+        self.paths = [os.path.abspath(path) for path in info.filepaths]
         self._ends = list(itertools.accumulate(info.shard_lengths))  # of each file's records
-        if outside := [path for path in self._paths if not path.startswith(root + os.sep)]:
+        if outside := [path for path in self.paths if not path.startswith(root + os.sep)]:
             raise InputError(f"{name}: its file {outside[0]} lies outside {root}; make it again")
-        if missing := [path for path in self._paths if not os.path.isfile(path)]:
+        if missing := [path for path in self.paths if not os.path.isfile(path)]:
             raise InputError(
-                f"{missing[0]} and {len(missing) - 1} more of {len(self._paths)} files do not "
+                f"{missing[0]} and {len(missing) - 1} more of {len(self.paths)} files do not "
                 "exist; run prepare again"
             )
         table = table_path(Path(root), split)
@@ -139,7 +140,7 @@ class PackRecords(Sequence):
                 from array_record.python.array_record_module import ArrayRecordReader
 
                 self._readers[file] = ArrayRecordReader(
-                    self._paths[file],
+                    self.paths[file],
                     options="readahead_buffer_size:0,max_parallelism:0",
                     file_reader_buffer_size=2**15,
                 )
