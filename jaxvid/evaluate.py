@@ -1,7 +1,7 @@
 """Evaluation: every listed video is counted once, by the sum of its views' logits."""
 
 import functools
-import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,21 +9,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxvid import (
-    checkpoint,
-    html_report,
-    metrics,
-    model_folder,
-    provenance,
-    report,
-    scoring,
-    sharding,
-    steps,
-)
+from jaxvid import checkpoint, metrics, model_folder, provenance, scoring, sharding, steps
 from jaxvid.data.pipeline import make_eval_iter, make_spec, split_batch
 from jaxvid.data.sources import Record, open_folder
 from jaxvid.errors import InputError
-from jaxvid.eval_files import Unfinished, compare_tables, read_table, write_table
+from jaxvid.eval_files import (
+    Unfinished,
+    check_shared,
+    compare_tables,
+    read_table,
+    save_report,
+)
+from jaxvid.loading import check_preprocessing, preprocessing
 from jaxvid.metrics import log
 from jaxvid.models import Params, abstract_model, make_model_config
 from jaxvid.scoring import Results
@@ -32,6 +29,11 @@ SCORES = {
     "logits": "sum of logits over the views",
     "probabilities": "mean of probabilities over the views",
 }
+# How clips are made, beside the network's own sizes: it decides what an accuracy is worth.
+CLIP_FIELDS = (
+    *("data.sampling", "data.sampling_rate", "data.by_time", "data.resize"),
+    "eval.short_side",
+)
 
 
 def check_protocol(config, mesh) -> None:
@@ -51,20 +53,6 @@ def check_protocol(config, mesh) -> None:
         raise InputError(f"eval.score={config.eval.score!r}: there are {known}")
     if config.eval.every_epochs <= 0:
         raise InputError(f"eval.every_epochs={config.eval.every_epochs}: must be above 0")
-
-
-def preprocessing(config) -> dict:
-    """How a clip is made for a config's model: what `predict` must do as training did."""
-    return {
-        "sampling": config.data.sampling,
-        "sampling_rate": config.data.sampling_rate,
-        "num_frames": config.model.num_frames,
-        "short_side": config.eval.short_side,
-        "resize": config.data.resize,
-        "crop": config.model.image_size,
-        "mean": config.data.mean,
-        "std": config.data.std,
-    }
 
 
 def make_eval_step(config, graphdef, mesh) -> Callable[[Params, dict], dict]:
@@ -101,8 +89,10 @@ def evaluate_params(
     Raises:
         InputError: The network's logits are not finite.
     """
-    parts = unfinished.load() if unfinished else []
+    parts, began = unfinished.load() if unfinished else [], time.monotonic()
     start = sum(len(part["padded"]) for part in parts)
+    if start:
+        log.info("%d of %d videos were evaluated before", start, len(records))
     shard = sharding.rows_of_process(mesh, config.eval.batch_size)
     batches = make_eval_iter(
         records[start:],
@@ -120,7 +110,7 @@ def evaluate_params(
 
     def read() -> None:
         """Fetches the oldest running batch."""
-        nonlocal start, hits
+        nonlocal start, hits, began
         outputs, *host = running.pop(0)
         count = min(config.eval.batch_size, len(records) - start)
         # Every process has all scores; what it knows of its own videos it tells the others.
@@ -140,6 +130,7 @@ def evaluate_params(
         for error in filter(None, part["error"]):
             log.warning("counts as wrong: %s", error)
         part["hit"] = good & (part["scores"].argmax(axis=1) == part["label"])
+        part["seconds"], began = time.monotonic() - began, time.monotonic()
         parts.append(part)
         if unfinished:
             unfinished.add(part)
@@ -167,24 +158,26 @@ def evaluate_params(
         probabilities=np.concatenate([part["probabilities"] for part in parts]),
         padded=np.concatenate([part["padded"] for part in parts]),
         errors=[error for part in parts for error in part["error"]],
+        seconds=float(sum(part["seconds"] for part in parts)),
     )
 
 
 def make_report(results: Results, config, *, checkpoint: str) -> dict:
     """What goes into `eval.json`: percentages, the protocol they were measured by, and of what.
 
-    Videos that failed count as wrong; the loss and the calibration are those of the others.
+    Videos that failed count as wrong; the loss and the calibration are those of the others, None
+    where there are none. Seconds are those of all runs of an evaluation that was interrupted.
     """
     hits, good = results.hits(1), ~results.failed
     confidences = results.probabilities.max(axis=1)
     _, calibration_error = scoring.reliability(confidences[good], hits[good])
-    losses = results.losses()
+    losses, views = results.losses(), config.eval.num_clips * config.eval.num_crops
     return {
         "top1": scoring.accuracy(hits),
         "top1_interval": [*scoring.confidence_interval(hits)],
         "top5": scoring.accuracy(results.hits(5)),
         "mean_class_accuracy": float(np.nanmean(results.per_class())),
-        "calibration_error": calibration_error,
+        "calibration_error": None if math.isnan(calibration_error) else calibration_error,
         "loss": float(losses[good].mean()) if good.any() else None,
         "num_videos": len(hits),
         "num_evaluated": int(good.sum()),
@@ -203,40 +196,15 @@ def make_report(results: Results, config, *, checkpoint: str) -> dict:
             "resize": config.data.resize,
             "sampling": config.data.sampling,
             "sampling_rate": config.data.sampling_rate,
+            "by_time": config.data.by_time,
+            "dtype": config.model.dtype,
             "score": SCORES[config.eval.score],
         },
+        "seconds": results.seconds,
+        "clips_per_second": len(hits) * views / results.seconds,
         "data": config.data.folder,
         "checkpoint": checkpoint,
     }
-
-
-def save_report(
-    workdir: Path, result: dict, results: Results, labels: list[str], records: Sequence[Record]
-) -> None:
-    """Writes `eval.json`, `eval_videos.csv`, `confusion.png`, `eval.html` (on the first process).
-
-    Arguments: `html_report.save_page`, and the folder.
-    """
-    if jax.process_index():
-        return
-    confusion = results.confusion()
-    accuracies = results.per_class()
-    result = {
-        **result,
-        "class_accuracy": {
-            label: float(value)
-            for label, value in zip(labels, accuracies, strict=True)
-            if np.isfinite(value)
-        },
-        "confusion": confusion.tolist(),
-        "labels": labels,
-    }
-    write_table(workdir / "eval_videos.csv", results, labels)
-    partial = workdir / ".eval.json.partial"
-    partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(workdir / "eval.json")
-    report.draw_confusion(confusion, labels, workdir / "confusion.png")
-    html_report.save_page(workdir / "eval.html", result, results, labels, records)
 
 
 def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = None) -> dict:
@@ -254,9 +222,9 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
         What `eval.json` holds.
 
     Raises:
-        InputError: There is nothing to evaluate, or it does not fit the config.
+        InputError: There is nothing to evaluate, or it does not fit the config or the data.
     """
-    workdir, began = Path(workdir), time.monotonic()
+    workdir = Path(workdir)
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(config.mesh)
     check_protocol(config, mesh)
@@ -268,33 +236,53 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
     graphdef, abstract_params = abstract_model(model_config)
     abstract_params = sharding.with_sharding(abstract_params, mesh)
     if config.init_from:
-        source = config.init_from
+        source = named = config.init_from
         model_folder.check_same_model(source, model_config)
-        _check_preprocessing(source, config)
+        check_preprocessing(source, config)
+        card = model_folder.load_card(source)
         params = model_folder.load_params(source, abstract_params)
+        differences = _compare_clips(card["preprocessing"] or {}, config)
     else:
         step = checkpoint.newest_step(workdir)
-        differences = [
+        changed = checkpoint.compare_config(workdir, config)
+        if other := [
             text
-            for name, text in checkpoint.compare_config(workdir, config).items()
+            for name, text in changed.items()
             if name.startswith(("model.", "data.mean", "data.std"))
-        ]
-        if differences:
-            raise InputError(f"{workdir} holds another model: {'; '.join(differences)}")
+        ]:
+            raise InputError(f"{workdir} holds another model: {'; '.join(other)}")
+        named = workdir / "best"  # a checkpoint does not name its classes
+        card = model_folder.load_card(named) if (named / "model.json").exists() else None
         source = str(workdir / "checkpoints" / str(step))
         params = checkpoint.restore_params(workdir, step, abstract_params)
+        differences = [text for name, text in changed.items() if name in CLIP_FIELDS]
     log.info("evaluating %s", source)
+    if differences:
+        told = "; ".join(differences)
+        log.warning("clips are not made as the model's preprocessing says: %s", told)
 
     data = sharding.in_all(open_folder, config.data, config.model.num_classes, ("val",))
     records = data.records["val"]
+    videos = provenance.describe_videos(records)
+    provenance.check_same_videos(videos)
+    if card:
+        model_folder.check_labels(card["labels"], data.labels, named)
+    if before is not None:
+        check_shared(before, (record.id for record in records))
     weights_sha256 = model_folder.fingerprint(params)
     unfinished = Unfinished(
         workdir / ".unfinished_eval",
         {
             "weights": weights_sha256,
-            "videos": provenance.fingerprint(records),
+            "videos": videos,
+            # Processes may have copies of their own.
+            "files": sorted({*sharding.gather(provenance.fingerprint_files(records))}),
             "model": config.model.to_dict(),
-            "data": config.data.to_dict(),
+            "data": {
+                name: value
+                for name, value in config.data.to_dict().items()
+                if f"data.{name}" not in checkpoint.OWN_FIELDS
+            },
             "eval": config.eval.to_dict(),
         },
     )
@@ -303,11 +291,7 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
         params, records, config, eval_step=eval_step, mesh=mesh, unfinished=unfinished
     )
     result = make_report(results, config, checkpoint=source)
-    seconds = time.monotonic() - began
-    result |= {"weights_sha256": weights_sha256, "seconds": seconds}
-    result["clips_per_second"] = (
-        len(records) * config.eval.num_clips * config.eval.num_crops / seconds
-    )
+    result["weights_sha256"] = weights_sha256
     save_report(workdir, result, results, data.labels, records)
     unfinished.remove()
     log.info("%s. The report is %s", summary(result), workdir / "eval.html")
@@ -335,14 +319,11 @@ def summary(result: dict) -> str:
     )
 
 
-def _check_preprocessing(folder: str, config) -> None:
-    """Refuses to evaluate a model folder on clips that are made otherwise than it is used to."""
-    expected = model_folder.load_card(folder)["preprocessing"] or {}
-    found = preprocessing(config)
-    differences = [
-        f"{name} is {expected[name]!r} there, {found[name]!r} in the config"
-        for name in ("sampling", "sampling_rate", "mean", "std")
+def _compare_clips(expected: dict, config) -> list[str]:
+    """How a config makes clips otherwise than a model folder's preprocessing says."""
+    found, names = preprocessing(config), [name.partition(".")[2] for name in CLIP_FIELDS]
+    return [
+        f"{name} was {expected[name]!r}, now {found[name]!r}"
+        for name in names
         if name in expected and expected[name] != found[name]
     ]
-    if differences:
-        raise InputError(f"{folder} wants its clips made otherwise: {'; '.join(differences)}")

@@ -18,6 +18,7 @@ from PIL import Image
 from jaxvid import scoring
 from jaxvid.data.decode import DecodeError
 from jaxvid.data.sources import Record
+from jaxvid.files import write_file
 from jaxvid.scoring import Results
 
 TEMPLATE = Path(__file__).with_name("html_report.html")
@@ -25,7 +26,7 @@ MAX_MISTAKES = 12
 MAX_FAILED = 200  # that are listed; eval.json lists all
 MAX_POINTS = 400  # of a curve
 THUMBNAIL_PX = 200
-# Numbers of `eval.json` that the page shows; what a training writes lacks the last two.
+# Numbers of `eval.json` that the page shows.
 SHOWN = (
     "top1",
     "top1_interval",
@@ -63,12 +64,13 @@ def save_page(
         results: Of the evaluation.
         labels: Names of the classes.
         records: The videos of `results`, in its order.
+
+    Raises:
+        InputError: It cannot be written.
     """
     data = page_data(result, results, labels, records)
     page = make_page({**data, "curves": read_curves(path.with_name("metrics.jsonl"))})
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_file(path, page.encode())
 
 
 def make_page(data: dict) -> str:
@@ -89,7 +91,7 @@ def page_data(result: dict, results: Results, labels: list[str], records: Sequen
     Arguments: `save_page`.
 
     Returns:
-        What is in `SHOWN`; and `protocol` and `failed`; `labels`, and of each class its videos
+        What `SHOWN` names; and `protocol` and `failed`; `labels`, and of each class its videos
         (`count`), those predicted right (`correct`) and how many failed; `confusion`, its counts
         that are not 0 as label, prediction, count, label, ...; `near`, an order of the classes;
         `bins` of the reliability diagram; `mistakes`.
@@ -103,7 +105,7 @@ def page_data(result: dict, results: Results, labels: list[str], records: Sequen
         return np.bincount(results.labels[which], minlength=len(labels)).tolist()
 
     return {
-        **{name: _finite(result[name]) for name in SHOWN if name in result},
+        **{name: result[name] for name in SHOWN},
         "protocol": describe_protocol(result["protocol"]),
         "failed": result["failed"][:MAX_FAILED],
         "labels": labels,
@@ -125,10 +127,11 @@ def describe_protocol(protocol: dict) -> list[str]:
     return [
         f"{views}{'crop' if crops == 1 else 'crops'} of each video",
         f"{protocol['num_frames']} frames a clip, "
-        + SAMPLINGS[protocol["sampling"]].format(**protocol),
+        + SAMPLINGS[protocol["sampling"]].format(**protocol)
+        + (", by the times that they are shown at" if protocol["by_time"] else ""),
         f"{size} × {size} px, cut from a short side of {protocol['short_side']} px, resized "
         + RESIZES[protocol["resize"]],
-        f"a video's score is the {protocol['score']}",
+        f"a video's score is the {protocol['score']}, computed in {protocol['dtype']}",
     ]
 
 
@@ -186,7 +189,8 @@ def read_curves(path: Path) -> dict[str, list[list[float]]] | None:
         except ValueError:  # the last line of a run that was killed while it wrote
             continue
         for name in CURVES:
-            if name in row and math.isfinite(row[name]):
+            # Where no video could be decoded, there is no loss.
+            if row.get(name) is not None and math.isfinite(row[name]):
                 points.setdefault(name, []).append((row["step"], row[name]))
     return {name: _thin(np.array(found)) for name, found in points.items()} or None
 

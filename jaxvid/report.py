@@ -1,5 +1,6 @@
 """Pictures of what a run produced."""
 
+import io
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxvid import optim
-from jaxvid.errors import InputError
+from jaxvid.files import write_file
 from jaxvid.scoring import order_by_confusion
 
 INK, GRID = "#222222", "#dddddd"
@@ -22,11 +23,14 @@ def draw_curves(metrics: Path, output: Path) -> None:
     Args:
         metrics: A run's `metrics.jsonl`.
         output: The PNG file.
+
+    Raises:
+        InputError: It cannot be written.
     """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
 
     def series(name: str) -> tuple[list, list]:
-        points = [(row["step"], row[name]) for row in rows if name in row]
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
     figure = Figure(figsize=(11, 3.4), layout="constrained", dpi=130)
@@ -47,7 +51,13 @@ def draw_curves(metrics: Path, output: Path) -> None:
         _tidy(axes)
         if "%" in title:
             axes.set_ylim(0, 100)
-    figure.savefig(output)
+    _save(figure, output)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return write_file(path, picture.getvalue())
 
 
 def _tidy(axes) -> None:
@@ -87,22 +97,23 @@ def draw_schedule(config, workdir: str | Path) -> Path:
     axes.set_xlabel("epoch")
     axes.set_ylabel("learning rate")
     _tidy(axes)
-    path = Path(workdir) / "schedule.png"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); name another") from None
-    return path
+    return _save(figure, Path(workdir) / "schedule.png")
 
 
-def draw_confusion(confusion: np.ndarray, labels: list[str], output: Path) -> None:
+def draw_confusion(
+    confusion: np.ndarray, labels: list[str], output: Path, *, num_failed: int = 0
+) -> None:
     """Draws which classes are taken for which, each row in percent of its label's videos.
 
     Args:
         confusion: `(num_classes, num_classes)` counts: rows are labels, columns predictions.
         labels: Names of the classes.
         output: The PNG file.
+        num_failed: Videos that are not in the matrix as they could not be decoded; they count as
+            wrong.
+
+    Raises:
+        InputError: It cannot be written.
     """
     share = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     count = len(labels)
@@ -114,7 +125,8 @@ def draw_confusion(confusion: np.ndarray, labels: list[str], output: Path) -> No
     figure = Figure(figsize=(side + 1.2, side), layout="constrained", dpi=130)
     axes = figure.subplots()
     image = axes.imshow(share, vmin=0, vmax=100, cmap="Blues")
-    figure.colorbar(image, label="% of the label's videos", shrink=0.8)
+    of = "% of the label's videos" + (" that did not fail" if num_failed else "")
+    figure.colorbar(image, label=of, shrink=0.8)
     if count <= MAX_NAMED_CLASSES:
         axes.set_xticks(range(count), labels, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(count), labels)
@@ -125,6 +137,8 @@ def draw_confusion(confusion: np.ndarray, labels: list[str], output: Path) -> No
             axes.text(column, row, value, ha="center", va="center", color=colour, fontsize=9)
     axes.set_xlabel(f"prediction{ordering}")
     axes.set_ylabel("label")
-    top1 = 100 * np.trace(confusion) / max(confusion.sum(), 1)
-    axes.set_title(f"top-1 {top1:.1f} % on {confusion.sum()} videos", color=INK)
-    figure.savefig(output)
+    num_videos = confusion.sum() + num_failed
+    top1 = 100 * np.trace(confusion) / max(num_videos, 1)
+    failed = f", of which {num_failed} failed" if num_failed else ""
+    axes.set_title(f"top-1 {top1:.1f} % on {num_videos} videos{failed}", color=INK)
+    _save(figure, output)

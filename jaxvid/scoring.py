@@ -21,6 +21,7 @@ class Results:
         probabilities: `(n, num_classes)` float32: rows sum to 1; zeros where it failed.
         padded: `(n,)` booleans: too short for its clips.
         errors: `(n,)` strings: why it could not be decoded; empty: it could.
+        seconds: Wall time; of an interrupted evaluation that of all its runs.
     """
 
     ids: list[str]
@@ -29,6 +30,7 @@ class Results:
     probabilities: np.ndarray
     padded: np.ndarray
     errors: list[str]
+    seconds: float
 
     @property
     def failed(self) -> np.ndarray:
@@ -77,6 +79,9 @@ def accuracy(hits: np.ndarray) -> float:
 def confidence_interval(hits: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """A 95 % bootstrap interval of an accuracy: videos drawn again with replacement.
 
+    Where all or none are right, every resample is the same; then it is the exact interval (Clopper
+    and Pearson, 1934), which for 5 right of 5 begins at 47.8 %.
+
     Args:
         hits: `(n,)` booleans, a video each.
         seed: Of the draws.
@@ -84,6 +89,9 @@ def confidence_interval(hits: np.ndarray, seed: int = 0) -> tuple[float, float]:
     Returns:
         The 2.5th and 97.5th percentile, in percent.
     """
+    if hits.all() or not hits.any():
+        bound = 100 * 0.025 ** (1 / len(hits))  # so few videos say no more
+        return (bound, 100.0) if hits.all() else (0.0, 100 - bound)
     # The number of hits in a resample of n videos is binomial.
     draws = np.random.default_rng(seed).binomial(len(hits), hits.mean(), NUM_RESAMPLES)
     low, high = np.percentile(100 * draws / len(hits), [2.5, 97.5])

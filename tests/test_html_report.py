@@ -28,10 +28,10 @@ def numbers_of(page: str) -> dict:
     return json.loads(re.search(r'<script[^>]*id="data">(.*?)</script', page, re.DOTALL)[1])
 
 
-def save(folder, config, found, labels, records=None, **more):
+def save(folder, config, found, labels, records=None):
     """The page of some results, and its JSON."""
     result = evaluate.make_report(found, config, checkpoint="checkpoints/</script>")
-    result |= {"weights_sha256": "0123456789abcdef" * 4, **more}
+    result |= {"weights_sha256": "0123456789abcdef" * 4}
     records = records or [Record(folder / "missing.mp4", 0)] * len(found.ids)
     html_report.save_page(folder / "eval.html", result, found, labels, records)
     page = (folder / "eval.html").read_text(encoding="utf-8")
@@ -41,9 +41,10 @@ def save(folder, config, found, labels, records=None, **more):
 def test_the_page_has_the_numbers(tmp_path, config):
     scores = [[3, 1, 0], [0, 2, 1], [1, 0, 5], [9, 0, 0], [0, 0, 1]]
     found = results(scores, [0, 2, 2, 0, 1], ["", "", "", "broken", ""])
-    page, data = save(tmp_path, config, found, ["a", "b", "c"], seconds=2.0, clips_per_second=2.5)
+    page, data = save(tmp_path, config, found, ["a", "b", "c"])
     assert "<title>top-1 40.00 % on 5 videos</title>" in page
-    assert (data["top1"], data["top5"], data["seconds"]) == (40.0, 80.0, 2.0)
+    assert (data["top1"], data["top5"]) == (40.0, 80.0)
+    assert (data["seconds"], data["clips_per_second"]) == (2.0, 2.5)
     counts = [data[f"num_{name}"] for name in ("videos", "evaluated", "padded", "failed")]
     assert counts == [5, 4, 1, 1]
     assert data["failed"] == [{"id": "v3.mp4", "label": 0, "error": "broken"}]
@@ -60,7 +61,7 @@ def test_the_page_has_the_numbers(tmp_path, config):
         "1 clip × 1 crop of each video",
         "8 frames a clip, one from each of 8 equal parts of the video",
         "64 × 64 px, cut from a short side of 72 px, resized with antialiasing",
-        "a video's score is the sum of logits over the views",
+        "a video's score is the sum of logits over the views, computed in float32",
     ]
     assert data["curves"] is None
 
@@ -68,12 +69,16 @@ def test_the_page_has_the_numbers(tmp_path, config):
 def test_every_sampling_has_its_words():
     protocol = {"num_clips": 4, "num_crops": 3, "num_frames": 16, "image_size": 224}
     protocol |= {"short_side": 256, "resize": "bilinear", "score": "x", "sampling_rate": 8}
+    protocol |= {"by_time": False, "dtype": "bfloat16"}
     words = [
         html_report.describe_protocol({**protocol, "sampling": name})[1]
         for name in ("segments", "dense", "rate")
     ]
     assert words[1] == "16 frames a clip, evenly over 16 × 8 frames at 30 frames a second"
     assert len(set(words)) == 3
+    by_time = html_report.describe_protocol({**protocol, "sampling": "rate", "by_time": True})
+    assert by_time[1] == f"{words[2]}, by the times that they are shown at"
+    assert by_time[3].endswith(", computed in bfloat16")
 
 
 def test_the_page_needs_nothing_else(tmp_path, config):
@@ -175,6 +180,7 @@ def test_curves(tmp_path, config):
         {"step": s, "train/loss": 2 / s, "train/top1": s / 100, "learning_rate": 0.1, "x": "y"}
         for s in range(1, 5001)
     ]
+    rows += [{"step": 4000, "val/top1": None, "val/loss": None}]  # no video could be decoded
     rows += [{"step": 5000, "val/top1": 50.0, "val/top5": 90.0, "val/loss": float("nan")}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 50')
     _, data = save(tmp_path, config, results([[2, 1]], [0]), ["a", "b"])

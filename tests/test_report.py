@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
+from jaxvid.errors import InputError
 from jaxvid.report import draw_confusion, draw_curves
 
 
@@ -23,11 +25,30 @@ def test_confusion(tmp_path, count):
     assert 0.01 < ink(tmp_path / "confusion.png") < 0.95
 
 
+def test_confusion_counts_what_failed_as_eval_json_does(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, text, **_: titles.append(text))
+    confusion = np.diag([3, 1])
+    draw_confusion(confusion, ["a", "b"], tmp_path / "x.png")
+    draw_confusion(confusion, ["a", "b"], tmp_path / "x.png", num_failed=1)
+    expected = ["top-1 100.0 % on 4 videos", "top-1 80.0 % on 5 videos, of which 1 failed"]
+    assert titles == expected
+
+
+def test_pictures_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "x.png" / "there").mkdir(parents=True)
+    with pytest.raises(
+        InputError, match=r"x.png cannot be written \(Is a directory\); name another"
+    ):
+        draw_confusion(np.eye(2, dtype=int), ["a", "b"], tmp_path / "x.png")
+
+
 def test_curves(tmp_path):
     rows = [
         {"step": s, "train/loss": 2 / s, "train/top1": s, "learning_rate": 0.1}
         for s in range(1, 50)
     ]
+    rows += [{"step": 20, "val/top1": 0.0, "val/top5": 0.0, "val/loss": None}]
     rows += [{"step": 40, "val/top1": 50.0, "val/top5": 90.0, "val/loss": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")

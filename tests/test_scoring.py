@@ -1,11 +1,17 @@
 """Numbers out of scores: known by hand, or against a plain computation."""
 
+import json
+import os
+from pathlib import Path
+
+import jax
 import numpy as np
 import pytest
 
-from jaxvid import scoring
+from jaxvid import scoring, sharding
 from jaxvid.errors import InputError
-from jaxvid.eval_files import Unfinished, compare_tables, read_table, write_table
+from jaxvid.eval_files import Unfinished, check_shared, compare_tables, read_table, write_table
+from jaxvid.files import write_json
 
 
 def results(scores, labels, errors=None):
@@ -21,6 +27,7 @@ def results(scores, labels, errors=None):
         probabilities=np.where(failed, 0, probabilities),
         padded=np.arange(len(labels)) == 1,
         errors=errors,
+        seconds=2.0,
     )
 
 
@@ -53,7 +60,16 @@ def test_the_interval_holds_the_accuracy_and_narrows_with_videos():
         expected = 1.96 * 100 * np.sqrt(0.75 * 0.25 / len(hits))  # normal approximation
         assert (high - low) / 2 == pytest.approx(expected, rel=0.15)
     assert scoring.confidence_interval(few) == scoring.confidence_interval(few)
-    assert scoring.confidence_interval(np.ones(5, bool)) == (100.0, 100.0)
+
+
+def test_the_interval_of_all_right_or_none_is_the_exact_one():
+    # The least accuracy that gives 5 right of 5 in one of 40 draws.
+    low, high = scoring.confidence_interval(np.ones(5, bool))
+    assert (low / 100) ** 5 == pytest.approx(0.025)
+    assert (low, high) == (pytest.approx(47.8176), 100.0)
+    low, high = scoring.confidence_interval(np.zeros(300, bool))
+    assert (low, high) == (0.0, pytest.approx(1.2221, abs=1e-4))
+    assert (1 - high / 100) ** 300 == pytest.approx(0.025)
 
 
 def test_calibration_is_the_papers_formula():
@@ -98,7 +114,9 @@ def test_classes_that_are_confused_stand_side_by_side():
 def write(folder, found):
     folder.mkdir()
     write_table(folder / "eval_videos.csv", found, ["ä", "b,c", "d"])
-    (folder / "eval.json").write_text(f'{{"num_videos": {len(found.ids)}, "protocol": 1}}')
+    (folder / "eval.json").write_text(
+        f'{{"num_videos": {len(found.ids)}, "protocol": {{"score": "x"}}}}'
+    )
     return read_table(folder / "eval.json")
 
 
@@ -112,15 +130,44 @@ def test_tables_come_back_and_are_compared_by_id(tmp_path):
     better = results([[3, 1, 0], [0, 1, 2], [5, 0, 1], [9, 0, 0]], [0, 2, 2, 0])
     after = write(tmp_path / "b", better)
     lines = compare_tables(before, after, tmp_path)
-    assert "+25.00 % top-1 on 4 shared videos, 2 gained, 1 lost; not significant" in lines[0]
+    expected = "+25.00 % top-1 on 4 shared videos, 2 gained, 1 lost, 0 wrong otherwise; not signif"
+    assert expected in lines[0]
     assert "1 videos only there, 0 only here" in lines[1]
     assert lines[2].startswith("gained: v1.mp4, v3.mp4")
     assert lines[3].startswith("lost: v2.mp4")
+    assert len(lines) == 4
     (tmp_path / "b" / "eval_videos.csv").unlink()
     with pytest.raises(InputError, match="eval_videos.csv beside it .*name an eval.json"):
         read_table(tmp_path / "b" / "eval.json")
-    with pytest.raises(InputError, match="share no video"):
-        compare_tables(before, {**after, "videos": {}}, tmp_path)
+    check_shared(before, ["v9.mp4", "v4.mp4"])
+    with pytest.raises(InputError, match=r"a/eval.json shares no video with the data; name an"):
+        check_shared(before, ["v9.mp4"])
+    (tmp_path / "a" / "eval.json").write_text('{"num_videos": 5, "protocol": 1}')
+    with pytest.raises(InputError, match="its protocol is 1.*name an eval.json"):
+        read_table(tmp_path / "a" / "eval.json")
+
+
+def test_every_changed_prediction_is_listed_by_how_it_changed(tmp_path):
+    names, worse = ["right", "gained", "lost", "other", "same", "breaks"], np.eye(3)[[0, 2, 1]]
+    labels = [0, 0, 0, 0, 0, 0]
+    was = results(worse[[0, 1, 0, 1, 1, 1]], labels)
+    now = results(worse[[0, 0, 1, 2, 1, 1]], labels, [""] * 5 + ["broken"])
+    tables = []
+    for folder, found in (("a", was), ("b", now)):
+        found.ids = names
+        tables.append(write(tmp_path / folder, found))
+    tables[1]["protocol"] = {"score": "x", "by_time": True}
+    tables[1]["videos"]["same"]["label"] = "d"
+    lines = compare_tables(*tables, tmp_path)
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert found["gained_videos"] == ["gained"]
+    assert found["lost_videos"] == ["lost"]
+    assert found["still_wrong_videos"] == ["other", "breaks"]
+    assert [found[name] for name in ("gained", "lost", "still_wrong", "relabelled")] == [1, 1, 2, 1]
+    assert not found["same_protocol"]
+    assert "their protocols differ: by_time was None, now True" in lines
+    assert "1 of the shared videos have another label now" in lines
+    assert any(line.startswith("still wrong: other, breaks (all in ") for line in lines)
 
 
 def test_what_is_unfinished_is_kept_for_the_same_evaluation_alone(tmp_path):
@@ -136,3 +183,67 @@ def test_what_is_unfinished_is_kept_for_the_same_evaluation_alone(tmp_path):
     assert Unfinished(tmp_path / "u", {"a": 1}).load() == []
     first.remove()
     assert not (tmp_path / "u").exists()
+
+
+def keep(folder, count):
+    unfinished = Unfinished(folder, {"a": 1})
+    unfinished.load()
+    for i in range(count):
+        unfinished.add({"scores": np.full((2, 3), i), "error": ["", ""]})
+
+
+def test_a_damaged_batch_is_done_again(tmp_path):
+    keep(tmp_path, 3)
+    data = (tmp_path / "1.npz").read_bytes()
+    for damaged in (b"", data[:40], data[: len(data) // 2]):
+        (tmp_path / "1.npz").write_bytes(damaged)
+        assert len(Unfinished(tmp_path, {"a": 1}).load()) == 1
+    (tmp_path / "key.json").write_bytes(b"\xff")
+    assert Unfinished(tmp_path, {"a": 1}).load() == []
+
+
+def test_the_first_process_decides_what_is_kept(tmp_path, monkeypatch):
+    keep(tmp_path, 3)
+    told = iter([[False, True], [True, True], [3, 2]])
+    monkeypatch.setattr(sharding, "gather", lambda value: next(told))
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    # The first removes the folder meanwhile: the second must not read there, nor fail.
+    read = Path.read_text
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    assert Unfinished(tmp_path / "gone", {"a": 1}).load() == []
+    assert read(tmp_path / "key.json")
+    assert len(Unfinished(tmp_path, {"a": 1}).load()) == 2  # the other sees fewer
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    for name in ("eval_videos.csv", "key.json", "0.npz"):
+        (tmp_path / name / "x").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"eval_videos.csv cannot be written \(Is a directory\)"):
+        write_table(tmp_path / "eval_videos.csv", FOUR, ["a", "b", "c"])
+    with pytest.raises(InputError, match=r"0.npz cannot be written \(Is a directory\); name"):
+        Unfinished(tmp_path, {}).add({"scores": np.zeros(1), "error": [""]})
+    assert not list(tmp_path.glob(".*.partial"))
+    table = write(tmp_path / "a", FOUR)
+    with pytest.raises(InputError, match="comparison.json cannot be written"):
+        compare_tables(table, table, tmp_path / "a" / "eval.json")
+
+
+def test_names_of_files_that_are_not_utf8_come_back(tmp_path):
+    odd = os.fsdecode(b"caf\xe9.mp4")
+    found = results([[2, 1], [2, 1]], [0, 1])
+    found.ids = [odd, "b.mp4"]
+    found.errors = ["", f"{odd}: broken"]
+    tables = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_table(tmp_path / folder / "eval_videos.csv", found, ["x", "y"])
+        failed = [{"id": odd}]
+        report = {"num_videos": 2, "protocol": {}, "failed": failed}
+        write_json(tmp_path / folder / "eval.json", report)
+        tables.append(read_table(tmp_path / folder / "eval.json"))
+        assert tables[-1]["failed"] == failed
+    assert b"caf\xe9.mp4" in (tmp_path / "a" / "eval_videos.csv").read_bytes()
+    tables[0]["videos"][odd]["correct"] = False
+    lines = compare_tables(*tables, tmp_path)
+    assert json.loads((tmp_path / "comparison.json").read_text())["gained_videos"] == [odd]
+    assert "\n".join(lines).encode()  # the log is UTF-8
