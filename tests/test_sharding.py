@@ -20,11 +20,12 @@ def make_mesh(data, fsdp, tensor):
     return sharding.make_mesh(ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor}))
 
 
-def train(mesh, put):
-    config = make_model_config("xvit_tiny", width=64, depth=3, image_size=32)
+def train(mesh, put, drop_path=0.0, **options):
+    sizes = {"width": 64, "depth": 3, "image_size": 32}
+    config = make_model_config("xvit_tiny", **sizes, drop_path=drop_path)
     # Not Adam, which divides a gradient that is rounding noise by its own size.
     optimizer = optax.sgd(0.03, momentum=0.9, nesterov=True)
-    recipe = steps.Recipe(seed=0, label_smoothing=0.1)
+    recipe = steps.Recipe(seed=0, label_smoothing=0.1, **options)
     init = functools.partial(steps.init_state, config, optimizer, recipe, seed=0)
     places = sharding.state_sharding(jax.eval_shape(init), mesh)
     state = jax.jit(init, out_shardings=places)()
@@ -47,32 +48,56 @@ def train(mesh, put):
         }
         state, sums = step(state, put(batch))
         losses.append(float(sums["loss"]))
-    return jax.device_get(state["params"]), losses, state
+    return jax.device_get(all_weights(state)), losses, state
 
 
-@pytest.fixture(scope="module")
-def one_device():
+def all_weights(state):
+    """Weights, and their average where there is one, by name."""
+    return {f"{kind}.{k}": v for kind in ("params", "ema") for k, v in state.get(kind, {}).items()}
+
+
+def train_on_one(**options):
     mesh = jax.make_mesh(
         (1, 1, 1),
         sharding.AXES,
         axis_types=(jax.sharding.AxisType.Auto,) * 3,
         devices=jax.devices()[:1],
     )
-    return train(mesh, lambda batch: batch)[:2]
+    return train(mesh, lambda batch: batch, **options)[:2]
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return train_on_one()
+
+
+def check_equal(found, expected):
+    """Losses and weights to 5e-6; what began at 0 and is small, to that of 0.05."""
+    np.testing.assert_allclose(found[1], expected[1], rtol=5e-6)
+    worst = max(
+        (np.linalg.norm(found[0][name] - value) / max(np.linalg.norm(value), 0.05), name)
+        for name, value in expected[0].items()
+    )
+    assert worst[0] <= 5e-6, worst
 
 
 @pytest.mark.parametrize("sizes", MIXTURES, ids=str)
 def test_mixtures_equal_one_device(sizes, one_device):
     mesh = make_mesh(*sizes)
     params, losses, state = train(mesh, lambda batch: sharding.to_global(batch, mesh))
-    expected_params, expected_losses = one_device
-    np.testing.assert_allclose(losses, expected_losses, rtol=5e-6)
-    for name, expected in expected_params.items():
-        difference = np.linalg.norm(params[name] - expected)
-        assert difference <= 5e-6 * max(np.linalg.norm(expected), 1), name
+    check_equal((params, losses), one_device)
     kernel = state["params"]["base_model.blocks.0.mlp.fc1.kernel"]
     _, fsdp, tensor = sizes
     assert kernel.addressable_shards[0].data.size == kernel.size // (fsdp * tensor)
+
+
+def test_a_mixture_draws_and_averages_as_one_device_does():
+    options = {"mixup": 0.4, "erase": 0.5, "accumulate_steps": 2, "ema_decay": 0.9}
+    options["drop_path"] = 0.2
+    mesh = make_mesh(2, 2, 2)
+    found = train(mesh, lambda batch: sharding.to_global(batch, mesh), **options)
+    assert any(name.startswith("ema.") for name in found[0])
+    check_equal(found, train_on_one(**options))
 
 
 def test_the_rule_cuts_kernels_and_their_moments_alike():
