@@ -1,14 +1,13 @@
 """Model folders: a network's weights with all that is needed to use them.
 
-`model.json` has its name, config, preprocessing, labels (or null), provenance and the sizes of the
-files in `params/`, which Orbax wrote. Converters and training write such folders, everything loads
-them.
+`model.json` has its name, config, preprocessing, labels (or null), provenance and the sizes and
+CRC-32 of the files in `params/`, which Orbax wrote. Converters and training write such folders,
+everything loads them.
 """
 
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxvid import sharding
+from jaxvid import folders, sharding
+from jaxvid.checkpoint import _checksums
 from jaxvid.errors import InputError
 from jaxvid.models import (
     ModelConfig,
@@ -29,6 +29,7 @@ from jaxvid.models import (
 )
 
 FORMAT_VERSION = 1
+MARK = "model.json"  # without it, a folder is no model folder; the last file to be written
 CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance", "files")
 # Fields of a model's config that change no weight and no use of one.
 RATE_FIELDS = ("name", "init", "dropout", "drop_path", "remat", "dtype")
@@ -40,20 +41,18 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
     """Writes a model folder: `model.json` and `params/`. It appears complete or not at all.
 
     Args:
-        folder: An existing model folder is replaced.
+        folder: An existing model folder is replaced, and stays as it is if this fails.
         params: The weights.
         card: `name`, `config` (the model's), `preprocessing`, `labels` (or None), `provenance`.
 
     Raises:
-        InputError: The folder holds something that is no model folder.
+        InputError: The folder holds something that is no model folder, or cannot be written.
     """
     folder = Path(folder).resolve()
-    if folder.exists() and not (folder / "model.json").is_file():
-        raise InputError(f"{folder} exists and is no model folder; name another one")
-    partial = folder.parent / f".{folder.name}.partial"
-    is_first = not jax.process_index()
+    sharding.in_all(_check_place, folder, sum(leaf.nbytes for leaf in params.values()))
+    partial, is_first = folders.partial(folder), not jax.process_index()
     if is_first:
-        shutil.rmtree(partial, ignore_errors=True)
+        folders.tidy(folder, MARK)
     sharding.wait_for_all(f"saving {folder}")
     try:
         # A few arrays at a time: the default copies all of them first.
@@ -62,17 +61,35 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
             checkpointer.save(partial / "params", params)
         if not is_first:
             return
-        card = {"format_version": FORMAT_VERSION, **card, "files": _file_sizes(partial / "params")}
+        files = {"files": folders.file_sizes(partial / "params")}
+        files["checksums"] = _checksums(partial / "params")
+        card = {"format_version": FORMAT_VERSION, **card, **files}
         text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
-        (partial / "model.json").write_text(text, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(partial, folder)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}); name another") from None
+        (partial / MARK).write_text(text, encoding="utf-8")
+        folders.swap_in(folder, MARK)
+    except jax.errors.JaxRuntimeError:  # the device's, not the disk's
+        raise
+    except (OSError, ValueError, RuntimeError, ExceptionGroup) as error:  # Orbax has all of them
+        raise InputError(
+            f"{folder} cannot be written ({_reason(error)}); make room or name another"
+        ) from None
     finally:
         if is_first:
-            shutil.rmtree(partial, ignore_errors=True)
+            folders.tidy(folder, MARK)
         sharding.wait_for_all(f"saved {folder}")
+
+
+def _check_place(folder: Path, need_bytes: int) -> None:
+    """Refuses what cannot be replaced, and a full disk before Orbax meets it with much noise."""
+    if folder.exists() and not (folder / MARK).is_file():
+        raise InputError(f"{folder} exists and is no model folder; name another one")
+    place = next(parent for parent in folder.parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < need_bytes:
+        raise InputError(
+            f"{folder} cannot be written ({free / 1e6:.0f} MB free, {need_bytes / 1e6:.0f} MB "
+            "needed); make room or name another"
+        )
 
 
 def load_card(folder: str | Path) -> dict:
@@ -81,12 +98,10 @@ def load_card(folder: str | Path) -> dict:
     Raises:
         InputError: There is none, or it is not one that this version reads.
     """
-    path = Path(folder) / "model.json"
+    path = folders.whole(folder, MARK) / MARK
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
         version = card["format_version"]
-        if missing := [key for key in CARD_KEYS if key not in card]:
-            raise KeyError(*missing)
     except FileNotFoundError:
         raise InputError(
             f"{folder} is no model folder: {path} does not exist; name a folder that training or "
@@ -94,10 +109,12 @@ def load_card(folder: str | Path) -> dict:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error!r}); export the model again") from None
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION:  # before the keys: another version may have others
         raise InputError(
             f"{path} has format version {version}; this jaxvid reads {FORMAT_VERSION}: update it"
         )
+    if missing := [key for key in CARD_KEYS if key not in card]:
+        raise InputError(f"{path} cannot be read (no {missing[0]!r}); export the model again")
     return card
 
 
@@ -180,16 +197,25 @@ def load_params(folder: str | Path, abstract_params: Params) -> Params:
         abstract_params: Shapes, dtypes and, if wanted, shardings that the weights must have.
 
     Raises:
-        InputError: Weights are missing, left over, or of another shape; all are named.
+        InputError: The files are damaged; or weights are missing, left over, or of another shape,
+            and all are named.
     """
-    path = (Path(folder) / "params").resolve()
+    card, path = load_card(folder), (folders.whole(folder, MARK) / "params").resolve()
     # Before TensorStore meets what is not there: a copy that was cut short is told by its sizes.
-    expected, found = load_card(folder)["files"], _file_sizes(path)
-    if wrong := [name for name, size in expected.items() if found.get(name) != size]:
+    _check_files(path, card["files"], folders.file_sizes(path), "are missing or of another size")
+    if "checksums" in card:  # older folders have none
+        _check_files(path, card["checksums"], _checksums(path), "have changed")
+    try:
+        return _restore(path, abstract_params)
+    except (InputError, jax.errors.JaxRuntimeError, MemoryError):
+        raise
+    except Exception as error:  # Orbax raises bare ones
         raise InputError(
-            f"{path} is damaged: {len(wrong)} of {len(expected)} files are missing or of another "
-            f"size ({wrong[0]}); copy or export the model again"
-        )
+            f"{path} cannot be read ({_reason(error)}); copy or export the model again"
+        ) from None
+
+
+def _restore(path: Path, abstract_params: Params) -> Params:
     with ocp.StandardCheckpointer() as checkpointer:
         found = checkpointer.metadata(path).item_metadata.tree
         problems = [
@@ -304,7 +330,7 @@ def save_model(
 
 def best_top1(workdir: Path) -> float:
     """The validation top-1, in percent, of the model in `WORKDIR/best`; -1: there is none."""
-    if not (workdir / "best" / "model.json").exists():
+    if not (folders.whole(workdir / "best", MARK) / MARK).exists():
         return -1.0
     return load_card(workdir / "best")["provenance"]["top1"]
 
@@ -318,13 +344,21 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-def _file_sizes(folder: Path) -> dict[str, int]:
-    """Size in bytes of every file below a folder."""
-    return {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def _check_files(path: Path, expected: dict, found: dict, what: str) -> None:
+    if wrong := [name for name, value in expected.items() if found.get(name) != value]:
+        raise InputError(
+            f"{path} is damaged: {len(wrong)} of {len(expected)} files {what} ({wrong[0]}); copy "
+            "or export the model again"
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong, of several errors that of the first."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    text = getattr(error, "strerror", None) or str(error)
+    line = next(filter(None, map(str.strip, text.splitlines())), repr(error))
+    return line if len(line) <= 200 else f"...{line[-160:]}"  # TensorStore has the cause last
 
 
 def _shape(leaf) -> str:

@@ -12,7 +12,7 @@ import torch
 import jaxvid
 from convert import flax_to_torch, rules, torch_to_flax
 from convert.torch_reference import build_reference
-from jaxvid import model_folder
+from jaxvid import folders, model_folder
 from jaxvid.errors import InputError
 from jaxvid.models import PRESETS, abstract_model, make_model_config, split_params
 from tests import goldens
@@ -328,9 +328,7 @@ def test_a_failed_check_writes_nothing(tmp_path, capsys, monkeypatch):
 
 def test_a_killed_conversion_leaves_no_model_folder(tmp_path, monkeypatch):
     path = save(tmp_path / "in.pth", "stam_8", state_dict("stam_8"))
-    monkeypatch.setattr(
-        model_folder.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(folders.Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         convert("stam_8", path, tmp_path / "model")
     assert not (tmp_path / "model").exists()

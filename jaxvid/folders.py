@@ -1,0 +1,62 @@
+"""Folders that appear whole or not at all, and replace each other so, kills included.
+
+A folder is written to `partial(folder)`, its mark last: a file without which it is not whole. Then
+the old one is moved aside, the new one in, and the old one is deleted, its mark first.
+"""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+
+def partial(folder: Path) -> Path:
+    """Where a folder is written before it appears."""
+    return folder.parent / f".{folder.name}.partial"
+
+
+def swap_in(folder: Path, mark: str) -> None:
+    """Puts what was written in the place of the folder, if there is one.
+
+    Raises:
+        OSError: It cannot be moved; `tidy` then brings the old one back.
+    """
+    if folder.exists():
+        folder.rename(_aside(folder))
+    partial(folder).rename(folder)
+    _remove(_aside(folder), mark)
+
+
+def tidy(folder: Path, mark: str) -> None:
+    """Puts back a folder that was moved aside for a new one that never came; removes the rest."""
+    aside = _aside(folder)
+    if whole(folder, mark) == aside:
+        with contextlib.suppress(OSError):
+            aside.rename(folder)
+    if folder.exists():
+        _remove(aside, mark)
+    shutil.rmtree(partial(folder), ignore_errors=True)
+
+
+def whole(folder: str | Path, mark: str) -> Path:
+    """Where a folder is to be read: as it is named, or aside if it was left there."""
+    aside = _aside(Path(folder).resolve())
+    return aside if not Path(folder).exists() and (aside / mark).is_file() else Path(folder)
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _aside(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.old"
+
+
+def _remove(folder: Path, mark: str) -> None:
+    with contextlib.suppress(OSError):
+        (folder / mark).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
