@@ -253,7 +253,10 @@ def train(
                             mesh=mesh,
                         )
                     result = make_report(results, config, checkpoint=f"step {step}")
-                    if step != evaluated:
+                    if result["top1"] > best:
+                        best = result["top1"]
+                        save_model(workdir / "best", result)
+                    if step != evaluated:  # once its row stands, it is not done again
                         evaluated = step
                         scalars = {f"val/{k}": result[k] for k in ("top1", "top5", "loss")}
                         writer.write(step, scalars)
@@ -261,9 +264,6 @@ def train(
                         if not jax.process_index():
                             report.draw_curves(workdir / "metrics.jsonl", workdir / "curves.png")
                     log.info("step %d: validation %s", step, summary(result))
-                    if result["top1"] > best:
-                        best = result["top1"]
-                        save_model(workdir / "best", result)
                     stalls.share("input")  # from here on: not of the evaluation's time
                 if at_end or stopping or late.stop:
                     break

@@ -48,9 +48,15 @@ def wait_for(run: subprocess.Popen, condition) -> None:
         time.sleep(0.002)
 
 
-def losses(workdir: Path) -> list[tuple]:
+def numbers(workdir: Path) -> list[tuple]:
+    """Step, name and value of all losses and accuracies, in the order in which they were told."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    return [
+        (row["step"], name, value)
+        for row in rows
+        for name, value in row.items()
+        if name.startswith("val/") or name in ("train/loss", "train/top1")
+    ]
 
 
 @pytest.mark.full
@@ -91,8 +97,8 @@ def test_a_run_that_is_killed_at_random_ends_in_the_same_bits(motion_folder, tmp
     reports = [json.loads((folder / "eval.json").read_text()) for folder in (whole, killed)]
     for name in ("weights_sha256", "top1", "loss", "num_videos"):
         assert reports[0][name] == reports[1][name], name
-    assert losses(killed) == losses(whole)
-    assert losses(whole)[-1][0] == STEPS
+    assert numbers(killed) == numbers(whole)
+    assert numbers(whole)[-1][0] == STEPS
     # Nothing half-written stays, and nothing whole was set aside as damaged.
     names = [{path.name for path in folder.iterdir()} for folder in (whole, killed)]
     assert names[0] == names[1]
