@@ -32,6 +32,12 @@ PROFILE = flags.DEFINE_string("profile", None, "START:STOP, the steps of a trace
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many; 1 alone: no others.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+for _name, _mode in (("compare", "eval"), ("profile", "train")):
+    flags.register_multi_flags_validator(
+        ("mode", _name),
+        lambda values, name=_name, mode=_mode: not values[name] or values["mode"] == mode,
+        f"--{_name} belongs to --mode {_mode}; leave one of the two out",
+    )
 
 
 def main(_) -> None:
