@@ -1,7 +1,10 @@
 """Evaluation through the whole path, with a network whose answers are known in advance."""
 
 import csv
+import dataclasses
 import json
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,36 +12,55 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import common
-from jaxvid import evaluate, model_folder, sharding
+from configs import common, xvit_k600
+from jaxvid import evaluate, model_folder, progress, sharding
 from jaxvid.data.motion import write_clip
 from jaxvid.data.packing import Settings
+from jaxvid.data.pipeline import load_eval_views, make_spec
 from jaxvid.data.prepare import prepare
 from jaxvid.data.sources import open_folder
 from jaxvid.errors import InputError
-from jaxvid.models import create_model, split_params
+from jaxvid.models import create_model, make_model_config, split_params
+from jaxvid.train import train
+from tests.conftest import shrunk_config
+from tests.goldens import FOLDER
+from tests.test_transforms import GOLDENS
 
 # Colours of the videos (their mean is what the network answers), and labels: 13 of 19 are right.
 RIGHT = [((200, 30, 30), 0), ((30, 200, 30), 1), ((30, 30, 200), 2)] * 4 + [((90, 90, 90), 3)]
 WRONG = [((200, 150, 30), 1), ((150, 30, 200), 0), ((30, 30, 30), 2)] * 2
 VIDEOS = RIGHT + WRONG
+NAMES = ["red", "green", "blue", "grey"]
+HOW = {"sampling": "segments", "sampling_rate": 16, "mean": 0.0, "std": 1.0}
 
 
 class Colour(nnx.Module):
-    """Answers with the mean of each colour, and a constant .5 for a fourth class."""
+    """Answers with the mean of each colour, and .5 and a bias for a fourth class."""
 
     def __init__(self):
         self.bias = nnx.Param(jnp.zeros(()))
 
     def __call__(self, video, *, key=None):
         means = video.mean(axis=(1, 2, 3))  # (b c)
-        return jnp.concatenate([means, jnp.full((len(video), 1), 0.5)], axis=1) + self.bias[...]
+        return jnp.concatenate([means, jnp.full((len(video), 1), 0.5) + self.bias[...]], axis=1)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def stub_network(_):
+    """The stub in the place of what `models.abstract_model` gives for a config."""
+    graphdef, params = split_params(Colour())
+    return graphdef, jax.eval_shape(lambda: params)
+
+
+def save_stub(folder, bias=0.0, **config):
+    """A model folder that holds the stub's weight under the name of a config's network."""
+    card = model_folder.make_card(
+        make_model_config(**config), preprocessing=HOW, labels=NAMES, provenance={}
+    )
+    model_folder.save_model_folder(folder, {"bias": jnp.full((), bias)}, card)
+
+
+def make_colours(folder):
     """19 videos of one colour each, of which the second is too short, and a broken one."""
-    folder = tmp_path_factory.mktemp("colours")
     lines = []
     for i, (colour, label) in enumerate(VIDEOS):
         frames = np.full((4 if i == 1 else 12, 36, 48, 3), colour, np.uint8)
@@ -48,8 +70,14 @@ def folder(tmp_path_factory):
     lines.insert(7, "broken.mp4 2")
     (folder / "val.csv").write_text("\n".join(lines) + "\n")
     (folder / "train.csv").write_text(lines[0] + "\n")
-    (folder / "labels.txt").write_text("red\ngreen\nblue\ngrey\n")
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in NAMES))
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The videos that `make_colours` makes."""
+    return make_colours(tmp_path_factory.mktemp("colours"))
 
 
 def make_config(folder, **settings):
@@ -120,10 +148,307 @@ def test_packs_and_videos_agree(folder, tmp_path):
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "m"
-    how = {"sampling": "segments", "sampling_rate": 16, "mean": 0.0, "std": 1.0}
     model = create_model("xvit_tiny", num_classes=4, image_size=32, seed=1)
-    model_folder.save_model(model, folder, preprocessing=how)
+    model_folder.save_model(model, folder, preprocessing=HOW)
     return folder
+
+
+@pytest.fixture
+def stub(folder, tmp_path, monkeypatch):
+    """A config that evaluates a model folder of the stub."""
+    monkeypatch.setattr(evaluate, "abstract_model", stub_network)
+    config = make_config(folder).unlock()
+    save_stub(tmp_path / "stub", **config.model)
+    config.init_from = str(tmp_path / "stub")
+    return config
+
+
+def changed(config, **settings):
+    """A config with some fields changed, `__` for the dot."""
+    config = config.copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in settings.items()})
+    return config.lock()
+
+
+def test_the_stub_gives_its_numbers_on_one_device_and_on_eight(stub, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    found = evaluate.evaluate(stub, tmp_path / "eight")  # batches of 8, 8 and 4
+    check_known(tmp_path / "eight")
+    told = [
+        line.split("evaluating: ")[1].partition(",")[0] + line.rpartition(",")[2]
+        for line in (tmp_path / "eight" / "log.txt").read_text().splitlines()
+        if "evaluating: " in line
+    ]
+    # Of the first 8 videos the broken one is wrong, and then one grey and three colours.
+    expected = ["8/20 videos top-1 87.50 %", "16/20 videos top-1 81.25 %"]
+    assert told == [*expected, "20/20 videos top-1 65.00 %"]
+    # The tests' machine has eight devices; the first alone must give the same.
+    kinds = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((1, 1, 1), sharding.AXES, kinds, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda _: mesh)
+    one = evaluate.evaluate(changed(stub, eval__batch_size=3), tmp_path / "one")
+    check_known(tmp_path / "one")
+    for report in (found, one):
+        for name in ("seconds", "clips_per_second"):
+            assert report.pop(name) > 0
+    assert found.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-6)
+    error = one.pop("calibration_error")
+    assert found.pop("calibration_error") == pytest.approx(error, rel=1e-6)
+    assert found == one
+
+
+def check_known(workdir):
+    """The report of an evaluation of the stub has the numbers that are known."""
+    report = json.loads((workdir / "eval.json").read_text())
+    assert (report["top1"], report["top5"]) == (100 * len(RIGHT) / 20, 95)
+    counts = [report[f"num_{name}"] for name in ("videos", "evaluated", "padded", "failed")]
+    assert counts == [20, 19, 1, 1]
+    assert [round(report["class_accuracy"][name], 2) for name in NAMES] == [
+        66.67,
+        66.67,
+        57.14,
+        100,
+    ]
+    assert report["confusion"] == [[4, 0, 2, 0], [2, 4, 0, 0], [0, 0, 4, 2], [0, 0, 0, 1]]
+    with (workdir / "eval_videos.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = [names_of(colour) for colour, _ in VIDEOS]
+    expected.insert(7, "")
+    assert [row["prediction"] for row in rows] == expected
+    assert [row["padded"] for row in rows] == ["1" if i == 1 else "0" for i in range(20)]
+
+
+def names_of(colour):
+    return NAMES[int(np.argmax([*colour, 127.5]))]
+
+
+def test_other_classes_or_another_order_are_refused(stub, folder, tmp_path):
+    source = tmp_path / "data"
+    places = {name: source / "val" / name for name in NAMES}
+    for path in places.values():
+        path.mkdir(parents=True)
+    for i, (_, label) in enumerate(VIDEOS):
+        (places[NAMES[label]] / f"{i}.mp4").symlink_to(folder / f"{i}.mp4")
+    sorted_ones = {"data__source": "class_folders", "data__folder": str(source)}
+    message = "stub has other classes: 0 is 'red' there, 'blue' in the data; .*labels.txt"
+    with pytest.raises(InputError, match=message):
+        evaluate.evaluate(changed(stub, **sorted_ones), tmp_path / "w")
+    assert not (tmp_path / "w" / "eval.json").exists()
+    (source / "labels.txt").write_text("\n".join(NAMES))
+    found = evaluate.evaluate(changed(stub, **sorted_ones), tmp_path / "w")
+    assert found["top1"] == pytest.approx(100 * len(RIGHT) / 19)
+    # Numbers in the place of names are no other classes.
+    (source / "labels.txt").unlink()
+    card = json.loads((tmp_path / "stub" / "model.json").read_text())
+    card["labels"] = ["0", "1", "2", "3"]
+    (tmp_path / "stub" / "model.json").write_text(json.dumps(card))
+    assert evaluate.evaluate(changed(stub, **sorted_ones), tmp_path / "w")["num_videos"] == 19
+
+
+def interrupt(monkeypatch, config, workdir, after=2):
+    """Evaluates until the network is called once more than `after`; one batch less is kept."""
+    calls, original = [], evaluate.make_eval_step
+
+    def make_failing(*args):
+        def failing(params, batch):
+            calls.append(1)
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            return original(*args)(params, batch)
+
+        return failing
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "make_eval_step", make_failing)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.evaluate(config, workdir)
+
+
+def kept(workdir):
+    """How many videos the last evaluation in a workdir took from an earlier run."""
+    lines = (workdir / "log.txt").read_text().rpartition("evaluating ")[2].splitlines()
+    [*told] = [line for line in lines if "were evaluated before" in line]
+    return int(told[0].split()[2]) if told else 0
+
+
+def test_videos_that_were_relabelled_or_repaired_are_done_again(
+    stub, folder, tmp_path, monkeypatch
+):
+    data = shutil.copytree(folder, tmp_path / "data")
+    config, workdir = changed(stub, data__folder=str(data)), tmp_path / "w"
+    interrupt(monkeypatch, config, workdir)
+    text = (data / "val.csv").read_text()
+    (data / "val.csv").write_text(text.replace("0.mp4 0", "0.mp4 1", 1))
+    assert evaluate.evaluate(config, workdir)["top1"] == 60
+    assert kept(workdir) == 0
+    (data / "val.csv").write_text(text)
+    interrupt(monkeypatch, config, workdir)
+    shutil.copy(data / "2.mp4", data / "broken.mp4")
+    found = evaluate.evaluate(config, workdir)
+    assert (kept(workdir), found["top1"], found["num_failed"]) == (0, 70, 0)
+    # Where the videos lie and how they are read makes no difference.
+    interrupt(monkeypatch, config, workdir)
+    data = data.rename(tmp_path / "elsewhere")
+    moved = changed(config, data__folder=str(data), data__num_threads=1)
+    assert evaluate.evaluate(moved, workdir)["top1"] == 70
+    assert kept(workdir) == 8
+
+
+def test_seconds_are_those_of_all_runs(stub, tmp_path, monkeypatch):
+    interrupt(monkeypatch, stub, tmp_path)
+    path = tmp_path / ".unfinished_eval" / "0.npz"
+    with np.load(path) as arrays:
+        part = dict(arrays)
+    assert 0 < part["seconds"] < 100
+    np.savez(path, **{**part, "seconds": 1000.0})
+    found = evaluate.evaluate(stub, tmp_path)
+    assert 1000 < found["seconds"] < 1100
+    assert found["clips_per_second"] == 20 / found["seconds"]
+
+
+def test_the_protocol_is_whole_and_what_differs_is_told(stub, tmp_path):
+    path = tmp_path / "stub" / "model.json"
+    card = json.loads(path.read_text())
+    card["preprocessing"] |= {"short_side": 32, "resize": "antialiased", "by_time": False}
+    path.write_text(json.dumps(card))
+    first = evaluate.evaluate(stub, tmp_path / "a")["protocol"]
+    assert "clips are not made" not in (tmp_path / "a" / "log.txt").read_text()
+    other = changed(
+        stub,
+        data__by_time=True,
+        data__resize="bilinear",
+        eval__short_side=36,
+        model__dtype="bfloat16",
+    )
+    before = tmp_path / "a" / "eval.json"
+    second = evaluate.evaluate(other, tmp_path / "b", compare_with=before)["protocol"]
+    differing = {name for name in first if first[name] != second[name]}
+    assert differing == {"by_time", "resize", "short_side", "dtype"}
+    told = (tmp_path / "b" / "log.txt").read_text()
+    assert (
+        "clips are not made as the model's preprocessing says: by_time was False, now True; resize "
+        "was 'antialiased', now 'bilinear'; short_side was 32, now 36"
+    ) in told
+    assert not json.loads((tmp_path / "b" / "comparison.json").read_text())["same_protocol"]
+
+
+def test_evaluations_are_compared_or_refused_before_they_begin(stub, folder, tmp_path, monkeypatch):
+    evaluate.evaluate(stub, tmp_path / "a")
+    before = tmp_path / "a" / "eval.json"
+    save_stub(tmp_path / "biased", bias=0.4, **stub.model)  # it takes all for grey
+    biased = changed(stub, init_from=str(tmp_path / "biased"))
+    assert evaluate.evaluate(biased, tmp_path / "b", compare_with=before)["top1"] == 5
+    lost = json.loads((tmp_path / "b" / "comparison.json").read_text())
+    coloured = [f"{i}.mp4" for i in range(12)]
+    assert (lost["lost_videos"], lost["gained_videos"]) == (coloured, [])
+    # What is dark was taken for grey before, and is wrong as it was.
+    assert lost["still_wrong_videos"] == [f"{i}.mp4" for i in (13, 14, 16, 17)]
+    assert lost["p_value"] == 2 / 2**12
+    told = (tmp_path / "b" / "log.txt").read_text()
+    assert "-60.00 % top-1 on 20 shared videos, 0 gained, 12 lost, 4 wrong otherwise; sig" in told
+    evaluate.evaluate(stub, tmp_path / "c", compare_with=tmp_path / "b" / "eval.json")
+    gained = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert (gained["gained_videos"], gained["lost_videos"]) == (coloured, [])
+    assert gained["still_wrong_videos"] == lost["still_wrong_videos"]
+    monkeypatch.setattr(evaluate, "evaluate_params", None)  # is not reached
+    data = shutil.copytree(folder, tmp_path / "data")
+    for path in data.glob("*.mp4"):
+        path.rename(data / f"x{path.name}")
+    lines = (data / "val.csv").read_text().splitlines()
+    (data / "val.csv").write_text("".join(f"x{line}\n" for line in lines))
+    with pytest.raises(InputError, match="eval.json shares no video with the data"):
+        evaluate.evaluate(
+            changed(stub, data__folder=str(data)), tmp_path / "c", compare_with=before
+        )
+
+
+def test_names_of_files_need_not_be_utf8(stub, folder, tmp_path, capfd):
+    names = [b"0\xe9.mp4", b"2.mp4", b"broken\xff.mp4"]
+    for name, source, file in zip(NAMES, ("0", "2", "broken"), names, strict=False):
+        place = tmp_path / "data" / "val" / name
+        place.mkdir(parents=True)
+        shutil.copy(folder / f"{source}.mp4", os.fsencode(place) + b"/" + file)
+    (tmp_path / "data" / "labels.txt").write_text("\n".join(NAMES))
+    config = changed(stub, data__source="class_folders", data__folder=str(tmp_path / "data"))
+    evaluate.evaluate(config, tmp_path / "a")
+    found = evaluate.evaluate(config, tmp_path / "b", compare_with=tmp_path / "a" / "eval.json")
+    assert (found["num_videos"], found["num_failed"]) == (3, 1)
+    assert os.fsencode(found["failed"][0]["id"]).endswith(b"broken\xff.mp4")
+    assert json.loads((tmp_path / "b" / "eval.json").read_text())["failed"] == found["failed"]
+    assert json.loads((tmp_path / "b" / "comparison.json").read_text())["num_videos"] == 3
+    assert "Logging error" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_the_released_crops_of_the_original_are_what_is_evaluated(name):
+    with np.load(FOLDER / "data" / "spatial_crops.npz") as arrays:
+        seed = int(arrays[f"{name}_seed"])
+        expected = np.stack([arrays[f"{name}_crop{i}"] for i in range(3)])  # (v t h w c)
+    source, size = name.split("_to_")
+    h, w = (int(side) for side in source.split("x"))
+    clip = np.random.RandomState(seed).randint(0, 256, (4, h, w, 3)).astype(np.uint8)
+
+    class Reader:
+        num_frames, fps, times = 16 * len(clip), 30.0, None
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def get_frames(self, indices):
+            return clip[indices // 16]  # a frame in each of the clip's parts
+
+    class Video:
+        open = Reader
+
+    config = xvit_k600.get_config()
+    views = {"num_clips": config.eval.num_clips, "num_crops": config.eval.num_crops}
+    released = make_spec(config, **views)
+    assert (released.short_side, released.crop) == (224, 224)
+    sizes = {"num_frames": len(clip), "short_side": int(size), "crop": int(size)}
+    views = load_eval_views(Video(), dataclasses.replace(released, **sizes))["video"]
+    assert views.shape == expected.shape
+    # The originals crop floats normalised with 0.5 and 0.5: a grey level is 2/255.
+    np.testing.assert_allclose((views / 255 - 0.5) / 0.5, expected, rtol=0, atol=2 / 255)
+
+
+def test_validation_videos_that_are_all_broken_leave_nulls(motion_folder, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "labels.txt").write_text((motion_folder / "labels.txt").read_text())
+    listed = (motion_folder / "train.csv").read_text().splitlines()[:16]
+    (data / "train.csv").write_text("".join(f"{motion_folder}/{line}\n" for line in listed))
+    for i in range(3):
+        (data / f"{i}.mp4").write_text("no video")
+    (data / "val.csv").write_text("".join(f"{i}.mp4 {i}\n" for i in range(3)))
+    config = changed(shrunk_config(data, 1.0), optimizer__warmup_epochs=0.5)
+    found = train(config, tmp_path / "w")
+    assert found["loss"] is found["calibration_error"] is None
+    assert (found["top1"], found["num_failed"]) == (0, 3)
+    assert found["seconds"] > 0
+    assert found["clips_per_second"] > 0
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    text = (tmp_path / "w" / "eval.json").read_text()
+    saved = json.loads(text, parse_constant=refuse)
+    assert saved["clips_per_second"] == found["clips_per_second"]
+    assert (tmp_path / "w" / "eval.html").stat().st_size > 10_000
+    assert (tmp_path / "w" / "curves.png").exists()
+    (tmp_path / "w" / "eval.html").unlink()
+    evaluate.evaluate(config, tmp_path / "w")  # with the curves of the training
+    assert (tmp_path / "w" / "eval.html").exists()
+    # As for a model folder, what differs from the training is told; its classes are known too.
+    evaluate.evaluate(changed(config, data__sampling="rate", eval__short_side=80), tmp_path / "w")
+    told = (tmp_path / "w" / "log.txt").read_text()
+    assert "data.sampling was 'segments', now 'rate'; eval.short_side was 72, now 80" in told
+    names = (data / "labels.txt").read_text().split()
+    (data / "labels.txt").write_text("\n".join(names[::-1]))
+    with pytest.raises(InputError, match="best has other classes: 0 is"):
+        evaluate.evaluate(config, tmp_path / "w")
 
 
 def test_the_files_of_an_evaluation(folder, tiny_model, tmp_path):
