@@ -4,7 +4,8 @@
 
 DATA_FOLDER holds `train.csv` and `val.csv` (a line a video: `path label`) with `labels.txt`, or
 `train/CLASS/*.mp4` and `val/CLASS/*.mp4`, or a pack that `jaxvid.data.prepare` wrote. The network,
-how frames are sampled and normalised, and the number of classes are read from the two folders.
+how frames are sampled and normalised, the views that it is tested on and the number of classes are
+read from the two folders.
 
 Made for about a thousand clips: lower blocks learn more slowly (layer-wise decay, as in Bao et al.,
 "BEiT", arXiv:2106.08254), 20 epochs, AdamW. Expected accuracy: that depends on your classes; not
@@ -26,6 +27,7 @@ def get_config(folders: str = "") -> ConfigDict:
         folders: `MODEL_FOLDER,DATA_FOLDER`.
     """
     from jaxvid.data.sources import guess_source
+    from jaxvid.loading import read_preprocessing
     from jaxvid.model_folder import load_card
 
     start, _, folder = folders.partition(",")
@@ -34,29 +36,20 @@ def get_config(folders: str = "") -> ConfigDict:
             "configs/finetune.py: name --config configs/finetune.py:MODEL,DATA folders"
         )
     card = load_card(start)
-    how = card["preprocessing"]
-    if how is None:
-        raise ValueError(f"{start}/model.json says nothing of preprocessing; export it again")
+    how = read_preprocessing(card, Path(start) / "model.json")
     source, num_classes = guess_source(Path(folder))
     config = common.train_section(
         batch_size=8, num_epochs=20.0, init_from=start, label_smoothing=0.1
     )
     fields = {"num_classes": num_classes, "dtype": "bfloat16", "drop_path": 0.1}
     config.model = common.model_section(**{**card["config"], **fields})
-    config.data = common.data_section(
-        source=source,
-        folder=folder,
-        sampling=how["sampling"],
-        sampling_rate=how["sampling_rate"],
-        resize=how["resize"],
-        mean=how["mean"],
-        std=how["std"],
-        short_side=how["short_side"],
-        short_side_max=round(1.25 * how["short_side"]),
-        flip=0.5,
-        num_threads=8,
-    )
-    config.eval = common.eval_section(short_side=how["short_side"], batch_size=8)
+    config.data = common.data_section(source=source, folder=folder, flip=0.5, num_threads=8)
+    config.eval = common.eval_section(batch_size=8)
+    for section in (config.data, config.eval):
+        section.update({name: value for name, value in how.items() if name in section})
+    # Random crops need room, also where a test crop is as large as its frame.
+    config.data.short_side = max(how["short_side"], round(how["crop"] * 8 / 7))
+    config.data.short_side_max = round(1.25 * config.data.short_side)
     config.optimizer.update(
         learning_rate=1e-3,
         reference_batch_size=256,

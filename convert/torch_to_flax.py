@@ -37,12 +37,22 @@ from jaxvid.models.stam import STAMConfig
 from jaxvid.models.surgery import resize_pos_embed
 
 CHECK_BOUND = 1e-4  # largest absolute difference of logits and features, in float32
-_XVIT = {"short_side": 256, "resize": "bilinear", "mean": 0.5, "std": 0.5}
-PREPROCESSING = {
-    "stam": {"sampling": "rate", "short_side": 256, "mean": 0.0, "std": 1.0},
-    "xvit": {"sampling": "dense", "sampling_rate": 16, **_XVIT},
-    "xvit_ssv2": {"sampling": "segments", **_XVIT},
-}
+
+
+def released_preprocessing(config: ModelConfig) -> dict:
+    """How the released program of a model makes its clips: all that a model folder says of it.
+
+    XViT's frames get the crop's size along their short side, of which 3 crops are taken; STAM's are
+    an eighth larger than the one crop in their middle. Something-Something has two clips a video.
+    """
+    size = config.image_size
+    how = {"num_frames": config.num_frames, "crop": size, "sampling_rate": 16, "by_time": False}
+    if isinstance(config, STAMConfig):
+        how |= {"sampling": "rate", "short_side": round(size * 8 / 7), "resize": "antialiased"}
+        return how | {"num_clips": 1, "num_crops": 1, "mean": 0.0, "std": 1.0}
+    how |= {"sampling": "dense", "short_side": size, "resize": "bilinear"}
+    how |= {"num_clips": 1, "num_crops": 3, "mean": 0.5, "std": 0.5}
+    return how | {"sampling": "segments", "num_clips": 2} if config.name == "xvit_ssv2" else how
 
 
 def read_file(path: Path) -> tuple[str, dict[str, np.ndarray]]:
@@ -353,10 +363,9 @@ def _run(args: argparse.Namespace) -> int:
             raise InputError(
                 f"--check failed: {worst:.2e} is past {CHECK_BOUND:g}; nothing written"
             )
-    preset = PREPROCESSING.get(config.name) or PREPROCESSING[config.name.split("_")[0]]
     card = model_folder.make_card(
         config,
-        preprocessing={**preset, "num_frames": config.num_frames, "crop": config.image_size},
+        preprocessing=released_preprocessing(config),
         labels=labels,
         provenance={
             "file": args.input.name,

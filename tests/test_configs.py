@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 import jaxvid
+from convert.torch_to_flax import released_preprocessing
 from jaxvid.errors import InputError
-from jaxvid.models import abstract_model, make_model_config
+from jaxvid.loading import preprocessing
+from jaxvid.models import PRESETS, abstract_model, make_model_config
 from jaxvid.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +97,8 @@ def test_finetune_reads_its_model_and_its_data(motion_folder, tmp_path):
     config = get(f"{tmp_path / 'model'},{motion_folder}").unlock()
     assert (config.model.num_classes, config.model.width, config.data.mean) == (8, 16, 0.4)
     assert (config.data.source, config.data.sampling) == ("folder", "dense")
+    assert (config.data.short_side, config.data.short_side_max) == (73, 91)
+    assert (config.eval.short_side, config.eval.num_clips, config.eval.num_crops) == (72, 1, 1)
     config.update(num_epochs=2 / 6)
     config.optimizer.warmup_epochs = 1 / 6
     train(config.lock(), tmp_path / "run")
@@ -109,6 +113,13 @@ def test_finetune_reads_its_model_and_its_data(motion_folder, tmp_path):
     }.items():
         with pytest.raises((ValueError, InputError), match=message):
             get(folders)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("_tiny")])
+def test_a_converted_model_is_used_as_its_config_evaluates_it(name):
+    module = f"{name}_k400" if name.startswith("stam") else name
+    _, config = get_config(module, "")
+    assert released_preprocessing(make_model_config(name)) == preprocessing(config)
 
 
 def test_unknown_variants_are_refused():

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 import jaxvid
+from configs import finetune
 from convert import flax_to_torch, rules, torch_to_flax
 from convert.torch_reference import build_reference
 from jaxvid import folders, model_folder
 from jaxvid.errors import InputError
+from jaxvid.loading import CLIP_FIELDS, PIXEL_FIELDS
 from jaxvid.models import PRESETS, abstract_model, make_model_config, split_params
+from jaxvid.train import train
 from tests import goldens
 from tests.golden.synthetic import synthetic_param
 from tests.test_stam import config_of as stam_config_of
@@ -204,6 +207,22 @@ def test_image_models_start_video_models(name, suffix, tmp_path, capsys):
     grid = torch.nn.functional.interpolate(grid, (2, 2), mode="bicubic")
     expected = torch.cat([state["pos_embed"][:, :1], grid.permute(0, 2, 3, 1).reshape(1, 4, 48)], 1)
     np.testing.assert_allclose(params[f"{prefix}pos_embed"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["stam_8", "xvit_k400", "xvit_ssv2"])
+def test_converted_folders_are_fine_tuned_and_predict(name, tmp_path, motion_folder, clips):
+    path, folder = save(tmp_path / "in.pth", name, state_dict(name)), tmp_path / "model"
+    assert convert(name, path, folder) == 0
+    assert {*model_folder.load_card(folder)["preprocessing"]} == {*CLIP_FIELDS, *PIXEL_FIELDS}
+    views = {"stam_8": (1, 1), "xvit_k400": (1, 3), "xvit_ssv2": (2, 3)}[name]
+    classifier = jaxvid.Classifier(folder)
+    assert (classifier.spec.num_clips, classifier.spec.num_crops) == views
+    assert len(classifier.predict(clips[0]).labels) == 5
+    config = finetune.get_config(f"{folder},{motion_folder}").unlock()
+    assert (config.eval.num_clips, config.eval.num_crops) == views
+    config.update(num_epochs=2 / 6)
+    config.optimizer.warmup_epochs = 1 / 6
+    assert train(config.lock(), tmp_path / "run")["num_videos"] == 24
 
 
 def test_a_bare_state_dict_is_read_and_checked_too(tmp_path):

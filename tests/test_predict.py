@@ -19,6 +19,7 @@ from jaxvid.data.decode import DecodeError
 from jaxvid.data.motion import LABELS
 from jaxvid.data.pipeline import ClipSpec, load_eval_views
 from jaxvid.errors import InputError
+from jaxvid.loading import preprocessing
 from jaxvid.predict import expand, main
 
 HOW = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
@@ -103,7 +104,7 @@ def test_views_are_summed_and_the_folders_protocol_is_the_default(folders, clips
 
 
 def test_what_training_writes_is_understood(folders, clips, tmp_path):
-    how = evaluate.preprocessing(motion_config.get_config())
+    how = preprocessing(motion_config.get_config())
     assert how.items() >= HOW.items()
     jaxvid.save_model(jaxvid.load_model(folders / "xvit"), tmp_path / "m", preprocessing=how)
     found = jaxvid.Classifier(tmp_path / "m").predict(clips[3])
