@@ -20,6 +20,7 @@ import jaxvid
 from jaxvid import checkpoint, sharding
 from jaxvid.errors import InputError
 from jaxvid.models import split_params
+from tests import colours
 
 ROOT = Path(__file__).parents[1]
 # 49 videos in batches of 16: 24 steps. The head, the optimiser and XLA's lowest optimisation level
@@ -36,7 +37,14 @@ SECONDS = 150  # for one command, at most
 
 @contextlib.contextmanager
 def started(
-    workdir: Path, *, processes: int, devices: int, mesh: tuple[int, int], own=({}, {}), **fields
+    workdir: Path,
+    *,
+    processes: int,
+    devices: int,
+    mesh: tuple[int, int],
+    own=({}, {}),
+    program=("main.py",),
+    **fields,
 ) -> Iterator[list[subprocess.Popen]]:
     """Starts `main.py` in processes that find each other; whatever happens, they are ended.
 
@@ -46,6 +54,7 @@ def started(
         devices: In each.
         mesh: 'data' and 'fsdp'.
         own: Fields of each process.
+        program: What Python runs.
         **fields: Fields of all, with `__` for the dot.
     """
     with socket.socket() as free:
@@ -58,7 +67,7 @@ def started(
     runs = []
     try:
         for process in range(processes):
-            command = [sys.executable, "main.py", "--config=configs/motion.py"]
+            command = [sys.executable, *program, "--config=configs/motion.py"]
             command += [f"--workdir={workdir}"]
             for name, value in (fields | own[process]).items():
                 command.append(f"--config.{name}={value}")
@@ -192,6 +201,53 @@ def test_two_processes_do_what_one_does_and_one_goes_on_with_it(one, data, tmp_p
     for name in ("by_one", "by_four"):
         assert f"step {HALF} of {WHOLE}, continued" in told(tmp_path / name)
         check_same(tmp_path / name, one)
+
+
+STUB = """
+import os, runpy, sys, jax
+from jaxvid import evaluate
+from tests import colours
+
+evaluate.abstract_model, make_step = colours.stub_network, evaluate.make_eval_step
+
+def make_failing(*args):
+    step, calls = make_step(*args), []
+
+    def failing(params, batch):
+        calls.append(1)
+        if len(calls) == 3 and not jax.process_index():
+            os._exit(9)
+        return step(params, batch)
+
+    return failing
+
+if sys.argv.pop(1) == "stop":
+    evaluate.make_eval_step = make_failing
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+def test_two_processes_evaluate_each_video_once_and_go_on_after_a_kill(tmp_path):
+    """20 videos in batches of 8, of which the second process has none of the last."""
+    folder, workdir = tmp_path / "data", tmp_path / "w"
+    folder.mkdir()
+    colours.make_colours(folder)
+    copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy)
+    sizes = {"num_classes": 4, "image_size": 32, "width": 16, "depth": 1, "head": "mean"}
+    colours.save_stub(tmp_path / "stub", name="xvit_tiny", **sizes)
+    options = {"processes": 2, "devices": 2, "mesh": (2, 2), "init_from": tmp_path / "stub"}
+    options |= {f"model__{name}": value for name, value in sizes.items()}
+    options |= {"data__mean": 0.0, "data__std": 1.0, "eval__short_side": 32}
+    # Each has its own copy of the videos, and reads it in its own way.
+    options["own"] = ({"data.folder": folder}, {"data.folder": copy, "data.num_threads": 1})
+    with started(workdir, **options, program=("-c", STUB, "stop", "--mode=eval")) as runs:
+        assert runs[0].wait(timeout=SECONDS) == 9, told(workdir)
+    assert not (workdir / "eval.json").exists()
+    with started(workdir, **options, program=("-c", STUB, "go", "--mode=eval")) as runs:
+        assert codes(runs) == [0, 0], told(workdir)
+    assert "8 of 20 videos were evaluated before" in told(workdir)
+    assert not (workdir / ".unfinished_eval").exists()
+    colours.check_known(workdir)
 
 
 def catches(process: subprocess.Popen, number: int) -> bool:

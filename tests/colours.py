@@ -1,0 +1,85 @@
+"""Videos of one colour each, and a network whose answers to them are known in advance."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxvid import model_folder
+from jaxvid.data.motion import write_clip
+from jaxvid.models import make_model_config, split_params
+
+# Colours of the videos (their mean is what the network answers), and labels: 13 of 19 are right.
+RIGHT = [((200, 30, 30), 0), ((30, 200, 30), 1), ((30, 30, 200), 2)] * 4 + [((90, 90, 90), 3)]
+WRONG = [((200, 150, 30), 1), ((150, 30, 200), 0), ((30, 30, 30), 2)] * 2
+VIDEOS = RIGHT + WRONG
+NAMES = ["red", "green", "blue", "grey"]
+HOW = {"sampling": "segments", "sampling_rate": 16, "mean": 0.0, "std": 1.0}
+
+
+class Colour(nnx.Module):
+    """Answers with the mean of each colour, and .5 and a bias for a fourth class."""
+
+    def __init__(self):
+        self.bias = nnx.Param(jnp.zeros(()))
+
+    def __call__(self, video, *, key=None):
+        means = video.mean(axis=(1, 2, 3))  # (b c)
+        return jnp.concatenate([means, jnp.full((len(video), 1), 0.5) + self.bias[...]], axis=1)
+
+
+def stub_network(_):
+    """The stub in the place of what `models.abstract_model` gives for a config."""
+    graphdef, params = split_params(Colour())
+    return graphdef, jax.eval_shape(lambda: params)
+
+
+def save_stub(folder, bias=0.0, **config):
+    """A model folder that holds the stub's weight under the name of a config's network."""
+    card = model_folder.make_card(
+        make_model_config(**config), preprocessing=HOW, labels=NAMES, provenance={}
+    )
+    model_folder.save_model_folder(folder, {"bias": jnp.full((), bias)}, card)
+
+
+def make_colours(folder):
+    """19 videos of one colour each, of which the second is too short, and a broken one."""
+    lines = []
+    for i, (colour, label) in enumerate(VIDEOS):
+        frames = np.full((4 if i == 1 else 12, 36, 48, 3), colour, np.uint8)
+        write_clip(folder / f"{i}.mp4", frames)
+        lines.append(f"{i}.mp4 {label}")
+    (folder / "broken.mp4").write_text("no video")
+    lines.insert(7, "broken.mp4 2")
+    (folder / "val.csv").write_text("\n".join(lines) + "\n")
+    (folder / "train.csv").write_text(lines[0] + "\n")
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in NAMES))
+    return folder
+
+
+def check_known(workdir):
+    """The report of an evaluation of the stub has the numbers that are known."""
+    report = json.loads((workdir / "eval.json").read_text())
+    assert (report["top1"], report["top5"]) == (100 * len(RIGHT) / 20, 95)
+    counts = [report[f"num_{name}"] for name in ("videos", "evaluated", "padded", "failed")]
+    assert counts == [20, 19, 1, 1]
+    assert [round(report["class_accuracy"][name], 2) for name in NAMES] == [
+        66.67,
+        66.67,
+        57.14,
+        100,
+    ]
+    assert report["confusion"] == [[4, 0, 2, 0], [2, 4, 0, 0], [0, 0, 4, 2], [0, 0, 0, 1]]
+    with (workdir / "eval_videos.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = [names_of(colour) for colour, _ in VIDEOS]
+    expected.insert(7, "")
+    assert [row["prediction"] for row in rows] == expected
+    assert [row["padded"] for row in rows] == ["1" if i == 1 else "0" for i in range(20)]
+
+
+def names_of(colour):
+    return NAMES[int(np.argmax([*colour, 127.5]))]
