@@ -29,11 +29,12 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from jaxvid import model_folder, sharding, steps
+from jaxvid import sharding, steps
 from jaxvid.data import transforms
 from jaxvid.data.decode import Video
 from jaxvid.data.pipeline import ClipSpec, load_eval_views
 from jaxvid.errors import InputError
+from jaxvid.loading import open_model
 from jaxvid.models.xvit import XViT
 
 TOP_K, COLUMNS = 3, 8  # classes that are named; frames in a row of a contact sheet
@@ -113,7 +114,7 @@ def look_at(video: str | Path, folder: str | Path, *, clip: int = 0, num_clips: 
     Args:
         video: A file.
         folder: The model folder.
-        clip: Which clip of the video, from 0; 0 is the one that `jaxvid.predict` looks at.
+        clip: Which clip of the video, from 0; 0 is the first that `jaxvid.predict` looks at.
         num_clips: Of how many, spread over the video as in evaluation.
 
     Raises:
@@ -122,11 +123,8 @@ def look_at(video: str | Path, folder: str | Path, *, clip: int = 0, num_clips: 
     if not 0 <= clip < num_clips:
         raise InputError(f"--clip={clip}: there are 0 to {num_clips - 1} (--num_clips={num_clips})")
     sharding.use_compilation_cache()
-    card = model_folder.load_card(folder)
-    how = card["preprocessing"]
-    if not how:
-        raise InputError(f"{folder}: model.json says nothing of preprocessing; export it again")
-    spec = ClipSpec(**{name: how[name] for name in how if name not in ("mean", "std")})
+    card, model, spec = open_model(folder)
+    how, labels = card["preprocessing"], card["labels"]
     # Clip 0 is the same whatever their number, and the others need not be decoded.
     spec = dataclasses.replace(spec, num_clips=num_clips if clip else 1, num_crops=1)
     views = load_eval_views(video, spec)
@@ -135,7 +133,6 @@ def look_at(video: str | Path, folder: str | Path, *, clip: int = 0, num_clips: 
         frames, times = reader.get_frames(indices), reader.times
         if times is None and reader.fps:
             times = np.arange(reader.num_frames) / reader.fps
-    model = model_folder.load_model(folder)
 
     @jax.jit
     def run(clip):
@@ -146,7 +143,6 @@ def look_at(video: str | Path, folder: str | Path, *, clip: int = 0, num_clips: 
     probabilities, attention = jax.device_get(run(view))
     if not np.isfinite(probabilities).all():
         raise InputError(f"{folder}: logits that are not finite for {video}; train it again")
-    labels = card["labels"] or [str(i) for i in range(model.config.num_classes)]
     side = spec.crop // model.config.patch_size
     heat = attention["spatial"].reshape(-1, side, side)
     weights = attention.get("temporal", np.full(len(heat), 1 / len(heat)))

@@ -306,12 +306,18 @@ def test_bad_input_is_one_line(seeker, seeker_folder, motion_folder, tmp_path, c
     params = {**params, "head.bias": params["head.bias"] + jnp.nan}
     broken = merge_params(graphdef, params)
     jaxvid.save_model(broken, tmp_path / "broken", preprocessing=HOW)
+    jaxvid.save_model(seeker, tmp_path / "one", preprocessing=HOW, labels=["one"])
+    jaxvid.save_model(seeker, tmp_path / "newer", preprocessing={**HOW, "gears": 5})
+    jaxvid.save_model(seeker, tmp_path / "older", preprocessing={"crop": 64, "short_side": 72})
     cases = [
         (tmp_path / "no.mp4", seeker_folder, output, [], "no.mp4 does not exist"),
         (text, seeker_folder, output, [], "text.mp4: cannot be decoded"),
         (clip, tmp_path / "no", output, [], "no is no model folder"),
         (clip, tmp_path / "untold", output, [], "says nothing of preprocessing; export it again"),
         (clip, tmp_path / "broken", output, [], "not finite"),
+        (clip, tmp_path / "one", output, [], "one/model.json: labels has 1 entries for num_"),
+        (clip, tmp_path / "newer", output, [], "has 'gears', which this jaxvid does not know"),
+        (clip, tmp_path / "older", output, [], "preprocessing has no num_frames; export"),
         (clip, seeker_folder, tmp_path / "out.gif", [], "must end in .png or .mp4"),
         (clip, seeker_folder, tmp_path / "no" / "out.png", [], "no is no folder; make it or name"),
         (clip, seeker_folder, tmp_path / "folder.mp4", [], "cannot be written"),
