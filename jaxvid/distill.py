@@ -1,10 +1,14 @@
 """The teacher of a distillation: any model folder, in bfloat16."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 
 from jaxvid import model_folder, sharding
+from jaxvid.data.sources import open_folder
 from jaxvid.errors import InputError
+from jaxvid.loading import read_preprocessing
 from jaxvid.models import Params, abstract_model, make_model_config
 from jaxvid.steps import Teacher
 
@@ -20,7 +24,8 @@ def load_teacher(config, mesh) -> tuple[Teacher | None, Params | None]:
         The teacher and its weights in bfloat16; None twice where there is none.
 
     Raises:
-        InputError: It is no model folder, or its clips or classes differ from the student's.
+        InputError: It is no model folder, its clips differ from the student's, or its classes, or
+            their order, from the data's.
     """
     distill = config.distill
     if not distill.teacher:
@@ -37,12 +42,9 @@ def load_teacher(config, mesh) -> tuple[Teacher | None, Params | None]:
             f"distill.teacher={distill.teacher} sees other clips or classes: "
             f"{'; '.join(differences)}"
         )
-    how = card["preprocessing"] or {}
-    if not {"mean", "std"} <= how.keys():
-        raise InputError(
-            f"distill.teacher={distill.teacher}: its model.json says no mean and std; "
-            "export it again with its preprocessing"
-        )
+    data = open_folder(config.data, config.model.num_classes, ("val",))
+    model_folder.check_labels(card["labels"], data.labels, distill.teacher)
+    how = read_preprocessing(card, Path(distill.teacher) / "model.json")
     graphdef, abstract = abstract_model(model_config)
     params = model_folder.load_params(distill.teacher, sharding.with_sharding(abstract, mesh))
     halve = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree))
