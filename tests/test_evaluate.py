@@ -313,6 +313,10 @@ def test_names_of_files_need_not_be_utf8(stub, folder, tmp_path, capfd):
     assert json.loads((tmp_path / "b" / "eval.json").read_text())["failed"] == found["failed"]
     assert json.loads((tmp_path / "b" / "comparison.json").read_text())["num_videos"] == 3
     assert "Logging error" not in capfd.readouterr().err
+    # A class is known by its name, in files that are text.
+    (tmp_path / "data" / "val" / os.fsdecode(b"r\xe9d")).mkdir()
+    with pytest.raises(InputError, match=r"the class folder b'r\\xe9d' has a name .*; rename it"):
+        evaluate.evaluate(config, tmp_path / "c")
 
 
 @pytest.mark.parametrize("name", GOLDENS)

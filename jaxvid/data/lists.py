@@ -185,7 +185,8 @@ def read_class_folders(folder: Path, splits: tuple[str, ...]) -> tuple[list[str]
         sorted), and split → records.
 
     Raises:
-        InputError: A folder is missing or not readable, or holds no video; a class has no name.
+        InputError: A folder is missing or not readable, or holds no video; a class has no name, or
+            one that is not UTF-8.
     """
     roots = {split: folder / split for split in splits}
     if len(splits) == 1 and not roots[splits[0]].is_dir():
@@ -195,6 +196,14 @@ def read_class_folders(folder: Path, splits: tuple[str, ...]) -> tuple[list[str]
     if folder not in trees:  # all splits tell the classes, whichever is asked for
         trees |= {root: _list_classes(root) for root in others if root not in trees}
     names = sorted({name for tree in trees.values() for name in tree})
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{folder}: the class folder {os.fsencode(name)!r} has a name that is not UTF-8; "
+                "rename it"
+            ) from None
     labels, where = read_labels(folder) if names_classes(folder) else (names, folder)
     if unknown := sorted(set(names) - set(labels)):
         raise InputError(f"{folder}: the folder {unknown[0]!r} is not a class in {where}")
