@@ -215,12 +215,14 @@ class Unfinished:
         self._count = 0
 
     def load(self) -> list[dict]:
-        """The batches that are done, in order."""
+        """The batches that are done, in order; all processes must call it.
+
+        Raises:
+            InputError: The folder cannot be written.
+        """
         # The first process decides: what it removes, no other may read at that time.
         if not sharding.gather(self._is_same())[0]:
-            if not jax.process_index():
-                shutil.rmtree(self._folder, ignore_errors=True)
-                write_file(self._folder / "key.json", self._key.encode())
+            sharding.in_all(self._begin)
             return []
         parts = []
         while part := self._read(len(parts)):
@@ -228,6 +230,13 @@ class Unfinished:
         # On another machine, files may be seen later.
         self._count = min(sharding.gather(len(parts)))
         return parts[: self._count]
+
+    def _begin(self) -> None:
+        if not jax.process_index():
+            shutil.rmtree(self._folder, ignore_errors=True)
+            if next(self._folder.glob("*.npz"), None):  # it would be taken for one of this key
+                raise InputError(f"{self._folder} cannot be removed; delete it")
+            write_file(self._folder / "key.json", self._key.encode())
 
     def _is_same(self) -> bool:
         try:

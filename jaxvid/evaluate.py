@@ -133,7 +133,7 @@ def evaluate_params(
         part["seconds"], began = time.monotonic() - began, time.monotonic()
         parts.append(part)
         if unfinished:
-            unfinished.add(part)
+            sharding.in_all(unfinished.add, part)
         start, hits = start + count, hits + int(part["hit"].sum())
         progress.advance(count, f"top-1 {100 * hits / start:.2f} %")
 
@@ -228,7 +228,7 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(config.mesh)
     check_protocol(config, mesh)
-    before = read_table(compare_with) if compare_with else None
+    before = sharding.in_all(read_table, compare_with) if compare_with else None
     sharding.in_all(checkpoint.check_writable, workdir, 10**6)
     metrics.setup_logging(workdir)
 
@@ -266,7 +266,7 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
     videos = provenance.describe_videos(records)
     provenance.check_same_videos(videos)
     if card:
-        model_folder.check_labels(card["labels"], data.labels, named)
+        sharding.in_all(model_folder.check_labels, card["labels"], data.labels, named)
     if before is not None:
         check_shared(before, (record.id for record in records))
     weights_sha256 = model_folder.fingerprint(params)
@@ -292,12 +292,12 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
     )
     result = make_report(results, config, checkpoint=source)
     result["weights_sha256"] = weights_sha256
-    save_report(workdir, result, results, data.labels, records)
+    sharding.in_all(save_report, workdir, result, results, data.labels, records)
     unfinished.remove()
     log.info("%s. The report is %s", summary(result), workdir / "eval.html")
     if before is not None:
-        sharding.wait_for_all("eval.json")
-        for line in compare_tables(before, read_table(workdir / "eval.json"), workdir):
+        after = sharding.in_all(read_table, workdir / "eval.json")
+        for line in sharding.in_all(compare_tables, before, after, workdir):
             log.info("%s", line)
     return result
 

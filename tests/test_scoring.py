@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -202,9 +203,16 @@ def test_a_damaged_batch_is_done_again(tmp_path):
     assert Unfinished(tmp_path, {"a": 1}).load() == []
 
 
+def test_batches_that_cannot_be_removed_are_not_mixed_with_others(tmp_path, monkeypatch):
+    keep(tmp_path / "u", 1)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(InputError, match="u cannot be removed; delete it"):
+        Unfinished(tmp_path / "u", {"a": 2}).load()
+
+
 def test_the_first_process_decides_what_is_kept(tmp_path, monkeypatch):
     keep(tmp_path, 3)
-    told = iter([[False, True], [True, True], [3, 2]])
+    told = iter([[False, True], [None, None], [True, True], [3, 2]])
     monkeypatch.setattr(sharding, "gather", lambda value: next(told))
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     # The first removes the folder meanwhile: the second must not read there, nor fail.
