@@ -3,17 +3,18 @@
 import csv
 import dataclasses
 import io
-import json
+import os
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxvid.files import write_file
+from jaxvid.files import write_file, write_json
 from jaxvid.report import GRID, INK
 
 COLOURS = ("#0b6fb8", "#d1495b", "#3f8f4f", "#e0912f", "#7a52a8", "#2aa5a0")  # of drawn classes
 OTHERS = "#c9c9c9"
+KINDS = ("csv", "json", "png")  # the files of a timeline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,19 +68,18 @@ class ClassTimeline:
         ranks = range(1, len(rows[0]["top"]) + 1)
         names = [name for rank in ranks for name in (f"label_{rank}", f"probability_{rank}")]
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["start", "end", *names])
+        writer.writerow(["start", "end", "padded", *names])
         for row in rows:
             pairs = [(entry["label"], f"{entry['probability']:.6f}") for entry in row["top"]]
-            writer.writerow([row["start"], row["end"], *(x for pair in pairs for x in pair)])
+            when = row["start"], row["end"], int(row["padded"])
+            writer.writerow([*when, *(x for pair in pairs for x in pair)])
         document = {"video": self.video, "stride": round(self.stride, 6), "windows": rows}
-        text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
         self.draw().savefig(picture, format="png")
-        contents = {
-            "csv": table.getvalue().encode(),
-            "json": text.encode(),
-            "png": picture.getvalue(),
-        }
-        return [write_file(Path(f"{prefix}.{kind}"), data) for kind, data in contents.items()]
+        paths = [Path(f"{prefix}.{kind}") for kind in KINDS]
+        write_file(paths[0], table.getvalue().encode())
+        write_json(paths[1], document)
+        write_file(paths[2], picture.getvalue())
+        return paths
 
     def draw(self) -> Figure:
         """Draws the likeliest classes over time; below, the top class of each moment."""
@@ -94,7 +94,8 @@ class ClassTimeline:
             axes.plot(middles, values, color=colour, label=self.labels[c], marker=marker, ms=4)
         axes.set_ylim(0, 102)
         axes.set_ylabel("probability (%)")
-        axes.set_title(f"{Path(self.video).name}: classes over time", color=INK)
+        name = os.fsencode(Path(self.video).name).decode(errors="replace")
+        axes.set_title(f"{name}: classes over time", color=INK)
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         axes.grid(color=GRID, lw=0.6)
         axes.set_axisbelow(True)

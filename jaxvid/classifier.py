@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ class Classifier:
     Args:
         folder: A model folder.
         batch_size: Videos that are computed together; a batch that is not full costs as much.
-        num_clips: Clips of a video; None: as the model was tested if its folder says it, else 1.
+        num_clips: Clips of a video; None: as many as the model was tested with.
         num_crops: Crops of a clip, 1 or 3; None: likewise.
         num_threads: Threads that decode; None: one a CPU core.
 
@@ -78,6 +79,7 @@ class Classifier:
         labels: Names of all classes, in order.
         config: The network's config.
         spec: How clips are made.
+        batch_size: As given; may be changed.
 
     Raises:
         InputError: The folder is unusable, or a number is impossible.
@@ -101,7 +103,7 @@ class Classifier:
         given = {name: value for name, value in views.items() if value is not None}
         self.spec = dataclasses.replace(spec, **given)
         self.labels, self.config = card["labels"], model.config
-        self._batch_size, self._num_threads = batch_size, num_threads or os.cpu_count()
+        self.batch_size, self._num_threads = batch_size, num_threads or os.cpu_count()
         self._normalize = functools.partial(
             steps.normalize,
             **{name: card["preprocessing"][name] for name in ("mean", "std")},
@@ -141,11 +143,11 @@ class Classifier:
         if top_k < 1:
             raise InputError(f"top_k={top_k}: must be at least 1")
         views = self.spec.num_clips * self.spec.num_crops
-        self._compile(self._score, (self._batch_size, *clip_shape(self.spec, views)), np.uint8)
+        self._compile(self._score, (self.batch_size, *clip_shape(self.spec, views)), np.uint8)
         group = []  # up to a full batch, and those between that cannot be decoded
         for loaded in map_in_order(self._load, videos, self._num_threads):
             group.append(loaded)
-            if sum("video" in example for _, example in group) == self._batch_size:
+            if sum("video" in example for _, example in group) == self.batch_size:
                 yield from self._predict_group(group, top_k)
                 group = []
         yield from self._predict_group(group, top_k)
@@ -206,7 +208,8 @@ class Classifier:
         Args:
             video: A file with a known frame rate, or with timestamps.
             window: Seconds of a window; STAM looks at the first 10 of each.
-            stride: Seconds from one window's start to the next one's.
+            stride: Seconds from one window's start to the next one's; if another is used, that is
+                told on stderr.
 
         Returns:
             The probabilities of all classes over time: one clip of `spec`'s crops a window.
@@ -219,8 +222,12 @@ class Classifier:
         shares = self._shares_frames
         with Video(video, max_seconds=MAX_SECONDS) as reader:
             plan = plan_windows(reader, self.spec, window, stride, align=shares, name=str(video))
+            if abs(plan.stride - stride) > 1e-6 * stride:
+                why = "so that windows share frames" if shares else "a frame of the video"
+                told = f"stride: {plan.stride:g} s instead of {stride:g} s, {why}"
+                print(told, file=sys.stderr, flush=True)
             needed = np.unique(plan.indices)
-            size = min(self._batch_size * self.spec.num_frames, len(needed))
+            size = min(self.batch_size * self.spec.num_frames, len(needed))
             # A thread decodes: it ends before the reader is closed.
             frames = prefetch(read_frames(reader, needed, self.spec, size))
             with contextlib.closing(frames):
@@ -256,7 +263,7 @@ class Classifier:
         progress = Progress(len(indices), title="classifying", unit="window")
         scores = []
         with contextlib.closing(progress):
-            while batch := list(itertools.islice(clips, self._batch_size)):
+            while batch := list(itertools.islice(clips, self.batch_size)):
                 scores.append(self._run(classify, np.stack(batch)))
                 progress.advance(len(batch))
         collections.deque(items, maxlen=0)
@@ -303,7 +310,7 @@ class Classifier:
         Raises:
             InputError: Logits are not finite.
         """
-        size, rows = self._batch_size, []
+        size, rows = self.batch_size, []
         program = self._compile(function, (size, *inputs.shape[1:]), inputs.dtype)
         for start in range(0, len(inputs), size):
             part = inputs[start : start + size]

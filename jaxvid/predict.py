@@ -3,6 +3,11 @@
 Of a folder, all videos below it; a quoted pattern (`'clips/**/*.mp4'`) is expanded here. With
 --window and --stride: what is seen when in one long video.
 
+Clips are made as the model was tested, and as many of them: of a trained model as its evaluation
+made them, of a converted one as the released protocol does (XViT: 3 crops of a clip, on
+Something-Something of 2 clips; STAM: one). That is --mode eval's answer for the same video; --clips
+and --crops ask for fewer, which is faster, or for more.
+
 The exit status is the number of inputs that failed, at most 99: each of them is a line
 `failed: ...` on stderr, whose last line is `N of M failed`, and the others are predicted all the
 same. As in every program here, 2 is also the status of unusable input as a whole (a bad model
@@ -10,6 +15,7 @@ folder or option, nothing to predict): then the last line is `error: ...`, and n
 """
 
 import argparse
+import errno
 import glob
 import itertools
 import json
@@ -18,6 +24,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jaxvid.class_timeline import KINDS
 from jaxvid.classifier import Classifier
 from jaxvid.data.decode import DecodeError
 from jaxvid.data.lists import VIDEO_SUFFIXES
@@ -26,7 +33,7 @@ from jaxvid.files import write_file
 
 MAX_STATUS = 99
 STDOUT = "-"
-BATCH_SIZE = 8  # at most, where nothing else is asked for
+BATCH_CLIPS = 8  # views of all videos of a batch, where nothing else is asked for
 
 
 def expand(inputs: Sequence[str]) -> tuple[list[str], list[dict]]:
@@ -84,8 +91,9 @@ def predict(
         videos: Files.
         folder: The model folder.
         top_k: How many classes to name.
-        batch_size: Videos that are computed together; None: 8, or as many as there are.
-        num_clips: Clips of a video; None: as the model was tested if its folder says it, else 1.
+        batch_size: Videos that are computed together; None: as many as have 8 views in all, but at
+            least one and no more than there are.
+        num_clips: Clips of a video; None: as many as the model was tested with.
         num_crops: Crops of a clip; None: likewise.
 
     Yields:
@@ -94,22 +102,29 @@ def predict(
     Raises:
         InputError: The model folder is unusable, or a number impossible.
     """
+    size = 1 if batch_size is None else batch_size
+    classifier = Classifier(folder, batch_size=size, num_clips=num_clips, num_crops=num_crops)
     if batch_size is None:
-        batch_size = max(1, min(BATCH_SIZE, len(videos)))
-    classifier = Classifier(folder, batch_size=batch_size, num_clips=num_clips, num_crops=num_crops)
+        views = classifier.spec.num_clips * classifier.spec.num_crops
+        classifier.batch_size = max(1, min(BATCH_CLIPS // views, len(videos)))
     for prediction in classifier.stream(videos, top_k):
         yield prediction.to_json()
+
+
+def show(text: str) -> None:
+    """Prints a line on stdout. What is no UTF-8 in a file's name is escaped, as JSON does it."""
+    print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
 def print_result(result: dict, *, as_json: bool) -> None:
     """Prints a video's result: what failed on stderr, unless all is JSON."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False), flush=True)
+        show(json.dumps(result, ensure_ascii=False))
     elif "error" not in result:
         padded = ", shorter than its clip: frames repeat" if result["padded"] else ""
-        print(f"{result['video']}  ({result['seconds']:.3f} s{padded})")
+        show(f"{result['video']}  ({result['seconds']:.3f} s{padded})")
         for entry in result["top"]:
-            print(f"  {100 * entry['probability']:5.1f} %  {entry['label']}", flush=True)
+            show(f"  {100 * entry['probability']:5.1f} %  {entry['label']}")
     if "error" in result:
         print(f"failed: {result['error']}", file=sys.stderr, flush=True)
 
@@ -129,33 +144,52 @@ def run(videos: Sequence[str], args: argparse.Namespace) -> Iterator[dict]:
         yield from predict(videos, args.model, **options)
         return
     [video] = videos
-    classifier = Classifier(args.model, batch_size=args.batch_size or 1, num_crops=args.crops)
+    size = 1 if args.batch_size is None else args.batch_size
+    classifier = Classifier(args.model, batch_size=size, num_crops=args.crops)
     try:
         timeline = classifier.windows(video, args.window, args.stride)
     except DecodeError as error:
         yield {"video": video, "error": str(error)}
         return
-    if abs(timeline.stride - args.stride) > 1e-6 * args.stride:
-        wanted = f"{timeline.stride:g} s instead of {args.stride:g} s"
-        print(f"stride: {wanted}, so that windows share frames", file=sys.stderr)
     if args.output:
-        print(*timeline.save(args.output, args.top_k), sep="\n")
+        for path in timeline.save(args.output, args.top_k):
+            show(str(path))
         return
     for row in timeline.rows(args.top_k):
         if args.json:
-            print(json.dumps({"video": video, **row}, ensure_ascii=False))
+            show(json.dumps({"video": video, **row}, ensure_ascii=False))
             continue
         top = ", ".join(f"{e['label']} {100 * e['probability']:.1f} %" for e in row["top"])
-        print(f"{row['start']:9.2f} to {row['end']:9.2f} s  {top}")
+        show(f"{row['start']:9.2f} to {row['end']:9.2f} s  {top}")
+
+
+def check_output(option: str, path: Path) -> None:
+    """Refuses a file that could not be written in the end, before any work is done.
+
+    Raises:
+        InputError: Its folder cannot be made or written to, or it is a folder itself.
+    """
+    probe = path.with_name(f".{path.name}.probe")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{option}: {path} cannot be written ({error.strerror}); name another"
+        ) from None
 
 
 def check_options(args: argparse.Namespace, num_videos: int) -> None:
-    """Refuses options that do not go together.
+    """Refuses options that do not go together, and files that cannot be written.
 
     Raises:
         InputError: Says which, and what would.
     """
-    if args.json not in (None, STDOUT) and not args.json.endswith(".json"):
+    writes_json = args.json not in (None, STDOUT)
+    if writes_json and not args.json.endswith(".json"):
         raise InputError(
             f"--json {args.json}: the file to write must end in .json; to print JSON, put --json "
             "last or before another option"
@@ -166,6 +200,8 @@ def check_options(args: argparse.Namespace, num_videos: int) -> None:
         for name in ("stride", "output"):
             if getattr(args, name) is not None:
                 raise InputError(f"--{name} needs --window SECONDS")
+        if writes_json:
+            check_output("--json", Path(args.json))
         return
     if args.stride is None:
         raise InputError("--window needs --stride SECONDS, from one window's start to the next")
@@ -173,8 +209,10 @@ def check_options(args: argparse.Namespace, num_videos: int) -> None:
         raise InputError(f"--window takes one video, not {num_videos}; call it once for each")
     if args.clips is not None:
         raise InputError("--clips does not go with --window: every window is one clip")
-    if args.json not in (None, STDOUT):
+    if writes_json:
         raise InputError(f"--json {args.json} does not go with --window; give --output PREFIX")
+    for kind in KINDS if args.output else ():
+        check_output("--output", Path(f"{args.output}.{kind}"))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -190,14 +228,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top_k", type=int, default=5, help="classes to name (default 5)")
     add("--json", nargs="?", const=STDOUT, metavar="OUT", help="print one JSON object a line, "
         "or write a list of them to OUT.json")  # fmt: skip
-    add("--clips", type=int, help="clips of a video, whose logits are summed (default: as the "
-        "model was tested if its folder says it, else 1)")  # fmt: skip
+    add("--clips", type=int, help="clips of a video, whose logits are summed (default: as many "
+        "as the model was tested with)")  # fmt: skip
     add("--crops", type=int, help="crops of a clip, 1 or 3 (default: likewise)")
-    add("--batch_size", type=int, help="videos that are computed together (default: 8, or as "
-        "many as there are), or windows (default 1)")  # fmt: skip
+    add("--batch_size", type=int, help="videos that are computed together (default: as many as "
+        "have 8 clips times crops in all, at least 1), or windows (default 1)")  # fmt: skip
     add("--window", type=float, metavar="SECONDS", help="classify windows of one video")
     add("--stride", type=float, metavar="SECONDS", help="from one window's start to the next; of "
-        "a STAM, moved a little so that windows share frames")  # fmt: skip
+        "a STAM, moved a little so that windows share frames, which is then told")  # fmt: skip
     add("--output", metavar="PREFIX", help="write windows to PREFIX.csv, .json and .png")
     return parser
 
@@ -216,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.append(result)
         if args.json not in (None, STDOUT):
             lines = ",\n".join(json.dumps(result, ensure_ascii=False) for result in results)
-            write_file(Path(args.json), f"[\n{lines}\n]\n".encode())
+            data = f"[\n{lines}\n]\n".encode("utf-8", "backslashreplace")
+            write_file(Path(args.json), data)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return InputError.EXIT_CODE

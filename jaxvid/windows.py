@@ -14,7 +14,7 @@ from jaxvid.data.decode import DecodeError, Video
 from jaxvid.data.pipeline import ClipSpec
 from jaxvid.errors import InputError
 
-MAX_PARTS = 4  # of the time between a clip's frames, into which an aligned stride may divide it
+MAX_PARTS = 4  # of the time between a clip's frames that an aligned stride may be several of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,10 @@ def plan_windows(
     the timestamps where there are any, also in videos with a variable frame rate.
 
     With `align`, the stride of overlapping windows becomes the nearest multiple of the time between
-    a clip's frames, or of a half, a third or a quarter of it, so that windows look at the same
-    frames. Of `rate` sampling, windows may then start between two frames, and each moment shows the
-    last frame before it: otherwise windows would rarely share any where the rates do not divide, as
-    at 25 or 29.97 frames a second.
+    a clip's frames, or of a half, a third or a quarter of it, or else the nearest whole part of it,
+    so that windows look at the same frames. Of `rate` sampling, windows may then start between two
+    frames, and each moment shows the last frame before it: otherwise windows would rarely share any
+    where the rates do not divide, as at 25 or 29.97 frames a second.
 
     Args:
         reader: The open video.
@@ -82,8 +82,10 @@ def plan_windows(
         step = np.ptp(sampling.make_indices(spec.sampling, size, t, **rates)) / max(t - 1, 1)
     steps, hop = Fraction(0), max(stride * fps, 1.0)  # from start to start
     if align and step > 0 and hop < size:
-        steps = Fraction(hop / step).limit_denominator(MAX_PARTS)
-        steps = steps or Fraction(1, round(step / hop))
+        if hop * MAX_PARTS >= step:
+            steps = Fraction(hop / step).limit_denominator(MAX_PARTS)
+        else:
+            steps = Fraction(1, round(step / hop))
         hop = float(steps) * step
     rows, starts, ends, padded = [], [], [], []
     while not ends or ends[-1] < length - 0.5:

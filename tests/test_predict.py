@@ -1,5 +1,6 @@
 """Videos to labels: the class and the command."""
 
+import csv
 import json
 import os
 import shutil
@@ -14,13 +15,15 @@ import pytest
 
 import jaxvid
 from configs import motion as motion_config
-from jaxvid import evaluate, model_folder, steps
+from jaxvid import model_folder, steps
 from jaxvid.data.decode import DecodeError
 from jaxvid.data.motion import LABELS
 from jaxvid.data.pipeline import ClipSpec, load_eval_views
 from jaxvid.errors import InputError
 from jaxvid.loading import preprocessing
-from jaxvid.predict import expand, main
+from jaxvid.predict import expand, main, predict
+from jaxvid.train import train
+from tests.conftest import shrunk_config
 
 HOW = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
 
@@ -113,6 +116,44 @@ def test_what_training_writes_is_understood(folders, clips, tmp_path):
     assert found.labels == tuple(str(LABELS.index(label)) for label in expected.labels)
 
 
+def test_predictions_are_those_of_the_evaluation(motion_folder, clips, tmp_path):
+    config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
+    config.eval.update(num_crops=3, num_clips=2, short_side=80)
+    train(config.lock(), tmp_path / "run")
+    with (tmp_path / "run" / "eval_videos.csv").open(newline="") as file:
+        rows = {Path(row["id"]).name: row for row in csv.DictReader(file)}
+    found = list(predict(clips, tmp_path / "run" / "model"))
+    assert len(found) == len(rows) == 24
+    for video in found:
+        row = rows[Path(video["video"]).name]
+        expected = json.loads(row["probabilities"])
+        assert [entry["probability"] for entry in video["top"]] == pytest.approx(expected, abs=1e-4)
+        assert video["top"][0]["label"] == row["prediction"]
+    [fewer] = predict(clips[:1], tmp_path / "run" / "model", num_clips=1, num_crops=1)
+    assert fewer["top"][0]["probability"] != found[0]["top"][0]["probability"]
+
+
+@pytest.mark.parametrize(
+    ("views", "count", "size"),
+    [((1, 1), 12, 8), ((1, 3), 12, 2), ((3, 3), 12, 1), ((1, 1), 3, 3), ((1, 3), 1, 1)],
+)
+def test_a_batch_has_about_8_clips_however_many_views(
+    folders, clips, monkeypatch, views, count, size
+):
+    shapes = []
+
+    def run(self, function, inputs):
+        shapes.append((self.batch_size, *inputs.shape[:2]))
+        return np.zeros((len(inputs), 8))
+
+    monkeypatch.setattr(jaxvid.Classifier, "_run", run)
+    monkeypatch.setattr(jaxvid.Classifier, "_compile", lambda *_: None)
+    options = dict(zip(("num_clips", "num_crops"), views, strict=True))
+    assert len(list(predict(clips[:count], folders / "xvit", **options))) == count
+    assert {(b, v) for b, _, v in shapes} == {(size, views[0] * views[1])}
+    assert max(rows for _, rows, _ in shapes) == size
+
+
 def test_impossible_numbers_are_refused(folders, clips):
     for options, message in (
         ({"batch_size": 0}, "batch_size=0: must be at least 1"),
@@ -194,9 +235,45 @@ def test_json_never_overwrites_a_video(folders, clips, tmp_path, capsys):
     assert video.read_bytes() == b"precious"
 
 
+def test_names_that_are_not_utf_8_lose_nothing(folders, clips, tmp_path, capsys):
+    video = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
+    shutil.copy(clips[0], video)
+    model = ["--model", str(folders / "stam")]
+    assert main([clips[1], video, *model, "--json", str(tmp_path / "out.json")]) == 0
+    assert "caf\\udce9.mp4  (" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert [row["video"] for row in written] == [clips[1], video]
+    assert main([video, *model, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["video"] == video
+    windows = ["--window", "1", "--stride", "1"]
+    assert main([video, *model, *windows, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["video"] == video
+    assert main([video, *model, *windows, "--output", str(tmp_path / "line")]) == 0
+    assert json.loads((tmp_path / "line.json").read_text(encoding="utf-8"))["video"] == video
+
+
+@pytest.mark.parametrize("place", ["file/out", "folder"])
+def test_what_cannot_be_written_is_told_before_the_work(
+    clips, tmp_path, capsys, monkeypatch, place
+):
+    (tmp_path / "file").write_text("")
+    for kind in ("json", "png"):
+        (tmp_path / f"folder.{kind}").mkdir()
+    monkeypatch.delattr("jaxvid.predict.Classifier")  # nothing is loaded
+    path = tmp_path / place
+    windows = ["--window", "1", "--stride", "1", "--output", str(path)]
+    for options in (["--json", f"{path}.json"], windows):
+        assert main([clips[0], "--model", "none", *options]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {options[-2]}: {path}.")
+        assert "cannot be written (" in line
+    assert not [name for name in os.listdir(tmp_path) if "probe" in name]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--batch_size", "0", "--window", "1", "--stride", "1"), "batch_size=0: must be at leas"),
         (("--top_k", "0"), "--top_k=0: must be at least 1"),
         (("--batch_size", "0"), "batch_size=0: must be at least 1"),
         (("--stride", "1"), "--stride needs --window"),

@@ -69,6 +69,8 @@ def test_windows_are_sampled_as_videos_of_their_own(long_videos, sampling):
         (25, 2.5, 2.5, 8 + 2 * 8),
         (25, 2.4, 2.5, 8 + 2 * 8),
         (25, 0.3, 0.3125, 4 * (8 + 16)),
+        (25, 0.2, 1.25 / 6, 6 * (8 + 16)),
+        (25, 0.16, 0.15625, 8 * (8 + 16)),  # not twice as much
         (25, 30.0, 30.0, 8),
     ],
 )
@@ -217,13 +219,26 @@ def test_the_timeline_is_written_and_drawn(folders, long_videos, tmp_path, capsy
     assert len(rows) == len(document["windows"]) == 9
     for row, window in zip(rows, document["windows"], strict=True):
         assert float(row["end"]) == window["end"]
+        assert row["padded"] == str(int(window["padded"]))
         assert row["label_1"] == window["top"][0]["label"]
         assert float(row["probability_3"]) == pytest.approx(
             window["top"][2]["probability"], abs=1e-6
         )
+    assert [*rows[0]][:3] == ["start", "end", "padded"]
     assert [window["start"] for window in document["windows"]] == [2.5 * i for i in range(9)]
     with Image.open(f"{prefix}.png") as picture:
         assert picture.size > (1000, 400)
+    short = ClassTimeline(
+        video="short.mp4",
+        labels=["a", "b"],
+        starts=np.zeros(1),
+        ends=np.ones(1),
+        padded=np.array([True]),
+        stride=1.0,
+        probabilities=np.full((1, 2), 0.5),
+    )
+    table = short.save(tmp_path / "short")[0].read_text()
+    assert table.splitlines()[1] == "0.0,1.0,1,a,0.500000,b,0.500000"
     assert len(os.listdir(prefix.parent)) == 3
     assert main([*arguments, "--json"]) == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
