@@ -241,7 +241,12 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
         check_preprocessing(source, config)
         card = model_folder.load_card(source)
         params = model_folder.load_params(source, abstract_params)
-        differences = _compare_clips(card["preprocessing"] or {}, config)
+        expected, found = card["preprocessing"] or {}, preprocessing(config)
+        changed = {
+            field: f"{field} was {expected[name]!r}, now {found[name]!r}"
+            for field, name in ((field, field.partition(".")[2]) for field in CLIP_FIELDS)
+            if name in expected and expected[name] != found[name]
+        }
     else:
         step = checkpoint.newest_step(workdir)
         changed = checkpoint.compare_config(workdir, config)
@@ -255,10 +260,10 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
         card = model_folder.load_card(named) if (named / "model.json").exists() else None
         source = str(workdir / "checkpoints" / str(step))
         params = checkpoint.restore_params(workdir, step, abstract_params)
-        differences = [text for name, text in changed.items() if name in CLIP_FIELDS]
     log.info("evaluating %s", source)
-    if differences:
-        told = "; ".join(differences)
+    if config.data.sampling != "dense":  # others have no rate
+        changed.pop("data.sampling_rate", None)
+    if told := "; ".join(text for name, text in changed.items() if name in CLIP_FIELDS):
         log.warning("clips are not made as the model's preprocessing says: %s", told)
 
     data = sharding.in_all(open_folder, config.data, config.model.num_classes, ("val",))
@@ -317,13 +322,3 @@ def summary(result: dict) -> str:
         f"top-5 {result['top5']:.2f} % on {result['num_videos']} videos (clips × crops: "
         f"{protocol['num_clips']} × {protocol['num_crops']}, {', '.join(sizes)})"
     )
-
-
-def _compare_clips(expected: dict, config) -> list[str]:
-    """How a config makes clips otherwise than a model folder's preprocessing says."""
-    found, names = preprocessing(config), [name.partition(".")[2] for name in CLIP_FIELDS]
-    return [
-        f"{name} was {expected[name]!r}, now {found[name]!r}"
-        for name in names
-        if name in expected and expected[name] != found[name]
-    ]

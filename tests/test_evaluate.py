@@ -246,6 +246,7 @@ def test_the_protocol_is_whole_and_what_differs_is_told(stub, tmp_path):
     path = tmp_path / "stub" / "model.json"
     card = json.loads(path.read_text())
     card["preprocessing"] |= {"short_side": 32, "resize": "antialiased", "by_time": False}
+    card["preprocessing"]["sampling_rate"] = 2  # of a sampling that is not the model's
     path.write_text(json.dumps(card))
     first = evaluate.evaluate(stub, tmp_path / "a")["protocol"]
     assert "clips are not made" not in (tmp_path / "a" / "log.txt").read_text()
@@ -262,8 +263,8 @@ def test_the_protocol_is_whole_and_what_differs_is_told(stub, tmp_path):
     assert differing == {"by_time", "resize", "short_side", "dtype"}
     told = (tmp_path / "b" / "log.txt").read_text()
     assert (
-        "clips are not made as the model's preprocessing says: by_time was False, now True; resize "
-        "was 'antialiased', now 'bilinear'; short_side was 32, now 36"
+        "clips are not made as the model's preprocessing says: data.by_time was False, now True; "
+        "data.resize was 'antialiased', now 'bilinear'; eval.short_side was 32, now 36"
     ) in told
     assert not json.loads((tmp_path / "b" / "comparison.json").read_text())["same_protocol"]
 
