@@ -87,7 +87,8 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
     """
     card, model, spec = open_model(folder)
     how, output = card["preprocessing"], Path(output)
-    card = {key: value for key, value in card.items() if key != "files"}  # of the folder itself
+    of_folder = ("files", "checksums")
+    card = {key: value for key, value in card.items() if key not in of_folder}
     about = {"file": output.name, "format": format_, "model": card["name"]}
     if format_ == "stablehlo":
         data = export_stablehlo(model, spec, mean=how["mean"], std=how["std"])

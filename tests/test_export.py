@@ -67,7 +67,9 @@ def test_a_process_with_jax_alone_answers_as_the_model(folder, tmp_path, capsys)
     assert about["input"]["dtype"] == "uint8"
     assert about["output"]["shape"] == ["b", 5]
     assert about["labels"] == LABELS
-    assert about["preprocessing"] == {**HOW, "sampling": "rate"}
+    rest = {"sampling_rate": 16, "by_time": False, "resize": "antialiased"}  # whoever made HOW
+    rest |= {"num_clips": 1, "num_crops": 1}  # did not say
+    assert about["preprocessing"] == {**HOW, "sampling": "rate", **rest}
     assert about["platforms"] == ["cpu", "cuda"]
     assert about["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -89,6 +91,7 @@ def test_safetensors_give_back_the_model(folder, tmp_path):
         card = json.loads(opened.metadata()["model.json"])
     assert card["labels"] == LABELS
     assert card["preprocessing"]["mean"] == 0.25
+    assert not {"files", "checksums"} & card.keys()  # they tell of the folder
     assert "files" not in card
     original = jaxvid.load_model(folder)
     weights = load_file(file)
