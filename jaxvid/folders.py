@@ -8,6 +8,8 @@ import contextlib
 import shutil
 from pathlib import Path
 
+from jaxvid.errors import InputError
+
 
 def partial(folder: Path) -> Path:
     """Where a folder is written before it appears."""
@@ -50,6 +52,40 @@ def file_sizes(folder: Path) -> dict[str, int]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def check_files(folder: Path, expected: dict, found: dict, what: str) -> None:
+    """Refuses a folder whose files are not as they were written.
+
+    Args:
+        folder: For the message.
+        expected: File → its size, or its checksum, when it was written.
+        found: Likewise, now.
+        what: What is wrong with a file where they differ.
+
+    Raises:
+        InputError: Names the first such file.
+    """
+    if wrong := [name for name, value in expected.items() if found.get(name) != value]:
+        raise InputError(
+            f"{folder} is damaged: {len(wrong)} of {len(expected)} files {what} ({wrong[0]}); copy "
+            "or export the model again"
+        )
+
+
+def check_room(folder: Path, need_bytes: int) -> None:
+    """Refuses to write a folder where the disk has no room for it.
+
+    Raises:
+        InputError: Says how much there is.
+    """
+    place = next(parent for parent in folder.parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < need_bytes:
+        raise InputError(
+            f"{folder} cannot be written ({free / 1e6:.0f} MB free, {need_bytes / 1e6:.0f} MB "
+            "needed); make room or name another"
+        )
 
 
 def _aside(folder: Path) -> Path:

@@ -8,7 +8,6 @@ everything loads them.
 import dataclasses
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import jax
@@ -83,13 +82,7 @@ def _check_place(folder: Path, need_bytes: int) -> None:
     """Refuses what cannot be replaced, and a full disk before Orbax meets it with much noise."""
     if folder.exists() and not (folder / MARK).is_file():
         raise InputError(f"{folder} exists and is no model folder; name another one")
-    place = next(parent for parent in folder.parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < need_bytes:
-        raise InputError(
-            f"{folder} cannot be written ({free / 1e6:.0f} MB free, {need_bytes / 1e6:.0f} MB "
-            "needed); make room or name another"
-        )
+    folders.check_room(folder, need_bytes)
 
 
 def load_card(folder: str | Path) -> dict:
@@ -202,9 +195,10 @@ def load_params(folder: str | Path, abstract_params: Params) -> Params:
     """
     card, path = load_card(folder), (folders.whole(folder, MARK) / "params").resolve()
     # Before TensorStore meets what is not there: a copy that was cut short is told by its sizes.
-    _check_files(path, card["files"], folders.file_sizes(path), "are missing or of another size")
+    sizes = folders.file_sizes(path)
+    folders.check_files(path, card["files"], sizes, "are missing or of another size")
     if "checksums" in card:  # older folders have none
-        _check_files(path, card["checksums"], _checksums(path), "have changed")
+        folders.check_files(path, card["checksums"], _checksums(path), "have changed")
     try:
         return _restore(path, abstract_params)
     except (InputError, jax.errors.JaxRuntimeError, MemoryError):
@@ -342,14 +336,6 @@ def fingerprint(params: Params) -> str:
         array = sharding.to_host(params[name])
         digest.update(f"{name}{array.shape}{array.dtype}".encode() + array.tobytes())
     return digest.hexdigest()
-
-
-def _check_files(path: Path, expected: dict, found: dict, what: str) -> None:
-    if wrong := [name for name, value in expected.items() if found.get(name) != value]:
-        raise InputError(
-            f"{path} is damaged: {len(wrong)} of {len(expected)} files {what} ({wrong[0]}); copy "
-            "or export the model again"
-        )
 
 
 def _reason(error: BaseException) -> str:
