@@ -11,7 +11,7 @@ and --crops ask for fewer, which is faster, or for more.
 The exit status is the number of inputs that failed, at most 99: each of them is a line
 `failed: ...` on stderr, whose last line is `N of M failed`, and the others are predicted all the
 same. As in every program here, 2 is also the status of unusable input as a whole (a bad model
-folder or option, nothing to predict): then the last line is `error: ...`, and nothing is predicted.
+folder or option, nothing to predict): then the last line is `error: ...`, and no more is predicted.
 """
 
 import argparse

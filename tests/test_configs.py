@@ -88,7 +88,7 @@ def test_released_recipes(name, learning_rate, weight_decay, smoothing, mixup, e
     assert config.batch_size == optimizer.reference_batch_size
 
 
-def test_finetune_reads_its_model_and_its_data(motion_folder, tmp_path):
+def test_finetune_reads_its_model_and_its_data(motion_folder, folders, tmp_path):
     get = importlib.import_module("configs.finetune").get_config
     model = jaxvid.create_model("xvit_tiny", num_classes=3, width=16, depth=1)
     how = {"sampling": "dense", "sampling_rate": 2, "resize": "bilinear", "mean": 0.4, "std": 0.2}
@@ -104,15 +104,17 @@ def test_finetune_reads_its_model_and_its_data(motion_folder, tmp_path):
     train(config.lock(), tmp_path / "run")
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "reinitialised: consensus.mlp_head.4: 3 classes there, 8 here" in log
+    older = get(f"{folders / 'stam'},{motion_folder}")  # it says neither rate nor resize
+    assert (older.data.sampling, older.data.sampling_rate, older.data.by_time) == ("rate", 16, 0)
     jaxvid.save_model(model, tmp_path / "bare")
-    for folders, message in {
+    for names, message in {
         "": "name --config configs/finetune.py:MODEL,DATA",
         f"{tmp_path},{motion_folder}": "is no model folder",
         f"{tmp_path / 'bare'},{motion_folder}": "says nothing of preprocessing",
         f"{tmp_path / 'model'},{tmp_path}": "has no train.csv",
     }.items():
         with pytest.raises((ValueError, InputError), match=message):
-            get(folders)
+            get(names)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("_tiny")])
