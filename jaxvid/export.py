@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors.numpy import save as safetensors_bytes
 from jaxvid import steps
 from jaxvid.data.pipeline import ClipSpec
 from jaxvid.errors import InputError
-from jaxvid.files import write_file
+from jaxvid.files import write_file, write_json
 from jaxvid.loading import clip_shape, open_model
 from jaxvid.models import split_params
 
@@ -128,8 +129,7 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
         **{key: card[key] for key in ("labels", "preprocessing", "config", "provenance")},
     }
     write_file(output, data)
-    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
-    write_file(output.with_name(f"{output.name}.json"), text.encode())
+    write_json(output.with_name(f"{output.name}.json"), about)
     return about
 
 
@@ -150,8 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return InputError.EXIT_CODE
     size = Path(args.output).stat().st_size
-    print(f"{args.output}: {about['model']}, {about['format']}, {size / 1e6:.1f} MB")
-    print(f"{args.output}.json: what goes in and comes out; to load it:")
+    name = os.fsencode(args.output).decode(errors="replace")
+    print(f"{name}: {about['model']}, {about['format']}, {size / 1e6:.1f} MB")
+    print(f"{name}.json: what goes in and comes out; to load it:")
     print(*(f"    {line}" for line in about["load"]), sep="\n")
     return 0
 

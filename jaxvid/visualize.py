@@ -16,6 +16,7 @@ they did not, within the frame, and without summary tokens: the heat is approxim
 import argparse
 import dataclasses
 import math
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -336,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return InputError.EXIT_CODE
-    print(args.output)
+    print(os.fsencode(args.output).decode(errors="replace"))
     return 0
 
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -103,6 +105,15 @@ def test_safetensors_give_back_the_model(folder, tmp_path):
     about = json.loads((tmp_path / "weights.safetensors.json").read_text())
     assert about["weights"] == {name: list(leaf.shape) for name, leaf in params.items()}
     assert about["parameters"] == sum(leaf.size for leaf in params.values())
+
+
+def test_a_name_that_is_not_utf_8_is_written_whole(folder, tmp_path, capsys):
+    output = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    arguments = ["--model", str(folder), "--output", output, "--format", "safetensors"]
+    assert export.main(arguments) == 0
+    assert "caf\ufffd.json: what goes in" in capsys.readouterr().out
+    about = json.loads(Path(f"{output}.json").read_text(encoding="utf-8"))
+    assert about["file"] == Path(output).name
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, capsys, monkeypatch):

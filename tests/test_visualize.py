@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import shutil
 
 import av
 import jax.numpy as jnp
@@ -294,6 +296,18 @@ def test_long_texts_are_broken_not_clipped(seeker_folder, motion_folder):
         assert not ink[:, -1].any()
         wide = np.asarray(visualize._write("WWW gjq " * 9 + "W" * 99, 15, "#000000", 9999)) < 128
         assert ink.sum() == pytest.approx(wide.sum(), rel=0.02)
+
+
+def test_names_that_are_not_utf_8_are_shown_as_well_as_can_be(
+    seeker_folder, motion_folder, tmp_path, capsys
+):
+    video, output = (
+        os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9." + end) for end in (b"mp4", b"png")
+    )
+    shutil.copy(motion_folder / "val" / "00003.mp4", video)
+    assert visualize.main([video, "--model", str(seeker_folder), "--output", output]) == 0
+    assert capsys.readouterr().out.endswith("caf\ufffd.png\n")
+    assert os.path.getsize(output) > 1000
 
 
 def test_bad_input_is_one_line(seeker, seeker_folder, motion_folder, tmp_path, capsys):
