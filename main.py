@@ -13,6 +13,7 @@ this one was told to stop), the state was saved and the same command continues.
 """
 
 import functools
+import gc
 import sys
 
 from absl import app, flags, logging
@@ -44,6 +45,7 @@ def main(_) -> None:
     """Runs the program that the flags name; bad input becomes one line and exit code 2."""
     # JAX, Orbax and Grain tell every step they take; what fails is raised, and told in one line.
     logging.set_verbosity(logging.FATAL)
+    cli.hide_unfinished_saves()
     from jaxvid import sharding
     from jaxvid.checkpoint import check_same_everywhere
     from jaxvid.errors import InputError
@@ -63,6 +65,7 @@ def main(_) -> None:
             print(draw_schedule(CONFIG.value, WORKDIR.value))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        gc.collect()  # while what a failed save left can still be hidden
         sys.exit(InputError.EXIT_CODE)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is there", file=sys.stderr)

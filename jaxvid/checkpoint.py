@@ -122,9 +122,9 @@ def _told_if_not_written(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 def _note_when_saved(manager: ocp.CheckpointManager) -> None:
     """Notes a checkpoint's files as soon as it is whole: the run may be killed before the next."""
-    while manager.is_saving_in_progress():
-        time.sleep(0.2)
-    with contextlib.suppress(OSError):  # told by the next save
+    with contextlib.suppress(Exception):  # what went wrong is told when the save is waited for
+        while manager.is_saving_in_progress():
+            time.sleep(0.2)
         _note_files(Path(manager.directory).parent)
 
 

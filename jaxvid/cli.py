@@ -1,6 +1,7 @@
 """The command line of programs that take a config."""
 
 import difflib
+import inspect
 import runpy
 import sys
 from pathlib import Path
@@ -99,3 +100,17 @@ def parse_range(name: str) -> tuple[int, int] | None:
     if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
         raise InputError(f"--{name}={text}: must be START:STOP, two step numbers, as in 10:20")
     return int(start), int(stop)
+
+
+def hide_unfinished_saves() -> None:
+    """Keeps quiet what Orbax leaves when a save fails: tasks of an event loop that is closed.
+
+    The failure itself is raised, and told in one line.
+    """
+
+    def tell(unraisable) -> None:
+        if inspect.iscoroutine(unraisable.object) or "loop is closed" in str(unraisable.exc_value):
+            return
+        sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = tell

@@ -4,12 +4,15 @@ import contextlib
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from jaxvid import progress
@@ -38,6 +41,7 @@ def setup_logging(workdir: Path) -> None:
         return
     file = logging.FileHandler(workdir / "log.txt", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    file.handleError = lambda _: None  # a full disk is told by what cannot do without it
     console = logging.Handler(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
     console.emit = lambda record: tqdm.write(record.getMessage(), file=sys.stderr)
     log.addHandler(file)
@@ -72,23 +76,28 @@ class MetricWriter:
         path = workdir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(path)
-        events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-        self._files = (path.open("a"), events)
+        folder = workdir / "tensorboard"
+        with _told_if_not_written(path):
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in kept))
+            partial.replace(path)
+            folder.mkdir(exist_ok=True)
+            # tensorboardX's SummaryWriter hangs for ever once its thread has met a full disk.
+            self._files = path.open("a"), EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)  # hides what is there of later steps
+        self._write_event(step=step + 1, session_log=start)
 
     def write(self, step: int, scalars: dict[str, float | None]) -> None:
         """Writes one line of scalars; None: there is no such number."""
         if self._files is None:
             return
-        lines, events = self._files
+        lines = self._files[0]
         with _told_if_not_written(lines.name):
             lines.write(json.dumps({"step": step, **scalars}) + "\n")
             lines.flush()
         for name, value in scalars.items():
             if value is not None:
-                events.add_scalar(name, value, step)
+                self._write_event(step=step, summary=summary.scalar(name, value))
 
     def write_classes(self, step: int, names: list[str], accuracies: np.ndarray) -> None:
         """Writes each class's accuracy, in percent, to TensorBoard; above 50 a histogram.
@@ -98,27 +107,35 @@ class MetricWriter:
             names: Of the classes.
             accuracies: `(num_classes,)`; nan: the class has no videos.
         """
-        if self._files is None:
-            return
-        events, known = self._files[1], np.isfinite(accuracies)
+        known = np.isfinite(accuracies)
         if len(names) > MAX_CLASS_SCALARS:
-            events.add_histogram("val/class_top1", accuracies[known], step)
+            bins = np.linspace(0, 100, 21)
+            histogram = summary.histogram("val/class_top1", accuracies[known], bins)
+            self._write_event(step=step, summary=histogram)
             return
         for i in np.flatnonzero(known):
-            events.add_scalar(f"val_class_top1/{names[i]}", accuracies[i], step)
+            scalar = summary.scalar(f"val_class_top1/{names[i]}", accuracies[i])
+            self._write_event(step=step, summary=scalar)
 
     def write_clips(self, step: int, video: np.ndarray) -> None:
         """Writes clips `(b, t, h, w, c)` uint8 to TensorBoard, each a row of its frames."""
-        if self._files is None:
-            return
         b, t, h, w, c = video.shape
         rows = video.transpose(0, 2, 1, 3, 4).reshape(b * h, t * w, c)  # (b h) (t w) c
-        self._files[1].add_image("train/clips", rows, step, dataformats="HWC")
+        image = summary.image("train/clips", rows, dataformats="HWC")
+        self._write_event(step=step, summary=image)
+
+    def _write_event(self, **fields) -> None:
+        if self._files is None:
+            return
+        events = self._files[1]
+        with _told_if_not_written("tensorboard/"):
+            events.write_event(Event(wall_time=time.time(), **fields))
+            events.flush()
 
     def close(self) -> None:
         """Closes the files."""
-        if self._files is not None:
-            for file in self._files:
+        for file in self._files or ():
+            with contextlib.suppress(OSError):  # what was not written is told already
                 file.close()
 
 

@@ -1,5 +1,6 @@
 """Training: one function, top to bottom."""
 
+import contextlib
 import functools
 import math
 import os
@@ -311,7 +312,8 @@ def train(
             writer.close()
             stalls.close()
             train_iter.close()
-            manager.close()
+            with contextlib.suppress(Exception):  # what ends the run is told already
+                manager.close()
 
     if not at_end:
         log.info("stopped and saved at step %d; the same command continues from there", step)

@@ -1,5 +1,6 @@
 """Sums are exact, files tell one story."""
 
+import errno
 import json
 
 import jax.numpy as jnp
@@ -54,11 +55,20 @@ def test_skipped_videos_are_listed_once_and_survive_a_kill(tmp_path):
     assert listed == ["b", "ä", "c", "d"]
 
 
-def test_a_full_disk_is_one_line(tmp_path):
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     skipped = SkippedVideos(tmp_path, num_videos=4, max_share=0.5)
     (tmp_path / "skipped.jsonl").symlink_to("/dev/full")
     with pytest.raises(InputError, match="skipped.jsonl cannot be written .No space left"):
         skipped.note([("b", "b is broken")])
+    writer = MetricWriter(tmp_path, 0)
+
+    def meet_a_full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer._files[1], "write_event", meet_a_full_disk)
+    with pytest.raises(InputError, match="tensorboard/ cannot be written .No space left"):
+        writer.write(1, {"loss": 1.0})
+    writer.close()
 
 
 def test_the_last_evaluation_is_found_also_after_a_kill(tmp_path):
