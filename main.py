@@ -47,10 +47,10 @@ def main(_) -> None:
     logging.set_verbosity(logging.FATAL)
     cli.hide_unfinished_saves()
     from jaxvid import sharding
-    from jaxvid.checkpoint import check_same_everywhere
     from jaxvid.errors import InputError
     from jaxvid.evaluate import evaluate
     from jaxvid.report import draw_schedule
+    from jaxvid.run_config import check_same_everywhere
     from jaxvid.train import train
 
     try:

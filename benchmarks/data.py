@@ -31,10 +31,10 @@ import simplejpeg
 from PIL import Image, ImageEnhance, ImageOps
 
 from jaxvid.data import augment, sampling, transforms
+from jaxvid.data.clips import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.decode import Video
 from jaxvid.data.packing import Settings
 from jaxvid.data.packs import PackedVideo, PackRecords
-from jaxvid.data.pipeline import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.prepare import prepare
 
 NUM_FRAMES, SHORT_SIDE, CROP = 16, 256, 224

@@ -5,7 +5,6 @@ import json
 import shutil
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,19 +12,10 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from jaxvid import sharding
+from jaxvid import folders, sharding
 from jaxvid.errors import InputError
 from jaxvid.metrics import log
 from jaxvid.models import Params
-
-# What may differ between a run and its continuation: how it runs, not what it computes.
-FREE_FIELDS = (
-    *("mesh.", "eval.", "checkpoint_", "log_steps"),
-    *("data.num_threads", "data.max_failed_share", "data.missing", "data.stall_seconds"),
-)
-
-# What the processes of one run may have of their own.
-OWN_FIELDS = ("data.folder", "data.prefix", "data.num_threads", "data.num_workers")
 
 _noting = threading.Lock()
 
@@ -46,7 +36,10 @@ def check_writable(workdir: Path, need_bytes: int) -> None:
         probe = workdir / f".probe{jax.process_index()}"
         probe.write_bytes(bytes(4096))
         probe.unlink()
-        need_bytes -= sum(_size(workdir / name) for name in ("checkpoints", "best", "model"))
+        need_bytes -= sum(
+            sum(folders.file_sizes(workdir / name).values())
+            for name in ("checkpoints", "best", "model")
+        )
         free = shutil.disk_usage(workdir).free
     except OSError as error:
         raise InputError(
@@ -57,11 +50,6 @@ def check_writable(workdir: Path, need_bytes: int) -> None:
             f"{workdir}: {free / 1e6:.0f} MB free, but checkpoints need {need_bytes / 1e6:.0f} MB; "
             "make room or choose another --workdir"
         )
-
-
-def _size(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def make_manager(workdir: Path, *, keep: int) -> ocp.CheckpointManager:
@@ -137,7 +125,9 @@ def _note_files(workdir: Path) -> None:
         noted = _noted_files(workdir)
         steps = {str(step): workdir / "checkpoints" / str(step) for step in find_steps(workdir)}
         if steps.keys() != noted.keys():
-            noted = {step: noted.get(step) or _checksums(folder) for step, folder in steps.items()}
+            noted = {
+                step: noted.get(step) or folders.checksums(folder) for step, folder in steps.items()
+            }
             partial = workdir / ".checkpoints.json.partial"
             partial.write_text(json.dumps(noted))
             partial.replace(workdir / "checkpoints.json")
@@ -148,18 +138,6 @@ def _noted_files(workdir: Path) -> dict[str, dict[str, int]]:
         return json.loads((workdir / "checkpoints.json").read_text())
     except (FileNotFoundError, ValueError):  # nothing is known then
         return {}
-
-
-def _checksums(folder: Path) -> dict[str, int]:
-    """CRC-32 of every file below a folder."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        checksum = 0
-        with path.open("rb") as file:
-            while block := file.read(2**24):
-                checksum = zlib.crc32(block, checksum)
-        found[str(path.relative_to(folder))] = checksum
-    return found
 
 
 def restore_newest(
@@ -227,7 +205,7 @@ def _check_files(workdir: Path, step: int) -> bool:
     expected = _noted_files(workdir).get(str(step))
     if expected is None:  # the run was killed before it could note them
         return False
-    found = _checksums(workdir / "checkpoints" / str(step))
+    found = folders.checksums(workdir / "checkpoints" / str(step))
     if wrong := [name for name, checksum in expected.items() if found.get(name) != checksum]:
         raise ValueError(
             f"{len(wrong)} of {len(expected)} files are missing or changed: {wrong[0]}"
@@ -307,86 +285,3 @@ def newest_step(workdir: Path) -> int:
             "or a model folder with --config.init_from"
         )
     return max(steps)
-
-
-def check_same_run(config, workdir: Path) -> None:
-    """Refuses a workdir whose checkpoints were made with another config, and says what differs.
-
-    Raises:
-        InputError: Names every field that differs, with both values.
-    """
-    if find_steps(workdir) and (
-        differences := [
-            text
-            for name, text in compare_config(workdir, config).items()
-            if not name.startswith(FREE_FIELDS)
-        ]
-    ):
-        raise InputError(
-            f"{workdir} holds a run with another config ({'; '.join(differences)}); "
-            "choose another --workdir or delete this one"
-        )
-
-
-def check_same_everywhere(config) -> None:
-    """Refuses processes of one run that were given different configs, and says what differs.
-
-    Raises:
-        InputError: Names every field that differs, with both values.
-    """
-    first, *others = (_flatten(values) for values in sharding.gather(config.to_dict()))
-    for process, values in enumerate(others, 1):
-        differences = [
-            f"{name} is {value!r} in process 0, {values[name]!r} in process {process}"
-            for name, value in first.items()
-            if values[name] != value and name not in OWN_FIELDS
-        ]
-        if differences:
-            raise InputError(f"{'; '.join(differences)}; start all with the same flags")
-
-
-def save_config(config, workdir: Path) -> None:
-    """Writes `WORKDIR/config.json` (on the first process)."""
-    if not jax.process_index():
-        partial = workdir / ".config.json.partial"
-        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        partial.replace(workdir / "config.json")
-
-
-def compare_config(workdir: Path, config) -> dict[str, str]:
-    """How a config differs from the one that a run was started with.
-
-    Args:
-        workdir: The run's folder; without `config.json` nothing differs.
-        config: A ConfigDict.
-
-    Returns:
-        Field (`model.width`) → "model.width was 64, now 32".
-
-    Raises:
-        InputError: `config.json` is damaged.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        return {}
-    try:
-        before = _flatten(json.loads(path.read_text()))
-    except ValueError:
-        raise InputError(f"{path} is damaged; choose another --workdir") from None
-    now = _flatten(json.loads(json.dumps(config.to_dict())))
-    return {
-        name: f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    }
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in tree.items():
-        flat |= (
-            _flatten(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {prefix + name: value}
-        )
-    return flat

@@ -22,8 +22,8 @@ import numpy as np
 from jaxvid import sharding, steps
 from jaxvid.class_timeline import ClassTimeline
 from jaxvid.data.check import MAX_SECONDS, map_in_order
+from jaxvid.data.clips import load_eval_views
 from jaxvid.data.decode import DecodeError, Video
-from jaxvid.data.pipeline import load_eval_views
 from jaxvid.errors import InputError
 from jaxvid.loading import clip_shape, open_model
 from jaxvid.models import merge_params, split_params

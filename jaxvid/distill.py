@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxvid import model_folder, sharding
-from jaxvid.data.sources import open_folder
 from jaxvid.errors import InputError
 from jaxvid.loading import read_preprocessing
 from jaxvid.models import Params, abstract_model, make_model_config
 from jaxvid.steps import Teacher
 
 
-def load_teacher(config, mesh) -> tuple[Teacher | None, Params | None]:
+def load_teacher(config, labels: list[str], mesh) -> tuple[Teacher | None, Params | None]:
     """Loads `config.distill.teacher`.
 
     Args:
         config: A whole config; its `distill` names the folder, the weight and the temperature.
+        labels: The data's classes, in order.
         mesh: The teacher's weights are laid over it as the student's are.
 
     Returns:
@@ -42,8 +42,7 @@ def load_teacher(config, mesh) -> tuple[Teacher | None, Params | None]:
             f"distill.teacher={distill.teacher} sees other clips or classes: "
             f"{'; '.join(differences)}"
         )
-    data = open_folder(config.data, config.model.num_classes, ("val",))
-    model_folder.check_labels(card["labels"], data.labels, distill.teacher)
+    model_folder.check_labels(card["labels"], labels, distill.teacher)
     how = read_preprocessing(card, Path(distill.teacher) / "model.json")
     graphdef, abstract = abstract_model(model_config)
     params = model_folder.load_params(distill.teacher, sharding.with_sharding(abstract, mesh))

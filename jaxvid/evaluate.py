@@ -9,8 +9,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxvid import checkpoint, metrics, model_folder, provenance, scoring, sharding, steps
-from jaxvid.data.pipeline import make_eval_iter, make_spec, split_batch
+from jaxvid import (
+    checkpoint,
+    metrics,
+    model_folder,
+    provenance,
+    run_config,
+    scoring,
+    sharding,
+    steps,
+)
+from jaxvid.data.clips import make_spec
+from jaxvid.data.pipeline import make_eval_iter, split_batch
 from jaxvid.data.sources import Record, open_folder
 from jaxvid.errors import InputError
 from jaxvid.eval_files import (
@@ -249,7 +259,7 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
         }
     else:
         step = checkpoint.newest_step(workdir)
-        changed = checkpoint.compare_config(workdir, config)
+        changed = run_config.compare_config(workdir, config)
         if other := [
             text
             for name, text in changed.items()
@@ -286,7 +296,7 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
             "data": {
                 name: value
                 for name, value in config.data.to_dict().items()
-                if f"data.{name}" not in checkpoint.OWN_FIELDS
+                if f"data.{name}" not in run_config.OWN_FIELDS
             },
             "eval": config.eval.to_dict(),
         },

@@ -23,7 +23,7 @@ from jax import export as jax_export
 from safetensors.numpy import save as safetensors_bytes
 
 from jaxvid import steps
-from jaxvid.data.pipeline import ClipSpec
+from jaxvid.data.clips import ClipSpec
 from jaxvid.errors import InputError
 from jaxvid.files import write_file, write_json
 from jaxvid.loading import clip_shape, open_model

@@ -6,6 +6,7 @@ the old one is moved aside, the new one in, and the old one is deleted, its mark
 
 import contextlib
 import shutil
+import zlib
 from pathlib import Path
 
 from jaxvid.errors import InputError
@@ -52,6 +53,18 @@ def file_sizes(folder: Path) -> dict[str, int]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of every file below a folder."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        checksum = 0
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                checksum = zlib.crc32(block, checksum)
+        found[str(path.relative_to(folder))] = checksum
+    return found
 
 
 def check_files(folder: Path, expected: dict, found: dict, what: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxvid import model_folder
-from jaxvid.data.pipeline import ClipSpec, make_spec
+from jaxvid.data.clips import ClipSpec, make_spec
 from jaxvid.errors import InputError
 from jaxvid.models import make_model_config
 

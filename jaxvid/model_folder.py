@@ -15,7 +15,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxvid import folders, sharding
-from jaxvid.checkpoint import _checksums
 from jaxvid.errors import InputError
 from jaxvid.models import (
     ModelConfig,
@@ -61,7 +60,7 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
         if not is_first:
             return
         files = {"files": folders.file_sizes(partial / "params")}
-        files["checksums"] = _checksums(partial / "params")
+        files["checksums"] = folders.checksums(partial / "params")
         card = {"format_version": FORMAT_VERSION, **card, **files}
         text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
         (partial / MARK).write_text(text, encoding="utf-8")
@@ -198,7 +197,7 @@ def load_params(folder: str | Path, abstract_params: Params) -> Params:
     sizes = folders.file_sizes(path)
     folders.check_files(path, card["files"], sizes, "are missing or of another size")
     if "checksums" in card:  # older folders have none
-        folders.check_files(path, card["checksums"], _checksums(path), "have changed")
+        folders.check_files(path, card["checksums"], folders.checksums(path), "have changed")
     try:
         return _restore(path, abstract_params)
     except (InputError, jax.errors.JaxRuntimeError, MemoryError):

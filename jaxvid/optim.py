@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxvid.errors import InputError
+from jaxvid.models.surgery import HEADS
 
-# Parts that come after the image ViT, in STAM and in XViT.
-HEADS = ("aggregate.", "head.", "consensus.", "new_fc.")
 OPTIONS = {"name": ("adamw", "sgd"), "decay": ("kernels", "released"), "freeze": ("", "backbone")}
 
 

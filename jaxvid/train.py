@@ -19,13 +19,15 @@ from jaxvid import (
     optim,
     provenance,
     report,
+    run_config,
     sharding,
     steps,
     watch,
 )
-from jaxvid.data.pipeline import describe_loading, make_spec, make_train_iter, split_batch
+from jaxvid.data.clips import make_spec
+from jaxvid.data.pipeline import describe_loading, make_train_iter, split_batch
 from jaxvid.data.sources import open_folder
-from jaxvid.distill import check_distill, load_teacher
+from jaxvid.distill import load_teacher
 from jaxvid.errors import InputError
 from jaxvid.evaluate import (
     check_protocol,
@@ -71,9 +73,9 @@ def train(
     # ------------------------------------------------------------------ devices, folders
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(config.mesh)
-    _check_config(config, mesh)
+    run_config.check_config(config, mesh)
     check_protocol(config, mesh)
-    checkpoint.check_same_run(config, workdir)
+    run_config.check_same_run(config, workdir)
     model_config = make_model_config(**config.model)
     graphdef, abstract_params = abstract_model(model_config)
     weight_bytes = sum(math.prod(leaf.shape) * 4 for leaf in abstract_params.values())
@@ -115,7 +117,7 @@ def train(
         ema_decay=config.ema_decay,
         frozen=optim.frozen_names(config.optimizer, abstract_params),
     )
-    teacher, teacher_params = load_teacher(config, mesh)
+    teacher, teacher_params = load_teacher(config, data.labels, mesh)
     init = functools.partial(steps.init_state, model_config, optimizer, recipe, seed=config.seed)
     abstract_state = sharding.with_sharding(jax.eval_shape(init), mesh)
     state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
@@ -143,7 +145,7 @@ def train(
             f"{step} to {total_steps}"
         )
     provenance.note_start(workdir, provenance.describe_run(mesh, data.records))
-    checkpoint.save_config(config, workdir)
+    run_config.save_config(config, workdir)
 
     # ------------------------------------------------------------------ compiled steps
     train_step = jax.jit(
@@ -337,25 +339,3 @@ def train(
         folder,
     )
     return result
-
-
-def _check_config(config, mesh) -> None:
-    """Refuses what cannot be trained, before anything else is done."""
-    sharding.check_batch_size("batch_size", config.batch_size, mesh)
-    for name in ("num_epochs", "log_steps", "checkpoint_keep", "checkpoint_every_epochs"):
-        if config[name] <= 0:
-            raise InputError(f"{name}={config[name]}: must be above 0")
-    if config.data.stall_seconds <= 0:
-        raise InputError(f"data.stall_seconds={config.data.stall_seconds}: must be above 0")
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * max(1, config.accumulate_steps)
-    if config.accumulate_steps < 1 or config.batch_size % parts:
-        raise InputError(
-            f"accumulate_steps={config.accumulate_steps}, batch_size={config.batch_size}: the "
-            f"batch must be a multiple of {parts} (mesh.data · mesh.fsdp · accumulate_steps)"
-        )
-    if config.mixup and config.cutmix:
-        raise InputError(f"mixup={config.mixup}, cutmix={config.cutmix}: only one can be used")
-    if not 0 <= config.ema_decay < 1:
-        raise InputError(f"ema_decay={config.ema_decay}: must be at least 0 and below 1")
-    optim.check_optimizer(config.optimizer)
-    check_distill(config.distill)

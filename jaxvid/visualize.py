@@ -32,8 +32,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from jaxvid import sharding, steps
 from jaxvid.data import transforms
+from jaxvid.data.clips import ClipSpec, load_eval_views
 from jaxvid.data.decode import Video
-from jaxvid.data.pipeline import ClipSpec, load_eval_views
 from jaxvid.errors import InputError
 from jaxvid.loading import open_model
 from jaxvid.models.xvit import XViT

@@ -10,8 +10,8 @@ from fractions import Fraction
 import numpy as np
 
 from jaxvid.data import sampling, transforms
+from jaxvid.data.clips import ClipSpec
 from jaxvid.data.decode import DecodeError, Video
-from jaxvid.data.pipeline import ClipSpec
 from jaxvid.errors import InputError
 
 MAX_PARTS = 4  # of the time between a clip's frames that an aligned stride may be several of

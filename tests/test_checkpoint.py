@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import jaxvid
-from jaxvid import checkpoint, model_folder, sharding
+from jaxvid import checkpoint, model_folder, run_config, sharding
 from jaxvid.errors import InputError
 from jaxvid.models import abstract_model, make_model_config, split_params
 
@@ -156,15 +156,15 @@ def test_a_run_without_checkpoints_is_named(tmp_path):
 
 def test_configs_are_compared_field_by_field(tmp_path):
     config = ConfigDict({"seed": 0, "model": {"width": 64, "blocks": (1, 2)}})
-    assert checkpoint.compare_config(tmp_path, config) == {}
+    assert run_config.compare_config(tmp_path, config) == {}
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    assert checkpoint.compare_config(tmp_path, config) == {}
+    assert run_config.compare_config(tmp_path, config) == {}
     config.model.width = 32
-    found = checkpoint.compare_config(tmp_path, config)
+    found = run_config.compare_config(tmp_path, config)
     assert found == {"model.width": "model.width was 64, now 32"}
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json is damaged"):
-        checkpoint.compare_config(tmp_path, config)
+        run_config.compare_config(tmp_path, config)
 
 
 def test_a_model_folder_that_cannot_be_written_is_one_line(tmp_path):

@@ -24,7 +24,7 @@ def teach(motion_folder, tmp_path):
         jaxvid.save_model(model, tmp_path / "teacher", preprocessing=how, labels=labels)
         config = shrunk_config(motion_folder).unlock()
         config.distill.update(teacher=str(tmp_path / "teacher"), weight=0.5)
-        return load_teacher(config.lock(), sharding.make_mesh(config.mesh))
+        return load_teacher(config.lock(), list(LABELS), sharding.make_mesh(config.mesh))
 
     return load
 
@@ -37,7 +37,7 @@ def test_a_teacher_of_the_same_classes_is_loaded(teach, labels):
 
 
 def test_no_teacher_is_none(config):
-    assert load_teacher(config, None) == (None, None)
+    assert load_teacher(config, [], None) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 
 from configs import common, xvit_k600
 from jaxvid import evaluate, model_folder, progress, sharding
+from jaxvid.data.clips import load_eval_views, make_spec
 from jaxvid.data.packing import Settings
-from jaxvid.data.pipeline import load_eval_views, make_spec
 from jaxvid.data.prepare import prepare
 from jaxvid.data.sources import open_folder
 from jaxvid.errors import InputError

@@ -12,15 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxvid.data import pipeline
-from jaxvid.data.pipeline import (
-    ClipSpec,
-    load_eval_views,
-    load_train_clip,
-    make_eval_iter,
-    make_train_iter,
-    split_batch,
-)
+from jaxvid.data import pipeline, transforms
+from jaxvid.data.clips import ClipSpec, load_eval_views, load_train_clip
+from jaxvid.data.pipeline import make_eval_iter, make_train_iter, split_batch
 from jaxvid.data.sources import Record, open_folder, read_list
 from jaxvid.errors import InputError
 
@@ -243,13 +237,13 @@ def test_impossible_clips_are_refused(options, message):
 
 
 def test_the_short_side_is_drawn_between_its_bounds(records, monkeypatch):
-    sizes, plain = set(), pipeline.transforms.resize_short_side
+    sizes, plain = set(), transforms.resize_short_side
 
     def resize(frames, short_side):
         sizes.add(short_side)
         return plain(frames, short_side)
 
-    monkeypatch.setattr(pipeline.transforms, "resize_short_side", resize)
+    monkeypatch.setattr(transforms, "resize_short_side", resize)
     spec, rng = dataclasses.replace(SPEC, train_short_side=(64, 67)), np.random.default_rng(0)
     for _ in range(40):
         load_train_clip(records[0], rng, spec)

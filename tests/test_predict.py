@@ -16,9 +16,9 @@ import pytest
 import jaxvid
 from configs import motion as motion_config
 from jaxvid import model_folder, steps
+from jaxvid.data.clips import ClipSpec, load_eval_views
 from jaxvid.data.decode import DecodeError
 from jaxvid.data.motion import LABELS
-from jaxvid.data.pipeline import ClipSpec, load_eval_views
 from jaxvid.errors import InputError
 from jaxvid.loading import preprocessing
 from jaxvid.predict import expand, main, predict

@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from jaxvid.data import check, prepare
+from jaxvid.data.clips import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.decode import DecodeError, Video
 from jaxvid.data.motion import write_clip
 from jaxvid.data.packing import Part, Settings, plan
 from jaxvid.data.packs import PackRecords
-from jaxvid.data.pipeline import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.sources import Record, open_folder
 from jaxvid.errors import InputError
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import jaxvid
-from jaxvid import checkpoint, sharding
+from jaxvid import checkpoint, run_config, sharding
 from jaxvid.errors import InputError
 from jaxvid.models import split_params
 from tests import colours
@@ -304,11 +304,11 @@ def test_processes_with_other_configs_or_other_videos_are_refused(config, monkey
     other = config.copy_and_resolve_references().unlock()
     other.data.folder, other.data.num_threads = "elsewhere", 7
     gathered(monkeypatch, other.to_dict())
-    checkpoint.check_same_everywhere(config)
+    run_config.check_same_everywhere(config)
     other.model.width = 32
     gathered(monkeypatch, config.to_dict(), other.to_dict())
     with pytest.raises(InputError, match="model.width is 16 in process 0, 32 in process 2; start"):
-        checkpoint.check_same_everywhere(config)
+        run_config.check_same_everywhere(config)
     facts = {"data": {"train": {"videos": 3, "sha256": "a"}}}
     gathered(monkeypatch, {"train": {"videos": 3, "sha256": "b"}})
     from jaxvid import provenance

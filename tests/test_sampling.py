@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from jaxvid.data.pipeline import ClipSpec, load_eval_views
+from jaxvid.data.clips import ClipSpec, load_eval_views
 from jaxvid.data.sampling import (
     SAMPLINGS,
     dense_indices,

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxvid.data.pipeline import ClipSpec, make_train_iter
+from jaxvid.data.clips import ClipSpec
+from jaxvid.data.pipeline import make_train_iter
 
 ROOT = Path(__file__).parents[1]
 SHARED_MEMORY = Path("/dev/shm")

@@ -14,11 +14,12 @@ import pytest
 import simplejpeg
 from ml_collections import ConfigDict
 
+from jaxvid.data.clips import ClipSpec
 from jaxvid.data.decode import DecodeError
 from jaxvid.data.motion import write_clip
 from jaxvid.data.packing import Settings
 from jaxvid.data.packs import PackRecords
-from jaxvid.data.pipeline import ClipSpec, make_eval_iter, split_batch
+from jaxvid.data.pipeline import make_eval_iter, split_batch
 from jaxvid.data.prepare import prepare
 from jaxvid.data.sources import Record, open_folder, read_list
 from jaxvid.errors import InputError

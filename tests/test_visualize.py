@@ -13,7 +13,7 @@ from PIL import Image
 
 import jaxvid
 from jaxvid import visualize
-from jaxvid.data.pipeline import ClipSpec
+from jaxvid.data.clips import ClipSpec
 from jaxvid.models import merge_params, split_params
 from jaxvid.visualize import (
     BAR,

@@ -15,9 +15,9 @@ import jaxvid
 from jaxvid import classifier as classifier_module
 from jaxvid import steps
 from jaxvid.class_timeline import ClassTimeline
+from jaxvid.data.clips import ClipSpec
 from jaxvid.data.decode import DecodeError, Video
 from jaxvid.data.motion import render_scene
-from jaxvid.data.pipeline import ClipSpec
 from jaxvid.data.sampling import make_indices
 from jaxvid.predict import main
 from jaxvid.windows import plan_windows, prefetch

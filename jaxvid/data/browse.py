@@ -13,7 +13,7 @@ from absl import app, flags
 from matplotlib.figure import Figure
 
 from jaxvid import cli
-from jaxvid.data import pipeline
+from jaxvid.data import clips
 from jaxvid.data.decode import DecodeError
 from jaxvid.data.sources import Record, open_folder
 from jaxvid.errors import InputError
@@ -55,9 +55,7 @@ def make_rows(config, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
         InputError: The data cannot be opened, or none of the videos can be decoded.
     """
     data = open_folder(config.data, config.model.num_classes, ("train", "val"))
-    spec = pipeline.make_spec(
-        config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops
-    )
+    spec = clips.make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops)
     rows = []
     for split in ("train", "val"):
         records = data.records[split]
@@ -73,11 +71,11 @@ def make_rows(config, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
     return rows
 
 
-def _rows_of(record: Record, split: str, spec: pipeline.ClipSpec, rng, title: str) -> list:
+def _rows_of(record: Record, split: str, spec: clips.ClipSpec, rng, title: str) -> list:
     if split == "train":
-        clip = pipeline.load_train_clip(record, rng, spec)
+        clip = clips.load_train_clip(record, rng, spec)
         return [(title, clip["video"], clip["indices"])]
-    views = pipeline.load_eval_views(record, spec)
+    views = clips.load_eval_views(record, spec)
     indices = np.repeat(views["indices"], spec.num_crops, axis=0)
     return [
         (f"{title}, view {v}", clip, places)

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-CLASS_HEADS = ("head.", "consensus.mlp_head.4.", "new_fc.")
+CLASS_HEADS = ("head.", "consensus.mlp_head.4.", "new_fc.")  # as wide as there are classes
+HEADS = ("aggregate.", "consensus.", *CLASS_HEADS)  # all that comes after the image ViT
 GRIDS = ("pos_embed", "base_model.pos_embed")
 FRAMES = {"aggregate.pos_embed": 1, "base_model.temp_embed": 0}  # rows before the frames' rows
 # What a network may have or lack as a whole, from the largest to the smallest.
