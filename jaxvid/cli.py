@@ -4,6 +4,7 @@ import difflib
 import inspect
 import runpy
 import sys
+import warnings
 from pathlib import Path
 
 from absl import flags
@@ -114,3 +115,4 @@ def hide_unfinished_saves() -> None:
         sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = tell
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

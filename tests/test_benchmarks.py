@@ -60,16 +60,18 @@ def test_the_table_has_a_line_for_every_model(capsys):
     ("arguments", "printed"),
     [
         (("forward.py", "--model", "xvit_tiny", "--pairs", "1"), "× as fast as pytorch"),
-        (
+        pytest.param(
             ("forward.py", "--model", "xvit_tiny", "--pairs", "1", "--train")
             + ("--against", "unshifted"),
             "× as fast as unshifted",
+            marks=pytest.mark.full,
         ),
         (("data.py", "--size", "340x256", "--videos", "1", "--rounds", "1"), "AutoAugment"),
-        (
+        pytest.param(
             ("train.py", "--input", "pack", "--trace", "--turns", "1", "--steps", "2")
             + ("--config.batch_size=8", "--config.model.depth=1"),
             "pack, read at once is",
+            marks=pytest.mark.full,
         ),
         (
             ("windows.py", "--model", "stam_tiny", "--windows", "4", "--rounds", "1"),

@@ -220,6 +220,8 @@ def test_converted_folders_are_fine_tuned_and_predict(name, tmp_path, motion_fol
     assert len(classifier.predict(clips[0]).labels) == 5
     config = finetune.get_config(f"{folder},{motion_folder}").unlock()
     assert (config.eval.num_clips, config.eval.num_crops) == views
+    if name != "xvit_k400":  # one is trained; the others' configs say all that it needs
+        return
     config.update(num_epochs=2 / 6)
     config.optimizer.warmup_epochs = 1 / 6
     assert train(config.lock(), tmp_path / "run")["num_videos"] == 24

@@ -29,6 +29,12 @@ def weights(workdir: Path) -> str:
     return model_folder.fingerprint(split_params(jaxvid.load_model(workdir / "model"))[1])
 
 
+def measured(report: dict) -> dict:
+    """What a report says of the network, not of the time that it took or where it lies."""
+    others = ("checkpoint", "seconds", "clips_per_second")
+    return {name: value for name, value in report.items() if name not in others}
+
+
 @pytest.fixture(scope="module")
 def run(motion_folder, tmp_path_factory):
     """A finished run of 4 epochs (12 steps): its workdir, its config and its report."""
@@ -69,10 +75,7 @@ def test_two_epochs_and_two_more_end_in_the_bits_of_four(run, tmp_path):
     assert not (tmp_path / "w" / "model").exists()
     continued = train(config, tmp_path / "w")
     assert weights(tmp_path / "w") == weights(workdir)
-    same = {"checkpoint"}
-    assert {k: v for k, v in continued.items() if k not in same} == {
-        k: v for k, v in result.items() if k not in same
-    }
+    assert measured(continued) == measured(result)
     rows = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
     whole = (workdir / "metrics.jsonl").read_text().splitlines()
 
@@ -120,7 +123,7 @@ def test_a_finished_run_is_not_trained_again(run):
     workdir, config, result = run
     before = weights(workdir)
     again = train(config, workdir)
-    assert again == result
+    assert measured(again) == measured(result)
     assert weights(workdir) == before
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert sum("val/top1" in row and row["step"] == 12 for row in rows) == 1
@@ -367,16 +370,14 @@ def test_broken_videos_are_skipped_in_training_and_wrong_in_evaluation(with_brok
 
 
 def test_mixing_and_erasing_train_and_continue_to_the_same_bits(motion_folder, tmp_path):
-    for options in ({"mixup": 0.4, "erase": 0.5}, {"cutmix": 1.0}):
-        config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
-        config.update(options)
-        config.lock()
-        name = "_".join(options)
-        whole = train(config, tmp_path / f"{name}_whole")
-        train(config, tmp_path / f"{name}_parts", stop_step=2)
-        parts = train(config, tmp_path / f"{name}_parts")
-        assert whole["weights_sha256"] == parts["weights_sha256"]
-        assert np.isfinite(whole["loss"])
+    config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
+    config.update(mixup=0.4, erase=0.5)
+    config.lock()
+    whole = train(config, tmp_path / "whole")
+    train(config, tmp_path / "parts", stop_step=2)
+    parts = train(config, tmp_path / "parts")
+    assert whole["weights_sha256"] == parts["weights_sha256"]
+    assert np.isfinite(whole["loss"])
 
 
 def truncate(path: Path) -> None:
@@ -552,6 +553,6 @@ def test_the_schedule_is_drawn_without_data(tmp_path):
     assert done.returncode == 0, done.stderr
     with Image.open(done.stdout.strip()) as picture:
         assert picture.size > (300, 200)
-    done = main_py(*MOTION, tmp_path / "s", "--mode", "schedule", "--profile", "7")
+    done = main_py(*MOTION, tmp_path / "s", "--profile", "7")
     assert done.returncode == 2
     assert "--profile=7: must be START:STOP" in done.stderr
