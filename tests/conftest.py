@@ -17,6 +17,9 @@ from jaxvid.data.motion import LABELS, make_motion
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# For programs of which other things are asked than the last digits: compiles twice as fast.
+QUICK = {"xla_backend_optimization_level": 0}
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment(tmp_path_factory):

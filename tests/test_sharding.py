@@ -12,9 +12,8 @@ from ml_collections import ConfigDict
 from jaxvid import sharding, steps
 from jaxvid.errors import InputError
 from jaxvid.models import abstract_model, make_model_config
+from tests.conftest import QUICK
 
-# Compiles twice as fast: how XLA cuts a program and what it holds does not depend on the level.
-QUICK = {"xla_backend_optimization_level": 0}
 MIXTURES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 2, 2)]
 
 

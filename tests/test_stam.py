@@ -17,6 +17,7 @@ from jaxvid.models import (
 from jaxvid.models.stam import STAMConfig
 from jaxvid.steps import cross_entropy
 from tests import goldens
+from tests.conftest import QUICK
 
 GOLDENS = ["tiny/stam_tiny_4f", "tiny/stam_tiny_16f"]
 TINY = {"width": 32, "depth": 2, "heads": 4, "image_size": 32, "temporal_depth": 2}
@@ -92,7 +93,10 @@ def test_released_sizes(name, frames, millions):
 
 def run(model, video, key=None):
     graphdef, params = split_params(model)
-    return jax.jit(lambda params: merge_params(graphdef, params)(video, key=key))(params)
+    program = jax.jit(
+        lambda params: merge_params(graphdef, params)(video, key=key), compiler_options=QUICK
+    )
+    return program(params)
 
 
 def test_features_attention_and_dropout():

@@ -31,6 +31,7 @@ from jaxvid.steps import (
     train_step,
 )
 from tests import goldens
+from tests.conftest import QUICK
 from tests.test_xvit import config_of as xvit_config
 
 TINY = {"width": 16, "depth": 1, "image_size": 32}
@@ -98,7 +99,7 @@ def make_step(config, optimizer, seed, **options):
         recipe=recipe,
     )
     init = functools.partial(init_state, config, optimizer, recipe, seed=0)
-    return jax.jit(init)(), jax.jit(step), graphdef
+    return jax.jit(init)(), jax.jit(step, compiler_options=QUICK), graphdef
 
 
 def test_train_step_learns_a_batch_and_leaves_metrics_as_sums():
@@ -274,7 +275,8 @@ def test_a_student_imitates_its_teacher():
     teacher = Teacher(graphdef=graphdef, mean=0.25, std=0.75, weight=1.0, temperature=2.0)
     recipe, optimizer = Recipe(seed=0), optax.adam(3e-3)
     options = {"graphdef": graphdef, "optimizer": optimizer, "recipe": recipe}
-    step = jax.jit(functools.partial(train_step, **options, teacher=teacher))
+    step = functools.partial(train_step, **options, teacher=teacher)
+    step = jax.jit(step, compiler_options=QUICK)
     state, batch = init_state(config, optimizer, recipe, seed=0), batch_of(6)
     wanted = merge_params(graphdef, teacher_params)(normalize(batch["video"], 0.25, 0.75))
     logits = merge_params(graphdef, state["params"])(normalize(batch["video"], 0.5, 0.5))

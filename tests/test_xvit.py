@@ -21,6 +21,7 @@ from jaxvid.models.layers import drop_path, dropout, run_blocks
 from jaxvid.models.xvit import XViTConfig, shift_time, summarize
 from jaxvid.steps import cross_entropy
 from tests import goldens
+from tests.conftest import QUICK
 
 GOLDENS = [f"tiny/xvit_tiny_{name}" for name in ("k600", "ssv2", "48px", "256px")]
 
@@ -88,7 +89,10 @@ def demo_model(variant: str, **overrides):
 
 def run(model, video, key=None) -> jax.Array:
     graphdef, params = split_params(model)
-    return jax.jit(lambda params: merge_params(graphdef, params)(video, key=key))(params)
+    program = jax.jit(
+        lambda params: merge_params(graphdef, params)(video, key=key), compiler_options=QUICK
+    )
+    return program(params)
 
 
 def clips(frames: int = 8, size: int = 64) -> jax.Array:
@@ -110,7 +114,7 @@ def test_every_weight_gets_a_gradient():
         logits = merge_params(graphdef, params)(clips())
         return cross_entropy(logits, jnp.array([0, 1]), smoothing=0.0).mean()
 
-    for name, grad in jax.jit(jax.grad(loss_fn))(params).items():
+    for name, grad in jax.jit(jax.grad(loss_fn), compiler_options=QUICK)(params).items():
         assert jnp.abs(grad).max() > 0, name
 
 
