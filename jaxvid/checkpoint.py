@@ -13,7 +13,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxvid import folders, sharding
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, one_line
+from jaxvid.files import write_file
 from jaxvid.metrics import log
 from jaxvid.models import Params
 
@@ -100,11 +101,11 @@ def _told_if_not_written(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        reason = next(filter(None, map(str.strip, str(error).splitlines())), repr(error))
         steps = ", ".join(map(str, find_steps(Path(manager.directory).parent))) or "none"
         raise InputError(
-            f"a checkpoint cannot be written to {manager.directory} ({reason[:200]}); whole ones "
-            f"there are of the steps: {steps}; make room, then the same command continues"
+            f"a checkpoint cannot be written to {manager.directory} ({one_line(error, 200)}); "
+            f"whole ones there are of the steps: {steps}; make room, then the same command "
+            "continues"
         ) from None
 
 
@@ -128,9 +129,7 @@ def _note_files(workdir: Path) -> None:
             noted = {
                 step: noted.get(step) or folders.checksums(folder) for step, folder in steps.items()
             }
-            partial = workdir / ".checkpoints.json.partial"
-            partial.write_text(json.dumps(noted))
-            partial.replace(workdir / "checkpoints.json")
+            write_file(workdir / "checkpoints.json", json.dumps(noted).encode())
 
 
 def _noted_files(workdir: Path) -> dict[str, dict[str, int]]:
@@ -173,19 +172,19 @@ def restore_newest(
             raise
         except Exception as error:  # Orbax raises bare ones
             cause = error.__cause__ or error
-            reason = next(filter(None, map(str.strip, str(cause).splitlines())), repr(cause))
+            reason = one_line(cause, 200)
         manager.close()
         if is_whole:
             raise InputError(
                 f"{workdir}: the checkpoint of step {step} is whole, but cannot be restored "
-                f"({reason[:200]}); continue it with the versions in starts.jsonl, or begin in "
+                f"({reason}); continue it with the versions in starts.jsonl, or begin in "
                 "another --workdir"
             )
         damaged.append(_move_aside(workdir, step))
         log.warning(
             "the checkpoint of step %d is damaged (%s); it was moved to %s, and the one before it "
             "is used",
-            *(step, reason[:200], damaged[-1]),
+            *(step, reason, damaged[-1]),
         )
     if damaged:
         manager.close()

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is"."""
+"""The exception that means "the input is wrong", not "the program is"; and how others are told."""
 
 
 class InputError(ValueError):
@@ -8,3 +8,9 @@ class InputError(ValueError):
     """
 
     EXIT_CODE = 2
+
+
+def one_line(error: object, length: int = 160) -> str:
+    """The first line of an error's text, shortened."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:length]

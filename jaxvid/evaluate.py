@@ -267,7 +267,7 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
         ]:
             raise InputError(f"{workdir} holds another model: {'; '.join(other)}")
         named = workdir / "best"  # a checkpoint does not name its classes
-        card = model_folder.load_card(named) if (named / "model.json").exists() else None
+        card = model_folder.load_card(named) if model_folder.is_there(named) else None
         source = str(workdir / "checkpoints" / str(step))
         params = checkpoint.restore_params(workdir, step, abstract_params)
     log.info("evaluating %s", source)

@@ -8,6 +8,7 @@ everything loads them.
 import dataclasses
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxvid import folders, sharding
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, one_line
 from jaxvid.models import (
     ModelConfig,
     Params,
@@ -82,6 +83,11 @@ def _check_place(folder: Path, need_bytes: int) -> None:
     if folder.exists() and not (folder / MARK).is_file():
         raise InputError(f"{folder} exists and is no model folder; name another one")
     folders.check_room(folder, need_bytes)
+
+
+def is_there(folder: str | Path) -> bool:
+    """Whether a model folder can be read there, also while or after it was being replaced."""
+    return (folders.whole(folder, MARK) / MARK).exists()
 
 
 def load_card(folder: str | Path) -> dict:
@@ -323,9 +329,7 @@ def save_model(
 
 def best_top1(workdir: Path) -> float:
     """The validation top-1, in percent, of the model in `WORKDIR/best`; -1: there is none."""
-    if not (folders.whole(workdir / "best", MARK) / MARK).exists():
-        return -1.0
-    return load_card(workdir / "best")["provenance"]["top1"]
+    return load_card(workdir / "best")["provenance"]["top1"] if is_there(workdir / "best") else -1.0
 
 
 def fingerprint(params: Params) -> str:
@@ -341,8 +345,7 @@ def _reason(error: BaseException) -> str:
     """The first line of what went wrong, of several errors that of the first."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    text = getattr(error, "strerror", None) or str(error)
-    line = next(filter(None, map(str.strip, text.splitlines())), repr(error))
+    line = one_line(getattr(error, "strerror", None) or error, sys.maxsize)
     return line if len(line) <= 200 else f"...{line[-160:]}"  # TensorStore has the cause last
 
 

@@ -9,6 +9,7 @@ from jaxvid import optim, sharding
 from jaxvid.checkpoint import find_steps
 from jaxvid.distill import check_distill
 from jaxvid.errors import InputError
+from jaxvid.files import write_file
 
 # What may differ between a run and its continuation: how it runs, not what it computes.
 FREE_FIELDS = (
@@ -85,9 +86,9 @@ def check_same_everywhere(config) -> None:
 def save_config(config, workdir: Path) -> None:
     """Writes `WORKDIR/config.json` (on the first process)."""
     if not jax.process_index():
-        partial = workdir / ".config.json.partial"
-        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        partial.replace(workdir / "config.json")
+        write_file(
+            workdir / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode()
+        )
 
 
 def compare_config(workdir: Path, config) -> dict[str, str]:

@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxvid.data.decode import DecodeError
 from jaxvid.data.lists import check_records, note_line, read_lines, split_line
-from jaxvid.data.packs import JpegFrames, import_or_explain, one_line
-from jaxvid.errors import InputError
+from jaxvid.data.packs import JpegFrames, import_or_explain
+from jaxvid.errors import InputError, one_line
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from jaxvid.data.decode import MAX_PIXELS, DecodeError
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, one_line
 
 
 def import_or_explain(module: str, package: str):
@@ -22,12 +22,6 @@ def import_or_explain(module: str, package: str):
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(f"packed frames need {package} ({error}): pip install {package}") from None
-
-
-def one_line(error: object, length: int = 160) -> str:
-    """The first line of an error's text, shortened."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:length]
 
 
 @functools.cache

@@ -11,11 +11,11 @@ from PIL import Image
 
 from jaxvid.data.check import MAX_SECONDS, Finding, examine, spread
 from jaxvid.data.decode import Video
-from jaxvid.data.jpegs import import_or_explain, one_line
+from jaxvid.data.jpegs import import_or_explain
 from jaxvid.data.lists import Record
 from jaxvid.data.packs import import_tfds
 from jaxvid.data.sampling import frames_at_times
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, one_line
 
 NAME = "jaxvid"  # of the data set that `prepare` writes, as TFDS knows it
 METADATA = ("dataset_info.json", "features.json", "label.labels.txt")  # that TFDS writes

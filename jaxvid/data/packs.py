@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxvid.data.decode import DecodeError
-from jaxvid.data.jpegs import JpegFrames, import_or_explain, keep_freed_memory, one_line
+from jaxvid.data.jpegs import JpegFrames, import_or_explain, keep_freed_memory
 from jaxvid.data.table import Listed, Table, table_path
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, one_line
 
 FIELDS = ("label", "fps", "id", "first", "num_frames", "times")  # of a record, beside its frames
 
