@@ -1,10 +1,11 @@
-# make demo · make demo-stam · make test · make lint · make test-full (at full size): each sets up what it needs in .venv, once.
+# make demo · make demo-stam · make test · make lint · make test-full (at full size) · make
+# test-mutation: each sets up what it needs in .venv, once.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-stam test test-full lint format
+.PHONY: demo demo-stam test test-full test-mutation lint format
 
 demo: $(VENV)/.run-installed
 	$(RUN) main.py --config configs/motion.py --workdir runs/motion
@@ -17,6 +18,9 @@ test: $(VENV)/.dev-installed
 
 test-full: $(VENV)/.dev-installed
 	$(RUN) -m pytest -m full -n 0
+
+test-mutation: $(VENV)/.mutation-installed
+	$(RUN) -m tests.mutation $(MODULES)
 
 lint: $(VENV)/.dev-installed
 	$(RUN) -m ruff check .
@@ -35,6 +39,11 @@ $(VENV)/.run-installed: requirements.txt | $(RUN)
 $(VENV)/.dev-installed: requirements-dev.txt $(VENV)/.run-installed
 	@echo "installing requirements-dev.txt into $(VENV)"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.mutation-installed: requirements-mutation.txt $(VENV)/.dev-installed
+	@echo "installing requirements-mutation.txt into $(VENV)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-mutation.txt
 	@touch $@
 
 $(RUN):

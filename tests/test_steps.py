@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from configs import xvit_k600
+from jaxvid import steps
 from jaxvid.models import (
     abstract_model,
     build_model,
@@ -292,3 +293,226 @@ def test_a_student_imitates_its_teacher():
         step(state, other, teacher_params)[1]["loss"]
         == step(state, batch, teacher_params)[1]["loss"]
     )
+
+
+class Linear(nnx.Module):
+    """A network that NumPy can repeat: the mean colour times a kernel, scaled by a draw."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(rngs.normal((3, 4)))
+        self.bias = nnx.Param(rngs.normal((4,)))
+
+    def __call__(self, video, *, key=None):
+        scale = 1.0 if key is None else 0.5 + jax.random.uniform(key)
+        return (
+            scale * video.mean(axis=(1, 2, 3)) @ self.kernel[...] + self.bias[None]
+        )  # (b classes)
+
+
+def linear_batch(count=5, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "video": rng.integers(0, 256, (count, 2, 3, 3, 3), np.uint8),
+        "label": np.array([0, 3, 1, 1, 2, 0])[:count].astype(np.int32),
+        "mask": np.array([True, False, True, True, True, True])[:count],
+    }
+
+
+def softmax(x):
+    return np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True)
+
+
+def linear_step(state, batch, recipe, optimizer=None, **options):
+    """One step of `Linear` on the host: the new state and its metrics."""
+    graphdef, _ = split_params(Linear(nnx.Rngs(0)))
+    optimizer = optimizer or optax.sgd(0.1)
+    step = functools.partial(
+        train_step, graphdef=graphdef, optimizer=optimizer, recipe=recipe, **options
+    )
+    return jax.device_get(step(state, batch))
+
+
+def linear_state(recipe, optimizer=None, seed=0):
+    _, params = split_params(Linear(nnx.Rngs(seed)))
+    opt_state = (optimizer or optax.sgd(0.1)).init(recipe.trainable(params))
+    state = {"params": params, "opt_state": opt_state, "step": jnp.int32(6)}
+    return {**state, "ema": params} if recipe.ema_decay else state
+
+
+def linear_logits(params, video, scale=1.0):
+    pixels = scale * np.asarray(video, np.float64).mean(axis=(1, 2, 3))
+    return pixels, pixels @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
+
+
+def keys_of(seed, step):
+    """The keys of a step that draws: of the network, of erasing, of mixing."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
+
+
+def check_step(found, state, batch, targets, video, *, scale, rate=0.1, smoothing=0.0):
+    """Compares a step with the gradient of the mean loss over the clips that are not masked."""
+    new_state, metrics = found
+    pixels, logits = linear_logits(state["params"], video, scale)
+    targets = (1 - smoothing) * targets + smoothing / 4
+    mask = batch["mask"][:, None]
+    losses = -(mask * targets * np.log(softmax(logits))).sum()
+    error = mask * (softmax(logits) - targets) / max(mask.sum(), 1)
+    grads = {"kernel": pixels.T @ error, "bias": error.sum(axis=0)}
+    for name, grad in grads.items():
+        expected = state["params"][name] - rate * grad
+        np.testing.assert_allclose(new_state["params"][name], expected, rtol=1e-5, atol=1e-6)
+    assert metrics.keys() == {"loss", "top1", "count", "grad_norm"}
+    assert metrics["loss"] == pytest.approx(losses, rel=1e-5)
+    assert metrics["count"] == mask.sum()
+    assert metrics["top1"] == ((logits.argmax(1) == batch["label"]) & batch["mask"]).sum()
+    norm = np.sqrt(sum((grad**2).sum() for grad in grads.values()))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert new_state["step"] == 7
+
+
+def test_a_linear_step_is_the_masked_mean_gradient():
+    for smoothing, options in ((0.0, {}), (0.3, {"label_smoothing": 0.3, "mean": 0.2, "std": 0.4})):
+        recipe, batch = Recipe(seed=3, **options), linear_batch()
+        key = jax.random.fold_in(jax.random.key(3), 6)
+        scale = 0.5 + float(jax.random.uniform(key))
+        video = (batch["video"] / 255 - recipe.mean) / recipe.std
+        state = linear_state(recipe)
+        found = linear_step(state, batch, recipe)
+        assert found[0].keys() == {"params", "opt_state", "step"}
+        arguments = (found, state, batch, np.eye(4)[batch["label"]], video)
+        check_step(*arguments, scale=scale, smoothing=smoothing)
+    assert (recipe.trainable({"a": 1}), Recipe(seed=0).mean, Recipe(seed=0).std) == (
+        {"a": 1},
+        0.5,
+        0.5,
+    )
+
+
+def test_a_linear_step_without_clips_changes_nothing():
+    recipe, batch = Recipe(seed=0), linear_batch()
+    batch["mask"] = np.zeros(5, bool)
+    state = linear_state(recipe)
+    new_state, metrics = linear_step(state, batch, recipe)
+    assert metrics == {"loss": 0, "top1": 0, "count": 0, "grad_norm": 0}
+    assert distance(new_state["params"], state["params"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_a_linear_step_mixes_labels_and_skips_what_is_mixed_with_a_missing_clip(kind, monkeypatch):
+    """Of 5 clips, the second is missing; the first is mixed with it, and so it does not count."""
+    order, share, calls = np.array([1, 2, 3, 0, 4]), 0.3, []
+    batch = linear_batch()
+
+    def mix(video, key, alpha):
+        calls.append((jax.random.key_data(key).tolist(), alpha))
+        return share * video + (1 - share) * video[order], jnp.asarray(order), jnp.float32(share)
+
+    def erase(video, key, probability):
+        calls.append((jax.random.key_data(key).tolist(), probability))
+        return video + 1
+
+    monkeypatch.setattr(f"jaxvid.mixing.{kind}", mix)
+    monkeypatch.setattr("jaxvid.mixing.erase", erase)
+    recipe = Recipe(seed=3, erase=0.25, label_smoothing=0.1, **{kind: 0.4})
+    state = linear_state(recipe)
+    found = linear_step(state, batch, recipe)
+    keys = keys_of(3, 6)
+    assert calls == [
+        (jax.random.key_data(keys[1]).tolist(), 0.25),
+        (jax.random.key_data(keys[2]).tolist(), 0.4),
+    ]
+    video = (batch["video"] / 255 - 0.5) / 0.5 + 1
+    video = share * video + (1 - share) * video[order]
+    labels = np.eye(4)[batch["label"]]
+    targets = share * labels + (1 - share) * labels[order]
+    batch["mask"] = np.array([False, False, True, True, True])
+    scale = 0.5 + float(jax.random.uniform(keys[0]))
+    check_step(found, state, batch, targets, video, scale=scale, smoothing=0.1)
+
+
+def test_a_linear_step_keeps_an_average_that_follows_faster_at_first():
+    recipe = Recipe(seed=0, ema_decay=0.5)
+    state = linear_state(recipe)
+    for step in (7, 8, 9):  # (1 + 8) / (10 + 8) is one half
+        new_state, _ = linear_step(state, linear_batch(seed=step), recipe, optax.sgd(1.0))
+        keep = min(0.5, (1 + step) / (10 + step))
+        for name, leaf in new_state["params"].items():
+            expected = keep * np.asarray(state["ema"][name]) + (1 - keep) * leaf
+            np.testing.assert_allclose(new_state["ema"][name], expected, rtol=1e-6)
+        state = new_state
+        assert best_params(state) is state["ema"]
+    assert best_params({"params": "weights"}) == "weights"
+
+
+def test_a_linear_step_leaves_frozen_weights_alone():
+    recipe, optimizer = Recipe(seed=0, frozen=frozenset({"bias"})), optax.sgd(0.1, momentum=0.9)
+    state = linear_state(recipe, optimizer)
+    new_state, metrics = linear_step(state, linear_batch(), recipe, optimizer)
+    np.testing.assert_array_equal(new_state["params"]["bias"], state["params"]["bias"])
+    assert (new_state["params"]["kernel"] != state["params"]["kernel"]).any()
+    momentum = new_state["opt_state"][0].trace
+    assert momentum.keys() == {"kernel"}
+    assert metrics["grad_norm"] == pytest.approx(np.linalg.norm(momentum["kernel"]), rel=1e-6)
+
+
+def test_a_linear_step_of_a_student_weighs_labels_and_teacher():
+    """The teacher gets the same clips in its own normalisation."""
+    teacher_graph, teacher_params = split_params(Linear(nnx.Rngs(9)))
+    teacher = Teacher(graphdef=teacher_graph, mean=0.2, std=0.3, weight=0.7, temperature=2.0)
+    recipe, batch = Recipe(seed=1, mean=0.4, std=0.6), linear_batch()
+    state = linear_state(recipe)
+    _, metrics = linear_step(state, batch, recipe, teacher=teacher, teacher_params=teacher_params)
+    scale = 0.5 + float(jax.random.uniform(jax.random.fold_in(jax.random.key(1), 6)))
+    pixels = batch["video"] / 255
+    _, logits = linear_logits(state["params"], (pixels - 0.4) / 0.6, scale)
+    _, wanted = linear_logits(teacher_params, (pixels - 0.2) / 0.3)
+    labels = -np.log(softmax(logits))[range(5), batch["label"]]
+    p, q = softmax(wanted / 2), softmax(logits / 2)
+    imitation = 4 * (p * np.log(p / q)).sum(axis=1)
+    expected = ((0.3 * labels + 0.7 * imitation) * batch["mask"]).sum()
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_accumulation_takes_each_part_from_all_over_the_batch():
+    def grad_fn(params, clips, key):
+        return {"product": params * jnp.prod(clips["x"]), "draw": jax.random.uniform(key)}
+
+    clips, key = {"x": jnp.arange(1.0, 7.0), "y": jnp.zeros((6, 2))}, jax.random.key(4)
+    found = steps._accumulate(grad_fn, jnp.float32(10), clips, key, 2)
+    assert found["product"] == 10 * (1 * 3 * 5 + 2 * 4 * 6)
+    draws = sum(float(jax.random.uniform(k)) for k in jax.random.split(key, 2))
+    assert float(found["draw"]) == pytest.approx(draws)
+    whole = steps._accumulate(grad_fn, jnp.float32(10), clips, key, 1)
+    assert whole["product"] == 7200
+    assert whole["draw"] == jax.random.uniform(key)
+
+
+def test_a_linear_step_in_parts_equals_the_whole(monkeypatch):
+    monkeypatch.setattr(Linear, "__call__", lambda self, video, key: linear_of(self, video))
+    found = []
+    for parts in (1, 3):
+        recipe = Recipe(seed=0, accumulate_steps=parts)
+        found.append(linear_step(linear_state(recipe), linear_batch(6), recipe))
+    (whole, expected), (parts, sums) = found
+    assert distance(whole["params"], parts["params"]) <= 1e-6
+    for name, value in expected.items():
+        assert sums[name] == pytest.approx(value, rel=1e-5), name
+
+
+def linear_of(model, video):
+    return video.mean(axis=(1, 2, 3)) @ model.kernel[...] + model.bias[None]
+
+
+def test_a_fresh_state_has_the_seeds_weights_and_moments_of_those_that_learn(monkeypatch):
+    monkeypatch.setattr("jaxvid.steps.build_model", lambda config, rngs: config(rngs))
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    state = init_state(Linear, optimizer, Recipe(seed=0), seed=5)
+    assert state.keys() == {"params", "opt_state", "step"}
+    assert (state["step"].dtype, state["step"]) == (jnp.int32, 0)
+    assert state["opt_state"][0].trace.keys() == {"kernel", "bias"}
+    expected = split_params(Linear(nnx.Rngs(5)))[1]
+    assert distance(state["params"], expected) == 0
+    recipe = Recipe(seed=0, ema_decay=0.9, frozen=frozenset({"bias"}))
+    state = init_state(Linear, optimizer, recipe, seed=5)
+    assert state["opt_state"][0].trace.keys() == {"kernel"}
+    assert distance(state["ema"], expected) == 0

@@ -1,0 +1,404 @@
+"""Mutation testing of the pure modules: `python -m tests.mutation [MODULE...]`.
+
+mutmut makes the mutants; this file runs them. mutmut's own runner starts each test process after
+tests have already run, when JAX has started threads that do not survive a fork. Here a process
+collects the tests of a module, and then forks once for each mutant, before any test has run. The
+child replaces the code of the module's functions by the mutant's, and runs the tests up to the
+first failure. Mutants outside functions (tables, defaults of dataclasses) are run in a process that
+imports the mutated module.
+
+Survivors that `docs/mutation.md` does not list are printed, and the exit code is 1.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.abc
+import importlib.util
+import inspect
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import cv2  # noqa: F401  imported once, before the forks
+import flax.nnx  # noqa: F401
+import grain  # noqa: F401
+import jax
+import libcst as cst
+import optax  # noqa: F401
+import orbax.checkpoint  # noqa: F401
+import pytest
+from libcst import matchers
+from mutmut import configuration
+from mutmut.mutation import file_mutation
+
+ROOT = Path(__file__).parents[1]
+SURVIVORS = ROOT / "docs" / "mutation.md"
+MIN_SECONDS = 60  # least time limit of a mutant
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Functions to mutate, and the tests that run for each mutant.
+
+    Attributes:
+        tests: A test file.
+        select: pytest's `-k` expression; empty: all tests of the file.
+        functions: Names of functions, classes and variables; empty: the whole module.
+    """
+
+    tests: str
+    select: str = ""
+    functions: tuple[str, ...] = ()
+
+
+# The fast tests of each module: those that train a network take seconds for each mutant.
+TARGETS = {
+    "jaxvid/data/sampling.py": [Target("tests/test_sampling.py")],
+    "jaxvid/data/transforms.py": [Target("tests/test_transforms.py")],
+    "jaxvid/data/augment.py": [Target("tests/test_augment.py")],
+    "jaxvid/data/operations.py": [Target("tests/test_augment.py")],
+    "jaxvid/mixing.py": [
+        Target("tests/test_mixing.py", "eras or dtype or small", ("erase",)),
+        Target("tests/test_mixing.py", "mix or dtype or alpha", ("mixup", "cutmix", "_between")),
+    ],
+    "jaxvid/steps.py": [
+        Target(
+            "tests/test_steps.py",
+            "formula or normalize or eval_step or linear or fresh_state or each_part",
+        )
+    ],
+    "jaxvid/optim.py": [Target("tests/test_optim.py")],
+    "jaxvid/scoring.py": [Target("tests/test_scoring.py")],
+    "jaxvid/metrics.py": [
+        Target("tests/test_metrics.py", "", ("sum_metrics", "last_evaluation", "_step_of"))
+    ],
+    "jaxvid/sharding.py": [
+        Target(
+            "tests/test_sharding.py",
+            "rule or mesh or batch or rows",
+            (
+                *("TENSOR_AXIS", "make_mesh", "batch_sharding", "check_batch_size", "replicated"),
+                *("state_sharding", "with_sharding", "to_global", "rows_of_process"),
+            ),
+        )
+    ],
+    "jaxvid/checkpoint.py": [Target("tests/test_checkpoint.py")],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """A changed module.
+
+    Attributes:
+        where: The function, class or variable that is changed; empty: none.
+        change: The lines that differ, `old → new`.
+        source: The whole module.
+        in_function: Whether the change is in the body or the defaults of a function.
+    """
+
+    where: str
+    change: str
+    source: str
+    in_function: bool
+
+    @property
+    def name(self) -> str:
+        """What the list of survivors calls it."""
+        return f"{self.where}: {self.change}" if self.where else self.change
+
+
+def make_mutants(path: Path, functions: tuple[str, ...] = ()) -> list[Mutant]:
+    """The mutants of a module.
+
+    Messages are not mutated: neither what is raised or logged, nor the case of strings.
+
+    Args:
+        path: The module's file.
+        functions: Names of functions, classes and variables; empty: the whole module.
+    """
+    source = path.read_text(encoding="utf-8")
+    module, mutations, *_ = file_mutation.create_mutations(str(path), source)
+    owners = {}
+    for statement in module.body:
+        owners.update(dict.fromkeys(map(id, _walk(statement)), _name(statement)))
+    messages = {id(node) for message in _messages(module) for node in _walk(message)}
+    mutants = {}
+    for mutation in mutations:
+        old, new = mutation.original_node, mutation.mutated_node
+        owner = owners[id(old)]
+        if id(old) in messages or (functions and owner not in functions):
+            continue
+        if isinstance(new, cst.SimpleString) and "XX" not in new.value:
+            continue  # of mutmut's three mutants of a string one is enough
+        mutated = file_mutation.deep_replace(module, old, new).code
+        function = mutation.contained_by_top_level_function
+        mutant = Mutant(owner, _change(source, mutated), mutated, _is_function(function))
+        if mutated != source:
+            mutants.setdefault(mutated, mutant)
+    return list(mutants.values())
+
+
+def _name(statement: cst.CSTNode) -> str:
+    """The function, class or variable that a statement of a module defines; empty: none."""
+    if isinstance(statement, cst.SimpleStatementLine):
+        [first, *_] = statement.body
+        [target, *_] = getattr(first, "targets", [first])
+        return getattr(getattr(target, "target", None), "value", "")
+    return statement.name.value if hasattr(statement, "name") else ""
+
+
+def _is_function(node: cst.CSTNode | None) -> bool:
+    return isinstance(node, cst.FunctionDef)
+
+
+def _walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+    yield node
+    for child in node.children:
+        yield from _walk(child)
+
+
+def _messages(module: cst.Module) -> list[cst.CSTNode]:
+    """What is raised and logged."""
+    log = matchers.Call(func=matchers.Attribute(value=matchers.Name("log")))
+    return [*matchers.findall(module, matchers.Raise() | log)]
+
+
+def _change(source: str, mutated: str) -> str:
+    """The lines that differ: `old → new`."""
+    lines = difflib.ndiff(source.splitlines(), mutated.splitlines())
+    lines = [line for line in lines if line[0] in "+-"]
+    old, new = (
+        " ".join(line[2:].partition("  #")[0].strip() for line in lines if line[0] == sign)
+        for sign in "-+"
+    )
+    return f"`{old}` → `{new}`"
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Imports one module from a mutated source."""
+
+    def __init__(self, name: str, path: Path, source: str):
+        self._name, self._path, self._source = name, path, source
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self._name:
+            return importlib.util.spec_from_file_location(name, self._path, loader=self)
+        return None
+
+    def get_source(self, name):
+        return self._source
+
+    def get_code(self, name):
+        return compile(self._source, str(self._path), "exec", dont_inherit=True)
+
+
+def replace_code(module: types.ModuleType, source: str) -> None:
+    """Gives the functions and methods of an imported module the code of a changed source."""
+    changed = types.ModuleType(module.__name__)
+    changed.__file__ = module.__file__
+    sys.modules[module.__name__] = changed  # dataclasses look their module up
+    exec(compile(source, module.__file__, "exec", dont_inherit=True), vars(changed))
+    sys.modules[module.__name__] = module
+    _replace_functions(vars(module), vars(changed), module.__name__)
+
+
+def _replace_functions(old: dict, new: dict, module: str) -> None:
+    for name, value in list(old.items()):
+        if getattr(value, "__module__", None) != module or name not in new:
+            continue
+        if isinstance(value, types.FunctionType):
+            value, other = inspect.unwrap(value), inspect.unwrap(new[name])
+            if value.__code__.co_freevars == other.__code__.co_freevars:
+                value.__code__ = other.__code__
+                value.__defaults__, value.__kwdefaults__ = other.__defaults__, other.__kwdefaults__
+        elif isinstance(value, type):
+            _replace_functions(vars(value), vars(new[name]), module)
+
+
+class _Forks:
+    """Forks of this process, a few at a time."""
+
+    def __init__(self, jobs: int):
+        self._jobs = jobs
+        self._running: dict[int, tuple[Callable, float, float]] = {}
+
+    def fork(self, seconds: float, done: Callable[[int | None, float], None]) -> bool:
+        """Forks as soon as there is room.
+
+        Args:
+            seconds: The child is killed after so many.
+            done: Called with the child's exit code (None: killed at the limit) and its seconds.
+
+        Returns:
+            Whether this is the child.
+        """
+        self.wait(self._jobs - 1)
+        sys.stdout.flush()
+        if not (pid := os.fork()):
+            os.setpgid(0, 0)
+            null = os.open(os.devnull, os.O_RDWR)
+            for stream in range(3):
+                os.dup2(null, stream)
+            return True
+        now = time.monotonic()
+        self._running[pid] = done, now, now + seconds
+        return False
+
+    def wait(self, most: int = 0) -> None:
+        """Returns when at most so many are running."""
+        while len(self._running) > most:
+            for pid, (done, start, deadline) in list(self._running.items()):
+                now = time.monotonic()
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if not ended and now < deadline:
+                    continue
+                if not ended:
+                    os.killpg(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                del self._running[pid]
+                done(os.waitstatus_to_exitcode(status) if ended else None, now - start)
+            time.sleep(0.005)
+
+
+class _CacheAll:
+    """Keeps all compiled programs: mutants share most of them."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef):
+        result = yield
+        if fixturedef.argname == "_environment":
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+            jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        return result
+
+
+class _ForkForMutants(_CacheAll):
+    """Forks for each mutant where pytest would run the tests that it has collected."""
+
+    def __init__(self, name: str, mutants: list[Mutant], jobs: int, note: Callable):
+        self._name, self._mutants, self._note = name, mutants, note
+        self._forks, self._is_child = _Forks(jobs), False
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session):
+        if session.testsfailed or not session.items:
+            os._exit(1)
+        clean = []
+        if self._forks.fork(3600, lambda *result: clean.append(result)):
+            return self._be_child()
+        self._forks.wait()
+        [(code, seconds)] = clean
+        if code:
+            print(f"{self._name}: the tests fail without a mutation", flush=True)
+            os._exit(1)
+        print(f"{self._name}: {len(session.items)} tests take {seconds:.1f} s", flush=True)
+        limit = max(MIN_SECONDS, 15 * seconds)
+        for mutant in self._mutants:
+            if self._forks.fork(limit, lambda *result, m=mutant: self._note(m, *result)):
+                try:
+                    replace_code(sys.modules[self._name], mutant.source)
+                except Exception:
+                    os._exit(1)  # it cannot be imported
+                return self._be_child()
+        self._forks.wait()
+        os._exit(0)
+
+    def _be_child(self) -> None:
+        """Lets pytest run the tests."""
+        self._is_child = True
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, exitstatus):
+        if self._is_child:
+            os._exit(int(exitstatus))
+
+
+def run_target(path: str, target: Target, jobs: int, only: str) -> list[tuple[Mutant, str]]:
+    """Runs the mutants of a module's functions.
+
+    Args:
+        path: Of the module.
+        target: Which functions, and which tests.
+        jobs: How many mutants run at a time.
+        only: Part of the names of the mutants to run.
+
+    Returns:
+        The mutants, and what became of each: `killed`, `survived` or `timeout`.
+    """
+    name = path.removesuffix(".py").replace("/", ".")
+    mutants = [m for m in make_mutants(ROOT / path, target.functions) if only in m.name]
+    options = ["-q", "-x", "-s", "-n", "0", "-p", "no:cacheprovider", "-o", "timeout=0"]
+    options += [target.tests, "-k", target.select]
+    notes = Path(tempfile.mkdtemp()) / "notes"
+
+    def note(mutant: Mutant, code: int | None, seconds: float) -> None:
+        outcome = "timeout" if code is None else "killed" if code else "survived"
+        with notes.open("a") as file:
+            file.write(json.dumps([mutants.index(mutant), outcome]) + "\n")
+        if outcome != "killed":
+            print(f"{outcome}: {path}: {mutant.name} ({seconds:.1f} s)", flush=True)
+
+    if not (pid := os.fork()):
+        inside = [mutant for mutant in mutants if mutant.in_function]
+        pytest.main(options, plugins=[_ForkForMutants(name, inside, jobs, note)])
+        os._exit(1)
+    if os.waitpid(pid, 0)[1]:
+        raise SystemExit(f"{path}: not run")
+    forks = _Forks(jobs)
+    for mutant in mutants:
+        if not mutant.in_function and forks.fork(600, lambda *x, m=mutant: note(m, *x)):
+            sys.meta_path.insert(0, _Finder(name, ROOT / path, mutant.source))
+            os._exit(int(pytest.main(options, plugins=[_CacheAll()])))
+    forks.wait()
+    lines = notes.read_text().splitlines() if notes.exists() else []
+    return [(mutants[i], outcome) for i, outcome in map(json.loads, lines)]
+
+
+def main() -> int:
+    """Runs what the command line names; 1 if a mutant survives that is not listed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("modules", nargs="*", help="files to mutate (default: all that are listed)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="(default: %(default)s)")
+    parser.add_argument("--only", default="", help="part of the names of the mutants to run")
+    args = parser.parse_args()
+    if unknown := set(args.modules) - set(TARGETS):
+        parser.error(f"{', '.join(unknown)}: not one of {', '.join(TARGETS)}")
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    temporary = tempfile.TemporaryDirectory()
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = temporary.name
+    # mutmut asks for its own config, which nothing here depends on.
+    configuration._guess_source_paths = lambda: ["jaxvid"]
+    listed = SURVIVORS.read_text(encoding="utf-8") if SURVIVORS.exists() else ""
+    rows, missing = [], 0
+    for path in args.modules or TARGETS:
+        start, results = time.monotonic(), []
+        for target in TARGETS[path]:
+            results += run_target(path, target, args.jobs, args.only)
+        lived = [mutant for mutant, outcome in results if outcome == "survived"]
+        slow = sum(outcome == "timeout" for _, outcome in results)
+        missing += sum(mutant.name not in listed for mutant in lived)
+        counts = len(results), len(results) - len(lived), slow, len(lived)
+        seconds = f"{time.monotonic() - start:.0f}"
+        rows.append(f"| `{path}` | {' | '.join(map(str, counts))} | {seconds} |")
+        print(rows[-1], flush=True)
+    print("| module | mutants | killed | of them by the time limit | survivors | seconds |")
+    print("| --- | --- | --- | --- | --- | --- |", *rows, sep="\n")
+    print(f"{missing} survivors are not listed in {SURVIVORS.relative_to(ROOT)}")
+    return int(missing > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
