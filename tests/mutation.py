@@ -12,7 +12,6 @@ Survivors that `docs/mutation.md` does not list are printed, and the exit code i
 
 import argparse
 import dataclasses
-import difflib
 import importlib.abc
 import importlib.util
 import inspect
@@ -39,6 +38,7 @@ import optax  # noqa: F401
 import orbax.checkpoint  # noqa: F401
 import pytest
 from libcst import matchers
+from libcst.metadata import CodeRange, MetadataWrapper, PositionProvider
 from mutmut import configuration
 from mutmut.mutation import file_mutation
 
@@ -134,6 +134,7 @@ def make_mutants(path: Path, functions: tuple[str, ...] = ()) -> list[Mutant]:
     for statement in module.body:
         owners.update(dict.fromkeys(map(id, _walk(statement)), _name(statement)))
     messages = {id(node) for message in _messages(module) for node in _walk(message)}
+    positions = MetadataWrapper(module, unsafe_skip_copy=True).resolve(PositionProvider)
     mutants = {}
     for mutation in mutations:
         old, new = mutation.original_node, mutation.mutated_node
@@ -142,7 +143,7 @@ def make_mutants(path: Path, functions: tuple[str, ...] = ()) -> list[Mutant]:
             continue
         if isinstance(new, cst.SimpleString) and "XX" not in new.value:
             continue  # of mutmut's three mutants of a string one is enough
-        mutated = file_mutation.deep_replace(module, old, new).code
+        mutated = _splice(source, positions[old], module.code_for_node(new))
         function = mutation.contained_by_top_level_function
         mutant = Mutant(owner, _change(source, mutated), mutated, _is_function(function))
         if mutated != source:
@@ -175,14 +176,21 @@ def _messages(module: cst.Module) -> list[cst.CSTNode]:
     return [*matchers.findall(module, matchers.Raise() | log)]
 
 
+def _splice(source: str, position: CodeRange, text: str) -> str:
+    """A source with a new text in one place."""
+    lines = source.splitlines(keepends=True)
+    first, last = position.start.line - 1, position.end.line - 1
+    text = lines[first][: position.start.column] + text + lines[last][position.end.column :]
+    return "".join([*lines[:first], text, *lines[last + 1 :]])
+
+
 def _change(source: str, mutated: str) -> str:
     """The lines that differ: `old → new`."""
-    lines = difflib.ndiff(source.splitlines(), mutated.splitlines())
-    lines = [line for line in lines if line[0] in "+-"]
-    old, new = (
-        " ".join(line[2:].partition("  #")[0].strip() for line in lines if line[0] == sign)
-        for sign in "-+"
-    )
+    old, new = source.splitlines(), mutated.splitlines()
+    for end in (0, -1):  # difflib takes a second for each mutant of a long file
+        while old and new and old[end] == new[end]:
+            del old[end], new[end]
+    old, new = (" ".join(line.partition("  #")[0].strip() for line in x) for x in (old, new))
     return f"`{old}` → `{new}`"
 
 
