@@ -1,22 +1,31 @@
 """Evaluation of real video files equals the test loops of the original programs."""
 
+import io
+import math
 import shutil
 from pathlib import Path
 
+import av
 import h5py
 import jax
 import numpy as np
 import pytest
+import torch
 from jax.sharding import AxisType
+from PIL import Image
 
 from configs import stam_16_k400, xvit_k600, xvit_ssv2
+from convert import torch_to_flax
+from convert.torch_reference import build_reference
 from convert.torch_to_flax import released_preprocessing
 from jaxvid import evaluate, model_folder
+from jaxvid.classifier import softmax
 from jaxvid.data.clips import load_eval_views, make_spec
 from jaxvid.data.sources import open_folder
 from jaxvid.models import abstract_model, make_model_config
 from jaxvid.sharding import AXES
 from tests import goldens
+from tests.golden.synthetic import synthetic_param
 
 FOLDER = goldens.FOLDER / "end_to_end"
 RECORDED_FRAMES = [0, 7, 15]  # of a clip, in `pixels` (STAM) and `thumbs`
@@ -83,6 +92,83 @@ def open_golden(name: str, tmp_path: Path):
     config.data.num_threads = 2
     config.eval.batch_size = 2
     return golden, config.lock(), tmp_path / "model"
+
+
+def read_frames(path: Path, indices: np.ndarray) -> np.ndarray:
+    """Frames of an mp4 or HDF5 file, by sequential decoding, converted by BT.601."""
+    if path.suffix == ".h5":
+        with h5py.File(path) as file:
+            pictures = [Image.open(io.BytesIO(file["frames"][i].tobytes())) for i in indices]
+        return np.stack([np.asarray(picture) for picture in pictures])
+    with av.open(str(path)) as container:
+        frames = dict(enumerate(container.decode(video=0)))
+    for frame in frames.values():
+        frame.colorspace = 2  # unspecified: swscale's default, which is BT.601
+    return np.stack([frames[i].to_ndarray(format="rgb24") for i in indices])
+
+
+def crop_as_stam(frames: np.ndarray) -> torch.Tensor:
+    """Resize(256), CenterCrop(224) and ToTensor of torchvision: `(t h w c)`."""
+    crops = []
+    for frame in frames:
+        picture = Image.fromarray(frame)
+        scale = 256 / min(picture.size)
+        picture = picture.resize([int(s * scale) for s in picture.size], Image.Resampling.BILINEAR)
+        left, top = (int(round((s - 224) / 2)) for s in picture.size)
+        crops.append(np.asarray(picture.crop((left, top, left + 224, top + 224))))
+    return torch.from_numpy(np.stack(crops)).float() / 255
+
+
+def crop_as_xvit(frames: np.ndarray) -> torch.Tensor:
+    """Normalise, resize to 224 and take three crops: `(v t h w c)`."""
+    video = (torch.from_numpy(frames).float() / 255 - 0.5) / 0.5
+    h, w = frames.shape[1:3]
+    size = [math.floor(max(h / w, 1) * 224), math.floor(max(w / h, 1) * 224)]
+    video = torch.nn.functional.interpolate(
+        video.permute(0, 3, 1, 2), size=size, mode="bilinear", align_corners=False
+    ).permute(0, 2, 3, 1)
+    middle = [math.ceil((s - 224) / 2) for s in size]
+    if w >= h:
+        places = [(middle[0], 0), middle, (middle[0], size[1] - 224)]
+    else:
+        places = [(0, middle[1]), middle, (size[0] - 224, middle[1])]
+    return torch.stack([video[:, y : y + 224, x : x + 224] for y, x in places])
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["stam_16", "xvit_k600"])
+def test_full_size_probabilities_equal_the_original_networks(name, tmp_path, monkeypatch):
+    """Convert a full-size file and evaluate it with its recipe, without further options."""
+    golden = load(name)
+    reference = build_reference(make_model_config(name))
+    shapes = {key: tuple(value.shape) for key, value in reference.state_dict().items()}
+    state = {
+        key: torch.from_numpy(np.array(synthetic_param(key, shape, 3)))
+        for key, shape in shapes.items()
+    }
+    torch.save({"model" if name == "stam_16" else "model_state": state}, tmp_path / "weights.pth")
+    arguments = ["--model", name, "--input", str(tmp_path / "weights.pth")]
+    assert torch_to_flax.main([*arguments, "--output", str(tmp_path / "model")]) == 0
+    reference.load_state_dict(state, strict=True)
+    del state
+
+    config = RECIPES[name].get_config().unlock()
+    assert config.model.dtype == "bfloat16"  # for training, not for evaluation
+    config.init_from = str(tmp_path / "model")
+    config.data.source = write_data(name, golden, tmp_path / "data")
+    config.data.folder = str(tmp_path / "data")
+    _, scores = run_evaluation(config.lock(), tmp_path / "eval", monkeypatch)
+    for row, video in enumerate(golden["names"]):
+        path = FOLDER / (video if name == "stam_16" else f"{video}.h5")
+        frames = read_frames(path, golden["indices"][row].reshape(-1, 16)[0])
+        views = crop_as_stam(frames)[None] if name == "stam_16" else crop_as_xvit(frames)
+        with torch.no_grad():
+            expected = reference(views).sum(dim=0).numpy()
+        place = golden["listed"].tolist().index(video) if name == "stam_16" else row
+        ours, theirs = (softmax(s / len(views)) for s in (scores[place], expected))
+        print(f"{video}: largest relative difference {np.max(abs(ours - theirs) / theirs):.1e}")
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=0)
 
 
 def make_views(config) -> list[dict]:
