@@ -16,6 +16,7 @@ def data_section(**overrides) -> ConfigDict:
     section.sampling_rate = 16
     section.by_time = False
     section.resize = "antialiased"
+    section.color_matrix = "auto"  # or tagged, bt601; auto: the model card's, else tagged
     section.train_crop = "random"
     section.short_side = 256  # of training frames before the crop
     section.short_side_max = 0  # above short_side: drawn between the two
@@ -81,6 +82,7 @@ def eval_section(**overrides) -> ConfigDict:
     section.num_clips = 1
     section.num_crops = 1
     section.score = "logits"  # summed over the views; or probabilities, averaged
+    section.dtype = "float32"  # of the computation; or bfloat16, whatever model.dtype is
     section.short_side = 256
     section.batch_size = 16  # videos of a step, over all devices and processes
     section.every_epochs = 1.0

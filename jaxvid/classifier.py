@@ -73,7 +73,8 @@ class Classifier:
         batch_size: Videos that are computed together; a batch that is not full costs as much.
         num_clips: Clips of a video; None: as many as the model was tested with.
         num_crops: Crops of a clip, 1 or 3; None: likewise.
-        num_threads: Threads that decode; None: one a CPU core.
+        num_threads: Threads that decode; None: one per CPU core.
+        dtype: Of the computation, `float32` or `bfloat16`, as `eval.dtype`.
 
     Attributes:
         labels: Names of all classes, in order.
@@ -93,12 +94,13 @@ class Classifier:
         num_clips: int | None = None,
         num_crops: int | None = None,
         num_threads: int | None = None,
+        dtype: str = "float32",
     ):
         for name, value in (("batch_size", batch_size), ("num_threads", num_threads)):
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: must be at least 1")
         sharding.use_compilation_cache()
-        card, model, spec = open_model(folder)
+        card, model, spec = open_model(folder, dtype)
         views = {"num_clips": num_clips, "num_crops": num_crops}
         given = {name: value for name, value in views.items() if value is not None}
         self.spec = dataclasses.replace(spec, **given)
@@ -143,7 +145,9 @@ class Classifier:
         if top_k < 1:
             raise InputError(f"top_k={top_k}: must be at least 1")
         views = self.spec.num_clips * self.spec.num_crops
-        self._compile(self._score, (self.batch_size, *clip_shape(self.spec, views)), np.uint8)
+        self._compile(
+            self._score, (self.batch_size, *clip_shape(self.spec, views)), self.spec.eval_dtype
+        )
         group = []  # up to a full batch, and those between that cannot be decoded
         for loaded in map_in_order(self._load, videos, self._num_threads):
             group.append(loaded)
@@ -156,7 +160,7 @@ class Classifier:
         """Classifies views of videos.
 
         Args:
-            views: `(b, v, t, h, w, c)` uint8, as `load_eval_views` makes them of `spec`.
+            views: `(b, v, t, h, w, c)`, as `load_eval_views` makes them of `spec`.
 
         Returns:
             `(b, num_classes)` float32: the sums of the views' logits.
@@ -281,13 +285,13 @@ class Classifier:
     # -------------------------------------------------------------- on the device
 
     def _score(self, params, views: jax.Array) -> jax.Array:
-        """`(b, v, t, h, w, c)` uint8 → the sums of the views' logits `(b, num_classes)`."""
+        """`(b, v, t, h, w, c)` pixels → the sums of the views' logits `(b, num_classes)`."""
         b, v, *clip = views.shape
         video = self._normalize(views.reshape(b * v, *clip))
         return merge_params(self._graphdef, params)(video).reshape(b, v, -1).sum(axis=1)
 
     def _features(self, params, video: jax.Array) -> jax.Array:
-        """A STAM's `(b, t, h, w, c)` uint8 → the frames' features `(b, t, d)`."""
+        """A STAM's `(b, t, h, w, c)` pixels → the frames' features `(b, t, d)`."""
         return merge_params(self._graphdef, params).frame_features(self._normalize(video))
 
     def _score_features(self, params, features: jax.Array) -> jax.Array:

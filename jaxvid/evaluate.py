@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 
 from jaxvid import (
     checkpoint,
@@ -30,7 +31,7 @@ from jaxvid.eval_files import (
     read_table,
     save_report,
 )
-from jaxvid.loading import check_preprocessing, preprocessing
+from jaxvid.loading import check_preprocessing, preprocessing, resolve_color_matrix
 from jaxvid.metrics import log
 from jaxvid.models import Params, abstract_model, make_model_config
 from jaxvid.scoring import Results
@@ -41,9 +42,10 @@ SCORES = {
 }
 # How clips are made, beside the network's own sizes: it decides what an accuracy is worth.
 CLIP_FIELDS = (
-    *("data.sampling", "data.sampling_rate", "data.by_time", "data.resize"),
+    *("data.sampling", "data.sampling_rate", "data.by_time", "data.resize", "data.color_matrix"),
     "eval.short_side",
 )
+DTYPES = ("float32", "bfloat16")
 
 
 def check_protocol(config, mesh) -> None:
@@ -61,8 +63,16 @@ def check_protocol(config, mesh) -> None:
     if config.eval.score not in SCORES:
         known = " and ".join(map(repr, SCORES))
         raise InputError(f"eval.score={config.eval.score!r}: there are {known}")
+    if config.eval.dtype not in DTYPES:
+        known = " and ".join(map(repr, DTYPES))
+        raise InputError(f"eval.dtype={config.eval.dtype!r}: there are {known}")
     if config.eval.every_epochs <= 0:
         raise InputError(f"eval.every_epochs={config.eval.every_epochs}: must be above 0")
+
+
+def abstract_eval_model(config) -> tuple[nnx.GraphDef, Params]:
+    """`abstract_model` of a config's network as evaluation runs it: in `eval.dtype`."""
+    return abstract_model(make_model_config(**{**config.model, "dtype": config.eval.dtype}))
 
 
 def make_eval_step(config, graphdef, mesh) -> Callable[[Params, dict], dict]:
@@ -125,11 +135,12 @@ def evaluate_params(
         count = min(config.eval.batch_size, len(records) - start)
         # Every process has all scores; what it knows of its own videos it tells the others.
         told = dict(sharding.gather([shard[0], host]))
-        label, padded, error = (
-            sum((told[i][k] for i in sorted(told)), [])[:count] for k in range(3)
+        label, padded, released, error = (
+            sum((told[i][k] for i in sorted(told)), [])[:count] for k in range(4)
         )
         part = {name: np.asarray(array)[:count] for name, array in outputs.items()}
         part |= {"label": np.array(label), "padded": np.array(padded), "error": error}
+        part["released"] = np.array(released)
         good = np.array([not error for error in part["error"]])
         if not np.isfinite(part["scores"][good]).all():
             raise InputError(
@@ -151,7 +162,8 @@ def evaluate_params(
         for batch in batches:
             arrays, _, errors = split_batch(batch)
             outputs = eval_step(params, sharding.to_global({"video": arrays["video"]}, mesh))
-            running.append((outputs, batch["label"].tolist(), batch["padded"].tolist(), errors))
+            host = [batch[name].tolist() for name in ("label", "padded", "released")]
+            running.append((outputs, *host, errors))
             if len(running) == 2:  # the device computes the newest meanwhile
                 read()
         while running:
@@ -167,6 +179,7 @@ def evaluate_params(
         scores=np.concatenate([part["scores"] for part in parts]),
         probabilities=np.concatenate([part["probabilities"] for part in parts]),
         padded=np.concatenate([part["padded"] for part in parts]),
+        released=np.concatenate([part["released"] for part in parts]),
         errors=[error for part in parts for error in part["error"]],
         seconds=float(sum(part["seconds"] for part in parts)),
     )
@@ -175,8 +188,9 @@ def evaluate_params(
 def make_report(results: Results, config, *, checkpoint: str) -> dict:
     """What goes into `eval.json`: percentages, the protocol they were measured by, and of what.
 
-    Videos that failed count as wrong; the loss and the calibration are those of the others, None
-    where there are none. Seconds are those of all runs of an evaluation that was interrupted.
+    Videos that failed count as wrong, except in `released_subset`; the loss and the calibration are
+    those of the others, None where there are none. Seconds are those of all runs of an evaluation
+    that was interrupted.
     """
     hits, good = results.hits(1), ~results.failed
     confidences = results.probabilities.max(axis=1)
@@ -197,6 +211,7 @@ def make_report(results: Results, config, *, checkpoint: str) -> dict:
             {"id": results.ids[i], "label": int(results.labels[i]), "error": results.errors[i]}
             for i in np.flatnonzero(~good)
         ],
+        "released_subset": released_subset(results) if config.data.sampling == "rate" else None,
         "protocol": {
             "num_clips": config.eval.num_clips,
             "num_crops": config.eval.num_crops,
@@ -207,13 +222,30 @@ def make_report(results: Results, config, *, checkpoint: str) -> dict:
             "sampling": config.data.sampling,
             "sampling_rate": config.data.sampling_rate,
             "by_time": config.data.by_time,
-            "dtype": config.model.dtype,
+            "color_matrix": make_spec(config).color_matrix,
+            "dtype": config.eval.dtype,
             "score": SCORES[config.eval.score],
         },
         "seconds": results.seconds,
         "clips_per_second": len(hits) * views / results.seconds,
         "data": config.data.folder,
         "checkpoint": checkpoint,
+    }
+
+
+def released_subset(results: Results) -> dict:
+    """Accuracies on the videos that STAM's released evaluation keeps, for published figures.
+
+    Returns:
+        `num_videos`; `top1` and `top5` in percent, None if there are no such videos.
+    """
+    kept = results.released & ~results.failed
+    return {
+        "num_videos": int(kept.sum()),
+        **{
+            f"top{k}": scoring.accuracy(results.hits(k)[kept]) if kept.any() else None
+            for k in (1, 5)
+        },
     }
 
 
@@ -243,7 +275,7 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
     metrics.setup_logging(workdir)
 
     model_config = make_model_config(**config.model)
-    graphdef, abstract_params = abstract_model(model_config)
+    graphdef, abstract_params = abstract_eval_model(config)
     abstract_params = sharding.with_sharding(abstract_params, mesh)
     if config.init_from:
         source = named = config.init_from
@@ -251,6 +283,7 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
         check_preprocessing(source, config)
         card = model_folder.load_card(source)
         params = model_folder.load_params(source, abstract_params)
+        config = resolve_color_matrix(config, card["preprocessing"] or {})
         expected, found = card["preprocessing"] or {}, preprocessing(config)
         changed = {
             field: f"{field} was {expected[name]!r}, now {found[name]!r}"
@@ -263,7 +296,7 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
         if other := [
             text
             for name, text in changed.items()
-            if name.startswith(("model.", "data.mean", "data.std"))
+            if name.startswith(("model.", "data.mean", "data.std")) and name != "model.dtype"
         ]:
             raise InputError(f"{workdir} holds another model: {'; '.join(other)}")
         named = workdir / "best"  # a checkpoint does not name its classes
@@ -325,6 +358,10 @@ def summary(result: dict) -> str:
         for name in ("num_padded", "num_failed")
         if result[name]
     ]
+    subset = result["released_subset"]
+    if subset and 0 < subset["num_videos"] < result["num_videos"]:
+        counts.append(f"top-1 {subset['top1']:.2f} % on the {subset['num_videos']} that the "
+                      "released evaluation keeps")  # fmt: skip
     low, high = result["top1_interval"]
     sizes = [f"{protocol['num_frames']} frames", f"{protocol['image_size']} px", *counts]
     return (

@@ -38,6 +38,7 @@ SHOWN = (
     "num_evaluated",
     "num_padded",
     "num_failed",
+    "released_subset",
     "data",
     "checkpoint",
     "weights_sha256",

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
 from jaxvid import model_folder
 from jaxvid.data.clips import ClipSpec, make_spec
@@ -21,7 +22,7 @@ from jaxvid.models import make_model_config
 # normalised by.
 CLIP_FIELDS = (
     *("num_frames", "crop", "short_side", "sampling", "sampling_rate", "by_time", "resize"),
-    *("num_clips", "num_crops"),
+    *("color_matrix", "num_clips", "num_crops"),
 )
 PIXEL_FIELDS = ("mean", "std")
 
@@ -72,13 +73,22 @@ def _is_possible(name: str, value) -> bool:
     """Whether it is of a field's type, and above 0 where it must be."""
     if name == "by_time":
         return isinstance(value, bool)
-    if name in ("sampling", "resize"):
+    if name in ("sampling", "resize", "color_matrix"):
         return isinstance(value, str)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     if name in PIXEL_FIELDS:
         return math.isfinite(value) and (name != "std" or value > 0)
     return isinstance(value, int) and value > 0
+
+
+def resolve_color_matrix(config: ConfigDict, preprocessing: dict) -> ConfigDict:
+    """Replace `data.color_matrix="auto"` in a config by the value in a model card."""
+    if config.data.color_matrix != "auto":
+        return config
+    config = ConfigDict(config).unlock()
+    config.data.color_matrix = preprocessing.get("color_matrix", "tagged")
+    return config.lock()
 
 
 def check_preprocessing(folder: str | Path, config) -> None:
@@ -101,11 +111,12 @@ def check_preprocessing(folder: str | Path, config) -> None:
         raise InputError(f"{folder} wants its clips made otherwise: {'; '.join(differences)}")
 
 
-def open_model(folder: str | Path) -> tuple[dict, nnx.Module, ClipSpec]:
+def open_model(folder: str | Path, dtype: str | None = None) -> tuple[dict, nnx.Module, ClipSpec]:
     """Loads a model folder and how its clips are made.
 
     Args:
         folder: Written by training, by a converter or by `save_model`.
+        dtype: Of the computation, `float32` or `bfloat16`; None: from the model card.
 
     Returns:
         Its `model.json`, with `labels` always a list and `preprocessing` complete; the network; how
@@ -130,7 +141,7 @@ def open_model(folder: str | Path) -> tuple[dict, nnx.Module, ClipSpec]:
             f"{path}: labels has {found} entries for num_classes={config.num_classes}; "
             "give each class its name, or write null"
         )
-    model = model_folder.load_model(folder)
+    model = model_folder.load_model(folder, dtype=dtype)
     try:
         jax.eval_shape(model, jax.ShapeDtypeStruct(clip_shape(spec, 1), np.float32))
     except ValueError as error:

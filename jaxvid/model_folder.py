@@ -286,11 +286,12 @@ def load_init(
     return params, [*fit.describe(), *(f"differs: {text}" for text in differences.values())]
 
 
-def load_model(folder: str | Path):
+def load_model(folder: str | Path, *, dtype: str | None = None):
     """Loads a model folder.
 
     Args:
         folder: Written by training, by a converter or by `save_model`.
+        dtype: Of the computation, `float32` or `bfloat16`; None: from the model card.
 
     Returns:
         The network, ready for evaluation: `model(video)` takes a normalised float clip
@@ -300,7 +301,8 @@ def load_model(folder: str | Path):
         InputError: The folder is no model folder, or is damaged.
     """
     card = load_card(folder)
-    graphdef, abstract_params = abstract_model(make_model_config(**card["config"]))
+    fields = card["config"] | ({"dtype": dtype} if dtype else {})
+    graphdef, abstract_params = abstract_model(make_model_config(**fields))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)

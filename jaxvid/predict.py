@@ -84,6 +84,7 @@ def predict(
     batch_size: int | None = None,
     num_clips: int | None = None,
     num_crops: int | None = None,
+    dtype: str = "float32",
 ) -> Iterator[dict]:
     """Classifies videos with the network of a model folder, in their order.
 
@@ -95,6 +96,7 @@ def predict(
             least one and no more than there are.
         num_clips: Clips of a video; None: as many as the model was tested with.
         num_crops: Crops of a clip; None: likewise.
+        dtype: Of the computation, `float32` or `bfloat16`.
 
     Yields:
         What `classifier.Prediction.to_json` gives, for each video.
@@ -103,7 +105,8 @@ def predict(
         InputError: The model folder is unusable, or a number impossible.
     """
     size = 1 if batch_size is None else batch_size
-    classifier = Classifier(folder, batch_size=size, num_clips=num_clips, num_crops=num_crops)
+    views = {"num_clips": num_clips, "num_crops": num_crops}
+    classifier = Classifier(folder, batch_size=size, dtype=dtype, **views)
     if batch_size is None:
         views = classifier.spec.num_clips * classifier.spec.num_crops
         classifier.batch_size = max(1, min(BATCH_CLIPS // views, len(videos)))
@@ -140,12 +143,12 @@ def run(videos: Sequence[str], args: argparse.Namespace) -> Iterator[dict]:
     """
     if args.window is None:
         options = {"num_clips": args.clips, "num_crops": args.crops}
-        options |= {"top_k": args.top_k, "batch_size": args.batch_size}
+        options |= {"top_k": args.top_k, "batch_size": args.batch_size, "dtype": args.dtype}
         yield from predict(videos, args.model, **options)
         return
     [video] = videos
     size = 1 if args.batch_size is None else args.batch_size
-    classifier = Classifier(args.model, batch_size=size, num_crops=args.crops)
+    classifier = Classifier(args.model, batch_size=size, num_crops=args.crops, dtype=args.dtype)
     try:
         timeline = classifier.windows(video, args.window, args.stride)
     except DecodeError as error:
@@ -233,6 +236,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--crops", type=int, help="crops of a clip, 1 or 3 (default: likewise)")
     add("--batch_size", type=int, help="videos that are computed together (default: as many as "
         "have 8 clips times crops in all, at least 1), or windows (default 1)")  # fmt: skip
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the computation (default float32, as in evaluation)")  # fmt: skip
     add("--window", type=float, metavar="SECONDS", help="classify windows of one video")
     add("--stride", type=float, metavar="SECONDS", help="from one window's start to the next; of "
         "a STAM, moved a little so that windows share frames, which is then told")  # fmt: skip

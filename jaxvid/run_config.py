@@ -17,6 +17,9 @@ FREE_FIELDS = (
     *("data.num_threads", "data.max_failed_share", "data.missing", "data.stall_seconds"),
 )
 
+# Fields that the config.json of an older run lacks, and the value that it ran with.
+ADDED_FIELDS = {"data.color_matrix": "auto"}
+
 # What the processes of one run may have of their own.
 OWN_FIELDS = ("data.folder", "data.prefix", "data.num_threads", "data.num_workers")
 
@@ -108,7 +111,7 @@ def compare_config(workdir: Path, config) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        before = _flatten(json.loads(path.read_text()))
+        before = ADDED_FIELDS | _flatten(json.loads(path.read_text()))
     except ValueError:
         raise InputError(f"{path} is damaged; choose another --workdir") from None
     now = _flatten(json.loads(json.dumps(config.to_dict())))

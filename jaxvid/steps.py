@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 
 from jaxvid import mixing
+from jaxvid.data.transforms import FRACTIONS
 from jaxvid.models import Params, build_model, merge_params, split_params
 
 
@@ -89,8 +90,15 @@ def best_params(state: dict) -> Params:
 
 
 def normalize(video: jax.Array, mean: float, std: float) -> jax.Array:
-    """uint8 pixels → float32 `(video / 255 - mean) / std`, of the same shape."""
-    return (video.astype(jnp.float32) / 255 - mean) / std
+    """Normalise pixels to float32 `(grey / 255 - mean) / std`, of the same shape.
+
+    Args:
+        video: Grey levels as uint8, or as uint16 in units of 1 / `transforms.FRACTIONS` grey level.
+        mean: Subtracted from pixels in [0, 1].
+        std: Divides them.
+    """
+    white = 255 * FRACTIONS if video.dtype == jnp.uint16 else 255
+    return (video.astype(jnp.float32) / white - mean) / std
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float) -> jax.Array:
@@ -258,7 +266,7 @@ def eval_step(
 
     Args:
         params: The network's weights.
-        batch: `video` `(b, v, t, h, w, c)` uint8.
+        batch: `video` `(b, v, t, h, w, c)` uint8 or uint16, see `normalize`.
         graphdef: The network's structure.
         mean: Subtracted from pixels in [0, 1].
         std: Divides them.

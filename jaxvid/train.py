@@ -30,6 +30,7 @@ from jaxvid.data.sources import open_folder
 from jaxvid.distill import load_teacher
 from jaxvid.errors import InputError
 from jaxvid.evaluate import (
+    abstract_eval_model,
     check_protocol,
     evaluate_params,
     make_eval_step,
@@ -159,7 +160,7 @@ def train(
         donate_argnums=0,
         out_shardings=(state_sharding, sharding.replicated(mesh)),
     )
-    eval_step = make_eval_step(config, graphdef, mesh)
+    eval_step = make_eval_step(config, abstract_eval_model(config)[0], mesh)
 
     log.info(
         "%s: %.2f M parameters, %d training and %d validation videos, mesh %s",

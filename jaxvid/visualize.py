@@ -31,8 +31,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from jaxvid import sharding, steps
-from jaxvid.data import transforms
-from jaxvid.data.clips import ClipSpec, load_eval_views
+from jaxvid.data.clips import ClipSpec, cut_eval_crops, load_eval_views, resize_eval_frames
 from jaxvid.data.decode import Video
 from jaxvid.errors import InputError
 from jaxvid.loading import open_model
@@ -99,12 +98,11 @@ def roll_out(weights: jax.Array) -> jax.Array:
 
 
 def find_crop(height: int, width: int, spec: ClipSpec) -> tuple[float, float, float, float]:
-    """Where a frame's centre crop lies, as `Look.box`: read off what the transforms do to one."""
-    blank, is_plain = np.zeros((1, height, width, 3), np.uint8), spec.resize == "bilinear"
-    resize = transforms.resize_bilinear if is_plain else transforms.resize_short_side
-    _, h, w, _ = resize(blank, spec.short_side).shape
+    """Locate the centre crop in a frame, as `Look.box`, by applying evaluation's transforms."""
+    blank = np.zeros((1, height, width, 3), np.uint8)
+    _, h, w, _ = resize_eval_frames(blank, spec).shape
     places = np.stack(np.mgrid[:h, :w], axis=-1)[None]  # (1 h w 2)
-    [crop] = transforms.eval_crops(places, spec.crop, 1)
+    [crop] = cut_eval_crops(places, dataclasses.replace(spec, num_crops=1))
     top, left = crop[0, 0, 0]
     return top / h, left / w, (top + spec.crop) / h, (left + spec.crop) / w
 
@@ -131,6 +129,7 @@ def look_at(video: str | Path, folder: str | Path, *, clip: int = 0, num_clips: 
     views = load_eval_views(video, spec)
     indices = views["indices"][clip]
     with Video(video) as reader:
+        reader.color_matrix = spec.color_matrix
         frames, times = reader.get_frames(indices), reader.times
         if times is None and reader.fps:
             times = np.arange(reader.num_frames) / reader.fps

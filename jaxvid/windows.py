@@ -9,8 +9,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from jaxvid.data import sampling, transforms
-from jaxvid.data.clips import ClipSpec
+from jaxvid.data import sampling
+from jaxvid.data.clips import ClipSpec, cut_eval_crops, resize_eval_frames
 from jaxvid.data.decode import DecodeError, Video
 from jaxvid.errors import InputError
 
@@ -131,21 +131,20 @@ def read_frames(
         size: How many at a time.
 
     Yields:
-        Some of them, `(i,)`, and their crops `(size, m, h, w, c)` uint8, zeros after the last.
+        Some of them, `(i,)`, and their crops `(size, m, h, w, c)`, zeros after the last.
 
     Raises:
         DecodeError: A frame is damaged; perhaps only in the end.
     """
+    reader.color_matrix = spec.color_matrix
     frames = reader.iter_frames(indices)
-    resize = transforms.resize_short_side
-    if spec.resize == "bilinear":
-        resize = transforms.resize_bilinear
     for start in range(0, len(indices), size):
         part = indices[start : start + size]
-        crops = np.zeros((size, spec.num_crops, spec.crop, spec.crop, 3), np.uint8)
+        crops = np.zeros((size, spec.num_crops, spec.crop, spec.crop, 3), spec.eval_dtype)
         for place, frame in zip(range(len(part)), frames, strict=False):
-            frame = resize(frame[None], spec.short_side)
-            crops[place] = np.concatenate(transforms.eval_crops(frame, spec.crop, spec.num_crops))
+            crops[place] = np.concatenate(
+                cut_eval_crops(resize_eval_frames(frame[None], spec), spec)
+            )
         yield part, crops
     collections.deque(frames, maxlen=0)  # to the end of the file, for the damage there
 

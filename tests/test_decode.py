@@ -333,6 +333,20 @@ def test_colours_are_converted_as_tagged(tmp_path, yuv, tags, matrix, full, pix_
     np.testing.assert_allclose(frames, expected, atol=3)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_bt601_ignores_the_matrix_of_the_file(tmp_path, full):
+    yuv, options = (81, 90, 200), {"qp": "1", "x264-params": "colormatrix=bt709"}
+    path = write_colour(tmp_path / "colour.mp4", yuv, "yuv420p", options, full=full)
+    with Video(path) as video:
+        video.color_matrix = "bt601"
+        frames = video.get_frames(np.arange(video.num_frames))
+        in_order = np.stack(list(video.iter_frames(np.arange(video.num_frames))))
+    np.testing.assert_array_equal(frames, in_order)
+    expected = np.broadcast_to(rgb_of(yuv, "bt601", full), frames.shape)
+    np.testing.assert_allclose(frames, expected, atol=3)
+    assert abs(frames - rgb_of(yuv, "bt709", full)).max() > 10
+
+
 def test_odd_sizes(tmp_path):
     yuv = (120, 200, 110)
     frames = decode_all_of(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import common, xvit_k600
-from jaxvid import evaluate, model_folder, progress, sharding
+from jaxvid import evaluate, model_folder, progress, sharding, steps
 from jaxvid.data.clips import load_eval_views, make_spec
 from jaxvid.data.packing import Settings
 from jaxvid.data.prepare import prepare
@@ -34,6 +34,8 @@ from tests.conftest import shrunk_config
 from tests.goldens import FOLDER
 from tests.test_transforms import GOLDENS
 
+SIZES = {"num_classes": 4, "image_size": 32, "width": 16, "depth": 1}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -43,7 +45,7 @@ def folder(tmp_path_factory):
 
 def make_config(folder, **settings):
     config = common.train_section()
-    config.model = common.model_section("xvit_tiny", num_classes=4, image_size=32)
+    config.model = common.model_section("xvit_tiny", **SIZES)
     config.data = common.data_section(folder=str(folder), mean=0.0, std=1.0)
     config.eval = common.eval_section(short_side=32, batch_size=8)
     config.eval.update({k: v for k, v in settings.items() if k in config.eval})
@@ -109,7 +111,7 @@ def test_packs_and_videos_agree(folder, tmp_path):
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "m"
-    model = create_model("xvit_tiny", num_classes=4, image_size=32, seed=1)
+    model = create_model("xvit_tiny", **SIZES, seed=1)
     model_folder.save_model(model, folder, preprocessing=HOW)
     return folder
 
@@ -255,7 +257,7 @@ def test_the_protocol_is_whole_and_what_differs_is_told(stub, tmp_path):
         data__by_time=True,
         data__resize="bilinear",
         eval__short_side=36,
-        model__dtype="bfloat16",
+        eval__dtype="bfloat16",
     )
     before = tmp_path / "a" / "eval.json"
     second = evaluate.evaluate(other, tmp_path / "b", compare_with=before)["protocol"]
@@ -352,7 +354,8 @@ def test_the_released_crops_of_the_original_are_what_is_evaluated(name):
     views = load_eval_views(Video(), dataclasses.replace(released, **sizes))["video"]
     assert views.shape == expected.shape
     # The originals crop floats normalised with 0.5 and 0.5: a grey level is 2/255.
-    np.testing.assert_allclose((views / 255 - 0.5) / 0.5, expected, rtol=0, atol=2 / 255)
+    atol = 0.003 * 2 / 255
+    np.testing.assert_allclose(steps.normalize(views, 0.5, 0.5), expected, rtol=0, atol=atol)
 
 
 def test_validation_videos_that_are_all_broken_leave_nulls(motion_folder, tmp_path):
@@ -448,6 +451,74 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(folder, tiny_model, tmp_
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize(
+    "moment", ["first batch", "last batch", "table", "eval.json", "confusion", "page"]
+)
+def test_a_stopped_and_continued_evaluation_equals_an_uninterrupted_one(
+    stub, tmp_path, monkeypatch, moment
+):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    evaluate.evaluate(stub, whole)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    if "batch" in moment:
+        interrupt(monkeypatch, stub, stopped, after=0 if moment == "first batch" else 2)
+    else:
+        name = {
+            "table": "write_table",
+            "eval.json": "write_json",
+            "confusion": "report.draw_confusion",
+            "page": "html_report.save_page",
+        }[moment]
+        with monkeypatch.context() as patch:
+            patch.setattr(f"jaxvid.eval_files.{name}", stop)
+            with pytest.raises(KeyboardInterrupt):
+                evaluate.evaluate(stub, stopped)
+    evaluate.evaluate(stub, stopped)
+    reports = [json.loads((folder / "eval.json").read_text()) for folder in (whole, stopped)]
+    for report in reports:
+        assert report.pop("seconds") > 0
+        assert report.pop("clips_per_second") > 0
+    assert reports[0] == reports[1]
+    for name in ("eval_videos.csv", "confusion.png"):
+        assert (whole / name).read_bytes() == (stopped / name).read_bytes()
+    assert {path.name for path in whole.iterdir()} == {path.name for path in stopped.iterdir()}
+
+
+def test_evaluation_computes_in_its_own_dtype(folder, tiny_model, tmp_path):
+    """Whatever training computes in; the protocol names it."""
+    config = changed(make_config(folder), init_from=str(tiny_model), model__dtype="bfloat16")
+    tables = {}
+    for dtype in ("float32", "bfloat16"):
+        workdir = tmp_path / dtype
+        found = evaluate.evaluate(changed(config, eval__dtype=dtype), workdir)
+        assert found["protocol"]["dtype"] == dtype
+        tables[dtype] = (workdir / "eval_videos.csv").read_text()
+    assert tables["bfloat16"] != tables["float32"]
+    evaluate.evaluate(changed(config, model__dtype="float32"), tmp_path / "other")
+    assert (tmp_path / "other" / "eval_videos.csv").read_text() == tables["float32"]
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_card", "used"),
+    [("auto", "bt601", "bt601"), ("auto", None, "tagged"), ("tagged", "bt601", "tagged")],
+)
+def test_the_color_matrix_is_the_model_cards_unless_the_config_names_one(
+    stub, tmp_path, in_config, in_card, used
+):
+    path = tmp_path / "stub" / "model.json"
+    card = json.loads(path.read_text())
+    if in_card:
+        card["preprocessing"]["color_matrix"] = in_card
+    path.write_text(json.dumps(card))
+    found = evaluate.evaluate(changed(stub, data__color_matrix=in_config), tmp_path / "w")
+    assert found["protocol"]["color_matrix"] == used
+    told = "color_matrix was 'bt601', now 'tagged'" in (tmp_path / "w" / "log.txt").read_text()
+    assert told == (in_config == "tagged")
+
+
 def test_two_models_are_compared_video_by_video(folder, tiny_model, tmp_path):
     config = make_config(folder).unlock()
     config.init_from = str(tiny_model)
@@ -459,6 +530,12 @@ def test_two_models_are_compared_video_by_video(folder, tiny_model, tmp_path):
     assert "not significant" in (tmp_path / "b" / "log.txt").read_text()
     with pytest.raises(InputError, match="name an eval.json that --mode eval wrote"):
         evaluate.evaluate(config, tmp_path / "b", compare_with=tmp_path / "none.json")
+
+
+def test_unknown_dtypes_are_refused(folder):
+    config = make_config(folder, dtype="float16")
+    with pytest.raises(InputError, match="eval.dtype='float16': there are 'float32' and 'bfloat1"):
+        evaluate.check_protocol(config, sharding.make_mesh(config.mesh))
 
 
 def test_unknown_scores_are_refused(folder):

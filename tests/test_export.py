@@ -70,7 +70,7 @@ def test_a_process_with_jax_alone_answers_as_the_model(folder, tmp_path, capsys)
     assert about["output"]["shape"] == ["b", 5]
     assert about["labels"] == LABELS
     rest = {"sampling_rate": 16, "by_time": False, "resize": "antialiased"}  # whoever made HOW
-    rest |= {"num_clips": 1, "num_crops": 1}  # did not say
+    rest |= {"color_matrix": "tagged", "num_clips": 1, "num_crops": 1}  # did not say
     assert about["preprocessing"] == {**HOW, "sampling": "rate", **rest}
     assert about["platforms"] == ["cpu", "cuda"]
     assert about["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()

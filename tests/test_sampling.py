@@ -12,6 +12,7 @@ from jaxvid.data.sampling import (
     SAMPLINGS,
     dense_indices,
     frames_at_times,
+    in_released_subset,
     is_padded,
     make_indices,
     rate_indices,
@@ -63,6 +64,21 @@ def test_dense_views_equal_the_original():
         assert found.tolist() == case["indices"], case
 
 
+def test_dense_clips_equal_the_original_where_rounding_decides():
+    cases = json.loads((goldens.FOLDER / "data/dense_sampling_multiview.json").read_text())
+    assert len(cases) == 500
+    for case in cases:
+        found = dense_indices(
+            case["length"],
+            16,
+            sampling_rate=16,
+            fps=case["fps"],
+            view=case["view"],
+            num_views=case["num_views"],
+        )
+        assert found.tolist() == case["indices"], case
+
+
 def test_rate_sampling_equals_the_original_where_that_keeps_the_video():
     """It drops what is shorter than 10 s, even by a frame that it would not have looked at."""
     dropped = []
@@ -73,11 +89,18 @@ def test_rate_sampling_equals_the_original_where_that_keeps_the_video():
         if case["indices"] is None:
             dropped.append(length)
             assert found.tolist() == [min(i, length - 1) for i in rate_indices(300, t, fps=fps)]
+            assert not in_released_subset(length, t, fps=fps)
             assert padded == (length == 90)
         else:
             assert found.tolist() == case["indices"], case
             assert not padded
+            assert in_released_subset(length, t, fps=fps)
     assert sorted(dropped) == [90] * 4 + [299] * 4
+
+
+def test_the_released_subset_assumes_30_frames_per_second_where_the_rate_is_unknown():
+    assert in_released_subset(300, 16, fps=None)
+    assert not in_released_subset(299, 16, fps=None)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

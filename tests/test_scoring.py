@@ -27,6 +27,7 @@ def results(scores, labels, errors=None):
         scores=np.where(failed, 0, scores),
         probabilities=np.where(failed, 0, probabilities),
         padded=np.arange(len(labels)) == 1,
+        released=np.arange(len(labels)) != 1,
         errors=errors,
         seconds=2.0,
     )

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from jaxvid.data.transforms import (
+    FRACTIONS,
     eval_crops,
     multi_scale_crop,
     multi_scale_sizes,
@@ -33,6 +34,8 @@ def test_resize_keeps_the_aspect_and_is_pillows(height, width):
     assert abs(resized.shape[2] / resized.shape[1] - width / height) < 0.05 * width / height
     size = resized.shape[2], resized.shape[1]
     expected = Image.fromarray(clip[1]).resize(size, Image.Resampling.BILINEAR)
+    exact = resize_short_side(clip, 24, exact=True)
+    np.testing.assert_array_equal(exact[1], np.asarray(expected))
     enlarged = min(height, width) < 24
     np.testing.assert_allclose(resized[1].astype(int), np.asarray(expected), atol=int(enlarged))
 
@@ -49,19 +52,22 @@ def test_the_goldens_are_all_tested():
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_three_crops_are_the_originals_within_a_grey_level(name):
+def test_three_crops_are_the_originals(name):
+    """Within a grey level where they are rounded to uint8, else within 0.003 of one."""
     with np.load(FOLDER / "data" / "spatial_crops.npz") as arrays:
         seed = int(arrays[f"{name}_seed"])
         expected = [arrays[f"{name}_crop{i}"] for i in range(3)]
     source, size = name.split("_to_")
     h, w = (int(side) for side in source.split("x"))
     clip = np.random.RandomState(seed).randint(0, 256, (4, h, w, 3)).astype(np.uint8)
-    crops = eval_crops(resize_bilinear(clip, int(size)), int(size), 3)
-    assert len(crops) == 3
-    for crop, golden in zip(crops, expected, strict=True):
-        assert crop.dtype == np.uint8
-        # The originals crop floats normalised with 0.5 and 0.5: a grey level is 2/255.
-        np.testing.assert_allclose((crop / 255 - 0.5) / 0.5, golden, rtol=0, atol=2 / 255)
+    for exact, white, tolerance in ((False, 255, 1), (True, 255 * FRACTIONS, 0.003)):
+        crops = eval_crops(resize_bilinear(clip, int(size), exact=exact), int(size), 3)
+        assert len(crops) == 3
+        for crop, golden in zip(crops, expected, strict=True):
+            assert crop.dtype == (np.uint16 if exact else np.uint8)
+            # The originals crop floats normalised with 0.5 and 0.5: a grey level is 2/255.
+            atol = tolerance * 2 / 255
+            np.testing.assert_allclose((crop / white - 0.5) / 0.5, golden, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
@@ -159,13 +165,16 @@ def test_resize_takes_height_then_width():
 
 
 def test_eval_crops_are_the_centre_or_the_centre_and_both_ends():
-    def corners(clip, num_crops):
-        crops = eval_crops(clip, 8, num_crops)
+    def corners(clip, num_crops, rounding="up"):
+        crops = eval_crops(clip, 8, num_crops, rounding=rounding)
         assert all(crop.shape == (2, 8, 8, 3) for crop in crops)
         return [tuple(int(i) for i in crop[0, 0, 0, :2]) for crop in crops]
 
     assert corners(frames(8, 13), 1) == [(0, 3)]  # half a pixel is rounded up
+    assert corners(frames(8, 13), 1, "even") == [(0, 2)]
+    assert corners(frames(8, 15), 1, "even") == [(0, 4)]
     assert corners(frames(8, 13), 3) == [(0, 0), (0, 3), (0, 5)]
+    assert corners(frames(8, 13), 3, "even") == [(0, 0), (0, 2), (0, 5)]
     assert corners(frames(12, 8), 3) == [(0, 0), (2, 0), (4, 0)]
     assert corners(frames(8, 8), 3) == [(0, 0)] * 3
     np.testing.assert_array_equal(eval_crops(frames(9, 13), 8, 1)[0], frames(9, 13)[:, 1:, 3:11])

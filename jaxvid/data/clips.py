@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxvid.data import augment, sampling, transforms
+from jaxvid.data.decode import Video
 from jaxvid.data.jpegs import JpegFrames
+from jaxvid.data.rgb import COLOR_MATRICES
 from jaxvid.data.sources import Record
 from jaxvid.errors import InputError
 
@@ -24,6 +26,8 @@ class ClipSpec:
         sampling_rate: Of `dense`.
         by_time: Videos with a variable frame rate are sampled by time, not by frame number.
         resize: `antialiased` (Pillow's bilinear) or `bilinear` (torch's, without).
+        color_matrix: Conversion of video to RGB: `tagged`, by the matrix that the file names, or
+            `bt601` whatever it names. Frames of packs are RGB already.
         num_clips: Evaluation: clips of a video.
         num_crops: Evaluation: crops of a clip, 1 or 3.
         train_crop: `random` (a random place after a random short side) or `multiscale` (XViT on
@@ -42,6 +46,7 @@ class ClipSpec:
     sampling_rate: int = 16
     by_time: bool = False
     resize: str = "antialiased"
+    color_matrix: str = "tagged"
     num_clips: int = 1
     num_crops: int = 1
     train_crop: str = "random"
@@ -55,6 +60,7 @@ class ClipSpec:
         options = {
             "sampling": sampling.SAMPLINGS,
             "resize": ("antialiased", "bilinear"),
+            "color_matrix": COLOR_MATRICES,
             "num_crops": transforms.NUM_CROPS,
             "train_crop": ("random", "multiscale"),
             "augment": ("", "autoaugment", "randaugment"),
@@ -71,6 +77,11 @@ class ClipSpec:
         for low in (self.short_side, self.train_short_side[0] or self.crop):
             if low < self.crop:
                 raise InputError(f"short_side={low} is below the crop of {self.crop} px; raise it")
+
+    @property
+    def eval_dtype(self) -> type[np.unsignedinteger]:
+        """Pixels of evaluation views: uint8, or uint16 in units of 1 / `FRACTIONS` grey level."""
+        return np.uint16 if self.resize == "bilinear" else np.uint8
 
 
 def make_spec(config, *, num_clips: int = 1, num_crops: int = 1) -> ClipSpec:
@@ -89,6 +100,7 @@ def make_spec(config, *, num_clips: int = 1, num_crops: int = 1) -> ClipSpec:
         sampling_rate=data.sampling_rate,
         by_time=data.by_time,
         resize=data.resize,
+        color_matrix="tagged" if data.color_matrix == "auto" else data.color_matrix,
         num_clips=num_clips,
         num_crops=num_crops,
         train_crop=data.train_crop,
@@ -112,7 +124,7 @@ def load_train_clip(
     Raises:
         DecodeError: The video cannot be decoded.
     """
-    with record.open() as reader:
+    with _open(record, spec) as reader:
         indices = _indices(reader, spec, rng=rng)
         frames = reader.get_frames(indices)
         padded = _is_padded(reader, spec)
@@ -125,7 +137,10 @@ def load_train_clip(
         frames = transforms.multi_scale_crop(frames, spec.crop, rng)
     else:
         low, high = spec.train_short_side
-        frames = _resize(frames, int(rng.integers(low, high, endpoint=True)), spec)
+        to_short_side = transforms.resize_short_side
+        if spec.resize == "bilinear":
+            to_short_side = transforms.resize_bilinear
+        frames = to_short_side(frames, int(rng.integers(low, high, endpoint=True)))
         frames = transforms.random_crop(frames, spec.crop, rng)
     if spec.flip:
         frames = transforms.random_flip(frames, rng, spec.flip)
@@ -137,28 +152,60 @@ def load_train_clip(
 
 
 def load_eval_views(video: Record | str | Path, spec: ClipSpec) -> dict[str, np.ndarray]:
-    """Decodes a video once and cuts all its evaluation views.
+    """Decode a video once and cut all its evaluation views.
 
     Returns:
-        `video` `(v, t, crop, crop, c)` uint8, `v = num_clips · num_crops`, the crops of a clip
-        adjacent; `indices` `(num_clips, t)`; `padded`, whether it is too short for its clips.
+        `video` `(v, t, crop, crop, c)` of `spec.eval_dtype`, `v = num_clips · num_crops`, the crops
+        of a clip adjacent; `indices` `(num_clips, t)`; `padded`, whether it is too short for its
+        clips; `released`, whether STAM's released evaluation counts it.
 
     Raises:
         DecodeError: The video cannot be decoded.
     """
     record = Record(Path(video), 0) if isinstance(video, str | Path) else video
-    with record.open() as reader:
+    with _open(record, spec) as reader:
         indices = np.stack([_indices(reader, spec, view=view) for view in range(spec.num_clips)])
         sizes = (spec.num_clips, spec.num_crops, spec.num_frames, spec.crop, spec.crop, 3)
-        views = np.empty(sizes, np.uint8)
+        views = np.empty(sizes, spec.eval_dtype)
         for place, frame in _iter_frames(reader, indices.reshape(-1)):
             clip, t = divmod(place, spec.num_frames)
-            frame = _resize(frame[None], spec.short_side, spec)
-            for number, crop in enumerate(transforms.eval_crops(frame, spec.crop, spec.num_crops)):
+            frame = resize_eval_frames(frame[None], spec)
+            for number, crop in enumerate(cut_eval_crops(frame, spec)):
                 views[clip, number, t] = crop[0]
         padded = _is_padded(reader, spec)
+        length, fps = reader.num_frames, reader.fps
     views = views.reshape(-1, *views.shape[2:])  # (v t h w c)
-    return {"video": views, "indices": indices.astype(np.int32), "padded": np.bool_(padded)}
+    return {
+        "video": views,
+        "indices": indices.astype(np.int32),
+        "padded": np.bool_(padded),
+        "released": np.bool_(sampling.in_released_subset(length, spec.num_frames, fps=fps)),
+    }
+
+
+def resize_eval_frames(frames: np.ndarray, spec: ClipSpec) -> np.ndarray:
+    """Resize frames `(t, h, w, c)` uint8 for evaluation, exactly as the original programs do.
+
+    Returns:
+        `(t, h, w, c)` of `spec.eval_dtype` with a shorter side of `spec.short_side`.
+    """
+    if spec.resize == "bilinear":
+        return transforms.resize_bilinear(frames, spec.short_side, exact=True)
+    return transforms.resize_short_side(frames, spec.short_side, exact=True)
+
+
+def cut_eval_crops(frames: np.ndarray, spec: ClipSpec) -> list[np.ndarray]:
+    """Cut `spec.num_crops` crops `(t, crop, crop, c)` from resized frames `(t, h, w, c)`."""
+    # XViT's program rounds half a pixel up; torchvision, which STAM's uses, to the even pixel.
+    rounding = "up" if spec.resize == "bilinear" else "even"
+    return transforms.eval_crops(frames, spec.crop, spec.num_crops, rounding=rounding)
+
+
+def _open(record: Record, spec: ClipSpec) -> Video | JpegFrames:
+    reader = record.open()
+    if isinstance(reader, Video):
+        reader.color_matrix = spec.color_matrix
+    return reader
 
 
 def _iter_frames(reader, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -166,12 +213,6 @@ def _iter_frames(reader, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]
     if isinstance(reader, JpegFrames):
         return reader.iter_frames(indices)
     return enumerate(reader.get_frames(indices))
-
-
-def _resize(frames: np.ndarray, short_side: int, spec: ClipSpec) -> np.ndarray:
-    if spec.resize == "bilinear":
-        return transforms.resize_bilinear(frames, short_side)
-    return transforms.resize_short_side(frames, short_side)
 
 
 def _indices(reader, spec: ClipSpec, **draw) -> np.ndarray:

@@ -53,6 +53,7 @@ class Video:
         times: `(num_frames,)` float64, seconds from the first frame to each, never falling; None
             where the file has no usable timestamps.
         oddities: What is unusual about the file, a phrase each; decoding may add to them.
+        color_matrix: Conversion to RGB, one of `rgb.COLOR_MATRICES`; set it before decoding.
 
     Raises:
         DecodeError: The file is missing, is no video, holds no frame, or exceeds a bound.
@@ -64,6 +65,7 @@ class Video:
         self._container = self._readable = self._kept = None
         self._reformatter = VideoReformatter()  # one: its tables are made once
         self.oddities: list[str] = []
+        self.color_matrix = "tagged"
         try:
             with self._bounded():
                 self._scan()
@@ -165,7 +167,7 @@ class Video:
         self.oddities += [phrase for phrase, holds in phrases.items() if holds]
 
     def get_frames(self, indices: np.ndarray) -> np.ndarray:
-        """Decodes some frames: upright, converted by the matrix and range that the file names.
+        """Decode some frames: upright, converted to RGB by `color_matrix`.
 
         Args:
             indices: Frame numbers in presentation order, in any order, repeats allowed.
@@ -323,7 +325,7 @@ class Video:
         sound |= line.find_sound(seen, failed, one_each=one_each) if places else seen
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        image, turn = to_rgb(frame, self._reformatter)
+        image, turn = to_rgb(frame, self._reformatter, self.color_matrix)
         if turn and turn not in self.oddities:
             self.oddities.append(turn)
         return image

@@ -77,14 +77,16 @@ def make_eval_iter(
     All shards give the same number of batches. Arguments as in `make_train_iter`.
 
     Returns:
-        An iterator over what `make_train_iter` gives, with `video` `(b, v, t, h, w, c)`; what fills
-        the last batch has an empty `id`.
+        An iterator over what `make_train_iter` gives, with `video` `(b, v, t, h, w, c)` of
+        `spec.eval_dtype` and `released` `(b,)` bool, as `load_eval_views`; what fills the last
+        batch has an empty `id`.
     """
     count = -(-len(records) // (batch_size * shard[1])) * batch_size * shard[1]
     views, t, size = spec.num_clips * spec.num_crops, spec.num_frames, spec.crop
     zeros = {
-        "video": np.zeros((views, t, size, size, 3), np.uint8),
+        "video": np.zeros((views, t, size, size, 3), spec.eval_dtype),
         "indices": np.zeros((spec.num_clips, t), np.int32),
+        "released": np.bool_(False),
     }
 
     def load(index: int) -> dict[str, np.ndarray]:

@@ -7,21 +7,27 @@ from av.video.reformatter import VideoReformatter
 
 # H.273 numbers of the matrices that swscale has; it refuses frames tagged with any other.
 UNSPECIFIED, MATRICES = 2, (0, 1, 2, 4, 5, 6, 7, 9)
+COLOR_MATRICES = ("tagged", "bt601")
 # Clockwise, by whether x and y are exchanged and then each is flipped; all others are mirrored.
 TURNS = {(True, True, False): "90°", (False, True, True): "180°", (True, False, True): "270°"}
 
 
-def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> tuple[np.ndarray, str]:
-    """Converts a frame by the matrix and range that it names, and turns it upright.
+def to_rgb(
+    frame: av.VideoFrame, reformatter: VideoReformatter, color_matrix: str
+) -> tuple[np.ndarray, str]:
+    """Convert a frame to RGB and turn it upright.
 
     Args:
         frame: A decoded frame.
         reformatter: One for all frames of a video: its tables are made once.
+        color_matrix: `tagged`: the matrix that the frame names, BT.601 if it names none; `bt601`:
+            BT.601 whatever it names, as programs of the time of the original ones did. The range of
+            values is the one that the frame names.
 
     Returns:
         `(h, w, c)` uint8, and how it was turned; empty: it was upright.
     """
-    if frame.colorspace not in MATRICES:
+    if color_matrix == "bt601" or frame.colorspace not in MATRICES:
         frame.colorspace = UNSPECIFIED
     image = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     if (side_data := frame.side_data.get(SideDataType.DISPLAYMATRIX)) is None:

@@ -1,5 +1,7 @@
 """Which frames of a video make a clip: pure functions of the video's length and a generator."""
 
+import math
+
 import numpy as np
 
 SAMPLINGS = ("segments", "dense", "rate")
@@ -80,19 +82,23 @@ def dense_indices(
 ) -> np.ndarray:
     """Frames evenly over a window of fixed duration (XViT's Kinetics).
 
-    The window is `num_frames · sampling_rate` frames at 30 frames a second; a video shorter than it
-    repeats its last frame. Training draws where it starts; view `v` of `V` starts at `v / V` of
-    what is left beside it. Arguments and result: `make_indices`.
+    The window is `num_frames · sampling_rate` frames at 30 frames per second; a video shorter than
+    it repeats its last frame. Training draws the start of the window; view `v` of `V` starts at
+    `v / V` of the frames left beside it. Arguments and result: `make_indices`.
     """
     window = _window(num_frames, sampling_rate, fps)
-    start = _start(max(length - window, 0), rng, view, num_views)
-    # torch.linspace in float32, from both ends: in float64 an index in some hundred is another.
-    first, last = np.float32(start), np.float32(start + window - 1)
-    step = (last - first) / np.float32(max(num_frames - 1, 1))
+    spare = np.float32(max(length - window, 0))
+    start = spare * np.float32(view) / np.float32(num_views)
+    if rng is not None:
+        start = np.float32(rng.uniform(0, spare))
+    last = start + np.float32(window) - np.float32(1)
+    step = (last - start) / np.float32(max(num_frames - 1, 1))
+    # torch.linspace in float32, from both ends, with fused multiply-adds: the float64 product and
+    # sum are exact, so that each frame number is rounded to float32 only once.
     places = np.arange(num_frames)
-    rising = first + places.astype(np.float32) * step
-    falling = last - (num_frames - 1 - places).astype(np.float32) * step
-    indices = np.where(places < num_frames // 2, rising, falling)
+    rising = np.float64(start) + np.float64(step) * places
+    falling = np.float64(last) - np.float64(step) * (num_frames - 1 - places)
+    indices = np.where(places < max(num_frames // 2, 1), rising, falling).astype(np.float32)
     return np.clip(indices, 0, length - 1).astype(int)
 
 
@@ -112,7 +118,8 @@ def rate_indices(
     unknown, 30 is assumed.
     """
     indices = _offsets(num_frames, fps)
-    start = int(_start(max(length - 1 - indices[-1], 0), rng, view, num_views))
+    spare = max(length - 1 - indices[-1], 0)
+    start = int(rng.uniform(0, spare) if rng is not None else spare * view / num_views)
     return np.minimum(start + indices, length - 1)
 
 
@@ -125,6 +132,20 @@ def is_padded(
     if sampling == "dense":
         return length < int(_window(num_frames, sampling_rate, fps))
     return length <= _offsets(num_frames, fps)[-1]
+
+
+def in_released_subset(length: int, num_frames: int, *, fps: float | None) -> bool:
+    """Whether STAM's released evaluation counts a video.
+
+    It drops every video with fewer than `num_frames` frames at `num_frames / 10` frames per second,
+    and its published accuracies are over the others.
+
+    Args:
+        length: Frames in the video.
+        num_frames: Frames in the clip.
+        fps: The video's frame rate; None: unknown, 30 is assumed.
+    """
+    return math.floor(length * (num_frames / 10) / (fps or 30.0)) >= num_frames
 
 
 def frames_at_times(indices: np.ndarray, times: np.ndarray, fps: float) -> np.ndarray:
@@ -151,7 +172,3 @@ def _offsets(num_frames: int, fps: float | None) -> np.ndarray:
     """Frames from the first of a rate-sampled clip to each."""
     step = (fps or 30.0) / (num_frames / 10)
     return np.floor(np.arange(num_frames, dtype=np.float32) * np.float32(step)).astype(int)
-
-
-def _start(spare: float, rng: np.random.Generator | None, view: int, num_views: int) -> float:
-    return rng.uniform(0, spare) if rng is not None else spare * view / num_views

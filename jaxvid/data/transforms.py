@@ -1,13 +1,16 @@
 """Resizing, cropping and flipping of clips `(t, h, w, c)` uint8.
 
-One draw a clip, from the generator handed in, used for all its frames.
+Random choices are made once per clip, with the generator passed in, and used for all its frames.
 """
+
+import math
 
 import cv2
 import numpy as np
 from PIL import Image
 
-NUM_CROPS = (1, 3)  # how many crops of a clip evaluation may look at
+NUM_CROPS = (1, 3)  # values that evaluation supports
+FRACTIONS = 256  # uint16 pixels: units per grey level
 
 _SCALES = (1.0, 0.875, 0.75, 0.66)  # of the multi-scale crop, relative to the shorter side
 # The 13 places of the multi-scale crop, (down, right) in quarters of the free room: the corners,
@@ -15,14 +18,22 @@ _SCALES = (1.0, 0.875, 0.75, 0.66)  # of the multi-scale crop, relative to the s
 _PLACES = tuple((i, j) for i in (0, 2, 4) for j in (0, 2, 4)) + ((1, 1), (1, 3), (3, 1), (3, 3))
 
 
-def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes to `(t, height, width, c)`: bilinear, antialiased along a side that shrinks.
+def resize(frames: np.ndarray, height: int, width: int, *, exact: bool = False) -> np.ndarray:
+    """Resize by bilinear interpolation, antialiased along a side that shrinks.
 
-    Shrunk clips are exactly Pillow's, enlarged ones within one grey level of them.
+    Args:
+        frames: `(t, h, w, c)` uint8.
+        height: Pixels.
+        width: Pixels.
+        exact: Use Pillow for every frame. By default OpenCV enlarges frames: it is five times as
+            fast and within one grey level of Pillow.
+
+    Returns:
+        `(t, height, width, c)` uint8.
     """
     _, h, w, _ = frames.shape
-    if height >= h and width >= w:  # nothing to antialias, and OpenCV is five times as fast
-        return _resize_bilinear(frames, height, width)
+    if height >= h and width >= w and not exact:
+        return _resize_opencv(frames, height, width)
     return np.stack(
         [
             np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
@@ -31,34 +42,43 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     )
 
 
-def resize_short_side(frames: np.ndarray, short_side: int) -> np.ndarray:
-    """Resizes so that the shorter side has `short_side` pixels, as `resize` does."""
-    _, h, w, _ = frames.shape
-    if min(h, w) == short_side:
-        return frames
-    if h <= w:
-        return resize(frames, short_side, max(short_side, short_side * w // h))
-    return resize(frames, max(short_side, short_side * h // w), short_side)
+def resize_short_side(frames: np.ndarray, short_side: int, *, exact: bool = False) -> np.ndarray:
+    """Resize to a shorter side of `short_side` pixels, as `resize` does.
 
-
-def resize_bilinear(frames: np.ndarray, short_side: int) -> np.ndarray:
-    """Resizes as `torch.nn.functional.interpolate` does: bilinear, half-pixel, not antialiased.
-
-    Args:
-        frames: `(t, h, w, c)` uint8.
-        short_side: Pixels of the shorter side; the longer one gets floor(long / short · this).
-
-    Returns:
-        `(t, h, w, c)` uint8, within one grey level of the same on floats.
+    With `exact`, the result is that of torchvision's `Resize(short_side)` on PIL images.
     """
     _, h, w, _ = frames.shape
     if min(h, w) == short_side:
         return frames
+    if h <= w:
+        size = short_side, max(short_side, short_side * w // h)
+    else:
+        size = max(short_side, short_side * h // w), short_side
+    return resize(frames, *size, exact=exact)
+
+
+def resize_bilinear(frames: np.ndarray, short_side: int, *, exact: bool = False) -> np.ndarray:
+    """Resize as `torch.nn.functional.interpolate` does: bilinear, half-pixel, not antialiased.
+
+    Args:
+        frames: `(t, h, w, c)` uint8.
+        short_side: Pixels of the shorter side; the longer one gets floor(long / short · this).
+        exact: Keep fractions of a grey level, as the original program does, which resizes floats.
+
+    Returns:
+        `(t, h, w, c)`: uint8 within one grey level of the same on floats. With `exact` uint16 in
+        units of 1 / `FRACTIONS` grey level, within 0.003 grey levels of the same on floats.
+    """
+    _, h, w, _ = frames.shape
+    if exact:
+        frames = frames * np.uint16(FRACTIONS)
+    if min(h, w) == short_side:
+        return frames
     height, width = int(max(h / w, 1) * short_side), int(max(w / h, 1) * short_side)
-    return _resize_bilinear(frames, height, width)
+    return _resize_opencv(frames, height, width)
 
 
-def _resize_bilinear(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+def _resize_opencv(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     size = (width, height)
     return np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR) for frame in frames])
 
@@ -118,14 +138,18 @@ def multi_scale_sizes(short_side: int, size: int) -> list[tuple[int, int]]:
     return [(sides[i], sides[j]) for i in steps for j in steps if abs(i - j) <= 1]
 
 
-def eval_crops(frames: np.ndarray, size: int, num_crops: int) -> list[np.ndarray]:
-    """The crops that evaluation looks at.
+def eval_crops(
+    frames: np.ndarray, size: int, num_crops: int, *, rounding: str = "up"
+) -> list[np.ndarray]:
+    """Cut the crops of evaluation.
 
     Args:
         frames: `(t, h, w, c)`, at least `size` high and wide.
         size: Height and width of a crop in pixels.
         num_crops: 1: the centre. 3: along the longer side the two ends and the centre; the original
-            protocol is that on what `resize_bilinear(frames, size)` gives.
+            protocol is that on the result of `resize_bilinear(frames, size)`.
+        rounding: Where the centre crop starts if its offset is half a pixel: `up`, as in XViT's
+            program, or to the `even` pixel, as in torchvision's `CenterCrop`, which STAM uses.
 
     Returns:
         `num_crops` arrays `(t, size, size, c)`; with 3: left, centre, right or top, centre, bottom.
@@ -136,7 +160,8 @@ def eval_crops(frames: np.ndarray, size: int, num_crops: int) -> list[np.ndarray
     _, h, w, _ = frames.shape
     if min(h, w) < size:
         raise ValueError(f"frames of {w} × {h} pixels have no crops of {size} × {size}")
-    middle = (-(-(h - size) // 2), -(-(w - size) // 2))  # rounded up, as the original programs do
+    to_int = math.ceil if rounding == "up" else round
+    middle = to_int((h - size) / 2), to_int((w - size) / 2)
     if num_crops == 1:
         places = [middle]
     elif w >= h:
