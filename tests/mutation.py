@@ -66,7 +66,12 @@ class Target:
 TARGETS = {
     "jaxvid/data/sampling.py": [Target("tests/test_sampling.py")],
     "jaxvid/data/transforms.py": [Target("tests/test_transforms.py")],
-    "jaxvid/data/augment.py": [Target("tests/test_augment.py")],
+    "jaxvid/data/augment.py": [
+        Target(
+            "tests/test_augment.py",
+            "published or levels_stand or augment_applies or randaugments or decides",
+        )
+    ],
     "jaxvid/data/operations.py": [Target("tests/test_augment.py")],
     "jaxvid/mixing.py": [
         Target("tests/test_mixing.py", "eras or dtype or small", ("erase",)),

@@ -239,8 +239,15 @@ def test_randaugment_applies_every_operation_equally_often(calls):
 
 
 def test_randaugments_magnitude_is_checked():
-    with pytest.raises(ValueError, match="from 0 to 10, not 11"):
-        augment.randaugment(natural(5, 5), np.random.default_rng(0), num_layers=1, magnitude=11)
+    for magnitude in (11, 10.01, -0.01):
+        with pytest.raises(ValueError, match=f"from 0 to 10, not {magnitude}"):
+            augment.randaugment(
+                natural(5, 5), np.random.default_rng(0), num_layers=1, magnitude=magnitude
+            )
+    for magnitude in (0, 0.5, 10):
+        augment.randaugment(
+            natural(5, 5), np.random.default_rng(0), num_layers=1, magnitude=magnitude
+        )
 
 
 AUGMENTATIONS = {

@@ -130,3 +130,9 @@ def test_unknown_variants_are_refused():
         importlib.import_module("configs.motion").get_config("fast")
     with pytest.raises(ValueError, match="xvit_k400.py:fast: there are 'released' and 'paper'"):
         importlib.import_module("configs.xvit_k400").get_config("fast")
+
+
+@pytest.mark.parametrize(("name", "variant"), CONFIGS)
+def test_clips_are_mirrored_half_of_the_time_unless_a_class_depends_on_the_direction(name, variant):
+    _, config = get_config(name, variant)
+    assert config.data.flip == (0.0 if name in ("motion", "xvit_ssv2") else 0.5)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,10 +13,12 @@ import pytest
 
 from configs import common, xvit_k600
 from jaxvid import evaluate, model_folder, progress, sharding, steps
+from jaxvid.data import pipeline
 from jaxvid.data.clips import load_eval_views, make_spec
+from jaxvid.data.decode import DecodeError
 from jaxvid.data.packing import Settings
 from jaxvid.data.prepare import prepare
-from jaxvid.data.sources import open_folder
+from jaxvid.data.sources import Record, open_folder
 from jaxvid.errors import InputError
 from jaxvid.models import create_model, split_params
 from jaxvid.train import train
@@ -545,3 +548,30 @@ def test_unknown_scores_are_refused(folder):
     ):
         evaluate.check_protocol(config, sharding.make_mesh(config.mesh))
     assert jax.device_count() == 8
+
+
+def test_the_running_accuracy_counts_failed_videos_as_wrong(folder, monkeypatch):
+    """The scores of a failed video are zeros, whose best class is 0: its label here."""
+    told = []
+
+    def load(record, spec):
+        if record.id == "broken.mp4":
+            raise DecodeError("broken.mp4: cannot be decoded")
+        clip = np.zeros((1, spec.num_frames, spec.crop, spec.crop, 3), spec.eval_dtype)
+        indices = np.zeros((1, spec.num_frames), np.int32)
+        return {"video": clip, "indices": indices, "padded": False, "released": True}
+
+    def eval_step(params, batch):
+        scores = np.tile(np.float32([2, 1, 0, 0]), (len(batch["video"]), 1))
+        return {"scores": scores, "probabilities": scores / 3}
+
+    monkeypatch.setattr(pipeline, "load_eval_views", load)
+    monkeypatch.setattr(
+        evaluate.metrics.Progress, "advance", lambda _, count, text: told.append(text)
+    )
+    config = make_config(folder)
+    records = [Record(Path(name), label) for name, label in (("broken.mp4", 0), ("a.mp4", 0))]
+    mesh = sharding.make_mesh(config.mesh)
+    results = evaluate.evaluate_params({}, records, config, eval_step=eval_step, mesh=mesh)
+    assert results.hits(1).tolist() == [False, True]
+    assert told == ["top-1 50.00 %"]

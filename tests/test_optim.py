@@ -36,6 +36,16 @@ def test_a_warm_up_longer_than_the_training_is_refused():
     settings = motion.get_config().optimizer
     with pytest.raises(InputError, match=r"warmup_epochs=0.8 \(100 steps\) does not fit into 50"):
         make_schedule(settings, batch_size=32, total_steps=50, steps_per_epoch=125)
+    with pytest.raises(InputError, match="does not fit into 100 training steps"):
+        make_schedule(settings, batch_size=32, total_steps=100, steps_per_epoch=125)
+
+
+def test_without_a_warm_up_the_rate_starts_at_the_peak():
+    settings = motion.get_config().optimizer.unlock()
+    settings.warmup_epochs = 0.0
+    schedule = make_schedule(settings, batch_size=32, total_steps=100, steps_per_epoch=10)
+    rates = [float(schedule(step)) for step in (0, 50, 100)]
+    assert rates == pytest.approx([1e-3, 5e-4, 0], abs=1e-9)
 
 
 def test_only_kernels_decay_and_gradients_are_clipped():

@@ -127,6 +127,31 @@ def test_shards_are_disjoint_and_complete(numbered):
     assert sorted(sum((seen(shard) for shard in shards), [])) == list(range(48))
 
 
+def test_each_process_makes_its_consecutive_rows_of_every_batch(numbered):
+    whole = train_batches(numbered, 5, batch_size=12)
+    parts = [train_batches(numbered, 5, batch_size=4, shard=(i, 3)) for i in range(3)]
+    for i, batch in enumerate(whole):
+        rows = np.concatenate([part[i]["video"] for part in parts])
+        np.testing.assert_array_equal(rows, batch["video"])
+
+
+def test_each_process_evaluates_its_consecutive_rows_of_every_batch(motion_folder, monkeypatch):
+    records = read_list(motion_folder / "val.csv", 8)
+
+    def load(record, spec):
+        return {"video": np.uint8(0), "indices": 0, "padded": False, "released": True}
+
+    monkeypatch.setattr(pipeline, "load_eval_views", load)
+    ids = []
+    for i in range(2):
+        options = {"spec": SPEC, "batch_size": 3, "num_threads": 1, "shard": (i, 2)}
+        ids.append([split_batch(batch)[1] for batch in make_eval_iter(records, **options)])
+    listed = [record.id for record in records]
+    assert [sum(rows, []) for rows in zip(*ids, strict=True)] == [
+        listed[start : start + 6] for start in range(0, len(records), 6)
+    ]
+
+
 def test_the_iterators_state_resumes_in_the_middle_of_an_epoch(records):
     settings = {"spec": SPEC, "batch_size": 8, "seed": 0, "num_threads": 2}
     batches = make_train_iter(records, **settings)
@@ -304,3 +329,17 @@ def test_folders_are_refused_with_the_way_out(config, motion_folder):
         config.data.source = "kinetics"
         with pytest.raises(InputError, match="data.source='kinetics': there are 'motion'"):
             open_folder(config.data, 8, ("val",))
+
+
+def test_clips_are_mirrored_with_the_configs_probability(records, monkeypatch):
+    seen = []
+
+    def flip(frames, rng, probability):
+        seen.append(probability)
+        return frames
+
+    monkeypatch.setattr(transforms, "random_flip", flip)
+    for probability in (0.0, 0.3):
+        spec = dataclasses.replace(SPEC, flip=probability)
+        load_train_clip(records[0], np.random.default_rng(0), spec)
+    assert seen == [0.3]

@@ -15,6 +15,7 @@ from jaxvid.data.sampling import (
     in_released_subset,
     is_padded,
     make_indices,
+    max_views,
     rate_indices,
     segment_indices,
 )
@@ -162,3 +163,92 @@ def test_by_time_a_clip_is_padded_where_the_time_ends(count, seconds, padded):
         assert views["padded"] == (padded if by_time else not padded)
         if by_time:
             assert padded == (np.diff(times[views["indices"][0]])[-1] == 0)
+
+
+class Extreme:
+    """A generator whose uniform draws are all their least or their greatest value."""
+
+    def __init__(self, greatest: bool):
+        self._greatest = greatest
+
+    def uniform(self, low, high):
+        return high if self._greatest else low
+
+
+@pytest.mark.parametrize("sampling", ["dense", "rate"])
+def test_training_clips_start_anywhere_that_leaves_room_for_them(sampling):
+    options = {"sampling_rate": 16, "fps": 30.0}
+    start = make_indices(sampling, 700, 8, **options)
+    assert start[0] == 0
+    least, greatest = (
+        make_indices(sampling, 700, 8, **options, rng=Extreme(value)) for value in (False, True)
+    )
+    assert least.tolist() == start.tolist()
+    assert greatest[-1] == 699
+    np.testing.assert_allclose(np.diff(greatest), np.diff(start), atol=1)
+    short = make_indices(sampling, 50, 8, **options, rng=Extreme(True))
+    assert short.tolist() == make_indices(sampling, 50, 8, **options).tolist()
+
+
+def test_views_of_rate_sampling_start_at_their_share_of_what_is_left():
+    left = 999 - rate_indices(1000, 8, fps=25.0)[-1]
+    firsts = [rate_indices(1000, 8, fps=25.0, view=v, num_views=5)[0] for v in range(5)]
+    assert firsts == [left * v // 5 for v in range(5)]
+
+
+def test_indices_of_the_first_view_are_the_default():
+    for sampling in SAMPLINGS:
+        options = {"sampling_rate": 4, "fps": 25.0}
+        first = make_indices(sampling, 400, 8, **options, view=0, num_views=1)
+        assert make_indices(sampling, 400, 8, **options).tolist() == first.tolist()
+    views = [make_indices("segments", 17, 8, sampling_rate=1, fps=None, view=v) for v in range(3)]
+    expected = [segment_indices(17, 8, view=v) for v in range(3)]
+    np.testing.assert_array_equal(views, expected)
+    np.testing.assert_array_equal(segment_indices(17, 8), expected[0])
+    assert dense_indices(400, 8, sampling_rate=4, fps=30.0)[0] == 0
+
+
+def test_only_segments_have_a_limited_number_of_views():
+    assert {name: max_views(name) for name in SAMPLINGS} == {
+        "segments": 3,
+        "dense": None,
+        "rate": None,
+    }
+
+
+def test_clips_of_one_or_two_frames_are_the_ends_of_the_window():
+    assert dense_indices(100, 1, sampling_rate=16, fps=30.0, view=1, num_views=2).tolist() == [42]
+    assert dense_indices(100, 2, sampling_rate=16, fps=30.0).tolist() == [0, 31]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "fps", "needed"),
+    [
+        ("segments", 30.0, 8),
+        ("dense", 30.0, 128),
+        ("dense", 15.0, 64),
+        ("dense", None, 128),
+        ("rate", 30.0, 263),  # the last frame has the number ⌊7 · 37.5⌋
+        ("rate", None, 263),
+        ("rate", 15.0, 132),
+    ],
+)
+def test_a_video_with_one_frame_too_few_is_padded(sampling, fps, needed):
+    for length in (needed - 1, needed):
+        padded = is_padded(sampling, length, 8, sampling_rate=16, fps=fps)
+        assert padded == (length < needed)
+
+
+def test_an_unknown_frame_rate_counts_as_30():
+    for sampling in ("dense", "rate"):
+        unknown, known = (
+            make_indices(sampling, 900, 8, sampling_rate=16, fps=fps) for fps in (None, 30.0)
+        )
+        assert unknown.tolist() == known.tolist()
+
+
+def test_by_time_the_frame_on_show_is_taken_also_at_the_ends():
+    times = np.array([3.0, 3.5, 5.0])
+    # The middle of the frames' second: 0.5, 3.5 (just as a frame begins), 4.5, 9.5.
+    found = frames_at_times(np.array([0, 3, 4, 9]), times, fps=1.0)
+    assert found.tolist() == [0, 1, 1, 2]

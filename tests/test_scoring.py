@@ -99,6 +99,7 @@ def test_mcnemars_test(gained, lost, p):
     found = scoring.compare_hits(before, after)
     assert (found["gained"], found["lost"]) == (gained, lost)
     assert found["p_value"] == pytest.approx(p)
+    assert found["num_videos"] == len(before)
     assert found["difference"] == pytest.approx(100 * (gained - lost) / len(before))
     assert scoring.compare_hits(np.zeros(3000, bool), np.ones(3000, bool))["p_value"] < 1e-300
 
@@ -111,6 +112,42 @@ def test_classes_that_are_confused_stand_side_by_side():
     assert sorted(order) == list(range(6))
     assert abs(order.index(0) - order.index(4)) == 1
     assert abs(order.index(1) - order.index(3)) == 1
+
+
+def test_equal_scores_rank_the_first_class_first():
+    found = results(np.zeros((2, 400)), [0, 5])
+    assert found.top(5).tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert found.hits(5).tolist() == [True, False]
+    assert found.confusion().dtype == np.int64
+
+
+def test_the_intervals_ends_are_the_quantiles_and_the_seed_decides():
+    hits = np.arange(100_000) % 4 > 0
+    intervals = [scoring.confidence_interval(hits, seed) for seed in range(20)]
+    low, high = np.mean(intervals, axis=0)
+    deviation = 100 * np.sqrt(0.75 * 0.25 / len(hits))
+    # 2000 resamples give a quantile to 0.06 standard deviations, 20 times that many to 0.013.
+    assert (75 - low) / deviation == pytest.approx(1.96, abs=0.06)
+    assert (high - 75) / deviation == pytest.approx(1.96, abs=0.06)
+    assert scoring.confidence_interval(hits) == intervals[0]
+    assert len(set(intervals)) == 20
+
+
+@pytest.mark.parametrize("confidences", [[], [0.01, 0.02], [1.0, 1.0]])
+def test_calibration_always_has_15_bins(confidences):
+    bins, _ = scoring.reliability(np.array(confidences), np.ones(len(confidences), bool))
+    assert bins.shape == (15, 3)
+    assert bins.dtype == np.float64
+    assert np.nansum(bins[:, 2]) == len(confidences)
+
+
+def test_the_order_of_classes_starts_with_the_most_confused_and_follows_the_last():
+    confusion = np.diag([90, 0, 0, 0, 50, 0])
+    for i, j, count in ((3, 1, 10), (3, 2, 6), (1, 4, 4), (3, 5, 1)):
+        confusion[i, j] = count
+    # After 3 and 1: 4 is confused 4 times with the last, 2 six times with the one before.
+    assert scoring.order_by_confusion(confusion).tolist() == [3, 1, 4, 2, 5, 0]
+    assert scoring.order_by_confusion(confusion.T.tolist()).tolist() == [3, 1, 4, 2, 5, 0]
 
 
 def write(folder, found):

@@ -1,5 +1,7 @@
 """Crops and resizes of whole clips."""
 
+import types
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -97,6 +99,12 @@ def test_flips_mirror_whole_clips_half_of_the_time():
         np.testing.assert_array_equal(flipped, clip[:, :, ::-1] if mirrored else clip)
         count += mirrored
     assert 160 < count < 240  # four standard deviations
+    for draw, probability, mirrored in ((0.299, 0.3, True), (0.3, 0.3, False)):
+        rng_of_one = types.SimpleNamespace(random=lambda draw=draw: draw)
+        assert (random_flip(clip, rng_of_one, probability) is not clip) == mirrored
+    for draw, mirrored in ((0.499, True), (0.5, False)):  # the default is one half
+        rng_of_one = types.SimpleNamespace(random=lambda draw=draw: draw)
+        assert (random_flip(clip, rng_of_one) is not clip) == mirrored
     np.testing.assert_array_equal(random_flip(clip, rng, 1.0), clip[:, :, ::-1])
     assert random_flip(clip, rng, 0.0) is clip
 

@@ -160,7 +160,7 @@ def frames_at_times(indices: np.ndarray, times: np.ndarray, fps: float) -> np.nd
         `(t,)` numbers of the frames that are shown at those moments.
     """
     shown = np.searchsorted(times, indices / fps + 0.5 / fps, side="right") - 1
-    return np.clip(shown, 0, len(times) - 1)
+    return np.maximum(shown, 0)
 
 
 def _window(num_frames: int, sampling_rate: int, fps: float | None) -> float:
