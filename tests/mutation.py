@@ -4,8 +4,8 @@ mutmut makes the mutants; this file runs them. mutmut's own runner starts each t
 tests have already run, when JAX has started threads that do not survive a fork. Here a process
 collects the tests of a module, and then forks once for each mutant, before any test has run. The
 child replaces the code of the module's functions by the mutant's, and runs the tests up to the
-first failure. Mutants outside functions (tables, defaults of dataclasses) are run in a process that
-imports the mutated module.
+first failure. Mutants of what runs at import (tables, defaults of dataclasses) are run in a process
+that imports the mutated module.
 
 Survivors that `docs/mutation.md` does not list are printed, and the exit code is 1.
 """
@@ -110,7 +110,8 @@ class Mutant:
         where: The function, class or variable that is changed; empty: none.
         change: The lines that differ, `old → new`.
         source: The whole module.
-        in_function: Whether the change is in the body or the defaults of a function.
+        in_function: Whether the change is in a function, and so has no effect while the module is
+            imported.
     """
 
     where: str
@@ -135,8 +136,10 @@ def make_mutants(path: Path, functions: tuple[str, ...] = ()) -> list[Mutant]:
     """
     source = path.read_text(encoding="utf-8")
     module, mutations, *_ = file_mutation.create_mutations(str(path), source)
-    owners = {}
+    owners, at_import = {}, set()
     for statement in module.body:
+        if isinstance(statement, cst.SimpleStatementLine):
+            at_import |= {n.value for n in matchers.findall(statement, matchers.Name())}
         owners.update(dict.fromkeys(map(id, _walk(statement)), _name(statement)))
     messages = {id(node) for message in _messages(module) for node in _walk(message)}
     positions = MetadataWrapper(module, unsafe_skip_copy=True).resolve(PositionProvider)
@@ -150,7 +153,8 @@ def make_mutants(path: Path, functions: tuple[str, ...] = ()) -> list[Mutant]:
             continue  # of mutmut's three mutants of a string one is enough
         mutated = _splice(source, positions[old], module.code_for_node(new))
         function = mutation.contained_by_top_level_function
-        mutant = Mutant(owner, _change(source, mutated), mutated, _is_function(function))
+        in_function = isinstance(function, cst.FunctionDef) and owner not in at_import
+        mutant = Mutant(owner, _change(source, mutated), mutated, in_function)
         if mutated != source:
             mutants.setdefault(mutated, mutant)
     return list(mutants.values())
@@ -163,10 +167,6 @@ def _name(statement: cst.CSTNode) -> str:
         [target, *_] = getattr(first, "targets", [first])
         return getattr(getattr(target, "target", None), "value", "")
     return statement.name.value if hasattr(statement, "name") else ""
-
-
-def _is_function(node: cst.CSTNode | None) -> bool:
-    return isinstance(node, cst.FunctionDef)
 
 
 def _walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -170,3 +171,132 @@ def test_configs_are_compared_field_by_field(tmp_path):
 def test_a_model_folder_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         jaxvid.save_model(jaxvid.create_model("xvit_tiny", **TINY), "/proc/jaxvid/model")
+
+
+class Position:
+    """A data iterator that is nothing but its position."""
+
+    def __init__(self, position: int = 0):
+        self.position = position
+
+    def get_state(self) -> dict:
+        return {"position": self.position}
+
+    def set_state(self, state: dict) -> None:
+        self.position = state["position"]
+
+
+def tiny_state(step: int, **trees) -> dict:
+    params = {"a.kernel": jnp.full((2, 3), step, jnp.float32)}
+    return {"step": jnp.int32(step), "params": params, **trees}
+
+
+def save(workdir: Path, *steps: int, keep: int = 2, **trees) -> None:
+    manager = checkpoint.make_manager(workdir, keep=keep)
+    for step in steps:
+        checkpoint.save_checkpoint(manager, tiny_state(step, **trees), Position(10 * step))
+    checkpoint.finish_saving(manager)
+    manager.close()
+
+
+def abstract(tree):
+    """The shapes and shardings of a tree of arrays."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+    )
+
+
+def restore(workdir: Path, keep: int = 2) -> tuple[int | None, int]:
+    """The restored step and the position of the data; checks the weights."""
+    position = Position(-1)
+    manager, state = checkpoint.restore_newest(
+        workdir, abstract(tiny_state(0)), position, keep=keep
+    )
+    manager.close()
+    if state is None:
+        return None, position.position
+    np.testing.assert_array_equal(state["params"]["a.kernel"], np.full((2, 3), state["step"]))
+    return int(state["step"]), position.position
+
+
+def damage(workdir: Path, step: int) -> None:
+    """Changes a byte of a checkpoint's largest file."""
+    files = [p for p in (workdir / "checkpoints" / str(step)).rglob("*") if p.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+
+
+def test_the_newest_checkpoints_are_kept_and_restored(tmp_path):
+    assert restore(tmp_path) == (None, -1)
+    save(tmp_path, 1, 2, 3)
+    assert checkpoint.find_steps(tmp_path) == [2, 3]
+    assert checkpoint.newest_step(tmp_path) == 3
+    noted = json.loads((tmp_path / "checkpoints.json").read_text())
+    assert noted.keys() == {"2", "3"}
+    assert all(noted.values())
+    assert restore(tmp_path) == (3, 30)
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_damaged_checkpoints_are_moved_aside_and_named(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(checkpoint.log, "warning", lambda text, *args: told.append(text % args))
+    save(tmp_path, 2, 3)
+    damage(tmp_path, 3)
+    assert restore(tmp_path) == (2, 20)
+    assert checkpoint.find_steps(tmp_path) == [2]
+    assert (tmp_path / "damaged" / "3").is_dir()
+    [line] = told
+    assert "checkpoint of step 3 is damaged (1 of " in line
+    assert str(tmp_path / "damaged" / "3") in line
+    save(tmp_path, 3)  # trained again, and damaged again
+    for step in (2, 3):
+        damage(tmp_path, step)
+    with pytest.raises(InputError, match="every checkpoint is damaged .*/3_again, .*/2"):
+        restore(tmp_path)
+    assert restore(tmp_path) == (None, -1)
+
+
+def test_a_whole_checkpoint_of_another_shape_is_not_moved(tmp_path):
+    save(tmp_path, 3)
+    other = abstract({**tiny_state(0), "more": jnp.zeros(2)})
+    with pytest.raises(InputError, match="step 3 is whole, but cannot be restored") as error:
+        checkpoint.restore_newest(tmp_path, other, Position(), keep=2)
+    assert "\n" not in str(error.value)
+    assert checkpoint.find_steps(tmp_path) == [3]
+
+
+def test_checkpoints_without_checksums_are_restored(tmp_path):
+    save(tmp_path, 3)
+    (tmp_path / "checkpoints.json").write_text("{")  # killed while it was written
+    assert restore(tmp_path) == (3, 30)
+    (tmp_path / "checkpoints.json").unlink()
+    assert restore(tmp_path) == (3, 30)
+
+
+def test_weights_come_alone_and_their_average_if_there_is_one(tmp_path):
+    params = tiny_state(3)["params"]
+    save(tmp_path / "plain", 3)
+    save(tmp_path / "average", 3, ema={"a.kernel": jnp.full((2, 3), 7.0)})
+    for name, expected in (("plain", 3), ("average", 7)):
+        found = checkpoint.restore_params(tmp_path / name, 3, abstract(params))
+        assert found.keys() == params.keys()
+        np.testing.assert_array_equal(found["a.kernel"], np.full((2, 3), expected))
+    damage(tmp_path / "plain", 3)
+    with pytest.raises(InputError, match="step 3 is damaged .*evaluate --config.init_from=.*/best"):
+        checkpoint.restore_params(tmp_path / "plain", 3, abstract(params))
+
+
+def test_a_save_that_fails_names_the_checkpoints_there_are(tmp_path, monkeypatch):
+    save(tmp_path, 2, 3)
+    manager = checkpoint.make_manager(tmp_path, keep=2)
+
+    def fail(*_, **__):
+        raise OSError("no space")
+
+    monkeypatch.setattr(manager, "save", fail)
+    with pytest.raises(InputError, match=r"cannot be written to .*no space.*: 2, 3; make room"):
+        checkpoint.save_checkpoint(manager, tiny_state(4), Position())
+    manager.close()
