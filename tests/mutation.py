@@ -80,8 +80,14 @@ TARGETS = {
     "jaxvid/steps.py": [
         Target(
             "tests/test_steps.py",
-            "formula or normalize or eval_step or linear or fresh_state or each_part",
-        )
+            "formula or normalize or eval_step",
+            ("normalize", "cross_entropy", "divergence", "eval_step"),
+        ),
+        Target(
+            "tests/test_steps.py",
+            "linear or fresh_state or each_part",
+            ("Recipe", "Teacher", "init_state", "best_params", "train_step", "_mix", "_accumulate"),
+        ),
     ],
     "jaxvid/optim.py": [Target("tests/test_optim.py")],
     "jaxvid/scoring.py": [Target("tests/test_scoring.py")],
