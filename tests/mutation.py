@@ -72,10 +72,30 @@ TARGETS = {
             "published or levels_stand or augment_applies or randaugments or decides",
         )
     ],
-    "jaxvid/data/operations.py": [Target("tests/test_augment.py")],
+    "jaxvid/data/operations.py": [
+        Target(
+            "tests/test_augment.py",
+            "on_values or histograms or take_views or brightness",
+            (
+                *("invert", "solarize", "solarize_add", "posterize", "brightness", "contrast"),
+                *("autocontrast", "equalize", "_look_up", "_blend_table", "_luma"),
+            ),
+        ),
+        Target(
+            "tests/test_augment.py", "blends or take_views", ("color", "sharpness", "_TRUNCATE")
+        ),
+        Target(
+            "tests/test_augment.py",
+            "geometric or take_views",
+            (
+                *("shear_x", "shear_y", "translate_x", "translate_y", "rotate", "_shift"),
+                *("_kernel", "_FILL"),
+            ),
+        ),
+    ],
     "jaxvid/mixing.py": [
-        Target("tests/test_mixing.py", "eras or dtype or small", ("erase",)),
-        Target("tests/test_mixing.py", "mix or dtype or alpha", ("mixup", "cutmix", "_between")),
+        Target("tests/test_mixing.py", "erased or erasing or dtype", ("erase",)),
+        Target("tests/test_mixing.py", "mixup or cutmix or dtype", ("mixup", "cutmix", "_between")),
     ],
     "jaxvid/steps.py": [
         Target(

@@ -1,6 +1,7 @@
 """Every mixture of parallelism computes what one device computes."""
 
 import functools
+import types
 
 import jax
 import numpy as np
@@ -121,9 +122,77 @@ def test_the_rule_cuts_kernels_and_their_moments_alike():
     assert specs["odd"]["cls_token"] == P(None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("blocks.0.attn.qkv.kernel", P("fsdp", "tensor")),
+        ("blocks.0.mlp.fc1.kernel", P("fsdp", "tensor")),
+        ("blocks.0.attn.proj.kernel", P("tensor", "fsdp")),
+        ("blocks.0.mlp.fc2.kernel", P("tensor", "fsdp")),
+        ("aggregate.layers.0.self_attn.in_proj_weight", P("fsdp", "tensor")),
+        ("aggregate.layers.0.linear1.kernel", P("fsdp", "tensor")),
+        ("aggregate.layers.0.self_attn.out_proj.kernel", P("tensor", "fsdp")),
+        ("aggregate.layers.0.linear2.kernel", P("tensor", "fsdp")),
+        ("head.kernel", P("fsdp", None)),  # no layer of a pair
+        ("blocks.0.attn.qkv.bias", P("fsdp", None)),  # no kernel
+    ],
+)
+def test_the_rule_cuts_the_first_of_two_layers_by_outputs_and_the_second_by_inputs(name, spec):
+    leaf = jax.ShapeDtypeStruct((16, 16), "float32")
+    found = sharding.state_sharding({name: leaf}, make_mesh(2, 2, 2))[name]
+    assert found.spec == spec
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((64, 6), P("fsdp", None)),  # 6 outputs cannot be cut by 4, 64 inputs by 2
+        ((7, 4), P(None, "tensor")),
+        ((64,), P("fsdp")),
+        ((2, 4, 8), P(None, None, "fsdp")),  # tensor parallelism is for matrices
+        ((6, 9, 3), P("fsdp", None, None)),  # the longest axis that can be cut
+        ((1, 2), P(None, "fsdp")),
+        ((), P()),
+    ],
+)
+def test_the_rule_cuts_the_longest_axis_that_can_be_cut(shape, spec):
+    leaf = jax.ShapeDtypeStruct(shape, "float32")
+    assert (
+        sharding.state_sharding({"qkv.kernel": leaf}, make_mesh(1, 2, 4))["qkv.kernel"].spec == spec
+    )
+
+
+def test_the_rule_holds_for_trees_without_names():
+    mesh, leaf = make_mesh(1, 2, 4), jax.ShapeDtypeStruct((4, 8), "float32")
+    for tree in (leaf, [leaf]):
+        [found] = jax.tree.leaves(sharding.state_sharding(tree, mesh))
+        assert found.spec == P(None, "fsdp")
+        assert found.mesh == mesh
+
+
+def test_shapes_get_the_rules_sharding_and_batches_are_cut_by_rows():
+    mesh = make_mesh(2, 2, 2)
+    leaf = jax.ShapeDtypeStruct((64, 192), "bfloat16")
+    found = sharding.with_sharding({"b.qkv.kernel": leaf}, mesh)["b.qkv.kernel"]
+    assert (found.shape, found.dtype) == (leaf.shape, leaf.dtype)
+    assert (found.sharding.spec, found.sharding.mesh) == (P("fsdp", "tensor"), mesh)
+    batch = {"label": np.arange(8), "video": np.arange(16.0).reshape(8, 2)}
+    arrays = sharding.to_global(batch, mesh)
+    assert arrays.keys() == batch.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, batch[name])
+        assert array.sharding.spec == P(("data", "fsdp"))
+        assert array.sharding.mesh == mesh
+    assert sharding.replicated(mesh).is_fully_replicated
+    assert sharding.replicated(mesh).mesh == mesh
+
+
 def test_meshes_fill_what_is_left_and_refuse_the_rest():
     assert dict(make_mesh(-1, 2, 1).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     assert dict(make_mesh(1, -1, 1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh(2, 4, -1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    # What flax's modules need; the other axis types are refused by the class token's concatenation.
+    assert make_mesh(2, 2, 2).axis_types == (jax.sharding.AxisType.Auto,) * 3
     for sizes in ((3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1), (-2, 4, -1)):
         with pytest.raises(InputError, match="cannot be laid over 8 devices"):
             make_mesh(*sizes)
@@ -166,6 +235,34 @@ def test_fully_sharded_state_takes_an_eighth_of_the_memory():
 
 def test_processes_know_their_rows():
     assert sharding.rows_of_process(make_mesh(4, 2, 1), 16) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("slices", "expected"),
+    [
+        ([(0, 4), (4, 8)], (0, 2)),
+        ([(8, 12), (12, 16)], (1, 2)),
+        ([(12, 16)], (3, 4)),
+        ([(4, 8), (4, 8)], (1, 4)),  # 'tensor' spans its devices
+        ([(0, 16)], (0, 1)),
+        ([(0, 4), (8, 12)], None),  # not in one piece
+        ([(2, 6)], None),  # not one of 4 equal parts
+        ([(0, 6)], None),  # 16 is not divisible by 6
+    ],
+)
+def test_a_process_makes_the_rows_that_its_devices_hold(slices, expected, monkeypatch):
+    def hold(shape):
+        assert shape == (16,)
+        return {i: (slice(*bounds),) for i, bounds in enumerate(slices)}
+
+    stub = types.SimpleNamespace(addressable_devices_indices_map=hold)
+    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: stub)
+    mesh = make_mesh(8, 1, 1)
+    if expected:
+        assert sharding.rows_of_process(mesh, 16) == expected
+    else:
+        with pytest.raises(InputError, match="process 0 would hold scattered clips"):
+            sharding.rows_of_process(mesh, 16)
 
 
 def test_flags_of_processes_must_be_complete(monkeypatch):

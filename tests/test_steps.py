@@ -61,6 +61,9 @@ def test_cross_entropy_is_the_recipes_formula():
 def test_normalize():
     video = np.array([0, 255, 51], np.uint8).reshape(1, 1, 1, 1, 3)
     np.testing.assert_allclose(normalize(video, 0.5, 0.5).ravel(), [-1, 1, -0.6], rtol=1e-6)
+    fine = np.array([0, 255 * 256, 51 * 256 + 128], np.uint16)  # in units of 1/256 grey level
+    expected = [-1, 1, (51.5 / 255 - 0.5) / 0.5]
+    np.testing.assert_allclose(normalize(fine, 0.5, 0.5), expected, rtol=1e-6)
 
 
 def stub_scores(pixels, score="logits"):
