@@ -16,6 +16,7 @@ import importlib.abc
 import importlib.util
 import inspect
 import json
+import math
 import os
 import signal
 import sys
@@ -45,6 +46,7 @@ from mutmut.mutation import file_mutation
 ROOT = Path(__file__).parents[1]
 SURVIVORS = ROOT / "docs" / "mutation.md"
 MIN_SECONDS = 60  # least time limit of a mutant
+SHARED = 40  # mutants of a process, see `Target.share`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +57,14 @@ class Target:
         tests: A test file.
         select: pytest's `-k` expression; empty: all tests of the file.
         functions: Names of functions, classes and variables; empty: the whole module.
+        share: Run many mutants in one process, so that JAX starts and compiles once. Only for tests
+            that compile no function of the module for longer than a test.
     """
 
     tests: str
     select: str = ""
     functions: tuple[str, ...] = ()
+    share: bool = False
 
 
 # The fast tests of each module: those that train a network take seconds for each mutant.
@@ -75,14 +80,16 @@ TARGETS = {
     "jaxvid/data/operations.py": [
         Target(
             "tests/test_augment.py",
-            "on_values or histograms or take_views or brightness",
+            "on_values or histograms or equalize or take_views",
             (
                 *("invert", "solarize", "solarize_add", "posterize", "brightness", "contrast"),
-                *("autocontrast", "equalize", "_look_up", "_blend_table", "_luma"),
+                *("autocontrast", "equalize", "_look_up", "_blend_table"),
             ),
         ),
         Target(
-            "tests/test_augment.py", "blends or take_views", ("color", "sharpness", "_TRUNCATE")
+            "tests/test_augment.py",
+            "blends or take_views",
+            ("color", "sharpness", "_luma", "_TRUNCATE"),
         ),
         Target(
             "tests/test_augment.py",
@@ -107,9 +114,10 @@ TARGETS = {
             "tests/test_steps.py",
             "linear or fresh_state or each_part",
             ("Recipe", "Teacher", "init_state", "best_params", "train_step", "_mix", "_accumulate"),
+            share=True,
         ),
     ],
-    "jaxvid/optim.py": [Target("tests/test_optim.py")],
+    "jaxvid/optim.py": [Target("tests/test_optim.py", share=True)],
     "jaxvid/scoring.py": [Target("tests/test_scoring.py")],
     "jaxvid/metrics.py": [
         Target("tests/test_metrics.py", "", ("sum_metrics", "last_evaluation", "_step_of"))
@@ -323,12 +331,12 @@ class _CacheAll:
         return result
 
 
-class _ForkForMutants(_CacheAll):
-    """Forks for each mutant where pytest would run the tests that it has collected."""
+class _RunMutants(_CacheAll):
+    """Runs mutants in forks where pytest would run the tests that it has collected."""
 
-    def __init__(self, name: str, mutants: list[Mutant], jobs: int, note: Callable):
-        self._name, self._mutants, self._note = name, mutants, note
-        self._forks, self._is_child = _Forks(jobs), False
+    def __init__(self, name: str, mutants: list[Mutant], *, jobs: int, share: bool, note: Callable):
+        self._name, self._mutants, self._share, self._note = name, mutants, share, note
+        self._forks, self._failed = _Forks(jobs), False
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session):
@@ -336,7 +344,7 @@ class _ForkForMutants(_CacheAll):
             os._exit(1)
         clean = []
         if self._forks.fork(3600, lambda *result: clean.append(result)):
-            return self._be_child()
+            os._exit(self._fails(session))
         self._forks.wait()
         [(code, seconds)] = clean
         if code:
@@ -344,24 +352,73 @@ class _ForkForMutants(_CacheAll):
             os._exit(1)
         print(f"{self._name}: {len(session.items)} tests take {seconds:.1f} s", flush=True)
         limit = max(MIN_SECONDS, 15 * seconds)
-        for mutant in self._mutants:
+        rest = self._run_shared(session, limit) if self._share else self._mutants
+        for mutant in rest:
             if self._forks.fork(limit, lambda *result, m=mutant: self._note(m, *result)):
-                try:
-                    replace_code(sys.modules[self._name], mutant.source)
-                except Exception:
-                    os._exit(1)  # it cannot be imported
-                return self._be_child()
+                os._exit(self._is_killed(session, mutant))
         self._forks.wait()
         os._exit(0)
 
-    def _be_child(self) -> None:
-        """Lets pytest run the tests."""
-        self._is_child = True
+    def _run_shared(self, session, limit: float) -> list[Mutant]:
+        """Runs mutants in turn in a few processes; returns those to be run alone.
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self, exitstatus):
-        if self._is_child:
-            os._exit(int(exitstatus))
+        After its mutants a process runs the tests without one. If they fail then, a mutant has left
+        something behind, and all of the process's mutants are run again, alone.
+        """
+        rest = []
+        with tempfile.TemporaryDirectory() as folder:
+            for start in range(0, len(self._mutants), SHARED):
+                mutants, path = self._mutants[start : start + SHARED], Path(folder, str(start))
+
+                def done(code, seconds, mutants=mutants, path=path):
+                    codes = json.loads(path.read_text()) if code == 0 else [None] * len(mutants)
+                    for mutant, code in zip(mutants, codes, strict=True):
+                        if code is None:
+                            rest.append(mutant)
+                        else:
+                            self._note(mutant, code, seconds / len(mutants))
+
+                if self._forks.fork(limit * (len(mutants) + 1), done):
+                    signal.signal(signal.SIGALRM, _raise_timeout)
+                    original = (ROOT / sys.modules[self._name].__file__).read_text()
+                    self._fails(session)  # starts JAX
+                    codes = []
+                    for mutant in mutants:
+                        signal.alarm(math.ceil(limit))
+                        start = time.monotonic()
+                        code = self._is_killed(session, mutant)
+                        signal.alarm(0)
+                        codes.append(code if time.monotonic() - start < limit else None)
+                        replace_code(sys.modules[self._name], original)
+                    path.write_text(json.dumps(codes))
+                    os._exit(self._fails(session))
+            self._forks.wait()
+        return rest
+
+    def _is_killed(self, session, mutant: Mutant) -> int:
+        """1 if a test fails with a mutant, 0 otherwise."""
+        try:
+            replace_code(sys.modules[self._name], mutant.source)
+        except Exception:  # it cannot be imported
+            return 1
+        return self._fails(session)
+
+    def _fails(self, session) -> int:
+        """Runs the tests up to the first failure: 1 if there is one, 0 otherwise."""
+        self._failed = False
+        for item, following in zip(session.items, [*session.items[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self._failed:
+                session._setupstate.teardown_exact(None)
+                return 1
+        return 0
+
+    def pytest_runtest_logreport(self, report):
+        self._failed |= report.failed
+
+
+def _raise_timeout(*_):
+    raise TimeoutError
 
 
 def run_target(path: str, target: Target, jobs: int, only: str) -> list[tuple[Mutant, str]]:
@@ -391,7 +448,8 @@ def run_target(path: str, target: Target, jobs: int, only: str) -> list[tuple[Mu
 
     if not (pid := os.fork()):
         inside = [mutant for mutant in mutants if mutant.in_function]
-        pytest.main(options, plugins=[_ForkForMutants(name, inside, jobs, note)])
+        runner = _RunMutants(name, inside, jobs=jobs, share=target.share, note=note)
+        pytest.main(options, plugins=[runner])
         os._exit(1)
     if os.waitpid(pid, 0)[1]:
         raise SystemExit(f"{path}: not run")

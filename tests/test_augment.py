@@ -99,6 +99,15 @@ def test_histograms_with_few_values_are_pillows(name, values):
     np.testing.assert_array_equal(getattr(operations, name)(clip), expected)
 
 
+def test_equalize_does_not_count_the_brightest_value():
+    """Of 511 pixels one is the brightest: the others fill the 255 steps with two pixels each."""
+    clip = np.repeat(np.arange(511, dtype=np.uint8)[:, None] % 190, 3, axis=1)
+    clip = clip.reshape(1, 7, 73, 3)
+    clip[0, 3, 5] = 200
+    expected = by_frame(clip, ImageOps.equalize)
+    np.testing.assert_array_equal(operations.equalize(clip), expected)
+
+
 def affine(matrix):
     """(image, argument, interpolation) → Pillow's `transform` by `matrix(argument, w, h)`."""
     return lambda image, argument, interpolation: image.transform(
@@ -193,6 +202,7 @@ def calls(monkeypatch) -> list:
         ("solarize", 10, {(256,)}),
         ("solarize_add", 3, {(33,)}),
         ("solarize_add", 7, {(77,)}),
+        ("solarize_add", 10, {(110,)}),
         ("color", 0, {(0.1,)}),
         ("brightness", 5, {(1.0,)}),
         ("contrast", 10, {(1.9,)}),
@@ -279,11 +289,12 @@ def test_the_seed_decides(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_operations_take_views(name):
-    """Crops and mirrored clips are not contiguous."""
-    clip = natural(30, 41)[:, 3:27, 4:35][:, :, ::-1]
-    for level in (2, 9):
-        ours, expected = (
-            augment.apply_operation(x, name, level, np.random.default_rng(0))
-            for x in (clip, clip.copy())
-        )
-        np.testing.assert_array_equal(ours, expected)
+    """Crops, mirrored clips and turned ones are not contiguous."""
+    mirrored = natural(30, 41)[:, 3:27, 4:35][:, :, ::-1]
+    for clip in (mirrored, mirrored.swapaxes(1, 2)):
+        for level in (2, 9):
+            ours, expected = (
+                augment.apply_operation(x, name, level, np.random.default_rng(0))
+                for x in (clip, np.ascontiguousarray(clip))
+            )
+            np.testing.assert_array_equal(ours, expected)

@@ -1,5 +1,7 @@
 """Random erasing, mixup and cutmix."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,8 @@ def test_erased_boxes_have_the_sizes_shapes_and_places_asked_for(erased):
     assert np.abs(log_aspect).max() < np.log(1 / 0.3) + 0.25
     assert abs(log_aspect.mean()) < 0.12  # σ = 0.7 over √2048 is 0.015; a wider frame shifts it
     assert 0.55 < log_aspect.std() < 0.75  # uniform: 2·ln(1/0.3)/√12 = 0.695
+    # Size and shape are drawn apart; what does not fit is large, and rather high than wide.
+    assert abs(np.corrcoef(share, log_aspect)[0, 1]) < 0.2
     rows, columns = boxes.any(axis=2).mean(axis=0), boxes.any(axis=1).mean(axis=0)
     assert min(rows[0], rows[-1], columns[0], columns[-1]) > 0.01  # every edge is reached
     # No end is preferred. Four standard deviations: 4·√(2·¼/2048) = 0.06.
@@ -69,6 +73,21 @@ def test_erasing_skips_boxes_that_do_not_fit():
     video = numbered()
     whole = erase(video, jax.random.key(0), 1.0, area=(1.0, 1.0), aspect=(1.0, 1.0))  # 36 × 36
     np.testing.assert_array_equal(whole, video)
+    frame = erase(video, jax.random.key(0), 1.0, area=(1.0, 1.0), aspect=(H / W, H / W))
+    np.testing.assert_array_equal(frame, np.zeros_like(video))  # it just fits
+
+
+def test_erasing_takes_the_first_box_that_fits_in_each_clip():
+    """Of boxes that cover 0.9 of the frame one in ten fits, so that about a third has none."""
+    large = jax.jit(functools.partial(erase, area=(0.9, 0.9)))  # happens in half of the clips
+    shares = []
+    for key in jax.random.split(jax.random.key(2), 60):
+        gone = np.asarray(large(numbered(), key))[:, 0, :, :, 0] == 0
+        shares += gone.mean(axis=(1, 2)).tolist()
+    shares = np.array(shares)
+    assert 0.22 < (shares > 0).mean() < 0.45
+    # A box that sticks out of the frame would cover less.
+    np.testing.assert_allclose(shares[shares > 0], 0.9, atol=0.03)
 
 
 def test_erasing_follows_its_key():
