@@ -130,9 +130,12 @@ TARGETS = {
                 *("TENSOR_AXIS", "make_mesh", "batch_sharding", "check_batch_size", "replicated"),
                 *("state_sharding", "with_sharding", "to_global", "rows_of_process"),
             ),
+            share=True,
         )
     ],
-    "jaxvid/checkpoint.py": [Target("tests/test_checkpoint.py")],
+    "jaxvid/checkpoint.py": [
+        Target("tests/test_checkpoint.py", "checkpoints or whole or come_alone or disk", share=True)
+    ],
 }
 
 

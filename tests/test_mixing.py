@@ -90,6 +90,19 @@ def test_erasing_takes_the_first_box_that_fits_in_each_clip():
     np.testing.assert_allclose(shares[shares > 0], 0.9, atol=0.03)
 
 
+def test_erased_boxes_lie_anywhere_inside_the_frame():
+    """Boxes of a quarter of the frame and its shape: all have half of its sides."""
+    quarter = jax.jit(functools.partial(erase, area=(0.25, 0.25), aspect=(H / W, H / W)))
+    corners = set()
+    for key in jax.random.split(jax.random.key(8), 60):
+        for gone in np.asarray(quarter(numbered(), key))[:, 0, :, :, 0] == 0:
+            if gone.any():
+                assert (gone.any(axis=1).sum(), gone.any(axis=0).sum()) == (H // 2, W // 2)
+                corners.add((int(gone.any(axis=1).argmax()), int(gone.any(axis=0).argmax())))
+    assert {top for top, _ in corners} == set(range(H // 2 + 1))
+    assert {left for _, left in corners} == set(range(W // 2 + 1))
+
+
 def test_erasing_follows_its_key():
     first, again, other = (erase_jit(numbered(), jax.random.key(seed), 1.0) for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, again)

@@ -201,6 +201,7 @@ def test_indices_of_the_first_view_are_the_default():
         options = {"sampling_rate": 4, "fps": 25.0}
         first = make_indices(sampling, 400, 8, **options, view=0, num_views=1)
         assert make_indices(sampling, 400, 8, **options).tolist() == first.tolist()
+        assert first.dtype.kind == "i"
     views = [make_indices("segments", 17, 8, sampling_rate=1, fps=None, view=v) for v in range(3)]
     expected = [segment_indices(17, 8, view=v) for v in range(3)]
     np.testing.assert_array_equal(views, expected)

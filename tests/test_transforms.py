@@ -2,6 +2,7 @@
 
 import types
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -170,6 +171,23 @@ def test_multi_scale_crops_are_pillows_resizes_of_the_frames(height, width):
 
 def test_resize_takes_height_then_width():
     assert resize(frames(10, 20), 5, 7).shape == (2, 5, 7, 3)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (33, 60), (40, 56)])
+def test_frames_are_enlarged_by_opencv_unless_pillow_is_asked_for(size):
+    clip = np.random.default_rng(0).integers(0, 256, (2, 33, 56, 3), np.uint8)
+    height, width = size
+    enlarged = [cv2.resize(frame, (width, height)) for frame in clip]
+    np.testing.assert_array_equal(resize(clip, height, width), enlarged)
+    pillows = [
+        np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
+        for frame in clip
+    ]
+    assert (np.stack(pillows) != np.stack(enlarged)).any()
+    np.testing.assert_array_equal(resize(clip, height, width, exact=True), pillows)
+    short = resize_short_side(clip, 40)
+    np.testing.assert_array_equal(short, resize(clip, 40, short.shape[2]))
+    assert (short != resize_short_side(clip, 40, exact=True)).any()
 
 
 def test_eval_crops_are_the_centre_or_the_centre_and_both_ends():
