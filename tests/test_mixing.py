@@ -170,3 +170,27 @@ def test_cutmixs_lam_is_the_share_of_own_pixels_of_one_box():
     assert max(lams) > 0.99
     assert min(lams) < 0.3
     assert shares[[0, 0, -1, -1], [0, -1, 0, -1]].min() > 0  # every corner is reached
+
+
+@pytest.mark.parametrize(
+    ("draws", "rows", "columns"),
+    [
+        ((0.5, 0.5), range(9, 24), range(11, 30)),  # centred on (16, 20)
+        ((0.0, 0.999), range(0, 8), range(30, 40)),  # on (0, 39): cut off at the edges
+        ((0.999, 0.25), range(24, 32), range(1, 20)),
+    ],
+)
+def test_cutmixs_box_is_centred_on_its_draw_and_cut_off_at_the_edges(
+    draws, rows, columns, monkeypatch
+):
+    monkeypatch.setattr(jax.random, "beta", lambda *_: jnp.float32(1 - 0.48**2))  # 15 × 19 pixels
+    monkeypatch.setattr(jax.random, "uniform", lambda *_: jnp.float32(draws))
+    monkeypatch.setattr(jax.random, "permutation", lambda *_: jnp.arange(B)[::-1])
+    video = numbered()
+    mixed, permutation, lam = cutmix(video, jax.random.key(0), ALPHA)
+    expected = video.copy()
+    box = np.s_[:, :, rows.start : rows.stop, columns.start : columns.stop]
+    expected[box] = video[::-1][box]
+    np.testing.assert_array_equal(mixed, expected)
+    np.testing.assert_array_equal(permutation, np.arange(B)[::-1])
+    assert float(lam) == pytest.approx(1 - len(rows) * len(columns) / (H * W))

@@ -193,14 +193,17 @@ def test_meshes_fill_what_is_left_and_refuse_the_rest():
     assert dict(make_mesh(2, 4, -1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
     # What flax's modules need; the other axis types are refused by the class token's concatenation.
     assert make_mesh(2, 2, 2).axis_types == (jax.sharding.AxisType.Auto,) * 3
-    for sizes in ((3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1), (-2, 4, -1)):
-        with pytest.raises(InputError, match="cannot be laid over 8 devices"):
+    assert all(isinstance(size, int) for size in make_mesh(-1, 2, 1).shape.values())
+    for sizes in ((3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1), (-1, 0, 1), (-2, 4, -1)):
+        asked = "mesh.data={}, mesh.fsdp={}, mesh.tensor={}".format(*sizes)
+        with pytest.raises(InputError, match=f"{asked}: cannot be laid over 8 devices"):
             make_mesh(*sizes)
 
 
 def test_batch_sizes_that_cannot_be_cut_are_refused():
     mesh = make_mesh(4, 2, 1)
     sharding.check_batch_size("batch_size", 16, mesh)
+    sharding.check_batch_size("batch_size", 1, make_mesh(1, 1, 8))
     for size in (12, 0, -8):
         with pytest.raises(InputError, match=f"batch_size={size} must be a positive multiple of 8"):
             sharding.check_batch_size("batch_size", size, mesh)
@@ -243,6 +246,7 @@ def test_processes_know_their_rows():
         ([(0, 4), (4, 8)], (0, 2)),
         ([(8, 12), (12, 16)], (1, 2)),
         ([(12, 16)], (3, 4)),
+        ([(5, 6)], (5, 16)),
         ([(4, 8), (4, 8)], (1, 4)),  # 'tensor' spans its devices
         ([(0, 16)], (0, 1)),
         ([(0, 4), (8, 12)], None),  # not in one piece
@@ -259,7 +263,9 @@ def test_a_process_makes_the_rows_that_its_devices_hold(slices, expected, monkey
     monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: stub)
     mesh = make_mesh(8, 1, 1)
     if expected:
-        assert sharding.rows_of_process(mesh, 16) == expected
+        found = sharding.rows_of_process(mesh, 16)
+        assert found == expected
+        assert all(isinstance(number, int) for number in found)
     else:
         with pytest.raises(InputError, match="process 0 would hold scattered clips"):
             sharding.rows_of_process(mesh, 16)

@@ -402,8 +402,12 @@ def test_a_linear_step_without_clips_changes_nothing():
     assert distance(new_state["params"], state["params"]) == 0
 
 
-@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_a_linear_step_mixes_labels_and_skips_what_is_mixed_with_a_missing_clip(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "erased"), [("mixup", 0.25), ("cutmix", 0.0), ("mixup", 0.0), ("", 0.25)]
+)
+def test_a_linear_step_mixes_labels_and_skips_what_is_mixed_with_a_missing_clip(
+    kind, erased, monkeypatch
+):
     """Of 5 clips, the second is missing; the first is mixed with it, and so it does not count."""
     order, share, calls = np.array([1, 2, 3, 0, 4]), 0.3, []
     batch = linear_batch()
@@ -416,21 +420,21 @@ def test_a_linear_step_mixes_labels_and_skips_what_is_mixed_with_a_missing_clip(
         calls.append((jax.random.key_data(key).tolist(), probability))
         return video + 1
 
-    monkeypatch.setattr(f"jaxvid.mixing.{kind}", mix)
+    for name in ("mixup", "cutmix"):
+        monkeypatch.setattr(f"jaxvid.mixing.{name}", mix if name == kind else None)
     monkeypatch.setattr("jaxvid.mixing.erase", erase)
-    recipe = Recipe(seed=3, erase=0.25, label_smoothing=0.1, **{kind: 0.4})
+    options = {kind: 0.4} if kind else {}
+    recipe = Recipe(seed=3, erase=erased, label_smoothing=0.1, **options)
     state = linear_state(recipe)
     found = linear_step(state, batch, recipe)
     keys = keys_of(3, 6)
-    assert calls == [
-        (jax.random.key_data(keys[1]).tolist(), 0.25),
-        (jax.random.key_data(keys[2]).tolist(), 0.4),
-    ]
-    video = (batch["video"] / 255 - 0.5) / 0.5 + 1
-    video = share * video + (1 - share) * video[order]
-    labels = np.eye(4)[batch["label"]]
-    targets = share * labels + (1 - share) * labels[order]
-    batch["mask"] = np.array([False, False, True, True, True])
+    expected = [(keys[1], erased)] * bool(erased) + [(keys[2], 0.4)] * bool(kind)
+    assert calls == [(jax.random.key_data(key).tolist(), value) for key, value in expected]
+    video, targets = (batch["video"] / 255 - 0.5) / 0.5 + bool(erased), np.eye(4)[batch["label"]]
+    if kind:
+        video = share * video + (1 - share) * video[order]
+        targets = share * targets + (1 - share) * targets[order]
+        batch["mask"] = np.array([False, False, True, True, True])
     scale = 0.5 + float(jax.random.uniform(keys[0]))
     check_step(found, state, batch, targets, video, scale=scale, smoothing=0.1)
 
@@ -504,6 +508,7 @@ def test_a_linear_step_in_parts_equals_the_whole(monkeypatch):
     assert distance(whole["params"], parts["params"]) <= 1e-6
     for name, value in expected.items():
         assert sums[name] == pytest.approx(value, rel=1e-5), name
+        assert sums[name].dtype == value.dtype, name
 
 
 def linear_of(model, video):

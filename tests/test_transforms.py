@@ -9,6 +9,7 @@ from PIL import Image
 
 from jaxvid.data.transforms import (
     FRACTIONS,
+    NUM_CROPS,
     eval_crops,
     multi_scale_crop,
     multi_scale_sizes,
@@ -123,6 +124,7 @@ def test_multi_scale_sizes_are_at_most_one_step_apart():
         (258, {258, 224, 193, 170}),  # 225 becomes 224
         (299, {299, 261, 224, 197}),
         (301, {301, 263, 224, 198}),
+        (302, {302, 264, 224, 199}),  # 226 becomes 224
         (303, {303, 265, 227, 199}),  # 3 pixels are too many
         (225, {224, 196, 168, 148}),
         (223, {223, 195, 167, 147}),  # 224 would not fit
@@ -130,6 +132,10 @@ def test_multi_scale_sizes_are_at_most_one_step_apart():
 )
 def test_multi_scale_sizes_near_the_crops_become_the_crops(short_side, sides):
     assert {side for pair in multi_scale_sizes(short_side, 224) for side in pair} == sides
+
+
+def test_multi_scale_sizes_of_frames_as_small_as_the_crop():
+    assert {side for pair in multi_scale_sizes(10, 10) for side in pair} == {10, 7, 6}  # 8: 10
 
 
 def test_multi_scale_crops_start_at_13_places():
@@ -188,6 +194,12 @@ def test_frames_are_enlarged_by_opencv_unless_pillow_is_asked_for(size):
     short = resize_short_side(clip, 40)
     np.testing.assert_array_equal(short, resize(clip, 40, short.shape[2]))
     assert (short != resize_short_side(clip, 40, exact=True)).any()
+
+
+def test_evaluation_looks_at_one_crop_or_three():
+    assert set(NUM_CROPS) == {1, 3}
+    for num_crops in NUM_CROPS:
+        assert len(eval_crops(frames(9, 13), 8, num_crops)) == num_crops
 
 
 def test_eval_crops_are_the_centre_or_the_centre_and_both_ends():
