@@ -16,9 +16,12 @@ def test_sums_are_exact():
     steps = [(big, 0.1), (1, big)]
     sums = sum_metrics([{"n": jnp.asarray(n), "x": jnp.float32(x)} for n, x in steps])
     assert sums["n"] == big + 1
+    assert (sums["n"].dtype, sums["x"].dtype) == (np.int64, np.float64)
     assert sums["x"] == pytest.approx(big + 0.1, abs=1e-6)
     matrix = sum_metrics([{"c": jnp.ones((2, 2), jnp.int32)}] * 3)["c"]
     np.testing.assert_array_equal(matrix, np.full((2, 2), 3))
+    assert sum_metrics([{"n": jnp.asarray(4)}]) == {"n": 4}
+    assert sum_metrics([]) == {}
 
 
 def test_a_continued_run_drops_what_was_written_after_its_checkpoint(tmp_path):
