@@ -5,11 +5,13 @@ the old one is moved aside, the new one in, and the old one is deleted, its mark
 """
 
 import contextlib
+import os
 import shutil
+import stat
 import zlib
 from pathlib import Path
 
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, one_line
 
 
 def partial(folder: Path) -> Path:
@@ -55,6 +57,38 @@ def file_sizes(folder: Path) -> dict[str, int]:
     }
 
 
+def scan_sizes(folder: Path, *, max_files: int) -> dict[str, int]:
+    """Size in bytes of every file below an untrusted folder.
+
+    Links to files are followed, since download caches consist of them; links to folders are not.
+
+    Raises:
+        InputError: There are more than `max_files` files and folders; or one of them is a FIFO, a
+            socket, a device or a broken link, or cannot be read.
+    """
+    found, left, count = {}, [folder] if folder.is_dir() else [], 0
+    try:
+        while left:
+            for entry in os.scandir(left.pop()):
+                count += 1
+                path = Path(entry)
+                if count > max_files:
+                    raise InputError(f"{folder} has more than {max_files} files; copy it again")
+                if entry.is_dir(follow_symlinks=False):
+                    left.append(path)
+                    continue
+                status = entry.stat()
+                if not stat.S_ISREG(status.st_mode):
+                    raise InputError(f"{path} is not a regular file; copy the folder again")
+                found[str(path.relative_to(folder))] = status.st_size
+    except OSError as error:
+        name = error.filename if error.filename is not None else folder
+        raise InputError(
+            f"{name} cannot be read ({one_line(error.strerror)}); copy the folder again"
+        ) from None
+    return found
+
+
 def checksums(folder: Path) -> dict[str, int]:
     """CRC-32 of every file below a folder."""
     found = {}
@@ -81,8 +115,8 @@ def check_files(folder: Path, expected: dict, found: dict, what: str) -> None:
     """
     if wrong := [name for name, value in expected.items() if found.get(name) != value]:
         raise InputError(
-            f"{folder} is damaged: {len(wrong)} of {len(expected)} files {what} ({wrong[0]}); copy "
-            "or export the model again"
+            f"{folder} is damaged: {len(wrong)} of {len(expected)} files {what} "
+            f"({one_line(wrong[0])}); copy or export the model again"
         )
 
 

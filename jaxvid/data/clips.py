@@ -9,7 +9,16 @@ import numpy as np
 from jaxvid.data import augment, sampling, transforms
 from jaxvid.data.jpegs import JpegFrames
 from jaxvid.data.sources import Record
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, short_repr
+
+# Upper bounds of a clip's sizes, far above any use: larger values would fill the memory.
+MAX_SIZES = {
+    "num_frames": 4096,
+    "crop": 8192,
+    "short_side": 16384,
+    "sampling_rate": 10**6,
+    "num_clips": 1000,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +61,9 @@ class ClipSpec:
     randaugment_magnitude: int = 9
 
     def __post_init__(self):
+        for name, most in MAX_SIZES.items():
+            if not 0 < getattr(self, name) <= most:
+                raise InputError(f"{name}={short_repr(getattr(self, name))}: must be 1 to {most}")
         options = {
             "sampling": sampling.SAMPLINGS,
             "resize": ("antialiased", "bilinear"),
