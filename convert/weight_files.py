@@ -295,7 +295,6 @@ def _open_safetensors(path: Path, file: _File, stack: contextlib.ExitStack) -> t
 
     json.loads(file.read_at(8, length).tobytes(), object_pairs_hook=unique)
     archive = stack.enter_context(safe_open(path, "pt"))  # which checks all the rest
-    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
     weights = {}
     for key in archive.keys():  # noqa: SIM118 - it is no dict
         part = archive.get_slice(key)
@@ -304,8 +303,8 @@ def _open_safetensors(path: Path, file: _File, stack: contextlib.ExitStack) -> t
             tensor = archive.get_tensor(key)
             return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
-        dtype = str(part.get_dtype())
-        weights[key] = Weight(tuple(part.get_shape()), names.get(dtype, dtype), read)
+        dtype = re.sub("F(?=[0-9])", "float", part.get_dtype()).replace("B", "b", 1)
+        weights[key] = Weight(tuple(part.get_shape()), dtype, read)
     return "timm_vit", weights
 
 
@@ -353,7 +352,8 @@ class _Span:
 
 
 def _open_torch(path: Path, file: _File, stack: contextlib.ExitStack) -> tuple[str, dict]:
-    is_zip = file.read_at(0, 4).tobytes() == b"PK\x03\x04"
+    file.seek(0)
+    is_zip = file.read(4) == b"PK\x03\x04"
     tree, spans = _read_zip(path, file, stack) if is_zip else _read_legacy(file)
     if not isinstance(tree, dict):
         raise InputError(
@@ -396,6 +396,8 @@ def _open_torch(path: Path, file: _File, stack: contextlib.ExitStack) -> tuple[s
 
 
 def _kind(value: object) -> str:
+    if isinstance(value, _Tensor):
+        return "tensor"
     return value.kind if isinstance(value, _Opaque) else type(value).__name__
 
 
@@ -667,8 +669,11 @@ def _find_global(name: str) -> _Global:
     Raises:
         ValueError: It is another, which a pickle could use to run code.
     """
-    known = r"torch\._utils\._rebuild_\w+|torch\.(cuda\.|storage\.)?\w+Storage|torch\.[a-z]+\d\w*"
-    if name in _HARMLESS or re.fullmatch(known, name) or name in ("torch.bool",):
+    known = (
+        r"torch\._utils\._rebuild_\w+|torch\.(cuda\.|storage\.)?\w+Storage"
+        r"|torch\.([a-z]+\d\w*|bool|per_\w+)"  # dtypes and quantisation schemes
+    )
+    if name in _HARMLESS or re.fullmatch(known, name):
         return _Global(name)
     raise ValueError(
         f"it names {short_repr(name)}: it holds more than weights, which would be run as code on "

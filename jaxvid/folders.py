@@ -44,7 +44,7 @@ def tidy(folder: Path, mark: str) -> None:
 
 def whole(folder: str | Path, mark: str) -> Path:
     """Where a folder is to be read: as it is named, or aside if it was left there."""
-    aside = _aside(Path(folder).resolve())
+    aside = _aside(Path(os.path.realpath(folder)))  # Path.resolve raises where links form a loop
     return aside if not Path(folder).exists() and (aside / mark).is_file() else Path(folder)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from jaxvid.models import (
 
 FORMAT_VERSION = 1
 MAX_CARD_BYTES = 32 * 10**6  # 20,000 classes have 1 MB
-MAX_FILES = 50_000  # in `params`; Orbax writes about ten for each process of a run
+MAX_FILES = 10_000  # in `params`; Orbax writes about ten for each process of a run
 MARK = "model.json"  # without it, a folder is no model folder; the last file to be written
 CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance", "files")
 # Fields of a model's config that change no weight and no use of one.
@@ -51,7 +52,7 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
     Raises:
         InputError: The folder holds something that is no model folder, or cannot be written.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     sharding.in_all(_check_place, folder, sum(leaf.nbytes for leaf in params.values()))
     partial, is_first = folders.partial(folder), not jax.process_index()
     if is_first:
@@ -264,7 +265,8 @@ def load_params(folder: str | Path, abstract_params: Params) -> Params:
         InputError: The files are damaged; or weights are missing, left over, or of another shape,
             and all are named.
     """
-    card, path = load_card(folder), (folders.whole(folder, MARK) / "params").resolve()
+    card = load_card(folder)
+    path = Path(os.path.abspath(folders.whole(folder, MARK) / "params"))  # as Orbax needs it
     # Check sizes first: TensorStore's error for a truncated file is unreadable.
     sizes = folders.scan_sizes(path, max_files=MAX_FILES)
     folders.check_files(path, card["files"], sizes, "are missing or of another size")

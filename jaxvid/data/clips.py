@@ -74,7 +74,8 @@ class ClipSpec:
         for name, valid in options.items():
             if getattr(self, name) not in valid:
                 known = ", ".join(repr(option) for option in valid)
-                raise InputError(f"{name}={getattr(self, name)!r}: there are {known}")
+                value = short_repr(getattr(self, name))
+                raise InputError(f"{name}={value}: there are {known}")
         most = sampling.max_views(self.sampling) or self.num_clips
         if not 1 <= self.num_clips <= most:
             raise InputError(
