@@ -8,11 +8,14 @@ is its `scale`.
 import dataclasses
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from convert.weight_files import Weight, concatenate
+from jaxvid.errors import InputError
 from jaxvid.models import ModelConfig, Params
+from jaxvid.models.layers import MAX_TOKENS
 from jaxvid.models.stam import STAMConfig
 
 TRANSPOSED = ("kernel", "in_proj_weight")
@@ -87,11 +90,18 @@ def is_image_part(name: str, config: ModelConfig) -> bool:
     return name.startswith(image_prefix(config)) and inside.startswith(parts)
 
 
-def google_to_torch(weights: dict[str, Weight]) -> dict[str, Weight]:
+def google_to_torch(weights: dict[str, Weight], source: Path) -> dict[str, Weight]:
     """Google's ViT `.npz` names and layouts → those of a timm ViT state_dict.
 
     Keys that fit no rule, by name or by number of axes, are kept under their own name, so that they
     are reported.
+
+    Args:
+        weights: The file's weights.
+        source: The file, for messages.
+
+    Raises:
+        InputError: Two keys stand for the same weight.
     """
     out, qkv = {}, {}
     table: list[tuple[str, str, Callable[[np.ndarray], np.ndarray]]] = [
@@ -129,12 +139,17 @@ def google_to_torch(weights: dict[str, Weight]) -> dict[str, Weight]:
                 name, change = match.expand(ours), change_by_rule
                 break
         try:
-            parts[name] = weight.map(change) if change else weight
+            changed = weight.map(change) if change else weight
         except (ValueError, IndexError):  # not the number of axes that the rule is for
-            out[key] = weight
+            name, parts, changed = key, out, weight
+        if name in parts:
+            raise InputError(f"{source}: two keys stand for {name}; remove one of them")
+        parts[name] = changed
     for (index, leaf), parts in qkv.items():
         name = f"blocks.{index}.attn.qkv.{'weight' if leaf == 'kernel' else 'bias'}"
         found = [parts[part] for part in ("query", "key", "value") if part in parts]
+        if name in out:
+            raise InputError(f"{source}: two keys stand for {name}; remove one of them")
         try:
             out[name] = concatenate(found)
         except (ValueError, IndexError):
@@ -214,7 +229,9 @@ def plan(
 
 def _is_grid(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether a positional embedding is a class token and a square grid of the wanted width."""
-    if len(found) != 3 or found[0] != 1 or found[2] != wanted[2] or found[1] < 2:
+    if len(found) != 3 or found[0] != 1 or found[2] != wanted[2]:
+        return False
+    if not 2 <= found[1] <= MAX_TOKENS + 1:
         return False
     return round((found[1] - 1) ** 0.5) ** 2 == found[1] - 1
 

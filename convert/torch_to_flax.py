@@ -281,7 +281,7 @@ def _run(args: argparse.Namespace) -> int:
     labels = None
     with open_weights(args.input) as (kind, weights):
         if kind == "google_vit":
-            weights = rules.google_to_torch(weights)
+            weights = rules.google_to_torch(weights, args.input)
         config = infer_config(args.model, kind, weights, args.num_classes, args.input)
         if args.labels:
             labels = _read_labels(args.labels, config.num_classes)

@@ -556,6 +556,21 @@ for _name, _message, _key, _array in (
         lambda p, k=_key, a=_array: write_npz(p, {f"{k}.npy": np.asarray(a)}),
         "npz",
     )
+case(
+    "npz: two names of a weight",
+    "two keys stand for cls_token",
+    lambda p: write_npz(p, {f"{k}.npy": np.zeros((1, 1, 16), "f4") for k in ("cls", "cls_token")}),
+    "npz",
+)
+
+
+def _huge_grid(path: Path) -> None:
+    """An image ViT with a positional embedding of 4 GB, which would be resized."""
+    data = safetensors(entry(shape=(1, 2**26 + 1, 16), offsets=(0, 64 * (2**26 + 1))), b"")
+    sparse(len(data) + 64 * (2**26 + 1), data)(path)
+
+
+case("safetensors: grid of 4 GB", "in the file, (1, 5, 16) in the model", _huge_grid, "safetensors")
 byte_case("npz: text file", "cannot be read as .npz", b"hello", "npz")
 byte_case("npz: empty file", "it is empty", b"", "npz")
 case("npz: outside", "lies outside", lambda p: write_npz(p, {"../a.npy": np.zeros(1)}), "npz")
