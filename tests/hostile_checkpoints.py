@@ -195,7 +195,8 @@ def bind_socket(path: Path) -> None:
     folder = os.getcwd()
     os.chdir(path.parent)  # a socket's path may have 107 characters
     try:
-        socket.socket(socket.AF_UNIX).bind(path.name)
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(path.name)  # the file stays
     finally:
         os.chdir(folder)
 
