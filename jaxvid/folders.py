@@ -69,18 +69,19 @@ def scan_sizes(folder: Path, *, max_files: int) -> dict[str, int]:
     found, left, count = {}, [folder] if folder.is_dir() else [], 0
     try:
         while left:
-            for entry in os.scandir(left.pop()):
-                count += 1
-                path = Path(entry)
-                if count > max_files:
-                    raise InputError(f"{folder} has more than {max_files} files; copy it again")
-                if entry.is_dir(follow_symlinks=False):
-                    left.append(path)
-                    continue
-                status = entry.stat()
-                if not stat.S_ISREG(status.st_mode):
-                    raise InputError(f"{path} is not a regular file; copy the folder again")
-                found[str(path.relative_to(folder))] = status.st_size
+            with os.scandir(left.pop()) as entries:
+                for entry in entries:
+                    count += 1
+                    path = Path(entry)
+                    if count > max_files:
+                        raise InputError(f"{folder} has more than {max_files} files; copy it again")
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(path)
+                        continue
+                    status = entry.stat()
+                    if not stat.S_ISREG(status.st_mode):
+                        raise InputError(f"{path} is not a regular file; copy the folder again")
+                    found[str(path.relative_to(folder))] = status.st_size
     except OSError as error:
         name = error.filename if error.filename is not None else folder
         raise InputError(
