@@ -1,10 +1,61 @@
-"""Files that appear whole or not at all."""
+"""Reading files that may be anything, and writing files that appear whole or not at all."""
 
 import contextlib
 import json
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, one_line
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading. A FIFO or a device is refused: it could block or never end.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: It is not a regular file, or cannot be opened.
+    """
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise InputError(f"{path} is a folder; name a file")
+        if not stat.S_ISREG(mode):
+            raise InputError(
+                f"{path} is not a regular file (a FIFO, a socket or a device); name a file"
+            )
+        return path.open("rb")
+    except (FileNotFoundError, InputError):
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = one_line(getattr(error, "strerror", None) or error)
+        raise InputError(f"{path} cannot be opened ({reason}); name another file") from None
+
+
+def read_limited(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file whole.
+
+    Args:
+        path: The file.
+        max_bytes: A larger file is refused before it is read.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: It is larger, is not a regular file, or cannot be read.
+    """
+    with open_regular(path) as file:
+        try:
+            data = file.read(max_bytes + 1)
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be read ({one_line(error.strerror)}); name another file"
+            ) from None
+    if len(data) > max_bytes:
+        raise InputError(
+            f"{path} is larger than {max_bytes / 1e6:.0f} MB, the most that is read; "
+            "name another file"
+        )
+    return data
 
 
 def write_file(path: Path, data: bytes) -> Path:
