@@ -7,16 +7,22 @@ start of either. Every key of the file is used once or ignored for a stated reas
 the model is filled once or listed as newly initialised; otherwise nothing is written.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from jaxvid import guard
+
+    guard.run("convert.torch_to_flax")
+
 import argparse
 import dataclasses
 import hashlib
 import json
 import re
-import sys
 import zipfile
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 import numpy as np
@@ -392,7 +398,3 @@ def _read_labels(path: Path, num_classes: int) -> list[str]:
     if not isinstance(labels, list) or len(labels) != num_classes:
         raise InputError(f"{path}: {len(labels)} names for {num_classes} classes")
     return [str(label) for label in labels]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
