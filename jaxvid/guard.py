@@ -18,13 +18,15 @@ imports nothing but the standard library. Importing a program as a library insta
 
 A closed stdin, stdout or stderr is replaced by /dev/null.
 
-**Signals.** The Python handler runs in the main thread between two bytecodes and raises, so that
-`finally` blocks run. That alone is not enough: the main thread may be in XLA's compiler for
-minutes, and JAX's garbage-collection callback swallows exceptions. A second thread is therefore
-woken by the C-level handler (`signal.set_wakeup_fd`) and ends the process after `GRACE_SECONDS`,
-or at once when a second signal arrives. It cannot run while a C function holds the GIL. Code that
-installs its own handlers must also take the wake-up descriptor away (`signal.set_wakeup_fd(-1)`)
-and put it back when it restores the handlers; until then, nothing here acts.
+**Signals.** A signal ends the process at once, without unwinding: nothing is raised, and no
+`finally` block and no exit handler runs. A KeyboardInterrupt would be lost in JAX's
+garbage-collection callback, would wait for XLA's compiler, and has crashed C++ extensions while it
+unwound through them. Outputs therefore have to appear whole or not at all, and what is written of
+them before (`.NAME.partial`) is replaced by the next run. The Python handler runs in the main
+thread between two bytecodes. A second thread, which the C-level handler wakes
+(`signal.set_wakeup_fd`), does the same while the main thread is in a long C call; neither can run
+while a C function holds the GIL. Code that installs its own handlers must also take the wake-up
+descriptor away (`signal.set_wakeup_fd(-1)`) and put it back when it restores the handlers.
 
 **Address-space limits.** C++ libraries abort when a thread cannot be started or memory cannot be
 mapped. Under `ulimit -v` or `ulimit -d` the program therefore runs in a child process, and a crash
@@ -34,6 +36,7 @@ of the child becomes one line.
 import atexit
 import contextlib
 import errno
+import glob
 import importlib
 import io
 import os
@@ -42,12 +45,11 @@ import select
 import signal
 import sys
 import threading
-from types import FrameType
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from jaxvid.errors import InputError, memory_problem, one_line
 
-GRACE_SECONDS = 1.0  # from a signal to the forced end
 PIPE_STATUS = 128 + signal.SIGPIPE
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
@@ -74,26 +76,20 @@ def run(module: str, hint: str = "") -> NoReturn:
         process.status = error.code if isinstance(error.code, int) else int(error.code is not None)
         if isinstance(error.code, str):
             process.print_line(error.code)
-    except BaseException as error:
-        if process.signal is None:
-            process.status, line = describe(error)
-            if process.status == 1:
-                raise
-            process.print_line(line)
-    process.ending = True
+    except Exception as error:
+        process.status, line = describe(error)
+        if process.status == 1:
+            raise
+        process.print_line(line)
     process.flush()
-    if process.signal is not None:
-        process.exit_now()
     sys.exit(process.status)
 
 
-def describe(error: BaseException) -> tuple[int, str]:
+def describe(error: Exception) -> tuple[int, str]:
     """Return the exit code of an exception that no program has caught, and its line on stderr.
 
     Code 1 is a defect of the program. An empty line is not printed.
     """
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT, "interrupted"
     if isinstance(error, BrokenPipeError):
         return PIPE_STATUS, ""
     if problem := memory_problem(error):
@@ -128,18 +124,14 @@ class _Process:
     """What this process knows of its end.
 
     Attributes:
-        signal: The first signal; None: none.
         status: The program's exit status; None: not known yet.
-        ending: The program has returned; nothing is left to unwind.
     """
 
     def __init__(self, hint: str, supervisor: _Supervisor):
-        self.signal: int | None = None
         self.status: int | None = None
-        self.ending = False
+        self._stopping = False
         self._hint, self._supervisor = hint, supervisor
         self._lock = threading.RLock()  # the handler may interrupt itself
-        self._null_fd = os.open(os.devnull, os.O_WRONLY)
 
     def watch(self) -> None:
         """Install the handlers and start the thread that watches for signals."""
@@ -152,15 +144,11 @@ class _Process:
             signal.signal(number, self._handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `_supervise` blocks them
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Ask the main thread to stop."""
-        self._announce(number)
-        if self.ending or _is_importing(frame):
-            self.exit_now()
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+    def _handle(self, number: int, _) -> None:
+        self._stop(number)
 
     def _wait(self, read_fd: int) -> None:
-        """End the process if a signal has not ended it in time."""
+        """End the process when a signal comes; the main thread may be in a C call."""
         parent_fd = self._supervisor.parent_fd
         sources = [read_fd] if parent_fd is None else [read_fd, parent_fd]
         while True:
@@ -168,50 +156,35 @@ class _Process:
             if parent_fd in ready:
                 os._exit(1)
             number = os.read(read_fd, 1)[0]
-            if number not in SIGNALS or signal.getsignal(number) != self._handle:
-                continue
-            self._announce(number)
-            select.select([read_fd], [], [], GRACE_SECONDS)  # a second signal ends the wait
-            self.exit_now()
+            if number in SIGNALS and signal.getsignal(number) == self._handle:
+                self._stop(number)
 
-    def _announce(self, number: int) -> None:
-        """Print the line, once. Whatever is written to stderr later is only noise."""
+    def _stop(self, number: int) -> NoReturn:
+        """Print one line and end the process."""
         with self._lock:
-            if self.signal is not None:
-                return
-            self.signal = number
-            word = "interrupted" if number == signal.SIGINT else "terminated"
-            stderr_fd = self._supervisor.stderr_fd
-            erase_bar = "\r\x1b[K" if os.isatty(stderr_fd) else ""
-            with contextlib.suppress(OSError):
-                os.write(stderr_fd, f"{erase_bar}{word}{self._hint}\n".encode())
-            for fd in {2, stderr_fd}:
-                os.dup2(self._null_fd, fd)
-            _kill_workers()  # they would write to the true stderr
-
-    def exit_now(self) -> NoReturn:
-        """End the process without unwinding."""
-        _kill_workers()
-        self._end(self.final_status())
+            if not self._stopping:  # otherwise a second signal has interrupted this function
+                self._stopping = True
+                word = "interrupted" if number == signal.SIGINT else "terminated"
+                stderr_fd = self._supervisor.stderr_fd
+                erase_bar = "\r\x1b[K" if os.isatty(stderr_fd) else ""
+                _kill_workers()  # they would write to stderr
+                with contextlib.suppress(OSError):
+                    os.write(stderr_fd, f"{erase_bar}{word}{self._hint}\n".encode())
+            self._end(128 + number)
 
     def _leave(self) -> None:
         """End the process after all other exit handlers.
 
         The interpreter's own teardown is left out: daemon threads of C++ libraries may abort it.
         """
-        self.ending = True
         self.flush()
-        if (status := self.final_status()) is not None:
-            self._end(status)
+        if self.status is not None:
+            self._end(self.status)
 
     def _end(self, status: int) -> NoReturn:
         if self._supervisor.ended_fd is not None:
             os.write(self._supervisor.ended_fd, b".")
         os._exit(status)
-
-    def final_status(self) -> int | None:
-        """The exit code."""
-        return self.status if self.signal is None else 128 + self.signal
 
     def print_line(self, line: str) -> None:
         """Print a line on stderr, if it can be written."""
@@ -241,20 +214,16 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _is_importing(frame: FrameType | None) -> bool:
-    """Whether a frame is part of an import; to raise there can crash C++ extension modules."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
-
-
 def _kill_workers() -> None:
-    with contextlib.suppress(Exception):
-        if multiprocessing := sys.modules.get("multiprocessing"):
-            for child in multiprocessing.active_children():
-                child.kill()
+    """Kill the worker processes of `multiprocessing`, those included that are just being started.
+
+    Its resource tracker stays, and removes shared memory.
+    """
+    with contextlib.suppress(OSError):  # no /proc: they end by themselves
+        for file in glob.glob("/proc/self/task/*/children"):
+            for child in Path(file).read_text().split():
+                if b"multiprocessing.spawn" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(int(child), signal.SIGKILL)
 
 
 # ------------------------------------------------------------------ standard streams
