@@ -7,15 +7,21 @@ start of either. Every key of the file is used once or ignored for a stated reas
 the model is filled once or listed as newly initialised; otherwise nothing is written.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from jaxvid import guard
+
+    guard.run("convert.torch_to_flax")
+
 import argparse
 import dataclasses
 import hashlib
 import json
 import re
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 import numpy as np
@@ -343,7 +349,3 @@ def _read_labels(path: Path, num_classes: int) -> list[str]:
         if not isinstance(label, str | int):
             raise InputError(f"{path}: {short_repr(label)} is no name; expected text")
     return [str(label) for label in labels]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

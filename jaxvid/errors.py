@@ -1,6 +1,12 @@
-"""The exception for bad input, and one-line texts for error messages."""
+"""The exception for bad input, and one-line descriptions of exceptions and values."""
 
 import reprlib
+
+MEMORY_WORDS = (  # in messages of Python, glibc, XLA, NumPy and PyTorch
+    *("resource_exhausted", "out of memory", "bad_alloc", "cannot allocate", "can't allocate"),
+    *("unable to allocate", "can't start new thread", "failed to map segment"),
+    "resource temporarily unavailable",
+)
 
 
 class InputError(ValueError):
@@ -10,6 +16,23 @@ class InputError(ValueError):
     """
 
     EXIT_CODE = 2
+
+
+def memory_problem(error: BaseException | None) -> str | None:
+    """Return the line that says that memory or threads are exhausted; None if nothing does.
+
+    Args:
+        error: An exception; those that caused it are searched too.
+    """
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return one_line(error)
+        if isinstance(error, OSError | RuntimeError | ImportError):
+            for line in str(error).splitlines():
+                if any(words in line.lower() for words in MEMORY_WORDS):
+                    return one_line(line)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def one_line(error: object, length: int = 160) -> str:

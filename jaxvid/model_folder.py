@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxvid import folders, sharding
-from jaxvid.errors import InputError, one_line, short_repr
+from jaxvid.errors import InputError, memory_problem, one_line, short_repr
 from jaxvid.files import read_limited
 from jaxvid.models import (
     ModelConfig,
@@ -74,6 +74,8 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
     except jax.errors.JaxRuntimeError:  # the device's, not the disk's
         raise
     except (OSError, ValueError, RuntimeError, ExceptionGroup) as error:  # Orbax has all of them
+        if memory_problem(error):
+            raise
         raise InputError(
             f"{folder} cannot be written ({_reason(error)}); make room or name another"
         ) from None
@@ -283,6 +285,8 @@ def load_params(folder: str | Path, abstract_params: Params) -> Params:
     except (InputError, jax.errors.JaxRuntimeError, MemoryError):
         raise
     except Exception as error:  # Orbax raises bare ones
+        if memory_problem(error):
+            raise
         raise InputError(
             f"{path} cannot be read ({_reason(error)}); copy or export the model again"
         ) from None

@@ -14,6 +14,11 @@ same. As in every program here, 2 is also the status of unusable input as a whol
 folder or option, nothing to predict): then the last line is `error: ...`, and no more is predicted.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from jaxvid import guard
+
+    guard.run("jaxvid.predict")
+
 import argparse
 import errno
 import glob
@@ -267,7 +272,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failed := sum("error" in result for result in results):
         print(f"{failed} of {len(failures) + len(videos)} failed", file=sys.stderr)
     return min(failed, MAX_STATUS)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

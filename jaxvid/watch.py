@@ -23,9 +23,12 @@ class Signals:
 
     received: int | None = None
     _at_once = False
+    _wakeup_fd = -1
 
     def __enter__(self) -> "Signals":
         try:
+            # Otherwise `guard` would end the process while it saves.
+            self._wakeup_fd = signal.set_wakeup_fd(-1)
             self._before = {
                 number: signal.signal(number, self._note)
                 for number in (signal.SIGINT, signal.SIGTERM)
@@ -62,6 +65,8 @@ class Signals:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup_fd)
 
     def __exit__(self, *_) -> None:
         self._restore()

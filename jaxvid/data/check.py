@@ -6,6 +6,11 @@ Ends with status 0 where every video can be read, 3 where some cannot, 2 where t
 unusable.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from jaxvid import guard
+
+    guard.run("jaxvid.data.check")
+
 import argparse
 import collections
 import concurrent.futures
@@ -302,7 +307,3 @@ def main() -> None:
         parser.exit(InputError.EXIT_CODE, f"error: {args.json}: cannot be written ({error})\n")
     print_report(report, "can be read")
     parser.exit(SOME_BROKEN if report["broken"] else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,6 @@ place in its batch, masked, with the reason: nothing is swapped for it.
 """
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import cv2
 import grain
 import numpy as np
 
+from jaxvid import guard
 from jaxvid.data.clips import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.decode import DecodeError
 from jaxvid.data.sources import Record
@@ -179,8 +179,7 @@ def _outlive_signals(*_) -> None:
 
     Ctrl-C and cluster managers signal every process of a group; the run needs its workers to save.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    guard.ignore_signals()
 
     def watch(parent: int) -> None:
         while os.getppid() == parent:

@@ -7,6 +7,11 @@ Killed at any time, it continues when it is run again, and the pack is the same 
 status 0, 3 where videos were broken and left out, 2 where the input is unusable.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from jaxvid import guard
+
+    guard.run("jaxvid.data.prepare", "; run the same command to continue")
+
 import argparse
 import contextlib
 import dataclasses
@@ -256,8 +261,9 @@ def _conclude(parts, mine, output, labels, settings) -> dict:
         if not report["readable"]:
             print_report(report, "packed")
             raise InputError(f"{output}: none of {report['videos']} videos can be read")
-        for partial in (output / ".parts").glob("*.partial"):  # of jobs that were killed
-            partial.unlink(missing_ok=True)
+        for folder in (".parts", ".", "annotations", "annotation"):
+            for partial in (output / folder).glob("*.partial"):  # of jobs that were killed
+                partial.unlink(missing_ok=True)
         _finish(output, parts, states, labels, settings)
         _write_atomically(
             output / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"
@@ -306,15 +312,9 @@ def main() -> None:
         )
     except InputError as error:
         parser.exit(InputError.EXIT_CODE, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted; run the same command to continue\n")
     print_report(report, f"packed ({report['packed_bytes'] / 1e6:.1f} MB)")
     if report["complete"]:
         print(f"{args.output}: complete")
     else:
         print(f"{args.output}: this job is done; the last of the others completes it")
     parser.exit(SOME_BROKEN if report["broken"] else 0)
-
-
-if __name__ == "__main__":
-    main()
