@@ -241,7 +241,8 @@ def train(
         result = make_report(results, config, checkpoint=f"step {step}")
         if result["top1"] > best:
             best = result["top1"]
-            checkpoint.finish_saving(manager)  # a model without a checkpoint is an earlier run's
+            with stalls.stage("the checkpoint"):  # without one, the model is an earlier run's
+                checkpoint.finish_saving(manager)
             save_model(workdir / "best", result)
         if step != evaluated:  # an evaluation that is repeated has its row already
             evaluated = step
