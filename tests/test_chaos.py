@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
@@ -120,8 +121,32 @@ def test_a_run_that_is_killed_at_random_ends_in_the_same_bits(motion_folder, tmp
         assert bests[0]["provenance"][name] == bests[1]["provenance"][name]
 
 
+def in_loop(workdir: Path) -> int:
+    """Return how many starts of a run have reached the training loop."""
+    return told(workdir).count("M parameters, ")
+
+
+def wait_for_signal(run: subprocess.Popen, workdir: Path, starts: int, rng, seconds) -> None:
+    """Wait until the moment of a signal, or until the run ends before it.
+
+    Args:
+        run: The run.
+        workdir: Its workdir.
+        starts: How many starts had reached the loop before this one.
+        rng: One half of the moments is uniform from the start on, the other from the loop on.
+        seconds: How long an uninterrupted run takes from the start on and from the loop on.
+    """
+    from_loop = rng.integers(2)
+    until = time.monotonic() + HANG_SECONDS
+    while from_loop and in_loop(workdir) == starts and run.poll() is None:
+        assert time.monotonic() < until, told(workdir)
+        time.sleep(0.01)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        run.wait(timeout=rng.uniform(0, seconds[from_loop]))
+
+
 def interrupt_runs(
-    folder: Path, data: Path, whole: Path, numbers: list[int], seconds: float, seed: int
+    folder: Path, data: Path, whole: Path, numbers: list[int], seconds, seed: int
 ) -> collections.Counter:
     """Interrupt runs at random moments and continue them, until all signals are used.
 
@@ -130,7 +155,7 @@ def interrupt_runs(
         data: The videos.
         whole: Workdir of an uninterrupted run.
         numbers: The signals, in order.
-        seconds: How long an uninterrupted run takes.
+        seconds: As for `wait_for_signal`.
         seed: Of the moments.
 
     Returns:
@@ -143,21 +168,22 @@ def interrupt_runs(
         workdir, code = folder / str(count), None
         count += 1
         while code != 0:
+            starts, ends = in_loop(workdir), {0}
             run = start(workdir, data, SHORT_FIELDS)
             try:
-                run.wait(timeout=rng.uniform(0, seconds) if numbers else HANG_SECONDS)
-                assert run.returncode == 0, told(workdir)
-            except subprocess.TimeoutExpired:
-                assert numbers, f"it hangs: {told(workdir)}"
-                number = numbers.pop()
-                run.send_signal(number)
+                if numbers:
+                    wait_for_signal(run, workdir, starts, rng, seconds)
+                if numbers and run.poll() is None:
+                    number = numbers.pop()
+                    ends |= {-number if number == signal.SIGKILL else 128 + number}
+                    run.send_signal(number)
                 code = run.wait(timeout=HANG_SECONDS)
-                codes[signal.Signals(number).name, code] += 1
-                ends = (0, -number if number == signal.SIGKILL else 128 + number)
-                assert code in ends, f"{code}: {told(workdir)}"
             finally:
                 run.kill()
-                code = run.wait()
+                run.wait()
+            assert code in ends, f"{code}: {told(workdir)}"
+            if len(ends) > 1:
+                codes[signal.Signals(number).name, code] += 1
             if (workdir / "eval.json").exists():
                 report = json.loads((workdir / "eval.json").read_text())
                 assert report["weights_sha256"] == expected["weights_sha256"]
@@ -178,8 +204,10 @@ def test_runs_that_are_stopped_at_random_moments_lose_nothing(
     for name in ("whole", "again"):  # the second run finds the compiled programs in the cache
         began = time.monotonic()
         run = start(tmp_path / name, motion_folder, SHORT_FIELDS)
+        wait_for(run, lambda: in_loop(tmp_path / name))  # noqa: B023
+        loop = time.monotonic()
         assert run.wait(timeout=600) == 0, told(tmp_path / name)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - began, time.monotonic() - loop
     check_same_outputs(tmp_path / "again", tmp_path / "whole")
     numbers = [kinds[i % len(kinds)] for i in range(count)]
 
@@ -190,5 +218,5 @@ def test_runs_that_are_stopped_at_random_moments_lose_nothing(
 
     with concurrent.futures.ThreadPoolExecutor(LANES) as pool:
         codes = sum(pool.map(interrupt, range(LANES)), collections.Counter())
-    print(f"{count} signals to runs of {seconds:.1f} s; exit codes: {dict(codes)}")
+    print(f"{count} signals to runs of {seconds[0]:.1f} s; exit codes: {dict(codes)}")
     assert codes.total() == count
