@@ -71,7 +71,7 @@ def train_section(**overrides) -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.checkpoint_every_epochs = 1.0
     config.checkpoint_keep = 2  # newest; the best model is kept beside them
-    config.log_steps = 50
+    config.log_steps = 50  # of a row of metrics.jsonl; at most a tenth of the run
     config.update(overrides)
     return config
 

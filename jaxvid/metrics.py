@@ -20,6 +20,7 @@ from jaxvid.errors import InputError
 
 log = logging.getLogger("jaxvid")
 MAX_CLASS_SCALARS = 50
+MIN_ROWS = 10  # training rows of a run, if it has as many steps
 
 
 def setup_logging(workdir: Path) -> None:
@@ -58,6 +59,38 @@ def sum_metrics(batches: list[dict]) -> dict[str, np.ndarray]:
         )
         for name in (host[0] if host else ())
     }
+
+
+def window_steps(log_steps: int, total_steps: int) -> int:
+    """Compute the length of a log window, in steps: that of the config, less for a short run."""
+    return min(log_steps, max(1, total_steps // MIN_ROWS))
+
+
+def training_row(sums: dict[str, np.ndarray], steps: int) -> dict[str, float | None]:
+    """Compute the means of a log window.
+
+    Args:
+        sums: Sums over the window of what `steps.train_step` returns.
+        steps: The window's number of training steps.
+
+    Returns:
+        Fields of a row of `metrics.jsonl`. Loss and accuracy (in percent) are means over clips;
+        None if no clip could be decoded. The gradient norm is a mean over steps.
+    """
+    clips = sums["count"]
+    return {
+        "steps": steps,
+        "train/loss": float(sums["loss"] / clips) if clips else None,
+        "train/top1": float(100 * sums["top1"] / clips) if clips else None,
+        "train/grad_norm": float(sums["grad_norm"] / steps),
+    }
+
+
+def describe_row(row: dict[str, float | None]) -> str:
+    """Describe a training row for the log and the progress bar."""
+    if row["train/loss"] is None:
+        return "no video of these steps can be decoded"
+    return f"loss {row['train/loss']:.3f}, top-1 {row['train/top1']:.1f} %"
 
 
 class MetricWriter:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -170,3 +172,91 @@ def test_configs_are_compared_field_by_field(tmp_path):
 def test_a_model_folder_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         jaxvid.save_model(jaxvid.create_model("xvit_tiny", **TINY), "/proc/jaxvid/model")
+
+
+class Counter:
+    """Something resumable."""
+
+    def __init__(self, value: int):
+        self.value = value
+
+    def get_state(self) -> dict:
+        return {"value": self.value}
+
+    def set_state(self, state: dict) -> None:
+        self.value = state["value"]
+
+
+def counters(data: int, log: int) -> dict[str, Counter]:
+    return {"data": Counter(data), "log": Counter(log)}
+
+
+def save(workdir: Path, step: int) -> None:
+    manager = checkpoint.make_manager(workdir, keep=2)
+    state = {"step": np.int32(step), "params": np.arange(4.0)}
+    checkpoint.save_checkpoint(manager, state, counters(step, 10 * step))
+    manager.close()
+
+
+ABSTRACT = {
+    "step": jax.ShapeDtypeStruct((), np.int32),
+    "params": jax.ShapeDtypeStruct((4,), np.float64),
+}
+
+
+def test_closing_a_manager_in_the_middle_of_a_save_leaves_no_thread(tmp_path, monkeypatch):
+    """A daemon thread would go on while the interpreter shuts down, and abort it."""
+    noters: list[threading.Thread] = []
+    note_files = checkpoint._note_files
+
+    def note_late(workdir):
+        noters.append(threading.current_thread())
+        if noters[-1] is not threading.main_thread():
+            time.sleep(0.3)
+        note_files(workdir)
+
+    monkeypatch.setattr(checkpoint, "_note_files", note_late)
+    manager = checkpoint.make_manager(tmp_path, keep=2)
+    checkpoint.save_checkpoint(manager, {"step": np.int32(1)}, counters(1, 2))
+    manager.close()
+    assert noters[-1] is not threading.main_thread()
+    assert not noters[-1].daemon
+    assert not noters[-1].is_alive()
+    assert [*json.loads((tmp_path / "checkpoints.json").read_text())] == ["1"]
+
+
+def test_a_checkpoint_keeps_the_log_window_and_older_ones_have_none(tmp_path):
+    save(tmp_path, 3)
+    found = counters(0, 0)
+    manager, state = checkpoint.restore_newest(tmp_path, ABSTRACT, found, keep=2)
+    manager.close()
+    assert (int(state["step"]), found["data"].value, found["log"].value) == (3, 3, 30)
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "log")
+    (tmp_path / "checkpoints.json").unlink()
+    found = counters(0, 0)
+    manager, state = checkpoint.restore_newest(tmp_path, ABSTRACT, found, keep=2)
+    manager.close()
+    assert (int(state["step"]), found["data"].value, found["log"].value) == (3, 3, 0)
+
+
+def test_outputs_of_a_run_without_checkpoints_are_moved_aside(tmp_path, lines):
+    for name in ("metrics.jsonl", "config.json", "mine.txt", "log.txt"):
+        (tmp_path / name).write_text(name)
+    checkpoint.tidy_outputs(
+        tmp_path, is_new=True
+    )  # of a run that was killed before its first checkpoint
+    assert (tmp_path / "metrics.jsonl").exists()
+    assert not lines
+    for folder in ("previous", "previous_again"):
+        (tmp_path / "metrics.jsonl").write_text(folder)
+        (tmp_path / "best").mkdir()
+        (tmp_path / "best" / "model.json").write_text(folder)
+        checkpoint.tidy_outputs(tmp_path, is_new=True)
+        checkpoint.tidy_outputs(tmp_path, is_new=True)
+        assert (tmp_path / folder / "metrics.jsonl").read_text() == folder
+        assert (tmp_path / folder / "best" / "model.json").read_text() == folder
+        checkpoint.tidy_outputs(tmp_path, is_new=False)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"mine.txt", "log.txt", "previous", "previous_again"}
+    assert len(lines) == 2
+    assert lines[1].endswith("previous_again")

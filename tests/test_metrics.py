@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from jaxvid.errors import InputError
-from jaxvid.metrics import MetricWriter, SkippedVideos, last_evaluation, sum_metrics
+from jaxvid.metrics import (
+    MetricWriter,
+    SkippedVideos,
+    last_evaluation,
+    sum_metrics,
+    training_row,
+    window_steps,
+)
 
 
 def test_sums_are_exact():
@@ -19,6 +26,27 @@ def test_sums_are_exact():
     assert sums["x"] == pytest.approx(big + 0.1, abs=1e-6)
     matrix = sum_metrics([{"c": jnp.ones((2, 2), jnp.int32)}] * 3)["c"]
     np.testing.assert_array_equal(matrix, np.full((2, 2), 3))
+
+
+@pytest.mark.parametrize(
+    ("log_steps", "total", "expected"),
+    [(50, 1000, 50), (50, 110, 11), (50, 20, 2), (50, 9, 1), (3, 20, 2), (1, 1, 1)],
+)
+def test_a_short_run_has_ten_rows(log_steps, total, expected):
+    assert window_steps(log_steps, total) == expected
+
+
+def test_a_row_has_means_over_clips_and_over_steps():
+    sums = {"loss": 6.0, "top1": 3, "count": 12, "grad_norm": 5.0}
+    row = training_row(sums, 2)
+    assert row == {
+        "steps": 2,
+        "train/loss": 0.5,
+        "train/top1": 25.0,
+        "train/grad_norm": 2.5,
+    }
+    row = training_row({"loss": 0.0, "top1": 0, "count": 0, "grad_norm": 0.0}, 1)
+    assert (row["train/loss"], row["train/top1"], row["train/grad_norm"]) == (None, None, 0)
 
 
 def test_a_continued_run_drops_what_was_written_after_its_checkpoint(tmp_path):
