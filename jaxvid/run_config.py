@@ -15,6 +15,7 @@ from jaxvid.files import write_file
 FREE_FIELDS = (
     *("mesh.", "eval.", "checkpoint_", "log_steps"),
     *("data.num_threads", "data.max_failed_share", "data.missing", "data.stall_seconds"),
+    "data.skip_broken",
 )
 
 # What the processes of one run may have of their own.
