@@ -650,7 +650,9 @@ def test_h5_packs_without_names_of_their_classes_are_refused(pack, tmp_path):
     prepare([pack.parent / "val.csv"], tmp_path / "h5", Settings("h5"), workers=1)
     assert open_folder(section("xvit_h5", tmp_path / "h5"), 2, ("val",)).labels == ["a", "b, c"]
     (tmp_path / "h5" / "labels.txt").unlink()
-    with pytest.raises(InputError, match="labels.txt does not exist; write a class a line, or run"):
+    with pytest.raises(
+        InputError, match="labels.txt does not exist; write one class name per line"
+    ):
         open_folder(section("xvit_h5", tmp_path / "h5"), 2, ("val",))
 
 

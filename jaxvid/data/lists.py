@@ -120,7 +120,8 @@ def read_labels_or_numbers(folder: Path, count: int) -> tuple[list[str], str]:
         return read_labels(folder)
     if os.path.lexists(folder / "report.json"):  # of jaxvid.data.prepare, which names the classes
         raise InputError(
-            f"{folder}/labels.txt does not exist; write a class a line, or run prepare again"
+            f"{folder}/labels.txt does not exist; write one class name per line, or run prepare "
+            "again"
         )
     return [str(i) for i in range(count)], str(folder)
 

@@ -292,4 +292,6 @@ def _check_head(path: Path, head: bytes) -> None:
         raise InputError(f"{path}: cannot be read: {what}; save it as UTF-8")
     is_json = Path(path).suffix == ".json"
     if len(head) == HEAD_BYTES and not is_json and not {*b"\r\n"} & {*head}:
-        raise InputError(f"{path}: its first line has over {HEAD_BYTES} bytes; it is no list")
+        raise InputError(
+            f"{path}: its first line has over {HEAD_BYTES} bytes; expected one entry per line"
+        )
