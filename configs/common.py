@@ -26,6 +26,7 @@ def data_section(**overrides) -> ConfigDict:
     section.randaugment_magnitude = 9
     section.mean = 0.5
     section.std = 0.5
+    section.skip_broken = False  # training goes on however many videos are broken or missing
     section.max_failed_share = 0.05  # of the training videos; above it the run stops
     section.stall_seconds = 300.0  # a wait longer than this is told, with what waits
     section.num_threads = 2

@@ -25,7 +25,7 @@ LATE_OUTPUTS = (
 )
 OUTPUTS = (
     *("metrics.jsonl", "tensorboard", "curves.png", "profile", "skipped.jsonl"),
-    *("config.json", "starts.jsonl", *LATE_OUTPUTS),
+    *("config.json", "starts.jsonl", "training_videos.json.gz", *LATE_OUTPUTS),
 )
 
 
@@ -274,7 +274,12 @@ def _restore(manager, step: int, abstract_state: dict, resumables: dict[str, Res
     return restored.state
 
 
-def tidy_outputs(workdir: Path, *, is_new: bool) -> None:
+def starts_over(workdir: Path) -> bool:
+    """Whether the checkpoints of an earlier run were deleted, but not its other outputs."""
+    return not find_steps(workdir) and any((workdir / name).exists() for name in LATE_OUTPUTS)
+
+
+def tidy_outputs(workdir: Path) -> None:
     """Remove what a killed run left half-written; move aside what does not belong to this run.
 
     If the checkpoints of an earlier run were deleted, its outputs are moved to `WORKDIR/previous`:
@@ -284,20 +289,19 @@ def tidy_outputs(workdir: Path, *, is_new: bool) -> None:
 
     Args:
         workdir: The run's folder.
-        is_new: Whether there is no checkpoint to continue.
 
     Raises:
         InputError: The outputs cannot be moved.
     """
-    sharding.in_all(_tidy_outputs, workdir, is_new)
+    sharding.in_all(_tidy_outputs, workdir)
 
 
-def _tidy_outputs(workdir: Path, is_new: bool) -> None:
+def _tidy_outputs(workdir: Path) -> None:
     if jax.process_index():
         return
     for name in ("best", "model"):
         folders.tidy(workdir / name, model_folder.MARK)
-    if not is_new or not any((workdir / name).exists() for name in LATE_OUTPUTS):
+    if not starts_over(workdir):
         return
     target = _free_path(workdir / "previous")
     try:

@@ -1,5 +1,6 @@
 """The exception for bad input, and one-line descriptions of exceptions and values."""
 
+import re
 import reprlib
 
 MEMORY_WORDS = (  # in messages of Python, glibc, XLA, NumPy and PyTorch
@@ -7,6 +8,9 @@ MEMORY_WORDS = (  # in messages of Python, glibc, XLA, NumPy and PyTorch
     *("unable to allocate", "can't start new thread", "failed to map segment"),
     "resource temporarily unavailable",
 )
+
+# Control characters, Unicode's line separators, and surrogates: Python's form of invalid UTF-8.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class InputError(ValueError):
@@ -51,3 +55,12 @@ def short_repr(value: object) -> str:
     except (RecursionError, ValueError):  # an int of more digits than Python prints
         text = f"a {type(value).__name__}"
     return one_line(text, 100)
+
+
+def printable(text: object) -> str:
+    """Escape line breaks, control characters and the bytes of a file name that are not UTF-8.
+
+    Returns:
+        Text that is one line in a terminal and that every UTF-8 stream takes.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))

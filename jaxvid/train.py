@@ -20,12 +20,13 @@ from jaxvid import (
     provenance,
     report,
     run_config,
+    run_videos,
     sharding,
     steps,
     watch,
 )
 from jaxvid.data.clips import make_spec
-from jaxvid.data.pipeline import describe_loading, make_train_iter, split_batch
+from jaxvid.data.pipeline import describe_loading, make_train_iter, split_batch, stored_id
 from jaxvid.data.sources import open_folder
 from jaxvid.distill import load_teacher
 from jaxvid.errors import InputError
@@ -86,6 +87,7 @@ def train(
 
     # ------------------------------------------------------------------ data
     data = sharding.in_all(open_folder, config.data, config.model.num_classes, ("train", "val"))
+    data, lost = sharding.in_all(run_videos.align, workdir, data)
     shard = sharding.rows_of_process(mesh, config.batch_size)
     train_iter = make_train_iter(
         data.records["train"],
@@ -136,8 +138,8 @@ def train(
     manager, state = checkpoint.restore_newest(
         workdir, abstract_state, resumables, keep=config.checkpoint_keep
     )
-    loaded, is_new = [], state is None
-    if is_new:
+    loaded = []
+    if state is None:
         state = jax.jit(init, out_shardings=state_sharding)()
         if config.init_from:
             found = model_folder.load_init(config.init_from, model_config, state["params"])
@@ -146,8 +148,10 @@ def train(
                 state["ema"] = jax.tree.map(jnp.copy, state["params"])
     step = start_step = int(state["step"])
     trace = watch.Trace(profile_steps, workdir / "profile", start=step, total=total_steps)
-    checkpoint.tidy_outputs(workdir, is_new=is_new)
-    provenance.note_start(workdir, provenance.describe_run(mesh, data.records))
+    checkpoint.tidy_outputs(workdir)
+    left_out = {"missing or broken": len(data.left_out), "no longer listed": len(lost)}
+    provenance.note_start(workdir, provenance.describe_run(mesh, data.records, left_out))
+    sharding.in_all(run_videos.save, workdir, data)
     run_config.save_config(config, workdir)
 
     # ------------------------------------------------------------------ compiled steps
@@ -172,7 +176,7 @@ def train(
         len(data.records["val"]),
         ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
     )
-    for line in (*loaded, optim.describe_rate(config.optimizer, config.batch_size)):
+    for line in (*data.notes, *loaded, optim.describe_rate(config.optimizer, config.batch_size)):
         log.info("%s", line)
     if step == total_steps:
         log.info("trained before, all %d steps; evaluating again", step)
@@ -182,7 +186,10 @@ def train(
     # ------------------------------------------------------------------ loop
     writer = metrics.MetricWriter(workdir, step)
     skipped = metrics.SkippedVideos(
-        workdir, num_videos=len(data.records["train"]), max_share=config.data.max_failed_share
+        workdir,
+        num_videos=len(data.records["train"]),
+        max_share=1.0 if config.data.skip_broken else config.data.max_failed_share,
+        lost=[*map(stored_id, lost)],
     )
     progress = metrics.Progress(
         total_steps * config.batch_size,
@@ -328,6 +335,8 @@ def train(
 
         # -------------------------------------------------------------- outputs
         # A signal does not interrupt them: the evaluation is done, and this ends the run.
+        if message := skipped.summary():
+            log.info("%s", message)
         folder = workdir / "model"
         result["checkpoint"] = str(workdir / "checkpoints" / str(step))
         result["weights_sha256"] = model_folder.fingerprint(steps.best_params(state))

@@ -204,9 +204,9 @@ def bind_socket(path: Path) -> None:
 SPECIAL = {
     "missing": (lambda p: None, "does not exist"),
     "folder": (lambda p: p.mkdir(), "is a folder"),
-    "fifo": (os.mkfifo, "is not a regular file"),
-    "socket": (bind_socket, "is not a regular file"),
-    "endless device": (lambda p: p.symlink_to("/dev/zero"), "is not a regular file"),
+    "fifo": (os.mkfifo, "not a regular file"),
+    "socket": (bind_socket, "not a regular file"),
+    "endless device": (lambda p: p.symlink_to("/dev/zero"), "not a regular file"),
     "symlink loop": (lambda p: p.symlink_to(p.name), "Too many levels of symbolic links"),
     "broken link": (lambda p: p.symlink_to("nothing"), "does not exist"),
 }

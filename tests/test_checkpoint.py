@@ -164,6 +164,12 @@ def test_configs_are_compared_field_by_field(tmp_path):
     config.model.width = 32
     found = run_config.compare_config(tmp_path, config)
     assert found == {"model.width": "model.width was 64, now 32"}
+    config.model.width = 64
+    config.data = ConfigDict({"color_matrix": "auto"})  # config.json is of a time without it
+    assert run_config.compare_config(tmp_path, config) == {}
+    config.data.color_matrix = "bt601"
+    found = run_config.compare_config(tmp_path, config)
+    assert found == {"data.color_matrix": "data.color_matrix was 'auto', now 'bt601'"}
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json is damaged"):
         run_config.compare_config(tmp_path, config)
@@ -242,20 +248,21 @@ def test_a_checkpoint_keeps_the_log_window_and_older_ones_have_none(tmp_path):
 def test_outputs_of_a_run_without_checkpoints_are_moved_aside(tmp_path, lines):
     for name in ("metrics.jsonl", "config.json", "mine.txt", "log.txt"):
         (tmp_path / name).write_text(name)
-    checkpoint.tidy_outputs(
-        tmp_path, is_new=True
-    )  # of a run that was killed before its first checkpoint
+    checkpoint.tidy_outputs(tmp_path)  # of a run that was killed before its first checkpoint
     assert (tmp_path / "metrics.jsonl").exists()
     assert not lines
     for folder in ("previous", "previous_again"):
         (tmp_path / "metrics.jsonl").write_text(folder)
         (tmp_path / "best").mkdir()
         (tmp_path / "best" / "model.json").write_text(folder)
-        checkpoint.tidy_outputs(tmp_path, is_new=True)
-        checkpoint.tidy_outputs(tmp_path, is_new=True)
+        (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+        checkpoint.tidy_outputs(tmp_path)
+        assert (tmp_path / "metrics.jsonl").exists()
+        shutil.rmtree(tmp_path / "checkpoints")
+        checkpoint.tidy_outputs(tmp_path)
+        checkpoint.tidy_outputs(tmp_path)
         assert (tmp_path / folder / "metrics.jsonl").read_text() == folder
         assert (tmp_path / folder / "best" / "model.json").read_text() == folder
-        checkpoint.tidy_outputs(tmp_path, is_new=False)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"mine.txt", "log.txt", "previous", "previous_again"}
     assert len(lines) == 2

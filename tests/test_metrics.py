@@ -12,6 +12,7 @@ from jaxvid.metrics import (
     MetricWriter,
     SkippedVideos,
     last_evaluation,
+    read_skipped,
     sum_metrics,
     training_row,
     window_steps,
@@ -81,6 +82,24 @@ def test_skipped_videos_are_listed_once_and_survive_a_kill(tmp_path):
         again.note([("d", "d is broken")])
     listed = [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()]
     assert listed == ["b", "ä", "c", "d"]
+
+
+def test_a_run_that_skips_any_share_stops_when_all_videos_fail(tmp_path):
+    """Videos that are no longer in the list do not count."""
+    assert SkippedVideos(tmp_path, num_videos=4, max_share=0.0).summary() == ""
+    skipped = SkippedVideos(tmp_path, num_videos=4, max_share=1.0, lost=["d"])
+    skipped.note([("a", "a is broken"), ("b", "b is broken"), ("d", "d is gone")])
+    assert skipped.summary().startswith("2 of 3 training videos could not be decoded and were")
+    assert read_skipped(tmp_path) == {"a", "b", "d"}
+    with pytest.raises(
+        InputError, match="all 3 training videos cannot be decoded; they are listed"
+    ):
+        skipped.note([("c", "c is broken")])
+    strict = SkippedVideos(tmp_path, num_videos=4, max_share=0.0, lost=["d"])
+    strict.note([("d", "d is gone")])
+    (tmp_path / "skipped.jsonl").write_text("[]\n")
+    with pytest.raises(InputError, match="skipped.jsonl: is damaged; delete it"):
+        read_skipped(tmp_path)
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):

@@ -437,6 +437,34 @@ def test_broken_videos_are_skipped_in_training_and_wrong_in_evaluation(with_brok
         train(config.lock(), tmp_path / "strict")
 
 
+def test_a_run_goes_on_without_broken_and_missing_videos_in_the_same_order(with_broken, tmp_path):
+    for split in ("train", "val"):
+        path = with_broken / f"{split}.csv"
+        path.write_text(f"none.mp4 0\n{path.read_text()}")
+    config = shrunk_config(with_broken, num_epochs=1.0).unlock()
+    config.data.update(skip_broken=True, max_failed_share=0.0)
+    whole = train(config.lock(), tmp_path / "whole")
+    assert (whole["num_videos"], whole["num_failed"]) == (26, 2)  # no evaluation leaves one out
+    log = (tmp_path / "whole" / "log.txt").read_text()
+    assert "1 of 50 training videos are missing or broken and left out, none.mp4 first" in log
+    assert "1 of 49 training videos could not be decoded and were skipped" in log
+    [start] = (tmp_path / "whole" / "starts.jsonl").read_text().splitlines()
+    assert json.loads(start)["left_out"] == {"missing or broken": 1, "no longer listed": 0}
+
+    # Without skip_broken the same run stops, and what its message says helps.
+    listed = (with_broken / "train.csv").read_text().removeprefix("none.mp4 0\n")
+    (with_broken / "train.csv").write_text(listed)
+    config = config.copy_and_resolve_references().unlock()
+    config.data.update(skip_broken=False, missing="keep")
+    with pytest.raises(InputError, match="1 of 49 .*more than .*share=0.0 .* take them out of the"):
+        train(config.lock(), tmp_path / "w")
+    (with_broken / "train.csv").write_text(listed.removeprefix("broken.mp4 0\n"))
+    found = train(config, tmp_path / "w")
+    assert found["weights_sha256"] == whole["weights_sha256"]
+    log = (tmp_path / "w" / "log.txt").read_text()
+    assert "1 of the run's 49 training videos are no longer in the list, broken.mp4 first" in log
+
+
 def test_mixing_and_erasing_train_and_continue_to_the_same_bits(motion_folder, tmp_path):
     config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
     config.update(mixup=0.4, erase=0.5)

@@ -13,7 +13,7 @@ from jaxvid.data.check import MAX_SECONDS, Finding, examine, spread
 from jaxvid.data.decode import Video
 from jaxvid.data.jpegs import import_or_explain
 from jaxvid.data.lists import Record
-from jaxvid.data.packs import import_tfds
+from jaxvid.data.packs import encode_id, import_tfds
 from jaxvid.data.sampling import frames_at_times
 from jaxvid.errors import InputError, one_line
 
@@ -198,7 +198,7 @@ def make_examples(clip: Clip, frames_per_record: int) -> Iterator[dict]:
             "num_frames": len(clip.jpegs),
             "fps": clip.fps,
             "label": clip.label,
-            "id": clip.finding.id,
+            "id": encode_id(clip.finding.id),
             "times": b"" if first else times,
         }
 
