@@ -25,6 +25,7 @@ from jaxvid.data.packing import Part, Settings, plan
 from jaxvid.data.packs import PackRecords
 from jaxvid.data.sources import Record, open_folder
 from jaxvid.errors import InputError
+from tests.test_decode import rgb_of, write_colour
 
 NUM = 10
 SETTINGS = {"arrayrecord": Settings(clips_per_file=3), "h5": Settings("h5", clips_per_file=3)}
@@ -76,7 +77,7 @@ def contents(output: Path) -> dict[str, bytes]:
 def open_pack(output: Path, kind: str, splits=("train", "val"), num_classes=3):
     source = {"arrayrecord": "pack", "h5": "xvit_h5"}[kind]
     data = ConfigDict({"source": source, "folder": str(output), "prefix": "", "missing": "error"})
-    data.skip_broken = False
+    data.update(skip_broken=False, color_matrix="auto")
     return open_folder(data, num_classes, splits)
 
 
@@ -421,6 +422,39 @@ def test_frames_are_scaled_down_and_thinned(tmp_path):
     assert abs(frames - halves).mean() < 3
     with small.open() as reader:
         assert reader.get_frames([0]).shape == (1, 16, 24, 3)  # never enlarged
+
+
+def test_packs_are_converted_by_the_color_matrix_that_is_asked_for(tmp_path):
+    yuv, tagged = (81, 90, 200), {"qp": "1", "x264-params": "colormatrix=bt709"}
+    write_colour(tmp_path / "colour.mp4", yuv, "yuv420p", tagged)
+    (tmp_path / "val.csv").write_text("colour.mp4 0\n")
+    (tmp_path / "labels.txt").write_text("x\n")
+    for matrix, standard in (("tagged", "bt709"), ("bt601", "bt601")):
+        output = tmp_path / matrix
+        settings = Settings(color_matrix=matrix, quality=100)
+        prepare.prepare([tmp_path / "val.csv"], output, settings, workers=1)
+        with open_pack(output, "arrayrecord", ("val",), 1).records["val"][0].open() as reader:
+            frame = reader.get_frames([0])[0]
+        np.testing.assert_allclose(
+            frame, np.broadcast_to(rgb_of(yuv, standard, False), frame.shape), atol=5
+        )
+    data = ConfigDict({"source": "pack", "folder": str(tmp_path / "tagged"), "prefix": ""})
+    data.update(missing="error", skip_broken=False, color_matrix="tagged")
+    assert open_folder(data, 1, ("val",)).notes == ()
+    data.color_matrix = "bt601"
+    [note] = open_folder(data, 1, ("val",)).notes
+    assert "prepare it again with --color_matrix bt601" in note
+    with pytest.raises(InputError, match="color_matrix='bt2020': there are 'tagged' and 'bt601'"):
+        Settings(color_matrix="bt2020")
+    # A pack that an older version began is continued.
+    path = tmp_path / "tagged" / ".parts" / "settings.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("color_matrix") == "tagged"
+    path.write_text(json.dumps(settings))
+    again = Settings(quality=100)
+    assert prepare.prepare([tmp_path / "val.csv"], tmp_path / "tagged", again, workers=1)[
+        "complete"
+    ]
 
 
 def test_class_folders_are_packed(folder, tmp_path):

@@ -29,7 +29,7 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8).repea
 
 def section(source, folder, prefix=""):
     fields = {"source": source, "folder": str(folder), "prefix": prefix, "missing": "error"}
-    fields["skip_broken"] = False
+    fields |= {"skip_broken": False, "color_matrix": "auto"}
     return ConfigDict(fields)
 
 

@@ -145,7 +145,13 @@ def _split_of(path: Path) -> str:
     return "val" if split in ("validate", "validation") else split
 
 
-def examine(record: Record, split: str, use: Callable[[np.ndarray], None], num: int = 0) -> Finding:
+def examine(
+    record: Record,
+    split: str,
+    use: Callable[[np.ndarray], None],
+    num: int = 0,
+    color_matrix: str = "tagged",
+) -> Finding:
     """Reads a video to the end.
 
     Args:
@@ -153,6 +159,7 @@ def examine(record: Record, split: str, use: Callable[[np.ndarray], None], num: 
         split: Its list.
         use: Is called with its frames `(t, h, w, c)` uint8, some at a time, in order.
         num: Frames to read, evenly spaced; 0: all.
+        color_matrix: Of their conversion to RGB, as `decode.Video` has it.
 
     Returns:
         What was found. If it is broken, what `use` was given is not all of it.
@@ -169,6 +176,7 @@ def examine(record: Record, split: str, use: Callable[[np.ndarray], None], num: 
         finding.broken = str(error)
         return finding
     with reader:
+        reader.color_matrix = color_matrix
         finding.num_frames = finding.readable = reader.num_frames
         finding.fps = reader.fps
         try:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import threading
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from jaxvid.data.decode import DecodeError
 from jaxvid.data.jpegs import JpegFrames, import_or_explain, keep_freed_memory
 from jaxvid.data.table import Listed, Table, table_path
 from jaxvid.errors import InputError, one_line
-from jaxvid.files import check_regular
+from jaxvid.files import check_regular, read_limited
 
 LABEL_FILE = "label.labels.txt"  # of TFDS: the names of the classes
 MAX_METADATA_BYTES = 2**26  # of each file of metadata
@@ -120,6 +121,15 @@ def _check_label_file(path: Path, num_classes: int) -> None:
             f"{path}: {problem}, and the data has {num_classes}; write the name of each class, in "
             "order, on a line of its own, or run prepare again"
         )
+
+
+def read_color_matrix(folder: str | Path) -> str | None:
+    """Return the `color_matrix` that a pack was made with; None if it does not say."""
+    try:
+        report = json.loads(read_limited(Path(folder) / "report.json", MAX_METADATA_BYTES))
+        return report["settings"].get("color_matrix", "tagged")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 class PackRecords(Sequence):

@@ -137,6 +137,7 @@ def _claim(output: Path, settings: dict) -> None:
     path = parts / "settings.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+        found = {"color_matrix": "tagged"} | found  # older versions knew no other
         names = [name for name in settings if found.get(name) != settings[name]]
     except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{path}: is damaged; delete {output} and prepare it again") from None
@@ -298,6 +299,12 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", help="i/n: this job of n, from 0")
     parser.add_argument("--clips_per_file", type=int, default=0)
     parser.add_argument("--frames_per_record", type=int, default=Settings.frames_per_record)
+    parser.add_argument(
+        "--color_matrix",
+        default="tagged",
+        help="tagged: convert to RGB by the matrix that the file names (default); bt601: by BT.601 "
+        "whatever it names, for converted STAM weights",
+    )
     args = parser.parse_args()
     try:
         index, _, count = args.shard.partition("/")
@@ -313,6 +320,7 @@ def main() -> None:
             args.quality,
             args.clips_per_file,
             args.frames_per_record,
+            args.color_matrix,
         )
         shard = (int(index), int(count))
         report = prepare(

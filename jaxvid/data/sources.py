@@ -16,7 +16,7 @@ from jaxvid.data.lists import (
     read_split,
 )
 from jaxvid.data.motion import make_motion
-from jaxvid.data.packs import PackRecords
+from jaxvid.data.packs import PackRecords, read_color_matrix
 from jaxvid.data.records import Selection, find_missing
 from jaxvid.data.scan import Skipped
 from jaxvid.errors import InputError, printable
@@ -85,6 +85,12 @@ def open_folder(data, num_classes: int, splits: tuple[str, ...]) -> VideoFolder:
         names = ", ".join(repr(name) for name in SOURCES[:-1])
         raise InputError(f"data.source={data.source!r}: there are {names} and {SOURCES[-1]!r}")
     notes = [f"{folder}: skipped {skipped}"] if str(skipped) else []
+    packed = read_color_matrix(folder) if data.source == "pack" else None
+    if packed and data.color_matrix not in ("auto", packed):
+        notes.append(
+            f"{folder} was packed with color_matrix={packed}, but data.color_matrix is "
+            f"{data.color_matrix}; prepare it again with --color_matrix {data.color_matrix}"
+        )
     left_out = ()
     if data.skip_broken and "train" in records:
         records["train"], left_out = _leave_out(records["train"], data.folder)
