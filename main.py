@@ -12,6 +12,15 @@ Exit codes: 0 done; 2 bad input, in one line; 130 and 143: SIGINT and SIGTERM (o
 this one was told to stop), the state was saved and the same command continues.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from jaxvid import guard
+
+    guard.run("main", "; run the same command to continue")
+elif __name__ == "__mp_main__":  # a worker process, which imports this file first
+    from jaxvid import guard
+
+    guard.ignore_signals()
+
 import functools
 import gc
 import sys
@@ -41,7 +50,7 @@ for _name, _mode in (("compare", "eval"), ("profile", "train")):
     )
 
 
-def main(_) -> None:
+def run(_) -> None:
     """Runs the program that the flags name; bad input becomes one line and exit code 2."""
     # JAX, Orbax and Grain tell every step they take; what fails is raised, and told in one line.
     logging.set_verbosity(logging.FATAL)
@@ -67,13 +76,10 @@ def main(_) -> None:
         print(f"error: {error}", file=sys.stderr)
         gc.collect()  # while what a failed save left can still be hidden
         sys.exit(InputError.EXIT_CODE)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is there", file=sys.stderr)
-        sys.exit(130)
 
 
-if __name__ == "__main__":
-    app.run(
-        main,
-        flags_parser=functools.partial(cli.parse_flags, doc=__doc__, needed={"workdir": "FOLDER"}),
-    )
+def main() -> None:
+    """Parses the flags and runs what they name."""
+    needed = {"workdir": "FOLDER"}
+    parse = functools.partial(cli.parse_flags, doc=__doc__, module=__name__, needed=needed)
+    app.run(run, flags_parser=parse)

@@ -124,6 +124,17 @@ def train_clip(records: dict, paths: list[Path], spec: ClipSpec, i: int) -> np.n
     return load_train_clip(records[paths[i % len(paths)]], np.random.default_rng(i), spec)["video"]
 
 
+def xvit_views(record, *, exact: bool) -> np.ndarray:
+    """XViT's three test crops `(v t h w c)`: unrounded as uint16 pixels, or rounded to uint8."""
+    views = np.empty((3, NUM_FRAMES, CROP, CROP, 3), np.uint16 if exact else np.uint8)
+    with record.open() as reader:
+        for t, frame in reader.iter_frames(wanted_of(reader.num_frames)):
+            frame = transforms.resize_bilinear(frame[None], CROP, exact=exact)
+            for v, crop in enumerate(transforms.eval_crops(frame, CROP, 3)):
+                views[v, t] = crop[0]
+    return views
+
+
 def jpegs_of(video: PackedVideo) -> list[bytes]:
     """The pictures of its clip."""
     size = video.listed.frames_per_record
@@ -351,6 +362,16 @@ def main() -> None:
             for name, spec in TRAIN_SPECS.items()
         }
         compare("training clips from a pack", sides, list(range(3 * args.rounds)))
+
+        sides = {
+            f"XViT's test crops, {name}": functools.partial(
+                lambda exact, path: xvit_views(records[path], exact=exact), exact
+            )
+            for name, exact in (("unrounded", True), ("rounded", False))
+        }
+        compare("evaluation views from a pack", sides, rounds)
+        for name, side in sides.items():
+            print(f"{name}: {side(rounds[0]).nbytes / 1e6:.1f} MB per video")
 
         with Video(paths[0]) as video:
             frames = video.get_frames(np.array(wanted_of(video.num_frames)))

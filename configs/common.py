@@ -26,6 +26,7 @@ def data_section(**overrides) -> ConfigDict:
     section.randaugment_magnitude = 9
     section.mean = 0.5
     section.std = 0.5
+    section.skip_broken = False  # training goes on however many videos are broken or missing
     section.max_failed_share = 0.05  # of the training videos; above it the run stops
     section.stall_seconds = 300.0  # a wait longer than this is told, with what waits
     section.num_threads = 2
@@ -71,7 +72,7 @@ def train_section(**overrides) -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.checkpoint_every_epochs = 1.0
     config.checkpoint_keep = 2  # newest; the best model is kept beside them
-    config.log_steps = 50
+    config.log_steps = 50  # of a row of metrics.jsonl; at most a tenth of the run
     config.update(overrides)
     return config
 

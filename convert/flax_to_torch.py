@@ -3,12 +3,18 @@
 python convert/flax_to_torch.py --input FOLDER --output FILE.pth
 """
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from jaxvid import guard
+
+    guard.run("convert.flax_to_torch")
+
+import argparse
+import os
 
 import numpy as np
 import torch
@@ -59,7 +65,3 @@ def main(argv: list[str] | None = None) -> int:
         return InputError.EXIT_CODE
     print(f"{args.output}: {len(state)} tensors, as the original program of {model.config.name}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,10 +8,14 @@ is its `scale`.
 import dataclasses
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
+from convert.weight_files import Weight, concatenate
+from jaxvid.errors import InputError
 from jaxvid.models import ModelConfig, Params
+from jaxvid.models.layers import MAX_TOKENS
 from jaxvid.models.stam import STAMConfig
 
 TRANSPOSED = ("kernel", "in_proj_weight")
@@ -71,7 +75,7 @@ SOURCES = {
         is_image_model=True,
     ),
 }
-SOURCES["google_vit"] = SOURCES["timm_vit"]  # after google_to_torch
+SOURCES["google_vit"] = SOURCES["timm_vit"]  # after `google_to_torch`
 
 
 def image_prefix(config: ModelConfig) -> str:
@@ -86,10 +90,18 @@ def is_image_part(name: str, config: ModelConfig) -> bool:
     return name.startswith(image_prefix(config)) and inside.startswith(parts)
 
 
-def google_to_torch(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def google_to_torch(weights: dict[str, Weight], source: Path) -> dict[str, Weight]:
     """Google's ViT `.npz` names and layouts → those of a timm ViT state_dict.
 
-    Keys that fit no rule are kept under their own name, so that they are reported.
+    Keys that fit no rule, by name or by number of axes, are kept under their own name, so that they
+    are reported.
+
+    Args:
+        weights: The file's weights.
+        source: The file, for messages.
+
+    Raises:
+        InputError: Two keys stand for the same weight.
     """
     out, qkv = {}, {}
     table: list[tuple[str, str, Callable[[np.ndarray], np.ndarray]]] = [
@@ -112,25 +124,37 @@ def google_to_torch(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         table.append((f"{mlp}/bias", rf"blocks.\1.mlp.{ours}.bias", np.asarray))
     attention = f"{block}MultiHeadDotProductAttention_1/"
     flat = lambda a: a.reshape(-1, a.shape[-1]).T  # (k e d) → (d, k·e)  # noqa: E731
+    join_heads = lambda a: a.reshape(a.shape[0], -1).T  # (d k e) → (k·e, d)  # noqa: E731
+    flatten = lambda a: a.reshape(-1)  # (k e) → (k·e)  # noqa: E731
     table.append((f"{attention}out/kernel", r"blocks.\1.attn.proj.weight", flat))
     table.append((f"{attention}out/bias", r"blocks.\1.attn.proj.bias", np.asarray))
-    for key, array in arrays.items():
+    for key, weight in weights.items():
+        name, change, parts = key, None, out
         if match := re.fullmatch(f"{attention}(query|key|value)/(kernel|bias)", key):
-            index, part, leaf = match.groups()
-            # (d k e) → (k·e, d); biases (k e) → (k·e)
-            array = array.reshape(array.shape[0], -1).T if leaf == "kernel" else array.reshape(-1)
-            qkv.setdefault((index, leaf), {})[part] = array
-            continue
-        for theirs, ours, change in table:
+            index, name, leaf = match.groups()
+            parts = qkv.setdefault((index, leaf), {})
+            change = join_heads if leaf == "kernel" else flatten
+        for theirs, ours, change_by_rule in () if change else table:
             if match := re.fullmatch(theirs, key):
-                out[match.expand(ours)] = change(array)
+                name, change = match.expand(ours), change_by_rule
                 break
-        else:
-            out[key] = array
+        try:
+            changed = weight.map(change) if change else weight
+        except (ValueError, IndexError):  # not the number of axes that the rule is for
+            name, parts, changed = key, out, weight
+        if name in parts:
+            raise InputError(f"{source}: two keys stand for {name}; remove one of them")
+        parts[name] = changed
     for (index, leaf), parts in qkv.items():
         name = f"blocks.{index}.attn.qkv.{'weight' if leaf == 'kernel' else 'bias'}"
         found = [parts[part] for part in ("query", "key", "value") if part in parts]
-        out[name] = np.concatenate(found)
+        if name in out:
+            raise InputError(f"{source}: two keys stand for {name}; remove one of them")
+        try:
+            out[name] = concatenate(found)
+        except (ValueError, IndexError):
+            start = attention.replace(r"(\d+)", index)
+            out |= {f"{start}{part}/{leaf}": parts[part] for part in parts}
     return out
 
 
@@ -143,6 +167,7 @@ class Plan:
         zeros: Weight → why it is zeros.
         resized: Weight → how it was resized.
         initialised: Weights that keep fresh values.
+        rounded: Weights that are float64 in the file, and float32 in the model.
         ignored: Key → why it is not read.
         problems: What makes the conversion impossible, one line each.
     """
@@ -151,6 +176,7 @@ class Plan:
     zeros: dict[str, str] = dataclasses.field(default_factory=dict)
     resized: dict[str, str] = dataclasses.field(default_factory=dict)
     initialised: list[str] = dataclasses.field(default_factory=list)
+    rounded: list[str] = dataclasses.field(default_factory=list)
     ignored: dict[str, str] = dataclasses.field(default_factory=dict)
     problems: list[str] = dataclasses.field(default_factory=list)
 
@@ -203,7 +229,9 @@ def plan(
 
 def _is_grid(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether a positional embedding is a class token and a square grid of the wanted width."""
-    if len(found) != 3 or found[0] != 1 or found[2] != wanted[2] or found[1] < 2:
+    if len(found) != 3 or found[0] != 1 or found[2] != wanted[2]:
+        return False
+    if not 2 <= found[1] <= MAX_TOKENS + 1:
         return False
     return round((found[1] - 1) ** 0.5) ** 2 == found[1] - 1
 

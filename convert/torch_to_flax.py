@@ -7,24 +7,31 @@ start of either. Every key of the file is used once or ignored for a stated reas
 the model is filled once or listed as newly initialised; otherwise nothing is written.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from jaxvid import guard
+
+    guard.run("convert.torch_to_flax")
+
 import argparse
 import dataclasses
 import hashlib
 import json
 import re
-import sys
-import zipfile
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 import numpy as np
 import torch
 
 from convert import rules
+from convert.weight_files import FLOATS, Weight, load_state_dict, open_weights
 from jaxvid import model_folder
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, one_line, short_repr
+from jaxvid.files import read_limited
 from jaxvid.models import (
     ModelConfig,
     Params,
@@ -36,6 +43,7 @@ from jaxvid.models import (
 from jaxvid.models.stam import STAMConfig
 from jaxvid.models.surgery import resize_pos_embed
 
+MAX_LABELS_BYTES = 32 * 10**6
 CHECK_BOUND = 1e-4  # largest absolute difference of logits and features, in float32
 
 
@@ -57,118 +65,15 @@ def released_preprocessing(config: ModelConfig) -> dict:
     return how | {"sampling": "segments", "num_clips": 2} if config.name == "xvit_ssv2" else how
 
 
-def read_file(path: Path) -> tuple[str, dict[str, np.ndarray]]:
-    """Reads a checkpoint without running anything that it holds.
-
-    Args:
-        path: A `.pth` (any name that torch reads), `.safetensors` or `.npz` file.
-
-    Returns:
-        The kind of source (a key of `rules.SOURCES`) and its weights, key → array.
-
-    Raises:
-        InputError: It is no such file, is damaged, or would run code.
-    """
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name the checkpoint file itself")
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    _check_zip(path)
-    if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return "google_vit", rules.google_to_torch(dict(arrays))
-        except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} cannot be read as .npz ({_first_line(error)})") from None
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return "timm_vit", _to_numpy(path, load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path} cannot be read as .safetensors ({_first_line(error)})"
-            ) from None
-    tree = _torch_load(path)
-    if not isinstance(tree, dict):
-        raise InputError(f"{path} holds a {type(tree).__name__}, not a dict of weights")
-    tree = _unwrap(tree)
-    if "pos_embed" not in tree and "base_model.pos_embed" not in tree:
-        names = ", ".join(list(tree)[:4]) or "nothing"
-        raise InputError(f"{path} holds no weights of STAM, XViT or a timm ViT, but {names}, ...")
-    if any(key.startswith("base_model.") for key in tree):
-        kind = "xvit"
-    else:
-        kind = "stam" if any(key.startswith("aggregate.") for key in tree) else "timm_vit"
-    return kind, _to_numpy(path, tree)
-
-
-def _unwrap(tree: dict) -> dict:
-    """The state_dict inside a checkpoint, without a DDP prefix."""
-    inner = next(
-        (
-            tree[key]
-            for key in ("model", "model_state", "state_dict")
-            if isinstance(tree.get(key), dict)
-        ),
-        tree,
-    )
-    return {str(key).removeprefix("module."): value for key, value in inner.items()}
-
-
-def _torch_load(path: Path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = _first_line(error)
-        if "Unsupported" in str(error) or "weights_only" in str(error).lower():
-            reason = "it holds more than weights, which would be run as code on loading"
-        raise InputError(f"{path} cannot be read as a PyTorch checkpoint ({reason})") from None
-
-
-def _check_zip(path: Path) -> None:
-    """Refuses an archive that declares more than its file can hold (a zip bomb)."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        declared = sum(entry.file_size for entry in archive.infolist())
-    size = path.stat().st_size
-    if declared > 4 * size:  # weights hardly compress
-        raise InputError(
-            f"{path} declares {declared / 1e6:.0f} MB in a file of {size / 1e6:.0f} MB; not read"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
-
-
-def _to_numpy(path: Path, tree: dict) -> dict[str, np.ndarray]:
-    """Tensors as arrays that share their memory; half precision is widened, which is exact."""
-    out, problems = {}, []
-    for key, value in tree.items():
-        if not isinstance(value, torch.Tensor):
-            problems.append(f"{key} is a {type(value).__name__}, not a tensor")
-        elif value.dtype in (torch.float16, torch.bfloat16):
-            out[key] = value.detach().float().numpy()
-        else:
-            out[key] = value.detach().numpy()
-    if problems:
-        raise InputError(f"{path}: {'; '.join(problems)}")
-    return out
-
-
 def infer_config(
-    model: str, kind: str, arrays: dict[str, np.ndarray], num_classes: int | None, source: Path
+    model: str, kind: str, weights: dict[str, Weight], num_classes: int | None, source: Path
 ) -> ModelConfig:
     """The preset's config with the sizes that the file determines.
 
     Args:
         model: The preset's name.
         kind: The kind of source.
-        arrays: The file's weights.
+        weights: The file's weights.
         num_classes: What the user said, or None.
         source: The file, for messages.
 
@@ -192,8 +97,8 @@ def infer_config(
     found["width"] = (f"{prefix}cls_token", 2, 0)
     sizes, problems = {}, []
     for field, (key, axis, offset) in found.items():
-        if key in arrays and arrays[key].ndim > axis:
-            sizes[field] = arrays[key].shape[axis] + offset
+        if key in weights and len(weights[key].shape) > axis:
+            sizes[field] = weights[key].shape[axis] + offset
     wanted = {"num_classes": num_classes or config.num_classes, "width": config.width}
     if kind == "stam":
         wanted["num_frames"] = config.num_frames
@@ -214,49 +119,88 @@ def infer_config(
 
 
 def convert(
-    kind: str, arrays: dict[str, np.ndarray], config: ModelConfig, source: Path
+    kind: str, weights: dict[str, Weight], config: ModelConfig, source: Path
 ) -> tuple[Params, rules.Plan]:
     """Turns a file's weights into a model's.
 
     Args:
         kind: The kind of source.
-        arrays: The file's weights; emptied on the way, to keep memory low.
+        weights: The file's weights. Only those whose shape is the model's are read.
         config: The model's config.
         source: The file, for messages.
 
     Returns:
-        The weights, and what became of each key.
+        The weights, and what became of each key. float64 is rounded to float32.
 
     Raises:
         InputError: Names every key that is missing, left over, or of another shape or dtype, and
-            every weight that is not finite.
+            every weight with values that float32 cannot hold.
     """
     _, abstract_params = abstract_model(config)
-    shapes = {key: array.shape for key, array in arrays.items()}
+    shapes = {key: weight.shape for key, weight in weights.items()}
     plan = rules.plan(rules.SOURCES[kind], shapes, abstract_params, config)
-    problems = list(plan.problems)
-    for key in plan.used.values():
-        if arrays[key].dtype.kind != "f":
-            problems.append(f"{key}: {arrays[key].dtype}, not floating point")
-        elif not np.isfinite(arrays[key]).all():
-            problems.append(f"{key}: holds NaN or infinite values")
-    if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        raise InputError(f"{source} does not fit {config.name}, {len(problems)} problems:{lines}")
-    params = {}
+    params: dict[str, np.ndarray | jax.Array] = {}
+    for name, key in plan.used.items():
+        weight = weights[key]
+        if weight.dtype not in FLOATS:
+            number = "" if "float" in weight.dtype.lower() else ", not floating point"
+            known = "" if number else f"; only {', '.join(FLOATS)} are read"
+            plan.problems.append(f"{key}: {weight.dtype}{number}{known}")
+            continue
+        array, problem = _as_float32(weight.read())
+        if problem:
+            plan.problems.append(f"{key}: {problem}")
+        if weight.dtype == "float64":
+            plan.rounded.append(name)
+        if plan.problems:
+            params.clear()  # the rest is read for its problems alone
+            continue
+        array = rules.from_torch(name, array)
+        if name in plan.resized:
+            side = config.image_size // config.patch_size
+            array = resize_pos_embed(jax.numpy.asarray(array), (side, side))
+        params[name] = jax.numpy.array(array, np.float32)
+    if plan.problems:
+        raise InputError(_describe_problems(plan.problems, config, source))
     if plan.initialised:
         fresh = split_params(create_model(**dataclasses.asdict(config)))[1]
-        params = {name: fresh[name] for name in plan.initialised}
-    for name, leaf in abstract_params.items():
-        if name in plan.zeros:
-            params[name] = jax.numpy.zeros(leaf.shape, np.float32)
-        elif name in plan.used:
-            array = rules.from_torch(name, arrays.pop(plan.used[name]))
-            if name in plan.resized:
-                side = config.image_size // config.patch_size
-                array = resize_pos_embed(jax.numpy.asarray(array), (side, side))
-            params[name] = jax.numpy.array(array, np.float32)
-    return params, plan
+        params |= {name: fresh[name] for name in plan.initialised}
+    for name in plan.zeros:
+        params[name] = jax.numpy.zeros(abstract_params[name].shape, np.float32)
+    return {name: params[name] for name in abstract_params}, plan
+
+
+def _as_float32(array: np.ndarray) -> tuple[np.ndarray, str]:
+    """Values in float32, and what is wrong with them. Half precision is widened, which is exact."""
+    with np.errstate(over="ignore"):
+        narrow = array.astype(np.float32, copy=False)
+    if np.isfinite(narrow).all():
+        return narrow, ""
+    if np.isfinite(array).all():
+        return narrow, f"holds values beyond float32's range of ±{np.finfo(np.float32).max:.1e}"
+    return narrow, "holds NaN or infinite values"
+
+
+def _describe_problems(problems: list[str], config: ModelConfig, source: Path) -> str:
+    """All problems in a line; the same problem of several blocks is one, and 30 are shown."""
+    rows = _count_alike(problems)
+    more = f"; and {len(rows) - 30} more" * (len(rows) > 30)
+    return (
+        f"{source} does not fit {config.name}, {len(problems)} problems: "
+        f"{'; '.join(rows[:30])}{more}"
+    )
+
+
+def _count_alike(lines: list[str]) -> list[str]:
+    """Lines that differ in the number of a block alone as one, with a star and their count."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        short = re.sub(r"\b(blocks|layers|temporal_encoder)\.\d+", r"\1.*", line)
+        groups.setdefault(short, []).append(line)
+    return [
+        f"{short}  × {len(group)}" if len(group) > 1 else group[0]
+        for short, group in groups.items()
+    ]
 
 
 def describe(plan: rules.Plan) -> str:
@@ -266,12 +210,8 @@ def describe(plan: rules.Plan) -> str:
     lines += [f"resized: {name}: {how}" for name, how in plan.resized.items()]
     lines += [f"ignored: {key} ({reason})" for key, reason in plan.ignored.items()]
     lines += [f"newly initialised: {name}" for name in plan.initialised]
-    counts: dict[str, int] = {}
-    for line in lines:
-        short = re.sub(r"\b(blocks|layers|temporal_encoder)\.\d+", r"\1.*", line)
-        counts[short] = counts.get(short, 0) + 1
-    rows = [line + (f"  × {count}" if count > 1 else "") for line, count in counts.items()]
-    return "\n".join([f"{'key in the file':56} → weight in the model", *rows])
+    lines += [f"rounded from float64: {name}" for name in plan.rounded]
+    return "\n".join([f"{'key in the file':56} → weight in the model", *_count_alike(lines)])
 
 
 def sha256(path: Path) -> str:
@@ -295,7 +235,7 @@ def check(path: Path, config: ModelConfig, params: Params) -> list[tuple[str, fl
     from jaxvid.models import merge_params
 
     reference = build_reference(config)
-    state = {key: value.float() for key, value in _unwrap(_torch_load(path)).items()}
+    state = {key: value.float() for key, value in load_state_dict(path).items()}
     for key, value in reference.state_dict().items():
         if key.endswith("attn.qkv.bias"):  # which first-version files lack
             state.setdefault(key, torch.zeros_like(value))
@@ -346,12 +286,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     make_model_config(args.model)  # a wrong name is told before a long read
-    kind, arrays = read_file(args.input)
-    config = infer_config(args.model, kind, arrays, args.num_classes, args.input)
     labels = None
-    if args.labels:
-        labels = _read_labels(args.labels, config.num_classes)
-    params, plan = convert(kind, arrays, config, args.input)
+    with open_weights(args.input) as (kind, weights):
+        if kind == "google_vit":
+            weights = rules.google_to_torch(weights, args.input)
+        config = infer_config(args.model, kind, weights, args.num_classes, args.input)
+        if args.labels:
+            labels = _read_labels(args.labels, config.num_classes)
+        params, plan = convert(kind, weights, config, args.input)
     print(describe(plan))
     if args.check:
         if rules.SOURCES[kind].is_image_model:
@@ -387,14 +329,23 @@ def _run(args: argparse.Namespace) -> int:
 
 def _read_labels(path: Path, num_classes: int) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_limited(path, MAX_LABELS_BYTES).decode("utf-8")
         labels = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({_first_line(error)})") from None
-    if not isinstance(labels, list) or len(labels) != num_classes:
-        raise InputError(f"{path}: {len(labels)} names for {num_classes} classes")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; name a file of labels") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({one_line(error)}); save it as UTF-8, a name a line"
+        ) from None
+    if not isinstance(labels, list):
+        raise InputError(f"{path}: a {type(labels).__name__}, expected a list of names")
+    if len(labels) != num_classes:
+        raise InputError(
+            f"{path}: {len(labels)} names for {num_classes} classes; give each class one"
+        )
+    for label in labels:
+        if not isinstance(label, str | int):
+            raise InputError(f"{path}: {short_repr(label)} is no name; expected text")
     return [str(label) for label in labels]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

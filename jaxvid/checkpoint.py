@@ -1,24 +1,76 @@
-"""Training checkpoints: the state and the data iterator of every so many steps."""
+"""Training checkpoints: the training state, the data iterator and the open log window."""
 
 import contextlib
 import json
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
-from jaxvid import folders, sharding
+from jaxvid import folders, model_folder, sharding
 from jaxvid.errors import InputError, one_line
 from jaxvid.files import write_file
 from jaxvid.metrics import log
 from jaxvid.models import Params
 
 _noting = threading.Lock()
+# Outputs that a run only has once it has saved a checkpoint.
+LATE_OUTPUTS = (
+    *("best", "model", "eval.json", "eval_videos.csv", "eval.html", "comparison.json"),
+    *("confusion.png", "checkpoints.json"),
+)
+OUTPUTS = (
+    *("metrics.jsonl", "tensorboard", "curves.png", "profile", "skipped.jsonl"),
+    *("config.json", "starts.jsonl", "training_videos.json.gz", *LATE_OUTPUTS),
+)
+
+
+class Resumable(Protocol):
+    """What a checkpoint keeps as JSON beside the training state: a Grain iterator, for example."""
+
+    def get_state(self) -> dict:
+        """Return the current state."""
+
+    def set_state(self, state: dict) -> None:
+        """Continue from a state."""
+
+
+class CheckpointManager(ocp.CheckpointManager):
+    """Orbax's manager; it also writes the checksums of each checkpoint once it is complete."""
+
+    _noter: threading.Thread | None = None
+
+    def note_when_saved(self) -> None:
+        """Write the checksums in the background, as the run may be killed before the next save.
+
+        The thread is joined by `join_noter` and `close`. A daemon thread would go on while the
+        interpreter shuts down, and start JAX's backends again after they were torn down.
+        """
+        self.join_noter()
+        self._noter = threading.Thread(target=self._note, name="checksums")
+        self._noter.start()
+
+    def _note(self) -> None:
+        with contextlib.suppress(Exception):  # raised again by the main thread's wait
+            self.wait_until_finished()
+            _note_files(Path(self.directory).parent)
+
+    def join_noter(self) -> None:
+        """Wait for the checksums of the last save."""
+        if self._noter is not None:
+            self._noter.join()
+            self._noter = None
+
+    def close(self) -> None:
+        """Wait for the last save and its checksums, and stop all threads."""
+        try:
+            super().close()
+        finally:
+            self.join_noter()
 
 
 def check_writable(workdir: Path, need_bytes: int) -> None:
@@ -53,45 +105,51 @@ def check_writable(workdir: Path, need_bytes: int) -> None:
         )
 
 
-def make_manager(workdir: Path, *, keep: int) -> ocp.CheckpointManager:
-    """The manager of `WORKDIR/checkpoints/STEP/`; saves run in the background.
+def make_manager(workdir: Path, *, keep: int) -> CheckpointManager:
+    """Make the manager of `WORKDIR/checkpoints/STEP/`; saves run in the background.
 
     Args:
         workdir: The run's folder.
         keep: How many of the newest checkpoints stay.
     """
-    return ocp.CheckpointManager(
+    return CheckpointManager(
         (workdir / "checkpoints").resolve(),
         options=ocp.CheckpointManagerOptions(max_to_keep=keep),
-        item_names=("state", "data"),
+        item_names=("state", "data", "log"),
     )
 
 
 def save_checkpoint(
-    manager: ocp.CheckpointManager, state: dict, data_iter: grain.DatasetIterator
+    manager: CheckpointManager, state: dict, resumables: dict[str, Resumable]
 ) -> None:
-    """Saves state and iterator under the state's step. Call it before the next draw.
+    """Save under the state's step. Call it before the next batch is drawn.
+
+    Args:
+        manager: As `make_manager` gives it.
+        state: The training state.
+        resumables: `data`, the data iterator, and `log`, the open log window.
 
     Raises:
-        InputError: It, or the one before, cannot be written.
+        InputError: This checkpoint, or the previous one, cannot be written.
     """
-    position = ocp.args.JsonSave(data_iter.get_state())
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=position)
+    items = {name: ocp.args.JsonSave(part.get_state()) for name, part in resumables.items()}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), **items)
     finish_saving(manager)
     with _told_if_not_written(manager):
         manager.save(int(state["step"]), args=args)
     if not jax.process_index():
-        threading.Thread(target=_note_when_saved, args=(manager,), daemon=True).start()
+        manager.note_when_saved()
 
 
-def finish_saving(manager: ocp.CheckpointManager) -> None:
-    """Waits for the last checkpoint, and notes what its files hold.
+def finish_saving(manager: CheckpointManager) -> None:
+    """Wait for the last checkpoint and write the checksums of its files.
 
     Raises:
         InputError: It cannot be written.
     """
     with _told_if_not_written(manager):
         manager.wait_until_finished()
+        manager.join_noter()
         if not jax.process_index():
             _note_files(Path(manager.directory).parent)
 
@@ -107,14 +165,6 @@ def _told_if_not_written(manager: ocp.CheckpointManager) -> Iterator[None]:
             f"whole ones there are of the steps: {steps}; make room, then the same command "
             "continues"
         ) from None
-
-
-def _note_when_saved(manager: ocp.CheckpointManager) -> None:
-    """Notes a checkpoint's files as soon as it is whole: the run may be killed before the next."""
-    with contextlib.suppress(Exception):  # what went wrong is told when the save is waited for
-        while manager.is_saving_in_progress():
-            time.sleep(0.2)
-        _note_files(Path(manager.directory).parent)
 
 
 def _note_files(workdir: Path) -> None:
@@ -140,16 +190,16 @@ def _noted_files(workdir: Path) -> dict[str, dict[str, int]]:
 
 
 def restore_newest(
-    workdir: Path, abstract_state: dict, data_iter: grain.DatasetIterator, *, keep: int
-) -> tuple[ocp.CheckpointManager, dict | None]:
-    """Restores the newest checkpoint that is whole.
+    workdir: Path, abstract_state: dict, resumables: dict[str, Resumable], *, keep: int
+) -> tuple[CheckpointManager, dict | None]:
+    """Restore the newest checkpoint that is complete.
 
     A damaged one is named in the log and moved to `WORKDIR/damaged`, never deleted.
 
     Args:
         workdir: The run's folder.
         abstract_state: Shapes, dtypes and shardings of the state.
-        data_iter: Is set to where it was.
+        resumables: As for `save_checkpoint`; each is set to the state that was saved.
         keep: How many of the newest checkpoints stay, from now on.
 
     Returns:
@@ -167,7 +217,7 @@ def restore_newest(
             break
         try:
             is_whole = _check_files(workdir, step)
-            return manager, _restore(manager, step, abstract_state, data_iter)
+            return manager, _restore(manager, step, abstract_state, resumables)
         except (jax.errors.JaxRuntimeError, MemoryError):  # not the checkpoint's fault
             raise
         except Exception as error:  # Orbax raises bare ones
@@ -212,19 +262,70 @@ def _check_files(workdir: Path, step: int) -> bool:
     return True
 
 
-def _restore(manager, step: int, abstract_state: dict, data_iter) -> dict:
-    args = ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
-    )
+def _restore(manager, step: int, abstract_state: dict, resumables: dict[str, Resumable]) -> dict:
+    folder = Path(manager.directory) / str(step)
+    # Older checkpoints have no log window: theirs starts empty.
+    names = [name for name in resumables if name != "log" or (folder / name).exists()]
+    items = {name: ocp.args.JsonRestore() for name in names}
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), **items)
     restored = manager.restore(step, args=args)
-    data_iter.set_state(restored.data)
+    for name in names:
+        resumables[name].set_state(restored[name])
     return restored.state
 
 
+def starts_over(workdir: Path) -> bool:
+    """Whether the checkpoints of an earlier run were deleted, but not its other outputs."""
+    return not find_steps(workdir) and any((workdir / name).exists() for name in LATE_OUTPUTS)
+
+
+def tidy_outputs(workdir: Path) -> None:
+    """Remove what a killed run left half-written; move aside what does not belong to this run.
+
+    If the checkpoints of an earlier run were deleted, its outputs are moved to `WORKDIR/previous`:
+    the new run must not add to that run's metrics, nor its models compete with that run's best one.
+    A run that was killed before its first checkpoint keeps its files, as it writes the same again.
+    All processes call this.
+
+    Args:
+        workdir: The run's folder.
+
+    Raises:
+        InputError: The outputs cannot be moved.
+    """
+    sharding.in_all(_tidy_outputs, workdir)
+
+
+def _tidy_outputs(workdir: Path) -> None:
+    if jax.process_index():
+        return
+    for name in ("best", "model"):
+        folders.tidy(workdir / name, model_folder.MARK)
+    if not starts_over(workdir):
+        return
+    target = _free_path(workdir / "previous")
+    try:
+        target.mkdir()
+        for name in OUTPUTS:  # the late ones last: a move that is interrupted is completed later
+            if (workdir / name).exists():
+                (workdir / name).rename(target / name)
+    except OSError as error:
+        raise InputError(
+            f"{workdir}: the outputs of an earlier run cannot be moved to {target} "
+            f"({error.strerror}); choose another --workdir"
+        ) from None
+    log.info("%s: no checkpoint; the outputs of the earlier run are now in %s", workdir, target)
+
+
+def _free_path(path: Path) -> Path:
+    """Return the path with as many `_again` appended as it takes for nothing to be there."""
+    while path.exists():
+        path = path.with_name(f"{path.name}_again")
+    return path
+
+
 def _move_aside(workdir: Path, step: int) -> Path:
-    place = workdir / "damaged" / f"{step}"
-    while place.exists():
-        place = place.with_name(f"{place.name}_again")
+    place = _free_path(workdir / "damaged" / f"{step}")
     sharding.wait_for_all(f"damaged {step}")
     if not jax.process_index():
         place.parent.mkdir(exist_ok=True)

@@ -20,19 +20,20 @@ def define_config() -> flags.FlagHolder:
     )
 
 
-def parse_flags(argv: list[str], *, doc: str, needed: dict[str, str]) -> list[str]:
+def parse_flags(argv: list[str], *, doc: str, module: str, needed: dict[str, str]) -> list[str]:
     """Parses the command line; what is wrong with it becomes one line and exit code 2.
 
     Args:
         argv: The arguments, the program's name first.
         doc: What `--help` shows before the flags.
+        module: The module whose flags `--help` shows.
         needed: Flags that must be given → what their value is, e.g. `{"workdir": "FOLDER"}`.
 
     Returns:
         The arguments that are no flags: the program's name.
     """
     if {"--help", "-h"} & {*argv}:
-        print(doc + flags.FLAGS.main_module_help())
+        print(doc + flags.FLAGS.module_help(module))
         sys.exit(0)
     try:
         _check_config(argv)

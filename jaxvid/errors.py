@@ -1,4 +1,16 @@
-"""The exception that means "the input is wrong", not "the program is"; and how others are told."""
+"""The exception for bad input, and one-line descriptions of exceptions and values."""
+
+import re
+import reprlib
+
+MEMORY_WORDS = (  # in messages of Python, glibc, XLA, NumPy and PyTorch
+    *("resource_exhausted", "out of memory", "bad_alloc", "cannot allocate", "can't allocate"),
+    *("unable to allocate", "can't start new thread", "failed to map segment"),
+    "resource temporarily unavailable",
+)
+
+# Control characters, Unicode's line separators, and surrogates: Python's form of invalid UTF-8.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class InputError(ValueError):
@@ -10,7 +22,45 @@ class InputError(ValueError):
     EXIT_CODE = 2
 
 
+def memory_problem(error: BaseException | None) -> str | None:
+    """Return the line that says that memory or threads are exhausted; None if nothing does.
+
+    Args:
+        error: An exception; those that caused it are searched too.
+    """
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return one_line(error)
+        if isinstance(error, OSError | RuntimeError | ImportError):
+            for line in str(error).splitlines():
+                if any(words in line.lower() for words in MEMORY_WORDS):
+                    return one_line(line)
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def one_line(error: object, length: int = 160) -> str:
     """The first line of an error's text, shortened."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:length]
+
+
+def short_repr(value: object) -> str:
+    """The `repr` of an untrusted value, shortened to one line of at most about 100 characters."""
+    shorten = reprlib.Repr()
+    shorten.maxstring = shorten.maxother = shorten.maxlong = 60
+    shorten.maxlevel = shorten.maxdict = shorten.maxlist = shorten.maxtuple = 2
+    try:
+        text = shorten.repr(value)
+    except (RecursionError, ValueError):  # an int of more digits than Python prints
+        text = f"a {type(value).__name__}"
+    return one_line(text, 100)
+
+
+def printable(text: object) -> str:
+    """Escape line breaks, control characters and the bytes of a file name that are not UTF-8.
+
+    Returns:
+        Text that is one line in a terminal and that every UTF-8 stream takes.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))

@@ -106,7 +106,7 @@ def read_table(report: str | Path) -> dict:
             raise ValueError(f"{table} has {len(videos)} videos, the report {found['num_videos']}")
         if not isinstance(found["protocol"], dict):
             raise ValueError(f"its protocol is {found['protocol']!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise InputError(
             f"{path}: no evaluation can be read from it and {table.name} beside it ({error}); "
             "name an eval.json that --mode eval wrote"

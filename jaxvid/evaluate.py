@@ -310,6 +310,8 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
         log.warning("clips are not made as the model's preprocessing says: %s", told)
 
     data = sharding.in_all(open_folder, config.data, config.model.num_classes, ("val",))
+    for line in data.notes:
+        log.info("%s", line)
     records = data.records["val"]
     videos = provenance.describe_videos(records)
     provenance.check_same_videos(videos)

@@ -6,6 +6,11 @@ batch size, on CPU and CUDA. Whoever runs it needs jax and flatbuffers, and none
 Beside either lies FILE.json, which says what goes in, what comes out, and how to load it.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from jaxvid import guard
+
+    guard.run("jaxvid.export")
+
 import argparse
 import hashlib
 import json
@@ -155,7 +160,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{name}.json: what goes in and comes out; to load it:")
     print(*(f"    {line}" for line in about["load"]), sep="\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,10 +1,85 @@
-"""Files that appear whole or not at all."""
+"""Reading files that may be anything, and writing files that appear whole or not at all."""
 
 import contextlib
+import errno
 import json
+import os
+import stat
+import sys
 from pathlib import Path
+from typing import BinaryIO
 
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, one_line
+
+KINDS = {  # of what is not a regular file
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def check_regular(path: str | Path, max_bytes: int) -> None:
+    """Refuse to read what could block for ever or fill the memory, without opening it.
+
+    Args:
+        path: The file.
+        max_bytes: The largest size that is read.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: It is not a regular file, is too large, or its status cannot be read.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # a loop of links, too long a name, a null character
+        reason = one_line(getattr(error, "strerror", None) or error)
+        raise InputError(f"{path}: cannot be read ({reason}); name a regular file") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise InputError(f"{path}: is {kind}, not a regular file; name another file")
+    if status.st_size > max_bytes:
+        raise InputError(
+            f"{path}: is larger than {max_bytes / 1e6:.0f} MB, the most that is read; name another "
+            "file"
+        )
+
+
+def open_regular(path: Path, max_bytes: int = sys.maxsize) -> BinaryIO:
+    """Open a file for reading after `check_regular`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: As `check_regular`, or it cannot be opened.
+    """
+    check_regular(path, max_bytes)
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be opened ({error.strerror}); name another file"
+        ) from None
+
+
+def read_limited(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file whole, after `check_regular`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: As `open_regular`, or it cannot be read.
+    """
+    with open_regular(path, max_bytes) as file:
+        try:
+            return file.read(max_bytes)
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be read ({error.strerror}); name another file"
+            ) from None
 
 
 def write_file(path: Path, data: bytes) -> Path:
@@ -34,6 +109,40 @@ def write_json(path: Path, value) -> Path:
         InputError: It cannot be written.
         ValueError: A number in it is not finite.
     """
+    return write_file(path, format_json(value))
+
+
+def format_json(value) -> bytes:
+    """Format a value as indented JSON in UTF-8; file names that are not UTF-8 are escaped.
+
+    Raises:
+        ValueError: A number in it is not finite.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     # Python has their bytes as lone surrogates, and JSON escapes for these.
-    return write_file(path, text.encode("utf-8", "backslashreplace"))
+    return text.encode("utf-8", "backslashreplace")
+
+
+def check_output(option: str, path: Path) -> None:
+    """Refuse an output file that cannot be written, before any work is done.
+
+    Args:
+        option: The command-line option that names the file.
+        path: The file. An existing one is left as it is.
+
+    Raises:
+        InputError: Its folder cannot be made or written to, or it exists and is not a regular file.
+    """
+    probe = path.with_name(f".{path.name}.probing")  # as long a name as that of `write_file`
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():  # replacing /dev/null would remove the device
+            raise OSError(errno.EINVAL, "not a regular file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{option}: {path} cannot be written ({error.strerror}); name another"
+        ) from None

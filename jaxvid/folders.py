@@ -5,11 +5,13 @@ the old one is moved aside, the new one in, and the old one is deleted, its mark
 """
 
 import contextlib
+import os
 import shutil
+import stat
 import zlib
 from pathlib import Path
 
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, one_line
 
 
 def partial(folder: Path) -> Path:
@@ -42,7 +44,7 @@ def tidy(folder: Path, mark: str) -> None:
 
 def whole(folder: str | Path, mark: str) -> Path:
     """Where a folder is to be read: as it is named, or aside if it was left there."""
-    aside = _aside(Path(folder).resolve())
+    aside = _aside(Path(os.path.realpath(folder)))  # Path.resolve raises where links form a loop
     return aside if not Path(folder).exists() and (aside / mark).is_file() else Path(folder)
 
 
@@ -53,6 +55,39 @@ def file_sizes(folder: Path) -> dict[str, int]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def scan_sizes(folder: Path, *, max_files: int) -> dict[str, int]:
+    """Size in bytes of every file below an untrusted folder.
+
+    Links to files are followed, since download caches consist of them; links to folders are not.
+
+    Raises:
+        InputError: There are more than `max_files` files and folders; or one of them is a FIFO, a
+            socket, a device or a broken link, or cannot be read.
+    """
+    found, left, count = {}, [folder] if folder.is_dir() else [], 0
+    try:
+        while left:
+            with os.scandir(left.pop()) as entries:
+                for entry in entries:
+                    count += 1
+                    path = Path(entry)
+                    if count > max_files:
+                        raise InputError(f"{folder} has more than {max_files} files; copy it again")
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(path)
+                        continue
+                    status = entry.stat()
+                    if not stat.S_ISREG(status.st_mode):
+                        raise InputError(f"{path} is not a regular file; copy the folder again")
+                    found[str(path.relative_to(folder))] = status.st_size
+    except OSError as error:
+        name = error.filename if error.filename is not None else folder
+        raise InputError(
+            f"{name} cannot be read ({one_line(error.strerror)}); copy the folder again"
+        ) from None
+    return found
 
 
 def checksums(folder: Path) -> dict[str, int]:
@@ -81,8 +116,8 @@ def check_files(folder: Path, expected: dict, found: dict, what: str) -> None:
     """
     if wrong := [name for name, value in expected.items() if found.get(name) != value]:
         raise InputError(
-            f"{folder} is damaged: {len(wrong)} of {len(expected)} files {what} ({wrong[0]}); copy "
-            "or export the model again"
+            f"{folder} is damaged: {len(wrong)} of {len(expected)} files {what} "
+            f"({one_line(wrong[0])}); copy or export the model again"
         )
 
 

@@ -5,7 +5,6 @@ writes, what a converter writes of the released protocol, and what prediction do
 """
 
 import dataclasses
-import math
 from pathlib import Path
 
 import jax
@@ -15,8 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxvid import model_folder
 from jaxvid.data.clips import ClipSpec, make_spec
-from jaxvid.errors import InputError
-from jaxvid.models import make_model_config
+from jaxvid.errors import InputError, short_repr
 
 # All that a model folder's `preprocessing` says: fields of ClipSpec, and what pixels in [0, 1] are
 # normalised by.
@@ -61,9 +59,9 @@ def read_preprocessing(card: dict, path: Path) -> dict:
     problems = [f"has no {name}" for name in fields if name not in values]
     for name, value in how.items():
         if name not in fields:
-            problems.append(f"has {name!r}, which this jaxvid does not know")
+            problems.append(f"has {short_repr(name)}, which this jaxvid does not know")
         elif not _is_possible(name, value):
-            problems.append(f"has {name}={value!r}, which it cannot be")
+            problems.append(f"has {name}={short_repr(value)}, which it cannot be")
     if problems:
         raise InputError(f"{path}: preprocessing {problems[0]}; export the model again")
     return {name: values[name] for name in fields}
@@ -77,8 +75,8 @@ def _is_possible(name: str, value) -> bool:
         return isinstance(value, str)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    if name in PIXEL_FIELDS:
-        return math.isfinite(value) and (name != "std" or value > 0)
+    if name in PIXEL_FIELDS:  # of pixels in [0, 1], in float32; NaN fails too
+        return 1e-6 <= value <= 1e6 if name == "std" else abs(value) <= 1e6
     return isinstance(value, int) and value > 0
 
 
@@ -128,20 +126,13 @@ def open_model(folder: str | Path, dtype: str | None = None) -> tuple[dict, nnx.
     card, path = model_folder.load_card(folder), Path(folder) / "model.json"
     how = read_preprocessing(card, path)
     try:
-        config = make_model_config(**card["config"])
         spec = ClipSpec(**{name: how[name] for name in CLIP_FIELDS})
-    except (InputError, TypeError) as error:
+    except InputError as error:
         raise InputError(f"{path}: {error}; export the model again") from None
+    model = model_folder.load_model(folder, dtype=dtype)
     labels = card["labels"]
     if labels is None:
-        labels = [str(i) for i in range(config.num_classes)]
-    if not isinstance(labels, list) or len(labels) != config.num_classes:
-        found = len(labels) if isinstance(labels, list) else repr(labels)
-        raise InputError(
-            f"{path}: labels has {found} entries for num_classes={config.num_classes}; "
-            "give each class its name, or write null"
-        )
-    model = model_folder.load_model(folder, dtype=dtype)
+        labels = [str(i) for i in range(model.config.num_classes)]
     try:
         jax.eval_shape(model, jax.ShapeDtypeStruct(clip_shape(spec, 1), np.float32))
     except ValueError as error:

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import jax
@@ -20,6 +20,7 @@ from jaxvid.errors import InputError
 
 log = logging.getLogger("jaxvid")
 MAX_CLASS_SCALARS = 50
+MIN_ROWS = 10  # training rows of a run, if it has as many steps
 
 
 def setup_logging(workdir: Path) -> None:
@@ -58,6 +59,38 @@ def sum_metrics(batches: list[dict]) -> dict[str, np.ndarray]:
         )
         for name in (host[0] if host else ())
     }
+
+
+def window_steps(log_steps: int, total_steps: int) -> int:
+    """Compute the length of a log window, in steps: that of the config, less for a short run."""
+    return min(log_steps, max(1, total_steps // MIN_ROWS))
+
+
+def training_row(sums: dict[str, np.ndarray], steps: int) -> dict[str, float | None]:
+    """Compute the means of a log window.
+
+    Args:
+        sums: Sums over the window of what `steps.train_step` returns.
+        steps: The window's number of training steps.
+
+    Returns:
+        Fields of a row of `metrics.jsonl`. Loss and accuracy (in percent) are means over clips;
+        None if no clip could be decoded. The gradient norm is a mean over steps.
+    """
+    clips = sums["count"]
+    return {
+        "steps": steps,
+        "train/loss": float(sums["loss"] / clips) if clips else None,
+        "train/top1": float(100 * sums["top1"] / clips) if clips else None,
+        "train/grad_norm": float(sums["grad_norm"] / steps),
+    }
+
+
+def describe_row(row: dict[str, float | None]) -> str:
+    """Describe a training row for the log and the progress bar."""
+    if row["train/loss"] is None:
+        return "no video of these steps can be decoded"
+    return f"loss {row['train/loss']:.3f}, top-1 {row['train/top1']:.1f} %"
 
 
 class MetricWriter:
@@ -148,18 +181,21 @@ class SkippedVideos:
     Args:
         workdir: The run's folder.
         num_videos: Videos that are listed for training.
-        max_share: Of them, how many may fail before the run stops.
+        max_share: Of them, how many may fail before the run stops; 1: any but all.
+        lost: Ids of videos that are no longer in the list: they do not count.
     """
 
-    def __init__(self, workdir: Path, *, num_videos: int, max_share: float):
-        self._path = workdir / "skipped.jsonl"
-        self._num_videos, self._max_share = num_videos, max_share
+    def __init__(
+        self, workdir: Path, *, num_videos: int, max_share: float, lost: Collection[str] = ()
+    ):
+        self._path, self._lost = workdir / "skipped.jsonl", set(lost)
+        self._num_videos, self._max_share = num_videos - len(lost), max_share
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
         # The last line may be that of a run that was killed while it wrote.
         lines = text[: text.rfind("\n") + 1]
         if lines != text:
             self._path.write_text(lines, encoding="utf-8")
-        self._listed = {json.loads(line)["id"] for line in lines.splitlines()}
+        self._listed = read_skipped(workdir)
         self._failed: set[str] = set()
 
     def note(self, failures: list[tuple[str, str]]) -> None:
@@ -169,7 +205,8 @@ class SkippedVideos:
             InputError: More than the allowed share has failed.
         """
         for id_, error in failures:
-            self._failed.add(id_)
+            if id_ not in self._lost:
+                self._failed.add(id_)
             if id_ in self._listed:
                 continue
             self._listed.add(id_)
@@ -178,12 +215,42 @@ class SkippedVideos:
             log.warning("skipped: %s", error)
             with _told_if_not_written(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"id": id_, "error": error}) + "\n")
-        if len(self._failed) > self._max_share * self._num_videos:
+        count, total = len(self._failed), self._num_videos
+        if count and count == total:
             raise InputError(
-                f"{len(self._failed)} of {self._num_videos} training videos cannot be decoded, "
-                f"more than data.max_failed_share={self._max_share} allows; they are listed in "
-                f"{self._path}; restore them or raise the share"
+                f"all {total} training videos cannot be decoded; they are listed in {self._path}; "
+                "restore them"
             )
+        if count > self._max_share * total:
+            raise InputError(
+                f"{count} of {total} training videos cannot be decoded, more than "
+                f"data.max_failed_share={self._max_share} allows; they are listed in {self._path}; "
+                "restore them, take them out of the list or set --config.data.skip_broken=True, "
+                "then the same command continues"
+            )
+
+    def summary(self) -> str:
+        """Return how many videos this start skipped; empty: none."""
+        if not self._failed:
+            return ""
+        return (
+            f"{len(self._failed)} of {self._num_videos} training videos could not be decoded and "
+            f"were skipped; they are listed in {self._path}"
+        )
+
+
+def read_skipped(workdir: Path) -> set[str]:
+    """Return the ids in `WORKDIR/skipped.jsonl`, as `pipeline.stored_id` cuts them.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    path = workdir / "skipped.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    try:  # the last line may be that of a run that was killed while it wrote
+        return {json.loads(line)["id"] for line in text.split("\n")[:-1]}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: is damaged; delete it") from None
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ everything loads them.
 import dataclasses
 import hashlib
 import json
+import math
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxvid import folders, sharding
-from jaxvid.errors import InputError, one_line
+from jaxvid.errors import InputError, memory_problem, one_line, short_repr
+from jaxvid.files import read_limited
 from jaxvid.models import (
     ModelConfig,
     Params,
@@ -28,6 +31,8 @@ from jaxvid.models import (
 )
 
 FORMAT_VERSION = 1
+MAX_CARD_BYTES = 32 * 10**6  # 20,000 classes have 1 MB
+MAX_FILES = 10_000  # in `params`; Orbax writes about ten for each process of a run
 MARK = "model.json"  # without it, a folder is no model folder; the last file to be written
 CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance", "files")
 # Fields of a model's config that change no weight and no use of one.
@@ -47,7 +52,7 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
     Raises:
         InputError: The folder holds something that is no model folder, or cannot be written.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     sharding.in_all(_check_place, folder, sum(leaf.nbytes for leaf in params.values()))
     partial, is_first = folders.partial(folder), not jax.process_index()
     if is_first:
@@ -69,6 +74,8 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
     except jax.errors.JaxRuntimeError:  # the device's, not the disk's
         raise
     except (OSError, ValueError, RuntimeError, ExceptionGroup) as error:  # Orbax has all of them
+        if memory_problem(error):
+            raise
         raise InputError(
             f"{folder} cannot be written ({_reason(error)}); make room or name another"
         ) from None
@@ -86,34 +93,96 @@ def _check_place(folder: Path, need_bytes: int) -> None:
 
 
 def is_there(folder: str | Path) -> bool:
-    """Whether a model folder can be read there, also while or after it was being replaced."""
+    """Whether a model folder exists, also while or after it was being replaced."""
     return (folders.whole(folder, MARK) / MARK).exists()
 
 
 def load_card(folder: str | Path) -> dict:
-    """Reads a model folder's `model.json`.
+    """Reads and checks a model folder's `model.json`.
+
+    Returns:
+        Its contents: every value has its type, `config` is that of a network that can be built,
+        and `labels`, if there are any, has one entry for each class.
 
     Raises:
         InputError: There is none, or it is not one that this version reads.
     """
-    path = folders.whole(folder, MARK) / MARK
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-        version = card["format_version"]
+        path = folders.whole(folder, MARK) / MARK
+        data = read_limited(path, MAX_CARD_BYTES)
     except FileNotFoundError:
         raise InputError(
-            f"{folder} is no model folder: {path} does not exist; name a folder that training or "
-            "a converter wrote"
+            f"{folder} is no model folder: {Path(folder) / MARK} does not exist; name a folder "
+            "that training or a converter wrote"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error!r}); export the model again") from None
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise InputError(f"{folder} cannot be read ({error.strerror}); name another") from None
+    try:
+        card = json.loads(data, object_pairs_hook=_unique)
+        version = card["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = one_line(error if isinstance(error, ValueError) else repr(error))
+        raise InputError(f"{path} cannot be read ({reason}); export the model again") from None
     if version != FORMAT_VERSION:  # before the keys: another version may have others
         raise InputError(
-            f"{path} has format version {version}; this jaxvid reads {FORMAT_VERSION}: update it"
+            f"{path} has format version {short_repr(version)}; this jaxvid reads "
+            f"{FORMAT_VERSION}: update it"
         )
     if missing := [key for key in CARD_KEYS if key not in card]:
         raise InputError(f"{path} cannot be read (no {missing[0]!r}); export the model again")
+    if not isinstance(card["preprocessing"], dict | None):
+        raise InputError(
+            f"{path} says nothing of preprocessing (expected a dict or null, got "
+            f"{short_repr(card['preprocessing'])}); export the model again"
+        )
+    try:
+        _check_card(card)
+    except (InputError, TypeError) as error:
+        reason = one_line(error, 300)
+        raise InputError(f"{path}: {reason}; export the model again") from None
     return card
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object whose names are all different."""
+    values = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"duplicate name {short_repr(name)}")
+        values[name] = value
+    return values
+
+
+def _check_card(card: dict) -> None:
+    """Refuses values of the wrong type, impossible configs, and a wrong number of labels.
+
+    Raises:
+        InputError: Names the field; without the file.
+        TypeError: `config` has no name.
+    """
+    types = {"name": str, "config": dict, "provenance": dict, "files": dict, "checksums": dict}
+    for name, expected in types.items():
+        if name in card and not isinstance(card[name], expected):
+            raise InputError(f"{name} is {short_repr(card[name])}, expected a {expected.__name__}")
+    for name in ("files", "checksums"):
+        for file, value in card.get(name, {}).items():
+            parts = Path(file).parts
+            if not parts or ".." in parts or Path(file).is_absolute() or "\0" in file:
+                raise InputError(f"{name} names {short_repr(file)}, which is outside params")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise InputError(f"{name} has {short_repr(value)} for {short_repr(file)}")
+    if not card["files"]:
+        raise InputError("files is empty")
+    config, labels = make_model_config(**card["config"]), card["labels"]
+    if labels is not None and (not isinstance(labels, list) or len(labels) != config.num_classes):
+        found = len(labels) if isinstance(labels, list) else short_repr(labels)
+        raise InputError(
+            f"labels has {found} entries for num_classes={config.num_classes}; give each class "
+            "its name, or write null"
+        )
+    for label in labels or ():
+        if not isinstance(label, str | int):
+            raise InputError(f"labels has {short_repr(label)}, expected text")
 
 
 def make_card(model_config, *, preprocessing, labels, provenance: dict) -> dict:
@@ -198,10 +267,17 @@ def load_params(folder: str | Path, abstract_params: Params) -> Params:
         InputError: The files are damaged; or weights are missing, left over, or of another shape,
             and all are named.
     """
-    card, path = load_card(folder), (folders.whole(folder, MARK) / "params").resolve()
-    # Before TensorStore meets what is not there: a copy that was cut short is told by its sizes.
-    sizes = folders.file_sizes(path)
+    card = load_card(folder)
+    path = Path(os.path.abspath(folders.whole(folder, MARK) / "params"))  # as Orbax needs it
+    # Check sizes first: TensorStore's error for a truncated file is unreadable.
+    sizes = folders.scan_sizes(path, max_files=MAX_FILES)
     folders.check_files(path, card["files"], sizes, "are missing or of another size")
+    need_bytes = sum(4 * math.prod(leaf.shape) for leaf in abstract_params.values())
+    if (total := sum(sizes.values())) > 2 * need_bytes + 10**8:  # before all of it is read
+        raise InputError(
+            f"{path} has {total / 1e6:.0f} MB of files for weights of {need_bytes / 1e6:.0f} MB; "
+            "export the model again"
+        )
     if "checksums" in card:  # older folders have none
         folders.check_files(path, card["checksums"], folders.checksums(path), "have changed")
     try:
@@ -209,6 +285,8 @@ def load_params(folder: str | Path, abstract_params: Params) -> Params:
     except (InputError, jax.errors.JaxRuntimeError, MemoryError):
         raise
     except Exception as error:  # Orbax raises bare ones
+        if memory_problem(error):
+            raise
         raise InputError(
             f"{path} cannot be read ({_reason(error)}); copy or export the model again"
         ) from None
@@ -249,13 +327,7 @@ def load_init(
         InputError: The folder is damaged, or the weights would not fit or would mean something
             else; every reason is named.
     """
-    card = load_card(folder)
-    try:
-        source = make_model_config(**card["config"])
-    except (InputError, TypeError) as error:
-        raise InputError(
-            f"{Path(folder) / 'model.json'}: {error}; export the model again"
-        ) from None
+    source = make_model_config(**load_card(folder)["config"])
     kinds = [type(config).__name__.removesuffix("Config") for config in (source, model_config)]
     if kinds[0] != kinds[1]:
         raise InputError(
@@ -330,8 +402,20 @@ def save_model(
 
 
 def best_top1(workdir: Path) -> float:
-    """The validation top-1, in percent, of the model in `WORKDIR/best`; -1: there is none."""
-    return load_card(workdir / "best")["provenance"]["top1"] if is_there(workdir / "best") else -1.0
+    """The validation top-1, in percent, of the model in `WORKDIR/best`; -1: there is none.
+
+    Raises:
+        InputError: The folder is damaged, or does not say it.
+    """
+    if not is_there(workdir / "best"):
+        return -1.0
+    top1 = load_card(workdir / "best")["provenance"].get("top1")
+    if not isinstance(top1, int | float):
+        raise InputError(
+            f"{workdir / 'best' / MARK}: provenance has top1={short_repr(top1)}, expected a "
+            "number; delete the folder"
+        )
+    return top1
 
 
 def fingerprint(params: Params) -> str:

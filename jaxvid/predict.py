@@ -14,8 +14,13 @@ same. As in every program here, 2 is also the status of unusable input as a whol
 folder or option, nothing to predict): then the last line is `error: ...`, and no more is predicted.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from jaxvid import guard
+
+    guard.run("jaxvid.predict")
+
 import argparse
-import errno
+import functools
 import glob
 import itertools
 import json
@@ -26,22 +31,24 @@ from pathlib import Path
 
 from jaxvid.class_timeline import KINDS
 from jaxvid.classifier import Classifier
+from jaxvid.data import scan
 from jaxvid.data.decode import DecodeError
-from jaxvid.data.lists import VIDEO_SUFFIXES
-from jaxvid.errors import InputError
-from jaxvid.files import write_file
+from jaxvid.data.scan import Skipped
+from jaxvid.errors import InputError, printable
+from jaxvid.files import check_output, write_file
 
 MAX_STATUS = 99
 STDOUT = "-"
 BATCH_CLIPS = 8  # views of all videos of a batch, where nothing else is asked for
 
 
-def expand(inputs: Sequence[str]) -> tuple[list[str], list[dict]]:
+def expand(inputs: Sequence[str], skipped: Skipped | None = None) -> tuple[list[str], list[dict]]:
     """Finds the videos that are meant.
 
     Args:
         inputs: Files, taken whatever their names; folders, of which all videos below are taken,
             sorted; patterns as `glob` knows them, `**` included. What exists is no pattern.
+        skipped: Counts what is in the folders and is not taken.
 
     Returns:
         The videos, each once; and `{"video", "error"}` of each input that has none or cannot be
@@ -54,25 +61,27 @@ def expand(inputs: Sequence[str]) -> tuple[list[str], list[dict]]:
         if not found:
             failures.append({"video": name, "error": f"{name}: nothing matches this pattern"})
         for path in found:
-            files, errors = list_videos(path) if os.path.isdir(path) else ([path], [])
+            files, errors = list_videos(path, skipped) if os.path.isdir(path) else ([path], [])
             videos |= dict.fromkeys(files)
-            failures += [{"video": path, "error": error} for error in errors]
+            failures += [{"video": path, "error": printable(error)} for error in errors]
     return list(videos), failures
 
 
-def list_videos(folder: str) -> tuple[list[str], list[str]]:
+def list_videos(folder: str, skipped: Skipped | None = None) -> tuple[list[str], list[str]]:
     """The videos below a folder, sorted, and what cannot be read there, a line each."""
     unread, files = [], []
+    skipped = Skipped() if skipped is None else skipped
     for root, folders, names in os.walk(folder, onerror=unread.append):
         folders.sort()
-        files += [
-            os.path.join(root, name)
-            for name in sorted(names)
-            if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith(".")
-        ]
+        paths = {name: os.path.join(root, name) for name in names}
+        for name in folders:
+            if os.path.islink(os.path.join(root, name)):  # not followed: links may form a loop
+                skipped.add(scan.LINKED_FOLDER)
+        entries = ((name, functools.partial(os.path.isfile, path)) for name, path in paths.items())
+        files += [paths[name] for name in scan.pick_videos(entries, skipped)]
     errors = [f"{error.filename}: cannot be read ({error.strerror})" for error in unread]
     if not files and not errors:
-        errors.append(f"{folder}: no video in it ({', '.join(VIDEO_SUFFIXES)})")
+        errors.append(f"{folder}: no video in it ({', '.join(scan.VIDEO_SUFFIXES)})")
     return files, errors
 
 
@@ -125,7 +134,7 @@ def print_result(result: dict, *, as_json: bool) -> None:
         show(json.dumps(result, ensure_ascii=False))
     elif "error" not in result:
         padded = ", shorter than its clip: frames repeat" if result["padded"] else ""
-        show(f"{result['video']}  ({result['seconds']:.3f} s{padded})")
+        show(f"{printable(result['video'])}  ({result['seconds']:.3f} s{padded})")
         for entry in result["top"]:
             show(f"  {100 * entry['probability']:5.1f} %  {entry['label']}")
     if "error" in result:
@@ -164,25 +173,6 @@ def run(videos: Sequence[str], args: argparse.Namespace) -> Iterator[dict]:
             continue
         top = ", ".join(f"{e['label']} {100 * e['probability']:.1f} %" for e in row["top"])
         show(f"{row['start']:9.2f} to {row['end']:9.2f} s  {top}")
-
-
-def check_output(option: str, path: Path) -> None:
-    """Refuses a file that could not be written in the end, before any work is done.
-
-    Raises:
-        InputError: Its folder cannot be made or written to, or it is a folder itself.
-    """
-    probe = path.with_name(f".{path.name}.probe")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"{option}: {path} cannot be written ({error.strerror}); name another"
-        ) from None
 
 
 def check_options(args: argparse.Namespace, num_videos: int) -> None:
@@ -248,9 +238,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = make_parser().parse_args(argv)
-    results = []
+    results, skipped = [], Skipped()
     try:
-        videos, failures = expand(args.inputs)
+        videos, failures = expand(args.inputs, skipped)
+        if left_out := str(skipped):
+            print(f"skipped in folders: {left_out}", file=sys.stderr)
         if not videos:
             raise InputError("; ".join(failure["error"] for failure in failures))
         check_options(args, len(videos))
@@ -267,7 +259,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failed := sum("error" in result for result in results):
         print(f"{failed} of {len(failures) + len(videos)} failed", file=sys.stderr)
     return min(failed, MAX_STATUS)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,16 +18,20 @@ from jaxvid import sharding
 from jaxvid.data.packs import PackRecords, TfdsVideo
 from jaxvid.errors import InputError
 from jaxvid.files import write_file
+from jaxvid.metrics import log
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
 
 
-def describe_run(mesh, records: dict[str, Sequence]) -> dict:
+def describe_run(
+    mesh, records: dict[str, Sequence], left_out: dict[str, int] | None = None
+) -> dict:
     """The facts of one start of a run, for its workdir.
 
     Args:
         mesh: As `sharding.make_mesh` gives it.
         records: Split → its videos.
+        left_out: Why training videos were left out → how many.
     """
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -39,6 +43,7 @@ def describe_run(mesh, records: dict[str, Sequence]) -> dict:
         "mesh": dict(mesh.shape),
         "revision": _revision(),
         "data": {split: describe_videos(found) for split, found in records.items()},
+        "left_out": left_out or {},
     }
 
 
@@ -53,12 +58,12 @@ def describe_videos(records: Sequence) -> dict:
 
 def fingerprint(records: Sequence) -> str:
     """SHA-256 over the ids of a split's videos, in order."""
-    return _digest(record.id for record in records)
+    return digest(record.id for record in records)
 
 
 def fingerprint_labels(records: Sequence) -> str:
     """SHA-256 over the labels of a split's videos, in order; of those that no list tells: none."""
-    return _digest("" if isinstance(record, TfdsVideo) else str(record.label) for record in records)
+    return digest("" if isinstance(record, TfdsVideo) else str(record.label) for record in records)
 
 
 def fingerprint_files(records: Sequence) -> str:
@@ -66,7 +71,7 @@ def fingerprint_files(records: Sequence) -> str:
     is_pack = isinstance(records, PackRecords)
     paths = records.paths if is_pack else [record.path for record in records]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # file systems over a network are slow
-        return _digest(pool.map(_describe_file, paths))
+        return digest(pool.map(_describe_file, paths))
 
 
 def _describe_file(path: str | Path) -> str:
@@ -77,11 +82,12 @@ def _describe_file(path: str | Path) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def _digest(texts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
+def digest(texts: Iterable[str]) -> str:
+    """Return the SHA-256 of a sequence of texts, which may hold names of files."""
+    found = hashlib.sha256()
     for text in texts:
-        digest.update(text.encode(errors="surrogateescape") + b"\0")  # as file names are
-    return digest.hexdigest()
+        found.update(text.encode(errors="surrogateescape") + b"\0")  # as file names are
+    return found.hexdigest()
 
 
 def check_same_videos(described) -> None:
@@ -98,6 +104,13 @@ def check_same_videos(described) -> None:
         )
 
 
+def last_start(workdir: Path) -> dict | None:
+    """Return the facts of the last start in `WORKDIR/starts.jsonl`; None: there was none."""
+    path = workdir / "starts.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return json.loads(lines[-1]) if lines else None
+
+
 def note_start(workdir: Path, facts: dict) -> None:
     """Adds a start of the run to `WORKDIR/starts.jsonl` (on the first process).
 
@@ -109,8 +122,8 @@ def note_start(workdir: Path, facts: dict) -> None:
     check_same_videos(facts["data"])
     path = workdir / "starts.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    now = facts["data"]["train"]
-    before = json.loads(lines[-1])["data"]["train"] if lines else now
+    last = last_start(workdir) or facts
+    now, before = facts["data"]["train"], last["data"]["train"]
     # What began before labels were noted has none to compare.
     changed = [name for name in before if before[name] != now[name]]
     if changed == ["labels_sha256"]:
@@ -124,6 +137,13 @@ def note_start(workdir: Path, facts: dict) -> None:
             f"{workdir} was started with {before['videos']} training videos "
             f"({before['sha256'][:12]}), now there are {now['videos']} ({now['sha256'][:12]}); "
             "restore the list or choose another --workdir"
+        )
+    if "val" in last["data"] and last["data"]["val"] != facts["data"]["val"]:
+        counts = [start["data"]["val"]["videos"] for start in (last, facts)]
+        log.warning(
+            "the validation list has changed since the last start (%d videos, now %d): accuracies "
+            "before and after cannot be compared",
+            *counts,
         )
     if not jax.process_index():
         lines.append(json.dumps(facts, ensure_ascii=False))

@@ -42,7 +42,7 @@ def draw_curves(metrics: Path, output: Path) -> None:
     for axes, (title, lines) in zip(figure.subplots(1, 3), panels, strict=True):
         for name, label, colour in lines:
             steps, values = series(name)
-            marker = "o" if name.startswith("val") else None
+            marker = "o" if name.startswith("val") or len(steps) == 1 else None
             axes.plot(steps, values, color=colour, label=label, marker=marker, ms=4, lw=1.6)
         if len(lines) > 1:
             axes.legend(frameon=False)

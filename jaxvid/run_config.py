@@ -15,6 +15,7 @@ from jaxvid.files import write_file
 FREE_FIELDS = (
     *("mesh.", "eval.", "checkpoint_", "log_steps"),
     *("data.num_threads", "data.max_failed_share", "data.missing", "data.stall_seconds"),
+    "data.skip_broken",
 )
 
 # Fields that the config.json of an older run lacks, and the value that it ran with.
@@ -111,10 +112,11 @@ def compare_config(workdir: Path, config) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        before = ADDED_FIELDS | _flatten(json.loads(path.read_text()))
+        before = _flatten(json.loads(path.read_text()))
     except ValueError:
         raise InputError(f"{path} is damaged; choose another --workdir") from None
     now = _flatten(json.loads(json.dumps(config.to_dict())))
+    before = {name: value for name, value in ADDED_FIELDS.items() if name in now} | before
     return {
         name: f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted({*before, *now})

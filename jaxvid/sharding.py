@@ -279,8 +279,13 @@ def to_host(array: jax.Array) -> np.ndarray:
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that the next start is quick.
 
-    `JAX_COMPILATION_CACHE_DIR` moves it; an empty value turns it off.
+    `JAX_COMPILATION_CACHE_DIR` moves it; an empty value turns it off. Without a home directory
+    (`HOME` is not set and the user has no passwd entry) there is no cache.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "jaxvid" / "xla"))
+    except RuntimeError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache / "jaxvid" / "xla"))

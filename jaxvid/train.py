@@ -1,4 +1,4 @@
-"""Training: one function, top to bottom."""
+"""The training program: one function, in execution order."""
 
 import contextlib
 import functools
@@ -20,12 +20,13 @@ from jaxvid import (
     provenance,
     report,
     run_config,
+    run_videos,
     sharding,
     steps,
     watch,
 )
 from jaxvid.data.clips import make_spec
-from jaxvid.data.pipeline import describe_loading, make_train_iter, split_batch
+from jaxvid.data.pipeline import describe_loading, make_train_iter, split_batch, stored_id
 from jaxvid.data.sources import open_folder
 from jaxvid.distill import load_teacher
 from jaxvid.errors import InputError
@@ -41,6 +42,7 @@ from jaxvid.evaluate import (
 from jaxvid.loading import preprocessing
 from jaxvid.metrics import log
 from jaxvid.models import abstract_model, make_model_config
+from jaxvid.scoring import Results
 
 STEPS_AHEAD = 2  # how far Python runs ahead of the device
 
@@ -52,22 +54,24 @@ def train(
     stop_step: int | None = None,
     profile_steps: tuple[int, int] | None = None,
 ) -> dict | None:
-    """Trains, or continues training, and evaluates.
+    """Train or continue training, then evaluate.
 
     Args:
         config: A locked config.
-        workdir: The run's folder. If it holds checkpoints of this config, the newest is continued,
-            to the same bits as if the run had never stopped.
-        stop_step: Saves and returns at this step; the next call continues.
-        profile_steps: Writes a trace of the steps between the two to `WORKDIR/profile`.
+        workdir: The run's folder. If it holds checkpoints of this config, the newest is continued.
+            The result is bit-identical to that of an uninterrupted run.
+        stop_step: Save and return at this step; the next call continues.
+        profile_steps: First step of a trace in `WORKDIR/profile`, and the step before which it
+            ends. Steps that an earlier start has done are left out.
 
     Returns:
-        What `eval.json` holds; None if the run stopped before its end.
+        The contents of `eval.json`; None if the run stopped at `stop_step` before its end.
 
     Raises:
         InputError: The config, the data or the workdir is unusable; or the loss is not finite.
-        SystemExit: SIGINT or SIGTERM came, here or to another process of the run, and the state was
-            saved; code 128 + signal number.
+        SystemExit: SIGINT or SIGTERM was received, here or by another process of the run, and the
+            state was saved; the code is 128 + the signal's number. Once the final evaluation is
+            done, the run finishes instead.
     """
     workdir, began = Path(workdir), time.monotonic()
 
@@ -83,6 +87,7 @@ def train(
 
     # ------------------------------------------------------------------ data
     data = sharding.in_all(open_folder, config.data, config.model.num_classes, ("train", "val"))
+    data, lost = sharding.in_all(run_videos.align, workdir, data)
     shard = sharding.rows_of_process(mesh, config.batch_size)
     train_iter = make_train_iter(
         data.records["train"],
@@ -97,6 +102,7 @@ def train(
     total_steps = max(1, round(config.num_epochs * steps_per_epoch))
     eval_steps = max(1, round(config.eval.every_epochs * steps_per_epoch))
     checkpoint_steps = max(1, round(config.checkpoint_every_epochs * steps_per_epoch))
+    log_steps = metrics.window_steps(config.log_steps, total_steps)
 
     # ------------------------------------------------------------------ state
     schedule = optim.make_schedule(
@@ -127,8 +133,10 @@ def train(
     need_bytes = state_bytes * (config.checkpoint_keep + 1) + 3 * weight_bytes + 10**6
     sharding.in_all(checkpoint.check_writable, workdir, need_bytes)
     metrics.setup_logging(workdir)
+    late = watch.LateMetrics()
+    resumables = {"data": train_iter, "log": late}
     manager, state = checkpoint.restore_newest(
-        workdir, abstract_state, train_iter, keep=config.checkpoint_keep
+        workdir, abstract_state, resumables, keep=config.checkpoint_keep
     )
     loaded = []
     if state is None:
@@ -139,13 +147,11 @@ def train(
             if config.ema_decay:
                 state["ema"] = jax.tree.map(jnp.copy, state["params"])
     step = start_step = int(state["step"])
-    if profile_steps and not step <= profile_steps[0] < profile_steps[1] <= total_steps:
-        manager.close()
-        raise InputError(
-            f"profile of the steps {profile_steps[0]} to {profile_steps[1]}: the run goes from "
-            f"{step} to {total_steps}"
-        )
-    provenance.note_start(workdir, provenance.describe_run(mesh, data.records))
+    trace = watch.Trace(profile_steps, workdir / "profile", start=step, total=total_steps)
+    checkpoint.tidy_outputs(workdir)
+    left_out = {"missing or broken": len(data.left_out), "no longer listed": len(lost)}
+    provenance.note_start(workdir, provenance.describe_run(mesh, data.records, left_out))
+    sharding.in_all(run_videos.save, workdir, data)
     run_config.save_config(config, workdir)
 
     # ------------------------------------------------------------------ compiled steps
@@ -170,7 +176,7 @@ def train(
         len(data.records["val"]),
         ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
     )
-    for line in (*loaded, optim.describe_rate(config.optimizer, config.batch_size)):
+    for line in (*data.notes, *loaded, optim.describe_rate(config.optimizer, config.batch_size)):
         log.info("%s", line)
     if step == total_steps:
         log.info("trained before, all %d steps; evaluating again", step)
@@ -180,7 +186,10 @@ def train(
     # ------------------------------------------------------------------ loop
     writer = metrics.MetricWriter(workdir, step)
     skipped = metrics.SkippedVideos(
-        workdir, num_videos=len(data.records["train"]), max_share=config.data.max_failed_share
+        workdir,
+        num_videos=len(data.records["train"]),
+        max_share=1.0 if config.data.skip_broken else config.data.max_failed_share,
+        lost=[*map(stored_id, lost)],
     )
     progress = metrics.Progress(
         total_steps * config.batch_size,
@@ -188,13 +197,13 @@ def train(
         unit="clip",
         title="training",
     )
-    stalls, late = watch.Stalls(config.data.stall_seconds), watch.LateMetrics()
-    failures: list[list[str]] = []  # ids and reasons of videos since the last flush
+    failures: list[list[str]] = []  # ids and reasons of videos since the last `read_metrics`
     # As the first process reads them: another may see an older file.
     best, evaluated = sharding.gather(
         [model_folder.best_top1(workdir), metrics.last_evaluation(workdir)]
     )[0]
-    saved, result = step, None
+    saved, results, result = step, None, None
+    stalls, signals = watch.Stalls(config.data.stall_seconds), watch.Signals()
 
     def save_model(folder: Path, result: dict) -> None:
         card = model_folder.make_card(
@@ -205,74 +214,77 @@ def train(
         )
         model_folder.save_model_folder(folder, steps.best_params(state), card)
 
-    def flush() -> None:
-        """Reads and writes what is late; too short a window is only checked."""
+    def read_metrics() -> None:
+        """Read the metrics of all steps so far; all processes call it at the same steps."""
         skipped.note(sum(sharding.gather(failures), []))
         failures.clear()
         late.read()
-        sums, count = late.take()
-        if 2 * count < config.log_steps and step != total_steps or not count:
-            return
-        scalars = {
-            "train/loss": float(sums["loss"] / sums["count"]) if sums["count"] else None,
-            "train/top1": float(100 * sums["top1"] / sums["count"]) if sums["count"] else None,
-            "train/grad_norm": float(sums["grad_norm"] / count),
+
+    def write_row() -> None:
+        """Write the log window to metrics.jsonl and begin the next one."""
+        row = metrics.training_row(*late.take()) | {
             "learning_rate": float(schedule(step - 1)),
             "clips_per_second": progress.rate(),
             "input_wait_share": stalls.share("input"),
         }
-        writer.write(step, scalars)
-        line = "no video of these steps can be decoded"
-        if sums["count"]:
-            line = f"loss {scalars['train/loss']:.3f}, top-1 {scalars['train/top1']:.1f} %"
+        writer.write(step, row)
+        line = metrics.describe_row(row)
         progress.advance(0, line)
         log.debug(
             "step %d/%d: %s, %.0f clips/s, %s left",
             *(step, total_steps, line, progress.rate(), progress.time_left()),
         )
 
-    with watch.Signals() as signals:
+    def evaluate() -> tuple[Results, dict]:
+        """Evaluate the weights, write the row of this step and keep them if they are the best."""
+        nonlocal best, evaluated
+        with signals.end_at_once():
+            results = evaluate_params(
+                steps.best_params(state),
+                data.records["val"],
+                config,
+                eval_step=signals.checked(eval_step),
+                mesh=mesh,
+            )
+        result = make_report(results, config, checkpoint=f"step {step}")
+        if result["top1"] > best:
+            best = result["top1"]
+            with stalls.stage("the checkpoint"):  # without one, the model is an earlier run's
+                checkpoint.finish_saving(manager)
+            save_model(workdir / "best", result)
+        if step != evaluated:  # an evaluation that is repeated has its row already
+            evaluated = step
+            writer.write(step, {f"val/{k}": result[k] for k in ("top1", "top5", "loss")})
+            writer.write_classes(step, data.labels, results.per_class())
+        if not jax.process_index():
+            report.draw_curves(workdir / "metrics.jsonl", workdir / "curves.png")
+        log.info("step %d: validation %s", step, summary(result))
+        stalls.share("input")  # the next share leaves out the time of the evaluation
+        return results, result
+
+    with signals:
         try:
             while True:
-                # Several processes must stop at the same step: they learn of it by the metrics.
-                alone = jax.process_count() == 1 and signals.received is not None
-                stopping = alone or late.stop or step == stop_step
                 at_end = step == total_steps
                 evaluates = at_end or (step % eval_steps == 0 and step not in (0, evaluated))
-                saves = stopping or evaluates or step % checkpoint_steps == 0
-                if saves and step != saved:
-                    flush()
+                saves = evaluates or step == stop_step or step % checkpoint_steps == 0
+                signalled = signals.stops_alone
+                if saves or signalled or late.stop:
+                    read_metrics()
+                # The only place that decides whether a signal stops the run. Several processes
+                # must stop at the same step: they learn of a signal from the metrics.
+                stopped = signalled or late.stop
+                if (saves or stopped) and step != saved:
                     # The iterator is saved with the state and only advanced afterwards: the next
                     # draw is then the one that a continued run makes too.
                     with stalls.stage("the checkpoint"):
-                        checkpoint.save_checkpoint(manager, state, train_iter)
+                        checkpoint.save_checkpoint(manager, state, resumables)
                     saved = step
-                if evaluates and not (alone or late.stop):
-                    with signals.end_at_once():
-                        results = evaluate_params(
-                            steps.best_params(state),
-                            data.records["val"],
-                            config,
-                            eval_step=eval_step,
-                            mesh=mesh,
-                        )
-                    result = make_report(results, config, checkpoint=f"step {step}")
-                    if result["top1"] > best:
-                        best = result["top1"]
-                        save_model(workdir / "best", result)
-                    if step != evaluated:  # once its row stands, it is not done again
-                        evaluated = step
-                        scalars = {f"val/{k}": result[k] for k in ("top1", "top5", "loss")}
-                        writer.write(step, scalars)
-                        writer.write_classes(step, data.labels, results.per_class())
-                        if not jax.process_index():
-                            report.draw_curves(workdir / "metrics.jsonl", workdir / "curves.png")
-                    log.info("step %d: validation %s", step, summary(result))
-                    stalls.share("input")  # from here on: not of the evaluation's time
-                if at_end or stopping or late.stop:
+                if evaluates and not stopped:
+                    results, result = evaluate()
+                if stopped or at_end or step == stop_step:
                     break
-                if profile_steps and step == profile_steps[0]:
-                    jax.profiler.start_trace(workdir / "profile")
+                trace.before(step)
                 with stalls.stage("input", describe_loading):
                     batch, ids, errors = split_batch(next(train_iter))
                 failures += [[id_, error] for id_, error in zip(ids, errors, strict=True) if error]
@@ -289,15 +301,11 @@ def train(
                 if step == start_step + 1:
                     jax.block_until_ready(state)
                     log.info("first step %.1f s after the start", time.monotonic() - began)
-                if profile_steps and step == profile_steps[1]:
-                    jax.block_until_ready(state)
-                    jax.profiler.stop_trace()
-                    log.info(
-                        "a trace of the steps %d to %d is in %s/profile", *profile_steps, workdir
-                    )
+                trace.after(step, state)
                 progress.advance(config.batch_size)
-                if step % config.log_steps == 0:
-                    flush()
+                if step % log_steps == 0 or step == total_steps:
+                    read_metrics()
+                    write_row()
             checkpoint.finish_saving(manager)
         except watch.NotFiniteError as error:
             ids = sum(sharding.gather(error.ids), [])
@@ -315,21 +323,25 @@ def train(
             writer.close()
             stalls.close()
             train_iter.close()
-            with contextlib.suppress(Exception):  # what ends the run is told already
+            with contextlib.suppress(Exception):  # the exception that ends the run propagates
                 manager.close()
-
-    if not at_end:
-        log.info("stopped and saved at step %d; the same command continues from there", step)
-        if stop_step != step:
+            trace.close()
+        if stopped or not at_end:
+            log.info("stopped and saved at step %d; the same command continues from there", step)
+        if stopped:
             raise SystemExit(128 + (signals.received or signal.SIGTERM))
-        return None
+        if not at_end:
+            return None
 
-    # ------------------------------------------------------------------ what stays
-    folder = workdir / "model"
-    result["checkpoint"] = str(workdir / "checkpoints" / str(step))
-    result["weights_sha256"] = model_folder.fingerprint(steps.best_params(state))
-    save_model(folder, result)
-    save_report(workdir, result, results, data.labels, data.records["val"])
+        # -------------------------------------------------------------- outputs
+        # A signal does not interrupt them: the evaluation is done, and this ends the run.
+        if message := skipped.summary():
+            log.info("%s", message)
+        folder = workdir / "model"
+        result["checkpoint"] = str(workdir / "checkpoints" / str(step))
+        result["weights_sha256"] = model_folder.fingerprint(steps.best_params(state))
+        save_model(folder, result)
+        save_report(workdir, result, results, data.labels, data.records["val"])
     log.info(
         "%s. The report is %s, the model in %s; try it on a clip of your own:\n"
         "  %s -m jaxvid.predict CLIP.mp4 --model %s",

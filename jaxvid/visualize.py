@@ -13,7 +13,13 @@ XViT's keys and values come in part from the frames before and after. Its rollou
 they did not, within the frame, and without summary tokens: the heat is approximate in time.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from jaxvid import guard
+
+    guard.run("jaxvid.visualize")
+
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -289,7 +295,8 @@ def save_slides(look: Look, output: Path) -> None:
     slides = [draw_slide(look, place) for place in range(len(look.frames))]
     span = 0 if look.times is None else look.times[-1] - look.times[0]
     rate = np.clip((len(slides) - 1) / span, *RATES).item() if span else UNTIMED_RATE
-    with av.open(f"file:{output}", "w", options={"movflags": "faststart"}) as container:
+    options = {"movflags": "faststart"}
+    with av.open(f"file:{output}", "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1000))
         (stream.width, stream.height), stream.pix_fmt = slides[0].size, "yuv420p"
         stream.options = {"crf": "18", "tune": "stillimage"}
@@ -316,10 +323,15 @@ def visualize(
     if output.exists() and Path(video).exists() and output.samefile(video):
         raise InputError(f"{output} is the video itself; name another file")
     look = look_at(video, folder, clip=clip, num_clips=num_clips)
+    partial = output.with_name(f".{output.name}.partial")
     try:
-        draw_sheet(look).save(output) if suffix == ".png" else save_slides(look, output)
+        draw_sheet(look).save(partial, "png") if suffix == ".png" else save_slides(look, partial)
+        partial.replace(output)
     except OSError as error:
         raise InputError(f"{output} cannot be written ({error.strerror}); name another") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -338,7 +350,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return InputError.EXIT_CODE
     print(os.fsencode(args.output).decode(errors="replace"))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

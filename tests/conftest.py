@@ -1,5 +1,6 @@
 """Eight fake CPU devices, so that sharded code runs everywhere; ranks never promote silently."""
 
+import logging
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,6 +15,7 @@ from absl import flags
 import jaxvid
 from configs import motion as motion_config
 from jaxvid.data.motion import LABELS, make_motion
+from jaxvid.metrics import log
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -57,6 +59,19 @@ def shrunk_config(folder, num_epochs: float = 2.0):
     config.mesh.update({"data": 1, "fsdp": 8, "tensor": 1})
     config.log_steps = 2
     return config.lock()
+
+
+@pytest.fixture
+def lines():
+    """The lines that are logged."""
+    found = []
+    handler, level = logging.Handler(), log.level
+    handler.emit = lambda record: found.append(record.getMessage())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield found
+    log.removeHandler(handler)
+    log.setLevel(level)
 
 
 @pytest.fixture

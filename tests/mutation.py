@@ -120,7 +120,14 @@ TARGETS = {
     "jaxvid/optim.py": [Target("tests/test_optim.py", share=True)],
     "jaxvid/scoring.py": [Target("tests/test_scoring.py")],
     "jaxvid/metrics.py": [
-        Target("tests/test_metrics.py", "", ("sum_metrics", "last_evaluation", "_step_of"))
+        Target(
+            "tests/test_metrics.py",
+            "",
+            (
+                *("sum_metrics", "window_steps", "training_row", "describe_row", "MIN_ROWS"),
+                *("last_evaluation", "_step_of"),
+            ),
+        )
     ],
     "jaxvid/sharding.py": [
         Target(
@@ -134,7 +141,11 @@ TARGETS = {
         )
     ],
     "jaxvid/checkpoint.py": [
-        Target("tests/test_checkpoint.py", "checkpoints or whole or come_alone or disk", share=True)
+        Target(
+            "tests/test_checkpoint.py",
+            "checkpoints or whole or come_alone or disk or keeps_the_log",
+            share=True,
+        )
     ],
 }
 

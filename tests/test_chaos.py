@@ -1,7 +1,11 @@
-"""A run that is killed again and again ends as if nothing had happened (in the marked suite)."""
+"""A run that is stopped again and again ends as if nothing had happened (in the marked suite)."""
 
+import collections
+import concurrent.futures
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxvid import checkpoint
+from tests.outputs import check_same_outputs
 
 ROOT = Path(__file__).parents[1]
 STEPS = 90
@@ -20,10 +25,17 @@ FIELDS = {
     "checkpoint_every_epochs": 0.67,  # 2 steps
 }
 
+# 30 steps, so that log windows are of 3; checkpoints and evaluations end in the middle of some.
+SHORT_FIELDS = FIELDS | {"num_epochs": 10.0, "eval.every_epochs": 2.67, "log_steps": 50}
+NUM_KILLS, NUM_SIGNALS = 100, 200
+LANES = 2  # runs at a time
+HANG_SECONDS = 120  # a run that takes longer from a signal to its end hangs
+CRASHES = ("Traceback", "Exception ignored", "Fatal Python error", "terminate called")
 
-def start(workdir: Path, data: Path) -> subprocess.Popen:
+
+def start(workdir: Path, data: Path, fields: dict = FIELDS) -> subprocess.Popen:
     command = [sys.executable, "main.py", "--config=configs/motion.py", f"--workdir={workdir}"]
-    fields = FIELDS | {"data.folder": data}
+    fields = fields | {"data.folder": data}
     command += [f"--config.{name}={value}" for name, value in fields.items()]
     flags = "--xla_backend_optimization_level=0"  # compiles twice as fast
     environment = os.environ | {"XLA_FLAGS": flags}
@@ -107,3 +119,104 @@ def test_a_run_that_is_killed_at_random_ends_in_the_same_bits(motion_folder, tmp
     bests = [json.loads((folder / "best" / "model.json").read_text()) for folder in (whole, killed)]
     for name in ("top1", "step"):
         assert bests[0]["provenance"][name] == bests[1]["provenance"][name]
+
+
+def in_loop(workdir: Path) -> int:
+    """Return how many starts of a run have reached the training loop."""
+    return told(workdir).count("M parameters, ")
+
+
+def wait_for_signal(run: subprocess.Popen, workdir: Path, starts: int, rng, seconds) -> None:
+    """Wait until the moment of a signal, or until the run ends before it.
+
+    Args:
+        run: The run.
+        workdir: Its workdir.
+        starts: How many starts had reached the loop before this one.
+        rng: One half of the moments is uniform from the start on, the other from the loop on.
+        seconds: How long an uninterrupted run takes from the start on and from the loop on.
+    """
+    from_loop = rng.integers(2)
+    until = time.monotonic() + HANG_SECONDS
+    while from_loop and in_loop(workdir) == starts and run.poll() is None:
+        assert time.monotonic() < until, told(workdir)
+        time.sleep(0.01)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        run.wait(timeout=rng.uniform(0, seconds[from_loop]))
+
+
+def interrupt_runs(
+    folder: Path, data: Path, whole: Path, numbers: list[int], seconds, seed: int
+) -> collections.Counter:
+    """Interrupt runs at random moments and continue them, until all signals are used.
+
+    Args:
+        folder: Of the runs' workdirs.
+        data: The videos.
+        whole: Workdir of an uninterrupted run.
+        numbers: The signals, in order.
+        seconds: As for `wait_for_signal`.
+        seed: Of the moments.
+
+    Returns:
+        Counts of signal name and exit code.
+    """
+    rng, codes, count = np.random.default_rng(seed), collections.Counter(), 0
+    expected = json.loads((whole / "eval.json").read_text())
+    numbers = numbers[::-1]
+    while numbers:
+        workdir, code = folder / str(count), None
+        count += 1
+        while code != 0:
+            starts, ends = in_loop(workdir), {0}
+            run = start(workdir, data, SHORT_FIELDS)
+            try:
+                if numbers:
+                    wait_for_signal(run, workdir, starts, rng, seconds)
+                if numbers and run.poll() is None:
+                    number = numbers.pop()
+                    ends |= {-number if number == signal.SIGKILL else 128 + number}
+                    run.send_signal(number)
+                code = run.wait(timeout=HANG_SECONDS)
+            finally:
+                run.kill()
+                run.wait()
+            assert code in ends, f"{code}: {told(workdir)}"
+            if len(ends) > 1:
+                codes[signal.Signals(number).name, code] += 1
+            if (workdir / "eval.json").exists():
+                report = json.loads((workdir / "eval.json").read_text())
+                assert report["weights_sha256"] == expected["weights_sha256"]
+        check_same_outputs(workdir, whole)
+        assert not [word for word in CRASHES if word in told(workdir)], told(workdir)
+    return codes
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("kinds", "count"),
+    [((signal.SIGKILL,), NUM_KILLS), ((signal.SIGTERM, signal.SIGINT), NUM_SIGNALS)],
+)
+def test_runs_that_are_stopped_at_random_moments_lose_nothing(
+    motion_folder, tmp_path, kinds, count
+):
+    for name in ("whole", "again"):  # the second run finds the compiled programs in the cache
+        began = time.monotonic()
+        run = start(tmp_path / name, motion_folder, SHORT_FIELDS)
+        wait_for(run, lambda: in_loop(tmp_path / name))  # noqa: B023
+        loop = time.monotonic()
+        assert run.wait(timeout=600) == 0, told(tmp_path / name)
+        seconds = time.monotonic() - began, time.monotonic() - loop
+    check_same_outputs(tmp_path / "again", tmp_path / "whole")
+    numbers = [kinds[i % len(kinds)] for i in range(count)]
+
+    def interrupt(lane: int) -> collections.Counter:
+        folder, part = tmp_path / str(lane), numbers[lane * count // LANES :][: count // LANES]
+        folder.mkdir()
+        return interrupt_runs(folder, motion_folder, tmp_path / "whole", part, seconds, seed=lane)
+
+    with concurrent.futures.ThreadPoolExecutor(LANES) as pool:
+        codes = sum(pool.map(interrupt, range(LANES)), collections.Counter())
+    print(f"{count} signals to runs of {seconds[0]:.1f} s; exit codes: {dict(codes)}")
+    assert codes.total() == count

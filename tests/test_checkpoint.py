@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -163,6 +165,12 @@ def test_configs_are_compared_field_by_field(tmp_path):
     config.model.width = 32
     found = run_config.compare_config(tmp_path, config)
     assert found == {"model.width": "model.width was 64, now 32"}
+    config.model.width = 64
+    config.data = ConfigDict({"color_matrix": "auto"})  # config.json is of a time without it
+    assert run_config.compare_config(tmp_path, config) == {}
+    config.data.color_matrix = "bt601"
+    found = run_config.compare_config(tmp_path, config)
+    assert found == {"data.color_matrix": "data.color_matrix was 'auto', now 'bt601'"}
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json is damaged"):
         run_config.compare_config(tmp_path, config)
@@ -173,17 +181,93 @@ def test_a_model_folder_that_cannot_be_written_is_one_line(tmp_path):
         jaxvid.save_model(jaxvid.create_model("xvit_tiny", **TINY), "/proc/jaxvid/model")
 
 
-class Position:
-    """A data iterator that is nothing but its position."""
+class Counter:
+    """Something resumable."""
 
-    def __init__(self, position: int = 0):
-        self.position = position
+    def __init__(self, value: int):
+        self.value = value
 
     def get_state(self) -> dict:
-        return {"position": self.position}
+        return {"value": self.value}
 
     def set_state(self, state: dict) -> None:
-        self.position = state["position"]
+        self.value = state["value"]
+
+
+def counters(data: int, log: int) -> dict[str, Counter]:
+    return {"data": Counter(data), "log": Counter(log)}
+
+
+def save(workdir: Path, step: int) -> None:
+    manager = checkpoint.make_manager(workdir, keep=2)
+    state = {"step": np.int32(step), "params": np.arange(4.0)}
+    checkpoint.save_checkpoint(manager, state, counters(step, 10 * step))
+    manager.close()
+
+
+ABSTRACT = {
+    "step": jax.ShapeDtypeStruct((), np.int32),
+    "params": jax.ShapeDtypeStruct((4,), np.float64),
+}
+
+
+def test_closing_a_manager_in_the_middle_of_a_save_leaves_no_thread(tmp_path, monkeypatch):
+    """A daemon thread would go on while the interpreter shuts down, and abort it."""
+    noters: list[threading.Thread] = []
+    note_files = checkpoint._note_files
+
+    def note_late(workdir):
+        noters.append(threading.current_thread())
+        if noters[-1] is not threading.main_thread():
+            time.sleep(0.3)
+        note_files(workdir)
+
+    monkeypatch.setattr(checkpoint, "_note_files", note_late)
+    manager = checkpoint.make_manager(tmp_path, keep=2)
+    checkpoint.save_checkpoint(manager, {"step": np.int32(1)}, counters(1, 2))
+    manager.close()
+    assert noters[-1] is not threading.main_thread()
+    assert not noters[-1].daemon
+    assert not noters[-1].is_alive()
+    assert [*json.loads((tmp_path / "checkpoints.json").read_text())] == ["1"]
+
+
+def test_a_checkpoint_keeps_the_log_window_and_older_ones_have_none(tmp_path):
+    save(tmp_path, 3)
+    found = counters(0, 0)
+    manager, state = checkpoint.restore_newest(tmp_path, ABSTRACT, found, keep=2)
+    manager.close()
+    assert (int(state["step"]), found["data"].value, found["log"].value) == (3, 3, 30)
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "log")
+    (tmp_path / "checkpoints.json").unlink()
+    found = counters(0, 0)
+    manager, state = checkpoint.restore_newest(tmp_path, ABSTRACT, found, keep=2)
+    manager.close()
+    assert (int(state["step"]), found["data"].value, found["log"].value) == (3, 3, 0)
+
+
+def test_outputs_of_a_run_without_checkpoints_are_moved_aside(tmp_path, lines):
+    for name in ("metrics.jsonl", "config.json", "mine.txt", "log.txt"):
+        (tmp_path / name).write_text(name)
+    checkpoint.tidy_outputs(tmp_path)  # of a run that was killed before its first checkpoint
+    assert (tmp_path / "metrics.jsonl").exists()
+    assert not lines
+    for folder in ("previous", "previous_again"):
+        (tmp_path / "metrics.jsonl").write_text(folder)
+        (tmp_path / "best").mkdir()
+        (tmp_path / "best" / "model.json").write_text(folder)
+        (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+        checkpoint.tidy_outputs(tmp_path)
+        assert (tmp_path / "metrics.jsonl").exists()
+        shutil.rmtree(tmp_path / "checkpoints")
+        checkpoint.tidy_outputs(tmp_path)
+        checkpoint.tidy_outputs(tmp_path)
+        assert (tmp_path / folder / "metrics.jsonl").read_text() == folder
+        assert (tmp_path / folder / "best" / "model.json").read_text() == folder
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"mine.txt", "log.txt", "previous", "previous_again"}
+    assert len(lines) == 2
+    assert lines[1].endswith("previous_again")
 
 
 def tiny_state(step: int, **trees) -> dict:
@@ -191,10 +275,11 @@ def tiny_state(step: int, **trees) -> dict:
     return {"step": jnp.int32(step), "params": params, **trees}
 
 
-def save(workdir: Path, *steps: int, keep: int = 2, **trees) -> None:
-    manager = checkpoint.make_manager(workdir, keep=keep)
+def save_steps(workdir: Path, *steps: int, **trees) -> None:
+    manager = checkpoint.make_manager(workdir, keep=2)
     for step in steps:
-        checkpoint.save_checkpoint(manager, tiny_state(step, **trees), Position(10 * step))
+        state = tiny_state(step, **trees)
+        checkpoint.save_checkpoint(manager, state, counters(10 * step, 20 * step))
     checkpoint.finish_saving(manager)
     manager.close()
 
@@ -206,17 +291,16 @@ def abstract(tree):
     )
 
 
-def restore(workdir: Path, keep: int = 2) -> tuple[int | None, int]:
-    """The restored step and the position of the data; checks the weights."""
-    position = Position(-1)
-    manager, state = checkpoint.restore_newest(
-        workdir, abstract(tiny_state(0)), position, keep=keep
-    )
+def restore(workdir: Path) -> tuple[int | None, int, int]:
+    """The restored step and the counters' values; checks the weights."""
+    found = counters(-1, -1)
+    manager, state = checkpoint.restore_newest(workdir, abstract(tiny_state(0)), found, keep=2)
     manager.close()
+    values = found["data"].value, found["log"].value
     if state is None:
-        return None, position.position
+        return None, *values
     np.testing.assert_array_equal(state["params"]["a.kernel"], np.full((2, 3), state["step"]))
-    return int(state["step"]), position.position
+    return int(state["step"]), *values
 
 
 def damage(workdir: Path, step: int) -> None:
@@ -229,57 +313,55 @@ def damage(workdir: Path, step: int) -> None:
 
 
 def test_the_newest_checkpoints_are_kept_and_restored(tmp_path):
-    assert restore(tmp_path) == (None, -1)
-    save(tmp_path, 1, 2, 3)
+    assert restore(tmp_path) == (None, -1, -1)
+    save_steps(tmp_path, 1, 2, 3)
     assert checkpoint.find_steps(tmp_path) == [2, 3]
     assert checkpoint.newest_step(tmp_path) == 3
     noted = json.loads((tmp_path / "checkpoints.json").read_text())
     assert noted.keys() == {"2", "3"}
     assert all(noted.values())
-    assert restore(tmp_path) == (3, 30)
+    assert restore(tmp_path) == (3, 30, 60)
     assert not (tmp_path / "damaged").exists()
 
 
-def test_damaged_checkpoints_are_moved_aside_and_named(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(checkpoint.log, "warning", lambda text, *args: told.append(text % args))
-    save(tmp_path, 2, 3)
+def test_damaged_checkpoints_are_moved_aside_and_named(tmp_path, lines):
+    save_steps(tmp_path, 2, 3)
     damage(tmp_path, 3)
-    assert restore(tmp_path) == (2, 20)
+    assert restore(tmp_path) == (2, 20, 40)
     assert checkpoint.find_steps(tmp_path) == [2]
     assert (tmp_path / "damaged" / "3").is_dir()
-    [line] = told
+    [line] = lines
     assert "checkpoint of step 3 is damaged (1 of " in line
     assert str(tmp_path / "damaged" / "3") in line
-    save(tmp_path, 3)  # trained again, and damaged again
+    save_steps(tmp_path, 3)  # trained again, and damaged again
     for step in (2, 3):
         damage(tmp_path, step)
     with pytest.raises(InputError, match="every checkpoint is damaged .*/3_again, .*/2"):
         restore(tmp_path)
-    assert restore(tmp_path) == (None, -1)
+    assert restore(tmp_path) == (None, -1, -1)
 
 
 def test_a_whole_checkpoint_of_another_shape_is_not_moved(tmp_path):
-    save(tmp_path, 3)
+    save_steps(tmp_path, 3)
     other = abstract({**tiny_state(0), "more": jnp.zeros(2)})
     with pytest.raises(InputError, match="step 3 is whole, but cannot be restored") as error:
-        checkpoint.restore_newest(tmp_path, other, Position(), keep=2)
+        checkpoint.restore_newest(tmp_path, other, counters(0, 0), keep=2)
     assert "\n" not in str(error.value)
     assert checkpoint.find_steps(tmp_path) == [3]
 
 
 def test_checkpoints_without_checksums_are_restored(tmp_path):
-    save(tmp_path, 3)
+    save_steps(tmp_path, 3)
     (tmp_path / "checkpoints.json").write_text("{")  # killed while it was written
-    assert restore(tmp_path) == (3, 30)
+    assert restore(tmp_path) == (3, 30, 60)
     (tmp_path / "checkpoints.json").unlink()
-    assert restore(tmp_path) == (3, 30)
+    assert restore(tmp_path) == (3, 30, 60)
 
 
 def test_weights_come_alone_and_their_average_if_there_is_one(tmp_path):
     params = tiny_state(3)["params"]
-    save(tmp_path / "plain", 3)
-    save(tmp_path / "average", 3, ema={"a.kernel": jnp.full((2, 3), 7.0)})
+    save_steps(tmp_path / "plain", 3)
+    save_steps(tmp_path / "average", 3, ema={"a.kernel": jnp.full((2, 3), 7.0)})
     for name, expected in (("plain", 3), ("average", 7)):
         found = checkpoint.restore_params(tmp_path / name, 3, abstract(params))
         assert found.keys() == params.keys()
@@ -290,7 +372,7 @@ def test_weights_come_alone_and_their_average_if_there_is_one(tmp_path):
 
 
 def test_a_save_that_fails_names_the_checkpoints_there_are(tmp_path, monkeypatch):
-    save(tmp_path, 2, 3)
+    save_steps(tmp_path, 2, 3)
     manager = checkpoint.make_manager(tmp_path, keep=2)
 
     def fail(*_, **__):
@@ -298,5 +380,5 @@ def test_a_save_that_fails_names_the_checkpoints_there_are(tmp_path, monkeypatch
 
     monkeypatch.setattr(manager, "save", fail)
     with pytest.raises(InputError, match=r"cannot be written to .*no space.*: 2, 3; make room"):
-        checkpoint.save_checkpoint(manager, tiny_state(4), Position())
+        checkpoint.save_checkpoint(manager, tiny_state(4), counters(0, 0))
     manager.close()

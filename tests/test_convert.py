@@ -13,6 +13,7 @@ import jaxvid
 from configs import finetune
 from convert import flax_to_torch, rules, torch_to_flax
 from convert.torch_reference import build_reference
+from convert.weight_files import open_weights
 from jaxvid import folders, model_folder
 from jaxvid.errors import InputError
 from jaxvid.loading import CLIP_FIELDS, PIXEL_FIELDS
@@ -298,6 +299,75 @@ def test_another_number_of_classes_and_temporal_rows_are_read_from_the_file(tmp_
 class Malicious:
     def __reduce__(self):  # noqa: D105
         return (print, ("this must never be printed",))
+
+
+def as_saved(state: dict, path, **options) -> dict[str, np.ndarray]:
+    """What the reader makes of a state_dict that torch.save wrote."""
+    torch.save({"model": state}, path, **options)
+    with open_weights(path) as (_, weights):
+        return {key: weight.read() for key, weight in weights.items()}
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+def test_tensors_of_any_layout_are_read_as_torch_reads_them(is_zip, tmp_path):
+    storage = torch.randn(6, 5, 4)
+    state = {
+        "pos_embed": storage,
+        "transposed": storage.permute(2, 0, 1),
+        "strided": storage[1::2, :, ::3],
+        "later": storage[4:],
+        "expanded": torch.randn(1, 3).expand(7, 3),
+        "number": torch.tensor(2.5),
+        "nothing": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+        "with_gradient": torch.randn(3, requires_grad=True),
+        "half": torch.randn(3).half(),
+        "bfloat": torch.randn(3).bfloat16(),
+        "double": torch.randn(3).double(),
+    }
+    found = as_saved(state, tmp_path / "a.pth", _use_new_zipfile_serialization=is_zip)
+    assert found.keys() == state.keys()
+    for key, tensor in state.items():
+        assert str(tensor.dtype) == f"torch.{found[key].dtype}"
+        np.testing.assert_array_equal(found[key].astype("f8"), tensor.detach().double().numpy())
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    path, tensor = tmp_path / "a.pth", torch.randn(100)
+    as_saved({"pos_embed": tensor}, path)
+    data = bytearray(path.read_bytes())
+    data[data.find(tensor.numpy().tobytes()) + 9] ^= 1
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)  # which does not
+    with open_weights(path) as (_, weights), pytest.raises(InputError, match="checksum of the"):
+        weights["pos_embed"].read()
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    as_saved({"pos_embed": torch.randn(100)}, path)
+    with pytest.raises(InputError, match="changed while it was read"), open_weights(path):
+        path.write_bytes(path.read_bytes() + b"more")
+
+
+def test_float64_is_rounded_to_float32_and_said_so(tmp_path, capsys):
+    state = state_dict("stam_8")
+    key, third = "blocks.0.norm1.weight", torch.full((48,), 1 / 3, dtype=torch.float64)
+    path = save(tmp_path / "in.pth", "stam_8", state | {key: third})
+    assert convert("stam_8", path, tmp_path / "model") == 0
+    assert "rounded from float64: blocks.0.norm1.scale" in capsys.readouterr().out
+    params = split_params(jaxvid.load_model(tmp_path / "model"))[1]
+    assert (np.asarray(params["blocks.0.norm1.scale"]) == np.float32(1 / 3)).all()
+
+
+@pytest.mark.parametrize("dtype", ["<f2", ">f4", "<f8"])
+def test_npz_arrays_of_any_layout_are_read(dtype, tmp_path):
+    array = np.asfortranarray(np.random.default_rng(0).normal(size=(3, 4)).astype(dtype))
+    np.savez_compressed(tmp_path / "a.npz", embedding=array)
+    with open_weights(tmp_path / "a.npz") as (kind, weights):
+        assert kind == "google_vit"
+        assert weights["embedding"].dtype == array.dtype.name
+        np.testing.assert_array_equal(weights["embedding"].read(), array)
 
 
 def test_files_that_are_not_weights_are_one_line(tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 
 from jaxvid.data import check, decode
 from jaxvid.data.decode import DecodeError, Video
+from jaxvid.data.scan import VIDEO_SUFFIXES
 
 VARIABLE = np.arange(40) + np.arange(40) ** 2 // 20  # frame times, in 1/25 s
 
@@ -23,17 +24,20 @@ def write_video(
     times=None,
     turn=None,
     container_options=None,
+    container=None,
+    pix_fmt="yuv420p",
     **settings,
 ):
     """A video of moving noise with B-frames and several key frames.
 
-    `times`: of each frame, in 1/25 s. `turn`: arguments of the display matrix.
+    `times`: of each frame, in 1/25 s. `turn`: arguments of the display matrix. `container`: if it
+    is not that of the name.
     """
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 255, (size[0] * 2, size[1] * 2, 3), np.uint8)
-    with av.open(str(path), "w", options=container_options) as container:
-        stream = container.add_stream(codec, rate=25)
-        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+    with av.open(str(path), "w", container, options=container_options) as file:
+        stream = file.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
         stream.options = options or {}
         stream.codec_context.thread_count = 1  # on a busy machine libvpx's threads may lock up
         for name, value in settings.items():
@@ -45,9 +49,35 @@ def write_video(
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = int(times[t]), Fraction(1, 25)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
     return path
+
+
+# How a small file of each kind that a folder scan finds is written.
+KINDS = {
+    **dict.fromkeys((".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".m2ts", ".mts", ".f4v"), {}),
+    ".qt": {"container": "mov"},
+    ".webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8"}},
+    ".avi": {"codec": "mpeg4", "gop_size": 5},
+    ".divx": {"codec": "mpeg4", "container": "avi"},
+    ".gif": {"codec": "gif", "pix_fmt": "rgb8"},
+    ".mpg": {"codec": "mpeg1video", "gop_size": 5},
+    ".mpeg": {"codec": "mpeg2video", "gop_size": 5},
+    ".m2v": {"codec": "mpeg2video", "gop_size": 5},
+    ".vob": {"codec": "mpeg2video", "gop_size": 5},
+    ".ts": {"codec": "mpeg2video", "gop_size": 5},
+    ".wmv": {"codec": "wmv2", "gop_size": 5},
+    ".asf": {"codec": "msmpeg4"},
+    ".flv": {"codec": "flv", "gop_size": 5},
+    ".ogv": {"codec": "libvpx"},
+    ".mxf": {"codec": "mpeg2video", "gop_size": 5},
+    ".rm": {"codec": "rv10"},
+    ".rmvb": {"codec": "rv20", "container": "rm"},
+    ".dv": {"codec": "dvvideo", "size": (576, 720)},
+    ".nut": {"codec": "mpeg4"},
+    ".y4m": {"codec": "wrapped_avframe"},
+}
 
 
 def decode_everything(path) -> np.ndarray:
@@ -184,6 +214,19 @@ def test_frames_in_order_are_decoded_once_and_within_the_time(videos, monkeypatc
         video._seconds_left = 0
         with pytest.raises(DecodeError, match="longer than 60 s"):
             list(frames)
+
+
+@pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)
+def test_every_kind_that_a_folder_scan_finds_is_decoded_exactly(suffix, tmp_path, monkeypatch):
+    path = write_video(tmp_path / f"video{suffix}", frames=12, **KINDS[suffix])
+    expected = decode_everything(path)
+    assert len(expected) == 12
+    for kept_bytes in (decode.KEPT_BYTES, 0):
+        monkeypatch.setattr(decode, "KEPT_BYTES", kept_bytes)
+        with Video(path) as video:
+            assert video.num_frames == 12 == video.count_readable()
+            for indices in (np.arange(12), np.array([11, 3, 3, 0])):
+                np.testing.assert_array_equal(video.get_frames(indices), expected[indices])
 
 
 def test_indices_outside_the_video_are_a_programming_error(videos):

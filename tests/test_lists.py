@@ -1,16 +1,26 @@
 """The lists that people have, in their odder forms, mean what they say or are refused."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from jaxvid.data import check
-from jaxvid.data.lists import find_split, read_class_folders, read_labels, read_list, read_split
+from jaxvid.data import check, records
+from jaxvid.data.lists import (
+    find_split,
+    read_class_folders,
+    read_labels,
+    read_list,
+    read_records,
+    read_split,
+)
 from jaxvid.data.motion import write_clip
 from jaxvid.data.records import NO_LABEL
+from jaxvid.data.scan import Skipped
+from jaxvid.data.sources import open_folder
 from jaxvid.errors import InputError
-from tests.test_sources import FRAMES, write
+from tests.test_sources import FRAMES, section, write
 
 HEADER = "label,youtube_id,time_start,time_end,split\n"
 ENTRY = {"id": "7", "label": "holding a cup", "template": "Holding [something]"}
@@ -173,3 +183,130 @@ def test_one_labelled_line_makes_the_others_wrong(tmp_path):
     write(tmp_path / "test.csv", "a.mp4\nb.mp4 0\n")
     with pytest.raises(InputError, match="test.csv:1: 'a.mp4' is not 'path label'"):
         check.check([tmp_path], workers=1)
+
+
+# ------------------------------------------------------------------ hostile lists
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.mp4 0\n" + "x" * 200_000 + ",1\n", "list.csv:2: the line has 200002 characters"),
+        ('a.mp4 0\n"' + "x" * 200_000 + '",1\n', "list.csv:2: the line has 200004 characters"),
+        (HEADER + "zumba,a,1,2,train\n" + "x" * 140_000 + ",b,1,2,train\n", "list.csv:3: the line"),
+        (HEADER + '"' + "x\n" * 140_000, "list.csv:.*: is no line of a table: field larger"),
+        ("a.mp4" + " " * 9000 + "\n", "list.csv:1: .* is not 'path label'"),  # within seconds
+        ("x" + "a" * 2**20, "list.csv: its first line has over 1048576 bytes"),
+        ("clips\\a.mp4,0\n", r"list.csv:1: .*does not exist \(write / between folders\); restore"),
+    ],
+)
+def test_absurd_lines_are_refused_with_their_number(tmp_path, text, message):
+    write(tmp_path / "a.mp4")
+    path = write(tmp_path / "list.csv", text)
+    with pytest.raises(InputError, match=message) as error:
+        read_records(path, ["zumba"], prefix="", missing="error")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("a.mp4 0\n".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+        ("a.mp4 0\n".encode("utf-16-be"), "not text: it holds null bytes"),
+        (bytes(1000), "not text: it holds null bytes"),
+    ],
+)
+def test_what_is_no_utf8_text_is_refused(tmp_path, data, message):
+    (tmp_path / "list.csv").write_bytes(data)
+    with pytest.raises(InputError, match=f"list.csv: cannot be read: {message}"):
+        read_list(tmp_path / "list.csv", 1)
+
+
+def test_names_of_files_in_lists_need_not_be_utf8_but_those_of_classes_do(tmp_path):
+    name = os.fsdecode(b"caf\xe9, 1.mp4")
+    write(tmp_path / name)
+    (tmp_path / "list.csv").write_bytes(b"caf\xe9, 1.mp4 0\n")
+    [record] = read_list(tmp_path / "list.csv", 1)
+    assert (record.id, record.path) == (name, tmp_path / name)
+    (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=r"list.csv:1: .*/caf\\udce9, 1.mp4 does not exist"):
+        read_list(tmp_path / "list.csv", 1)
+    (tmp_path / "labels.txt").write_bytes(b"a\nb\xe9\n")
+    with pytest.raises(InputError, match="labels.txt:2: cannot be read: not UTF-8"):
+        read_labels(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train.csv", "labels.txt", "labels.json", "train.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link"])
+def test_lists_that_are_no_files_are_refused_and_never_waited_for(tmp_path, name, kind):
+    path = tmp_path / name
+    {
+        "pipe": os.mkfifo,
+        "device": lambda path: path.symlink_to("/dev/zero"),
+        "folder": Path.mkdir,
+        "link": lambda path: path.symlink_to("nowhere"),
+    }[kind](path)
+    reason = "does not exist" if kind == "link" else f"is a {kind}, not a regular file"
+    with pytest.raises(InputError, match=f"{name}:? {reason}"):
+        read_labels(tmp_path) if "labels" in name else check.gather([tmp_path])
+    if "train" in name and kind != "folder":
+        with pytest.raises(InputError, match=f"{name}:? {reason}"):
+            check.gather([path])
+
+
+def test_a_list_whose_files_are_missing_is_not_read_to_the_end(tmp_path, monkeypatch):
+    lines = "".join(f"clips/{i}.mp4 0\n" for i in range(50_000))
+    looked = []
+    monkeypatch.setattr(records, "file_state", lambda path: looked.append(path) or "is not there")
+    with pytest.raises(InputError, match="list.csv:1: .*; and 15995 more .the rest of the list"):
+        read_list(write(tmp_path / "list.csv", lines), 1)
+    assert len(looked) == records.FILES_TOGETHER
+
+
+def test_kinetics_videos_are_found_by_one_listing_of_each_folder(tmp_path, monkeypatch):
+    rows = "".join(f"zumba,{i},1,11,train\n" for i in range(50))
+    write(tmp_path / "train.csv", HEADER + rows)
+    for i in range(50):
+        write(tmp_path / "train" / "zumba" / f"{i}_000001_000011.mp4")
+    listed, listdir = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or listdir(path))
+    monkeypatch.setattr(os.path, "exists", None)
+    assert len(read(tmp_path, "train")) == 50
+    assert len(listed) == len(set(listed)) == 2  # train and train/zumba
+
+
+def test_a_class_folder_scan_counts_what_it_skips(tmp_path):
+    names = ("a/1.mp4", "a/2.GIF", "a/3.ts", "a/notes.txt", "a/x.json", "a/README", "a/.hid.mp4")
+    for name in (*names, "a/sub/4.mp4", ".git/5.mp4", "readme.md", "labels.txt"):
+        write(tmp_path / name, "a" if name == "labels.txt" else "x")
+    (tmp_path / "a" / "gone.mp4").symlink_to("nowhere")
+    (tmp_path / "a" / "loop.mp4").symlink_to("loop.mp4")
+    os.mkfifo(tmp_path / "a" / "pipe.mp4")
+    skipped = Skipped()
+    _, found = read_class_folders(tmp_path, ("train",), skipped)
+    assert [record.id for record in found["train"]] == ["a/1.mp4", "a/2.GIF", "a/3.ts"]
+    text = str(skipped)
+    for part in (
+        "3 not videos by their suffix (.json 1, .txt 1, no suffix 1)",
+        "3 broken links or not regular files",
+        "2 hidden",
+        "1 sub-folders",
+        "1 files beside the class folders",
+    ):
+        assert part in text
+    data = section("class_folders", tmp_path)
+    [note] = open_folder(data, 1, ("train",)).notes
+    assert note == f"{tmp_path}: skipped {text}"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m"])
+def test_classes_need_names_that_are_one_line(tmp_path, name):
+    write(tmp_path / name / "1.mp4")
+    with pytest.raises(
+        InputError, match="has a name that holds a line break or a control"
+    ) as error:
+        read_class_folders(tmp_path, ("train",))
+    assert "\n" not in str(error.value)
+    write(tmp_path / "labels.json", json.dumps([name]))
+    with pytest.raises(InputError, match="labels.json: the name of class 0 holds a line break"):
+        read_labels(tmp_path)

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from jaxvid.errors import InputError
-from jaxvid.metrics import MetricWriter, SkippedVideos, last_evaluation, sum_metrics
+from jaxvid.metrics import (
+    MetricWriter,
+    SkippedVideos,
+    last_evaluation,
+    read_skipped,
+    sum_metrics,
+    training_row,
+    window_steps,
+)
 
 
 def test_sums_are_exact():
@@ -22,6 +30,27 @@ def test_sums_are_exact():
     np.testing.assert_array_equal(matrix, np.full((2, 2), 3))
     assert sum_metrics([{"n": jnp.asarray(4)}]) == {"n": 4}
     assert sum_metrics([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("log_steps", "total", "expected"),
+    [(50, 1000, 50), (50, 110, 11), (50, 20, 2), (50, 9, 1), (3, 20, 2), (1, 1, 1)],
+)
+def test_a_short_run_has_ten_rows(log_steps, total, expected):
+    assert window_steps(log_steps, total) == expected
+
+
+def test_a_row_has_means_over_clips_and_over_steps():
+    sums = {"loss": 6.0, "top1": 3, "count": 12, "grad_norm": 5.0}
+    row = training_row(sums, 2)
+    assert row == {
+        "steps": 2,
+        "train/loss": 0.5,
+        "train/top1": 25.0,
+        "train/grad_norm": 2.5,
+    }
+    row = training_row({"loss": 0.0, "top1": 0, "count": 0, "grad_norm": 0.0}, 1)
+    assert (row["train/loss"], row["train/top1"], row["train/grad_norm"]) == (None, None, 0)
 
 
 def test_a_continued_run_drops_what_was_written_after_its_checkpoint(tmp_path):
@@ -56,6 +85,24 @@ def test_skipped_videos_are_listed_once_and_survive_a_kill(tmp_path):
         again.note([("d", "d is broken")])
     listed = [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()]
     assert listed == ["b", "ä", "c", "d"]
+
+
+def test_a_run_that_skips_any_share_stops_when_all_videos_fail(tmp_path):
+    """Videos that are no longer in the list do not count."""
+    assert SkippedVideos(tmp_path, num_videos=4, max_share=0.0).summary() == ""
+    skipped = SkippedVideos(tmp_path, num_videos=4, max_share=1.0, lost=["d"])
+    skipped.note([("a", "a is broken"), ("b", "b is broken"), ("d", "d is gone")])
+    assert skipped.summary().startswith("2 of 3 training videos could not be decoded and were")
+    assert read_skipped(tmp_path) == {"a", "b", "d"}
+    with pytest.raises(
+        InputError, match="all 3 training videos cannot be decoded; they are listed"
+    ):
+        skipped.note([("c", "c is broken")])
+    strict = SkippedVideos(tmp_path, num_videos=4, max_share=0.0, lost=["d"])
+    strict.note([("d", "d is gone")])
+    (tmp_path / "skipped.jsonl").write_text("[]\n")
+    with pytest.raises(InputError, match="skipped.jsonl: is damaged; delete it"):
+        read_skipped(tmp_path)
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Model folders: saves that are killed or find the disk full, damage, classes."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 
 import jaxvid
+from configs import finetune
+from convert import flax_to_torch
 from jaxvid import model_folder
+from jaxvid.distill import load_teacher
 from jaxvid.errors import InputError
 from jaxvid.model_folder import check_labels
-from jaxvid.models import split_params
+from jaxvid.models import make_model_config, split_params
 
 TINY = {"width": 16, "depth": 1, "image_size": 32}
 SAVE = """
@@ -204,6 +208,38 @@ def test_a_newer_version_with_other_keys_is_told_by_its_version(best):
     (best / "model.json").write_text('{"format_version": 2, "network": {}}')
     with pytest.raises(InputError, match="has format version 2; this jaxvid reads 1: update it"):
         jaxvid.load_model(best)
+
+
+def test_a_huge_network_is_refused_wherever_a_folder_is_named(best, config, capsys):
+    card = json.loads((best / "model.json").read_text())
+    card["config"]["depth"] = 10**9
+    (best / "model.json").write_text(json.dumps(card))
+    message = r"model.json: model xvit_tiny: depth=1000000000: must be 1 to 128; export the model"
+    student = make_model_config(**config.model)
+    with pytest.raises(InputError, match=message):
+        jaxvid.load_model(best)
+    with pytest.raises(InputError, match=message):
+        model_folder.load_init(best, student, {})
+    with pytest.raises(InputError, match=message):
+        model_folder.check_same_model(best, student)
+    with pytest.raises(InputError, match=message):
+        finetune.get_config(f"{best},{config.data.folder}")
+    with config.unlocked():
+        config.distill.teacher = str(best)
+    with pytest.raises(InputError, match=message):
+        load_teacher(config, [], None)
+    assert flax_to_torch.main(["--input", str(best), "--output", str(best / "a.pth")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_links_to_files_are_followed(best, tmp_path):
+    """Download caches consist of such links."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for i, path in enumerate(p for p in best.rglob("*") if p.is_file()):
+        path.rename(cache / str(i))
+        path.symlink_to(cache / str(i))
+    jaxvid.load_model(best)
 
 
 # ------------------------------------------------------------------ classes

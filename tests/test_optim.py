@@ -63,6 +63,19 @@ def test_only_kernels_decay_and_gradients_are_clipped():
     assert clipped == pytest.approx((1 - settings.b1) * settings.clip_norm, rel=1e-5)
 
 
+def test_adamw_is_the_formula_with_the_configs_betas():
+    settings = motion.get_config().optimizer.unlock()
+    settings.update(b1=0.5, b2=0.75, clip_norm=0.0, weight_decay=0.2)
+    optimizer = make_optimizer(settings, lambda _: 0.1)
+    params, m, v = {"a.kernel": jnp.full(2, 3.0)}, 0.0, 0.0
+    state = optimizer.init(params)
+    for step, gradient in enumerate((1.0, -4.0), 1):
+        updates, state = optimizer.update({"a.kernel": jnp.full(2, gradient)}, state, params)
+        m, v = 0.5 * m + 0.5 * gradient, 0.75 * v + 0.25 * gradient**2
+        corrected = m / (1 - 0.5**step) / math.sqrt(v / (1 - 0.75**step))
+        np.testing.assert_allclose(updates["a.kernel"], -0.1 * (corrected + 0.2 * 3), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [

@@ -365,6 +365,24 @@ def test_videos_and_folders_without_permission_are_one_line(folders, clips, tmp_
     assert "closed: cannot be read (Permission denied)" in err
 
 
+def test_what_a_folder_scan_skips_is_counted_in_one_line(clips, folders, tmp_path, capsys):
+    shutil.copy(clips[0], tmp_path / "line\nbreak.mp4")
+    for name in ("a.txt", "b.txt", ".hidden.mp4", "sub/c.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "gone.gif").symlink_to("nowhere")
+    (tmp_path / "linked").symlink_to(tmp_path / "sub")
+    assert main([str(tmp_path), "--model", str(folders / "xvit"), "--top_k", "1"]) == 0
+    out, err = capsys.readouterr()
+    [line] = [line for line in err.splitlines() if line.startswith("skipped")]
+    assert line == (
+        "skipped in folders: 3 not videos by their suffix (.txt 2, .json 1), 1 broken links or not "
+        "regular files, 1 hidden, 1 links to folders"
+    )
+    assert f"{tmp_path}/line\\nbreak.mp4  (" in out
+    assert len(out.splitlines()) == 2
+
+
 def test_what_cannot_be_listed_is_told(tmp_path, monkeypatch):
     """As without permission, for those whom the system lets read everything."""
     (tmp_path / "a.mp4").touch()

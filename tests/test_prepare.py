@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from jaxvid.data.packing import Part, Settings, plan
 from jaxvid.data.packs import PackRecords
 from jaxvid.data.sources import Record, open_folder
 from jaxvid.errors import InputError
+from tests.test_decode import rgb_of, write_colour
 
 NUM = 10
 SETTINGS = {"arrayrecord": Settings(clips_per_file=3), "h5": Settings("h5", clips_per_file=3)}
@@ -75,6 +77,7 @@ def contents(output: Path) -> dict[str, bytes]:
 def open_pack(output: Path, kind: str, splits=("train", "val"), num_classes=3):
     source = {"arrayrecord": "pack", "h5": "xvit_h5"}[kind]
     data = ConfigDict({"source": source, "folder": str(output), "prefix": "", "missing": "error"})
+    data.update(skip_broken=False, color_matrix="auto")
     return open_folder(data, num_classes, splits)
 
 
@@ -421,6 +424,39 @@ def test_frames_are_scaled_down_and_thinned(tmp_path):
         assert reader.get_frames([0]).shape == (1, 16, 24, 3)  # never enlarged
 
 
+def test_packs_are_converted_by_the_color_matrix_that_is_asked_for(tmp_path):
+    yuv, tagged = (81, 90, 200), {"qp": "1", "x264-params": "colormatrix=bt709"}
+    write_colour(tmp_path / "colour.mp4", yuv, "yuv420p", tagged)
+    (tmp_path / "val.csv").write_text("colour.mp4 0\n")
+    (tmp_path / "labels.txt").write_text("x\n")
+    for matrix, standard in (("tagged", "bt709"), ("bt601", "bt601")):
+        output = tmp_path / matrix
+        settings = Settings(color_matrix=matrix, quality=100)
+        prepare.prepare([tmp_path / "val.csv"], output, settings, workers=1)
+        with open_pack(output, "arrayrecord", ("val",), 1).records["val"][0].open() as reader:
+            frame = reader.get_frames([0])[0]
+        np.testing.assert_allclose(
+            frame, np.broadcast_to(rgb_of(yuv, standard, False), frame.shape), atol=5
+        )
+    data = ConfigDict({"source": "pack", "folder": str(tmp_path / "tagged"), "prefix": ""})
+    data.update(missing="error", skip_broken=False, color_matrix="tagged")
+    assert open_folder(data, 1, ("val",)).notes == ()
+    data.color_matrix = "bt601"
+    [note] = open_folder(data, 1, ("val",)).notes
+    assert "prepare it again with --color_matrix bt601" in note
+    with pytest.raises(InputError, match="color_matrix='bt2020': there are 'tagged' and 'bt601'"):
+        Settings(color_matrix="bt2020")
+    # A pack that an older version began is continued.
+    path = tmp_path / "tagged" / ".parts" / "settings.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("color_matrix") == "tagged"
+    path.write_text(json.dumps(settings))
+    again = Settings(quality=100)
+    assert prepare.prepare([tmp_path / "val.csv"], tmp_path / "tagged", again, workers=1)[
+        "complete"
+    ]
+
+
 def test_class_folders_are_packed(folder, tmp_path):
     for name in ("train/a", "train/b", "val/b"):
         make_clip(tmp_path / "tree" / name / "1.mp4", 0)
@@ -512,3 +548,116 @@ def test_two_lists_of_a_split_are_refused(tmp_path):
         (tmp_path / name).write_text(f"{tmp_path}/train.mp4 0\n")
     with pytest.raises(InputError, match="split 'train' is given twice"):
         check.gather([tmp_path / "a/train.csv", tmp_path / "train.csv"])
+
+
+# ------------------------------------------------------------------ names of files
+
+ODD_NAMES = [b"caf\xe9.mp4", b"a\nb.mp4", b"q\"u,o'te.mp4", b"c\rr.mp4", b"\xff\xfe broken.mp4"]
+
+
+@pytest.fixture
+def odd_names(tmp_path):
+    """A class folder of videos whose names are not UTF-8, or hold line breaks and quotes."""
+    source, folder = tmp_path / "plain.mp4", tmp_path / "data" / "train" / "x"
+    make_clip(source, 0)
+    folder.mkdir(parents=True)
+    for name in ODD_NAMES:
+        sound = source.read_bytes() if b"broken" not in name else b"hello"
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(sound)
+    (folder / "notes.txt").write_text("x")
+    return tmp_path / "data"
+
+
+def run_main(module, monkeypatch, capsys, *args) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
+    with pytest.raises(SystemExit) as status:
+        module.main()
+    return status.value.code, *capsys.readouterr()
+
+
+def test_check_reports_odd_names_in_a_line_each(odd_names, tmp_path, capsys, monkeypatch):
+    code, out, err = run_main(
+        check, monkeypatch, capsys, odd_names, "--json", tmp_path / "out.json"
+    )
+    assert code == 3
+    assert len(out.splitlines()) == 2
+    assert "\\udcff\\udcfe broken.mp4: cannot be decoded" in out
+    assert "skipped in class folders: 1 not videos by their suffix (.txt 1)" in err
+    out.encode()  # prints everywhere
+    report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    [row] = report["broken"]
+    assert os.fsencode(row["id"]) == b"x/\xff\xfe broken.mp4"
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_odd_names_are_packed_under_the_ids_that_the_videos_have(
+    odd_names, tmp_path, capsys, monkeypatch, kind
+):
+    args = ["--input", odd_names, "--output", tmp_path / "pack", "--format", kind]
+    code, out, err = run_main(prepare, monkeypatch, capsys, *args)
+    assert code == 3
+    assert len(out.splitlines()) == 3
+    report = json.loads((tmp_path / "pack" / "report.json").read_text(encoding="utf-8"))
+    assert os.fsencode(report["broken"][0]["id"]) == b"x/\xff\xfe broken.mp4"
+    packed = open_pack(tmp_path / "pack", kind, ("train",), 1).records["train"]
+    listed = check.gather([odd_names])[0]["train"]
+    if kind == "h5":  # file names are made of letters there
+        assert len(packed) == len(listed) - 1
+    else:
+        assert [record.id for record in packed] == [record.id for record in listed]
+        assert {os.fsencode(r.id) for r in packed} == {b"x/" + name for name in ODD_NAMES}
+    for record in packed:
+        if "broken" not in record.id:
+            with record.open() as reader:
+                assert reader.get_frames([16]).shape == (1, 40, 56, 3)
+
+
+def test_check_looks_whether_it_can_write_before_it_reads(tmp_path, capsys, monkeypatch):
+    make_clip(tmp_path / "train.mp4", 0)
+    (tmp_path / "train.csv").write_text("train.mp4\n")
+    precious = tmp_path / "out.json"
+    precious.write_text("precious")
+    os.mkfifo(tmp_path / "pipe.json")
+    monkeypatch.setattr(check, "examine", None)  # nothing is read
+    for name, reason in (
+        ("none/../out.json/x.json", "File exists"),
+        ("pipe.json", "not a regular file"),
+        (".", "Is a directory"),
+    ):
+        args = [tmp_path / "train.csv", "--json", tmp_path / name]
+        code, _, err = run_main(check, monkeypatch, capsys, *args)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"cannot be written ({reason}); name another" in err
+    monkeypatch.undo()
+
+    def fail(*_):
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(check, "make_report", fail)  # what fails on the way
+    args = [tmp_path / "train.csv", "--json", precious]
+    assert run_main(check, monkeypatch, capsys, *args)[0] == 2
+    assert precious.read_text() == "precious"
+    monkeypatch.undo()
+    assert run_main(check, monkeypatch, capsys, *args)[0] == 0
+    assert json.loads(precious.read_text())["readable"] == 1
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_classes_that_a_pack_cannot_keep_are_refused(tmp_path):
+    make_clip(tmp_path / "train" / " x" / "1.mp4", 0)
+    with pytest.raises(InputError, match="the class ' x' begins or ends with a space; rename it"):
+        prepare.prepare([tmp_path], tmp_path / "pack", Settings(), workers=1)
+    assert not (tmp_path / "pack").exists()
+
+
+def test_a_damaged_state_of_a_pack_is_one_line_or_done_again(folder, tmp_path):
+    prepare.prepare([folder / "val.csv"], tmp_path / "pack", Settings(), workers=1)
+    [state] = (tmp_path / "pack" / ".parts").glob("val-*.json")
+    whole = state.read_text()
+    for text in ("[]", "{", whole.replace('"findings": [', '"findings": [1, ')):
+        state.write_text(text)
+        prepare.prepare([folder / "val.csv"], tmp_path / "pack", Settings(), workers=1)
+        assert json.loads(state.read_text())["kept"] == json.loads(whole)["kept"]
+    (tmp_path / "pack" / ".parts" / "settings.json").write_text("[" * 10_000)
+    with pytest.raises(InputError, match="settings.json: is damaged; delete .*pack and prepare"):
+        prepare.prepare([folder / "val.csv"], tmp_path / "pack", Settings(), workers=1)

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from jaxvid.errors import InputError
-from jaxvid.report import draw_confusion, draw_curves
+from jaxvid.report import INK, TRAIN, draw_confusion, draw_curves
 
 
 def ink(path) -> float:
@@ -53,3 +53,25 @@ def test_curves(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert 0.01 < ink(tmp_path / "curves.png") < 0.5
+
+
+@pytest.mark.parametrize(("count", "marker"), [(1, "o"), (2, "None")])
+def test_a_single_training_point_has_a_marker(tmp_path, monkeypatch, count, marker):
+    drawn = {}
+    plot = Axes.plot
+
+    def record(axes, *args, **options):
+        [line] = plot(axes, *args, **options)
+        drawn.setdefault(line.get_color(), line)
+        return [line]
+
+    monkeypatch.setattr(Axes, "plot", record)
+    rows = [
+        {"step": 10 * i, "train/loss": 1.0, "train/top1": 5.0, "learning_rate": 0.1}
+        for i in range(1, count + 1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    for colour in (TRAIN, INK):  # of the training lines; of the learning rate
+        assert len(drawn[colour].get_xdata()) == count
+        assert drawn[colour].get_marker() == marker

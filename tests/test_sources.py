@@ -29,6 +29,7 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8).repea
 
 def section(source, folder, prefix=""):
     fields = {"source": source, "folder": str(folder), "prefix": prefix, "missing": "error"}
+    fields |= {"skip_broken": False, "color_matrix": "auto"}
     return ConfigDict(fields)
 
 
@@ -289,6 +290,78 @@ def test_damaged_h5_files_are_named(tmp_path):
             record.open()
     with z.open() as reader, pytest.raises(DecodeError, match="z.h5: frame 2 of 6 cannot be"):
         reader.get_frames([0, 2])
+
+
+def link_out(file, folder):
+    with h5py.File(folder / "other.h5", "w") as other:
+        other["x"] = np.zeros((2, 5), np.uint8)
+    file["x"] = h5py.ExternalLink("other.h5", "x")
+
+
+def lie_virtually(file, folder):
+    with h5py.File(folder / "other.h5", "w") as other:
+        other["x"] = np.zeros((2, 5), np.uint8)
+    layout = h5py.VirtualLayout((2, 5), np.uint8)
+    layout[:] = h5py.VirtualSource(str(folder / "other.h5"), "x", (2, 5))
+    file.create_virtual_dataset("x", layout)
+
+
+def lie_outside(file, folder):
+    write(folder / "raw.bin", "x" * 10)
+    file.create_dataset("x", (2, 5), np.uint8, external=[(str(folder / "raw.bin"), 0, 10)])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (link_out, "'x' is a link; copy the data into the file"),
+        (lambda file, _: file.__setitem__("x", h5py.SoftLink("/y")), "'x' is a link; copy"),
+        (lie_virtually, "its data lies in other files"),
+        (lie_outside, "its data lies in other files"),
+        (lambda file, _: file.create_dataset("x", (2**40,), "u1", chunks=(9,)), "are no video"),
+        (lambda file, _: file.create_dataset("x", (2, 2**40), "u1", chunks=(1, 9)), "no video"),
+        (lambda file, _: file.create_dataset("x", (2**19, 2**10), "u1", chunks=(2**19, 2**10)),
+         "are no video"),
+        (lambda file, _: file.create_dataset("x", (2,), "V2000000000", chunks=(1,)), "no video"),
+        (lambda file, _: file.create_dataset("x", data=7), "no data set 'x' in it"),
+        (lambda file, _: file.create_dataset("x", data=h5py.Empty("u1")), "no data set 'x' in it"),
+        (lambda file, _: file.create_dataset("x", (0, 5), "u1"), "no frame in it"),
+        (lambda file, _: file.create_group("x"), "no data set 'x' in it"),
+        (lambda file, _: file.create_dataset("x", (3,), "f8"), "frame 0 of 3 cannot be decoded"),
+        (lambda file, _: file.create_dataset("x", (3, 4), "i4"), "frame 0 of 3 cannot be decoded"),
+        (lambda file, _: file.create_dataset("x", (3,), h5py.string_dtype()), "frame 0 of 3"),
+        (lambda file, _: file.create_dataset("x", (3,), h5py.ref_dtype), "frame 0 of 3 cannot be"),
+        (lambda file, _: file.create_dataset("x", (3,), [("a", "i4")]), "frame 0 of 3 cannot be"),
+    ],
+)  # fmt: skip
+def test_h5_data_sets_that_are_no_video_of_this_file_are_refused(tmp_path, make, message):
+    write(tmp_path / "val_videofolder.txt", "x 3 0\n")
+    (tmp_path / "seq_h5").mkdir()
+    with h5py.File(tmp_path / "seq_h5" / "x.h5", "w") as file:
+        make(file, tmp_path / "seq_h5")
+    [record] = open_folder(section("xvit_h5", tmp_path), 1, ("val",)).records["val"]
+    with pytest.raises(DecodeError, match=message) as error, record.open() as reader:
+        reader.get_frames([0])
+    assert "\n" not in str(error.value)
+
+
+def test_h5_pipes_are_never_waited_for(tmp_path):
+    write(tmp_path / "val_videofolder.txt", "x 3 0\n")
+    (tmp_path / "seq_h5").mkdir()
+    os.mkfifo(tmp_path / "seq_h5" / "x.h5")
+    data = section("xvit_h5", tmp_path)
+    data.missing = "keep"
+    [record] = open_folder(data, 1, ("val",)).records["val"]
+    with pytest.raises(DecodeError, match="x.h5 is not a file; restore it"):
+        record.open()
+
+
+@pytest.mark.parametrize("rate", ["nan", "inf", "-inf", "1e999", "x"])
+def test_frame_rates_that_are_none_are_refused(tmp_path, rate):
+    write(tmp_path / "annotations" / "val.txt", "x,3,0\n")
+    write(tmp_path / "annotations" / "val_fps.txt", f"x,{rate}\n")
+    with pytest.raises(InputError, match="val_fps.txt:1: 'x,.*' is not 'name,fps'"):
+        open_folder(section("xvit_h5", tmp_path), 1, ("val",))
 
 
 # ------------------------------------------------------------------ packs
@@ -557,3 +630,94 @@ def test_damaged_packs_are_refused(copy):
 def test_unknown_sources_are_refused(tmp_path):
     with pytest.raises(InputError, match="data.source='web': there are 'motion', 'folder', "):
         open_folder(section("web", tmp_path), 2, ("val",))
+
+
+@pytest.mark.parametrize("text", [None, "", "\n\n", "a\n", "a\nb, c\nd\n", "a\na\n"])
+def test_packs_without_names_of_their_classes_are_refused(copy, text):
+    """TFDS would number the classes."""
+    path = copy / "label.labels.txt"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(InputError) as error:
+        open_folder(section("pack", copy), 2, ("val",))
+    message = str(error.value)
+    assert "\n" not in message
+    if text in (None, "", "\n\n"):
+        state = "does not exist" if text is None else "names 0 classes"
+        assert f"label.labels.txt: {state}, and the data has 2; write the name of each" in message
+
+
+def test_h5_packs_without_names_of_their_classes_are_refused(pack, tmp_path):
+    prepare([pack.parent / "val.csv"], tmp_path / "h5", Settings("h5"), workers=1)
+    assert open_folder(section("xvit_h5", tmp_path / "h5"), 2, ("val",)).labels == ["a", "b, c"]
+    (tmp_path / "h5" / "labels.txt").unlink()
+    with pytest.raises(
+        InputError, match="labels.txt does not exist; write one class name per line"
+    ):
+        open_folder(section("xvit_h5", tmp_path / "h5"), 2, ("val",))
+
+
+@pytest.mark.parametrize(
+    "name", ["dataset_info.json", "features.json", "label.labels.txt", "val_index.csv"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop"])
+def test_metadata_that_are_no_files_are_refused_and_never_waited_for(copy, name, kind):
+    path = copy / name
+    path.unlink()
+    {
+        "pipe": os.mkfifo,
+        "device": lambda path: path.symlink_to("/dev/zero"),
+        "folder": Path.mkdir,
+        "loop": lambda path: path.symlink_to(name),
+    }[kind](path)
+    with pytest.raises(InputError) as error:
+        open_folder(section("pack", copy), 2, ("val",))
+    assert "\n" not in str(error.value)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shardLengths": ["-1", "7"]},
+        {"shardLengths": ["9223372036854775807", "1"]},
+        {"shardLengths": ["2"]},
+        {"shardLengths": "two"},
+        {"filepathTemplate": "{"},
+        {"filepathTemplate": "{NOTHING}"},
+        {"filepathTemplate": "%s/%d"},
+        {"filepathTemplate": "/etc/passwd"},
+        {"filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}"},
+        {"filepathTemplate": 7},
+        {"name": "train"},
+        {"name": ""},
+        {"name": ["val"]},
+        {"numBytes": "many"},
+    ],
+)
+def test_splits_that_are_described_wrongly_are_refused(copy, change):
+    path = copy / "dataset_info.json"
+    described = json.loads(path.read_text())
+    described["splits"][0] |= change
+    path.write_text(json.dumps(described))
+    with pytest.raises(InputError) as error:
+        open_folder(section("pack", copy), 2, ("val",))
+    assert "\n" not in str(error.value)
+    assert str(copy) in str(error.value)
+
+
+def test_numbers_of_a_table_that_overflow_are_refused(copy):
+    path = copy / "val_index.csv"
+    sound = path.read_text()
+    for number in ("9223372036854775807", "9" * 400, "1e999", "4611686018427387904"):
+        for old, new in (
+            ("0.mp4,1,5,", f"0.mp4,1,{number},"),
+            ("0.mp4,1,5,15.0", f"0.mp4,1,5,{number}"),
+            ("0.mp4,1,", f"0.mp4,{number},"),
+            ("15.0,0,4,", f"15.0,{number},4,"),
+            ("15.0,0,4,", f"15.0,0,{number},"),
+        ):
+            path.write_text(sound.replace(old, new))
+            assert path.read_text() != sound
+            with pytest.raises(InputError, match="val_index.csv: is damaged") as error:
+                open_folder(section("pack", copy), 2, ("val",))
+            assert "\n" not in str(error.value)

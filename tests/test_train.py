@@ -16,23 +16,14 @@ import pytest
 from PIL import Image
 
 import jaxvid
-from jaxvid import checkpoint, evaluate, model_folder
+from jaxvid import checkpoint, evaluate, metrics, model_folder, watch
 from jaxvid.errors import InputError
 from jaxvid.models import split_params
 from jaxvid.train import train
 from tests.conftest import shrunk_config
+from tests.outputs import check_same_outputs, measured, rows, weights
 
 ROOT = Path(__file__).parents[1]
-
-
-def weights(workdir: Path) -> str:
-    return model_folder.fingerprint(split_params(jaxvid.load_model(workdir / "model"))[1])
-
-
-def measured(report: dict) -> dict:
-    """What a report says of the network, not of the time that it took or where it lies."""
-    others = ("checkpoint", "seconds", "clips_per_second")
-    return {name: value for name, value in report.items() if name not in others}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +31,9 @@ def run(motion_folder, tmp_path_factory):
     """A finished run of 4 epochs (12 steps): its workdir, its config and its report."""
     config = shrunk_config(motion_folder, num_epochs=4.0)
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, config, train(config, workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "MIN_ROWS", 2)  # so that a row is of 2 steps, as the config asks
+        return workdir, config, train(config, workdir)
 
 
 def test_a_run_leaves_everything_that_it_promises(run):
@@ -117,6 +110,81 @@ def test_a_signal_saves_and_stops_and_the_next_start_continues(run, tmp_path):
     assert 0 < step < 12
     train(config, tmp_path / "w")
     assert weights(tmp_path / "w") == weights(workdir)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_stops_at_awkward_moments_change_no_output(run, tmp_path, monkeypatch, several):
+    """Between two rows, in an evaluation, in the last step, and in the last evaluation.
+
+    While the final report is written, a signal changes nothing. With `several`, the loop learns of
+    signals as one of several processes does: from the metrics.
+    """
+    workdir, config, _ = run
+    monkeypatch.setattr(metrics, "MIN_ROWS", 2)
+    if several:
+        monkeypatch.setattr(watch.Signals, "stops_alone", False)
+    stop_step, evaluation = None, None
+    add, evaluate_params = watch.LateMetrics.add, evaluate.evaluate_params
+
+    def add_and_signal(late, step, *args):
+        if step == stop_step:
+            signal.raise_signal(signal.SIGTERM)
+            args[0]["stop"] = np.bool_(True)
+        add(late, step, *args)
+
+    def evaluate_and_signal(params, *args, **options):
+        nonlocal evaluation
+        if evaluation == 0:
+            signal.raise_signal(signal.SIGINT)
+        evaluation = None if evaluation is None else evaluation - 1
+        return evaluate_params(params, *args, **options)
+
+    monkeypatch.setattr(watch.LateMetrics, "add", add_and_signal)
+    monkeypatch.setattr("jaxvid.train.evaluate_params", evaluate_and_signal)
+    before = {*threading.enumerate()}
+    stops = [(12, None)] if several else [(5, None), (None, 1), (12, None), (None, 0)]
+    for stop_step, evaluation in stops:  # noqa: B007
+        code = 128 + (signal.SIGINT if stop_step is None else signal.SIGTERM)
+        with pytest.raises(SystemExit) as stop:
+            train(config, tmp_path / "w")
+        assert stop.value.code == code
+        assert not (tmp_path / "w" / "eval.json").exists()
+        assert not (tmp_path / "w" / "model").exists()
+        assert not [thread for thread in {*threading.enumerate()} - before if thread.daemon]
+    assert checkpoint.newest_step(tmp_path / "w") == 12
+    stop_step = evaluation = None
+    save_report = evaluate.save_report
+
+    def signal_and_save(*args):
+        signal.raise_signal(signal.SIGTERM)
+        save_report(*args)
+
+    monkeypatch.setattr("jaxvid.train.save_report", signal_and_save)
+    result = train(config, tmp_path / "w", stop_step=12)  # which is the end
+    assert result["checkpoint"].endswith("12")
+    check_same_outputs(tmp_path / "w", workdir)
+
+
+def test_a_run_without_its_checkpoints_begins_its_own_record(run, tmp_path, monkeypatch):
+    workdir, config, _ = run
+    monkeypatch.setattr(metrics, "MIN_ROWS", 2)
+    shutil.copytree(workdir, tmp_path / "w")
+    shutil.rmtree(tmp_path / "w" / "checkpoints")
+    card = tmp_path / "w" / "best" / "model.json"
+    card.write_text(card.read_text().replace('"top1": ', '"top1": 99'))  # cannot be surpassed
+    assert train(config, tmp_path / "w", stop_step=4) is None
+    assert model_folder.load_card(tmp_path / "w" / "best")["provenance"]["step"] == 3
+    assert not (tmp_path / "w" / "eval.json").exists()
+    found = [json.loads(row)["step"] for row in rows(tmp_path / "w")]
+    assert found == [2, 3, 4]
+    previous = tmp_path / "w" / "previous"
+    assert rows(previous) == rows(workdir)
+    assert (previous / "eval.json").read_bytes() == (workdir / "eval.json").read_bytes()
+    assert weights(previous) == weights(workdir)
+    lines = (tmp_path / "w" / "log.txt").read_text().splitlines()
+    assert (
+        sum(f"the outputs of the earlier run are now in {previous}" in line for line in lines) == 1
+    )
 
 
 def test_a_finished_run_is_not_trained_again(run):
@@ -367,6 +435,34 @@ def test_broken_videos_are_skipped_in_training_and_wrong_in_evaluation(with_brok
     config.data.max_failed_share = 0.01
     with pytest.raises(InputError, match="1 of 49 training videos cannot be decoded, more than"):
         train(config.lock(), tmp_path / "strict")
+
+
+def test_a_run_goes_on_without_broken_and_missing_videos_in_the_same_order(with_broken, tmp_path):
+    for split in ("train", "val"):
+        path = with_broken / f"{split}.csv"
+        path.write_text(f"none.mp4 0\n{path.read_text()}")
+    config = shrunk_config(with_broken, num_epochs=1.0).unlock()
+    config.data.update(skip_broken=True, max_failed_share=0.0)
+    whole = train(config.lock(), tmp_path / "whole")
+    assert (whole["num_videos"], whole["num_failed"]) == (26, 2)  # no evaluation leaves one out
+    log = (tmp_path / "whole" / "log.txt").read_text()
+    assert "1 of 50 training videos are missing or broken and left out, none.mp4 first" in log
+    assert "1 of 49 training videos could not be decoded and were skipped" in log
+    [start] = (tmp_path / "whole" / "starts.jsonl").read_text().splitlines()
+    assert json.loads(start)["left_out"] == {"missing or broken": 1, "no longer listed": 0}
+
+    # Without skip_broken the same run stops, and what its message says helps.
+    listed = (with_broken / "train.csv").read_text().removeprefix("none.mp4 0\n")
+    (with_broken / "train.csv").write_text(listed)
+    config = config.copy_and_resolve_references().unlock()
+    config.data.update(skip_broken=False, missing="keep")
+    with pytest.raises(InputError, match="1 of 49 .*more than .*share=0.0 .* take them out of the"):
+        train(config.lock(), tmp_path / "w")
+    (with_broken / "train.csv").write_text(listed.removeprefix("broken.mp4 0\n"))
+    found = train(config, tmp_path / "w")
+    assert found["weights_sha256"] == whole["weights_sha256"]
+    log = (tmp_path / "w" / "log.txt").read_text()
+    assert "1 of the run's 49 training videos are no longer in the list, broken.mp4 first" in log
 
 
 def test_mixing_and_erasing_train_and_continue_to_the_same_bits(motion_folder, tmp_path):

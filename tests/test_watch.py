@@ -1,28 +1,17 @@
 """What watches over a run: stalls are told while they last, losses read late but exactly."""
 
+import gc
 import json
-import logging
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from jaxvid import provenance, sharding
 from jaxvid.errors import InputError
-from jaxvid.metrics import log
-from jaxvid.watch import LateMetrics, NotFiniteError, Signals, Stalls
-
-
-@pytest.fixture
-def lines():
-    """What is logged."""
-    found = []
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())
-    log.addHandler(handler)
-    yield found
-    log.removeHandler(handler)
+from jaxvid.watch import LateMetrics, NotFiniteError, Signals, Stalls, Trace
 
 
 def test_a_stall_is_told_with_what_it_waits_for_and_again_at_twice_the_time(lines):
@@ -62,6 +51,26 @@ def test_late_metrics_are_read_in_order_and_summed_once():
     assert late.stop
     assert late.take()[0]["loss"] == 4 + 5
     assert late.take() == ({}, 0)
+
+
+def test_sums_that_went_through_a_checkpoint_are_bit_identical():
+    losses = np.random.default_rng(0).uniform(0, 3, 20)
+    whole = LateMetrics()
+    for step, loss in enumerate(losses, 1):
+        whole.add(step, sums(loss), [])
+    whole.read()
+    expected = whole.take()
+    for split in range(len(losses)):
+        state = {"steps": 0, "sums": {}}
+        for part in (losses[:split], losses[split:]):
+            late = LateMetrics()
+            late.set_state(json.loads(json.dumps(state)))
+            for step, loss in enumerate(part, 1):
+                late.add(step, sums(loss), [])
+            late.read()
+            state = late.get_state()
+        assert late.take() == expected
+        assert late.get_state() == {"steps": 0, "sums": {}}
 
 
 def test_a_loss_that_is_not_finite_names_its_step_and_its_videos():
@@ -114,3 +123,68 @@ def test_a_signal_is_noted_or_ends_at_once_what_can_be_done_again():
         with pytest.raises(SystemExit) as stop, signals.end_at_once():
             signal.raise_signal(signal.SIGINT)
         assert stop.value.code == 128 + signal.SIGINT
+
+
+def test_a_signal_that_a_finalizer_would_swallow_acts_at_the_next_check():
+    def collect(phase, _):
+        if phase == "start" and not raised:
+            raised.append(True)
+            signal.raise_signal(signal.SIGTERM)
+
+    raised: list[bool] = []
+    calls: list[int] = []
+    gc.callbacks.append(collect)
+    try:
+        with Signals() as signals, signals.end_at_once():
+            gc.collect()  # pytest fails on an exception that is raised and ignored inside
+            assert signals.received == signal.SIGTERM
+            with pytest.raises(SystemExit) as stop:
+                signals.checked(calls.append)(1)
+    finally:
+        gc.callbacks.remove(collect)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert not calls
+
+
+def test_handlers_that_python_did_not_install_do_not_break_the_restoring():
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals() as signals:
+        signals._before[signal.SIGTERM] = None  # as `signal.signal` returns for such a handler
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("start", "traced"),
+    [(0, ["start 3", "stop 5"]), (4, ["start 4", "stop 5"]), (5, []), (9, [])],
+)
+def test_a_trace_covers_what_is_left_of_its_steps(start, traced, tmp_path, monkeypatch, lines):
+    events = []
+    step = start
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda _: events.append(f"start {step}"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append(f"stop {step}"))
+    trace = Trace((3, 5), tmp_path, start=start, total=10)
+    while step < 10:
+        trace.before(step)
+        step += 1
+        trace.after(step, {})
+    trace.close()
+    assert events == traced
+    said = (
+        f"a trace of the steps {max(3, start)} to 5 is in"
+        if traced
+        else "no trace: the steps 3 to 5"
+    )
+    assert [said in line for line in lines] == [True]
+
+
+def test_a_run_that_stops_inside_a_trace_closes_it(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", events.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    trace = Trace((3, 5), tmp_path, start=0, total=10)
+    trace.before(3)
+    trace.close()
+    trace.close()
+    assert events == [tmp_path, "stop"]
+    with pytest.raises(InputError, match="profile of the steps 3 to 11: the run goes from 0 to 10"):
+        Trace((3, 11), tmp_path, start=0, total=10)

@@ -3,7 +3,13 @@
 python -m jaxvid.data.browse --config configs/motion.py --output sheet.png [--config.FIELD=VALUE]
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from jaxvid import guard
+
+    guard.run("jaxvid.data.browse")
+
 import functools
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +23,7 @@ from jaxvid.data import clips
 from jaxvid.data.decode import DecodeError
 from jaxvid.data.sources import Record, open_folder
 from jaxvid.errors import InputError
+from jaxvid.files import write_file
 
 SHOWN_FRAMES = 8  # of a clip, evenly chosen
 
@@ -44,8 +51,9 @@ def draw_sheet(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], output: Path)
             axes.set_yticks([])
             axes.set_xlabel(f"frame {indices[place]}", fontsize=7)
         line[0].set_title(title, loc="left", fontsize=8)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=output.suffix.lstrip(".") or "png")
+    write_file(output, picture.getvalue())
 
 
 def make_rows(config, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
@@ -83,7 +91,7 @@ def _rows_of(record: Record, split: str, spec: clips.ClipSpec, rng, title: str) 
     ]
 
 
-def main(_) -> None:
+def run(_) -> None:
     """The command line; bad input becomes one line and exit code 2."""
     output = Path(OUTPUT.value)
     try:
@@ -95,6 +103,8 @@ def main(_) -> None:
     print(f"{output}: {len(rows)} clips")
 
 
-if __name__ == "__main__":
-    parse = functools.partial(cli.parse_flags, doc=__doc__, needed={"output": "FILE.png"})
-    app.run(main, flags_parser=parse)
+def main() -> None:
+    """Parses the flags and draws the sheet."""
+    needed = {"output": "FILE.png"}
+    parse = functools.partial(cli.parse_flags, doc=__doc__, module=__name__, needed=needed)
+    app.run(run, flags_parser=parse)

@@ -6,13 +6,18 @@ Ends with status 0 where every video can be read, 3 where some cannot, 2 where t
 unusable.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from jaxvid import guard
+
+    guard.run("jaxvid.data.check")
+
 import argparse
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +27,7 @@ import numpy as np
 from jaxvid import progress
 from jaxvid.data.decode import DecodeError, Video
 from jaxvid.data.lists import (
+    SPLITS,
     find_split,
     names_classes,
     read_class_folders,
@@ -29,11 +35,12 @@ from jaxvid.data.lists import (
     read_records,
 )
 from jaxvid.data.official import is_kinetics
-from jaxvid.data.records import Record, file_state
-from jaxvid.errors import InputError
+from jaxvid.data.records import MAX_LIST_BYTES, Record, file_state
+from jaxvid.data.scan import Skipped
+from jaxvid.errors import InputError, printable
+from jaxvid.files import check_output, check_regular, write_json
 
 SOME_BROKEN = 3  # exit status
-SPLITS = ("train", "val", "test")
 MAX_SECONDS = 3600.0  # for one video, however long
 CLIP_FRAMES = 16  # a video with fewer is too short for a clip
 CHUNK_BYTES = 128 * 2**20  # of decoded frames that are held at once
@@ -65,7 +72,11 @@ class Finding:
 
 
 def gather(
-    paths: Sequence[str | Path], prefix: str = "", *, labelled: bool = True
+    paths: Sequence[str | Path],
+    prefix: str = "",
+    *,
+    labelled: bool = True,
+    skipped: Skipped | None = None,
 ) -> tuple[dict[str, list[Record]], list[str]]:
     """Finds the videos of lists and folders, whether the files are there or not.
 
@@ -74,6 +85,7 @@ def gather(
             `val.csv`, `test.csv`, or the official ones), and those with a folder a class.
         prefix: What paths in lists are relative to; empty: the list's folder.
         labelled: Whether every video must have a label.
+        skipped: Counts what is in class folders and is not listed.
 
     Returns:
         Split → records, and the names of the classes; their numbers where nothing names them.
@@ -83,7 +95,7 @@ def gather(
     """
     records, names, where = {}, None, None
     for path in map(Path, paths):
-        found, labels = _gather_one(path, prefix, labelled)
+        found, labels = _gather_one(path, prefix, labelled, skipped)
         for split in found:
             if split in records:
                 raise InputError(f"{path}: split {split!r} is given twice; rename one of the lists")
@@ -101,21 +113,29 @@ def gather(
 
 
 def _gather_one(
-    path: Path, prefix: str, labelled: bool
+    path: Path, prefix: str, labelled: bool, skipped: Skipped | None
 ) -> tuple[dict[str, list[Record]], list[str] | None]:
-    folder = path if path.is_dir() else path.parent
-    found = {split: find_split(folder, split) for split in SPLITS} if path.is_dir() else {}
-    lists = {split: file for split, file in found.items() if file.is_file()}
-    if path.is_dir() and not lists:
-        splits = tuple(split for split in SPLITS if (path / split).is_dir())
-        labels, records = read_class_folders(path, splits or ("train",))
+    if not os.path.isdir(path):
+        with contextlib.suppress(FileNotFoundError):  # reported by who reads it
+            check_regular(path, MAX_LIST_BYTES)
+        folder, lists = path.parent, {_split_of(path): path}
+    else:
+        folder, found = path, {split: find_split(path, split) for split in SPLITS}
+        lists = {split: file for split, file in found.items() if os.path.lexists(file)}
+    if not lists:
+        splits = tuple(split for split in SPLITS if os.path.isdir(path / split))
+        labels, records = read_class_folders(path, splits or ("train",), skipped)
         return records, labels
-    if not path.is_dir():
-        lists = {_split_of(path): path}
     named = names_classes(folder) or (labelled and any(map(is_kinetics, lists.values())))
     labels = read_labels(folder)[0] if named else None
     options = {"prefix": prefix, "missing": "keep", "labelled": labelled}
     return {split: read_records(file, labels, **options) for split, file in lists.items()}, labels
+
+
+def note_skipped(skipped: Skipped) -> None:
+    """Print one line about what a scan of class folders left out, if it left out anything."""
+    if left_out := str(skipped):
+        print(f"skipped in class folders: {left_out}", file=sys.stderr)
 
 
 def _split_of(path: Path) -> str:
@@ -125,7 +145,13 @@ def _split_of(path: Path) -> str:
     return "val" if split in ("validate", "validation") else split
 
 
-def examine(record: Record, split: str, use: Callable[[np.ndarray], None], num: int = 0) -> Finding:
+def examine(
+    record: Record,
+    split: str,
+    use: Callable[[np.ndarray], None],
+    num: int = 0,
+    color_matrix: str = "tagged",
+) -> Finding:
     """Reads a video to the end.
 
     Args:
@@ -133,6 +159,7 @@ def examine(record: Record, split: str, use: Callable[[np.ndarray], None], num: 
         split: Its list.
         use: Is called with its frames `(t, h, w, c)` uint8, some at a time, in order.
         num: Frames to read, evenly spaced; 0: all.
+        color_matrix: Of their conversion to RGB, as `decode.Video` has it.
 
     Returns:
         What was found. If it is broken, what `use` was given is not all of it.
@@ -149,6 +176,7 @@ def examine(record: Record, split: str, use: Callable[[np.ndarray], None], num: 
         finding.broken = str(error)
         return finding
     with reader:
+        reader.color_matrix = color_matrix
         finding.num_frames = finding.readable = reader.num_frames
         finding.fps = reader.fps
         try:
@@ -248,11 +276,14 @@ def make_report(findings: Sequence[Finding], seconds: float) -> dict:
 
 
 def print_report(report: dict, done: str) -> None:
-    """Prints a report of `make_report`; `done`: what was done with the readable videos."""
+    """Prints a report of `make_report`; `done`: what was done with the readable videos.
+
+    Every video is one line: what is odd in a name is escaped.
+    """
     for row in report["broken"]:
-        print(f"broken: {row['reason']}")
+        print(f"broken: {printable(row['reason'])}")
     for row in report["odd"]:
-        print(f"odd: {row['id']}: {', '.join(row['what'])}")
+        print(f"odd: {printable(row['id'])}: {', '.join(row['what'])}")
     print(
         f"{report['readable']} of {report['videos']} videos {done}, {report['frames']} frames, "
         f"{report['bytes'] / 1e6:.1f} MB read; {len(report['broken'])} broken, "
@@ -274,7 +305,9 @@ def check(paths: Sequence[str | Path], workers: int, prefix: str = "") -> dict:
     Raises:
         InputError: As `gather`.
     """
-    records, _ = gather(paths, prefix, labelled=False)
+    skipped = Skipped()
+    records, _ = gather(paths, prefix, labelled=False, skipped=skipped)
+    note_skipped(skipped)
     items = [(record, split) for split, found in records.items() for record in found]
     start, findings = time.monotonic(), []
     with contextlib.closing(Progress(len(items), "reading")) as bar:
@@ -293,16 +326,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
     args = parser.parse_args()
     try:
+        if args.json:
+            check_output("--json", args.json)
         report = check(args.input, max(1, args.workers), args.prefix)
         if args.json:
-            args.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+            write_json(args.json, report)
     except InputError as error:
-        parser.exit(InputError.EXIT_CODE, f"error: {error}\n")
-    except OSError as error:
-        parser.exit(InputError.EXIT_CODE, f"error: {args.json}: cannot be written ({error})\n")
+        parser.exit(InputError.EXIT_CODE, f"error: {printable(error)}\n")
     print_report(report, "can be read")
     parser.exit(SOME_BROKEN if report["broken"] else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,16 @@ from jaxvid.data.decode import Video
 from jaxvid.data.jpegs import JpegFrames
 from jaxvid.data.rgb import COLOR_MATRICES
 from jaxvid.data.sources import Record
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, short_repr
+
+# Upper bounds of a clip's sizes, far above any use: larger values would fill the memory.
+MAX_SIZES = {
+    "num_frames": 4096,
+    "crop": 8192,
+    "short_side": 16384,
+    "sampling_rate": 10**6,
+    "num_clips": 1000,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +66,9 @@ class ClipSpec:
     randaugment_magnitude: int = 9
 
     def __post_init__(self):
+        for name, most in MAX_SIZES.items():
+            if not 0 < getattr(self, name) <= most:
+                raise InputError(f"{name}={short_repr(getattr(self, name))}: must be 1 to {most}")
         options = {
             "sampling": sampling.SAMPLINGS,
             "resize": ("antialiased", "bilinear"),
@@ -68,7 +80,8 @@ class ClipSpec:
         for name, valid in options.items():
             if getattr(self, name) not in valid:
                 known = ", ".join(repr(option) for option in valid)
-                raise InputError(f"{name}={getattr(self, name)!r}: there are {known}")
+                value = short_repr(getattr(self, name))
+                raise InputError(f"{name}={value}: there are {known}")
         most = sampling.max_views(self.sampling) or self.num_clips
         if not 1 <= self.num_clips <= most:
             raise InputError(

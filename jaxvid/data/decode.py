@@ -18,7 +18,7 @@ from av.video.reformatter import VideoReformatter
 
 from jaxvid.data.rgb import to_rgb
 from jaxvid.data.timeline import Timeline
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, printable
 
 # A file may claim or hold anything; these bounds are far above what clips need.
 MAX_PIXELS = 64_000_000  # of a frame: twice that of 8K video
@@ -28,13 +28,22 @@ MAX_EARLY = 64  # frames that are held back for one that comes late: above any c
 KEPT_BYTES = 64 * 2**20  # of compressed frames, so that they are read from the file only once
 
 # Containers that hold their own frames. Others can name further files, or network addresses.
-CONTAINERS = "asf,avi,flv,gif,h264,hevc,ivf,matroska,mov,mpeg,mpegts,mxf,nut,ogg,rm,yuv4mpegpipe"
+CONTAINERS = (
+    "asf,avi,dv,flv,gif,h264,hevc,ivf,matroska,mov,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,"
+    "yuv4mpegpipe"
+)
 # Codecs that say of each frame whether any other refers to it, whatever the encoder's layering.
 SKIPPABLE = ("h264", "mpeg1video", "mpeg2video", "mpeg4")
 
 
 class DecodeError(InputError):
-    """A video that cannot be decoded; the message names the file and the reason."""
+    """A video that cannot be decoded; the message names the file and the reason.
+
+    It is one line whatever the file's name.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Video:

@@ -1,16 +1,25 @@
 """Videos as JPEG frames in HDF5 files, as the original XViT program packs them."""
 
 import dataclasses
+import math
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 
-from jaxvid.data.decode import DecodeError
-from jaxvid.data.lists import check_records, note_line, read_lines, split_line
-from jaxvid.data.packs import JpegFrames, import_or_explain
+from jaxvid.data.decode import MAX_FRAMES, DecodeError
+from jaxvid.data.jpegs import JpegFrames, import_or_explain
+from jaxvid.data.lists import is_label
+from jaxvid.data.records import (
+    RecordList,
+    check_line,
+    file_state,
+    read_lines,
+    split_line,
+)
 from jaxvid.errors import InputError, one_line
+
+MAX_READ_BYTES = 2**28  # for one frame: its chunk, or the frame itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,33 +47,65 @@ class H5Record:
             DecodeError: The file is missing or damaged, the key not in it, or it holds no frame.
         """
         h5py = import_or_explain("h5py", "h5py")
+        if (state := file_state(self.path)) and state != "is empty":  # a pipe could block for ever
+            raise DecodeError(f"{self.path} {state}; restore it")
         try:
             # Many file systems have no locks, and what is only read needs none.
             file = h5py.File(self.path, "r", locking=False)
-        except FileNotFoundError:
-            raise DecodeError(f"{self.path} does not exist; restore it") from None
         except OSError as error:
             raise DecodeError(f"{self.path}: cannot be read ({one_line(error)})") from None
         try:
-            key = next(iter(file), None) if self.key is None else self.key
-            frames = file[key] if key is not None and key in file else None
-            if not isinstance(frames, h5py.Dataset) or not frames.shape:
-                what = "no data set" if self.key is None else f"no data set {self.key!r}"
-                raise DecodeError(f"{self.path}: {what} in it; make the file again")
-            if not len(frames):
-                raise DecodeError(f"{self.path}: no frame in it; leave the video out")
+            frames = self._find_frames(h5py, file)
 
             def get(i: int) -> bytes:
-                jpeg = frames[i]  # an array of bytes, or a string of them
+                try:
+                    jpeg = frames[i]  # an array of bytes, or a string of them
+                except Exception as error:  # h5py's errors share no base
+                    raise DecodeError(
+                        f"{self.path}: frame {i} of {len(frames)} cannot be read "
+                        f"({one_line(error)}); make the file again"
+                    ) from None
                 return jpeg.tobytes() if hasattr(jpeg, "tobytes") else jpeg
 
             return JpegFrames(str(self.path), len(frames), self.fps, get, file.close)
-        except (OSError, RuntimeError, KeyError) as error:
-            file.close()
-            raise DecodeError(f"{self.path}: cannot be read ({one_line(error)})") from None
-        except BaseException:
+        except DecodeError:
             file.close()
             raise
+        except Exception as error:
+            file.close()
+            raise DecodeError(f"{self.path}: cannot be read ({one_line(error)})") from None
+
+    def _find_frames(self, h5py, file):
+        """Find the data set and check that reading a frame of it is bounded and stays in the file.
+
+        Raises:
+            DecodeError: There is none, it lies in another file, or its sizes are absurd.
+        """
+        key = next(iter(file), None) if self.key is None else self.key
+        what = "no data set" if self.key is None else f"no data set {self.key!r}"
+        group, parts = file, [part for part in (key or "").split("/") if part]
+        for part in parts:  # a link, even a broken one, is refused before it is followed
+            link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
+            if link is None:
+                raise DecodeError(f"{self.path}: {what} in it; make the file again")
+            if not isinstance(link, h5py.HardLink):
+                raise DecodeError(f"{self.path}: {key!r} is a link; copy the data into the file")
+            group = group[part]
+        frames = group
+        if not isinstance(frames, h5py.Dataset) or not frames.shape:
+            raise DecodeError(f"{self.path}: {what} in it; make the file again")
+        if frames.is_virtual or frames.external:
+            raise DecodeError(f"{self.path}: its data lies in other files; copy it into the file")
+        if not frames.shape[0]:
+            raise DecodeError(f"{self.path}: no frame in it; leave the video out")
+        sizes = [frames.shape[1:], *([frames.chunks] if frames.chunks else [])]
+        frame_bytes = max(math.prod(size) for size in sizes) * frames.dtype.itemsize
+        if frames.shape[0] > MAX_FRAMES or frame_bytes > MAX_READ_BYTES:
+            raise DecodeError(
+                f"{self.path}: {frames.shape[0]} frames, of which one takes {frame_bytes} bytes to "
+                "read, are no video; make the file again"
+            )
+        return frames
 
 
 def write_h5(path: Path, key: str, jpegs: list[bytes]) -> None:
@@ -100,7 +141,7 @@ def read_xvit_list(
             folder / "annotations" / f"{name}.txt",
             folder / f"{name}_videofolder.txt",
         )
-        if path.is_file()
+        if os.path.lexists(path)
     ]
     if not found:
         raise InputError(
@@ -113,14 +154,16 @@ def read_xvit_list(
         packed = folder / split
     single = folder / "Something-Something-v2-frames.h5"
     rates = _read_rates(folder, split) if kinetics else {}
-    records, lines = [], {}
-    for number, line in enumerate(read_lines(path), start=1):
+    records = RecordList(path, missing)
+    for number, line in enumerate(read_lines(path, names=True), start=1):
         if not line.strip():
             continue
-        match = re.fullmatch(r"\s*(.+?)(?:\s*,\s*|\s+)(\d+)(?:\s*,\s*|\s+)(\d+)\s*", line, re.ASCII)
-        if not match:
+        check_line(path, number, line)
+        rest, label = split_line(line)
+        name, length = split_line(rest)
+        if not (name and is_label(label) and length.isascii() and length.isdigit()):
             raise InputError(f"{path}:{number}: {line!r} is not 'name,num_frames,label'")
-        name, label = match[1], int(match[3])
+        label = int(label)
         if num_classes is not None and label >= num_classes:
             raise InputError(
                 f"{path}:{number}: label {label} is out of range: model.num_classes={num_classes} "
@@ -128,28 +171,31 @@ def read_xvit_list(
             )
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise InputError(f"{path}:{number}: {name!r} leads out of {packed}; correct the line")
-        note_line(path, lines, name, number)
         if kinetics:
             file, key = packed / f"{name}.h5", None
         else:
             file, key = (single if single.is_file() else packed / f"{name}.h5"), name
-        records.append(H5Record(file, label, name, key, rates.get(name)))
-    return check_records(path, records, list(lines.values()), missing)
+        records.add(number, H5Record(file, label, name, key, rates.get(name)))
+    return records.finish()
 
 
 def _read_rates(folder: Path, split: str) -> dict[str, float]:
     """Name → frames a second; the original looks for the file in `annotation`."""
     for place in ("annotations", "annotation"):
         path = folder / place / f"{split}_fps.txt"
-        if path.is_file():
+        if os.path.lexists(path):
             break
     else:
         return {}
     rates = {}
-    for number, line in enumerate(read_lines(path), start=1):
-        name, rate = split_line(line)
+    for number, line in enumerate(read_lines(path, names=True), start=1):
+        check_line(path, number, line)
+        name, text = split_line(line)
         try:
-            rates[name] = float(rate) or None
+            rate = float(text)
         except ValueError:
-            raise InputError(f"{path}:{number}: {line!r} is not 'name,fps'") from None
+            rate = math.nan
+        if not math.isfinite(rate):
+            raise InputError(f"{path}:{number}: {line!r} is not 'name,fps'")
+        rates[name] = rate if 0.01 <= rate <= 1000 else None  # 0: unknown
     return rates

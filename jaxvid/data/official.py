@@ -4,35 +4,51 @@ import csv
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxvid.data.records import (
     HAS_NO_LABEL,
     NO_LABEL,
+    Listings,
     Record,
-    check_records,
-    note_line,
+    RecordList,
+    check_line,
     read_lines,
+    read_text,
 )
 from jaxvid.errors import InputError
+
+MAX_JSON_BYTES = 2**28  # of a list
 
 _KINETICS = {"youtube_id", "time_start", "time_end"}  # its columns, with `label` but in test lists
 
 
 def is_kinetics(path: Path) -> bool:
     """Whether a list has the columns of an official Kinetics list."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return False
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        header = file.readline(1000)
-    return set(next(csv.reader([header], skipinitialspace=True), ())) >= _KINETICS
-
-
-def read_kinetics(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """The rows of an official Kinetics list by their columns, each with its line's number."""
-    reader = csv.DictReader(read_lines(path), skipinitialspace=True, restval="")
     try:
-        return [(reader.line_num, row) for row in reader]
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            header = file.readline(1000)
+        return set(next(csv.reader([header], skipinitialspace=True), ())) >= _KINETICS
+    except (OSError, csv.Error):  # who reads it says why
+        return False
+
+
+def read_kinetics(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of an official Kinetics list by their columns, each with its line's number.
+
+    Raises:
+        InputError: The file is unusable, or a line is no row of a table.
+    """
+    lines = read_lines(path, names=True)
+    for number, line in enumerate(lines, 1):
+        check_line(path, number, line)
+    reader = csv.DictReader(lines, skipinitialspace=True, restval="")
+    try:
+        for row in reader:
+            yield reader.line_num, row
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}: is no line of a table: {error}") from None
 
@@ -60,21 +76,21 @@ def read_kinetics_list(
     Raises:
         InputError: As `read_list`, and for a class that `labels` does not name.
     """
-    base, records, lines = Path(prefix) if prefix else path.parent, [], {}
-    places = labels and {name: i for i, name in enumerate(labels)}
+    base, records = Path(prefix) if prefix else path.parent, RecordList(path, missing)
+    listings, places = Listings(), labels and {name: i for i, name in enumerate(labels)}
     for number, row in read_kinetics(path):
         try:
             times = f"{int(row['time_start']):06d}_{int(row['time_end']):06d}"
         except ValueError:
             raise InputError(f"{path}:{number}: its times are not whole seconds") from None
         name = f"{row['youtube_id']}_{times}.mp4"
-        note_line(path, lines, name, number)
         label = row.get("label")
         classes = ("", label, label.replace(" ", "_")) if label else ("",)
-        found = [base / split / c / name for split in (path.stem, "") for c in classes]
-        video = next((video for video in found if os.path.exists(video)), found[0])
-        records.append(Record(video, _find_label(path, number, label, places, labelled), name))
-    return check_records(path, records, list(lines.values()), missing)
+        found = [os.path.join(base, split, c, name) for split in (path.stem, "") for c in classes]
+        video = Path(next((video for video in found if video in listings), found[0]))
+        label = _find_label(path, number, label, places, labelled)
+        records.add(number, Record(video, label, name))
+    return records.finish()
 
 
 def read_something_list(
@@ -93,21 +109,27 @@ def read_something_list(
     Raises:
         InputError: As `read_list`, and for a class that `labels` does not name.
     """
-    base, records, lines = Path(prefix) if prefix else path.parent, [], {}
+    base, records = Path(prefix) if prefix else path.parent, RecordList(path, missing)
     places = labels and {_without_brackets(name): i for i, name in enumerate(labels)}
+    listings, text = Listings(), read_text(path, names=True, max_bytes=MAX_JSON_BYTES)
     try:
-        entries = json.loads("\n".join(read_lines(path)))
+        entries = json.loads(text)
         rows = [(str(entry["id"]), entry.get("template")) for entry in entries]
         rows = [(name, label and _without_brackets(label)) for name, label in rows]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{path}: is no list of entries with 'id' and 'template'") from None
     for number, (name, template) in enumerate(rows, start=1):
-        note_line(path, lines, name, number)
+        try:
+            name.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            raise InputError(f"{path}:{number}: {name!r} is not UTF-8; correct the id") from None
         folders = (base, base / "20bn-something-something-v2")
-        found = [place / f"{name}{end}" for place in folders for end in (".webm", ".mp4")]
-        video = next((video for video in found if os.path.exists(video)), found[0])
-        records.append(Record(video, _find_label(path, number, template, places, labelled), name))
-    return check_records(path, records, list(lines.values()), missing)
+        ends = (".webm", ".mp4")
+        found = [os.path.join(place, f"{name}{end}") for place in folders for end in ends]
+        video = Path(next((video for video in found if video in listings), found[0]))
+        label = _find_label(path, number, template, places, labelled)
+        records.add(number, Record(video, label, name))
+    return records.finish()
 
 
 def _without_brackets(template: str) -> str:

@@ -13,7 +13,8 @@ from jaxvid.data.check import MAX_SECONDS, Finding, examine, spread
 from jaxvid.data.decode import Video
 from jaxvid.data.jpegs import import_or_explain
 from jaxvid.data.lists import Record
-from jaxvid.data.packs import import_tfds
+from jaxvid.data.packs import encode_id, import_tfds
+from jaxvid.data.rgb import COLOR_MATRICES
 from jaxvid.data.sampling import frames_at_times
 from jaxvid.errors import InputError, one_line
 
@@ -37,6 +38,7 @@ class Settings:
         frames_per_record: Frames that are read together. With more, more is read that is not
             wanted, and less memory is needed: array_record keeps 8 bytes of each record in every
             process that reads (0.6 GB for 240,000 videos of 300 frames, one a record).
+        color_matrix: Of the conversion to RGB, one of `rgb.COLOR_MATRICES`.
 
     Raises:
         InputError: A value is impossible.
@@ -48,10 +50,14 @@ class Settings:
     quality: int = 90
     clips_per_file: int = 0
     frames_per_record: int = 1
+    color_matrix: str = "tagged"
 
     def __post_init__(self):
         if self.format not in FORMATS:
             raise InputError(f"format={self.format!r}: there are {FORMATS[0]!r} and {FORMATS[1]!r}")
+        if self.color_matrix not in COLOR_MATRICES:
+            known = " and ".join(map(repr, COLOR_MATRICES))
+            raise InputError(f"color_matrix={self.color_matrix!r}: there are {known}")
         bounds = {"short_side": (0, 10_000), "frames": (0, 10**6), "quality": (1, 100)}
         bounds |= {"clips_per_file": (0, 10**6), "frames_per_record": (1, 10**6)}
         for name, (low, high) in bounds.items():
@@ -112,7 +118,7 @@ def encode(record: Record, split: str, settings: Settings) -> Clip:
             options = {"colorspace": "RGB", "colorsubsampling": "420"}
             jpegs.append(simplejpeg.encode_jpeg(frame, quality=settings.quality, **options))
 
-    finding = examine(record, split, use, settings.frames)
+    finding = examine(record, split, use, settings.frames, settings.color_matrix)
     if finding.broken:
         return Clip(finding, record.label)
     rate = (finding.fps or 0.0) * len(jpegs) / finding.num_frames
@@ -198,7 +204,7 @@ def make_examples(clip: Clip, frames_per_record: int) -> Iterator[dict]:
             "num_frames": len(clip.jpegs),
             "fps": clip.fps,
             "label": clip.label,
-            "id": clip.finding.id,
+            "id": encode_id(clip.finding.id),
             "times": b"" if first else times,
         }
 

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import threading
 from collections.abc import Sequence
@@ -16,7 +17,11 @@ from jaxvid.data.decode import DecodeError
 from jaxvid.data.jpegs import JpegFrames, import_or_explain, keep_freed_memory
 from jaxvid.data.table import Listed, Table, table_path
 from jaxvid.errors import InputError, one_line
+from jaxvid.files import check_regular, read_limited
 
+LABEL_FILE = "label.labels.txt"  # of TFDS: the names of the classes
+MAX_METADATA_BYTES = 2**26  # of each file of metadata
+MAX_RECORDS = 2**40  # of a file
 FIELDS = ("label", "fps", "id", "first", "num_frames", "times")  # of a record, beside its frames
 
 
@@ -35,13 +40,96 @@ def import_tfds():
     return tfds
 
 
-def _make_builder(name: str, is_folder: bool):
+@dataclasses.dataclass(frozen=True)
+class SplitFiles:
+    """What a TFDS data set tells of a split.
+
+    Attributes:
+        root: The folder of the data set.
+        splits: Names of all its splits.
+        file_format: Of its files.
+        features: Names of the features of a record.
+        labels: Names of the classes; None: `label` is no ClassLabel.
+        num_classes: Their number.
+        paths: The files of the split; empty: there is no such split.
+        lengths: Number of records in each.
+    """
+
+    root: str
+    splits: list[str]
+    file_format: str
+    features: list[str]
+    labels: list[str] | None
+    num_classes: int
+    paths: list[str]
+    lengths: list[int]
+
+
+def _read_metadata(name: str, split: str, is_folder: bool) -> SplitFiles:
+    """Read the metadata of a TFDS data set.
+
+    Raises:
+        InputError: There is none, or it is damaged.
+    """
     tfds = import_tfds()
+    if is_folder:
+        for path in [*Path(name).glob("*.json"), *Path(name).glob("*.labels.txt")]:
+            with contextlib.suppress(FileNotFoundError):  # a broken link, which TFDS reports
+                check_regular(path, MAX_METADATA_BYTES)
     try:
-        return tfds.builder_from_directory(name) if is_folder else tfds.builder(name)
+        builder = tfds.builder_from_directory(name) if is_folder else tfds.builder(name)
+        features, info = dict(builder.info.features), builder.info.splits.get(split)
+        label = features.get("label")
+        is_label = isinstance(label, tfds.features.ClassLabel)
+        found = SplitFiles(
+            root=os.path.abspath(builder.data_dir),
+            splits=list(builder.info.splits),
+            file_format=builder.info.file_format.value,
+            features=list(features),
+            labels=list(label.names) if is_label and label.num_classes else None,
+            num_classes=int(label.num_classes or 0) if is_label else 0,
+            paths=[os.path.abspath(path) for path in info.filepaths] if info else [],
+            lengths=[int(length) for length in info.shard_lengths] if info else [],
+        )
+        if len(found.paths) != len(found.lengths):
+            raise ValueError(f"{len(found.paths)} files, but {len(found.lengths)} lengths")
+        if not all(0 <= length <= MAX_RECORDS for length in found.lengths):
+            raise ValueError(
+                f"a file cannot have {min(found.lengths)} or {max(found.lengths)} records"
+            )
+        return found
     except Exception as error:  # TFDS raises anything, protobuf's errors among them
         way_out = "run jaxvid.data.prepare" if is_folder else "make it with TFDS"
         raise InputError(f"{name}: no readable pack ({one_line(error)}); {way_out}") from None
+
+
+def _check_label_file(path: Path, num_classes: int) -> None:
+    """Refuse a data set without names of its classes; TFDS would number them.
+
+    Raises:
+        InputError: The file of names is missing, or names another number of classes than there are.
+    """
+    try:
+        names = {line.strip() for line in path.read_text(encoding="utf-8").split("\n")} - {""}
+    except FileNotFoundError:
+        names = None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); restore it") from None
+    if names is None or len(names) != num_classes:
+        problem = "does not exist" if names is None else f"names {len(names)} classes"
+        raise InputError(
+            f"{path}: {problem}, and the data has {num_classes}; write the name of each class, in "
+            "order, on a line of its own, or run prepare again"
+        )
+
+
+def read_color_matrix(folder: str | Path) -> str | None:
+    """Return the `color_matrix` that a pack was made with; None if it does not say."""
+    try:
+        report = json.loads(read_limited(Path(folder) / "report.json", MAX_METADATA_BYTES))
+        return report["settings"].get("color_matrix", "tagged")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 class PackRecords(Sequence):
@@ -67,21 +155,22 @@ class PackRecords(Sequence):
     def __init__(self, name: str, split: str, *, is_folder: bool):
         self.name, self.split = name, split
         self._readers, self._lock = {}, threading.Lock()
-        builder = _make_builder(name, is_folder)
-        if split not in builder.info.splits:
-            raise InputError(f"{name}: no split {split!r} in it, only {list(builder.info.splits)}")
-        features, info = builder.info.features, builder.info.splits[split]
-        if (kind := builder.info.file_format.value) != "array_record":
-            raise InputError(f"{name}: its files are {kind}; make it with TFDS as array_record")
-        if not {"frames", "label"} <= set(features) or not hasattr(features["label"], "names"):
+        info = _read_metadata(name, split, is_folder)
+        if split not in info.splits:
+            raise InputError(f"{name}: no split {split!r} in it, only {info.splits}")
+        if info.file_format != "array_record":
             raise InputError(
-                f"{name}: its features are {sorted(features)}; needed are 'frames', a Sequence of "
-                "Text with JPEG bytes, and 'label', a ClassLabel"
+                f"{name}: its files are {info.file_format}; make it with TFDS as array_record"
             )
-        self.labels = list(features["label"].names)
-        root = os.path.abspath(builder.data_dir)
-        self.paths = [os.path.abspath(path) for path in info.filepaths]
-        self._ends = list(itertools.accumulate(info.shard_lengths))  # of each file's records
+        if "frames" not in info.features or info.labels is None:
+            raise InputError(
+                f"{name}: its features are {sorted(info.features)}; needed are 'frames', a "
+                "Sequence of Text with JPEG bytes, and 'label', a ClassLabel"
+            )
+        _check_label_file(Path(info.root) / LABEL_FILE, info.num_classes)
+        self.labels, self.paths = info.labels, info.paths
+        self._ends = list(itertools.accumulate(info.lengths))  # of each file's records
+        root = info.root
         if outside := [path for path in self.paths if not path.startswith(root + os.sep)]:
             raise InputError(f"{name}: its file {outside[0]} lies outside {root}; make it again")
         if missing := [path for path in self.paths if not os.path.isfile(path)]:
@@ -91,8 +180,19 @@ class PackRecords(Sequence):
             )
         table = table_path(Path(root), split)
         self._table = None
-        if "first" in features or table.is_file():  # without the one it is of an older layout
-            self._table = Table(table, info.num_examples, len(self.labels))
+        if "first" in info.features or os.path.lexists(table):  # only one: of an older layout
+            self._table = Table(table, self._ends[-1] if self._ends else 0, len(self.labels))
+        elif not self._ends or not self._ends[-1]:
+            raise InputError(f"{name}: split {split!r} is empty; make it with TFDS again")
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether videos have ids of their own; else an id is the place of a record."""
+        return self._table is not None
+
+    def find_broken(self) -> list[int]:
+        """Return the indices of the videos that could not be decoded when the pack was made."""
+        return [] if self._table is None else self._table.find_empty()
 
     def read(self, record: int) -> dict:
         """Reads a record.
@@ -174,6 +274,11 @@ def _example_type():
     return tf_example_pb2.Example
 
 
+def encode_id(id_: str) -> bytes:
+    """Return an id as a record holds it: the bytes of a path, which need not be UTF-8."""
+    return id_.encode("utf-8", "surrogateescape")
+
+
 @dataclasses.dataclass(frozen=True)
 class PackedVideo:
     """A labelled video of a pack that has a table. Opening it reads nothing.
@@ -239,12 +344,14 @@ class PackedVideo:
         first = number * listed.frames_per_record
         count = min(listed.frames_per_record, listed.num_frames - first)
         rate = np.float32(listed.fps)  # the precision that it has in the record
-        says = (listed.id.encode(), listed.label, count, listed.num_frames, rate, first)
+        says = (encode_id(listed.id), listed.label, count, listed.num_frames, rate, first)
         told = (found["id"], found["label"], len(found["frames"]), found["num_frames"])
         told += (found["fps"], found["first"])
         if told != says:
             form = "{!r}, label {}, {} of {} frames, {:.6g} frames/s, from frame {}"
-            told, says = (form.format(row[0].decode(), *row[1:]) for row in (told, says))
+            told, says = (
+                form.format(row[0].decode(errors="replace"), *row[1:]) for row in (told, says)
+            )
             what = f"is {told}; its table says {says}"
             raise self.records.error(listed.record + number, what)
         return found

@@ -6,7 +6,6 @@ place in its batch, masked, with the reason: nothing is swapped for it.
 """
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import cv2
 import grain
 import numpy as np
 
+from jaxvid import guard
 from jaxvid.data.clips import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.decode import DecodeError
 from jaxvid.data.sources import Record
@@ -154,11 +154,18 @@ def _text(text: str) -> np.ndarray:
 def split_batch(batch: dict) -> tuple[dict, list[str], list[str]]:
     """What the device needs of a batch, and its ids and errors, empty where there is none."""
     arrays = {name: batch[name] for name in ("video", "label", "mask")}
-    ids, errors = (
-        [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in batch[name]]
-        for name in ("id", "error")
-    )
+    ids = [_read_id(row) for row in batch["id"]]
+    errors = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in batch["error"]]
     return arrays, ids, errors
+
+
+def _read_id(row: np.ndarray) -> str:
+    return row.tobytes().rstrip(b"\0").decode(errors="surrogateescape")
+
+
+def stored_id(id_: str) -> str:
+    """Return an id as `split_batch` gives it: long ones are cut."""
+    return _read_id(_text(id_))
 
 
 def _to_iter(dataset: grain.MapDataset, num_threads: int, num_workers: int):
@@ -179,8 +186,7 @@ def _outlive_signals(*_) -> None:
 
     Ctrl-C and cluster managers signal every process of a group; the run needs its workers to save.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    guard.ignore_signals()
 
     def watch(parent: int) -> None:
         while os.getppid() == parent:

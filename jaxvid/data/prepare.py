@@ -7,6 +7,11 @@ Killed at any time, it continues when it is run again, and the pack is the same 
 status 0, 3 where videos were broken and left out, 2 where the input is unusable.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from jaxvid import guard
+
+    guard.run("jaxvid.data.prepare", "; run the same command to continue")
+
 import argparse
 import contextlib
 import dataclasses
@@ -28,20 +33,25 @@ from jaxvid.data.check import (
     gather,
     make_report,
     map_in_order,
+    note_skipped,
     print_report,
 )
 from jaxvid.data.h5 import write_h5
 from jaxvid.data.packing import Clip, Part, Settings, encode, plan
+from jaxvid.data.scan import Skipped
 from jaxvid.data.table import format_table, list_videos, table_path
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, printable
+from jaxvid.files import format_json
 
 # ------------------------------------------------------------------ what goes to disk
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def _write_atomically(path: Path, text: str | bytes) -> None:
+    """Write a file, whole or not at all; names of files in a text need not be UTF-8."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(data)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -103,10 +113,11 @@ def _load_state(part: Part, output: Path) -> dict | None:
         state = json.loads(part.state_path(output).read_text())
         complete = all((output / n).stat().st_size == size for n, size in state["files"].items())
         findings = [Finding(**finding) for finding in state["findings"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        pairs = list(zip(part.records, findings, strict=True))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    for record, finding in zip(part.records, findings, strict=True):
-        size = record.path.stat().st_size if record.path.is_file() else -1
+    for record, finding in pairs:
+        size = os.path.getsize(record.path) if os.path.isfile(record.path) else -1
         complete &= not finding.broken or size == finding.size
     return {**state, "findings": findings} if complete else None
 
@@ -124,9 +135,13 @@ def _claim(output: Path, settings: dict) -> None:
         raise InputError(f"{output} holds something else; name another folder")
     parts.mkdir(parents=True, exist_ok=True)
     path = parts / "settings.json"
-    found = json.loads(path.read_text()) if path.exists() else settings
-    if found != settings:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+        found = {"color_matrix": "tagged"} | found  # older versions knew no other
         names = [name for name in settings if found.get(name) != settings[name]]
+    except (ValueError, AttributeError, RecursionError):
+        raise InputError(f"{path}: is damaged; delete {output} and prepare it again") from None
+    if found != settings:
         raise InputError(
             f"{output} was begun with another {', '.join(names)}; name another folder, or delete it"
         )
@@ -195,8 +210,14 @@ def prepare(
     Raises:
         InputError: The input is unusable, or the folder cannot be written.
     """
-    output = Path(output)
-    records, labels = gather(inputs, prefix)
+    output, skipped = Path(output), Skipped()
+    records, labels = gather(inputs, prefix, skipped=skipped)
+    note_skipped(skipped)
+    for name in labels:
+        if name != name.strip():  # files with a name a line lose the spaces
+            raise InputError(f"the class {name!r} begins or ends with a space; rename it")
+    if labels == [str(i) for i in range(len(labels))]:
+        print("no labels.txt names the classes: the pack numbers them", file=sys.stderr)
     lines = [[split, r.id, r.label] for split, found in records.items() for r in found]
     listed = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
     parts = plan(records, settings)
@@ -256,12 +277,11 @@ def _conclude(parts, mine, output, labels, settings) -> dict:
         if not report["readable"]:
             print_report(report, "packed")
             raise InputError(f"{output}: none of {report['videos']} videos can be read")
-        for partial in (output / ".parts").glob("*.partial"):  # of jobs that were killed
-            partial.unlink(missing_ok=True)
+        for folder in (".parts", ".", "annotations", "annotation"):
+            for partial in (output / folder).glob("*.partial"):  # of jobs that were killed
+                partial.unlink(missing_ok=True)
         _finish(output, parts, states, labels, settings)
-        _write_atomically(
-            output / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-        )
+        _write_atomically(output / "report.json", format_json(report))
     return report
 
 
@@ -279,6 +299,12 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", help="i/n: this job of n, from 0")
     parser.add_argument("--clips_per_file", type=int, default=0)
     parser.add_argument("--frames_per_record", type=int, default=Settings.frames_per_record)
+    parser.add_argument(
+        "--color_matrix",
+        default="tagged",
+        help="tagged: convert to RGB by the matrix that the file names (default); bt601: by BT.601 "
+        "whatever it names, for converted STAM weights",
+    )
     args = parser.parse_args()
     try:
         index, _, count = args.shard.partition("/")
@@ -294,6 +320,7 @@ def main() -> None:
             args.quality,
             args.clips_per_file,
             args.frames_per_record,
+            args.color_matrix,
         )
         shard = (int(index), int(count))
         report = prepare(
@@ -305,16 +332,10 @@ def main() -> None:
             prefix=args.prefix,
         )
     except InputError as error:
-        parser.exit(InputError.EXIT_CODE, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted; run the same command to continue\n")
+        parser.exit(InputError.EXIT_CODE, f"error: {printable(error)}\n")
     print_report(report, f"packed ({report['packed_bytes'] / 1e6:.1f} MB)")
     if report["complete"]:
         print(f"{args.output}: complete")
     else:
         print(f"{args.output}: this job is done; the last of the others completes it")
     parser.exit(SOME_BROKEN if report["broken"] else 0)
-
-
-if __name__ == "__main__":
-    main()

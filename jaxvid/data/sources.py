@@ -1,6 +1,7 @@
 """What lists videos. A source is a sequence of records; opening them is left to the pipeline."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from jaxvid.data.lists import (
     read_split,
 )
 from jaxvid.data.motion import make_motion
-from jaxvid.data.packs import PackRecords
-from jaxvid.errors import InputError
+from jaxvid.data.packs import PackRecords, read_color_matrix
+from jaxvid.data.records import Selection, find_missing
+from jaxvid.data.scan import Skipped
+from jaxvid.errors import InputError, printable
 
 __all__ = ["SOURCES", "Record", "VideoFolder", "open_folder", "read_list"]
 
@@ -30,10 +33,15 @@ class VideoFolder:
     Attributes:
         records: Split (`train`, `val`) → its records, each with `id`, `label` and `open()`.
         labels: The names of the classes, in order.
+        left_out: Ids of training videos that are listed, are known to be broken or missing, and
+            were left out because of `data.skip_broken`.
+        notes: Lines for the log.
     """
 
     records: dict[str, Sequence]
     labels: list[str]
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def open_folder(data, num_classes: int, splits: tuple[str, ...]) -> VideoFolder:
@@ -42,31 +50,32 @@ def open_folder(data, num_classes: int, splits: tuple[str, ...]) -> VideoFolder:
     Args:
         data: The config's `data`: `source` (one of `SOURCES`), `folder` (or the name of a TFDS data
             set), `prefix` (what the paths of a list are relative to; empty: the list's folder),
-            `missing` (`error`, or `keep` to leave missing files to whoever opens them).
+            `missing` (`error`, or `keep` to leave missing files to whoever opens them),
+            `skip_broken` (leave out training videos that are known to be missing or broken; of
+            other splits they are kept, and count as wrong).
         num_classes: The model's; every label must lie below it.
         splits: Which splits to read.
 
     Raises:
         InputError: A list or file is missing or empty, a line is malformed, a label out of range.
     """
-    folder = Path(data.folder)
+    folder, skipped = Path(data.folder), Skipped()
+    missing = "keep" if data.skip_broken else data.missing
     if data.source == "motion":
         make_motion(folder, **data.motion)
     if data.source in ("motion", "folder"):
         labels, where = read_labels(folder)
         _check_labels(labels, where, num_classes)
         records = {
-            split: read_split(folder, split, labels, data.prefix, data.missing) for split in splits
+            split: read_split(folder, split, labels, data.prefix, missing) for split in splits
         }
     elif data.source == "class_folders":
-        labels, records = read_class_folders(folder, splits)
+        labels, records = read_class_folders(folder, splits, skipped)
         _check_labels(labels, f"{folder}'s class folders", num_classes)
     elif data.source == "xvit_h5":
         labels, where = read_labels_or_numbers(folder, num_classes)
         _check_labels(labels, where, num_classes)
-        records = {
-            split: read_xvit_list(folder, split, num_classes, data.missing) for split in splits
-        }
+        records = {split: read_xvit_list(folder, split, num_classes, missing) for split in splits}
     elif data.source in ("pack", "tfds"):
         is_folder = data.source == "pack"
         records = {split: PackRecords(data.folder, split, is_folder=is_folder) for split in splits}
@@ -75,7 +84,43 @@ def open_folder(data, num_classes: int, splits: tuple[str, ...]) -> VideoFolder:
     else:
         names = ", ".join(repr(name) for name in SOURCES[:-1])
         raise InputError(f"data.source={data.source!r}: there are {names} and {SOURCES[-1]!r}")
-    return VideoFolder(records, labels)
+    notes = [f"{folder}: skipped {skipped}"] if str(skipped) else []
+    packed = read_color_matrix(folder) if data.source == "pack" else None
+    if packed and data.color_matrix not in ("auto", packed):
+        notes.append(
+            f"{folder} was packed with color_matrix={packed}, but data.color_matrix is "
+            f"{data.color_matrix}; prepare it again with --color_matrix {data.color_matrix}"
+        )
+    left_out = ()
+    if data.skip_broken and "train" in records:
+        records["train"], left_out = _leave_out(records["train"], data.folder)
+        if left_out:
+            notes.append(
+                f"data.skip_broken: {len(left_out)} of {len(left_out) + len(records['train'])} "
+                f"training videos are missing or broken and left out, {left_out[0]} first"
+            )
+    return VideoFolder(records, labels, left_out, tuple(map(printable, notes)))
+
+
+def _leave_out(records: Sequence, folder: str) -> tuple[Sequence, tuple[str, ...]]:
+    """Leave out what is known to be missing or broken without opening any video.
+
+    Returns:
+        The other videos, in order, and the ids of those that are left out.
+
+    Raises:
+        InputError: None would be left.
+    """
+    if isinstance(records, PackRecords):
+        bad = set(records.find_broken())
+    else:
+        bad = {i for i, _ in find_missing(records)}
+    if not bad:
+        return records, ()
+    good = [i for i in range(len(records)) if i not in bad]
+    if not good:
+        raise InputError(f"{folder}: all {len(bad)} training videos are missing or broken")
+    return Selection(records, good), tuple(records[i].id for i in sorted(bad))
 
 
 def guess_source(folder: Path) -> tuple[str, int]:
@@ -84,11 +129,11 @@ def guess_source(folder: Path) -> tuple[str, int]:
     Raises:
         InputError: It is none of them.
     """
-    if (folder / "dataset_info.json").is_file():
+    if os.path.isfile(folder / "dataset_info.json"):
         return "pack", len(PackRecords(str(folder), "train", is_folder=True).labels)
-    if find_split(folder, "train").is_file():
+    if os.path.isfile(find_split(folder, "train")):
         return "folder", len(read_labels(folder)[0])
-    if (folder / "train").is_dir():
+    if os.path.isdir(folder / "train"):
         return "class_folders", len(read_class_folders(folder, ("train",))[0])
     raise InputError(
         f"{folder}: has no train.csv, no train/CLASS/*.mp4, and is no pack; give it one of these"

@@ -9,6 +9,16 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxvid.errors import InputError
+from jaxvid.files import check_regular
+
+MAX_TABLE_BYTES = 2**30
+# Far above what `prepare` writes. Sums of the columns stay far below 2^63.
+BOUNDS = {  # column → lowest and highest value, and what another one is
+    "num_frames": (0, 10**6, "a number of frames that is none"),
+    "frames_per_record": (1, 10**6, "a number of frames that is none"),
+    "fps": (0, 1000, "a frame rate that is none"),
+    "has_times": (0, 1, "has_times is neither 0 nor 1"),
+}
 
 
 class Listed(NamedTuple):
@@ -55,7 +65,9 @@ class Table(Sequence):
 
     def __init__(self, path: Path, num_records: int, num_classes: int):
         try:
-            with path.open(encoding="utf-8", newline="") as file:
+            check_regular(path, MAX_TABLE_BYTES)
+            # Ids are names of files, which need not be UTF-8.
+            with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
                 rows = csv.reader(file)
                 header = next(rows, [])
                 if header[:2] == ["id", "label"] and header != list(Listed._fields):
@@ -78,17 +90,19 @@ class Table(Sequence):
     def _check(self, num_records: int, num_classes: int) -> None:
         numbers = self._numbers
         lengths, sizes = numbers["num_frames"], numbers["frames_per_record"]
-        if lengths.min() < 0 or sizes.min() < 1:
-            raise ValueError("a number of frames that is none")
-        if not 0 <= numbers["label"].min() <= numbers["label"].max() < num_classes:
-            raise ValueError(f"a label outside 0 to {num_classes - 1}")
-        if not (np.isfinite(numbers["fps"]) & (numbers["fps"] >= 0)).all():
-            raise ValueError("a frame rate that is none")
+        label = (0, num_classes - 1, f"a label outside 0 to {num_classes - 1}")
+        for name, (low, high, problem) in {**BOUNDS, "label": label}.items():
+            if not ((low <= numbers[name]) & (numbers[name] <= high)).all():  # nan: not either
+                raise ValueError(problem)
         ends = np.cumsum(-(-lengths // sizes))
         if not np.array_equal(numbers["record"][1:], ends[:-1]) or numbers["record"][0]:
             raise ValueError("records that do not follow each other")
         if ends[-1] != num_records:
             raise ValueError(f"it lists {ends[-1]} records, the pack holds {num_records}")
+
+    def find_empty(self) -> list[int]:
+        """Return the indices of the videos without frames."""
+        return np.flatnonzero(self._numbers["num_frames"] == 0).tolist()
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -114,7 +128,9 @@ def list_videos(videos: Iterable[tuple], frames_per_record: int) -> list[Listed]
 def format_table(videos: Iterable[Listed]) -> str:
     """The text of a table."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Listed._fields)
-    writer.writerows(videos)
+    plain = csv.writer(text, lineterminator="\n")
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    plain.writerow(Listed._fields)
+    for video in videos:  # csv.writer does not quote a carriage return by itself
+        (quoted if "\r" in video.id else plain).writerow(video)
     return text.getvalue()

@@ -4,14 +4,18 @@ Axis letters: `b` clips, `t` frames, `h w` pixels, `n` tokens, `k` heads, `d` wi
 `c` channels. Modules hold no random state: whatever is random takes its key at the call.
 """
 
+import dataclasses
 import functools
 import itertools
+import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from jaxvid.errors import short_repr
 
 # torch.nn.Linear's default: uniform within ±1/sqrt(fan_in), for the kernel and for the bias.
 torch_kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -34,6 +38,88 @@ def layer_norm(width: int, eps: float, dtype: str, *, rngs: nnx.Rngs) -> nnx.Lay
     return nnx.LayerNorm(width, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
+MAX_PARAMS = 10**10  # 40 GB in float32
+MAX_TOKENS = 2**16  # patches a frame
+# Fields of both models' configs → lowest and highest value. They leave room for networks larger
+# than any that was published, and stop a mistyped or hostile value before anything is built.
+LIMITS = {
+    "num_classes": (1, 10**6),
+    "num_frames": (1, 4096),
+    "image_size": (1, 8192),
+    "patch_size": (1, 8192),
+    "width": (1, 2**15),
+    "depth": (1, 128),
+    "heads": (1, 2**10),
+    "mlp_ratio": (1, 64),
+    "temporal_depth": (1, 128),
+    "temporal_heads": (1, 2**10),
+    "temporal_mlp": (1, 2**18),
+    "temporal_embedding_frames": (0, 4096),
+    "shift_segment": (1, 4096),
+    "shift_div": (2, 2**15),
+    "head_depth": (1, 128),
+    "dropout": (0, 1),
+    "drop_path": (0, 1),
+}
+
+
+def check_fields(config) -> None:
+    """Raises a ValueError for a config field of the wrong type or outside `LIMITS`.
+
+    Args:
+        config: A config dataclass. Its fields are annotated `int`, `float`, `bool`, `str` or
+            `tuple[int, ...]`.
+    """
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if not _has_type(value, field.type):
+            expected = getattr(field.type, "__name__", str(field.type))
+            raise ValueError(f"{name}={short_repr(value)}: expected type {expected}")
+        if name in LIMITS:
+            low, high = LIMITS[name]
+            if not low <= value <= high:  # NaN fails too
+                raise ValueError(f"{name}={short_repr(value)}: must be {low} to {high}")
+
+
+def _has_type(value, expected: type) -> bool:
+    if expected in (bool, str):
+        return isinstance(value, expected)
+    if expected in (int, float):
+        number = numbers.Integral if expected is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, list | tuple) and all(_has_type(item, int) for item in value)
+
+
+def check_size(config) -> None:
+    """Raises a ValueError for a config whose network could not be held by any machine."""
+    tokens = (config.image_size // config.patch_size) ** 2
+    if tokens > MAX_TOKENS:
+        raise ValueError(
+            f"image_size={config.image_size}, patch_size={config.patch_size}: {tokens} patches a "
+            f"frame, at most {MAX_TOKENS}"
+        )
+    if (count := config.num_params()) > MAX_PARAMS:
+        raise ValueError(f"{count / 1e9:.0f} G parameters, at most {MAX_PARAMS / 1e9:.0f} G")
+
+
+def linear_params(fan_in: int, fan_out: int, *, bias: bool = True) -> int:
+    """Number of weights of a Linear layer."""
+    return fan_in * fan_out + bias * fan_out
+
+
+def block_params(width: int, hidden: int, *, qkv_bias: bool = True) -> int:
+    """Number of weights of a transformer block, its two norms included."""
+    attention = linear_params(width, 3 * width, bias=qkv_bias) + linear_params(width, width)
+    return attention + linear_params(width, hidden) + linear_params(hidden, width) + 4 * width
+
+
+def image_vit_params(config) -> int:
+    """Number of weights of the image ViT inside a model: patches, embeddings, blocks, norm."""
+    width, tokens = config.width, (config.image_size // config.patch_size) ** 2 + 1
+    embeddings = linear_params(3 * config.patch_size**2, width) + width + tokens * width
+    return embeddings + config.depth * block_params(width, config.mlp_ratio * width) + 2 * width
+
+
 def check_divides(config, **divisors: str) -> None:
     """Raises a ValueError for a config field that another one (named) does not divide."""
     for name, divisor in divisors.items():
@@ -46,7 +132,8 @@ def check_options(config, **options: tuple[str, ...]) -> None:
     """Raises a ValueError for a config field whose value is none of its options."""
     for name, valid in options.items():
         if getattr(config, name) not in valid:
-            raise ValueError(f"{name}={getattr(config, name)!r} is not one of {', '.join(valid)}")
+            value = short_repr(getattr(config, name))
+            raise ValueError(f"{name}={value} is not one of {', '.join(valid)}")
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:

@@ -16,10 +16,15 @@ from jaxvid.models.layers import (
     PatchEmbed,
     attend,
     attention_weights,
+    block_params,
     check_divides,
+    check_fields,
     check_options,
+    check_size,
     dropout,
+    image_vit_params,
     layer_norm,
+    linear_params,
     record_attention,
     run_blocks,
 )
@@ -87,6 +92,7 @@ class STAMConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         check_divides(self, width="heads", image_size="patch_size")
         check_options(
             self,
@@ -96,6 +102,15 @@ class STAMConfig:
         )
         if self.aggregator == "transformer":
             check_divides(self, width="temporal_heads")
+        check_size(self)
+
+    def num_params(self) -> int:
+        """Number of weights, computed without building the network."""
+        count = image_vit_params(self) + linear_params(self.width, self.num_classes)
+        if self.aggregator == "transformer":
+            layer = block_params(self.width, self.temporal_mlp)
+            count += (self.num_frames + 4) * self.width + self.temporal_depth * layer
+        return count
 
 
 PRESETS = {f"stam_{t}": STAMConfig(name=f"stam_{t}", num_frames=t) for t in (8, 16, 32, 64)}

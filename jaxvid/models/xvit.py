@@ -11,14 +11,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxvid.errors import short_repr
 from jaxvid.models.layers import (
     Block,
     PatchEmbed,
     attend,
+    block_params,
     check_divides,
+    check_fields,
     check_options,
+    check_size,
     dropout,
+    image_vit_params,
     layer_norm,
+    linear_params,
     record_attention,
     run_blocks,
     torch_kernel_init,
@@ -101,14 +107,15 @@ class XViTConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         object.__setattr__(self, "shift_blocks", tuple(self.shift_blocks))
         check_divides(self, width="heads", image_size="patch_size", num_frames="shift_segment")
         if self.temporal_embedding_frames:
             check_divides(self, num_frames="temporal_embedding_frames")
-        if self.shift_div < 2:
-            raise ValueError(f"shift_div={self.shift_div}: two shifted parts need at least 2")
         if outside := [i for i in self.shift_blocks if not 0 <= i < self.depth]:
-            raise ValueError(f"shift_blocks={outside} lie outside 0..{self.depth - 1} (depth)")
+            raise ValueError(
+                f"shift_blocks={short_repr(outside)} lie outside 0..{self.depth - 1} (depth)"
+            )
         check_options(
             self,
             shift=("both", "keys", "values", "none"),
@@ -116,6 +123,17 @@ class XViTConfig:
             init=tuple(INITS),
             dtype=("float32", "bfloat16"),
         )
+        check_size(self)
+
+    def num_params(self) -> int:
+        """Number of weights, computed without building the network."""
+        width = self.width
+        count = image_vit_params(self) + self.temporal_embedding_frames * width
+        count += linear_params(width, self.num_classes)
+        if self.head == "attention":
+            block = block_params(width, self.mlp_ratio * width, qkv_bias=False)
+            count += 3 * width + self.head_depth * block + linear_params(width, width)
+        return count
 
 
 _KINETICS = XViTConfig(name="xvit_k400", num_classes=400)

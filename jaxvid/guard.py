@@ -1,0 +1,338 @@
+"""The outermost frame of every program: signals, lost output and exhausted memory.
+
+A program's module begins with
+
+    if __name__ == "__main__":
+        guard.run("jaxvid.predict")  # never returns
+
+so that everything below, the slow imports included, happens inside `run`. This module therefore
+imports nothing but the standard library. Importing a program as a library installs nothing.
+
+| event | stderr | exit code |
+|---|---|---|
+| SIGINT, SIGTERM | one line | 130, 143 |
+| stdout or stderr is a pipe that nobody reads (`| head`) | nothing | 141, as from SIGPIPE |
+| stdout cannot be written (`> /dev/full`) | one line | 2 |
+| memory is exhausted, or an OSError is not handled | one line | 2 |
+| another exception: a defect of the program | traceback | 1 |
+
+A closed stdin, stdout or stderr is replaced by /dev/null.
+
+**Signals.** A signal ends the process at once, without unwinding: nothing is raised, and no
+`finally` block and no exit handler runs. A KeyboardInterrupt would be lost in JAX's
+garbage-collection callback, would wait for XLA's compiler, and has crashed C++ extensions while it
+unwound through them. Outputs therefore have to appear whole or not at all, and what is written of
+them before (`.NAME.partial`) is replaced by the next run. The Python handler runs in the main
+thread between two bytecodes. A second thread, which the C-level handler wakes
+(`signal.set_wakeup_fd`), does the same while the main thread is in a long C call; neither can run
+while a C function holds the GIL. Code that installs its own handlers must also take the wake-up
+descriptor away (`signal.set_wakeup_fd(-1)`) and put it back when it restores the handlers.
+
+**Address-space limits.** C++ libraries abort when a thread cannot be started or memory cannot be
+mapped. Under `ulimit -v` or `ulimit -d` the program therefore runs in a child process, and a crash
+of the child becomes one line.
+"""
+
+import atexit
+import contextlib
+import errno
+import glob
+import importlib
+import io
+import os
+import resource
+import select
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from jaxvid.errors import InputError, memory_problem, one_line
+
+PIPE_STATUS = 128 + signal.SIGPIPE
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
+
+
+def run(module: str, hint: str = "") -> NoReturn:
+    """Import a program's module, call its `main()` and exit with the status that it returns.
+
+    Args:
+        module: Name of the module.
+        hint: Ends the line that is printed after a signal, e.g. "; run the same command again".
+    """
+    _open_closed_descriptors()
+    # After a forced end, the tracker of `multiprocessing` tidies up and would write about it.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    supervisor = _supervise() if _memory_limits() else _Supervisor()
+    for name in ("stdout", "stderr"):
+        _replace_stream(name)
+    process = _Process(hint, supervisor)
+    try:
+        process.watch()
+        process.status = importlib.import_module(module).main() or 0
+    except SystemExit as error:
+        process.status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            process.print_line(error.code)
+    except Exception as error:
+        process.status, line = describe(error)
+        if process.status == 1:
+            raise
+        process.print_line(line)
+    process.flush()
+    sys.exit(process.status)
+
+
+def describe(error: Exception) -> tuple[int, str]:
+    """Return the exit code of an exception that no program has caught, and its line on stderr.
+
+    Code 1 is a defect of the program. An empty line is not printed.
+    """
+    if isinstance(error, BrokenPipeError):
+        return PIPE_STATUS, ""
+    if problem := memory_problem(error):
+        limits = _memory_limits()
+        way_out = "raise the limit" if limits else "free memory or use a smaller batch"
+        return 2, f"error: out of memory ({'; '.join([problem, *limits])}); {way_out}"
+    if isinstance(error, InputError):
+        return InputError.EXIT_CODE, f"error: {error}"
+    if isinstance(error, OSError):
+        subject = f"{error.filename}: " if error.filename else ""
+        return 2, f"error: {subject}{error.strerror or one_line(error)}; correct that and try again"
+    if "getpwuid" in str(error) or "home directory" in str(error):
+        return 2, f"error: user {os.getuid()} has no passwd entry ({one_line(error)}); set HOME"
+    return 1, ""
+
+
+class _Supervisor(NamedTuple):
+    """Descriptors that connect a program with the process that supervises it, if any.
+
+    Attributes:
+        stderr_fd: The true stderr.
+        parent_fd: Becomes readable when the supervising process has died.
+        ended_fd: A byte is written to it when the program ends by itself.
+    """
+
+    stderr_fd: int = 2
+    parent_fd: int | None = None
+    ended_fd: int | None = None
+
+
+class _Process:
+    """What this process knows of its end.
+
+    Attributes:
+        status: The program's exit status; None: not known yet.
+    """
+
+    def __init__(self, hint: str, supervisor: _Supervisor):
+        self.status: int | None = None
+        self._stopping = False
+        self._hint, self._supervisor = hint, supervisor
+        self._lock = threading.RLock()  # the handler may interrupt itself
+
+    def watch(self) -> None:
+        """Install the handlers and start the thread that watches for signals."""
+        atexit.register(self._leave)  # registered first, therefore called last
+        read_fd, write_fd = os.pipe()
+        os.set_blocking(write_fd, False)
+        threading.Thread(target=self._wait, args=(read_fd,), daemon=True).start()
+        signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `_supervise` blocks them
+
+    def _handle(self, number: int, _) -> None:
+        self._stop(number)
+
+    def _wait(self, read_fd: int) -> None:
+        """End the process when a signal comes; the main thread may be in a C call."""
+        parent_fd = self._supervisor.parent_fd
+        sources = [read_fd] if parent_fd is None else [read_fd, parent_fd]
+        while True:
+            ready, _, _ = select.select(sources, [], [])
+            if parent_fd in ready:
+                os._exit(1)
+            number = os.read(read_fd, 1)[0]
+            if number in SIGNALS and signal.getsignal(number) == self._handle:
+                self._stop(number)
+
+    def _stop(self, number: int) -> NoReturn:
+        """Print one line and end the process."""
+        with self._lock:
+            if not self._stopping:  # otherwise a second signal has interrupted this function
+                self._stopping = True
+                word = "interrupted" if number == signal.SIGINT else "terminated"
+                stderr_fd = self._supervisor.stderr_fd
+                erase_bar = "\r\x1b[K" if os.isatty(stderr_fd) else ""
+                _kill_workers()  # they would write to stderr
+                with contextlib.suppress(OSError):
+                    os.write(stderr_fd, f"{erase_bar}{word}{self._hint}\n".encode())
+            self._end(128 + number)
+
+    def _leave(self) -> None:
+        """End the process after all other exit handlers.
+
+        The interpreter's own teardown is left out: daemon threads of C++ libraries may abort it.
+        """
+        self.flush()
+        if self.status is not None:
+            self._end(self.status)
+
+    def _end(self, status: int) -> NoReturn:
+        if self._supervisor.ended_fd is not None:
+            os.write(self._supervisor.ended_fd, b".")
+        os._exit(status)
+
+    def print_line(self, line: str) -> None:
+        """Print a line on stderr, if it can be written."""
+        if line:
+            with contextlib.suppress(OSError, InputError, SystemExit, AttributeError):
+                print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Write what stdout still holds; failing that, change the exit status."""
+        try:
+            sys.stdout.flush()
+        except SystemExit:
+            self.status = PIPE_STATUS
+        except InputError as error:
+            self.print_line(f"error: {error}")
+            self.status = InputError.EXIT_CODE
+        with contextlib.suppress(InputError, SystemExit):
+            sys.stderr.flush()
+
+
+def ignore_signals() -> None:
+    """Ignore SIGINT and SIGTERM: for worker processes, which end with their parent.
+
+    Ctrl-C and cluster managers signal every process of a group.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    """Kill the worker processes of `multiprocessing`, those included that are just being started.
+
+    Its resource tracker stays, and removes shared memory.
+    """
+    with contextlib.suppress(OSError):  # no /proc: they end by themselves
+        for file in glob.glob("/proc/self/task/*/children"):
+            for child in Path(file).read_text().split():
+                if b"multiprocessing.spawn" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(int(child), signal.SIGKILL)
+
+
+# ------------------------------------------------------------------ standard streams
+
+
+class _Stream(io.TextIOWrapper):
+    """Stdout or stderr. Errors of writing name it, and no character is impossible."""
+
+    label = "stdout"
+
+    def write(self, text: str) -> int:
+        with self._explained():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._explained():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _explained(self):
+        try:
+            yield
+        except BrokenPipeError:
+            raise SystemExit(PIPE_STATUS) from None
+        except OSError as error:
+            raise InputError(
+                f"{self.label}: cannot be written ({error.strerror}); redirect it to another place"
+            ) from None
+
+
+def _replace_stream(name: str) -> None:
+    stream = getattr(sys, name)
+    settings = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+    encoding = stream.encoding
+    stream = _Stream(stream.detach(), encoding, "backslashreplace", **settings)
+    stream.label = name
+    setattr(sys, name, stream)
+    setattr(sys, f"__{name}__", stream)
+
+
+def _open_closed_descriptors() -> None:
+    """Open /dev/null in place of a closed standard stream.
+
+    The next file to be opened would otherwise get its number, and messages would be written to it.
+    """
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: `fd`
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115
+
+
+# ------------------------------------------------------------------ address-space limits
+
+
+def _memory_limits() -> list[str]:
+    """The limits that are set, for messages."""
+    kinds = {"ulimit -v": resource.RLIMIT_AS, "ulimit -d": resource.RLIMIT_DATA}
+    limits = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
+    return [
+        f"{name} is {limit / 1e6:.0f} MB"
+        for name, limit in limits.items()
+        if limit != resource.RLIM_INFINITY
+    ]
+
+
+def _supervise() -> _Supervisor:
+    """Continue in a child process, and turn a crash of it into one line.
+
+    What C++ libraries write to the child's stderr is kept back until it has ended, and dropped if
+    it has crashed or ended with one line of its own.
+
+    Returns:
+        In the child; the parent never returns.
+    """
+    noise_fd = os.memfd_create("stderr")
+    parent_fd, alive_fd = os.pipe()  # closed when the parent dies
+    read_fd, ended_fd = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until either process has its handlers
+    child = os.fork()
+    if not child:
+        os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
+        os.close(alive_fd)
+        stderr_fd = os.dup(2)
+        sys.stderr = open(stderr_fd, "w", buffering=1)  # noqa: SIM115
+        os.dup2(noise_fd, 2)
+        return _Supervisor(stderr_fd, parent_fd, ended_fd)
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    os.close(ended_fd)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    is_crash = -code in CRASHES or (code >= 0 and not os.read(read_fd, 1))
+    if is_crash:  # C code may also call exit(1)
+        reason = signal.Signals(-code).name if code < 0 else f"a library ended with {code}"
+        limits = "; ".join(_memory_limits())
+        print(f"error: out of memory ({reason}; {limits}); raise the limit", file=sys.stderr)
+        code = InputError.EXIT_CODE
+    elif code not in (InputError.EXIT_CODE, *(128 + number for number in SIGNALS)):
+        os.lseek(noise_fd, 0, os.SEEK_SET)
+        while block := os.read(noise_fd, 2**16):
+            os.write(2, block)
+    if code < 0:  # e.g. SIGKILL
+        os.kill(os.getpid(), -code)
+    os._exit(code)

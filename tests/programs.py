@@ -1,0 +1,156 @@
+"""Every program on tiny input, as a command line: for tests of how programs end."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+from PIL import Image
+
+import jaxvid
+from convert import flax_to_torch
+
+ROOT = Path(__file__).parents[1]
+MAIN = [
+    *(
+        "main.py",
+        "--config=configs/motion.py",
+        "--workdir={out}/run",
+        "--config.data.source=folder",
+    ),
+    *("--config.data.folder={data}", "--config.model.width=16", "--config.model.depth=1"),
+    *("--config.batch_size=16", "--config.eval.batch_size=8", "--config.num_epochs=1.0"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program and how its outputs are checked.
+
+    Attributes:
+        arguments: Of the Python interpreter. `{out}` is an empty folder, `{data}` the videos,
+            `{model}` a model folder, `{pth}` a converted one.
+        outputs: Files and folders below `{out}` that appear whole or not at all.
+        logs: Pattern of the lines that it writes to stderr while it works.
+    """
+
+    arguments: list[str]
+    outputs: tuple[str, ...] = ()
+    logs: str = r"(reading|packing): .* videos, .*"
+
+
+PROGRAMS = {
+    "train": Program(MAIN, ("run/config.json",), ".*"),
+    "eval": Program(
+        [*MAIN, "--mode=eval", "--config.init_from={model}", "--config.model.width=64",
+         "--config.model.depth=3"],
+        ("run/eval.json", "run/confusion.png"),
+        ".*",
+    ),
+    "schedule": Program([*MAIN, "--mode=schedule"], ("run/schedule.png",)),
+    "predict": Program(
+        ["-m", "jaxvid.predict", "{data}/val", "--model={model}", "--json={out}/out.json"],
+        ("out.json",),
+    ),
+    "visualize": Program(
+        ["-m", "jaxvid.visualize", "{data}/val/00000.mp4", "--model={model}",
+         "--output={out}/out.mp4"],
+        ("out.mp4",),
+    ),
+    "export": Program(
+        ["-m", "jaxvid.export", "--model={model}", "--output={out}/out.stablehlo"],
+        ("out.stablehlo.json",),
+    ),
+    "check": Program(["-m", "jaxvid.data.check", "{data}", "--json={out}/out.json"], ("out.json",)),
+    "prepare": Program(
+        ["-m", "jaxvid.data.prepare", "--input", "{data}", "--output={out}/pack"],
+        ("pack/report.json",),
+        r"packing: .* videos, .*|.* parts are complete",
+    ),
+    "browse": Program(
+        ["-m", "jaxvid.data.browse", "--config=configs/motion.py", "--config.data.source=folder",
+         "--config.data.folder={data}", "--output={out}/out.png"],
+        ("out.png",),
+    ),
+    "torch_to_flax": Program(
+        ["convert/torch_to_flax.py", "--model=xvit_tiny", "--input={pth}", "--output={out}/model",
+         "--check"],
+        ("model",),
+    ),
+    "flax_to_torch": Program(
+        ["convert/flax_to_torch.py", "--input={model}", "--output={out}/out.pth"], ("out.pth",)
+    ),
+}  # fmt: skip
+
+
+def make_inputs(folder: Path, data: Path) -> dict[str, Path]:
+    """Write what the programs read: a model folder and its conversion.
+
+    Args:
+        folder: Where to.
+        data: A folder of motion clips.
+
+    Returns:
+        The values of `{data}`, `{model}` and `{pth}`.
+    """
+    how = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
+    labels = (data / "labels.txt").read_text().split("\n")[:8]
+    model = jaxvid.create_model("xvit_tiny", num_classes=8)
+    how["sampling"] = "segments"
+    jaxvid.save_model(model, folder / "model", preprocessing=how, labels=labels)
+    arguments = ["--input", str(folder / "model"), "--output", str(folder / "in.pth")]
+    assert flax_to_torch.main(arguments) == 0
+    return {"data": data, "model": folder / "model", "pth": folder / "in.pth"}
+
+
+def start(
+    name: str, out: Path, inputs: dict[str, Path], shell: str = 'exec "$@"', **options
+) -> subprocess.Popen:
+    """Start a program in a process group of its own.
+
+    Args:
+        name: The program.
+        out: Folder for its outputs.
+        inputs: As `make_inputs` gives it.
+        shell: How Bash runs it, e.g. `ulimit -v 1000; exec "$@"`.
+        **options: Of `Popen`. By default stderr is a pipe and stdout dropped.
+    """
+    arguments = [text.format(out=out, **inputs) for text in PROGRAMS[name].arguments]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    defaults = {"cwd": ROOT, "env": environment, "start_new_session": True} | streams
+    command = ["bash", "-c", shell, "bash", sys.executable, *arguments]
+    return subprocess.Popen(command, **(defaults | options))
+
+
+def check_outputs(name: str, out: Path) -> None:
+    """Fail if an output is there, but not whole."""
+    for path in (out / output for output in PROGRAMS[name].outputs):
+        if not path.exists():
+            continue
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".png":
+            with Image.open(path) as picture:
+                picture.load()
+        elif path.suffix == ".mp4":
+            with av.open(str(path)) as video:
+                assert sum(1 for _ in video.decode(video=0)) == 8
+        elif path.suffix == ".pth":
+            import torch
+
+            torch.load(path, weights_only=True)
+        else:
+            jaxvid.load_model(path)
+
+
+def list_files(out: Path) -> set[str]:
+    """The files that programs leave in a folder, without those whose names have numbers."""
+    return {
+        str(path.relative_to(out))
+        for path in out.rglob("*")
+        if path.is_file() and "events" not in path.name and "params/" not in str(path)
+    }

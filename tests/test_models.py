@@ -1,0 +1,64 @@
+"""Configs of both networks: their limits, and the size that is computed from them."""
+
+import math
+
+import pytest
+
+from jaxvid.errors import InputError
+from jaxvid.models import PRESETS, abstract_model, make_model_config
+
+MEAN = {"stam": {"aggregator": "mean"}, "xvit": {"head": "mean", "temporal_embedding_frames": 0}}
+SMALL = {"depth": 2, "mlp_ratio": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in PRESETS),
+        ("stam_tiny", MEAN["stam"] | SMALL),
+        ("xvit_tiny", MEAN["xvit"] | SMALL),
+        ("xvit_tiny", {"head_depth": 2, "num_classes": 3, **SMALL}),
+    ],
+)
+def test_the_number_of_parameters_is_known_before_a_network_is_built(name, options):
+    config = make_model_config(name, **options)
+    _, params = abstract_model(config)
+    assert config.num_params() == sum(math.prod(leaf.shape) for leaf in params.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 10**9}, "model xvit_k400: depth=1000000000: must be 1 to 128"),
+        ({"num_frames": 10**9}, "num_frames=1000000000: must be 1 to 4096"),
+        ({"depth": True}, "depth=True: expected type int"),
+        ({"depth": 12.0}, "depth=12.0: expected type int"),
+        ({"mlp_ratio": 0}, "mlp_ratio=0: must be 1 to 64"),
+        ({"dropout": math.nan}, "dropout=nan: must be 0 to 1"),
+        ({"remat": 1}, "remat=1: expected type bool"),
+        ({"width": 32768, "heads": 1, "depth": 128}, "[0-9]+ G parameters, at most 10 G"),
+        ({"image_size": 8192, "patch_size": 2}, "16777216 patches a frame, at most 65536"),
+    ],
+)
+def test_impossible_sizes_are_refused_by_name(options, message):
+    with pytest.raises(InputError, match=message):
+        make_model_config("xvit_k400", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        # ViT-g/14: 1408 wide, 40 blocks; a longer and larger clip than any released model's.
+        ("stam_64", {"width": 1408, "depth": 40, "heads": 16, "patch_size": 14}),
+        ("xvit_k600", {"num_frames": 128, "image_size": 512}),
+        ("stam_64", {"num_frames": 256, "image_size": 1024, "num_classes": 21843}),
+    ],
+)
+def test_large_networks_stay_possible(name, options):
+    assert make_model_config(name, **options).num_params() < 3e9
+
+
+def test_the_structure_of_a_deep_network_is_found_in_linear_time():
+    """With the counters of nnx.Rngs, 128 blocks took two minutes."""
+    _, params = abstract_model(make_model_config("xvit_tiny", depth=128))
+    assert "base_model.blocks.127.attn.qkv.kernel" in params
