@@ -146,9 +146,13 @@ def test_a_full_or_read_only_disk_is_noticed_at_the_start(tmp_path, monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match="1 MB free, but checkpoints need 2 MB"):
         checkpoint.check_writable(tmp_path, 2 * 10**6)
-    (tmp_path / "best").mkdir()
-    (tmp_path / "best" / "weights").write_bytes(bytes(1_100_000))
-    checkpoint.check_writable(tmp_path, 2 * 10**6)  # what is there will be replaced
+    checkpoint.check_writable(tmp_path, 10**6)  # it just fits
+    for name in ("checkpoints", "best", "model"):  # what is there will be replaced
+        workdir = tmp_path / "runs" / name
+        (workdir / name).mkdir(parents=True)
+        (workdir / name / "weights").write_bytes(bytes(1_100_000))
+        checkpoint.check_writable(workdir, 2 * 10**6)
+    checkpoint.check_writable(tmp_path / "a" / "b", 1000)
 
 
 def test_a_run_without_checkpoints_is_named(tmp_path):
@@ -378,7 +382,34 @@ def test_a_save_that_fails_names_the_checkpoints_there_are(tmp_path, monkeypatch
     def fail(*_, **__):
         raise OSError("no space")
 
-    monkeypatch.setattr(manager, "save", fail)
-    with pytest.raises(InputError, match=r"cannot be written to .*no space.*: 2, 3; make room"):
-        checkpoint.save_checkpoint(manager, tiny_state(4), counters(0, 0))
+    message = r"cannot be written to .*no space.*: 2, 3; make room"
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "save", fail)
+        with pytest.raises(InputError, match=message):
+            checkpoint.save_checkpoint(manager, tiny_state(4), counters(0, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "wait_until_finished", fail)
+        with pytest.raises(InputError, match=message):
+            checkpoint.finish_saving(manager)
     manager.close()
+
+
+def test_a_continued_run_keeps_as_many_checkpoints_as_a_new_one(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    manager, state = checkpoint.restore_newest(
+        tmp_path, abstract(tiny_state(0)), counters(0, 0), keep=2
+    )
+    assert int(state["step"]) == 2
+    checkpoint.save_checkpoint(manager, tiny_state(3), counters(0, 0))
+    checkpoint.finish_saving(manager)
+    manager.close()
+    assert checkpoint.find_steps(tmp_path) == [2, 3]
+
+
+def test_checkpoints_that_are_damaged_before_the_next_save_are_found_out(tmp_path):
+    save_steps(tmp_path, 2)
+    damage(tmp_path, 2)
+    save_steps(tmp_path, 3)
+    damage(tmp_path, 3)
+    with pytest.raises(InputError, match="every checkpoint is damaged .*/3, .*/2"):
+        restore(tmp_path)

@@ -11,6 +11,7 @@ from jaxvid.errors import InputError
 from jaxvid.metrics import (
     MetricWriter,
     SkippedVideos,
+    describe_row,
     last_evaluation,
     read_skipped,
     sum_metrics,
@@ -49,8 +50,10 @@ def test_a_row_has_means_over_clips_and_over_steps():
         "train/top1": 25.0,
         "train/grad_norm": 2.5,
     }
+    assert describe_row(row) == "loss 0.500, top-1 25.0 %"
     row = training_row({"loss": 0.0, "top1": 0, "count": 0, "grad_norm": 0.0}, 1)
     assert (row["train/loss"], row["train/top1"], row["train/grad_norm"]) == (None, None, 0)
+    assert describe_row(row) == "no video of these steps can be decoded"
 
 
 def test_a_continued_run_drops_what_was_written_after_its_checkpoint(tmp_path):

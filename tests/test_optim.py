@@ -51,10 +51,12 @@ def test_without_a_warm_up_the_rate_starts_at_the_peak():
 def test_only_kernels_decay_and_gradients_are_clipped():
     settings = motion.get_config().optimizer
     optimizer = make_optimizer(settings, lambda _: 0.1)
-    params = {"a.kernel": jnp.ones(4), "a.bias": jnp.ones(4), "norm.scale": jnp.ones(4)}
+    names = ("a.kernel", "a.in_proj_weight", "a.bias", "norm.scale")
+    params = {name: jnp.ones(4) for name in names}
     zeros = {name: jnp.zeros(4) for name in params}
     updates, state = optimizer.update(zeros, optimizer.init(params), params)
     assert updates["a.kernel"] == pytest.approx(-0.1 * settings.weight_decay)
+    assert updates["a.in_proj_weight"] == pytest.approx(-0.1 * settings.weight_decay)
     assert not updates["a.bias"].any()
     assert not updates["norm.scale"].any()
     huge = {name: jnp.full(4, 1e6) for name in params}
@@ -144,6 +146,7 @@ def test_layer_decay_slows_lower_blocks_and_freezing_spares_the_heads(name):
     head = "consensus.mlp_head.4.kernel" if stem else "head.kernel"
     scales = {
         "patch_embed.proj.kernel": 0.125,
+        "cls_token": 0.125,
         "pos_embed": 0.125,
         "blocks.0.norm1.scale": 0.25,
         "blocks.1.attn.qkv.kernel": 0.5,
@@ -151,6 +154,9 @@ def test_layer_decay_slows_lower_blocks_and_freezing_spares_the_heads(name):
     }
     for key, scale in {**{stem + key: value for key, value in scales.items()}, head: 1.0}.items():
         assert -updates[key] == pytest.approx(scale), key
+    assert (stem + "temp_embed" in updates) == (name == "xvit_tiny")
+    if name == "xvit_tiny":
+        assert -updates["base_model.temp_embed"] == pytest.approx(0.125)
     settings.freeze = "backbone"
     frozen = frozen_names(settings, params)
     assert stem + "pos_embed" in frozen
