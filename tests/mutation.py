@@ -1,13 +1,13 @@
 """Mutation testing of the pure modules: `python -m tests.mutation [MODULE...]`.
 
-mutmut makes the mutants; this file runs them. mutmut's own runner starts each test process after
-tests have already run, when JAX has started threads that do not survive a fork. Here a process
-collects the tests of a module, and then forks once for each mutant, before any test has run. The
-child replaces the code of the module's functions by the mutant's, and runs the tests up to the
-first failure. Mutants of what runs at import (tables, defaults of dataclasses) are run in a process
-that imports the mutated module.
+mutmut makes the mutants and this module runs them. mutmut's own runner does not mutate tables and
+defaults of dataclasses, and attributes what a shared fixture calls to one test only. Here a process
+collects the tests of a module and then forks for each mutant, before JAX starts its threads, which
+do not survive a fork. The child replaces the code of the module's functions by the mutant's, and
+runs the tests up to the first failure. Mutants of code that runs at import (tables, defaults of
+dataclasses) are run in a process that imports the mutated module.
 
-Survivors that `docs/mutation.md` does not list are printed, and the exit code is 1.
+The exit code is 1 if a mutant survives that `docs/mutation.md` does not list.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Target:
     share: bool = False
 
 
-# The fast tests of each module: those that train a network take seconds for each mutant.
+# Fast tests only: training a network takes seconds for each mutant.
 TARGETS = {
     "jaxvid/data/sampling.py": [Target("tests/test_sampling.py")],
     "jaxvid/data/transforms.py": [Target("tests/test_transforms.py")],
@@ -169,14 +169,14 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """What the list of survivors calls it."""
+        """The mutant's entry in the list of survivors."""
         return f"{self.where}: {self.change}" if self.where else self.change
 
 
 def make_mutants(path: Path, functions: tuple[str, ...] = ()) -> list[Mutant]:
-    """The mutants of a module.
+    """Make the mutants of a module.
 
-    Messages are not mutated: neither what is raised or logged, nor the case of strings.
+    Arguments of `raise` and of the log are not mutated.
 
     Args:
         path: The module's file.
@@ -209,7 +209,7 @@ def make_mutants(path: Path, functions: tuple[str, ...] = ()) -> list[Mutant]:
 
 
 def _name(statement: cst.CSTNode) -> str:
-    """The function, class or variable that a statement of a module defines; empty: none."""
+    """Return the name that a statement of a module defines; empty: none."""
     if isinstance(statement, cst.SimpleStatementLine):
         [first, *_] = statement.body
         [target, *_] = getattr(first, "targets", [first])
@@ -224,13 +224,13 @@ def _walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
 
 
 def _messages(module: cst.Module) -> list[cst.CSTNode]:
-    """What is raised and logged."""
+    """Return the `raise` statements and the calls of the log."""
     log = matchers.Call(func=matchers.Attribute(value=matchers.Name("log")))
     return [*matchers.findall(module, matchers.Raise() | log)]
 
 
 def _splice(source: str, position: CodeRange, text: str) -> str:
-    """A source with a new text in one place."""
+    """Replace a range of a source."""
     lines = source.splitlines(keepends=True)
     first, last = position.start.line - 1, position.end.line - 1
     text = lines[first][: position.start.column] + text + lines[last][position.end.column :]
@@ -238,7 +238,7 @@ def _splice(source: str, position: CodeRange, text: str) -> str:
 
 
 def _change(source: str, mutated: str) -> str:
-    """The lines that differ: `old → new`."""
+    """Describe the lines that differ: `old → new`."""
     old, new = source.splitlines(), mutated.splitlines()
     for end in (0, -1):  # difflib takes a second for each mutant of a long file
         while old and new and old[end] == new[end]:
@@ -248,7 +248,7 @@ def _change(source: str, mutated: str) -> str:
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
-    """Imports one module from a mutated source."""
+    """Import one module from a mutated source."""
 
     def __init__(self, name: str, path: Path, source: str):
         self._name, self._path, self._source = name, path, source
@@ -266,12 +266,14 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
 
 
 def replace_code(module: types.ModuleType, source: str) -> None:
-    """Gives the functions and methods of an imported module the code of a changed source."""
+    """Give the functions and methods of an imported module the code of a changed source."""
     changed = types.ModuleType(module.__name__)
     changed.__file__ = module.__file__
     sys.modules[module.__name__] = changed  # dataclasses look their module up
-    exec(compile(source, module.__file__, "exec", dont_inherit=True), vars(changed))
-    sys.modules[module.__name__] = module
+    try:
+        exec(compile(source, module.__file__, "exec", dont_inherit=True), vars(changed))
+    finally:
+        sys.modules[module.__name__] = module
     _replace_functions(vars(module), vars(changed), module.__name__)
 
 
@@ -296,10 +298,10 @@ class _Forks:
         self._running: dict[int, tuple[Callable, float, float]] = {}
 
     def fork(self, seconds: float, done: Callable[[int | None, float], None]) -> bool:
-        """Forks as soon as there is room.
+        """Fork as soon as fewer than `jobs` children are running.
 
         Args:
-            seconds: The child is killed after so many.
+            seconds: Time limit of the child.
             done: Called with the child's exit code (None: killed at the limit) and its seconds.
 
         Returns:
@@ -318,7 +320,7 @@ class _Forks:
         return False
 
     def wait(self, most: int = 0) -> None:
-        """Returns when at most so many are running."""
+        """Wait until at most `most` children are running."""
         while len(self._running) > most:
             for pid, (done, start, deadline) in list(self._running.items()):
                 now = time.monotonic()
@@ -334,7 +336,7 @@ class _Forks:
 
 
 class _CacheAll:
-    """Keeps all compiled programs: mutants share most of them."""
+    """Cache all compiled programs: mutants share most of them."""
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef):
@@ -346,7 +348,7 @@ class _CacheAll:
 
 
 class _RunMutants(_CacheAll):
-    """Runs mutants in forks where pytest would run the tests that it has collected."""
+    """Run mutants in forks where pytest would run the tests that it has collected."""
 
     def __init__(self, name: str, mutants: list[Mutant], *, jobs: int, share: bool, note: Callable):
         self._name, self._mutants, self._share, self._note = name, mutants, share, note
@@ -374,10 +376,11 @@ class _RunMutants(_CacheAll):
         os._exit(0)
 
     def _run_shared(self, session, limit: float) -> list[Mutant]:
-        """Runs mutants in turn in a few processes; returns those to be run alone.
+        """Run many mutants in each process; return those that have to run in one of their own.
 
-        After its mutants a process runs the tests without one. If they fail then, a mutant has left
-        something behind, and all of the process's mutants are run again, alone.
+        After its mutants a process runs the tests without one. If they fail, a mutant has left
+        something behind, and all mutants of the process are returned. So are those that exceed the
+        time limit.
         """
         rest = []
         with tempfile.TemporaryDirectory() as folder:
@@ -410,7 +413,7 @@ class _RunMutants(_CacheAll):
         return rest
 
     def _is_killed(self, session, mutant: Mutant) -> int:
-        """1 if a test fails with a mutant, 0 otherwise."""
+        """Return 1 if a test fails with a mutant, 0 otherwise."""
         try:
             replace_code(sys.modules[self._name], mutant.source)
         except Exception:  # it cannot be imported
@@ -418,7 +421,7 @@ class _RunMutants(_CacheAll):
         return self._fails(session)
 
     def _fails(self, session) -> int:
-        """Runs the tests up to the first failure: 1 if there is one, 0 otherwise."""
+        """Run the tests up to the first failure; return 1 if there is one, 0 otherwise."""
         self._failed = False
         for item, following in zip(session.items, [*session.items[1:], None], strict=True):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
@@ -436,7 +439,7 @@ def _raise_timeout(*_):
 
 
 def run_target(path: str, target: Target, jobs: int, only: str) -> list[tuple[Mutant, str]]:
-    """Runs the mutants of a module's functions.
+    """Run the mutants of a target.
 
     Args:
         path: Of the module.
@@ -445,13 +448,13 @@ def run_target(path: str, target: Target, jobs: int, only: str) -> list[tuple[Mu
         only: Part of the names of the mutants to run.
 
     Returns:
-        The mutants, and what became of each: `killed`, `survived` or `timeout`.
+        The mutants and their outcomes: `killed`, `survived` or `timeout`.
     """
     name = path.removesuffix(".py").replace("/", ".")
     mutants = [m for m in make_mutants(ROOT / path, target.functions) if only in m.name]
     options = ["-q", "-x", "-s", "-n", "0", "-p", "no:cacheprovider", "-o", "timeout=0"]
     options += [target.tests, "-k", target.select]
-    notes = Path(tempfile.mkdtemp()) / "notes"
+    notes = Path(tempfile.mkdtemp(dir=os.environ["PYTEST_DEBUG_TEMPROOT"])) / "notes"
 
     def note(mutant: Mutant, code: int | None, seconds: float) -> None:
         outcome = "timeout" if code is None else "killed" if code else "survived"
@@ -478,7 +481,7 @@ def run_target(path: str, target: Target, jobs: int, only: str) -> list[tuple[Mu
 
 
 def main() -> int:
-    """Runs what the command line names; 1 if a mutant survives that is not listed."""
+    """Run the modules that the command line names; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", help="files to mutate (default: all that are listed)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="(default: %(default)s)")
@@ -493,22 +496,23 @@ def main() -> int:
     # mutmut asks for its own config, which nothing here depends on.
     configuration._guess_source_paths = lambda: ["jaxvid"]
     listed = SURVIVORS.read_text(encoding="utf-8") if SURVIVORS.exists() else ""
-    rows, missing = [], 0
+    rows, missing = [], []
     for path in args.modules or TARGETS:
         start, results = time.monotonic(), []
         for target in TARGETS[path]:
             results += run_target(path, target, args.jobs, args.only)
         lived = [mutant for mutant, outcome in results if outcome == "survived"]
         slow = sum(outcome == "timeout" for _, outcome in results)
-        missing += sum(mutant.name not in listed for mutant in lived)
+        missing += [f"{path}: {m.name}" for m in lived if m.name not in listed]
         counts = len(results), len(results) - len(lived), slow, len(lived)
         seconds = f"{time.monotonic() - start:.0f}"
         rows.append(f"| `{path}` | {' | '.join(map(str, counts))} | {seconds} |")
         print(rows[-1], flush=True)
     print("| module | mutants | killed | of them by the time limit | survivors | seconds |")
     print("| --- | --- | --- | --- | --- | --- |", *rows, sep="\n")
-    print(f"{missing} survivors are not listed in {SURVIVORS.relative_to(ROOT)}")
-    return int(missing > 0)
+    print(f"{len(missing)} survivors are not listed in {SURVIVORS.relative_to(ROOT)}")
+    print(*missing, sep="\n")
+    return int(bool(missing))
 
 
 if __name__ == "__main__":
