@@ -35,7 +35,7 @@ def test_sums_are_exact():
 
 @pytest.mark.parametrize(
     ("log_steps", "total", "expected"),
-    [(50, 1000, 50), (50, 110, 11), (50, 20, 2), (50, 9, 1), (3, 20, 2), (1, 1, 1)],
+    [(50, 1000, 50), (50, 110, 11), (50, 115, 11), (50, 20, 2), (50, 9, 1), (3, 20, 2), (1, 1, 1)],
 )
 def test_a_short_run_has_ten_rows(log_steps, total, expected):
     assert window_steps(log_steps, total) == expected
