@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import jaxvid
-from jaxvid import checkpoint, model_folder, run_config, sharding
+from jaxvid import checkpoint, folders, model_folder, run_config, sharding
 from jaxvid.errors import InputError
 from jaxvid.models import abstract_model, make_model_config, split_params
 
@@ -413,3 +413,19 @@ def test_checkpoints_that_are_damaged_before_the_next_save_are_found_out(tmp_pat
     damage(tmp_path, 3)
     with pytest.raises(InputError, match="every checkpoint is damaged .*/3, .*/2"):
         restore(tmp_path)
+
+
+def test_a_checkpoint_without_checksums_that_cannot_be_read_is_moved_aside(tmp_path):
+    save_steps(tmp_path, 2, 3)
+    (tmp_path / "checkpoints.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "state")
+    assert restore(tmp_path) == (2, 20, 40)
+    assert (tmp_path / "damaged" / "3").is_dir()
+
+
+def test_half_written_models_without_checkpoints_are_removed(tmp_path):
+    halves = [folders.partial(tmp_path / name) for name in ("best", "model")]
+    for half in halves:
+        half.mkdir()
+    checkpoint.tidy_outputs(tmp_path)
+    assert not any(half.exists() for half in halves)
