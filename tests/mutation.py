@@ -143,7 +143,7 @@ TARGETS = {
     "jaxvid/checkpoint.py": [
         Target(
             "tests/test_checkpoint.py",
-            "checkpoints or whole or come_alone or disk or keeps_the_log or that_fails",
+            "checkpoints or whole or come_alone or disk or keeps_the_log or that_fails or aside",
             share=True,
         )
     ],

@@ -429,3 +429,28 @@ def test_half_written_models_without_checkpoints_are_removed(tmp_path):
         half.mkdir()
     checkpoint.tidy_outputs(tmp_path)
     assert not any(half.exists() for half in halves)
+
+
+def test_all_outputs_of_a_run_whose_checkpoints_were_deleted_are_moved_aside(tmp_path):
+    early = {"metrics.jsonl", "tensorboard", "curves.png", "profile", "skipped.jsonl"}
+    early |= {"config.json", "starts.jsonl", "training_videos.json.gz"}
+    late = {"best", "model", "eval.json", "eval_videos.csv", "eval.html", "comparison.json"}
+    late |= {"confusion.png", "checkpoints.json"}
+
+    def make(workdir, names):
+        workdir.mkdir()
+        for name in names:
+            if name in ("best", "model"):
+                (workdir / name).mkdir()
+                (workdir / name / "model.json").write_text("{}")
+            else:
+                (workdir / name).write_text("{}")
+        return workdir
+
+    assert not checkpoint.starts_over(make(tmp_path / "early", early))
+    for name in late:
+        assert checkpoint.starts_over(make(tmp_path / f"only {name}", [name])), name
+    run = make(tmp_path / "run", early | late)
+    checkpoint.tidy_outputs(run)
+    assert [path.name for path in run.iterdir()] == ["previous"]
+    assert {path.name for path in (run / "previous").iterdir()} == early | late
