@@ -17,6 +17,7 @@ from jaxvid import (
     metrics,
     model_folder,
     optim,
+    processes,
     provenance,
     report,
     run_config,
@@ -310,6 +311,7 @@ def train(
                 + (f" and --config.init_from={workdir / 'best'}" if best >= 0 else "")
             ) from None
         finally:
+            processes.publish(sys.exception())  # the manager's close waits for the others
             progress.close()
             writer.close()
             stalls.close()
