@@ -24,6 +24,7 @@ from jaxvid import (
     sharding,
     steps,
     watch,
+    workdir_lock,
 )
 from jaxvid.data.clips import make_spec
 from jaxvid.data.pipeline import describe_loading, make_train_iter, split_batch
@@ -45,6 +46,7 @@ from jaxvid.models import abstract_model, make_model_config
 STEPS_AHEAD = 2  # how far Python runs ahead of the device
 
 
+@workdir_lock.exclusive
 def train(
     config,
     workdir: str | Path,
@@ -65,7 +67,8 @@ def train(
         What `eval.json` holds; None if the run stopped before its end.
 
     Raises:
-        InputError: The config, the data or the workdir is unusable; or the loss is not finite.
+        InputError: The config, the data or the workdir is unusable; another run uses the workdir;
+            or the loss is not finite.
         SystemExit: SIGINT or SIGTERM came, here or to another process of the run, and the state was
             saved; code 128 + signal number.
     """
