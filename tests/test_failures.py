@@ -1,5 +1,6 @@
 """A failure in one of two processes ends both within a minute, with one line each."""
 
+import contextlib
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,65 @@ except InputError as error:
 """
 
 
+SAVING = """
+import resource, sys
+from pathlib import Path
+
+import jax, numpy as np
+from absl import logging
+from jaxvid import checkpoint, cli, processes, sharding
+from jaxvid.errors import InputError
+
+class Position:
+    def get_state(self):
+        return {}
+
+logging.set_verbosity(logging.FATAL)
+cli.hide_unfinished_saves()
+try:
+    sharding.init_processes(sys.argv[1], 2, int(sys.argv[2]))
+    with processes.failing_together():
+        mesh = jax.make_mesh((2,), ("fsdp",))
+        half = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+        data = np.random.default_rng(0).random((200, 1000))
+        weights = jax.make_array_from_callback(data.shape, half, lambda index: data[index])
+        manager = checkpoint.make_manager(Path(sys.argv[3]), keep=2)
+        if sys.argv[2] == "1":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+        state = {"step": np.int32(1), "weights": weights}
+        checkpoint.save_checkpoint(manager, state, Position())
+        checkpoint.finish_saving(manager)
+except InputError as error:
+    print(f"error: {error}", flush=True)
+    sys.exit(error.EXIT_CODE)
+"""
+
+
+@contextlib.contextmanager
+def pair(program: str, *arguments: object) -> Iterator[list[subprocess.Popen]]:
+    """Start a program `COORDINATOR PROCESS ...` in two processes, with pipes for their outputs."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, coordinator, str(process), *map(str, arguments)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in (0, 1)
+    ]
+    try:
+        yield runs
+    finally:
+        for run in runs:
+            run.kill()
+            run.communicate()
+
+
 @pytest.mark.parametrize(
     ("killed", "cause"),
     [
@@ -124,32 +185,24 @@ except InputError as error:
     ],
 )
 def test_a_killed_process_ends_the_other_with_one_line(killed, cause):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-c", EXCHANGING, coordinator]
-    runs = [
-        subprocess.Popen(
-            [*command, str(process)],
-            cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for process in (0, 1)
-    ]
-    try:
+    with pair(EXCHANGING) as runs:
         assert [run.stdout.readline() for run in runs] == ["['0', '1']\n"] * 2
         begun = time.monotonic()
         runs[killed].kill()
         output, _ = runs[1 - killed].communicate(timeout=SECONDS)
-    finally:
-        for run in runs:
-            run.kill()
-            run.communicate()
     assert output == f"error: process {killed}: {cause}\n"
     assert runs[1 - killed].returncode == InputError.EXIT_CODE
     assert time.monotonic() - begun < LIMIT
+
+
+def test_a_checkpoint_that_one_process_cannot_write_ends_both(tmp_path):
+    """Orbax has the error wait at a barrier, to which the other process does not come."""
+    with pair(SAVING, tmp_path) as runs:
+        outputs = [run.communicate(timeout=SECONDS)[0] for run in runs]
+    assert [run.returncode for run in runs] == [InputError.EXIT_CODE] * 2
+    for output, start in zip(outputs, ("error: process 1: ", "error: "), strict=True):
+        [line] = [line for line in output.splitlines() if "[Gloo]" not in line]
+        assert line.startswith(f"{start}a checkpoint cannot be written to {tmp_path}")
 
 
 @pytest.mark.full
