@@ -435,9 +435,13 @@ class Peers:
         if self._failure is not None:
             raise self._as_error(self._failure)
 
+    def _is_own(self, failure: PeerError) -> bool:
+        """Whether it is an error of this process; the others may only have lost sight of it."""
+        return failure.process == self.index and self._own is not None
+
     def _as_error(self, failure: PeerError) -> InputError:
         """Return the error for the main thread; a thread of this process may have failed."""
-        if failure.process == self.index:
+        if self._is_own(failure):
             return InputError(failure.cause)
         return PeerError(failure.process, failure.cause)
 
@@ -562,7 +566,7 @@ class Peers:
 
     def _end(self) -> None:
         """End this process; report the failure unless the main thread does."""
-        is_own = self._failure.process == self.index
+        is_own = self._is_own(self._failure)
         until = time.monotonic() + (4 * GRACE_SECONDS if is_own else GRACE_SECONDS)
         while self._reporter != "main" and time.monotonic() < until:
             time.sleep(0.05)

@@ -260,6 +260,17 @@ def test_a_failing_process_that_hangs_while_it_ends_reports_its_own_failure(ends
     assert ends == [("now", 2)]
 
 
+def test_a_process_that_the_others_have_given_up_says_so(ends, capfd):
+    """It was suspended, and continues."""
+    _, (first, second) = make_peers(2)
+    first.publish(PeerError(1, "no sign of life for 30 s"))
+    second.beat()
+    with pytest.raises(PeerError, match="^process 1: no sign of life"):
+        second.exchange(0)
+    run_watch(second, ends)
+    assert capfd.readouterr().err == "error: process 1: no sign of life for 30 s\n"
+
+
 def test_what_the_main_thread_reports_is_not_reported_twice(ends, capfd):
     _, (_, second) = make_peers(2)
     second.end_together(InputError("no"))
