@@ -42,6 +42,9 @@ PROFILE = flags.DEFINE_string("profile", None, "START:STOP, the steps of a trace
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many; 1 alone: no others.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+JOIN_SECONDS = flags.DEFINE_float(
+    "join_seconds", 300.0, "How long to wait for the other processes at the start, in seconds."
+)
 for _name, _mode in (("compare", "eval"), ("profile", "train")):
     flags.register_multi_flags_validator(
         ("mode", _name),
@@ -55,7 +58,7 @@ def run(_) -> None:
     # JAX, Orbax and Grain tell every step they take; what fails is raised, and told in one line.
     logging.set_verbosity(logging.FATAL)
     cli.hide_unfinished_saves()
-    from jaxvid import sharding
+    from jaxvid import processes, sharding
     from jaxvid.errors import InputError
     from jaxvid.evaluate import evaluate
     from jaxvid.report import draw_schedule
@@ -63,15 +66,19 @@ def run(_) -> None:
     from jaxvid.train import train
 
     try:
-        profile_steps = cli.parse_range("profile")
-        sharding.init_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-        check_same_everywhere(CONFIG.value)
-        if MODE.value == "train":
-            train(CONFIG.value, WORKDIR.value, profile_steps=profile_steps)
-        elif MODE.value == "eval":
-            evaluate(CONFIG.value, WORKDIR.value, compare_with=COMPARE.value)
-        else:
-            print(draw_schedule(CONFIG.value, WORKDIR.value))
+        sharding.init_processes(
+            *(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
+            join_seconds=JOIN_SECONDS.value,
+        )
+        with processes.failing_together():
+            profile_steps = cli.parse_range("profile")
+            check_same_everywhere(CONFIG.value)
+            if MODE.value == "train":
+                train(CONFIG.value, WORKDIR.value, profile_steps=profile_steps)
+            elif MODE.value == "eval":
+                evaluate(CONFIG.value, WORKDIR.value, compare_with=COMPARE.value)
+            else:
+                print(draw_schedule(CONFIG.value, WORKDIR.value))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         gc.collect()  # while what a failed save left can still be hidden

@@ -11,7 +11,7 @@ from typing import Protocol
 import jax
 import orbax.checkpoint as ocp
 
-from jaxvid import folders, model_folder, sharding
+from jaxvid import folders, model_folder, processes, sharding
 from jaxvid.errors import InputError, one_line
 from jaxvid.files import write_file
 from jaxvid.metrics import log
@@ -40,9 +40,20 @@ class Resumable(Protocol):
 
 
 class CheckpointManager(ocp.CheckpointManager):
-    """Orbax's manager; it also writes the checksums of each checkpoint once it is complete."""
+    """Orbax's manager; it also writes the checksums of each checkpoint once it is complete.
+
+    A save that fails in this process is published to the others at once: Orbax raises the error
+    only after a barrier that the others never reach.
+    """
 
     _noter: threading.Thread | None = None
+
+    def _wait_for_checkpointers(self) -> None:  # private; as of orbax-checkpoint 0.12
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            processes.publish(_not_written(self, error))
+            raise
 
     def note_when_saved(self) -> None:
         """Write the checksums in the background, as the run may be killed before the next save.
@@ -159,12 +170,20 @@ def _told_if_not_written(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        steps = ", ".join(map(str, find_steps(Path(manager.directory).parent))) or "none"
-        raise InputError(
-            f"a checkpoint cannot be written to {manager.directory} ({one_line(error, 200)}); "
-            f"whole ones there are of the steps: {steps}; make room, then the same command "
-            "continues"
-        ) from None
+        raise _not_written(manager, error) from None
+
+
+def _not_written(manager: ocp.CheckpointManager, error: Exception) -> Exception:
+    """Return the InputError for a save that failed; the runtime's own errors stay as they are."""
+    if isinstance(error, jax.errors.JaxRuntimeError | InputError):
+        return error
+    steps = ", ".join(map(str, find_steps(Path(manager.directory).parent))) or "none"
+    refusal = InputError(
+        f"a checkpoint cannot be written to {manager.directory} ({one_line(error, 200)}); "
+        f"whole ones there are of the steps: {steps}; make room, then the same command continues"
+    )
+    refusal.__context__ = error
+    return refusal
 
 
 def _note_files(workdir: Path) -> None:
@@ -216,10 +235,10 @@ def restore_newest(
         if step is None:
             break
         try:
-            is_whole = _check_files(workdir, step)
+            is_whole = _check_files_in_all(workdir, step)
             return manager, _restore(manager, step, abstract_state, resumables)
-        except (jax.errors.JaxRuntimeError, MemoryError):  # not the checkpoint's fault
-            raise
+        except (jax.errors.JaxRuntimeError, MemoryError, processes.PeerError):
+            raise  # not the checkpoint's fault
         except Exception as error:  # Orbax raises bare ones
             cause = error.__cause__ or error
             reason = one_line(cause, 200)
@@ -260,6 +279,27 @@ def _check_files(workdir: Path, step: int) -> bool:
             f"{len(wrong)} of {len(expected)} files are missing or changed: {wrong[0]}"
         )
     return True
+
+
+def _check_files_in_all(workdir: Path, step: int) -> bool:
+    """Check a checkpoint's files in all processes, so that all restore it or none does.
+
+    Returns:
+        Whether all processes know its files to be as they were written.
+
+    Raises:
+        ValueError: In some process, they are not.
+    """
+    is_whole, reason = False, None
+    try:
+        is_whole = _check_files(workdir, step)
+    except (ValueError, OSError) as error:
+        reason = one_line(error, 200)
+    found = sharding.gather([is_whole, reason])
+    for _, reason in found:
+        if reason is not None:
+            raise ValueError(reason)
+    return all(is_whole for is_whole, _ in found)
 
 
 def _restore(manager, step: int, abstract_state: dict, resumables: dict[str, Resumable]) -> dict:

@@ -1,7 +1,9 @@
 """The command line of programs that take a config."""
 
+import contextlib
 import difflib
 import inspect
+import os
 import runpy
 import sys
 import warnings
@@ -11,6 +13,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxvid.errors import InputError
+
+NUMBERS = ("num_processes", "process_id")
+LAUNCHERS = ("SLURM_STEP", "OMPI_", "PMI_", "JOB_COMPLETION_INDEX")  # of environment variables
+TELL_SECONDS = 30.0  # how long a process with a wrong command line waits for the others
 
 
 def define_config() -> flags.FlagHolder:
@@ -44,9 +50,30 @@ def parse_flags(argv: list[str], *, doc: str, module: str, needed: dict[str, str
             if not flags.FLAGS[name].value:
                 raise ValueError(f"--{name} {value} is needed; see --help")
     except (flags.Error, ValueError, TypeError, SyntaxError, ImportError) as error:
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        cause = str(error).strip().splitlines()[-1]
+        print(f"error: {cause}", file=sys.stderr)
+        _tell_other_processes(argv, cause)
         sys.exit(2)
     return positional
+
+
+def _tell_other_processes(argv: list[str], cause: str) -> None:
+    """Join the other processes of the run, if there are any, so that they end with the cause."""
+    values = {
+        name: argument.partition("=")[2] or after
+        for argument, after in zip(argv, [*argv[1:], ""], strict=True)
+        for name in ("coordinator", *NUMBERS)
+        if argument.partition("=")[0].lstrip("-") == name
+    }
+    if not values and not any(name.startswith(LAUNCHERS) for name in os.environ):
+        return
+    from jaxvid import processes, sharding
+
+    with contextlib.suppress(InputError, ValueError):
+        numbers = [int(values[name]) if name in values else None for name in NUMBERS]
+        sharding.init_processes(values.get("coordinator"), *numbers, join_seconds=TELL_SECONDS)
+        if peers := processes.current():
+            peers.end_together(InputError(cause))
 
 
 def _check_config(argv: list[str]) -> None:

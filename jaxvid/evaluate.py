@@ -19,6 +19,7 @@ from jaxvid import (
     scoring,
     sharding,
     steps,
+    workdir_lock,
 )
 from jaxvid.data.clips import make_spec
 from jaxvid.data.pipeline import make_eval_iter, split_batch
@@ -249,6 +250,7 @@ def released_subset(results: Results) -> dict:
     }
 
 
+@workdir_lock.exclusive
 def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = None) -> dict:
     """Evaluates a model folder (`init_from`) or else the newest checkpoint of the workdir.
 
@@ -264,7 +266,8 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
         What `eval.json` holds.
 
     Raises:
-        InputError: There is nothing to evaluate, or it does not fit the config or the data.
+        InputError: There is nothing to evaluate, it does not fit the config or the data, or another
+            run uses the workdir.
     """
     workdir = Path(workdir)
     sharding.use_compilation_cache()

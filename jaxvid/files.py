@@ -1,13 +1,16 @@
-"""Reading files that may be anything, and writing files that appear whole or not at all."""
+"""Reading files that may be anything, writing files whole or not at all, and lock files."""
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import platform
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from jaxvid.errors import InputError, one_line
 
@@ -146,3 +149,64 @@ def check_output(option: str, path: Path) -> None:
         raise InputError(
             f"{option}: {path} cannot be written ({error.strerror}); name another"
         ) from None
+
+
+class LockedError(Exception):
+    """Another process holds a lock.
+
+    Attributes:
+        holder: Its number and its machine, as far as they are known.
+    """
+
+    def __init__(self, holder: str):
+        super().__init__(holder)
+        self.holder = holder
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold a lock while the body runs. The system releases it if the process dies in any way.
+
+    Args:
+        path: A file that is made for the lock, names the holder, and is removed at the end.
+
+    Yields:
+        Whether the lock is held; False: the file system has no locks.
+
+    Raises:
+        LockedError: Another process holds the lock.
+        OSError: The file cannot be made.
+    """
+    file = _lock_file(path)
+    try:
+        yield file is not None
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        if file is not None:
+            file.close()
+
+
+def _lock_file(path: Path) -> TextIO | None:
+    """Open and lock a file; None: the file system has no locks."""
+    while True:
+        file = path.open("a+", encoding="utf-8", errors="replace")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last holder may have removed it since it was opened.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}")
+                file.flush()
+                return file
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            raise LockedError(holder) from None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            file.close()
+            return None
+        file.close()

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxvid import folders, sharding
+from jaxvid import folders, processes, sharding
 from jaxvid.errors import InputError, memory_problem, one_line, short_repr
 from jaxvid.files import read_limited
 from jaxvid.models import (
@@ -63,14 +63,13 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
         handler = ocp.StandardCheckpointHandler(save_concurrent_gb=0.1)
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(partial / "params", params)
-        if not is_first:
-            return
-        files = {"files": folders.file_sizes(partial / "params")}
-        files["checksums"] = folders.checksums(partial / "params")
-        card = {"format_version": FORMAT_VERSION, **card, **files}
-        text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
-        (partial / MARK).write_text(text, encoding="utf-8")
-        folders.swap_in(folder, MARK)
+        if is_first:
+            files = {"files": folders.file_sizes(partial / "params")}
+            files["checksums"] = folders.checksums(partial / "params")
+            card = {"format_version": FORMAT_VERSION, **card, **files}
+            text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+            (partial / MARK).write_text(text, encoding="utf-8")
+            folders.swap_in(folder, MARK)
     except jax.errors.JaxRuntimeError:  # the device's, not the disk's
         raise
     except (OSError, ValueError, RuntimeError, ExceptionGroup) as error:  # Orbax has all of them
@@ -80,9 +79,10 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
             f"{folder} cannot be written ({_reason(error)}); make room or name another"
         ) from None
     finally:
+        processes.publish(sys.exception())  # others may wait in Orbax, and not come
         if is_first:
             folders.tidy(folder, MARK)
-        sharding.wait_for_all(f"saved {folder}")
+    sharding.wait_for_all(f"saved {folder}")
 
 
 def _check_place(folder: Path, need_bytes: int) -> None:

@@ -79,12 +79,17 @@ def check_same_everywhere(config) -> None:
     first, *others = (_flatten(values) for values in sharding.gather(config.to_dict()))
     for process, values in enumerate(others, 1):
         differences = [
-            f"{name} is {value!r} in process 0, {values[name]!r} in process {process}"
-            for name, value in first.items()
-            if values[name] != value and name not in OWN_FIELDS
+            f"{name} is {_shown(first, name)} in process 0, {_shown(values, name)} in process "
+            f"{process}"
+            for name in sorted({*first, *values} - {*OWN_FIELDS})
+            if (name in first, first.get(name)) != (name in values, values.get(name))
         ]
         if differences:
             raise InputError(f"{'; '.join(differences)}; start all with the same flags")
+
+
+def _shown(values: dict, name: str) -> str:
+    return repr(values[name]) if name in values else "missing"
 
 
 def save_config(config, workdir: Path) -> None:

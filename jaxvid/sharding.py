@@ -1,6 +1,6 @@
 """Processes, the device mesh, and the one rule that gives every leaf of the state its sharding."""
 
-import json
+import functools
 import math
 import os
 import sys
@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxvid import processes
 from jaxvid.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -32,14 +33,20 @@ LAUNCHERS = {
     "PMI_SIZE": ("MPI_LOCALNRANKS", "mpi4py"),
 }
 NEEDS = {"mpi4py": "the package mpi4py", "k8s": "the package kubernetes", "slurm": "srun"}
-TELL_SECONDS = 10  # a longer wait for the other processes is told
-SHUTDOWN_SECONDS = 60  # how long a process that has failed keeps the others, which wait for it
+TELL_SECONDS = 10  # a longer wait for the other processes is logged
+SHUTDOWN_SECONDS = 60  # how long the processes wait for each other at exit, when all are done
+# JAX's own heartbeats must never time out: they abort a process with a stack dump.
+HEARTBEAT_SECONDS = 10**6
 
 
 def init_processes(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    join_seconds: float = processes.JOIN_SECONDS,
 ) -> None:
-    """Joins the other processes of this run, if there are any; call it before JAX is used.
+    """Join the other processes of this run, if there are any; call it before JAX is used.
 
     Without arguments the environment decides: a Slurm step or MPI of several tasks, or an indexed
     Kubernetes job. Open MPI from 5 on and other MPIs need the package `mpi4py`, Kubernetes needs
@@ -50,6 +57,7 @@ def init_processes(
         coordinator: `HOST:PORT` of process 0, the same in all processes.
         num_processes: How many there are; 1 alone: only this one, whatever the environment says.
         process_id: Which one this is, from 0.
+        join_seconds: How long to wait for the others.
 
     Raises:
         InputError: The arguments are incomplete, or the processes cannot be joined.
@@ -86,12 +94,18 @@ def init_processes(
     told.start()
     # It would swallow a SIGTERM that comes before training does.
     jax.config.update("jax_enable_preemption_service", False)
+    initialize = functools.partial(
+        jax.distributed.initialize,
+        *(coordinator, num_processes, process_id),
+        cluster_detection_method=method,
+        initialization_timeout=HEARTBEAT_SECONDS,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
     try:
-        jax.distributed.initialize(
-            *(coordinator, num_processes, process_id),
-            cluster_detection_method=method,
-            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-        )
+        processes.join(initialize, join_seconds)
+    except InputError:
+        raise
     except (RuntimeError, ValueError, ImportError, KeyError) as error:
         need = f"; {reason} is set, which needs {NEEDS[method]}" if method in NEEDS else ""
         why = (str(error).strip() or repr(error)).splitlines()[0]
@@ -223,30 +237,32 @@ def rows_of_process(mesh: Mesh, batch_size: int) -> tuple[int, int]:
 
 
 def gather(value) -> list:
-    """Every process's `value`, a tree that JSON can hold, in all processes; all must call it."""
-    if jax.process_count() == 1:
-        return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(text.size))
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: text.size] = text
-    rows = multihost_utils.process_allgather(padded)  # (processes bytes)
-    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+    """Return every process's `value`, a tree that JSON can hold; all must call it.
+
+    Raises:
+        processes.PeerError: Another process failed.
+    """
+    peers = processes.current()
+    return peers.exchange(value) if peers else [value]
 
 
 def in_all(function: Callable, *args):
-    """What a function returns; if it refuses its input in one process, it does so in all.
+    """Call a function; raise its InputError in any process on all of them, so that none waits.
 
-    Without it, a process that has what it needs would wait for one that has ended.
+    Raises:
+        InputError: This process's own, or a `PeerError` of another.
     """
     result = refusal = None
     try:
         result = function(*args)
     except InputError as error:
-        refusal = str(error)
-    for process, told in enumerate(gather(refusal)):
-        if told is not None:
-            raise InputError(refusal or f"process {process}: {told}")
+        refusal = error
+    causes = gather(refusal and str(refusal))
+    if refusal is not None:
+        raise refusal
+    for process, cause in enumerate(causes):
+        if cause is not None:
+            raise processes.PeerError(process, cause)
     return result
 
 
@@ -254,6 +270,7 @@ def any_process(flag: bool, mesh: Mesh) -> jax.Array | np.bool_:
     """Whether `flag` holds in some process: a scalar that is computed while the caller goes on."""
     if jax.process_count() == 1:
         return np.bool_(flag)
+    processes.current().reach()
     everywhere = NamedSharding(mesh, P(mesh.axis_names))
     local = np.full(len(mesh.local_devices), flag)
     flags = jax.make_array_from_process_local_data(everywhere, local, (mesh.size,))
@@ -264,9 +281,17 @@ _any = jax.jit(jnp.any)
 
 
 def wait_for_all(name: str) -> None:
-    """Returns once every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    """Return once every process is here.
+
+    Args:
+        name: Of this point of the program.
+
+    Raises:
+        processes.PeerError: Another process failed.
+        RuntimeError: Another process is at another point.
+    """
+    if len(names := {*gather(name)}) > 1:
+        raise RuntimeError(f"the processes wait for each other at different points: {names}")
 
 
 def to_host(array: jax.Array) -> np.ndarray:

@@ -17,6 +17,7 @@ from jaxvid import (
     metrics,
     model_folder,
     optim,
+    processes,
     provenance,
     report,
     run_config,
@@ -24,6 +25,7 @@ from jaxvid import (
     sharding,
     steps,
     watch,
+    workdir_lock,
 )
 from jaxvid.data.clips import make_spec
 from jaxvid.data.pipeline import describe_loading, make_train_iter, split_batch, stored_id
@@ -47,6 +49,7 @@ from jaxvid.scoring import Results
 STEPS_AHEAD = 2  # how far Python runs ahead of the device
 
 
+@workdir_lock.exclusive
 def train(
     config,
     workdir: str | Path,
@@ -68,7 +71,8 @@ def train(
         The contents of `eval.json`; None if the run stopped at `stop_step` before its end.
 
     Raises:
-        InputError: The config, the data or the workdir is unusable; or the loss is not finite.
+        InputError: The config, the data or the workdir is unusable; another run uses the workdir;
+            or the loss is not finite.
         SystemExit: SIGINT or SIGTERM was received, here or by another process of the run, and the
             state was saved; the code is 128 + the signal's number. Once the final evaluation is
             done, the run finishes instead.
@@ -319,6 +323,7 @@ def train(
                 + (f" and --config.init_from={workdir / 'best'}" if best >= 0 else "")
             ) from None
         finally:
+            processes.publish(sys.exception())  # the manager's close waits for the others
             progress.close()
             writer.close()
             stalls.close()

@@ -43,6 +43,7 @@ def started(
     devices: int,
     mesh: tuple[int, int],
     own=({}, {}),
+    flags=((), ()),
     program=("main.py",),
     **fields,
 ) -> Iterator[list[subprocess.Popen]]:
@@ -54,6 +55,7 @@ def started(
         devices: In each.
         mesh: 'data' and 'fsdp'.
         own: Fields of each process.
+        flags: More flags of each process.
         program: What Python runs.
         **fields: Fields of all, with `__` for the dot.
     """
@@ -62,8 +64,9 @@ def started(
         port = free.getsockname()[1]
     fields = FIELDS | {name.replace("__", "."): value for name, value in fields.items()}
     fields |= {"mesh.data": mesh[0], "mesh.fsdp": mesh[1]}
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    environment |= {"XLA_FLAGS": xla, "PYTHONPATH": str(ROOT)}
     runs = []
     try:
         for process in range(processes):
@@ -74,12 +77,13 @@ def started(
             if processes > 1:
                 command += [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
                 command += [f"--process_id={process}"]
+            command += flags[process]
             with open(f"{workdir}.{process}.txt", "w") as told:
                 runs.append(
                     subprocess.Popen(
                         command,
                         cwd=ROOT,
-                        env=environment | {"XLA_FLAGS": flags},
+                        env=environment,
                         stdout=told,
                         stderr=subprocess.STDOUT,
                     )
@@ -316,6 +320,26 @@ def test_processes_with_other_configs_or_other_videos_are_refused(config, monkey
     with pytest.raises(InputError, match="process 1 has other videos than process 0"):
         provenance.note_start(tmp_path, facts)
     assert not list(tmp_path.iterdir())
+
+
+def test_processes_whose_configs_have_other_fields_are_refused(config, monkeypatch):
+    other = config.copy_and_resolve_references().unlock()
+    other.data.extra = 7
+    del other["mixup"]
+    gathered(monkeypatch, other.to_dict())
+    with pytest.raises(InputError) as refusal:
+        run_config.check_same_everywhere(config)
+    assert str(refusal.value) == (
+        "data.extra is missing in process 0, 7 in process 1; "
+        f"mixup is {config.mixup} in process 0, missing in process 1; "
+        "start all with the same flags"
+    )
+
+
+def test_a_checkpoint_that_one_process_finds_damaged_is_damaged_for_all(monkeypatch, tmp_path):
+    gathered(monkeypatch, [False, "1 of 3 files are missing or changed: d/0"])
+    with pytest.raises(ValueError, match="1 of 3 files are missing"):
+        checkpoint._check_files_in_all(tmp_path, 3)
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}

@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -41,7 +40,7 @@ from jaxvid.data.packing import Clip, Part, Settings, encode, plan
 from jaxvid.data.scan import Skipped
 from jaxvid.data.table import format_table, list_videos, table_path
 from jaxvid.errors import InputError, printable
-from jaxvid.files import format_json
+from jaxvid.files import LockedError, format_json, locked
 
 # ------------------------------------------------------------------ what goes to disk
 
@@ -224,17 +223,17 @@ def prepare(
     mine, tag = parts[shard[0] :: shard[1]], f".{shard[0]}-of-{shard[1]}.partial"
     try:
         _claim(output, {**dataclasses.asdict(settings), "labels": labels, "list": listed})
-        with open(output / ".parts" / f"lock{tag}", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{output}: another prepare writes it; wait for it") from None
+        with locked(output / ".parts" / f"lock{tag}"):
             try:
                 _do_parts(mine, output, settings, labels, tag, workers)
                 return _conclude(parts, mine, output, labels, settings)
             finally:
                 for partial in (output / ".parts").glob(f"*{tag}"):
                     partial.unlink(missing_ok=True)
+    except LockedError as error:
+        raise InputError(
+            f"{output}: another prepare writes it ({error.holder}); wait for it"
+        ) from None
     except OSError as error:
         raise InputError(
             f"{error.filename or output}: cannot be written ({error.strerror or error}); mend that "
