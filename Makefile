@@ -1,5 +1,5 @@
-# make demo · make demo-stam · make test · make lint · make test-full (at full size) · make
-# test-mutation: each sets up what it needs in .venv, once.
+# make demo · make demo-stam · make test · make lint · make test-full (at full size) ·
+# make test-mutation: each sets up what it needs in .venv, once.
 
 PYTHON ?= python3
 VENV := .venv
