@@ -144,7 +144,7 @@ try:
         if sys.argv[2] == "1":
             resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
         state = {"step": np.int32(1), "weights": weights}
-        checkpoint.save_checkpoint(manager, state, Position())
+        checkpoint.save_checkpoint(manager, state, {"data": Position()})
         checkpoint.finish_saving(manager)
 except InputError as error:
     print(f"error: {error}", flush=True)

@@ -26,14 +26,20 @@ from tests.outputs import check_same_outputs, measured, rows, weights
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _rows_of_two_steps():
+    """Let a log window have `log_steps` steps, although the runs are so short."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "MIN_ROWS", 2)
+        yield
+
+
 @pytest.fixture(scope="module")
 def run(motion_folder, tmp_path_factory):
     """A finished run of 4 epochs (12 steps): its workdir, its config and its report."""
     config = shrunk_config(motion_folder, num_epochs=4.0)
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "MIN_ROWS", 2)  # so that a row is of 2 steps, as the config asks
-        return workdir, config, train(config, workdir)
+    return workdir, config, train(config, workdir)
 
 
 def test_a_run_leaves_everything_that_it_promises(run):
@@ -120,7 +126,6 @@ def test_stops_at_awkward_moments_change_no_output(run, tmp_path, monkeypatch, s
     signals as one of several processes does: from the metrics.
     """
     workdir, config, _ = run
-    monkeypatch.setattr(metrics, "MIN_ROWS", 2)
     if several:
         monkeypatch.setattr(watch.Signals, "stops_alone", False)
     stop_step, evaluation = None, None
@@ -167,7 +172,6 @@ def test_stops_at_awkward_moments_change_no_output(run, tmp_path, monkeypatch, s
 
 def test_a_run_without_its_checkpoints_begins_its_own_record(run, tmp_path, monkeypatch):
     workdir, config, _ = run
-    monkeypatch.setattr(metrics, "MIN_ROWS", 2)
     shutil.copytree(workdir, tmp_path / "w")
     shutil.rmtree(tmp_path / "w" / "checkpoints")
     card = tmp_path / "w" / "best" / "model.json"
