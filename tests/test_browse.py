@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from jaxvid.data.browse import make_rows
@@ -25,6 +26,19 @@ def test_rows_are_training_clips_and_views(motion_folder):
     assert all(clip.shape == (8, 64, 64, 3) and len(indices) == 8 for _, clip, indices in rows)
     assert (rows[2][2] != rows[5][2]).any()  # another clip, other frames
     assert (rows[2][1] != rows[3][1]).any()  # another crop, other pixels
+
+
+def test_unrounded_views_are_drawn_in_whole_grey_levels(motion_folder):
+    config = shrunk_config(motion_folder).unlock()
+    titles, views = [], []
+    for resize in ("antialiased", "bilinear"):
+        config.data.resize, config.eval.short_side = resize, 64
+        title, clip, _ = make_rows(config, 1)[1]
+        titles.append(title)
+        views.append(clip)
+    assert titles[0] == titles[1]
+    assert all(view.dtype == np.uint8 for view in views)
+    assert 0 < abs(views[0].astype(int) - views[1]).mean() < 3
 
 
 def test_the_browse_command(motion_folder, tmp_path):

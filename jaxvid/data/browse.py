@@ -19,7 +19,7 @@ from absl import app, flags
 from matplotlib.figure import Figure
 
 from jaxvid import cli
-from jaxvid.data import clips
+from jaxvid.data import clips, transforms
 from jaxvid.data.decode import DecodeError
 from jaxvid.data.sources import Record, open_folder
 from jaxvid.errors import InputError
@@ -86,7 +86,7 @@ def _rows_of(record: Record, split: str, spec: clips.ClipSpec, rng, title: str) 
     views = clips.load_eval_views(record, spec)
     indices = np.repeat(views["indices"], spec.num_crops, axis=0)
     return [
-        (f"{title}, view {v}", clip, places)
+        (f"{title}, view {v}", transforms.to_uint8(clip), places)
         for v, (clip, places) in enumerate(zip(views["video"], indices, strict=True))
     ]
 

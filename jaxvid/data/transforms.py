@@ -78,6 +78,13 @@ def resize_bilinear(frames: np.ndarray, short_side: int, *, exact: bool = False)
     return _resize_opencv(frames, height, width)
 
 
+def to_uint8(frames: np.ndarray) -> np.ndarray:
+    """Round frames of `resize_bilinear(..., exact=True)` to whole grey levels, to be drawn."""
+    if frames.dtype != np.uint16:
+        return frames
+    return np.rint(frames / FRACTIONS).astype(np.uint8)
+
+
 def _resize_opencv(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     size = (width, height)
     return np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR) for frame in frames])
