@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
 
@@ -454,3 +455,22 @@ def test_all_outputs_of_a_run_whose_checkpoints_were_deleted_are_moved_aside(tmp
     checkpoint.tidy_outputs(run)
     assert [path.name for path in run.iterdir()] == ["previous"]
     assert {path.name for path in (run / "previous").iterdir()} == early | late
+
+
+def test_a_background_save_that_fails_is_published_to_the_other_processes(tmp_path, monkeypatch):
+    published = []
+
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "_wait_for_checkpointers", fail)
+    monkeypatch.setattr(checkpoint.processes, "publish", published.append)
+    with checkpoint.make_manager(tmp_path, keep=2) as manager:
+        with pytest.raises(OSError, match="no space"):
+            manager._wait_for_checkpointers()
+        monkeypatch.undo()
+    [error] = published
+    assert isinstance(error, InputError)
+    assert isinstance(error.__context__, OSError)
+    assert f"written to {tmp_path}/checkpoints (no space); whole ones" in str(error)
+    assert "of the steps: none; make room" in str(error)
