@@ -229,9 +229,19 @@ def restore_newest(
             cannot be restored.
     """
     damaged = []
+    # Who deletes checkpoints/ starts from the beginning; an earlier start may have emptied it.
+    emptied = (workdir / "checkpoints").is_dir() and not find_steps(workdir)
+    moved_before = [*(workdir / "damaged").glob("*")] if emptied else []
     while True:
         manager, is_whole = make_manager(workdir, keep=keep), False
         step = manager.latest_step()
+        seen = sharding.gather(step)
+        if any(other != step for other in seen):
+            manager.close()
+            raise InputError(
+                f"{workdir}: the processes find different newest checkpoints ({seen}); give all of "
+                "them the same --workdir"
+            )
         if step is None:
             break
         try:
@@ -255,11 +265,11 @@ def restore_newest(
             "is used",
             *(step, reason, damaged[-1]),
         )
-    if damaged:
+    if damaged := damaged or moved_before:
         manager.close()
         raise InputError(
             f"{workdir}: every checkpoint is damaged ({', '.join(map(str, damaged))}); restore "
-            "one, or choose another --workdir"
+            "one, delete WORKDIR/damaged to train from the beginning, or choose another --workdir"
         )
     return manager, None
 

@@ -163,7 +163,8 @@ def compare_tables(before: dict, after: dict, workdir: Path) -> list[str]:
             ("still wrong", changed & ~was & ~is_now),
         )
     }
-    protocols = before["protocol"], after["protocol"]
+    # Older reports do not name the matrix: there was only one.
+    protocols = [{"color_matrix": "tagged"} | side["protocol"] for side in (before, after)]
     differences = [
         f"{name} was {protocols[0].get(name)!r}, now {protocols[1].get(name)!r}"
         for name in {**protocols[0], **protocols[1]}

@@ -32,7 +32,12 @@ from jaxvid.eval_files import (
     read_table,
     save_report,
 )
-from jaxvid.loading import check_preprocessing, preprocessing, resolve_color_matrix
+from jaxvid.loading import (
+    check_preprocessing,
+    default_color_matrix,
+    preprocessing,
+    resolve_color_matrix,
+)
 from jaxvid.metrics import log
 from jaxvid.models import Params, abstract_model, make_model_config
 from jaxvid.scoring import Results
@@ -286,8 +291,9 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
         check_preprocessing(source, config)
         card = model_folder.load_card(source)
         params = model_folder.load_params(source, abstract_params)
-        config = resolve_color_matrix(config, card["preprocessing"] or {})
-        expected, found = card["preprocessing"] or {}, preprocessing(config)
+        expected = {"color_matrix": default_color_matrix(card)} | (card["preprocessing"] or {})
+        config = resolve_color_matrix(config, expected)
+        found = preprocessing(config)
         changed = {
             field: f"{field} was {expected[name]!r}, now {found[name]!r}"
             for field, name in ((field, field.partition(".")[2]) for field in CLIP_FIELDS)
@@ -304,6 +310,9 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
             raise InputError(f"{workdir} holds another model: {'; '.join(other)}")
         named = workdir / "best"  # a checkpoint does not name its classes
         card = model_folder.load_card(named) if model_folder.is_there(named) else None
+        if config.data.color_matrix == "auto" and card:
+            changed.pop("data.color_matrix", None)
+            config = resolve_color_matrix(config, card["preprocessing"] or {})
         source = str(workdir / "checkpoints" / str(step))
         params = checkpoint.restore_params(workdir, step, abstract_params)
     log.info("evaluating %s", source)

@@ -103,7 +103,13 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
                 "shape": list(clip_shape(spec, "b")),
                 "dtype": "uint8",
                 "meaning": "clips (b, t, h, w, RGB), sampled, resized and cropped as "
-                "`preprocessing` says; mean and std are applied inside",
+                "`preprocessing` says, in whole grey levels; mean and std are applied inside"
+                + (
+                    " (evaluation does not round to whole grey levels where resize is bilinear: "
+                    "logits differ by up to 1e-2)"
+                    if spec.resize == "bilinear"
+                    else ""
+                ),
             },
             "output": {
                 "shape": ["b", model.config.num_classes],

@@ -93,6 +93,9 @@ def write_file(path: Path, data: bytes) -> Path:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
+        # Replacing /dev/null would remove the device.
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError(errno.EINVAL, "not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)
         partial.replace(path)

@@ -51,6 +51,7 @@ SAMPLINGS = {
     "rate": "evenly over 10 seconds",
 }
 RESIZES = {"antialiased": "with antialiasing", "bilinear": "without antialiasing"}
+MATRICES = {"tagged": "by the matrix that each file names", "bt601": "by BT.601"}
 CURVES = ("train/loss", "val/loss", "train/top1", "val/top1", "learning_rate")
 
 
@@ -131,7 +132,8 @@ def describe_protocol(protocol: dict) -> list[str]:
         + SAMPLINGS[protocol["sampling"]].format(**protocol)
         + (", by the times that they are shown at" if protocol["by_time"] else ""),
         f"{size} × {size} px, cut from a short side of {protocol['short_side']} px, resized "
-        + RESIZES[protocol["resize"]],
+        + RESIZES[protocol["resize"]]
+        + f"; video to RGB: {MATRICES[protocol['color_matrix']]}",
         f"a video's score is the {protocol['score']}, computed in {protocol['dtype']}",
     ]
 

@@ -55,7 +55,8 @@ def read_preprocessing(card: dict, path: Path) -> dict:
         field.name: field.default
         for field in dataclasses.fields(ClipSpec)
         if field.name in CLIP_FIELDS and field.default is not dataclasses.MISSING
-    } | how
+    }
+    values |= {"color_matrix": default_color_matrix(card)} | how
     problems = [f"has no {name}" for name in fields if name not in values]
     for name, value in how.items():
         if name not in fields:
@@ -84,9 +85,14 @@ def resolve_color_matrix(config: ConfigDict, preprocessing: dict) -> ConfigDict:
     """Replace `data.color_matrix="auto"` in a config by the value in a model card."""
     if config.data.color_matrix != "auto":
         return config
-    config = ConfigDict(config).unlock()
+    config = config.copy_and_resolve_references().unlock()
     config.data.color_matrix = preprocessing.get("color_matrix", "tagged")
     return config.lock()
+
+
+def default_color_matrix(card: dict) -> str:
+    """Return the matrix of a model folder that is older than its field `color_matrix`."""
+    return "bt601" if (card["provenance"] or {}).get("kind") == "stam" else "tagged"
 
 
 def check_preprocessing(folder: str | Path, config) -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from jaxvid import progress
 from jaxvid.errors import InputError
+from jaxvid.files import write_file
 
 log = logging.getLogger("jaxvid")
 MAX_CLASS_SCALARS = 50
@@ -44,9 +45,15 @@ def setup_logging(workdir: Path) -> None:
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     file.handleError = lambda _: None  # a full disk is told by what cannot do without it
     console = logging.Handler(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
-    console.emit = lambda record: tqdm.write(record.getMessage(), file=sys.stderr)
+    console.emit = _write_to_console
     log.addHandler(file)
     log.addHandler(console)
+
+
+def _write_to_console(record: logging.LogRecord) -> None:
+    """Print a line; a console that is gone must not end a run, as log.txt has everything."""
+    with contextlib.suppress(SystemExit, InputError, OSError):
+        tqdm.write(record.getMessage(), file=sys.stderr)
 
 
 def sum_metrics(batches: list[dict]) -> dict[str, np.ndarray]:
@@ -193,8 +200,8 @@ class SkippedVideos:
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
         # The last line may be that of a run that was killed while it wrote.
         lines = text[: text.rfind("\n") + 1]
-        if lines != text:
-            self._path.write_text(lines, encoding="utf-8")
+        if lines != text and not jax.process_index():
+            write_file(self._path, lines.encode())
         self._listed = read_skipped(workdir)
         self._failed: set[str] = set()
 

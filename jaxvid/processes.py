@@ -633,7 +633,7 @@ def end_now(code: int) -> None:
     for child in multiprocessing.active_children():
         child.kill()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, SystemExit):  # guard's streams raise the last
             stream.flush()
     os._exit(code)
 

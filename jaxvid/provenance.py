@@ -107,8 +107,14 @@ def check_same_videos(described) -> None:
 def last_start(workdir: Path) -> dict | None:
     """Return the facts of the last start in `WORKDIR/starts.jsonl`; None: there was none."""
     path = workdir / "starts.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = _read_starts(path)
     return json.loads(lines[-1]) if lines else None
+
+
+def _read_starts(path: Path) -> list[str]:
+    """Return the lines of `starts.jsonl`; other line separators than newline may be in names."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [line for line in text.split("\n") if line]
 
 
 def note_start(workdir: Path, facts: dict) -> None:
@@ -121,7 +127,7 @@ def note_start(workdir: Path, facts: dict) -> None:
     """
     check_same_videos(facts["data"])
     path = workdir / "starts.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = _read_starts(path)
     last = last_start(workdir) or facts
     now, before = facts["data"]["train"], last["data"]["train"]
     # What began before labels were noted has none to compare.

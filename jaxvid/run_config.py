@@ -122,6 +122,9 @@ def compare_config(workdir: Path, config) -> dict[str, str]:
         raise InputError(f"{path} is damaged; choose another --workdir") from None
     now = _flatten(json.loads(json.dumps(config.to_dict())))
     before = {name: value for name, value in ADDED_FIELDS.items() if name in now} | before
+    for fields in (before, now):  # training takes the one for the other
+        if fields.get("data.color_matrix") == "auto":
+            fields["data.color_matrix"] = "tagged"
     return {
         name: f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted({*before, *now})

@@ -311,6 +311,10 @@ def train(
                     read_metrics()
                     write_row()
             checkpoint.finish_saving(manager)
+        except SystemExit:  # the save before an evaluation may still run, and fail
+            if jax.process_count() == 1:
+                checkpoint.finish_saving(manager)
+            raise
         except watch.NotFiniteError as error:
             ids = sum(sharding.gather(error.ids), [])
             videos = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")

@@ -128,7 +128,7 @@ def look_at(video: str | Path, folder: str | Path, *, clip: int = 0, num_clips: 
     if not 0 <= clip < num_clips:
         raise InputError(f"--clip={clip}: there are 0 to {num_clips - 1} (--num_clips={num_clips})")
     sharding.use_compilation_cache()
-    card, model, spec = open_model(folder)
+    card, model, spec = open_model(folder, "float32")  # as evaluation computes
     how, labels = card["preprocessing"], card["labels"]
     # Clip 0 is the same whatever their number, and the others need not be decoded.
     spec = dataclasses.replace(spec, num_clips=num_clips if clip else 1, num_crops=1)

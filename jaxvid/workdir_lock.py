@@ -44,8 +44,13 @@ def _enter(stack: contextlib.ExitStack, workdir: Path) -> None:
             f"{workdir}: another run uses it ({error.holder}); wait for it or choose another "
             "--workdir"
         ) from None
-    except OSError:  # whoever writes the first file says why
-        return
+    except OSError as error:
+        if (workdir / LOCK).exists():
+            raise InputError(
+                f"{workdir / LOCK} cannot be opened ({error.strerror}); a run of another user may "
+                "use the workdir: choose another --workdir"
+            ) from None
+        return  # the workdir cannot be written: its first writer says why
     if not held:
         print(f"{workdir}: its file system has no locks; start one run at a time", file=sys.stderr)
 

@@ -175,7 +175,7 @@ def test_configs_are_compared_field_by_field(tmp_path):
     assert run_config.compare_config(tmp_path, config) == {}
     config.data.color_matrix = "bt601"
     found = run_config.compare_config(tmp_path, config)
-    assert found == {"data.color_matrix": "data.color_matrix was 'auto', now 'bt601'"}
+    assert found == {"data.color_matrix": "data.color_matrix was 'tagged', now 'bt601'"}
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json is damaged"):
         run_config.compare_config(tmp_path, config)
@@ -343,6 +343,9 @@ def test_damaged_checkpoints_are_moved_aside_and_named(tmp_path, lines):
         damage(tmp_path, step)
     with pytest.raises(InputError, match="every checkpoint is damaged .*/3_again, .*/2"):
         restore(tmp_path)
+    with pytest.raises(InputError, match="every checkpoint is damaged .*restore one, delete"):
+        restore(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
     assert restore(tmp_path) == (None, -1, -1)
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import jaxvid
 from jaxvid import model_folder
 from jaxvid.errors import InputError
+from jaxvid.loading import read_preprocessing, resolve_color_matrix
 from jaxvid.predict import main
 
 
@@ -97,3 +99,20 @@ def test_weights_that_are_not_finite_are_no_prediction(folders, clips, tmp_path,
     jaxvid.save_model(model, tmp_path / "nan", preprocessing=how)
     assert main([clips[0], "--model", str(tmp_path / "nan")]) == 2
     assert "logits that are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "matrix"), [("stam", "bt601"), ("xvit", "tagged"), (None, "tagged")]
+)
+def test_folders_older_than_the_color_matrix_get_the_one_of_their_program(damaged, kind, matrix):
+    card = model_folder.load_card(damaged)
+    card["preprocessing"].pop("color_matrix", None)
+    card["provenance"] = {"kind": kind} if kind else {}
+    assert read_preprocessing(card, damaged / "model.json")["color_matrix"] == matrix
+
+
+def test_resolving_the_color_matrix_leaves_the_config_as_it_is():
+    config = ConfigDict({"data": {"color_matrix": "auto"}}).lock()
+    resolved = resolve_color_matrix(config, {"color_matrix": "bt601"})
+    assert (resolved.data.color_matrix, config.data.color_matrix) == ("bt601", "auto")
+    assert resolved.is_locked

@@ -167,7 +167,8 @@ class PackRecords(Sequence):
                 f"{name}: its features are {sorted(info.features)}; needed are 'frames', a "
                 "Sequence of Text with JPEG bytes, and 'label', a ClassLabel"
             )
-        _check_label_file(Path(info.root) / LABEL_FILE, info.num_classes)
+        if is_folder:  # other TFDS data sets may name no class
+            _check_label_file(Path(info.root) / LABEL_FILE, info.num_classes)
         self.labels, self.paths = info.labels, info.paths
         self._ends = list(itertools.accumulate(info.lengths))  # of each file's records
         root = info.root
@@ -393,5 +394,6 @@ class TfdsVideo:
         found = self.records.read(self.index)
         self._label = found["label"]
         frames, fps = found["frames"], found.get("fps", 0.0)
-        rate = float(fps) if 0.01 <= fps <= 1000 else None
+        # The shortest decimal: 6.4 is 6.4000001 in float32.
+        rate = float(str(np.float32(fps))) if 0.01 <= fps <= 1000 else None
         return JpegFrames(f"{self.records.name}: {self.id}", len(frames), rate, frames.__getitem__)

@@ -85,11 +85,12 @@ def open_folder(data, num_classes: int, splits: tuple[str, ...]) -> VideoFolder:
         names = ", ".join(repr(name) for name in SOURCES[:-1])
         raise InputError(f"data.source={data.source!r}: there are {names} and {SOURCES[-1]!r}")
     notes = [f"{folder}: skipped {skipped}"] if str(skipped) else []
-    packed = read_color_matrix(folder) if data.source == "pack" else None
-    if packed and data.color_matrix not in ("auto", packed):
+    used = "tagged" if data.color_matrix == "auto" else data.color_matrix
+    packed = read_color_matrix(folder) if data.source in ("pack", "xvit_h5") else None
+    if packed not in (None, used):
         notes.append(
-            f"{folder} was packed with color_matrix={packed}, but data.color_matrix is "
-            f"{data.color_matrix}; prepare it again with --color_matrix {data.color_matrix}"
+            f"{folder} was packed with color_matrix={packed}, but data.color_matrix is {used}; set "
+            f"--config.data.color_matrix={packed} or prepare it again with --color_matrix {used}"
         )
     left_out = ()
     if data.skip_broken and "train" in records:
