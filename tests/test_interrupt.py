@@ -399,7 +399,12 @@ def test_signals_at_random_moments(name, inputs, tmp_path):
             _, stderr = process.communicate()
         assert process.returncode == 0, stderr
         programs.check_outputs(name, out)
-        assert programs.list_files(out) == programs.list_files(whole)
+        found, expected = (
+            # Orbax draws the names of its files, and a run that was stopped keeps another step.
+            {path for path in programs.list_files(folder) if "checkpoints/" not in str(path)}
+            for folder in (out, whole)
+        )
+        assert found == expected
 
     with concurrent.futures.ThreadPoolExecutor(2) as lanes:
         list(lanes.map(interrupt_one_by_one, range(2)))
