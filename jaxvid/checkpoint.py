@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from jaxvid.metrics import log
 from jaxvid.models import Params
 
 _noting = threading.Lock()
+RESTORE_SECONDS = 30.0  # how long a process that cannot restore waits for the others
 # Outputs that a run only has once it has saved a checkpoint.
 LATE_OUTPUTS = (
     *("best", "model", "eval.json", "eval_videos.csv", "eval.html", "comparison.json"),
@@ -246,12 +248,11 @@ def restore_newest(
             break
         try:
             is_whole = _check_files_in_all(workdir, step)
-            return manager, _restore(manager, step, abstract_state, resumables)
-        except (jax.errors.JaxRuntimeError, MemoryError, processes.PeerError):
-            raise  # not the checkpoint's fault
+            return manager, _restore_in_all(manager, step, abstract_state, resumables)
         except Exception as error:  # Orbax raises bare ones
-            cause = error.__cause__ or error
-            reason = one_line(cause, 200)
+            if not _may_be_damage(error):
+                raise
+            reason = one_line(error, 200)
         manager.close()
         if is_whole:
             raise InputError(
@@ -312,6 +313,41 @@ def _check_files_in_all(workdir: Path, step: int) -> bool:
     return all(is_whole for is_whole, _ in found)
 
 
+def _restore_in_all(manager, step: int, abstract_state: dict, resumables: dict) -> dict:
+    """Restore a checkpoint in all processes, so that all continue from it or none does.
+
+    Raises:
+        ValueError: It cannot be restored in some process.
+        InputError: It cannot be restored in this process alone.
+    """
+    state, failure = None, None
+    try:
+        state = _restore(manager, step, abstract_state, resumables)
+    except Exception as error:  # Orbax raises bare ones
+        if not _may_be_damage(error):
+            raise
+        failure = error
+    reason = failure and one_line(failure.__cause__ or failure, 200)
+    try:
+        # Another process may wait for this one inside Orbax.
+        reasons = sharding.gather(reason, RESTORE_SECONDS if reason else math.inf)
+    except TimeoutError:
+        raise InputError(
+            f"{manager.directory}/{step}: cannot be restored in this process ({reason}), but in "
+            "another; give all processes the same files"
+        ) from None
+    if reasons := [*filter(None, reasons)]:
+        raise ValueError(reasons[0])
+    return state
+
+
+def _may_be_damage(error: Exception) -> bool:
+    """Whether a damaged checkpoint may have caused an error, rather than memory or a process."""
+    if isinstance(error, MemoryError | InputError | jax.errors.JaxRuntimeError):
+        return False
+    return jax.process_count() == 1 or not processes.is_of_runtime(error)
+
+
 def _restore(manager, step: int, abstract_state: dict, resumables: dict[str, Resumable]) -> dict:
     folder = Path(manager.directory) / str(step)
     # Older checkpoints have no log window: theirs starts empty.
@@ -343,6 +379,7 @@ def tidy_outputs(workdir: Path) -> None:
     Raises:
         InputError: The outputs cannot be moved.
     """
+    sharding.wait_for_all("outputs")  # others may still read weights from `best/`
     sharding.in_all(_tidy_outputs, workdir)
 
 

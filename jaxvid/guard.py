@@ -45,6 +45,7 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -62,13 +63,14 @@ def run(module: str, hint: str = "") -> NoReturn:
         module: Name of the module.
         hint: Ends the line that is printed after a signal, e.g. "; run the same command again".
     """
+    global _process
     _open_closed_descriptors()
     # After a forced end, the tracker of `multiprocessing` tidies up and would write about it.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     supervisor = _supervise() if _memory_limits() else _Supervisor()
     for name in ("stdout", "stderr"):
         _replace_stream(name)
-    process = _Process(hint, supervisor)
+    process = _process = _Process(hint, supervisor)
     try:
         process.watch()
         process.status = importlib.import_module(module).main() or 0
@@ -106,6 +108,18 @@ def describe(error: Exception) -> tuple[int, str]:
     return 1, ""
 
 
+def exit_now(status: int) -> NoReturn:
+    """End the process at once, without exit handlers."""
+    if _process is None:  # the program is used as a library
+        os._exit(status)
+    _process.end(status)
+
+
+def stderr_fd() -> int:
+    """Return the descriptor of the true stderr; under a supervisor, 2 is held back."""
+    return 2 if _process is None else _process.supervisor.stderr_fd
+
+
 class _Supervisor(NamedTuple):
     """Descriptors that connect a program with the process that supervises it, if any.
 
@@ -125,12 +139,13 @@ class _Process:
 
     Attributes:
         status: The program's exit status; None: not known yet.
+        supervisor: Connects it with the process that supervises it.
     """
 
     def __init__(self, hint: str, supervisor: _Supervisor):
         self.status: int | None = None
         self._stopping = False
-        self._hint, self._supervisor = hint, supervisor
+        self._hint, self.supervisor = hint, supervisor
         self._lock = threading.RLock()  # the handler may interrupt itself
 
     def watch(self) -> None:
@@ -149,7 +164,7 @@ class _Process:
 
     def _wait(self, read_fd: int) -> None:
         """End the process when a signal comes; the main thread may be in a C call."""
-        parent_fd = self._supervisor.parent_fd
+        parent_fd = self.supervisor.parent_fd
         sources = [read_fd] if parent_fd is None else [read_fd, parent_fd]
         while True:
             ready, _, _ = select.select(sources, [], [])
@@ -165,12 +180,12 @@ class _Process:
             if not self._stopping:  # otherwise a second signal has interrupted this function
                 self._stopping = True
                 word = "interrupted" if number == signal.SIGINT else "terminated"
-                stderr_fd = self._supervisor.stderr_fd
+                stderr_fd = self.supervisor.stderr_fd
                 erase_bar = "\r\x1b[K" if os.isatty(stderr_fd) else ""
                 _kill_workers()  # they would write to stderr
                 with contextlib.suppress(OSError):
                     os.write(stderr_fd, f"{erase_bar}{word}{self._hint}\n".encode())
-            self._end(128 + number)
+            self.end(128 + number)
 
     def _leave(self) -> None:
         """End the process after all other exit handlers.
@@ -179,11 +194,12 @@ class _Process:
         """
         self.flush()
         if self.status is not None:
-            self._end(self.status)
+            self.end(self.status)
 
-    def _end(self, status: int) -> NoReturn:
-        if self._supervisor.ended_fd is not None:
-            os.write(self._supervisor.ended_fd, b".")
+    def end(self, status: int) -> NoReturn:
+        """End the process at once; the supervisor learns that it has not crashed."""
+        if self.supervisor.ended_fd is not None:
+            os.write(self.supervisor.ended_fd, b".")
         os._exit(status)
 
     def print_line(self, line: str) -> None:
@@ -203,6 +219,28 @@ class _Process:
             self.status = InputError.EXIT_CODE
         with contextlib.suppress(InputError, SystemExit):
             sys.stderr.flush()
+
+
+_process: _Process | None = None
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Block SIGINT and SIGTERM in this thread; threads and processes that it starts inherit that.
+
+    Otherwise a signal during a worker's first tenths of a second, before it calls
+    `ignore_signals`, would end it with a traceback, and the parent would hang: `multiprocessing`
+    goes on writing to the pipe of a worker that has died. Other threads of this process still take
+    signals, and the handlers run as soon as the main thread executes Python code.
+    """
+    from multiprocessing import resource_tracker  # takes longer to import than this module
+
+    resource_tracker.ensure_running()  # it unblocks signals when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore_signals() -> None:

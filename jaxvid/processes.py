@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import socket
@@ -24,12 +25,14 @@ import jax
 from jax._src import distributed
 from jax._src.lib import _jax
 
+from jaxvid import guard
 from jaxvid.errors import InputError, one_line
 
 JOIN_SECONDS = 300.0  # how long the processes of a run wait for each other at start-up
 BEAT_SECONDS = 1.0  # between two signs of life
 LOST_SECONDS = 30.0  # without a sign of life for so long, a process is lost
 HUNG_SECONDS = 1800.0  # how long the others wait for a process that lives but does not come
+COLLECTIVE_LIBRARIES = ("Gloo", "NCCL", "RCCL")
 GRACE_SECONDS = 5.0  # for the main thread to end the process by itself
 
 
@@ -391,22 +394,25 @@ class Peers:
         """Count a point that all processes come to."""
         self._reached += 1
 
-    def exchange(self, value) -> list:
+    def exchange(self, value, seconds: float = math.inf) -> list:
         """Return every process's value; all processes must call it.
 
         Args:
             value: A tree that JSON can hold.
+            seconds: How long to wait for the others.
 
         Raises:
             PeerError: Another process failed.
+            TimeoutError: Another process did not come in time.
         """
+        until = time.monotonic() + seconds
         self.reach()
         number, self._rounds = self._rounds, self._rounds + 1
         self._check()
         with self._failure_first():
             self._store.set(f"jaxvid/value/{number}/{self.index}", json.dumps(value))
             values = [
-                json.loads(self._wait_for(f"jaxvid/value/{number}/{process}"))
+                json.loads(self._wait_for(f"jaxvid/value/{number}/{process}", until))
                 for process in range(self.count)
             ]
             if number:  # all have sent this value, and so have read the one before it
@@ -425,9 +431,11 @@ class Peers:
                 self._wait_for(f"jaxvid/state/left/{process}")
         self._left.set()
 
-    def _wait_for(self, key: str) -> str:
+    def _wait_for(self, key: str, until: float = math.inf) -> str:
         while (text := self._store.get(key, BEAT_SECONDS)) is None:
             self._check()
+            if time.monotonic() > until:
+                raise TimeoutError(key)
         return text
 
     def _check(self) -> None:
@@ -473,7 +481,7 @@ class Peers:
         """
         if isinstance(error, PeerError):
             failure = self._fail(error.process, error.cause)
-        elif _is_of_runtime(error) and self._failed.wait(LOST_SECONDS + GRACE_SECONDS):
+        elif is_of_runtime(error) and self._failed.wait(LOST_SECONDS + GRACE_SECONDS):
             failure = self._failure
         else:
             self._report = self._report or report(error)
@@ -500,7 +508,7 @@ class Peers:
         failure = self.publish(error)
         if not self._claim("main"):
             threading.Event().wait()  # the watch has reported it, and is ending the process
-        caused = _is_of_runtime(error) and error is not self._own
+        caused = is_of_runtime(error) and error is not self._own
         until = time.monotonic() + 2 * GRACE_SECONDS
         while not self.index and time.monotonic() < until and not self._all_know():
             time.sleep(0.1)
@@ -573,7 +581,7 @@ class Peers:
         if self._claim("watch"):
             text = self._report if is_own else f"error: {self._failure}\n"
             with contextlib.suppress(OSError):
-                os.write(2, ("\n" * sys.stderr.isatty() + text).encode())
+                os.write(guard.stderr_fd(), ("\n" * sys.stderr.isatty() + text).encode())
         else:
             until = time.monotonic() + 3 * GRACE_SECONDS
             while self._code is None and time.monotonic() < until:
@@ -590,11 +598,15 @@ def _silence(seconds: float) -> str:
     return f"no sign of life for {seconds:.0f} s; it was killed or hangs"
 
 
-def _is_of_runtime(error: BaseException | None) -> bool:
+def is_of_runtime(error: BaseException | None) -> bool:
     """Whether an error comes from JAX's runtime: another process may be its cause."""
-    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+    while error is not None:
+        # XLA also raises ValueErrors: "UNKNOWN: Gloo AllGather failed".
+        in_collective = any(library in str(error) for library in COLLECTIVE_LIBRARIES)
+        if isinstance(error, jax.errors.JaxRuntimeError) or in_collective:
+            return True
         error = error.__cause__ or error.__context__
-    return error is not None
+    return False
 
 
 def describe(error: BaseException) -> str:
@@ -606,12 +618,14 @@ def describe(error: BaseException) -> str:
             return "interrupted"
         case SystemExit():
             return f"ended with exit code {exit_code(error)}"
+        case Exception() if guard.describe(error)[0] == InputError.EXIT_CODE:
+            return guard.describe(error)[1].removeprefix("error: ")
     return f"{type(error).__name__}: {one_line(error)}; its own output has the traceback"
 
 
 def report(error: BaseException) -> str:
     """Return what this process prints of an error where its main thread cannot."""
-    if isinstance(error, Exception) and not isinstance(error, InputError):
+    if isinstance(error, Exception) and exit_code(error) == 1:
         return "".join(traceback.format_exception(error))
     return f"error: {describe(error)}\n"
 
@@ -619,12 +633,12 @@ def report(error: BaseException) -> str:
 def exit_code(error: BaseException) -> int:
     """Return the exit code of a process that ends with an error."""
     match error:
-        case InputError():
-            return InputError.EXIT_CODE
         case KeyboardInterrupt():
             return 130
         case SystemExit():
             return error.code if isinstance(error.code, int) else int(error.code is not None)
+        case Exception():
+            return guard.describe(error)[0]
     return 1
 
 
@@ -635,7 +649,7 @@ def end_now(code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, SystemExit):  # guard's streams raise the last
             stream.flush()
-    os._exit(code)
+    guard.exit_now(code)
 
 
 def end_at_exit(code: int) -> None:

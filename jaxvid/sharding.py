@@ -236,14 +236,19 @@ def rows_of_process(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     return rows[0] // size, batch_size // size
 
 
-def gather(value) -> list:
-    """Return every process's `value`, a tree that JSON can hold; all must call it.
+def gather(value, seconds: float = math.inf) -> list:
+    """Return every process's value; all processes must call it.
+
+    Args:
+        value: A tree that JSON can hold.
+        seconds: How long to wait for the others.
 
     Raises:
         processes.PeerError: Another process failed.
+        TimeoutError: Another process did not come in time.
     """
     peers = processes.current()
-    return peers.exchange(value) if peers else [value]
+    return peers.exchange(value, seconds) if peers else [value]
 
 
 def in_all(function: Callable, *args):

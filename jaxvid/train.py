@@ -344,6 +344,7 @@ def train(
 
         # -------------------------------------------------------------- outputs
         # A signal does not interrupt them: the evaluation is done, and this ends the run.
+        signals.finish_run()
         if message := skipped.summary():
             log.info("%s", message)
         folder = workdir / "model"

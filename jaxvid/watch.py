@@ -32,6 +32,7 @@ class Signals:
 
     received: int | None = None
     _at_once = False
+    _consequence = "saving, then stopping"
     _wakeup_fd = -1
 
     def __enter__(self) -> "Signals":
@@ -49,7 +50,7 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
-        then = "stopping; all before it is saved" if self._at_once else "saving, then stopping"
+        then = "stopping; all before it is saved" if self._at_once else self._consequence
         with contextlib.suppress(RuntimeError):  # it came while a line was being written
             log.info("%s: %s", signal.Signals(number).name, then)
         if not _swallows_exceptions(frame):
@@ -73,6 +74,10 @@ class Signals:
             return function(*args)
 
         return call
+
+    def finish_run(self) -> None:
+        """Say from now on that a signal does not stop the run: its last outputs are written."""
+        self._consequence = "the run ends as soon as its outputs are written"
 
     @property
     def stops_alone(self) -> bool:

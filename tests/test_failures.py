@@ -152,6 +152,47 @@ except InputError as error:
 """
 
 
+RESTORING = """
+import sys
+from pathlib import Path
+
+import jax, numpy as np
+from jaxvid import checkpoint, processes, sharding
+from jaxvid.errors import InputError
+
+def damaged(*args):
+    raise ValueError("damaged")
+
+class Position:
+    def get_state(self):
+        return {}
+
+    def set_state(self, state):
+        pass
+
+checkpoint.RESTORE_SECONDS = 3.0
+try:
+    sharding.init_processes(sys.argv[1], 2, int(sys.argv[2]))
+    with processes.failing_together():
+        workdir, resumables = Path(sys.argv[3]), {"data": Position()}
+        mesh = jax.make_mesh((2,), ("fsdp",))
+        half = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+        data = np.arange(4, dtype=np.float32)
+        weights = jax.make_array_from_callback((4,), half, lambda index: data[index])
+        step = jax.device_put(np.int32(1), sharding.replicated(mesh))
+        state = {"step": step, "weights": weights}
+        with checkpoint.make_manager(workdir, keep=2) as manager:
+            checkpoint.save_checkpoint(manager, state, resumables)
+            checkpoint.finish_saving(manager)
+        if sys.argv[2] == "1":
+            checkpoint._restore = damaged
+        checkpoint.restore_newest(workdir, state, resumables, keep=2)
+except InputError as error:
+    print(f"error: {error}", flush=True)
+    sys.exit(error.EXIT_CODE)
+"""
+
+
 @contextlib.contextmanager
 def pair(program: str, *arguments: object) -> Iterator[list[subprocess.Popen]]:
     """Start a program `COORDINATOR PROCESS ...` in two processes, with pipes for their outputs."""
@@ -203,6 +244,21 @@ def test_a_checkpoint_that_one_process_cannot_write_ends_both(tmp_path):
     for output, start in zip(outputs, ("error: process 1: ", "error: "), strict=True):
         [line] = [line for line in output.splitlines() if "[Gloo]" not in line]
         assert line.startswith(f"{start}a checkpoint cannot be written to {tmp_path}")
+
+
+@pytest.mark.full
+def test_a_checkpoint_that_one_process_cannot_restore_ends_both(tmp_path):
+    """The other process restores it, or waits for this one inside Orbax."""
+    begun = time.monotonic()
+    with pair(RESTORING, tmp_path) as runs:
+        outputs = [run.communicate(timeout=SECONDS)[0] for run in runs]
+    assert time.monotonic() - begun < LIMIT
+    assert [run.returncode for run in runs] == [InputError.EXIT_CODE] * 2
+    for output, start in zip(outputs, ("error: process 1: ", "error: "), strict=True):
+        [line] = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert line.startswith(start)
+        assert "cannot be restored" in line
+        assert "Traceback" not in output
 
 
 @pytest.mark.full

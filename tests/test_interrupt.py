@@ -118,6 +118,65 @@ def test_a_signal_ends_a_program_wherever_it_is(start, body):
         assert (process.returncode, stderr) == (128 + number, f"{line}; again\n")
 
 
+def test_signals_are_blocked_in_workers_until_they_ignore_them(start):
+    """In those too that a thread starts; the resource tracker would unblock them there."""
+    body = """
+        import multiprocessing, threading, time
+        from pathlib import Path
+        from jaxvid import guard
+
+        def main():
+            worker = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(300,))
+            with guard.signals_blocked():
+                thread = threading.Thread(target=worker.start)
+                thread.start()
+                thread.join()
+            status = Path(f'/proc/{worker.pid}/status').read_text()
+            worker.kill()
+            print('ready', flush=True)
+            [line] = [line for line in status.splitlines() if line.startswith('SigBlk')]
+            print(line.split()[1])
+        """
+    process = start(body)
+    blocked = int(process.stdout.readline(), 16)
+    assert process.communicate(timeout=WAIT_SECONDS) == ("", "")
+    assert blocked == 1 << signal.SIGINT - 1 | 1 << signal.SIGTERM - 1
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_ctrl_c_while_workers_start_saves_and_stops(motion_folder, tmp_path):
+    """Ctrl-C signals the workers too. One that died of it made the parent hang."""
+    rng = np.random.default_rng(0)
+    for count in range(8):
+        arguments = programs.PROGRAMS["train"].arguments
+        places = {"out": tmp_path / str(count), "data": motion_folder}
+        command = [argument.format(**places) for argument in arguments]
+        command += ["--config.data.num_workers=2", "--config.num_epochs=10.0"]
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            children = Path(f"/proc/{process.pid}/task").glob
+            while not any(file.read_text() for file in children("*/children")):
+                assert process.poll() is None
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.5))
+            os.killpg(process.pid, signal.SIGINT)
+            output, _ = process.communicate(timeout=WAIT_SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        assert "Traceback" not in output
+        assert process.returncode == 130, output
+
+
 def test_training_saves_for_as_long_as_it_needs(start):
     """While `watch.Signals` is active the guard does nothing; afterwards it does."""
     body = """

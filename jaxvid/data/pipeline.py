@@ -178,7 +178,28 @@ def _to_iter(dataset: grain.MapDataset, num_threads: int, num_workers: int):
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1),
             worker_init_fn=_outlive_signals,
         )
+        return _WorkerIterator(iter(iter_dataset))
     return iter(iter_dataset)
+
+
+class _WorkerIterator:
+    """A Grain iterator whose worker processes start, at the first draw, with signals blocked."""
+
+    def __init__(self, iterator: grain.DatasetIterator):
+        self._iterator, self._started = iterator, False
+
+    def __iter__(self) -> "_WorkerIterator":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._started:
+            return next(self._iterator)
+        self._started = True
+        with guard.signals_blocked():
+            return next(self._iterator)
+
+    def __getattr__(self, name: str):
+        return getattr(self._iterator, name)
 
 
 def _outlive_signals(*_) -> None:
