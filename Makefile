@@ -25,6 +25,7 @@ test-mutation: $(VENV)/.mutation-installed
 lint: $(VENV)/.dev-installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 
 format: $(VENV)/.dev-installed
 	$(RUN) -m ruff check --fix .

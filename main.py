@@ -13,13 +13,13 @@ this one was told to stop), the state was saved and the same command continues.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    from jaxvid import guard
+    from jaxvid import entry_point
 
-    guard.run("main", "; run the same command to continue")
+    entry_point.run("main", "; run the same command to continue")
 elif __name__ == "__mp_main__":  # a worker process, which imports this file first
-    from jaxvid import guard
+    from jaxvid import entry_point
 
-    guard.ignore_signals()
+    entry_point.ignore_signals()
 
 import functools
 import gc
@@ -58,19 +58,19 @@ def run(_) -> None:
     # JAX, Orbax and Grain tell every step they take; what fails is raised, and told in one line.
     logging.set_verbosity(logging.FATAL)
     cli.hide_unfinished_saves()
-    from jaxvid import processes, sharding
+    from jaxvid.distributed import process_group, setup
     from jaxvid.errors import InputError
     from jaxvid.evaluate import evaluate
-    from jaxvid.report import draw_schedule
-    from jaxvid.run_config import check_same_everywhere
     from jaxvid.train import train
+    from jaxvid.training.plots import draw_schedule
+    from jaxvid.training.run_config import check_same_everywhere
 
     try:
-        sharding.init_processes(
+        setup.init_processes(
             *(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
             join_seconds=JOIN_SECONDS.value,
         )
-        with processes.failing_together():
+        with process_group.failing_together():
             profile_steps = cli.parse_range("profile")
             check_same_everywhere(CONFIG.value)
             if MODE.value == "train":
@@ -85,8 +85,19 @@ def run(_) -> None:
         sys.exit(InputError.EXIT_CODE)
 
 
+def _end_other_processes(values: dict[str, str], cause: str) -> None:
+    from jaxvid.distributed import setup  # takes seconds
+
+    setup.end_other_processes(values, cause)
+
+
 def main() -> None:
     """Parses the flags and runs what they name."""
-    needed = {"workdir": "FOLDER"}
-    parse = functools.partial(cli.parse_flags, doc=__doc__, module=__name__, needed=needed)
+    parse = functools.partial(
+        cli.parse_flags,
+        doc=__doc__,
+        module=__name__,
+        needed={"workdir": "FOLDER"},
+        end_other_processes=_end_other_processes,
+    )
     app.run(run, flags_parser=parse)

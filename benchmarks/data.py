@@ -30,11 +30,17 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageEnhance, ImageOps
 
-from jaxvid.data import augment, sampling, transforms
-from jaxvid.data.clips import ClipSpec, load_eval_views, load_train_clip
-from jaxvid.data.decode import Video
-from jaxvid.data.packing import Settings
-from jaxvid.data.packs import PackedVideo, PackRecords
+from jaxvid.data.clips.clip import (
+    ClipSpec,
+    autoaugment,
+    load_eval_views,
+    load_train_clip,
+    sampling,
+    transforms,
+)
+from jaxvid.data.formats.pack_reader import PackedVideo, PackRecords
+from jaxvid.data.formats.pack_writer import Settings
+from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.data.prepare import prepare
 
 NUM_FRAMES, SHORT_SIDE, CROP = 16, 256, 224
@@ -231,11 +237,11 @@ PILLOW = {  # operations of the policy, for one frame
 
 def pillow_autoaugment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The same draws as `augment.autoaugment`, applied by Pillow to one frame after the other."""
-    for name, probability, level in augment.AUTOAUGMENT_V0[
-        rng.integers(len(augment.AUTOAUGMENT_V0))
+    for name, probability, level in autoaugment.AUTOAUGMENT_V0[
+        rng.integers(len(autoaugment.AUTOAUGMENT_V0))
     ]:
         if rng.random() < probability:
-            arguments = augment.OPERATIONS[name][1](level, rng)
+            arguments = autoaugment.OPERATIONS[name][1](level, rng)
             images = (PILLOW[name](Image.fromarray(frame), *arguments) for frame in frames)
             frames = np.stack([np.asarray(image) for image in images])
     return frames
@@ -269,7 +275,7 @@ def compare(title: str, sides: dict[str, Callable], rounds: list) -> None:
         print(line)
 
 
-class TimedVideo(Video):
+class TimedVideo(VideoFile):
     """Counts the time that conversion to RGB takes."""
 
     rgb_seconds = 0.0
@@ -292,7 +298,7 @@ def print_stages(paths: list[Path], rounds: int) -> None:
             marks.append(time.process_time())
             frames = video.get_frames(np.array(wanted_of(video.num_frames)))
         marks.append(time.process_time())
-        augmented = augment.autoaugment(frames, rng)
+        augmented = autoaugment.autoaugment(frames, rng)
         marks.append(time.process_time())
         resized = transforms.resize_short_side(augmented, SHORT_SIDE + 32)
         marks.append(time.process_time())
@@ -373,10 +379,12 @@ def main() -> None:
         for name, side in sides.items():
             print(f"{name}: {side(rounds[0]).nbytes / 1e6:.1f} MB per video")
 
-        with Video(paths[0]) as video:
+        with VideoFile(paths[0]) as video:
             frames = video.get_frames(np.array(wanted_of(video.num_frames)))
         sides = {
-            "jaxvid AutoAugment": lambda i: augment.autoaugment(frames, np.random.default_rng(i)),
+            "jaxvid AutoAugment": lambda i: autoaugment.autoaugment(
+                frames, np.random.default_rng(i)
+            ),
             "Pillow, frame by frame": lambda i: pillow_autoaugment(
                 frames, np.random.default_rng(i)
             ),

@@ -38,7 +38,7 @@ import optax
 
 from benchmarks.cost import multiply_adds
 from jaxvid.models import create_model, make_model_config, merge_params, split_params
-from jaxvid.steps import cross_entropy
+from jaxvid.training.steps import cross_entropy
 
 
 def matmul_peak(dtype: str) -> float:

@@ -36,10 +36,10 @@ from jax.profiler import ProfileData, TraceAnnotation
 from benchmarks.cost import multiply_adds
 from jaxvid import cli
 from jaxvid import train as training
-from jaxvid.data import motion
-from jaxvid.data.packing import Settings
+from jaxvid.data import synthetic_motion
+from jaxvid.data.formats.pack_writer import Settings
 from jaxvid.data.prepare import prepare
-from jaxvid.data.sources import open_folder
+from jaxvid.data.sources import open_dataset
 from jaxvid.errors import InputError
 from jaxvid.models import make_model_config
 
@@ -130,8 +130,8 @@ def make_clips(folder: Path, config) -> None:
         config: The run's.
     """
     clips = folder / "folder"
-    if config.model.image_size <= motion.SIZE:
-        motion.make_motion(clips, num_train=CLIPS, num_val=8, seed=0)
+    if config.model.image_size <= synthetic_motion.SIZE:
+        synthetic_motion.make_motion(clips, num_train=CLIPS, num_val=8, seed=0)
     else:
         from benchmarks.data import write_video  # it sets the number of threads when imported
 
@@ -215,7 +215,7 @@ def run(config, plan: Plan, folder: Path) -> tuple[TimedInput, dict[str, float]]
         if "synthetic" in INPUT.value:
             batches["synthetic"] = itertools.repeat(next(batches["pack"]))
         if "folder" in INPUT.value:
-            videos = open_folder(files, config.model.num_classes, ("train",)).records["train"]
+            videos = open_dataset(files, config.model.num_classes, ("train",)).records["train"]
             batches["folder"] = make_train_iter(videos, **how)
         made.append(TimedInput(batches, plan))
         return made[0]

@@ -26,9 +26,9 @@ import av
 import numpy as np
 
 import jaxvid
-from jaxvid.data import transforms
-from jaxvid.data.decode import Video
-from jaxvid.windows import plan_windows, prefetch, read_frames
+from jaxvid.data.clips import transforms
+from jaxvid.data.formats.video_reader import VideoFile
+from jaxvid.inference.sliding_windows import plan_windows, prefetch, read_frames
 
 WINDOW, FPS = 10.0, 30  # seconds, frames a second
 TI = {"width": 192, "heads": 3, "temporal_heads": 3, "temporal_mlp": 512, "temporal_depth": 2}
@@ -48,7 +48,7 @@ def write_video(path: Path, seconds: float) -> None:
         container.mux(stream.encode())
 
 
-def read_windows(reader: Video, indices: np.ndarray, spec) -> Iterator[np.ndarray]:
+def read_windows(reader: VideoFile, indices: np.ndarray, spec) -> Iterator[np.ndarray]:
     """Each window's views `(1, v, t, h, w, c)`, decoded for itself."""
     for row in indices:
         frames = transforms.resize_short_side(reader.get_frames(row), spec.short_side)
@@ -58,7 +58,7 @@ def read_windows(reader: Video, indices: np.ndarray, spec) -> Iterator[np.ndarra
 def read_apart(path: Path, indices: np.ndarray, spec) -> Iterator[np.ndarray]:
     """As `read_windows`, each from a video that is opened for it."""
     for row in indices:
-        with Video(path, max_seconds=3600) as reader:
+        with VideoFile(path, max_seconds=3600) as reader:
             yield from read_windows(reader, row[None], spec)
 
 
@@ -105,7 +105,7 @@ def main() -> None:
         write_video(video, WINDOW + (args.windows - 1) * stride)
         classifier = jaxvid.Classifier(Path(folder) / "model")
         spec = classifier.spec
-        with Video(video, max_seconds=3600) as reader:
+        with VideoFile(video, max_seconds=3600) as reader:
             options = {"align": True, "name": str(video)}
             indices = plan_windows(reader, spec, WINDOW, stride, **options).indices
             needed = np.unique(indices)

@@ -27,8 +27,8 @@ def get_config(folders: str = "") -> ConfigDict:
         folders: `MODEL_FOLDER,DATA_FOLDER`.
     """
     from jaxvid.data.sources import guess_source
-    from jaxvid.loading import read_preprocessing
-    from jaxvid.model_folder import load_card
+    from jaxvid.storage.model_card import load_card
+    from jaxvid.storage.preprocessing import read_preprocessing
 
     start, _, folder = folders.partition(",")
     if not (start and folder):

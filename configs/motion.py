@@ -2,7 +2,7 @@
 
     python main.py --config configs/motion.py --workdir runs/motion
 
-The model follows arXiv:2106.05968; the clips are jaxvid/data/motion.py's.
+The model follows arXiv:2106.05968; the clips are jaxvid/data/synthetic_motion.py's.
 
     python main.py --config configs/motion.py:blind --workdir runs/motion_blind
 

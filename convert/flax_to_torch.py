@@ -9,9 +9,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    from jaxvid import guard
+    from jaxvid import entry_point
 
-    guard.run("convert.flax_to_torch")
+    entry_point.run("convert.flax_to_torch")
 
 import argparse
 import os
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from convert import rules
-from jaxvid import model_folder
 from jaxvid.errors import InputError
 from jaxvid.models import ModelConfig, Params, split_params
 from jaxvid.models.stam import STAMConfig
+from jaxvid.storage import model_folder
 
 
 def to_state_dict(params: Params, config: ModelConfig) -> dict[str, torch.Tensor]:

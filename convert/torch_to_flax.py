@@ -13,9 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    from jaxvid import guard
+    from jaxvid import entry_point
 
-    guard.run("convert.torch_to_flax")
+    entry_point.run("convert.torch_to_flax")
 
 import argparse
 import dataclasses
@@ -29,7 +29,6 @@ import torch
 
 from convert import rules
 from convert.weight_files import FLOATS, Weight, load_state_dict, open_weights
-from jaxvid import model_folder
 from jaxvid.errors import InputError, one_line, short_repr
 from jaxvid.files import read_limited
 from jaxvid.models import (
@@ -41,7 +40,8 @@ from jaxvid.models import (
     split_params,
 )
 from jaxvid.models.stam import STAMConfig
-from jaxvid.models.surgery import resize_pos_embed
+from jaxvid.models.transfer import resize_pos_embed
+from jaxvid.storage import model_card, model_folder
 
 MAX_LABELS_BYTES = 32 * 10**6
 CHECK_BOUND = 1e-4  # largest absolute difference of logits and features, in float32
@@ -307,7 +307,7 @@ def _run(args: argparse.Namespace) -> int:
             raise InputError(
                 f"--check failed: {worst:.2e} is past {CHECK_BOUND:g}; nothing written"
             )
-    card = model_folder.make_card(
+    card = model_card.make_card(
         config,
         preprocessing=released_preprocessing(config),
         labels=labels,

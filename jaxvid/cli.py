@@ -1,12 +1,12 @@
 """The command line of programs that take a config."""
 
-import contextlib
 import difflib
 import inspect
 import os
 import runpy
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
@@ -14,9 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jaxvid.errors import InputError
 
-NUMBERS = ("num_processes", "process_id")
 LAUNCHERS = ("SLURM_STEP", "OMPI_", "PMI_", "JOB_COMPLETION_INDEX")  # of environment variables
-TELL_SECONDS = 30.0  # how long a process with a wrong command line waits for the others
 
 
 def define_config() -> flags.FlagHolder:
@@ -26,17 +24,26 @@ def define_config() -> flags.FlagHolder:
     )
 
 
-def parse_flags(argv: list[str], *, doc: str, module: str, needed: dict[str, str]) -> list[str]:
-    """Parses the command line; what is wrong with it becomes one line and exit code 2.
+def parse_flags(
+    argv: list[str],
+    *,
+    doc: str,
+    module: str,
+    needed: dict[str, str],
+    end_other_processes: Callable[[dict[str, str], str], None] | None = None,
+) -> list[str]:
+    """Parse the command line; print one line and exit with code 2 if it is wrong.
 
     Args:
         argv: The arguments, the program's name first.
         doc: What `--help` shows before the flags.
         module: The module whose flags `--help` shows.
-        needed: Flags that must be given → what their value is, e.g. `{"workdir": "FOLDER"}`.
+        needed: Required flags and a placeholder for their value, e.g. `{"workdir": "FOLDER"}`.
+        end_other_processes: Called with the distributed flags and the error message if this is one
+            of several processes, so that the others do not wait for it.
 
     Returns:
-        The arguments that are no flags: the program's name.
+        The positional arguments: the program's name.
     """
     if {"--help", "-h"} & {*argv}:
         print(doc + flags.FLAGS.module_help(module))
@@ -52,28 +59,21 @@ def parse_flags(argv: list[str], *, doc: str, module: str, needed: dict[str, str
     except (flags.Error, ValueError, TypeError, SyntaxError, ImportError) as error:
         cause = str(error).strip().splitlines()[-1]
         print(f"error: {cause}", file=sys.stderr)
-        _tell_other_processes(argv, cause)
+        values = _distributed_flags(argv)
+        if end_other_processes and (values or any(n.startswith(LAUNCHERS) for n in os.environ)):
+            end_other_processes(values, cause)
         sys.exit(2)
     return positional
 
 
-def _tell_other_processes(argv: list[str], cause: str) -> None:
-    """Join the other processes of the run, if there are any, so that they end with the cause."""
-    values = {
+def _distributed_flags(argv: list[str]) -> dict[str, str]:
+    """Return the values of --coordinator, --num_processes and --process_id, as far as given."""
+    return {
         name: argument.partition("=")[2] or after
         for argument, after in zip(argv, [*argv[1:], ""], strict=True)
-        for name in ("coordinator", *NUMBERS)
+        for name in ("coordinator", "num_processes", "process_id")
         if argument.partition("=")[0].lstrip("-") == name
     }
-    if not values and not any(name.startswith(LAUNCHERS) for name in os.environ):
-        return
-    from jaxvid import processes, sharding
-
-    with contextlib.suppress(InputError, ValueError):
-        numbers = [int(values[name]) if name in values else None for name in NUMBERS]
-        sharding.init_processes(values.get("coordinator"), *numbers, join_seconds=TELL_SECONDS)
-        if peers := processes.current():
-            peers.end_together(InputError(cause))
 
 
 def _check_config(argv: list[str]) -> None:

@@ -7,9 +7,9 @@ Beside either lies FILE.json, which says what goes in, what comes out, and how t
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    from jaxvid import guard
+    from jaxvid import entry_point
 
-    guard.run("jaxvid.export")
+    entry_point.run("jaxvid.export")
 
 import argparse
 import hashlib
@@ -27,12 +27,12 @@ from flax import nnx
 from jax import export as jax_export
 from safetensors.numpy import save as safetensors_bytes
 
-from jaxvid import steps
-from jaxvid.data.clips import ClipSpec
+from jaxvid.atomic import write_file, write_json
+from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import InputError
-from jaxvid.files import write_file, write_json
-from jaxvid.loading import clip_shape, open_model
 from jaxvid.models import split_params
+from jaxvid.storage import eval_step
+from jaxvid.storage.preprocessing import clip_shape, load_model_and_spec
 
 FORMATS = ("stablehlo", "safetensors")
 PLATFORMS = ("cpu", "cuda")
@@ -63,7 +63,7 @@ def export_stablehlo(model: nnx.Module, spec: ClipSpec, *, mean: float, std: flo
         )
     (b,) = jax_export.symbolic_shape("b")
     clips = jax.ShapeDtypeStruct(clip_shape(spec, b), jnp.uint8)
-    program = jax.jit(lambda clips: model(steps.normalize(clips, mean, std)))
+    program = jax.jit(lambda clips: model(eval_step.normalize(clips, mean, std)))
     return bytes(jax_export.export(program, platforms=PLATFORMS)(clips).serialize())
 
 
@@ -91,7 +91,7 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
         InputError: The model folder is unusable, the weights are too large, or a file cannot be
             written.
     """
-    card, model, spec = open_model(folder)
+    card, model, spec = load_model_and_spec(folder)
     how, output = card["preprocessing"], Path(output)
     of_folder = ("files", "checksums")
     card = {key: value for key, value in card.items() if key not in of_folder}

@@ -1,16 +1,12 @@
 """Reading files that may be anything, writing files whole or not at all, and lock files."""
 
-import contextlib
-import errno
-import fcntl
-import json
 import os
-import platform
+import shutil
 import stat
 import sys
-from collections.abc import Iterator
+import zlib
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 from jaxvid.errors import InputError, one_line
 
@@ -85,131 +81,89 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
             ) from None
 
 
-def write_file(path: Path, data: bytes) -> Path:
-    """Writes a file, whole or not at all, and the folders that it lies in.
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def scan_sizes(folder: Path, *, max_files: int) -> dict[str, int]:
+    """Size in bytes of every file below an untrusted folder.
+
+    Links to files are followed, since download caches consist of them; links to folders are not.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: There are more than `max_files` files and folders; or one of them is a FIFO, a
+            socket, a device or a broken link, or cannot be read.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    found, left, count = {}, [folder] if folder.is_dir() else [], 0
     try:
-        # Replacing /dev/null would remove the device.
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise OSError(errno.EINVAL, "not a regular file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
+        while left:
+            with os.scandir(left.pop()) as entries:
+                for entry in entries:
+                    count += 1
+                    path = Path(entry)
+                    if count > max_files:
+                        raise InputError(f"{folder} has more than {max_files} files; copy it again")
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(path)
+                        continue
+                    status = entry.stat()
+                    if not stat.S_ISREG(status.st_mode):
+                        raise InputError(f"{path} is not a regular file; copy the folder again")
+                    found[str(path.relative_to(folder))] = status.st_size
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        name = error.filename if error.filename is not None else folder
         raise InputError(
-            f"{path} cannot be written ({error.strerror}); name another or make room"
+            f"{name} cannot be read ({one_line(error.strerror)}); copy the folder again"
         ) from None
-    return path
+    return found
 
 
-def write_json(path: Path, value) -> Path:
-    """Writes JSON that people can read. Names of files that are not UTF-8 come back as they were.
-
-    Raises:
-        InputError: It cannot be written.
-        ValueError: A number in it is not finite.
-    """
-    return write_file(path, format_json(value))
-
-
-def format_json(value) -> bytes:
-    """Format a value as indented JSON in UTF-8; file names that are not UTF-8 are escaped.
-
-    Raises:
-        ValueError: A number in it is not finite.
-    """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # Python has their bytes as lone surrogates, and JSON escapes for these.
-    return text.encode("utf-8", "backslashreplace")
+def checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of every file below a folder."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        checksum = 0
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                checksum = zlib.crc32(block, checksum)
+        found[str(path.relative_to(folder))] = checksum
+    return found
 
 
-def check_output(option: str, path: Path) -> None:
-    """Refuse an output file that cannot be written, before any work is done.
+def check_files(folder: Path, expected: dict, found: dict, what: str) -> None:
+    """Refuses a folder whose files are not as they were written.
 
     Args:
-        option: The command-line option that names the file.
-        path: The file. An existing one is left as it is.
+        folder: For the message.
+        expected: File → its size, or its checksum, when it was written.
+        found: Likewise, now.
+        what: What is wrong with a file where they differ.
 
     Raises:
-        InputError: Its folder cannot be made or written to, or it exists and is not a regular file.
+        InputError: Names the first such file.
     """
-    probe = path.with_name(f".{path.name}.probing")  # as long a name as that of `write_file`
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if path.exists() and not path.is_file():  # replacing /dev/null would remove the device
-            raise OSError(errno.EINVAL, "not a regular file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
+    if wrong := [name for name, value in expected.items() if found.get(name) != value]:
         raise InputError(
-            f"{option}: {path} cannot be written ({error.strerror}); name another"
-        ) from None
+            f"{folder} is damaged: {len(wrong)} of {len(expected)} files {what} "
+            f"({one_line(wrong[0])}); copy or export the model again"
+        )
 
 
-class LockedError(Exception):
-    """Another process holds a lock.
-
-    Attributes:
-        holder: Its number and its machine, as far as they are known.
-    """
-
-    def __init__(self, holder: str):
-        super().__init__(holder)
-        self.holder = holder
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Hold a lock while the body runs. The system releases it if the process dies in any way.
-
-    Args:
-        path: A file that is made for the lock, names the holder, and is removed at the end.
-
-    Yields:
-        Whether the lock is held; False: the file system has no locks.
+def check_room(folder: Path, need_bytes: int) -> None:
+    """Refuses to write a folder where the disk has no room for it.
 
     Raises:
-        LockedError: Another process holds the lock.
-        OSError: The file cannot be made.
+        InputError: Says how much there is.
     """
-    file = _lock_file(path)
-    try:
-        yield file is not None
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        if file is not None:
-            file.close()
-
-
-def _lock_file(path: Path) -> TextIO | None:
-    """Open and lock a file; None: the file system has no locks."""
-    while True:
-        file = path.open("a+", encoding="utf-8", errors="replace")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last holder may have removed it since it was opened.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {platform.node()}")
-                file.flush()
-                return file
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read() or "another process"
-            file.close()
-            raise LockedError(holder) from None
-        except FileNotFoundError:
-            pass
-        except OSError:
-            file.close()
-            return None
-        file.close()
+    place = next(parent for parent in folder.parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < need_bytes:
+        raise InputError(
+            f"{folder} cannot be written ({free / 1e6:.0f} MB free, {need_bytes / 1e6:.0f} MB "
+            "needed); make room or name another"
+        )

@@ -15,9 +15,9 @@ folder or option, nothing to predict): then the last line is `error: ...`, and n
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    from jaxvid import guard
+    from jaxvid import entry_point
 
-    guard.run("jaxvid.predict")
+    entry_point.run("jaxvid.predict")
 
 import argparse
 import functools
@@ -29,13 +29,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jaxvid.class_timeline import KINDS
-from jaxvid.classifier import Classifier
-from jaxvid.data import scan
-from jaxvid.data.decode import DecodeError
-from jaxvid.data.scan import Skipped
+from jaxvid.atomic import check_output, write_file
+from jaxvid.data import folder_scan
+from jaxvid.data.folder_scan import Skipped
+from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.errors import InputError, printable
-from jaxvid.files import check_output, write_file
+from jaxvid.inference.class_timeline import KINDS
+from jaxvid.inference.classifier import Classifier
 
 MAX_STATUS = 99
 STDOUT = "-"
@@ -76,12 +76,12 @@ def list_videos(folder: str, skipped: Skipped | None = None) -> tuple[list[str],
         paths = {name: os.path.join(root, name) for name in names}
         for name in folders:
             if os.path.islink(os.path.join(root, name)):  # not followed: links may form a loop
-                skipped.add(scan.LINKED_FOLDER)
+                skipped.add(folder_scan.LINKED_FOLDER)
         entries = ((name, functools.partial(os.path.isfile, path)) for name, path in paths.items())
-        files += [paths[name] for name in scan.pick_videos(entries, skipped)]
+        files += [paths[name] for name in folder_scan.pick_videos(entries, skipped)]
     errors = [f"{error.filename}: cannot be read ({error.strerror})" for error in unread]
     if not files and not errors:
-        errors.append(f"{folder}: no video in it ({', '.join(scan.VIDEO_SUFFIXES)})")
+        errors.append(f"{folder}: no video in it ({', '.join(folder_scan.VIDEO_SUFFIXES)})")
     return files, errors
 
 

@@ -12,39 +12,37 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxvid import (
-    checkpoint,
-    metrics,
-    model_folder,
-    optim,
-    processes,
-    provenance,
-    report,
-    run_config,
-    run_videos,
-    sharding,
-    steps,
-    watch,
-    workdir_lock,
-)
-from jaxvid.data.clips import make_spec
-from jaxvid.data.pipeline import describe_loading, make_train_iter, split_batch, stored_id
-from jaxvid.data.sources import open_folder
-from jaxvid.distill import load_teacher
+from jaxvid import logs
+from jaxvid.data.clips.clip import make_spec
+from jaxvid.data.pipeline import describe_decoding, make_train_iter, split_batch, stored_id
+from jaxvid.data.sources import open_dataset
+from jaxvid.distributed import collectives, process_group, setup, sharding
 from jaxvid.errors import InputError
-from jaxvid.evaluate import (
-    abstract_eval_model,
-    check_protocol,
-    evaluate_params,
-    make_eval_step,
-    make_report,
-    save_report,
-    summary,
-)
-from jaxvid.loading import preprocessing
-from jaxvid.metrics import log
+from jaxvid.evaluation.loop import abstract_eval_model, evaluate_params, make_eval_step
+from jaxvid.evaluation.metrics import Results
+from jaxvid.evaluation.protocol import check_protocol
+from jaxvid.evaluation.results import save_report
+from jaxvid.evaluation.summary import make_report, summary
+from jaxvid.logs import log
 from jaxvid.models import abstract_model, make_model_config
-from jaxvid.scoring import Results
+from jaxvid.storage import model_card, model_folder, workdir_lock
+from jaxvid.storage.preprocessing import make_preprocessing
+from jaxvid.training import (
+    checkpoint,
+    metric_window,
+    metric_writer,
+    optim,
+    plots,
+    profiler,
+    run_config,
+    run_metadata,
+    skipped_videos,
+    steps,
+    training_videos,
+    watchdog,
+)
+from jaxvid.training.distillation import load_teacher
+from jaxvid.training.signals import StopSignals
 
 STEPS_AHEAD = 2  # how far Python runs ahead of the device
 
@@ -80,7 +78,7 @@ def train(
     workdir, began = Path(workdir), time.monotonic()
 
     # ------------------------------------------------------------------ devices, folders
-    sharding.use_compilation_cache()
+    setup.use_compilation_cache()
     mesh = sharding.make_mesh(config.mesh)
     run_config.check_config(config, mesh)
     check_protocol(config, mesh)
@@ -90,9 +88,11 @@ def train(
     weight_bytes = sum(math.prod(leaf.shape) * 4 for leaf in abstract_params.values())
 
     # ------------------------------------------------------------------ data
-    data = sharding.in_all(open_folder, config.data, config.model.num_classes, ("train", "val"))
-    data, lost = sharding.in_all(run_videos.align, workdir, data)
-    shard = sharding.rows_of_process(mesh, config.batch_size)
+    data = collectives.raise_on_all_processes(
+        open_dataset, config.data, config.model.num_classes, ("train", "val")
+    )
+    data, lost = collectives.raise_on_all_processes(training_videos.align, workdir, data)
+    shard = sharding.batch_shard(mesh, config.batch_size)
     train_iter = make_train_iter(
         data.records["train"],
         spec=make_spec(config),
@@ -106,7 +106,7 @@ def train(
     total_steps = max(1, round(config.num_epochs * steps_per_epoch))
     eval_steps = max(1, round(config.eval.every_epochs * steps_per_epoch))
     checkpoint_steps = max(1, round(config.checkpoint_every_epochs * steps_per_epoch))
-    log_steps = metrics.window_steps(config.log_steps, total_steps)
+    log_steps = metric_window.window_steps(config.log_steps, total_steps)
 
     # ------------------------------------------------------------------ state
     schedule = optim.make_schedule(
@@ -135,9 +135,9 @@ def train(
     state_bytes = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract_state))
     # One more checkpoint while the oldest is still there, two model folders, one while it is saved.
     need_bytes = state_bytes * (config.checkpoint_keep + 1) + 3 * weight_bytes + 10**6
-    sharding.in_all(checkpoint.check_writable, workdir, need_bytes)
-    metrics.setup_logging(workdir)
-    late = watch.LateMetrics()
+    collectives.raise_on_all_processes(checkpoint.check_writable, workdir, need_bytes)
+    logs.setup_logging(workdir)
+    late = metric_window.MetricWindow()
     resumables = {"data": train_iter, "log": late}
     manager, state = checkpoint.restore_newest(
         workdir, abstract_state, resumables, keep=config.checkpoint_keep
@@ -151,11 +151,13 @@ def train(
             if config.ema_decay:
                 state["ema"] = jax.tree.map(jnp.copy, state["params"])
     step = start_step = int(state["step"])
-    trace = watch.Trace(profile_steps, workdir / "profile", start=step, total=total_steps)
+    trace = profiler.ProfilerTrace(
+        profile_steps, workdir / "profile", start=step, total=total_steps
+    )
     checkpoint.tidy_outputs(workdir)
     left_out = {"missing or broken": len(data.left_out), "no longer listed": len(lost)}
-    provenance.note_start(workdir, provenance.describe_run(mesh, data.records, left_out))
-    sharding.in_all(run_videos.save, workdir, data)
+    run_metadata.record_start(workdir, run_metadata.describe_run(mesh, data.records, left_out))
+    collectives.raise_on_all_processes(training_videos.save, workdir, data)
     run_config.save_config(config, workdir)
 
     # ------------------------------------------------------------------ compiled steps
@@ -188,14 +190,14 @@ def train(
         log.info("step %d of %d%s", step, total_steps, ", continued" if step else "")
 
     # ------------------------------------------------------------------ loop
-    writer = metrics.MetricWriter(workdir, step)
-    skipped = metrics.SkippedVideos(
+    writer = metric_writer.MetricWriter(workdir, step)
+    skipped = skipped_videos.SkippedVideos(
         workdir,
         num_videos=len(data.records["train"]),
         max_share=1.0 if config.data.skip_broken else config.data.max_failed_share,
         lost=[*map(stored_id, lost)],
     )
-    progress = metrics.Progress(
+    progress = logs.RunProgress(
         total_steps * config.batch_size,
         done=step * config.batch_size,
         unit="clip",
@@ -203,36 +205,36 @@ def train(
     )
     failures: list[list[str]] = []  # ids and reasons of videos since the last `read_metrics`
     # As the first process reads them: another may see an older file.
-    best, evaluated = sharding.gather(
-        [model_folder.best_top1(workdir), metrics.last_evaluation(workdir)]
+    best, evaluated = collectives.gather(
+        [model_card.best_top1(workdir), metric_writer.last_evaluation(workdir)]
     )[0]
     saved, results, result = step, None, None
-    stalls, signals = watch.Stalls(config.data.stall_seconds), watch.Signals()
+    stalls, signals = watchdog.Watchdog(config.data.stall_seconds), StopSignals()
 
     def save_model(folder: Path, result: dict) -> None:
-        card = model_folder.make_card(
+        card = model_card.make_card(
             model_config,
-            preprocessing=preprocessing(config),
+            preprocessing=make_preprocessing(config),
             labels=data.labels,
             provenance={"workdir": str(workdir), "step": step, "top1": result["top1"]},
         )
-        model_folder.save_model_folder(folder, steps.best_params(state), card)
+        model_folder.save_model_folder(folder, steps.eval_params(state), card)
 
     def read_metrics() -> None:
         """Read the metrics of all steps so far; all processes call it at the same steps."""
-        skipped.note(sum(sharding.gather(failures), []))
+        skipped.note(sum(collectives.gather(failures), []))
         failures.clear()
         late.read()
 
     def write_row() -> None:
         """Write the log window to metrics.jsonl and begin the next one."""
-        row = metrics.training_row(*late.take()) | {
+        row = metric_window.training_row(*late.take()) | {
             "learning_rate": float(schedule(step - 1)),
             "clips_per_second": progress.rate(),
             "input_wait_share": stalls.share("input"),
         }
         writer.write(step, row)
-        line = metrics.describe_row(row)
+        line = metric_window.describe_row(row)
         progress.advance(0, line)
         log.debug(
             "step %d/%d: %s, %.0f clips/s, %s left",
@@ -244,7 +246,7 @@ def train(
         nonlocal best, evaluated
         with signals.end_at_once():
             results = evaluate_params(
-                steps.best_params(state),
+                steps.eval_params(state),
                 data.records["val"],
                 config,
                 eval_step=signals.checked(eval_step),
@@ -261,7 +263,7 @@ def train(
             writer.write(step, {f"val/{k}": result[k] for k in ("top1", "top5", "loss")})
             writer.write_classes(step, data.labels, results.per_class())
         if not jax.process_index():
-            report.draw_curves(workdir / "metrics.jsonl", workdir / "curves.png")
+            plots.draw_curves(workdir / "metrics.jsonl", workdir / "curves.png")
         log.info("step %d: validation %s", step, summary(result))
         stalls.share("input")  # the next share leaves out the time of the evaluation
         return results, result
@@ -289,15 +291,15 @@ def train(
                 if stopped or at_end or step == stop_step:
                     break
                 trace.before(step)
-                with stalls.stage("input", describe_loading):
+                with stalls.stage("input", describe_decoding):
                     batch, ids, errors = split_batch(next(train_iter))
                 failures += [[id_, error] for id_, error in zip(ids, errors, strict=True) if error]
                 if step == start_step:
                     writer.write_clips(step, batch["video"][:4])
                 state, step_metrics = train_step(
-                    state, sharding.to_global(batch, mesh), teacher_params
+                    state, sharding.to_global_arrays(batch, mesh), teacher_params
                 )
-                stop = sharding.any_process(signals.received is not None, mesh)
+                stop = collectives.any_process(signals.received is not None, mesh)
                 step += 1
                 late.add(step, {**step_metrics, "stop": stop}, ids)
                 with stalls.stage("the device"):
@@ -315,8 +317,8 @@ def train(
             if jax.process_count() == 1:
                 checkpoint.finish_saving(manager)
             raise
-        except watch.NotFiniteError as error:
-            ids = sum(sharding.gather(error.ids), [])
+        except metric_window.NonFiniteLossError as error:
+            ids = sum(collectives.gather(error.ids), [])
             videos = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
             newest = manager.latest_step()
             raise InputError(
@@ -327,7 +329,7 @@ def train(
                 + (f" and --config.init_from={workdir / 'best'}" if best >= 0 else "")
             ) from None
         finally:
-            processes.publish(sys.exception())  # the manager's close waits for the others
+            process_group.publish(sys.exception())  # the manager's close waits for the others
             progress.close()
             writer.close()
             stalls.close()
@@ -349,7 +351,7 @@ def train(
             log.info("%s", message)
         folder = workdir / "model"
         result["checkpoint"] = str(workdir / "checkpoints" / str(step))
-        result["weights_sha256"] = model_folder.fingerprint(steps.best_params(state))
+        result["weights_sha256"] = model_folder.fingerprint(steps.eval_params(state))
         save_model(folder, result)
         save_report(workdir, result, results, data.labels, data.records["val"])
     log.info(

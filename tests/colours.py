@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxvid import model_folder
-from jaxvid.data.motion import write_clip
+from jaxvid.data.synthetic_motion import write_clip
 from jaxvid.models import make_model_config, split_params
+from jaxvid.storage import model_card, model_folder
 
 # Colours of the videos (their mean is what the network answers), and labels: 13 of 19 are right.
 RIGHT = [((200, 30, 30), 0), ((30, 200, 30), 1), ((30, 30, 200), 2)] * 4 + [((90, 90, 90), 3)]
@@ -39,7 +39,7 @@ def stub_network(_):
 
 def save_stub(folder, bias=0.0, **config):
     """A model folder that holds the stub's weight under the name of a config's network."""
-    card = model_folder.make_card(
+    card = model_card.make_card(
         make_model_config(**config), preprocessing=HOW, labels=NAMES, provenance={}
     )
     model_folder.save_model_folder(folder, {"bias": jnp.full((), bias)}, card)

@@ -14,8 +14,8 @@ from absl import flags
 
 import jaxvid
 from configs import motion as motion_config
-from jaxvid.data.motion import LABELS, make_motion
-from jaxvid.metrics import log
+from jaxvid.data.synthetic_motion import LABELS, make_motion
+from jaxvid.logs import log
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -69,17 +69,17 @@ class Target:
 
 # Fast tests only: training a network takes seconds for each mutant.
 TARGETS = {
-    "jaxvid/data/sampling.py": [Target("tests/test_sampling.py")],
-    "jaxvid/data/transforms.py": [Target("tests/test_transforms.py")],
-    "jaxvid/data/augment.py": [
+    "jaxvid/data/clips/sampling.py": [Target("tests/data/test_sampling.py")],
+    "jaxvid/data/clips/transforms.py": [Target("tests/data/test_transforms.py")],
+    "jaxvid/data/clips/autoaugment.py": [
         Target(
-            "tests/test_augment.py",
+            "tests/data/test_autoaugment.py",
             "published or levels_stand or augment_applies or randaugments or decides",
         )
     ],
-    "jaxvid/data/operations.py": [
+    "jaxvid/data/clips/image_ops.py": [
         Target(
-            "tests/test_augment.py",
+            "tests/data/test_autoaugment.py",
             "on_values or histograms or equalize or take_views",
             (
                 *("invert", "solarize", "solarize_add", "posterize", "brightness", "contrast"),
@@ -87,12 +87,12 @@ TARGETS = {
             ),
         ),
         Target(
-            "tests/test_augment.py",
+            "tests/data/test_autoaugment.py",
             "blends or take_views",
             ("color", "sharpness", "_luma", "_TRUNCATE"),
         ),
         Target(
-            "tests/test_augment.py",
+            "tests/data/test_autoaugment.py",
             "geometric or take_views",
             (
                 *("shear_x", "shear_y", "translate_x", "translate_y", "rotate", "_shift"),
@@ -100,28 +100,34 @@ TARGETS = {
             ),
         ),
     ],
-    "jaxvid/mixing.py": [
-        Target("tests/test_mixing.py", "erased or erasing or dtype", ("erase",)),
-        Target("tests/test_mixing.py", "mixup or cutmix or dtype", ("mixup", "cutmix", "_between")),
-    ],
-    "jaxvid/steps.py": [
+    "jaxvid/training/batch_augmentation.py": [
         Target(
-            "tests/test_steps.py",
+            "tests/training/test_batch_augmentation.py", "erased or erasing or dtype", ("erase",)
+        ),
+        Target(
+            "tests/training/test_batch_augmentation.py",
+            "mixup or cutmix or dtype",
+            ("mixup", "cutmix", "_between"),
+        ),
+    ],
+    "jaxvid/training/steps.py": [
+        Target(
+            "tests/training/test_steps.py",
             "formula or normalize or eval_step",
             ("normalize", "cross_entropy", "divergence", "eval_step"),
         ),
         Target(
-            "tests/test_steps.py",
+            "tests/training/test_steps.py",
             "linear or fresh_state or each_part",
             ("Recipe", "Teacher", "init_state", "best_params", "train_step", "_mix", "_accumulate"),
             share=True,
         ),
     ],
-    "jaxvid/optim.py": [Target("tests/test_optim.py", share=True)],
-    "jaxvid/scoring.py": [Target("tests/test_scoring.py")],
-    "jaxvid/metrics.py": [
+    "jaxvid/training/optim.py": [Target("tests/training/test_optim.py", share=True)],
+    "jaxvid/evaluation/metrics.py": [Target("tests/evaluation/test_metrics.py")],
+    "jaxvid/training/metric_writer.py": [
         Target(
-            "tests/test_metrics.py",
+            "tests/training/test_metric_writer.py",
             "",
             (
                 *("sum_metrics", "window_steps", "training_row", "describe_row", "MIN_ROWS"),
@@ -129,9 +135,9 @@ TARGETS = {
             ),
         )
     ],
-    "jaxvid/sharding.py": [
+    "jaxvid/distributed/sharding.py": [
         Target(
-            "tests/test_sharding.py",
+            "tests/distributed/test_sharding.py",
             "rule or mesh or batch or rows",
             (
                 *("TENSOR_AXIS", "make_mesh", "batch_sharding", "check_batch_size", "replicated"),
@@ -140,9 +146,9 @@ TARGETS = {
             share=True,
         )
     ],
-    "jaxvid/checkpoint.py": [
+    "jaxvid/training/checkpoint.py": [
         Target(
-            "tests/test_checkpoint.py",
+            "tests/training/test_checkpoint.py",
             "checkpoints or whole or come_alone or disk or keeps_the_log or that_fails or aside",
             share=True,
         )

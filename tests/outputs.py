@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import jaxvid
-from jaxvid import checkpoint, model_folder
 from jaxvid.models import split_params
+from jaxvid.storage import model_card, model_folder
+from jaxvid.training import checkpoint
 
 TIMES = ("clips_per_second", "input_wait_share")
 
@@ -32,9 +33,7 @@ def check_same_outputs(workdir: Path, expected: Path) -> None:
     assert rows(workdir) == rows(expected)
     reports = [json.loads((folder / "eval.json").read_text()) for folder in (workdir, expected)]
     assert measured(reports[0]) == measured(reports[1])
-    bests = [
-        model_folder.load_card(folder / "best")["provenance"] for folder in (workdir, expected)
-    ]
+    bests = [model_card.load_card(folder / "best")["provenance"] for folder in (workdir, expected)]
     for name in ("step", "top1"):
         assert bests[0][name] == bests[1][name], name
     for name in ("model", "best"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxvid import checkpoint
+from jaxvid.training import checkpoint
 from tests.outputs import check_same_outputs
 
 ROOT = Path(__file__).parents[1]

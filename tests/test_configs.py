@@ -9,8 +9,8 @@ import pytest
 import jaxvid
 from convert.torch_to_flax import released_preprocessing
 from jaxvid.errors import InputError
-from jaxvid.loading import preprocessing, resolve_color_matrix
 from jaxvid.models import PRESETS, abstract_model, make_model_config
+from jaxvid.storage.preprocessing import make_preprocessing, resolve_color_matrix
 from jaxvid.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +109,7 @@ def test_finetune_reads_its_model_and_its_data(motion_folder, folders, tmp_path)
     jaxvid.save_model(model, tmp_path / "bare")
     for names, message in {
         "": "name --config configs/finetune.py:MODEL,DATA",
-        f"{tmp_path},{motion_folder}": "is no model folder",
+        f"{tmp_path},{motion_folder}": "is not a model folder",
         f"{tmp_path / 'bare'},{motion_folder}": "says nothing of preprocessing",
         f"{tmp_path / 'model'},{tmp_path}": "has no train.csv",
     }.items():
@@ -122,7 +122,7 @@ def test_a_converted_model_is_used_as_its_config_evaluates_it(name):
     module = f"{name}_k400" if name.startswith("stam") else name
     _, config = get_config(module, "")
     released = released_preprocessing(make_model_config(name))
-    assert released == preprocessing(resolve_color_matrix(config, released))
+    assert released == make_preprocessing(resolve_color_matrix(config, released))
 
 
 def test_unknown_variants_are_refused():

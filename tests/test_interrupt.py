@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxvid import sharding
+from jaxvid.distributed import setup
 from tests import programs
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +79,7 @@ BODIES = {
             atexit.register(callback)
         """,
 }
-GUARDED = "import sys; from jaxvid import guard; guard.run('program', '; again')"
+GUARDED = "import sys; from jaxvid import entry_point; entry_point.run('program', '; again')"
 
 
 @pytest.fixture
@@ -123,11 +123,11 @@ def test_signals_are_blocked_in_workers_until_they_ignore_them(start):
     body = """
         import multiprocessing, threading, time
         from pathlib import Path
-        from jaxvid import guard
+        from jaxvid import entry_point
 
         def main():
             worker = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(300,))
-            with guard.signals_blocked():
+            with entry_point.signals_blocked():
                 thread = threading.Thread(target=worker.start)
                 thread.start()
                 thread.join()
@@ -178,13 +178,13 @@ def test_ctrl_c_while_workers_start_saves_and_stops(motion_folder, tmp_path):
 
 
 def test_training_saves_for_as_long_as_it_needs(start):
-    """While `watch.Signals` is active the guard does nothing; afterwards it does."""
+    """While `StopSignals` is active, `entry_point` ignores signals."""
     body = """
         import hashlib, sys, time
-        from jaxvid.watch import Signals
+        from jaxvid.training.signals import StopSignals
 
         def main():
-            with Signals() as signals:
+            with StopSignals() as signals:
                 print('ready', flush=True)
                 while signals.received is None:
                     time.sleep(0.01)
@@ -346,7 +346,7 @@ def test_there_is_no_compilation_cache_without_a_home_directory(monkeypatch):
     with pytest.raises(RuntimeError):
         Path.home()
     before = jax.config.jax_compilation_cache_dir
-    sharding.use_compilation_cache()
+    setup.use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == before
 
 

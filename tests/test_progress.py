@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from jaxvid import metrics, progress
+from jaxvid import logs, progress
 from jaxvid.data import check
 
 
@@ -69,8 +69,8 @@ def test_a_terminal_gets_a_bar_that_is_cleared(clock, monkeypatch):
 def test_lines_go_to_the_log_that_asks_for_them(clock, monkeypatch, terminal):
     monkeypatch.setattr(sys, "stderr", Stream(terminal))
     lines = []
-    monkeypatch.setattr(metrics.log, "debug", lines.append)
-    bars = [metrics.Progress(8, unit="video", title="x", lines=lines) for lines in (False, True)]
+    monkeypatch.setattr(logs.log, "debug", lines.append)
+    bars = [logs.RunProgress(8, unit="video", title="x", lines=lines) for lines in (False, True)]
     clock[0] += 20
     for bar in bars:
         bar.advance(4)

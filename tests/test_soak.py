@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxvid.data.clips import ClipSpec
+from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.data.pipeline import make_train_iter
 
 ROOT = Path(__file__).parents[1]

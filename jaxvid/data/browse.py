@@ -4,9 +4,9 @@ python -m jaxvid.data.browse --config configs/motion.py --output sheet.png [--co
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    from jaxvid import guard
+    from jaxvid import entry_point
 
-    guard.run("jaxvid.data.browse")
+    entry_point.run("jaxvid.data.browse")
 
 import functools
 import io
@@ -19,11 +19,12 @@ from absl import app, flags
 from matplotlib.figure import Figure
 
 from jaxvid import cli
-from jaxvid.data import clips, transforms
-from jaxvid.data.decode import DecodeError
-from jaxvid.data.sources import Record, open_folder
+from jaxvid.atomic import write_file
+from jaxvid.data.clips import transforms
+from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip, make_spec
+from jaxvid.data.formats.video_reader import DecodeError
+from jaxvid.data.sources import Record, open_dataset
 from jaxvid.errors import InputError
-from jaxvid.files import write_file
 
 SHOWN_FRAMES = 8  # of a clip, evenly chosen
 
@@ -62,8 +63,8 @@ def make_rows(config, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
     Raises:
         InputError: The data cannot be opened, or none of the videos can be decoded.
     """
-    data = open_folder(config.data, config.model.num_classes, ("train", "val"))
-    spec = clips.make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops)
+    data = open_dataset(config.data, config.model.num_classes, ("train", "val"))
+    spec = make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops)
     rows = []
     for split in ("train", "val"):
         records = data.records[split]
@@ -79,11 +80,11 @@ def make_rows(config, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
     return rows
 
 
-def _rows_of(record: Record, split: str, spec: clips.ClipSpec, rng, title: str) -> list:
+def _rows_of(record: Record, split: str, spec: ClipSpec, rng, title: str) -> list:
     if split == "train":
-        clip = clips.load_train_clip(record, rng, spec)
+        clip = load_train_clip(record, rng, spec)
         return [(title, clip["video"], clip["indices"])]
-    views = clips.load_eval_views(record, spec)
+    views = load_eval_views(record, spec)
     indices = np.repeat(views["indices"], spec.num_crops, axis=0)
     return [
         (f"{title}, view {v}", transforms.to_uint8(clip), places)

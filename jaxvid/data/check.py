@@ -7,9 +7,9 @@ unusable.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    from jaxvid import guard
+    from jaxvid import entry_point
 
-    guard.run("jaxvid.data.check")
+    entry_point.run("jaxvid.data.check")
 
 import argparse
 import collections
@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxvid import progress
-from jaxvid.data.decode import DecodeError, Video
-from jaxvid.data.lists import (
+from jaxvid.atomic import check_output, write_json
+from jaxvid.data.annotations import (
     SPLITS,
     find_split,
     names_classes,
@@ -34,11 +34,12 @@ from jaxvid.data.lists import (
     read_labels,
     read_records,
 )
-from jaxvid.data.official import is_kinetics
+from jaxvid.data.folder_scan import Skipped
+from jaxvid.data.formats.video_reader import DecodeError, VideoFile
+from jaxvid.data.kinetics_ssv2 import is_kinetics
 from jaxvid.data.records import MAX_LIST_BYTES, Record, file_state
-from jaxvid.data.scan import Skipped
 from jaxvid.errors import InputError, printable
-from jaxvid.files import check_output, check_regular, write_json
+from jaxvid.files import check_regular
 
 SOME_BROKEN = 3  # exit status
 MAX_SECONDS = 3600.0  # for one video, however long
@@ -171,7 +172,7 @@ def examine(
         return finding
     finding.size = record.path.stat().st_size
     try:
-        reader = Video(record.path, max_seconds=MAX_SECONDS)
+        reader = VideoFile(record.path, max_seconds=MAX_SECONDS)
     except DecodeError as error:
         finding.broken = str(error)
         return finding
@@ -199,7 +200,7 @@ def spread(length: int, num: int) -> np.ndarray:
     return np.rint(np.linspace(0, length - 1, num)).astype(int)
 
 
-def iter_frames(reader: Video, indices: np.ndarray) -> Iterator[np.ndarray]:
+def iter_frames(reader: VideoFile, indices: np.ndarray) -> Iterator[np.ndarray]:
     """Reads frames as many at a time as `CHUNK_BYTES` hold: all at once, unless they are large."""
     if len(indices) < reader.num_frames and reader.times is not None:  # what lies between is left
         step = max(1, CHUNK_BYTES // reader.get_frames(indices[:1]).nbytes)

@@ -14,9 +14,9 @@ import cv2
 import grain
 import numpy as np
 
-from jaxvid import guard
-from jaxvid.data.clips import ClipSpec, load_eval_views, load_train_clip
-from jaxvid.data.decode import DecodeError
+from jaxvid import entry_point
+from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
+from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.sources import Record
 
 _loading: dict[int, tuple[str, float]] = {}  # thread → its video, and since when
@@ -137,7 +137,7 @@ def _example(record: Record | None, load, zeros: dict) -> dict[str, np.ndarray]:
     }
 
 
-def describe_loading() -> str:
+def describe_decoding() -> str:
     """The videos that this process's threads are at, the slowest first: for the log of a stall."""
     found = sorted(_loading.copy().values(), key=lambda entry: entry[1])
     now = time.monotonic()
@@ -195,7 +195,7 @@ class _WorkerIterator:
         if self._started:
             return next(self._iterator)
         self._started = True
-        with guard.signals_blocked():
+        with entry_point.signals_blocked():
             return next(self._iterator)
 
     def __getattr__(self, name: str):
@@ -207,7 +207,7 @@ def _outlive_signals(*_) -> None:
 
     Ctrl-C and cluster managers signal every process of a group; the run needs its workers to save.
     """
-    guard.ignore_signals()
+    entry_point.ignore_signals()
 
     def watch(parent: int) -> None:
         while os.getppid() == parent:

@@ -8,9 +8,9 @@ status 0, 3 where videos were broken and left out, 2 where the input is unusable
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    from jaxvid import guard
+    from jaxvid import entry_point
 
-    guard.run("jaxvid.data.prepare", "; run the same command to continue")
+    entry_point.run("jaxvid.data.prepare", "; run the same command to continue")
 
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jaxvid.data import packing
+from jaxvid.atomic import format_json
 from jaxvid.data.check import (
     SOME_BROKEN,
     Finding,
@@ -35,12 +35,13 @@ from jaxvid.data.check import (
     note_skipped,
     print_report,
 )
-from jaxvid.data.h5 import write_h5
-from jaxvid.data.packing import Clip, Part, Settings, encode, plan
-from jaxvid.data.scan import Skipped
-from jaxvid.data.table import format_table, list_videos, table_path
+from jaxvid.data.folder_scan import Skipped
+from jaxvid.data.formats import pack_writer
+from jaxvid.data.formats.pack_index import format_table, list_videos, table_path
+from jaxvid.data.formats.pack_writer import Clip, Part, Settings, encode, plan
+from jaxvid.data.formats.xvit_hdf5 import write_h5
 from jaxvid.errors import InputError, printable
-from jaxvid.files import LockedError, format_json, locked
+from jaxvid.locks import LockedError, locked
 
 # ------------------------------------------------------------------ what goes to disk
 
@@ -82,11 +83,11 @@ def _write_part(
         examples = (
             example
             for _, clip in usable()
-            for example in packing.make_examples(clip, settings.frames_per_record)
+            for example in pack_writer.make_examples(clip, settings.frames_per_record)
         )
-        name = packing.array_record_name(part.split, part.number, part.count)
+        name = pack_writer.array_record_name(part.split, part.number, part.count)
         partial = partials / f"{name}{tag}"
-        packing.write_array_record(partial, examples, labels)
+        pack_writer.write_array_record(partial, examples, labels)
         place(partial, name)
     else:
         (output / "seq_h5" / part.split).mkdir(parents=True, exist_ok=True)
@@ -162,9 +163,9 @@ def _finish(
             listed = list_videos([row[1:] for row in found], settings.frames_per_record)
             _write_atomically(table_path(output, split), format_table(listed))
         try:
-            packing.write_metadata(output, labels, lengths, sizes)
+            pack_writer.write_metadata(output, labels, lengths, sizes)
         except OSError:
-            for name in packing.METADATA:
+            for name in pack_writer.METADATA:
                 (output / name).unlink(missing_ok=True)
             raise
         return

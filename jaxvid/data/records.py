@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jaxvid.data.decode import DecodeError, Video
+from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.errors import InputError, printable
 from jaxvid.files import check_regular
 
@@ -43,13 +43,13 @@ class Record:
         if not self.id:
             object.__setattr__(self, "id", str(self.path))
 
-    def open(self) -> Video:
+    def open(self) -> VideoFile:
         """Opens the video.
 
         Raises:
             DecodeError: The file is missing, is no video, or holds no frame.
         """
-        return Video(self.path)
+        return VideoFile(self.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LostVideo:
     id: str
     label: int
 
-    def open(self) -> Video:
+    def open(self) -> VideoFile:
         """Fail.
 
         Raises:

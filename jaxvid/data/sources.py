@@ -5,8 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxvid.data.h5 import read_xvit_list
-from jaxvid.data.lists import (
+from jaxvid.data.annotations import (
     Record,
     find_split,
     read_class_folders,
@@ -15,19 +14,20 @@ from jaxvid.data.lists import (
     read_list,
     read_split,
 )
-from jaxvid.data.motion import make_motion
-from jaxvid.data.packs import PackRecords, read_color_matrix
+from jaxvid.data.folder_scan import Skipped
+from jaxvid.data.formats.pack_reader import PackRecords, read_color_matrix
+from jaxvid.data.formats.xvit_hdf5 import read_xvit_list
 from jaxvid.data.records import Selection, find_missing
-from jaxvid.data.scan import Skipped
+from jaxvid.data.synthetic_motion import make_motion
 from jaxvid.errors import InputError, printable
 
-__all__ = ["SOURCES", "Record", "VideoFolder", "open_folder", "read_list"]
+__all__ = ["SOURCES", "Record", "VideoDataset", "open_dataset", "read_list"]
 
 SOURCES = ("motion", "folder", "class_folders", "xvit_h5", "pack", "tfds")
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoFolder:
+class VideoDataset:
     """Labelled videos and the names of their classes.
 
     Attributes:
@@ -44,7 +44,7 @@ class VideoFolder:
     notes: tuple[str, ...] = ()
 
 
-def open_folder(data, num_classes: int, splits: tuple[str, ...]) -> VideoFolder:
+def open_dataset(data, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
     """Opens the data of a config, making the motion clips first where those are asked for.
 
     Args:
@@ -100,7 +100,7 @@ def open_folder(data, num_classes: int, splits: tuple[str, ...]) -> VideoFolder:
                 f"data.skip_broken: {len(left_out)} of {len(left_out) + len(records['train'])} "
                 f"training videos are missing or broken and left out, {left_out[0]} first"
             )
-    return VideoFolder(records, labels, left_out, tuple(map(printable, notes)))
+    return VideoDataset(records, labels, left_out, tuple(map(printable, notes)))
 
 
 def _leave_out(records: Sequence, folder: str) -> tuple[Sequence, tuple[str, ...]]:

@@ -28,7 +28,7 @@ from jaxvid.models.layers import (
     record_attention,
     run_blocks,
 )
-from jaxvid.models.surgery import resize_pos_embed
+from jaxvid.models.transfer import resize_pos_embed
 
 EPS = 1e-5
 # normal(0.02) folded into ±2σ: what lies outside is drawn again, as jax's truncated normal does.

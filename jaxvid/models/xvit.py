@@ -30,7 +30,7 @@ from jaxvid.models.layers import (
     torch_kernel_init,
     torch_linear,
 )
-from jaxvid.models.surgery import resize_pos_embed
+from jaxvid.models.transfer import resize_pos_embed
 
 BACKBONE_EPS = 1e-6
 HEAD_EPS = 1e-5

@@ -1,0 +1,257 @@
+"""Clips out of videos: which frames, at which size, which part of them, and how augmented."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from jaxvid.data.clips import autoaugment, sampling, transforms
+from jaxvid.data.formats.jpeg_reader import JpegFrames
+from jaxvid.data.formats.rgb import COLOR_MATRICES
+from jaxvid.data.formats.video_reader import VideoFile
+from jaxvid.data.sources import Record
+from jaxvid.errors import InputError, short_repr
+
+# Upper bounds of a clip's sizes, far above any use: larger values would fill the memory.
+MAX_SIZES = {
+    "num_frames": 4096,
+    "crop": 8192,
+    "short_side": 16384,
+    "sampling_rate": 10**6,
+    "num_clips": 1000,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipSpec:
+    """How clips are made out of videos.
+
+    Attributes:
+        num_frames: Frames a clip.
+        crop: Height and width of a clip in pixels.
+        short_side: Evaluation: the frames' shorter side in pixels before cropping.
+        sampling: Which frames: `segments`, `dense` or `rate` (`sampling.make_indices`).
+        sampling_rate: Of `dense`.
+        by_time: Videos with a variable frame rate are sampled by time, not by frame number.
+        resize: `antialiased` (Pillow's bilinear) or `bilinear` (torch's, without).
+        color_matrix: Conversion of video to RGB: `tagged`, by the matrix that the file names, or
+            `bt601` whatever it names. Frames of packs are RGB already.
+        num_clips: Evaluation: clips of a video.
+        num_crops: Evaluation: crops of a clip, 1 or 3.
+        train_crop: `random` (a random place after a random short side) or `multiscale` (XViT on
+            Kinetics).
+        train_short_side: Lowest and highest short side of `random` crops.
+        flip: Probability that a training clip is mirrored.
+        augment: ``, `autoaugment` (v0) or `randaugment`, on whole frames before the crop.
+        randaugment_layers: Operations of `randaugment`.
+        randaugment_magnitude: Its strength, 0 to 10.
+    """
+
+    num_frames: int
+    crop: int
+    short_side: int
+    sampling: str = "segments"
+    sampling_rate: int = 16
+    by_time: bool = False
+    resize: str = "antialiased"
+    color_matrix: str = "tagged"
+    num_clips: int = 1
+    num_crops: int = 1
+    train_crop: str = "random"
+    train_short_side: tuple[int, int] = (0, 0)
+    flip: float = 0.0
+    augment: str = ""
+    randaugment_layers: int = 2
+    randaugment_magnitude: int = 9
+
+    def __post_init__(self):
+        for name, most in MAX_SIZES.items():
+            if not 0 < getattr(self, name) <= most:
+                raise InputError(f"{name}={short_repr(getattr(self, name))}: must be 1 to {most}")
+        options = {
+            "sampling": sampling.SAMPLINGS,
+            "resize": ("antialiased", "bilinear"),
+            "color_matrix": COLOR_MATRICES,
+            "num_crops": transforms.NUM_CROPS,
+            "train_crop": ("random", "multiscale"),
+            "augment": ("", "autoaugment", "randaugment"),
+        }
+        for name, valid in options.items():
+            if getattr(self, name) not in valid:
+                known = ", ".join(repr(option) for option in valid)
+                value = short_repr(getattr(self, name))
+                raise InputError(f"{name}={value}: there are {known}")
+        most = sampling.max_views(self.sampling) or self.num_clips
+        if not 1 <= self.num_clips <= most:
+            raise InputError(
+                f"num_clips={self.num_clips}: sampling={self.sampling!r} gives 1 to {max(most, 1)}"
+            )
+        for low in (self.short_side, self.train_short_side[0] or self.crop):
+            if low < self.crop:
+                raise InputError(f"short_side={low} is below the crop of {self.crop} px; raise it")
+
+    @property
+    def eval_dtype(self) -> type[np.unsignedinteger]:
+        """Pixels of evaluation views: uint8, or uint16 in units of 1 / `FRACTIONS` grey level."""
+        return np.uint16 if self.resize == "bilinear" else np.uint8
+
+
+def make_spec(config, *, num_clips: int = 1, num_crops: int = 1) -> ClipSpec:
+    """The clips of a config.
+
+    Raises:
+        InputError: A field of `data` or `eval` has an impossible value.
+    """
+    data = config.data
+    low = data.short_side
+    return ClipSpec(
+        num_frames=config.model.num_frames,
+        crop=config.model.image_size,
+        short_side=config.eval.short_side,
+        sampling=data.sampling,
+        sampling_rate=data.sampling_rate,
+        by_time=data.by_time,
+        resize=data.resize,
+        color_matrix="tagged" if data.color_matrix == "auto" else data.color_matrix,
+        num_clips=num_clips,
+        num_crops=num_crops,
+        train_crop=data.train_crop,
+        train_short_side=(low, max(low, data.short_side_max)),
+        flip=data.flip,
+        augment=data.augment,
+        randaugment_layers=data.randaugment_layers,
+        randaugment_magnitude=data.randaugment_magnitude,
+    )
+
+
+def load_train_clip(
+    record: Record, rng: np.random.Generator, spec: ClipSpec
+) -> dict[str, np.ndarray]:
+    """Decodes and augments one training clip.
+
+    Returns:
+        `video` `(t, crop, crop, c)` uint8; `indices` `(t,)`, its frames; `padded`, whether the
+        video is too short for it.
+
+    Raises:
+        DecodeError: The video cannot be decoded.
+    """
+    with _open(record, spec) as reader:
+        indices = _indices(reader, spec, rng=rng)
+        frames = reader.get_frames(indices)
+        padded = _is_padded(reader, spec)
+    if spec.augment == "autoaugment":
+        frames = autoaugment.autoaugment(frames, rng)
+    elif spec.augment == "randaugment":
+        layers, magnitude = spec.randaugment_layers, spec.randaugment_magnitude
+        frames = autoaugment.randaugment(frames, rng, num_layers=layers, magnitude=magnitude)
+    if spec.train_crop == "multiscale":
+        frames = transforms.multi_scale_crop(frames, spec.crop, rng)
+    else:
+        low, high = spec.train_short_side
+        to_short_side = transforms.resize_short_side
+        if spec.resize == "bilinear":
+            to_short_side = transforms.resize_bilinear
+        frames = to_short_side(frames, int(rng.integers(low, high, endpoint=True)))
+        frames = transforms.random_crop(frames, spec.crop, rng)
+    if spec.flip:
+        frames = transforms.random_flip(frames, rng, spec.flip)
+    return {
+        "video": np.ascontiguousarray(frames),
+        "indices": indices.astype(np.int32),
+        "padded": np.bool_(padded),
+    }
+
+
+def load_eval_views(video: Record | str | Path, spec: ClipSpec) -> dict[str, np.ndarray]:
+    """Decode a video once and cut all its evaluation views.
+
+    Returns:
+        `video` `(v, t, crop, crop, c)` of `spec.eval_dtype`, `v = num_clips · num_crops`, the crops
+        of a clip adjacent; `indices` `(num_clips, t)`; `padded`, whether it is too short for its
+        clips; `released`, whether STAM's released evaluation counts it.
+
+    Raises:
+        DecodeError: The video cannot be decoded.
+    """
+    record = Record(Path(video), 0) if isinstance(video, str | Path) else video
+    with _open(record, spec) as reader:
+        indices = np.stack([_indices(reader, spec, view=view) for view in range(spec.num_clips)])
+        sizes = (spec.num_clips, spec.num_crops, spec.num_frames, spec.crop, spec.crop, 3)
+        views = np.empty(sizes, spec.eval_dtype)
+        for place, frame in _iter_frames(reader, indices.reshape(-1)):
+            clip, t = divmod(place, spec.num_frames)
+            frame = resize_eval_frames(frame[None], spec)
+            for number, crop in enumerate(cut_eval_crops(frame, spec)):
+                views[clip, number, t] = crop[0]
+        padded = _is_padded(reader, spec)
+        length, fps = reader.num_frames, reader.fps
+    views = views.reshape(-1, *views.shape[2:])  # (v t h w c)
+    return {
+        "video": views,
+        "indices": indices.astype(np.int32),
+        "padded": np.bool_(padded),
+        "released": np.bool_(sampling.in_released_subset(length, spec.num_frames, fps=fps)),
+    }
+
+
+def resize_eval_frames(frames: np.ndarray, spec: ClipSpec) -> np.ndarray:
+    """Resize frames `(t, h, w, c)` uint8 for evaluation, exactly as the original programs do.
+
+    Returns:
+        `(t, h, w, c)` of `spec.eval_dtype` with a shorter side of `spec.short_side`.
+    """
+    if spec.resize == "bilinear":
+        return transforms.resize_bilinear(frames, spec.short_side, exact=True)
+    return transforms.resize_short_side(frames, spec.short_side, exact=True)
+
+
+def cut_eval_crops(frames: np.ndarray, spec: ClipSpec) -> list[np.ndarray]:
+    """Cut `spec.num_crops` crops `(t, crop, crop, c)` from resized frames `(t, h, w, c)`."""
+    # XViT's program rounds half a pixel up; torchvision, which STAM's uses, to the even pixel.
+    rounding = "up" if spec.resize == "bilinear" else "even"
+    return transforms.eval_crops(frames, spec.crop, spec.num_crops, rounding=rounding)
+
+
+def _open(record: Record, spec: ClipSpec) -> VideoFile | JpegFrames:
+    reader = record.open()
+    if isinstance(reader, VideoFile):
+        reader.color_matrix = spec.color_matrix
+    return reader
+
+
+def _iter_frames(reader, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Places in `indices` and their frames `(h, w, c)`, decoded one by one where that is cheap."""
+    if isinstance(reader, JpegFrames):
+        return reader.iter_frames(indices)
+    return enumerate(reader.get_frames(indices))
+
+
+def _indices(reader, spec: ClipSpec, **draw) -> np.ndarray:
+    """The frames of a clip; `draw`: `rng` or `view`."""
+    length, times = _length(reader, spec)
+    indices = sampling.make_indices(
+        spec.sampling,
+        length,
+        spec.num_frames,
+        sampling_rate=spec.sampling_rate,
+        fps=reader.fps,
+        num_views=spec.num_clips,
+        **draw,
+    )
+    return indices if times is None else sampling.frames_at_times(indices, times, reader.fps)
+
+
+def _length(reader, spec: ClipSpec) -> tuple[int, np.ndarray | None]:
+    """Frames to sample from, and when each is shown; None: they are sampled by their number."""
+    if not spec.by_time or reader.times is None or not reader.fps:
+        return reader.num_frames, None
+    # As many as a constant rate would have.
+    return max(1, round(reader.times[-1] * reader.fps) + 1), reader.times
+
+
+def _is_padded(reader, spec: ClipSpec) -> bool:
+    length, _ = _length(reader, spec)
+    rates = {"sampling_rate": spec.sampling_rate, "fps": reader.fps}
+    return sampling.is_padded(spec.sampling, length, spec.num_frames, **rates)

@@ -1,0 +1,1 @@
+"""Readers and writers: video files, JPEG frames, packs and XViT's HDF5."""

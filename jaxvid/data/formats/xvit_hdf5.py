@@ -1,0 +1,201 @@
+"""Videos as JPEG frames in HDF5 files, as the original XViT program packs them."""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from jaxvid.data.annotations import is_label
+from jaxvid.data.formats.jpeg_reader import JpegFrames, import_or_explain
+from jaxvid.data.formats.video_reader import MAX_FRAMES, DecodeError
+from jaxvid.data.records import (
+    RecordList,
+    check_line,
+    file_state,
+    read_lines,
+    split_line,
+)
+from jaxvid.errors import InputError, one_line
+
+MAX_READ_BYTES = 2**28  # for one frame: its chunk, or the frame itself
+
+
+@dataclasses.dataclass(frozen=True)
+class H5Record:
+    """A labelled video in an HDF5 file.
+
+    Attributes:
+        path: The file.
+        label: Its class.
+        id: Its name in the list.
+        key: Of its data set in the file; None: the file's first.
+        fps: Frames a second; None: unknown.
+    """
+
+    path: Path
+    label: int
+    id: str
+    key: str | None = None
+    fps: float | None = None
+
+    def open(self) -> JpegFrames:
+        """Opens the video.
+
+        Raises:
+            DecodeError: The file is missing or damaged, the key not in it, or it holds no frame.
+        """
+        h5py = import_or_explain("h5py", "h5py")
+        if (state := file_state(self.path)) and state != "is empty":  # a pipe could block for ever
+            raise DecodeError(f"{self.path} {state}; restore it")
+        try:
+            # Many file systems have no locks, and what is only read needs none.
+            file = h5py.File(self.path, "r", locking=False)
+        except OSError as error:
+            raise DecodeError(f"{self.path}: cannot be read ({one_line(error)})") from None
+        try:
+            frames = self._find_frames(h5py, file)
+
+            def get(i: int) -> bytes:
+                try:
+                    jpeg = frames[i]  # an array of bytes, or a string of them
+                except Exception as error:  # h5py's errors share no base
+                    raise DecodeError(
+                        f"{self.path}: frame {i} of {len(frames)} cannot be read "
+                        f"({one_line(error)}); make the file again"
+                    ) from None
+                return jpeg.tobytes() if hasattr(jpeg, "tobytes") else jpeg
+
+            return JpegFrames(str(self.path), len(frames), self.fps, get, file.close)
+        except DecodeError:
+            file.close()
+            raise
+        except Exception as error:
+            file.close()
+            raise DecodeError(f"{self.path}: cannot be read ({one_line(error)})") from None
+
+    def _find_frames(self, h5py, file):
+        """Find the data set and check that reading a frame of it is bounded and stays in the file.
+
+        Raises:
+            DecodeError: There is none, it lies in another file, or its sizes are absurd.
+        """
+        key = next(iter(file), None) if self.key is None else self.key
+        what = "no data set" if self.key is None else f"no data set {self.key!r}"
+        group, parts = file, [part for part in (key or "").split("/") if part]
+        for part in parts:  # a link, even a broken one, is refused before it is followed
+            link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
+            if link is None:
+                raise DecodeError(f"{self.path}: {what} in it; make the file again")
+            if not isinstance(link, h5py.HardLink):
+                raise DecodeError(f"{self.path}: {key!r} is a link; copy the data into the file")
+            group = group[part]
+        frames = group
+        if not isinstance(frames, h5py.Dataset) or not frames.shape:
+            raise DecodeError(f"{self.path}: {what} in it; make the file again")
+        if frames.is_virtual or frames.external:
+            raise DecodeError(f"{self.path}: its data lies in other files; copy it into the file")
+        if not frames.shape[0]:
+            raise DecodeError(f"{self.path}: no frame in it; leave the video out")
+        sizes = [frames.shape[1:], *([frames.chunks] if frames.chunks else [])]
+        frame_bytes = max(math.prod(size) for size in sizes) * frames.dtype.itemsize
+        if frames.shape[0] > MAX_FRAMES or frame_bytes > MAX_READ_BYTES:
+            raise DecodeError(
+                f"{self.path}: {frames.shape[0]} frames, of which one takes {frame_bytes} bytes to "
+                "read, are no video; make the file again"
+            )
+        return frames
+
+
+def write_h5(path: Path, key: str, jpegs: list[bytes]) -> None:
+    """Writes a video as one data set of JPEG byte strings, the same bytes each time."""
+    h5py = import_or_explain("h5py", "h5py")
+    # In memory first: HDF5 crashes the process where a disk is full.
+    with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
+        frames = np.empty(len(jpegs), object)
+        frames[:] = [np.frombuffer(jpeg, np.uint8) for jpeg in jpegs]
+        file.create_dataset(key, data=frames, dtype=h5py.vlen_dtype(np.uint8))
+        file.flush()
+        path.write_bytes(file.id.get_file_image())
+
+
+def read_xvit_list(
+    folder: Path, split: str, num_classes: int | None, missing: str = "error"
+) -> list[H5Record]:
+    """Reads XViT's packing of Kinetics or of Something-Something, told apart by their lists.
+
+    Kinetics: `annotations/SPLIT.txt` with `name,num_frames,label`, frames in
+    `seq_h5/SPLIT/NAME.h5` or `SPLIT/NAME.h5`; `annotations/SPLIT_fps.txt` is optional.
+    Something-Something: `SPLIT_videofolder.txt` with `name num_frames label`, frames in
+    `seq_h5/NAME.h5` under NAME, or all in `Something-Something-v2-frames.h5`. As in the original,
+    `test` is `val` where it has no list of its own.
+
+    Raises:
+        InputError: As `read_list`, and for a name that leads out of the folder.
+    """
+    found = [
+        (path, name)
+        for name in dict.fromkeys((split, "val" if split == "test" else split))
+        for path in (
+            folder / "annotations" / f"{name}.txt",
+            folder / f"{name}_videofolder.txt",
+        )
+        if os.path.lexists(path)
+    ]
+    if not found:
+        raise InputError(
+            f"{folder}: neither annotations/{split}.txt nor {split}_videofolder.txt is in it"
+        )
+    path, split = found[0]
+    kinetics = path.parent != folder
+    packed = folder / "seq_h5" / split if kinetics else folder / "seq_h5"
+    if kinetics and not packed.is_dir():
+        packed = folder / split
+    single = folder / "Something-Something-v2-frames.h5"
+    rates = _read_rates(folder, split) if kinetics else {}
+    records = RecordList(path, missing)
+    for number, line in enumerate(read_lines(path, names=True), start=1):
+        if not line.strip():
+            continue
+        check_line(path, number, line)
+        rest, label = split_line(line)
+        name, length = split_line(rest)
+        if not (name and is_label(label) and length.isascii() and length.isdigit()):
+            raise InputError(f"{path}:{number}: {line!r} is not 'name,num_frames,label'")
+        label = int(label)
+        if num_classes is not None and label >= num_classes:
+            raise InputError(
+                f"{path}:{number}: label {label} is out of range: model.num_classes={num_classes} "
+                f"allows 0 to {num_classes - 1}; correct the line or the config"
+            )
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise InputError(f"{path}:{number}: {name!r} leads out of {packed}; correct the line")
+        if kinetics:
+            file, key = packed / f"{name}.h5", None
+        else:
+            file, key = (single if single.is_file() else packed / f"{name}.h5"), name
+        records.add(number, H5Record(file, label, name, key, rates.get(name)))
+    return records.finish()
+
+
+def _read_rates(folder: Path, split: str) -> dict[str, float]:
+    """Name → frames a second; the original looks for the file in `annotation`."""
+    for place in ("annotations", "annotation"):
+        path = folder / place / f"{split}_fps.txt"
+        if os.path.lexists(path):
+            break
+    else:
+        return {}
+    rates = {}
+    for number, line in enumerate(read_lines(path, names=True), start=1):
+        check_line(path, number, line)
+        name, text = split_line(line)
+        try:
+            rate = float(text)
+        except ValueError:
+            rate = math.nan
+        if not math.isfinite(rate):
+            raise InputError(f"{path}:{number}: {line!r} is not 'name,fps'")
+        rates[name] = rate if 0.01 <= rate <= 1000 else None  # 0: unknown
+    return rates

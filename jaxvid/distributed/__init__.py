@@ -1,0 +1,1 @@
+"""Processes, the device mesh, sharding rules and collectives."""

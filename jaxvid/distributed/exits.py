@@ -1,0 +1,74 @@
+"""Descriptions and exit codes of errors, for processes that end together."""
+
+import atexit
+import contextlib
+import multiprocessing
+import sys
+import traceback
+
+import jax
+
+from jaxvid import entry_point
+from jaxvid.errors import InputError, one_line
+
+COLLECTIVE_LIBRARIES = ("Gloo", "NCCL", "RCCL")
+
+
+def is_of_runtime(error: BaseException | None) -> bool:
+    """Whether an error comes from JAX's runtime: another process may be its cause."""
+    while error is not None:
+        # XLA also raises ValueErrors: "UNKNOWN: Gloo AllGather failed".
+        in_collective = any(library in str(error) for library in COLLECTIVE_LIBRARIES)
+        if isinstance(error, jax.errors.JaxRuntimeError) or in_collective:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def describe(error: BaseException) -> str:
+    """Return what the other processes are told of an error, in one line."""
+    match error:
+        case InputError():
+            return str(error)
+        case KeyboardInterrupt():
+            return "interrupted"
+        case SystemExit():
+            return f"ended with exit code {exit_code(error)}"
+        case Exception() if entry_point.describe(error)[0] == InputError.EXIT_CODE:
+            return entry_point.describe(error)[1].removeprefix("error: ")
+    return f"{type(error).__name__}: {one_line(error)}; its own output has the traceback"
+
+
+def report(error: BaseException) -> str:
+    """Return what this process prints of an error where its main thread cannot."""
+    if isinstance(error, Exception) and exit_code(error) == 1:
+        return "".join(traceback.format_exception(error))
+    return f"error: {describe(error)}\n"
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code of a process that ends with an error."""
+    match error:
+        case KeyboardInterrupt():
+            return 130
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+        case Exception():
+            return entry_point.describe(error)[0]
+    return 1
+
+
+def end_now(code: int) -> None:
+    """End the process at once, without its exit handlers: they would wait for the others."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        # The streams of `entry_point` raise SystemExit where a pipe is closed.
+        with contextlib.suppress(OSError, ValueError, SystemExit):
+            stream.flush()
+    entry_point.exit_now(code)
+
+
+def end_at_exit(code: int) -> None:
+    """End the process with a code once the interpreter exits, before other exit handlers."""
+    atexit.register(end_now, code)

@@ -1,0 +1,133 @@
+"""Processes, the device mesh, and the one rule that gives every leaf of the state its sharding."""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxvid.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+# Tensor parallelism: the axis of a kernel that is cut, output for the first Linear layer of a pair
+# and input for the second.
+TENSOR_AXIS = {"qkv": -1, "fc1": -1, "proj": 0, "fc2": 0}
+TENSOR_AXIS |= {"self_attn": -1, "linear1": -1, "out_proj": 0, "linear2": 0}  # STAM's aggregator
+
+
+def make_mesh(mesh) -> Mesh:
+    """A mesh ('data', 'fsdp', 'tensor') over all devices.
+
+    Args:
+        mesh: The config's `mesh`: a size for each axis; -1 for one axis: what is left.
+
+    Raises:
+        InputError: The sizes do not multiply to the number of devices.
+    """
+    sizes = [mesh[axis] for axis in AXES]
+    devices = jax.device_count()
+    if sizes.count(-1) == 1:
+        rest = math.prod(size for size in sizes if size != -1)
+        if rest > 0 and devices % rest == 0:
+            sizes[sizes.index(-1)] = devices // rest
+    if min(sizes) < 1 or math.prod(sizes) != devices:
+        asked = ", ".join(f"mesh.{axis}={mesh[axis]}" for axis in AXES)
+        raise InputError(
+            f"{asked}: cannot be laid over {devices} devices; "
+            "the sizes must multiply to that number (one may be -1)"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches are cut along their first axis over 'data' and 'fsdp'."""
+    return NamedSharding(mesh, BATCH)
+
+
+def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
+    """Refuses a global batch size that the mesh cannot cut evenly."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size < 1 or batch_size % parts:
+        raise InputError(
+            f"{name}={batch_size} must be a positive multiple of {parts} (mesh.data · mesh.fsdp)"
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, P())
+
+
+def state_sharding(abstract_state, mesh: Mesh):
+    """The sharding of every leaf of the state, or of any tree whose dict keys name weights.
+
+    A kernel's `TENSOR_AXIS` is cut over 'tensor', and of a leaf's other axes the longest that
+    divides is cut over 'fsdp'. The optimiser's moments follow their weights.
+
+    Args:
+        abstract_state: Tree of arrays or shapes.
+        mesh: As `make_mesh` gives it.
+
+    Returns:
+        The same tree with a `NamedSharding` at each leaf.
+    """
+
+    def rule(path, leaf) -> NamedSharding:
+        spec = [None] * leaf.ndim
+        name = str(getattr(path[-1], "key", "")) if path else ""
+        module, _, kind = name.rpartition(".")
+        is_kernel = kind in ("kernel", "in_proj_weight")
+        axis = TENSOR_AXIS.get(module.rpartition(".")[2]) if is_kernel else None
+        if leaf.ndim == 2 and axis is not None and leaf.shape[axis] % mesh.shape["tensor"] == 0:
+            spec[axis] = "tensor"
+        free = [
+            i
+            for i, size in enumerate(leaf.shape)
+            if spec[i] is None and size > 1 and size % mesh.shape["fsdp"] == 0
+        ]
+        if free:
+            spec[max(free, key=lambda i: leaf.shape[i])] = "fsdp"
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree_util.tree_map_with_path(rule, abstract_state)
+
+
+def with_sharding(abstract_tree, mesh: Mesh):
+    """The same tree of shapes, each with its sharding from `state_sharding`."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract_tree,
+        state_sharding(abstract_tree, mesh),
+    )
+
+
+def to_global_arrays(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts this process's part of a batch on its devices as part of the global arrays."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }
+
+
+def batch_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """Which part of every global batch this process makes.
+
+    Returns:
+        `(index, count)`: part `index` of `count` equal ones. Processes that share their rows, where
+        'tensor' spans several, get the same part.
+
+    Raises:
+        InputError: The process's devices hold rows that are not one such part.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = sorted({row for (place,) in places for row in range(batch_size)[place]})
+    size = len(rows)
+    if rows[-1] - rows[0] + 1 != size or batch_size % size or rows[0] % size:
+        raise InputError(
+            f"mesh {dict(mesh.shape)}: process {jax.process_index()} would hold scattered clips of "
+            "a batch; let mesh.fsdp · mesh.tensor be a multiple or a divisor of its devices"
+        )
+    return rows[0] // size, batch_size // size

@@ -1,0 +1,1 @@
+"""Evaluation: metrics, per-video results, comparison and reports."""

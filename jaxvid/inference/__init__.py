@@ -1,0 +1,1 @@
+"""Inference: classifier, sliding windows, class timelines and attention rollout."""

@@ -1,0 +1,118 @@
+"""The classes of a long video over time: a table, JSON and a picture."""
+
+import csv
+import dataclasses
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxvid.atomic import write_file, write_json
+from jaxvid.plot_style import GRID, INK
+
+COLOURS = ("#0b6fb8", "#d1495b", "#3f8f4f", "#e0912f", "#7a52a8", "#2aa5a0")  # of drawn classes
+OTHERS = "#c9c9c9"
+KINDS = ("csv", "json", "png")  # the files of a timeline
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassTimeline:
+    """The classes of a video over time.
+
+    Attributes:
+        video: The file.
+        labels: Names of all classes.
+        starts: `(windows,)` seconds from the video's first frame.
+        ends: `(windows,)` likewise.
+        padded: `(windows,)` whether the window is too short for its clip and repeats frames.
+        stride: Seconds from start to start.
+        probabilities: `(windows, num_classes)`.
+    """
+
+    video: str
+    labels: list[str]
+    starts: np.ndarray
+    ends: np.ndarray
+    padded: np.ndarray
+    stride: float
+    probabilities: np.ndarray
+
+    def rows(self, top_k: int) -> list[dict]:
+        """`{"start", "end", "padded", "top": [{"label", "probability"}]}` of each window."""
+        order = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :top_k]
+        return [
+            {
+                "start": round(float(self.starts[i]), 3),
+                "end": round(float(self.ends[i]), 3),
+                "padded": bool(self.padded[i]),
+                "top": [
+                    {"label": self.labels[c], "probability": float(self.probabilities[i, c])}
+                    for c in top
+                ],
+            }
+            for i, top in enumerate(order)
+        ]
+
+    def save(self, prefix: str | Path, top_k: int = 5) -> list[Path]:
+        """Writes `PREFIX.csv`, `PREFIX.json` and `PREFIX.png`, each whole or not at all.
+
+        Returns:
+            The three files.
+
+        Raises:
+            InputError: They cannot be written.
+        """
+        rows, table, picture = self.rows(top_k), io.StringIO(), io.BytesIO()
+        ranks = range(1, len(rows[0]["top"]) + 1)
+        names = [name for rank in ranks for name in (f"label_{rank}", f"probability_{rank}")]
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(["start", "end", "padded", *names])
+        for row in rows:
+            pairs = [(entry["label"], f"{entry['probability']:.6f}") for entry in row["top"]]
+            when = row["start"], row["end"], int(row["padded"])
+            writer.writerow([*when, *(x for pair in pairs for x in pair)])
+        document = {"video": self.video, "stride": round(self.stride, 6), "windows": rows}
+        self.draw().savefig(picture, format="png")
+        paths = [Path(f"{prefix}.{kind}") for kind in KINDS]
+        write_file(paths[0], table.getvalue().encode())
+        write_json(paths[1], document)
+        write_file(paths[2], picture.getvalue())
+        return paths
+
+    def draw(self) -> Figure:
+        """Draws the likeliest classes over time; below, the top class of each moment."""
+        first = self.probabilities.argmax(axis=1)
+        shown = self._shown(first)
+        middles = (self.starts + self.ends) / 2
+        figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=130)
+        axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=(9, 1))
+        marker = "o" if len(middles) <= 60 else None
+        for c, colour in shown.items():
+            values = 100 * self.probabilities[:, c]
+            axes.plot(middles, values, color=colour, label=self.labels[c], marker=marker, ms=4)
+        axes.set_ylim(0, 102)
+        axes.set_ylabel("probability (%)")
+        name = os.fsencode(Path(self.video).name).decode(errors="replace")
+        axes.set_title(f"{name}: classes over time", color=INK)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.grid(color=GRID, lw=0.6)
+        axes.set_axisbelow(True)
+        # Each window stands for the stretch around its middle.
+        edges = np.concatenate([self.starts[:1], (middles[1:] + middles[:-1]) / 2, self.ends[-1:]])
+        colours = [shown.get(c, OTHERS) for c in first.tolist()]
+        strip.bar(edges[:-1], 1, np.diff(edges), align="edge", color=colours)
+        strip.set_yticks([])
+        strip.set_ylabel("top", rotation=0, ha="right", va="center")
+        strip.set_xlabel("seconds")
+        strip.set_xlim(edges[0], edges[-1])
+        for panel in (axes, strip):
+            panel.spines[["top", "right"]].set_visible(False)
+        return figure
+
+    def _shown(self, first: np.ndarray) -> dict[int, str]:
+        """The classes that are drawn → colour: the most often first, then the highest peaks."""
+        counts = np.bincount(first, minlength=len(self.labels))
+        order = np.lexsort((-self.probabilities.max(axis=0), -counts))
+        return dict(zip(order.tolist(), COLOURS, strict=False))

@@ -1,0 +1,70 @@
+"""Lock files."""
+
+import contextlib
+import fcntl
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+
+class LockedError(Exception):
+    """Another process holds a lock.
+
+    Attributes:
+        holder: Its number and its machine, as far as they are known.
+    """
+
+    def __init__(self, holder: str):
+        super().__init__(holder)
+        self.holder = holder
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold a lock while the body runs. The system releases it if the process dies in any way.
+
+    Args:
+        path: A file that is made for the lock, names the holder, and is removed at the end.
+
+    Yields:
+        Whether the lock is held; False: the file system has no locks.
+
+    Raises:
+        LockedError: Another process holds the lock.
+        OSError: The file cannot be made.
+    """
+    file = _lock_file(path)
+    try:
+        yield file is not None
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        if file is not None:
+            file.close()
+
+
+def _lock_file(path: Path) -> TextIO | None:
+    """Open and lock a file; None: the file system has no locks."""
+    while True:
+        file = path.open("a+", encoding="utf-8", errors="replace")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last holder may have removed it since it was opened.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}")
+                file.flush()
+                return file
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            raise LockedError(holder) from None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            file.close()
+            return None
+        file.close()

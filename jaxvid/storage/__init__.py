@@ -1,0 +1,1 @@
+"""Model folders: weights, model card and preprocessing."""

@@ -1,0 +1,1 @@
+"""Training: steps, optimiser, checkpoints, metrics and signals."""

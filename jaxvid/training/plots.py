@@ -1,0 +1,81 @@
+"""Plots of training: curves and the learning-rate schedule."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxvid.plot_style import INK, TRAIN, VAL, save_figure, style_axes
+from jaxvid.training import optim
+
+
+def draw_curves(metrics: Path, output: Path) -> None:
+    """Draws loss, top-1 accuracy and learning rate over steps.
+
+    Args:
+        metrics: A run's `metrics.jsonl`.
+        output: The PNG file.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+
+    def series(name: str) -> tuple[list, list]:
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained", dpi=130)
+    panels = (
+        ("loss", (("train/loss", "training", TRAIN), ("val/loss", "validation", VAL))),
+        ("top-1 (%)", (("train/top1", "training", TRAIN), ("val/top1", "validation", VAL))),
+        ("learning rate", (("learning_rate", "", INK),)),
+    )
+    for axes, (title, lines) in zip(figure.subplots(1, 3), panels, strict=True):
+        for name, label, colour in lines:
+            steps, values = series(name)
+            marker = "o" if name.startswith("val") or len(steps) == 1 else None
+            axes.plot(steps, values, color=colour, label=label, marker=marker, ms=4, lw=1.6)
+        if len(lines) > 1:
+            axes.legend(frameon=False)
+        axes.set_title(title, color=INK)
+        axes.set_xlabel("step")
+        style_axes(axes)
+        if "%" in title:
+            axes.set_ylim(0, 100)
+    save_figure(figure, output)
+
+
+def draw_schedule(config, workdir: str | Path) -> Path:
+    """Draws a config's learning rate over epochs, without training.
+
+    Args:
+        config: A locked config.
+        workdir: Gets `schedule.png`.
+
+    Returns:
+        The picture's path.
+
+    Raises:
+        InputError: The schedule is impossible, or the folder cannot be written.
+    """
+    optim.check_optimizer(config.optimizer)
+    per_epoch = 100  # steps; the curve over epochs is the same for any number
+    total = max(1, round(config.num_epochs * per_epoch))
+    schedule = optim.make_schedule(
+        config.optimizer,
+        batch_size=config.batch_size,
+        total_steps=total,
+        steps_per_epoch=per_epoch,
+    )
+    rates = np.asarray(jax.vmap(schedule)(np.arange(total + 1)))
+    figure = Figure(figsize=(6.5, 3.4), layout="constrained", dpi=130)
+    axes = figure.subplots()
+    axes.plot(np.arange(total + 1) / per_epoch, rates, color=VAL, lw=1.8)
+    axes.set_title(optim.describe_rate(config.optimizer, config.batch_size), color=INK, fontsize=10)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("learning rate")
+    style_axes(axes)
+    return save_figure(figure, Path(workdir) / "schedule.png")

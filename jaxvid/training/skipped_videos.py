@@ -1,0 +1,93 @@
+"""Training videos that cannot be decoded: counted, and listed in WORKDIR/skipped.jsonl."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+import jax
+
+from jaxvid.atomic import write_file
+from jaxvid.errors import InputError
+from jaxvid.logs import log
+from jaxvid.training.metric_writer import _told_if_not_written
+
+
+class SkippedVideos:
+    """Counts the training videos that cannot be decoded and lists them in `WORKDIR/skipped.jsonl`.
+
+    The list is that of the whole run; those that an earlier start has met do not count against the
+    allowed share, for they may have been restored since.
+
+    Args:
+        workdir: The run's folder.
+        num_videos: Videos that are listed for training.
+        max_share: Of them, how many may fail before the run stops; 1: any but all.
+        lost: Ids of videos that are no longer in the list: they do not count.
+    """
+
+    def __init__(
+        self, workdir: Path, *, num_videos: int, max_share: float, lost: Collection[str] = ()
+    ):
+        self._path, self._lost = workdir / "skipped.jsonl", set(lost)
+        self._num_videos, self._max_share = num_videos - len(lost), max_share
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        # The last line may be that of a run that was killed while it wrote.
+        lines = text[: text.rfind("\n") + 1]
+        if lines != text and not jax.process_index():
+            write_file(self._path, lines.encode())
+        self._listed = read_skipped(workdir)
+        self._failed: set[str] = set()
+
+    def note(self, failures: list[tuple[str, str]]) -> None:
+        """Notes failures, each an id and a reason; each video is told and listed once.
+
+        Raises:
+            InputError: More than the allowed share has failed.
+        """
+        for id_, error in failures:
+            if id_ not in self._lost:
+                self._failed.add(id_)
+            if id_ in self._listed:
+                continue
+            self._listed.add(id_)
+            if jax.process_index():
+                continue
+            log.warning("skipped: %s", error)
+            with _told_if_not_written(self._path), self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"id": id_, "error": error}) + "\n")
+        count, total = len(self._failed), self._num_videos
+        if count and count == total:
+            raise InputError(
+                f"all {total} training videos cannot be decoded; they are listed in {self._path}; "
+                "restore them"
+            )
+        if count > self._max_share * total:
+            raise InputError(
+                f"{count} of {total} training videos cannot be decoded, more than "
+                f"data.max_failed_share={self._max_share} allows; they are listed in {self._path}; "
+                "restore them, take them out of the list or set --config.data.skip_broken=True, "
+                "then the same command continues"
+            )
+
+    def summary(self) -> str:
+        """Return how many videos this start skipped; empty: none."""
+        if not self._failed:
+            return ""
+        return (
+            f"{len(self._failed)} of {self._num_videos} training videos could not be decoded and "
+            f"were skipped; they are listed in {self._path}"
+        )
+
+
+def read_skipped(workdir: Path) -> set[str]:
+    """Return the ids in `WORKDIR/skipped.jsonl`, as `pipeline.stored_id` cuts them.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    path = workdir / "skipped.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    try:  # the last line may be that of a run that was killed while it wrote
+        return {json.loads(line)["id"] for line in text.split("\n")[:-1]}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: is damaged; delete it") from None

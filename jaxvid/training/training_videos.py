@@ -1,0 +1,118 @@
+"""The training videos of a run, in the order of its first start.
+
+The order of the batches depends on the number of the videos and on their places. A run that is
+continued with a shorter list therefore keeps the places of the videos that are gone: they fail as
+broken videos do, and all others come when they would have come.
+"""
+
+import dataclasses
+import gzip
+import json
+import zlib
+from pathlib import Path
+
+import jax
+
+from jaxvid.atomic import write_file
+from jaxvid.data import fingerprints
+from jaxvid.data.formats.pack_reader import PackRecords
+from jaxvid.data.pipeline import stored_id
+from jaxvid.data.records import LostVideo, Selection
+from jaxvid.data.sources import VideoDataset
+from jaxvid.errors import InputError, printable
+from jaxvid.training import checkpoint, run_metadata
+from jaxvid.training.skipped_videos import read_skipped
+
+FILE = "training_videos.json.gz"
+
+
+def align(workdir: Path, data: VideoDataset) -> tuple[VideoDataset, tuple[str, ...]]:
+    """Put the training videos into the order of the run's first start.
+
+    A video of that start may be missing now if `WORKDIR/skipped.jsonl` lists it, or if
+    `data.skip_broken` left it out. One that the first start left out stays out.
+
+    Args:
+        workdir: The run's folder; without an earlier start nothing changes.
+        data: The data as it is now.
+
+    Returns:
+        The data with a `LostVideo` in the place of each video that is gone, and the ids of those.
+
+    Raises:
+        InputError: Other videos are gone, or there are new ones.
+    """
+    first, records = _load(workdir), data.records["train"]
+    if first is None or checkpoint.starts_over(workdir):
+        return data, ()
+    now = {record.id: i for i, record in enumerate(records)}
+    if list(now) == first["ids"] or len(now) < len(records):
+        return data, ()
+    known, returned = set(first["ids"]), set(first["left_out"]) & now.keys()
+    lost = [id_ for id_ in first["ids"] if id_ not in now]
+    skipped, left_out = read_skipped(workdir), set(data.left_out)
+    gone = [id_ for id_ in lost if stored_id(id_) not in skipped and id_ not in left_out]
+    added = [id_ for id_ in now if id_ not in known and id_ not in returned]
+    if gone or added:
+        problems = [f"{len(added)} are new, {added[0]!r} first"] if added else []
+        if gone:
+            text = f"{len(gone)} are gone that {workdir / 'skipped.jsonl'} does not list"
+            problems.append(f"{text}, {gone[0]!r} first")
+        raise InputError(
+            f"{workdir} was started with {len(known)} training videos, now there are {len(now)}: "
+            f"{'; '.join(problems)}; restore the list or choose another --workdir"
+        )
+    pairs = zip(first["ids"], first["labels"], strict=True)
+    places = [now[id_] if id_ in now else LostVideo(id_, label) for id_, label in pairs]
+    notes = []
+    if lost:
+        notes.append(
+            f"{len(lost)} of the run's {len(places)} training videos are no longer in the list, "
+            f"{lost[0]} first; their places in the batches stay empty"
+        )
+    if returned:
+        notes.append(
+            f"{len(returned)} training videos that the first start left out are there now; this "
+            "run goes on without them"
+        )
+    data = dataclasses.replace(
+        data,
+        records={**data.records, "train": Selection(records, places)},
+        notes=(*data.notes, *map(printable, notes)),
+    )
+    return data, tuple(lost)
+
+
+def save(workdir: Path, data: VideoDataset) -> None:
+    """Write the ids and labels of the first start's training videos (on the first process).
+
+    Args:
+        workdir: The run's folder.
+        data: What `align` returned.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    records = data.records["train"]
+    numbered = isinstance(records, PackRecords) and not records.has_ids
+    if jax.process_index() or numbered or _load(workdir) is not None:
+        return
+    found = {
+        "ids": [record.id for record in records],
+        "labels": [int(record.label) for record in records],
+        "left_out": list(data.left_out),
+    }
+    write_file(workdir / FILE, gzip.compress(json.dumps(found).encode(), mtime=0))
+
+
+def _load(workdir: Path) -> dict | None:
+    """Read the first start's list; None: there is none, or it is not that of the last start."""
+    last = run_metadata.last_start(workdir)
+    try:
+        found = json.loads(gzip.decompress((workdir / FILE).read_bytes()))
+        same = last is not None and last["data"]["train"]["sha256"] == fingerprints.digest(
+            found["ids"]
+        )
+        return found if same and len(found["labels"]) == len(found["ids"]) else None
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,64 @@
+"""Signals, stalls, traces and late metrics of a training run."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from jaxvid.logs import log
+
+
+class Watchdog:
+    """Logs, while a stage lasts too long, which one it is and what it waits for.
+
+    Args:
+        seconds: How long a stage may last before that; each further line takes twice as long.
+
+    Attributes:
+        waited: Stage → seconds spent in it.
+    """
+
+    def __init__(self, seconds: float):
+        self._limit, self._current, self._began = seconds, None, time.monotonic()
+        self.waited: dict[str, float] = {}
+        self._shared: dict[str, tuple[float, float]] = {}  # stage → waited, when last asked
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def stage(self, name: str, describe: Callable[[], str] = str) -> Iterator[None]:
+        """Marks what the caller does.
+
+        Args:
+            name: The stage's, for the log.
+            describe: Tells, during a stall, what is waited for.
+        """
+        start = time.monotonic()
+        self._current = [name, describe, start, self._limit]
+        try:
+            yield
+        finally:
+            self._current = None
+            self.waited[name] = self.waited.get(name, 0.0) + time.monotonic() - start
+
+    def share(self, name: str) -> float:
+        """The share of the time since the last call for this stage that was spent in it."""
+        now, waited = time.monotonic(), self.waited.get(name, 0.0)
+        before, since = self._shared.get(name, (0.0, self._began))
+        self._shared[name] = (waited, now)
+        return (waited - before) / max(now - since, 1e-9)
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(self._limit / 4, 5.0)):
+            if (current := self._current) is None:
+                continue
+            name, describe, start, limit = current
+            if (passed := time.monotonic() - start) > limit:
+                current[3] = 2 * limit
+                log.warning("waiting for %s since %.0f s %s", name, passed, describe())
+
+    def close(self) -> None:
+        """Ends the watch."""
+        self._done.set()
+        self._thread.join()

@@ -1,0 +1,448 @@
+"""Weights move between the two worlds bit by bit, or not at all and with every reason."""
+
+import io
+import json
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import jaxvid
+from configs import finetune
+from convert import flax_to_torch, rules, torch_to_flax
+from convert.torch_reference import build_reference
+from convert.weight_files import open_weights
+from jaxvid import atomic
+from jaxvid.errors import InputError
+from jaxvid.models import PRESETS, abstract_model, make_model_config, split_params
+from jaxvid.storage import model_card, model_folder
+from jaxvid.storage.preprocessing import CLIP_FIELDS, PIXEL_FIELDS
+from jaxvid.train import train
+from tests import goldens
+from tests.golden.synthetic import synthetic_param
+from tests.models.test_stam import config_of as stam_config_of
+from tests.models.test_xvit import config_of as xvit_config_of
+
+TINY = {"width": 48, "depth": 2, "heads": 4, "image_size": 32}
+RELEASED = [name for name in PRESETS if not name.endswith("_tiny")]
+
+
+@pytest.fixture(autouse=True)
+def tiny_presets(monkeypatch):
+    """The released models at a tiny width: the same code at a hundredth of the size."""
+    for name in RELEASED:
+        more = {"temporal_depth": 2} if name.startswith("stam") else {}
+        monkeypatch.setitem(PRESETS, name, make_model_config(name, **TINY, **more))
+
+
+def state_dict(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A synthetic checkpoint in the released layout."""
+    reference = build_reference(make_model_config(name))
+    return {
+        key: torch.from_numpy(np.array(synthetic_param(key, tuple(value.shape), seed)))
+        for key, value in reference.state_dict().items()
+    }
+
+
+def save(path, name: str, state: dict):
+    if name.startswith("stam"):
+        torch.save({"model": state}, path)
+    else:
+        torch.save(
+            {"epoch": 3, "model_state": state, "optimizer_state": {"a": 1}, "cfg": "x"}, path
+        )
+    return path
+
+
+def convert(name, path, folder, *more) -> int:
+    arguments = ["--model", name, "--input", str(path), "--output", str(folder), *more]
+    return torch_to_flax.main(arguments)
+
+
+def refused(name, path, tmp_path, capsys, *more) -> str:
+    """Converts in vain; returns the one message."""
+    assert convert(name, path, tmp_path / "refused", *more) == InputError.EXIT_CODE
+    assert not [p for p in tmp_path.iterdir() if "refused" in p.name]
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    return message
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_round_trips_are_bit_identical(name, tmp_path, capsys):
+    state = state_dict(name)
+    path = save(tmp_path / "in.pth", name, state)
+    assert convert(name, path, tmp_path / "model", "--check") == 0
+    assert "compared with PyTorch" in capsys.readouterr().out
+    back = str(tmp_path / "out.pth")
+    assert flax_to_torch.main(["--input", str(tmp_path / "model"), "--output", back]) == 0
+    tree = torch.load(back, weights_only=True)
+    found = tree["model" if name.startswith("stam") else "model_state"]
+    build_reference(make_model_config(name)).load_state_dict(found, strict=True)
+    assert found.keys() == state.keys()
+    for key, tensor in state.items():
+        expected = torch.zeros_like(tensor) if key.startswith("new_fc.") else tensor
+        assert torch.equal(found[key], expected), key
+    assert convert(name, back, tmp_path / "again") == 0
+    first, again = (split_params(jaxvid.load_model(tmp_path / f))[1] for f in ("model", "again"))
+    assert model_folder.fingerprint(first) == model_folder.fingerprint(again)
+    card = model_card.load_card(tmp_path / "model")
+    assert card["provenance"]["sha256"] == torch_to_flax.sha256(path)
+    assert card["name"] == name
+
+
+@pytest.mark.parametrize("name", ["xvit_tiny_k600", "xvit_tiny_256px", "stam_tiny_4f"])
+def test_the_torch_reference_equals_the_original(name):
+    golden = goldens.load(f"tiny/{name}")
+    config = (stam_config_of if name.startswith("stam") else xvit_config_of)(golden)
+    for fused in (False, True):
+        reference = build_reference(config, fused=fused)
+        seed = int(golden["param_seed"])
+        assert sorted([k, list(v.shape)] for k, v in reference.state_dict().items()) == sorted(
+            golden["manifest"]
+        )
+        state = {
+            key: torch.from_numpy(np.array(synthetic_param(key, tuple(shape), seed)))
+            for key, shape in golden["manifest"]
+        }
+        reference.load_state_dict(state, strict=True)
+        with torch.no_grad():
+            logits = reference(torch.from_numpy(golden["clip"]))
+        np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-5)
+
+
+def test_ddp_prefixes_and_half_precision_are_read_exactly(tmp_path):
+    state = state_dict("xvit_k400")
+    half = {f"module.{key}": value.half() for key, value in state.items()}
+    path = save(tmp_path / "in.pth", "xvit_k400", half)
+    assert convert("xvit_k400", path, tmp_path / "model") == 0
+    params = split_params(jaxvid.load_model(tmp_path / "model"))[1]
+    key = "base_model.blocks.0.attn.qkv"
+    np.testing.assert_array_equal(params[f"{key}.kernel"], state[f"{key}.weight"].half().float().T)
+
+
+def test_first_version_stam_files_get_zero_biases_and_say_so(tmp_path, capsys):
+    state = {k: v for k, v in state_dict("stam_16").items() if not k.endswith("attn.qkv.bias")}
+    path = save(tmp_path / "v1.pth", "stam_16", state)
+    assert convert("stam_16", path, tmp_path / "model", "--check") == 0
+    assert (
+        "zeros: blocks.*.attn.qkv.bias (a first-version file, which has none)  × 2"
+        in capsys.readouterr().out
+    )
+    params = split_params(jaxvid.load_model(tmp_path / "model"))[1]
+    assert not params["blocks.1.attn.qkv.bias"].any()
+    card = model_card.load_card(tmp_path / "model")
+    assert "blocks.0.attn.qkv.bias" in card["provenance"]["zeros"]
+
+
+def image_vit(grid: int) -> dict[str, torch.Tensor]:
+    """A timm ViT of the tiny width, with its classifier."""
+    state = {
+        key: value
+        for key, value in state_dict("stam_16").items()
+        if not key.startswith(("aggregate.", "head."))
+    }
+    state["pos_embed"] = torch.randn(1, grid * grid + 1, 48)
+    state |= {"head.weight": torch.randn(1000, 48), "head.bias": torch.randn(1000)}
+    return state
+
+
+def google_vit(state: dict) -> dict[str, np.ndarray]:
+    """The same weights under Google's names and layouts."""
+    out = {
+        "cls": state["cls_token"],
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        "embedding/kernel": state["patch_embed.proj.weight"].permute(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+        "head/kernel": state["head.weight"].T,
+        "head/bias": state["head.bias"],
+    }
+    for i in range(2):
+        ours, theirs = f"blocks.{i}", f"Transformer/encoderblock_{i}"
+        for a, b in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
+            out[f"{theirs}/{b}/scale"] = state[f"{ours}.{a}.weight"]
+            out[f"{theirs}/{b}/bias"] = state[f"{ours}.{a}.bias"]
+        for a, b in (("fc1", "Dense_0"), ("fc2", "Dense_1")):
+            out[f"{theirs}/MlpBlock_3/{b}/kernel"] = state[f"{ours}.mlp.{a}.weight"].T
+            out[f"{theirs}/MlpBlock_3/{b}/bias"] = state[f"{ours}.mlp.{a}.bias"]
+        attention = f"{theirs}/MultiHeadDotProductAttention_1"
+        for j, part in enumerate(("query", "key", "value")):
+            rows = slice(48 * j, 48 * (j + 1))
+            kernel = state[f"{ours}.attn.qkv.weight"][rows].T.reshape(48, 4, 12)
+            out[f"{attention}/{part}/kernel"] = kernel
+            out[f"{attention}/{part}/bias"] = state[f"{ours}.attn.qkv.bias"][rows].reshape(4, 12)
+        out[f"{attention}/out/kernel"] = state[f"{ours}.attn.proj.weight"].T.reshape(4, 12, 48)
+        out[f"{attention}/out/bias"] = state[f"{ours}.attn.proj.bias"]
+    return {key: value.numpy() for key, value in out.items()}
+
+
+@pytest.mark.parametrize("name", ["stam_8", "xvit_k400"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "npz"])
+def test_image_models_start_video_models(name, suffix, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    state, path = image_vit(grid=3), tmp_path / f"vit.{suffix}"
+    if suffix == "pth":
+        torch.save(state, path)
+    elif suffix == "safetensors":
+        save_file(state, path)
+    else:
+        np.savez(path, **google_vit(state))
+    assert convert(name, path, tmp_path / "model", "--num_classes", "7") == 0
+    out = capsys.readouterr().out
+    assert "resized: " in out
+    assert "ignored: head.weight" in out
+    assert "newly initialised: " in out
+    model = jaxvid.load_model(tmp_path / "model")
+    assert model.config.num_classes == 7
+    params, prefix = split_params(model)[1], "" if name == "stam_8" else "base_model."
+    for key, tensor in state.items():
+        if key.startswith("head.") or key == "pos_embed":
+            continue
+        [ours] = [p for p in params if rules.torch_key(p) == prefix + key]
+        np.testing.assert_array_equal(rules.to_torch(ours, np.asarray(params[ours])), tensor)
+    grid = state["pos_embed"][:, 1:].reshape(1, 3, 3, 48).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, (2, 2), mode="bicubic")
+    expected = torch.cat([state["pos_embed"][:, :1], grid.permute(0, 2, 3, 1).reshape(1, 4, 48)], 1)
+    np.testing.assert_allclose(params[f"{prefix}pos_embed"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["stam_8", "xvit_k400", "xvit_ssv2"])
+def test_converted_folders_are_fine_tuned_and_predict(name, tmp_path, motion_folder, clips):
+    path, folder = save(tmp_path / "in.pth", name, state_dict(name)), tmp_path / "model"
+    assert convert(name, path, folder) == 0
+    assert {*model_card.load_card(folder)["preprocessing"]} == {*CLIP_FIELDS, *PIXEL_FIELDS}
+    views = {"stam_8": (1, 1), "xvit_k400": (1, 3), "xvit_ssv2": (2, 3)}[name]
+    classifier = jaxvid.Classifier(folder)
+    assert (classifier.spec.num_clips, classifier.spec.num_crops) == views
+    assert len(classifier.predict(clips[0]).labels) == 5
+    config = finetune.get_config(f"{folder},{motion_folder}").unlock()
+    assert (config.eval.num_clips, config.eval.num_crops) == views
+    if name != "xvit_k400":  # one is trained; the others' configs say all that it needs
+        return
+    config.update(num_epochs=2 / 6)
+    config.optimizer.warmup_epochs = 1 / 6
+    assert train(config.lock(), tmp_path / "run")["num_videos"] == 24
+
+
+def test_a_bare_state_dict_is_read_and_checked_too(tmp_path):
+    torch.save({"state_dict": state_dict("stam_8")}, tmp_path / "in.pth")
+    assert convert("stam_8", tmp_path / "in.pth", tmp_path / "m", "--check") == 0
+
+
+def test_an_unwritable_output_is_one_line(tmp_path, capsys):
+    path = save(tmp_path / "in.pth", "stam_8", state_dict("stam_8"))
+    assert convert("stam_8", path, "/proc/jaxvid/model") == InputError.EXIT_CODE
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_labels_are_kept_or_refused(tmp_path, capsys):
+    path = save(tmp_path / "in.pth", "stam_8", state_dict("stam_8"))
+    names = [f"class {i}" for i in range(400)]
+    (tmp_path / "labels.txt").write_text("\n".join(names) + "\n")
+    (tmp_path / "labels.json").write_text(json.dumps(names[:9]))
+    assert convert("stam_8", path, tmp_path / "m", "--labels", str(tmp_path / "labels.txt")) == 0
+    assert model_card.load_card(tmp_path / "m")["labels"] == names
+    message = refused("stam_8", path, tmp_path, capsys, "--labels", str(tmp_path / "labels.json"))
+    assert "9 names for 400 classes" in message
+
+
+def test_all_problems_are_reported_together(tmp_path, capsys):
+    state = state_dict("xvit_ssv2")
+    del state["base_model.norm.bias"]
+    state["extra.weight"] = torch.zeros(3)
+    state["base_model.blocks.0.mlp.fc1.bias"] = torch.zeros(5)
+    state["base_model.blocks.1.mlp.fc1.bias"] = torch.full((192,), float("nan"))
+    state["base_model.norm.weight"] = torch.ones(48, dtype=torch.int32)
+    message = refused("xvit_ssv2", save(tmp_path / "in.pth", "x", state), tmp_path, capsys)
+    assert "5 problems" in message
+    for part in (
+        "base_model.norm.bias: missing in the file; the model has (48,)",
+        "extra.weight: (3,) in the file, absent in the model",
+        "base_model.blocks.0.mlp.fc1.bias: (5,) in the file, (192,) in the model",
+        "base_model.blocks.1.mlp.fc1.bias: holds NaN or infinite values",
+        "base_model.norm.weight: int32, not floating point",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("file_model", "model", "message"),
+    [
+        ("stam_16", "stam_8", "num_frames is 16 in aggregate.pos_embed but 8 in stam_8"),
+        ("stam_16", "xvit_k400", "holds stam weights, but --model xvit_k400 is a xvit"),
+        ("xvit_k400", "stam_16", "holds xvit weights, but --model stam_16 is a stam"),
+        ("xvit_k400", "xvit_k600", "num_classes is 400 in consensus.mlp_head.4.weight but 600"),
+        ("xvit_k400", "xvit_k999", "model 'xvit_k999' does not exist"),
+    ],
+)
+def test_contradictions_show_both(file_model, model, message, tmp_path, capsys):
+    path = save(tmp_path / "in.pth", file_model, state_dict(file_model))
+    assert message in refused(model, path, tmp_path, capsys)
+
+
+def test_another_number_of_classes_and_temporal_rows_are_read_from_the_file(tmp_path, capsys):
+    state = state_dict("xvit_k600")
+    state["base_model.temp_embed"] = torch.randn(1, 16, 1, 48)
+    state["consensus.mlp_head.4.weight"] = torch.randn(9, 48)
+    state["consensus.mlp_head.4.bias"] = torch.randn(9)
+    path = save(tmp_path / "in.pth", "x", state)
+    assert "--num_classes 9 takes another" in refused("xvit_k600", path, tmp_path, capsys)
+    assert convert("xvit_k600", path, tmp_path / "m", "--num_classes", "9") == 0
+    config = jaxvid.load_model(tmp_path / "m").config
+    assert (config.num_classes, config.temporal_embedding_frames) == (9, 16)
+
+
+class Malicious:
+    def __reduce__(self):  # noqa: D105
+        return (print, ("this must never be printed",))
+
+
+def as_saved(state: dict, path, **options) -> dict[str, np.ndarray]:
+    """What the reader makes of a state_dict that torch.save wrote."""
+    torch.save({"model": state}, path, **options)
+    with open_weights(path) as (_, weights):
+        return {key: weight.read() for key, weight in weights.items()}
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+def test_tensors_of_any_layout_are_read_as_torch_reads_them(is_zip, tmp_path):
+    storage = torch.randn(6, 5, 4)
+    state = {
+        "pos_embed": storage,
+        "transposed": storage.permute(2, 0, 1),
+        "strided": storage[1::2, :, ::3],
+        "later": storage[4:],
+        "expanded": torch.randn(1, 3).expand(7, 3),
+        "number": torch.tensor(2.5),
+        "nothing": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+        "with_gradient": torch.randn(3, requires_grad=True),
+        "half": torch.randn(3).half(),
+        "bfloat": torch.randn(3).bfloat16(),
+        "double": torch.randn(3).double(),
+    }
+    found = as_saved(state, tmp_path / "a.pth", _use_new_zipfile_serialization=is_zip)
+    assert found.keys() == state.keys()
+    for key, tensor in state.items():
+        assert str(tensor.dtype) == f"torch.{found[key].dtype}"
+        np.testing.assert_array_equal(found[key].astype("f8"), tensor.detach().double().numpy())
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    path, tensor = tmp_path / "a.pth", torch.randn(100)
+    as_saved({"pos_embed": tensor}, path)
+    data = bytearray(path.read_bytes())
+    data[data.find(tensor.numpy().tobytes()) + 9] ^= 1
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)  # which does not
+    with open_weights(path) as (_, weights), pytest.raises(InputError, match="checksum of the"):
+        weights["pos_embed"].read()
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    as_saved({"pos_embed": torch.randn(100)}, path)
+    with pytest.raises(InputError, match="changed while it was read"), open_weights(path):
+        path.write_bytes(path.read_bytes() + b"more")
+
+
+def test_float64_is_rounded_to_float32_and_said_so(tmp_path, capsys):
+    state = state_dict("stam_8")
+    key, third = "blocks.0.norm1.weight", torch.full((48,), 1 / 3, dtype=torch.float64)
+    path = save(tmp_path / "in.pth", "stam_8", state | {key: third})
+    assert convert("stam_8", path, tmp_path / "model") == 0
+    assert "rounded from float64: blocks.0.norm1.scale" in capsys.readouterr().out
+    params = split_params(jaxvid.load_model(tmp_path / "model"))[1]
+    assert (np.asarray(params["blocks.0.norm1.scale"]) == np.float32(1 / 3)).all()
+
+
+@pytest.mark.parametrize("dtype", ["<f2", ">f4", "<f8"])
+def test_npz_arrays_of_any_layout_are_read(dtype, tmp_path):
+    array = np.asfortranarray(np.random.default_rng(0).normal(size=(3, 4)).astype(dtype))
+    np.savez_compressed(tmp_path / "a.npz", embedding=array)
+    with open_weights(tmp_path / "a.npz") as (kind, weights):
+        assert kind == "google_vit"
+        assert weights["embedding"].dtype == array.dtype.name
+        np.testing.assert_array_equal(weights["embedding"].read(), array)
+
+
+def test_files_that_are_not_weights_are_one_line(tmp_path, capsys):
+    good = save(tmp_path / "good.pth", "stam_8", state_dict("stam_8")).read_bytes()
+    cases = {}
+
+    def case(name: str, message: str, data: bytes) -> None:
+        (tmp_path / name).write_bytes(data)
+        cases[name] = message
+
+    case("text.pth", "cannot be read as a PyTorch checkpoint", b"hello")
+    case("text.npz", "cannot be read as .npz", b"hello")
+    case("text.safetensors", "cannot be read as .safetensors", b"hello")
+    case("empty.pth", "cannot be read as a PyTorch checkpoint", b"")
+    for tenth in (1, 5, 9):
+        data = good[: len(good) * tenth // 10]
+        case(f"cut{tenth}.pth", "cannot be read as a PyTorch checkpoint", data)
+    case("pickle.pth", "run as code on loading", pickle.dumps({"model": Malicious()}))
+    buffer = io.BytesIO()
+    torch.save({"model": {"a": Malicious()}}, buffer)
+    case("zip_pickle.pth", "run as code on loading", buffer.getvalue())
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
+    case("bomb.pth", "declares 50 MB in a file of 0 MB; not read", bomb.getvalue())
+    case("bomb.npz", "declares 50 MB in a file of 0 MB; not read", bomb.getvalue())
+    pickled = io.BytesIO()
+    np.savez(pickled, cls=np.array([Malicious()], dtype=object))
+    case("pickle.npz", "cannot be read as .npz", pickled.getvalue())
+    for name, tree in (("list", [1, 2]), ("other", {"a": torch.zeros(2)}), ("none", {})):
+        buffer = io.BytesIO()
+        torch.save(tree, buffer)
+        message = "holds a list" if name == "list" else "holds no weights of STAM, XViT or a timm"
+        case(f"{name}.pth", message, buffer.getvalue())
+    (tmp_path / "folder").mkdir()
+    cases |= {"folder": "is a folder", "missing.pth": "does not exist"}
+    for name, message in cases.items():
+        found = refused("stam_8", tmp_path / name, tmp_path, capsys)
+        assert message in found, (name, found)
+        assert len(found.splitlines()) == 1
+    assert "never be printed" not in capsys.readouterr().out
+
+
+def test_a_failed_check_writes_nothing(tmp_path, capsys, monkeypatch):
+    path = save(tmp_path / "in.pth", "stam_8", state_dict("stam_8"))
+    monkeypatch.setattr(torch_to_flax, "CHECK_BOUND", 1e-12)
+    assert "--check failed" in refused("stam_8", path, tmp_path, capsys, "--check")
+
+
+def test_a_killed_conversion_leaves_no_model_folder(tmp_path, monkeypatch):
+    path = save(tmp_path / "in.pth", "stam_8", state_dict("stam_8"))
+    monkeypatch.setattr(atomic.Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        convert("stam_8", path, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    monkeypatch.undo()
+
+
+def test_export_of_a_trained_demo_model_and_bad_folders(tmp_path, capsys):
+    model = jaxvid.create_model("xvit_tiny")
+    jaxvid.save_model(model, tmp_path / "demo")
+    arguments = ["--input", str(tmp_path / "demo"), "--output", str(tmp_path / "demo.pth")]
+    assert flax_to_torch.main(arguments) == 0
+    state = torch.load(tmp_path / "demo.pth", weights_only=True)["model_state"]
+    build_reference(model.config).load_state_dict(state, strict=True)
+    arguments[1] = str(tmp_path / "nothing")
+    assert flax_to_torch.main(arguments) == InputError.EXIT_CODE
+    assert "is not a model folder" in capsys.readouterr().err
+    arguments = ["--input", str(tmp_path / "demo"), "--output", str(tmp_path / "no" / "a.pth")]
+    assert flax_to_torch.main(arguments) == InputError.EXIT_CODE
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_reference_knows_the_released_models_alone():
+    with pytest.raises(ValueError, match="knows the released XViT alone"):
+        build_reference(make_model_config("xvit_k400", summary_tokens=True))
+    assert abstract_model(make_model_config("xvit_k400", summary_tokens=True))

@@ -1,0 +1,59 @@
+"""The contact sheet shows training clips and every evaluation view."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from jaxvid.data.browse import make_rows
+from tests.conftest import shrunk_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_rows_are_training_clips_and_views(motion_folder):
+    config = shrunk_config(motion_folder).unlock()
+    config.eval.update({"num_clips": 2, "num_crops": 3})
+    config.data.flip = 0.5
+    rows = make_rows(config.lock(), 2)
+    titles = [title for title, _, _ in rows]
+    assert len(rows) == 2 + 2 * 6
+    assert titles[0].startswith("train: train/00000.mp4, ")
+    assert titles[2].startswith("val: val/00000.mp4, ")
+    assert titles[7].endswith("view 5")
+    assert all(clip.shape == (8, 64, 64, 3) and len(indices) == 8 for _, clip, indices in rows)
+    assert (rows[2][2] != rows[5][2]).any()  # another clip, other frames
+    assert (rows[2][1] != rows[3][1]).any()  # another crop, other pixels
+
+
+def test_unrounded_views_are_drawn_in_whole_grey_levels(motion_folder):
+    config = shrunk_config(motion_folder).unlock()
+    titles, views = [], []
+    for resize in ("antialiased", "bilinear"):
+        config.data.resize, config.eval.short_side = resize, 64
+        title, clip, _ = make_rows(config, 1)[1]
+        titles.append(title)
+        views.append(clip)
+    assert titles[0] == titles[1]
+    assert all(view.dtype == np.uint8 for view in views)
+    assert 0 < abs(views[0].astype(int) - views[1]).mean() < 3
+
+
+def test_the_browse_command(motion_folder, tmp_path):
+    command = [sys.executable, "-m", "jaxvid.data.browse", "--config", "configs/motion.py"]
+    data = ["--config.data.source=folder", f"--config.data.folder={motion_folder}"]
+    sheet = tmp_path / "new" / "sheet.png"
+    done = subprocess.run(
+        [*command, *data, "--output", str(sheet), "--count", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 clips" in done.stdout
+    with Image.open(sheet) as picture:
+        assert picture.size > (500, 300)
+    done = subprocess.run([*command, *data], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: --output FILE.png is needed; see --help\n")

@@ -1,0 +1,345 @@
+"""Batches are functions of the seed and the position alone, and evaluation misses nothing."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxvid.data import pipeline
+from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip, transforms
+from jaxvid.data.pipeline import make_eval_iter, make_train_iter, split_batch
+from jaxvid.data.sources import Record, open_dataset, read_list
+from jaxvid.errors import InputError
+
+SPEC = ClipSpec(num_frames=8, short_side=72, crop=64, train_short_side=(72, 72))
+
+
+@pytest.fixture(scope="module")
+def records(motion_folder):
+    return read_list(motion_folder / "train.csv", 8)
+
+
+def train_batches(records, count, skip=0, **kwargs):
+    settings = {"spec": SPEC, "batch_size": 8, "seed": 0, "num_threads": 2, **kwargs}
+    batches = make_train_iter(records, **settings)
+    try:
+        return [next(batches) for _ in range(skip + count)][skip:]
+    finally:
+        batches.close()
+
+
+def assert_equal(a, b):
+    assert len(a) == len(b)
+    for left, right in zip(a, b, strict=True):
+        assert left.keys() == right.keys()
+        for name in left:
+            np.testing.assert_array_equal(left[name], right[name])
+
+
+def test_batches_do_not_depend_on_threads_or_workers(records):
+    expected = train_batches(records, 8, num_threads=1)
+    assert expected[0]["video"].shape == (8, 8, 64, 64, 3)
+    assert expected[0]["video"].dtype == np.uint8
+    assert_equal(train_batches(records, 8, num_threads=3), expected)
+    assert_equal(train_batches(records, 8, num_workers=2), expected)
+
+
+def test_workers_outlive_signals_but_not_their_parent(records, tmp_path):
+    """Ctrl-C reaches every process of a terminal; the run still needs its batches to save."""
+    batches = make_train_iter(
+        records, spec=SPEC, batch_size=8, seed=0, num_threads=1, num_workers=1
+    )
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    time.sleep(0.5)
+    assert worker.is_alive()
+    for _ in range(4):
+        next(batches)
+    batches.close()
+    assert not worker.is_alive()
+
+    script = (
+        "import multiprocessing, os, signal, sys, time\n"
+        "from jaxvid.data.pipeline import _outlive_signals\n"
+        "def work():\n    _outlive_signals()\n    time.sleep(60)\n"
+        "if __name__ == '__main__':\n"
+        "    worker = multiprocessing.get_context('fork').Process(target=work)\n"
+        "    worker.start()\n    print(worker.pid, flush=True)\n"
+        "    time.sleep(1)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
+        worker = int(parent.stdout.readline())
+        assert parent.wait() == -signal.SIGKILL
+        deadline = time.monotonic() + 10
+        while is_running(worker) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ended = not is_running(worker)
+    assert ended
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_seeds_and_epochs_differ(records):
+    first, second = train_batches(records, 6), train_batches(records, 6, skip=6)
+    other = train_batches(records, 6, seed=1)
+    for batches in (second, other):
+        assert any((a["label"] != b["label"]).any() for a, b in zip(first, batches, strict=True))
+
+
+def seen(batches) -> list[int]:
+    return sorted(int(i) for batch in batches for i in batch["video"])
+
+
+@pytest.fixture
+def numbered(records, monkeypatch):
+    """Records whose clips are their own number."""
+    places = {record.path: i for i, record in enumerate(records)}
+
+    def load(record, rng, spec):
+        return {"video": np.int32(places[record.path]), "indices": 0, "padded": False}
+
+    monkeypatch.setattr(pipeline, "load_train_clip", load)
+    return records
+
+
+def test_an_epoch_shows_every_clip_once(numbered):
+    assert seen(train_batches(numbered, 6)) == list(range(48))
+    assert seen(train_batches(numbered, 6, skip=6)) == list(range(48))
+
+
+def test_shards_are_disjoint_and_complete(numbered):
+    shards = [train_batches(numbered, 2, shard=(i, 3)) for i in range(3)]
+    assert sorted(sum((seen(shard) for shard in shards), [])) == list(range(48))
+
+
+def test_each_process_makes_its_consecutive_rows_of_every_batch(numbered):
+    whole = train_batches(numbered, 5, batch_size=12)
+    parts = [train_batches(numbered, 5, batch_size=4, shard=(i, 3)) for i in range(3)]
+    for i, batch in enumerate(whole):
+        rows = np.concatenate([part[i]["video"] for part in parts])
+        np.testing.assert_array_equal(rows, batch["video"])
+
+
+def test_each_process_evaluates_its_consecutive_rows_of_every_batch(motion_folder, monkeypatch):
+    records = read_list(motion_folder / "val.csv", 8)
+
+    def load(record, spec):
+        return {"video": np.uint8(0), "indices": 0, "padded": False, "released": True}
+
+    monkeypatch.setattr(pipeline, "load_eval_views", load)
+    ids = []
+    for i in range(2):
+        options = {"spec": SPEC, "batch_size": 3, "num_threads": 1, "shard": (i, 2)}
+        ids.append([split_batch(batch)[1] for batch in make_eval_iter(records, **options)])
+    listed = [record.id for record in records]
+    assert [sum(rows, []) for rows in zip(*ids, strict=True)] == [
+        listed[start : start + 6] for start in range(0, len(records), 6)
+    ]
+
+
+def test_the_iterators_state_resumes_in_the_middle_of_an_epoch(records):
+    settings = {"spec": SPEC, "batch_size": 8, "seed": 0, "num_threads": 2}
+    batches = make_train_iter(records, **settings)
+    for _ in range(4):
+        next(batches)
+    state = batches.get_state()
+    expected = [next(batches) for _ in range(4)]
+    batches.close()
+    resumed = make_train_iter(records, **settings)
+    resumed.set_state(state)
+    assert_equal([next(resumed) for _ in range(4)], expected)
+    resumed.close()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_continues_with_the_same_clips(records, processes):
+    settings = {"spec": SPEC, "seed": 0, "num_threads": 2}
+    batches = make_train_iter(records, batch_size=8, **settings)
+    for _ in range(7):  # into the second epoch
+        next(batches)
+    state, expected = batches.get_state(), next(batches)
+    batches.close()
+    clips = []
+    for shard in range(processes):
+        resumed = make_train_iter(
+            records, batch_size=8 // processes, shard=(shard, processes), **settings
+        )
+        resumed.set_state(state)
+        clips += list(next(resumed)["video"])
+        resumed.close()
+    found, wanted = (sorted(clip.tobytes() for clip in part) for part in (clips, expected["video"]))
+    assert found == wanted
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(5, 1), (8, 1), (64, 1), (5, 2), (7, 3)])
+def test_evaluation_counts_every_video_once(motion_folder, batch_size, processes):
+    records = read_list(motion_folder / "val.csv", 8)
+    labels, lengths = [], set()
+    for shard in range(processes):
+        batches = make_eval_iter(
+            records,
+            spec=SPEC,
+            batch_size=batch_size,
+            num_threads=2,
+            shard=(shard, processes),
+        )
+        found = list(batches)
+        lengths.add(len(found))
+        for batch in found:
+            assert batch["video"].shape == (batch_size, 1, 8, 64, 64, 3)
+            assert not batch["video"][~batch["mask"]].any()
+            labels += batch["label"][batch["mask"]].tolist()
+    assert len(lengths) == 1  # processes that step together need the same number of steps
+    assert sorted(labels) == sorted(record.label for record in records)
+
+
+def test_views_are_clips_of_crops(motion_folder):
+    path = motion_folder / "val" / "00000.mp4"
+    spec = dataclasses.replace(SPEC, short_side=80, num_clips=3, num_crops=3)
+    views = load_eval_views(path, spec)
+    assert views["video"].shape == (9, 8, 64, 64, 3)
+    assert views["indices"].shape == (3, 8)
+    one = load_eval_views(path, dataclasses.replace(spec, num_clips=1, num_crops=1))
+    np.testing.assert_array_equal(views["video"][1], one["video"][0])  # first clip, centre
+    assert not one["padded"]
+    long = dataclasses.replace(spec, sampling="dense", num_clips=1)
+    assert load_eval_views(path, long)["padded"]
+
+
+def test_an_undecodable_video_keeps_its_place_masked_with_the_reason(records, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_text("hello")
+    found = 0
+    for batch in train_batches([*records[:15], Record(broken, 3)], 2):
+        arrays, ids, errors = split_batch(batch)
+        assert sorted(arrays) == ["label", "mask", "video"]
+        np.testing.assert_array_equal(arrays["mask"], [not error for error in errors])
+        for i in np.flatnonzero(~arrays["mask"]):
+            found += 1
+            assert not arrays["video"][i].any()
+            assert ids[i] == str(broken)
+            assert "broken.mp4: cannot be decoded" in errors[i]
+    assert found == 1
+    batches = make_eval_iter(
+        [Record(broken, 3), records[0]], spec=SPEC, batch_size=3, num_threads=1
+    )
+    [batch] = list(batches)
+    assert batch["mask"].tolist() == [False, True, False]
+    assert batch["label"].tolist() == [3, records[0].label, 0]
+    _, ids, errors = split_batch(batch)
+    assert ids == [str(broken), records[0].id, ""]
+    assert [bool(error) for error in errors] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampling": "sparse"}, "sampling='sparse': there are 'segments', 'dense', 'rate'"),
+        ({"num_clips": 4}, "num_clips=4: sampling='segments' gives 1 to 3"),
+        ({"num_crops": 2}, "num_crops=2: there are 1, 3"),
+        ({"short_side": 32}, "short_side=32 is below the crop of 64 px"),
+        ({"augment": "auto"}, "augment='auto': there are '', 'autoaugment', 'randaugment'"),
+    ],
+)
+def test_impossible_clips_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(SPEC, **options)
+
+
+def test_the_short_side_is_drawn_between_its_bounds(records, monkeypatch):
+    sizes, plain = set(), transforms.resize_short_side
+
+    def resize(frames, short_side):
+        sizes.add(short_side)
+        return plain(frames, short_side)
+
+    monkeypatch.setattr(transforms, "resize_short_side", resize)
+    spec, rng = dataclasses.replace(SPEC, train_short_side=(64, 67)), np.random.default_rng(0)
+    for _ in range(40):
+        load_train_clip(records[0], rng, spec)
+    assert sizes - {SPEC.short_side} == {64, 65, 66, 67}  # a closed iterator may still finish
+
+
+def test_every_recipe_gives_clips_of_the_asked_size(records):
+    recipes = [
+        {"sampling": "dense", "train_crop": "multiscale", "augment": "autoaugment", "flip": 0.5},
+        {"sampling": "segments", "train_short_side": (64, 80), "augment": "randaugment"},
+        {"sampling": "rate", "by_time": True},
+    ]
+    for recipe in recipes:
+        spec = dataclasses.replace(SPEC, **recipe)
+        for seed in range(3):
+            clip = load_train_clip(records[seed], np.random.default_rng(seed), spec)
+            again = load_train_clip(records[seed], np.random.default_rng(seed), spec)
+            assert clip["video"].shape == (8, 64, 64, 3)
+            assert clip["video"].dtype == np.uint8
+            np.testing.assert_array_equal(clip["video"], again["video"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "list.csv is empty"),
+        ("a.mp4\n", "list.csv:1: 'a.mp4' is not 'path label'"),
+        ("a.mp4 0\na.mp4 x\n", "list.csv:2: 'a.mp4 x' is not 'path label'"),
+        ("a.mp4 -1\n", "is not 'path label'"),
+        ("a.mp4 8\n", "list.csv:1: label 8 is out of range: model.num_classes=8 allows 0 to 7"),
+        ("b.mp4 0\n", "list.csv:1: .*b.mp4 does not exist"),
+        ("a.mp4 0\nempty.mp4 0\n", "list.csv:2: .*empty.mp4 is empty"),
+    ],
+)
+def test_bad_lists_are_refused_by_line(tmp_path, lines, message):
+    (tmp_path / "a.mp4").write_text("x")
+    (tmp_path / "empty.mp4").write_text("")
+    (tmp_path / "list.csv").write_text(lines)
+    with pytest.raises(InputError, match=message):
+        read_list(tmp_path / "list.csv", 8)
+
+
+def test_paths_may_hold_spaces_and_any_script(tmp_path):
+    (tmp_path / "Ein Vidéo 影.mp4").write_text("x")
+    (tmp_path / "list.csv").write_text("Ein Vidéo 影.mp4 3\r\n", encoding="utf-8")
+    [record] = read_list(tmp_path / "list.csv", 8)
+    assert record == Record(Path(tmp_path / "Ein Vidéo 影.mp4"), 3)
+
+
+def test_folders_are_refused_with_the_way_out(config, motion_folder):
+    with config.unlocked():
+        assert len(open_dataset(config.data, 8, ("val",)).labels) == 8
+        with pytest.raises(InputError, match="set --config.model.num_classes=8"):
+            open_dataset(config.data, 9, ("val",))
+        config.data.folder = str(motion_folder / "nothing")
+        with pytest.raises(InputError, match="a data folder holds train.csv"):
+            open_dataset(config.data, 8, ("val",))
+        config.data.source = "kinetics"
+        with pytest.raises(InputError, match="data.source='kinetics': there are 'motion'"):
+            open_dataset(config.data, 8, ("val",))
+
+
+def test_clips_are_mirrored_with_the_configs_probability(records, monkeypatch):
+    seen = []
+
+    def flip(frames, rng, probability):
+        seen.append(probability)
+        return frames
+
+    monkeypatch.setattr(transforms, "random_flip", flip)
+    for probability in (0.0, 0.3):
+        spec = dataclasses.replace(SPEC, flip=probability)
+        load_train_clip(records[0], np.random.default_rng(0), spec)
+    assert seen == [0.3]

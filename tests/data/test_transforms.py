@@ -1,0 +1,229 @@
+"""Crops and resizes of whole clips."""
+
+import types
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxvid.data.clips.transforms import (
+    FRACTIONS,
+    NUM_CROPS,
+    eval_crops,
+    multi_scale_crop,
+    multi_scale_sizes,
+    random_crop,
+    random_flip,
+    resize,
+    resize_bilinear,
+    resize_short_side,
+)
+from tests.goldens import FOLDER
+
+GOLDENS = ["40x60_to_32", "60x40_to_32", "37x53_to_32", "32x32_to_32", "48x85_to_24"]
+
+
+def frames(height: int, width: int) -> np.ndarray:
+    """Two frames whose pixels hold their row, their column and their frame's number."""
+    t, y, x = np.mgrid[:2, :height, :width]
+    return np.stack([y, x, t], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (32, 32), (33, 200), (9, 13)])
+def test_resize_keeps_the_aspect_and_is_pillows(height, width):
+    clip = frames(height, width)
+    resized = resize_short_side(clip, 24)
+    assert min(resized.shape[1:3]) == 24
+    assert abs(resized.shape[2] / resized.shape[1] - width / height) < 0.05 * width / height
+    size = resized.shape[2], resized.shape[1]
+    expected = Image.fromarray(clip[1]).resize(size, Image.Resampling.BILINEAR)
+    exact = resize_short_side(clip, 24, exact=True)
+    np.testing.assert_array_equal(exact[1], np.asarray(expected))
+    enlarged = min(height, width) < 24
+    np.testing.assert_allclose(resized[1].astype(int), np.asarray(expected), atol=int(enlarged))
+
+
+@pytest.mark.parametrize("resize_to", [resize_short_side, resize_bilinear])
+def test_resize_leaves_the_right_size_alone(resize_to):
+    clip = frames(24, 50)
+    assert resize_to(clip, 24) is clip
+
+
+def test_the_goldens_are_all_tested():
+    with np.load(FOLDER / "data" / "spatial_crops.npz") as arrays:
+        assert sorted({name.rsplit("_", 1)[0] for name in arrays}) == sorted(GOLDENS)
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_three_crops_are_the_originals(name):
+    """Within a grey level where they are rounded to uint8, else within 0.003 of one."""
+    with np.load(FOLDER / "data" / "spatial_crops.npz") as arrays:
+        seed = int(arrays[f"{name}_seed"])
+        expected = [arrays[f"{name}_crop{i}"] for i in range(3)]
+    source, size = name.split("_to_")
+    h, w = (int(side) for side in source.split("x"))
+    clip = np.random.RandomState(seed).randint(0, 256, (4, h, w, 3)).astype(np.uint8)
+    for exact, white, tolerance in ((False, 255, 1), (True, 255 * FRACTIONS, 0.003)):
+        crops = eval_crops(resize_bilinear(clip, int(size), exact=exact), int(size), 3)
+        assert len(crops) == 3
+        for crop, golden in zip(crops, expected, strict=True):
+            assert crop.dtype == (np.uint16 if exact else np.uint8)
+            # The originals crop floats normalised with 0.5 and 0.5: a grey level is 2/255.
+            atol = tolerance * 2 / 255
+            np.testing.assert_allclose((crop / white - 0.5) / 0.5, golden, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [((11, 13), (24, 28)), ((13, 11), (28, 24)), ((240, 427), (24, 42)), ((50, 30), (40, 24))],
+)
+def test_bilinear_resize_floors_the_longer_side(source, expected):
+    assert resize_bilinear(frames(*source), 24).shape == (2, *expected, 3)
+
+
+def test_random_crops_take_one_place_a_clip_and_reach_every_edge():
+    clip, rng = frames(10, 12), np.random.default_rng(0)
+    corners = set()
+    for _ in range(300):
+        crop = random_crop(clip, 8, rng)
+        assert crop.shape == (2, 8, 8, 3)
+        np.testing.assert_array_equal(crop[0, :, :, :2], crop[1, :, :, :2])
+        corners.add(tuple(crop[0, 0, 0, :2]))
+    assert corners == {(y, x) for y in range(3) for x in range(5)}
+
+
+def test_flips_mirror_whole_clips_half_of_the_time():
+    clip, rng, count = frames(4, 7), np.random.default_rng(0), 0
+    for _ in range(400):
+        flipped = random_flip(clip, rng)
+        mirrored = flipped[0, 0, 0, 1] == 6
+        np.testing.assert_array_equal(flipped, clip[:, :, ::-1] if mirrored else clip)
+        count += mirrored
+    assert 160 < count < 240  # four standard deviations
+    for draw, probability, mirrored in ((0.299, 0.3, True), (0.3, 0.3, False)):
+        rng_of_one = types.SimpleNamespace(random=lambda draw=draw: draw)
+        assert (random_flip(clip, rng_of_one, probability) is not clip) == mirrored
+    for draw, mirrored in ((0.499, True), (0.5, False)):  # the default is one half
+        rng_of_one = types.SimpleNamespace(random=lambda draw=draw: draw)
+        assert (random_flip(clip, rng_of_one) is not clip) == mirrored
+    np.testing.assert_array_equal(random_flip(clip, rng, 1.0), clip[:, :, ::-1])
+    assert random_flip(clip, rng, 0.0) is clip
+
+
+def test_multi_scale_sizes_are_at_most_one_step_apart():
+    sides = [256, 224, 192, 168]
+    expected = [(a, b) for i, a in enumerate(sides) for b in sides[max(0, i - 1) : i + 2]]
+    assert multi_scale_sizes(256, 224) == expected
+    assert len(set(expected)) == 10
+
+
+@pytest.mark.parametrize(
+    ("short_side", "sides"),
+    [
+        (258, {258, 224, 193, 170}),  # 225 becomes 224
+        (299, {299, 261, 224, 197}),
+        (301, {301, 263, 224, 198}),
+        (302, {302, 264, 224, 199}),  # 226 becomes 224
+        (303, {303, 265, 227, 199}),  # 3 pixels are too many
+        (225, {224, 196, 168, 148}),
+        (223, {223, 195, 167, 147}),  # 224 would not fit
+    ],
+)
+def test_multi_scale_sizes_near_the_crops_become_the_crops(short_side, sides):
+    assert {side for pair in multi_scale_sizes(short_side, 224) for side in pair} == sides
+
+
+def test_multi_scale_sizes_of_frames_as_small_as_the_crop():
+    assert {side for pair in multi_scale_sizes(10, 10) for side in pair} == {10, 7, 6}  # 8: 10
+
+
+def test_multi_scale_crops_start_at_13_places():
+    clip, rng = frames(40, 56), np.random.default_rng(0)
+    corners = {}
+    for _ in range(3000):
+        crop = multi_scale_crop(clip, 26, rng)
+        assert crop.shape == (2, 26, 26, 3)
+        np.testing.assert_array_equal(crop[0, :, :, :2], crop[1, :, :, :2])
+        # A side of 26 is not resized, so that the pixels still hold their places.
+        if crop[0, -1, -1, 0] - crop[0, 0, 0, 0] == 25 == crop[0, -1, -1, 1] - crop[0, 0, 0, 1]:
+            corner = tuple(int(i) for i in crop[0, 0, 0, :2])
+            corners[corner] = corners.get(corner, 0) + 1
+    down, right = (40 - 26) // 4, (56 - 26) // 4
+    places = [(0, 0), (0, 4), (4, 0), (4, 4), (0, 2), (2, 0), (4, 2), (2, 4), (2, 2)]
+    places += [(1, 1), (1, 3), (3, 1), (3, 3)]
+    assert sorted(corners) == sorted((y * down, x * right) for y, x in places)
+    assert min(corners.values()) > 5  # about 3000 / 10 / 13 each
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 56), (56, 40), (9, 12), (33, 35)])
+def test_multi_scale_crops_are_pillows_resizes_of_the_frames(height, width):
+    """Exactly where a side shrinks, else within a grey level; also if frames are below the crop."""
+    clip = np.random.default_rng(1).integers(0, 256, (2, height, width, 3)).astype(np.uint8)
+    candidates = []
+    for crop_h, crop_w in multi_scale_sizes(min(height, width), 32):
+        for y in range(5):
+            for x in range(5):
+                top, left = (height - crop_h) // 4 * y, (width - crop_w) // 4 * x
+                part = Image.fromarray(clip[1, top : top + crop_h, left : left + crop_w])
+                expected = np.asarray(part.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+                candidates.append((expected, int(crop_h <= 32 and crop_w <= 32)))
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        crop = multi_scale_crop(clip, 32, rng)
+        assert crop.shape == (2, 32, 32, 3)
+        assert any(np.abs(crop[1] - expected).max() <= most for expected, most in candidates)
+
+
+def test_resize_takes_height_then_width():
+    assert resize(frames(10, 20), 5, 7).shape == (2, 5, 7, 3)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (33, 60), (40, 56)])
+def test_frames_are_enlarged_by_opencv_unless_pillow_is_asked_for(size):
+    clip = np.random.default_rng(0).integers(0, 256, (2, 33, 56, 3), np.uint8)
+    height, width = size
+    enlarged = [cv2.resize(frame, (width, height)) for frame in clip]
+    np.testing.assert_array_equal(resize(clip, height, width), enlarged)
+    pillows = [
+        np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
+        for frame in clip
+    ]
+    assert (np.stack(pillows) != np.stack(enlarged)).any()
+    np.testing.assert_array_equal(resize(clip, height, width, exact=True), pillows)
+    short = resize_short_side(clip, 40)
+    np.testing.assert_array_equal(short, resize(clip, 40, short.shape[2]))
+    assert (short != resize_short_side(clip, 40, exact=True)).any()
+
+
+def test_evaluation_looks_at_one_crop_or_three():
+    assert set(NUM_CROPS) == {1, 3}
+    for num_crops in NUM_CROPS:
+        assert len(eval_crops(frames(9, 13), 8, num_crops)) == num_crops
+
+
+def test_eval_crops_are_the_centre_or_the_centre_and_both_ends():
+    def corners(clip, num_crops, rounding="up"):
+        crops = eval_crops(clip, 8, num_crops, rounding=rounding)
+        assert all(crop.shape == (2, 8, 8, 3) for crop in crops)
+        return [tuple(int(i) for i in crop[0, 0, 0, :2]) for crop in crops]
+
+    assert corners(frames(8, 13), 1) == [(0, 3)]  # half a pixel is rounded up
+    assert corners(frames(8, 13), 1, "even") == [(0, 2)]
+    assert corners(frames(8, 15), 1, "even") == [(0, 4)]
+    assert corners(frames(8, 13), 3) == [(0, 0), (0, 3), (0, 5)]
+    assert corners(frames(8, 13), 3, "even") == [(0, 0), (0, 2), (0, 5)]
+    assert corners(frames(12, 8), 3) == [(0, 0), (2, 0), (4, 0)]
+    assert corners(frames(8, 8), 3) == [(0, 0)] * 3
+    np.testing.assert_array_equal(eval_crops(frames(9, 13), 8, 1)[0], frames(9, 13)[:, 1:, 3:11])
+
+
+@pytest.mark.parametrize("resize_to", [resize_short_side, resize_bilinear])
+def test_small_frames_are_enlarged_to_the_crop(resize_to):
+    for crop in eval_crops(resize_to(frames(5, 9), 8), 8, 3):
+        assert crop.shape == (2, 8, 8, 3)
+
+
+def test_frames_smaller_than_the_crop_are_refused():
+    with pytest.raises(ValueError, match="9 × 5 pixels"):
+        eval_crops(frames(5, 9), 8, 1)

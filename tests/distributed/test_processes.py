@@ -1,0 +1,416 @@
+"""Several processes train what one trains, share its checkpoints, and stop and fail together."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxvid
+from jaxvid.distributed import collectives, setup
+from jaxvid.errors import InputError
+from jaxvid.models import split_params
+from jaxvid.training import checkpoint, run_config
+from tests import colours
+
+ROOT = Path(__file__).parents[2]
+# 49 videos in batches of 16: 24 steps. The head, the optimiser and XLA's lowest optimisation level
+# make compiling quick; and Adam would divide a gradient that is rounding noise by its own size.
+FIELDS = {
+    **{"data.source": "folder", "data.short_side": 72, "model.width": 16, "model.depth": 1},
+    **{"model.head": "mean", "batch_size": 16, "num_epochs": 8.0, "log_steps": 2},
+    **{"eval.batch_size": 8, "eval.every_epochs": 4.0, "checkpoint_every_epochs": 4.0},
+    **{"optimizer.name": "sgd", "optimizer.learning_rate": 0.05, "optimizer.warmup_epochs": 0.67},
+}
+HALF, WHOLE = 12, 24
+SECONDS = 150  # for one command, at most
+
+
+@contextlib.contextmanager
+def started(
+    workdir: Path,
+    *,
+    processes: int,
+    devices: int,
+    mesh: tuple[int, int],
+    own=({}, {}),
+    flags=((), ()),
+    program=("main.py",),
+    **fields,
+) -> Iterator[list[subprocess.Popen]]:
+    """Starts `main.py` in processes that find each other; whatever happens, they are ended.
+
+    Args:
+        workdir: The run's folder; what process I tells goes to `WORKDIR.I.txt`.
+        processes: How many.
+        devices: In each.
+        mesh: 'data' and 'fsdp'.
+        own: Fields of each process.
+        flags: More flags of each process.
+        program: What Python runs.
+        **fields: Fields of all, with `__` for the dot.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    fields = FIELDS | {name.replace("__", "."): value for name, value in fields.items()}
+    fields |= {"mesh.data": mesh[0], "mesh.fsdp": mesh[1]}
+    xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    environment |= {"XLA_FLAGS": xla, "PYTHONPATH": str(ROOT)}
+    runs = []
+    try:
+        for process in range(processes):
+            command = [sys.executable, *program, "--config=configs/motion.py"]
+            command += [f"--workdir={workdir}"]
+            for name, value in (fields | own[process]).items():
+                command.append(f"--config.{name}={value}")
+            if processes > 1:
+                command += [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
+                command += [f"--process_id={process}"]
+            command += flags[process]
+            with open(f"{workdir}.{process}.txt", "w") as told:
+                runs.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=told,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        yield runs
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
+
+
+def codes(runs: list[subprocess.Popen]) -> list[int]:
+    """The exit codes of processes, once all have ended."""
+    return [run.wait(timeout=SECONDS) for run in runs]
+
+
+def told(workdir: Path, process: int = 0) -> str:
+    return Path(f"{workdir}.{process}.txt").read_text()
+
+
+def train(workdir: Path, **options) -> None:
+    with started(workdir, **options) as runs:
+        assert codes(runs) == [0] * len(runs), told(workdir)
+
+
+def half_of(workdir: Path, copy: Path) -> Path:
+    """A run as it was at its first checkpoint."""
+    shutil.copytree(workdir, copy)
+    shutil.rmtree(copy / "checkpoints" / str(WHOLE))
+    shutil.rmtree(copy / "model")
+    (copy / "eval.json").unlink()
+    return copy
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(workdir: Path) -> dict[str, np.ndarray]:
+    return jax.tree.map(np.asarray, split_params(jaxvid.load_model(workdir / "model"))[1])
+
+
+def check_same(workdir: Path, expected: Path) -> None:
+    """Both runs ended in the same: what differs is the order in which float32 numbers are added.
+
+    Devices add up their parts of the batch's gradient: 1e-5 is some 80 times float32's 1.2e-7.
+    """
+    rows, expected_rows = (lines(folder / "metrics.jsonl") for folder in (workdir, expected))
+    assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
+    for row, expected_row in zip(rows, expected_rows, strict=True):
+        for name in ("train/loss", "val/loss", "train/grad_norm"):
+            assert row.get(name, 0) == pytest.approx(expected_row.get(name, 0), rel=1e-5), row
+    params, expected_params = weights(workdir), weights(expected)
+    assert params.keys() == expected_params.keys()
+    for name, array in params.items():
+        difference = np.linalg.norm(array - expected_params[name])
+        assert difference <= 1e-5 * max(1, np.linalg.norm(array)), name
+    report, expected_report = (
+        json.loads((folder / "eval.json").read_text()) for folder in (workdir, expected)
+    )
+    for name in ("num_videos", "num_evaluated", "num_failed", "num_padded", "failed", "top1"):
+        assert report[name] == expected_report[name], name
+
+
+@pytest.fixture(scope="module")
+def data(motion_folder, tmp_path_factory):
+    """The motion clips with a broken video in each split."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "broken.mp4").write_text("hello")
+    (folder / "labels.txt").write_text((motion_folder / "labels.txt").read_text())
+    for split in ("train", "val"):
+        listed = (motion_folder / f"{split}.csv").read_text().splitlines()
+        listed = [f"{motion_folder}/{line}" for line in listed]
+        # In the part of a batch that the second process makes.
+        listed.insert(5, "broken.mp4 0")
+        (folder / f"{split}.csv").write_text("\n".join(listed) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(data, tmp_path_factory):
+    """The workdir of a run of one process."""
+    workdir = tmp_path_factory.mktemp("runs") / "one"
+    train(workdir, processes=1, devices=4, mesh=(2, 2), data__folder=data)
+    return workdir
+
+
+def test_two_processes_do_what_one_does_and_one_goes_on_with_it(one, data, tmp_path):
+    two = tmp_path / "two"
+    train(two, processes=2, devices=2, mesh=(2, 2), data__folder=data)
+    check_same(two, one)
+
+    # One set of files, in which everything is told once.
+    assert sorted(path.name for path in two.iterdir()) == sorted(
+        path.name for path in one.iterdir()
+    )
+    [skipped] = lines(two / "skipped.jsonl")
+    assert skipped["id"].endswith("broken.mp4")
+    report = json.loads((two / "eval.json").read_text())
+    assert (report["num_videos"], report["num_evaluated"]) == (25, 24)
+    assert [video["label"] for video in report["failed"]] == [0]
+    log = (two / "log.txt").read_text()
+    assert log.count("counts as wrong: ") == 2  # evaluations
+    assert log.count("skipped: ") == 1
+    [start] = lines(two / "starts.jsonl")
+    assert start["processes"] == 2
+    assert checkpoint.find_steps(two) == [HALF, WHOLE]
+    assert json.loads((two / "checkpoints.json").read_text()).keys() == {str(HALF), str(WHOLE)}
+
+    half = half_of(two, tmp_path / "by_one")
+    with (
+        started(half, processes=1, devices=1, mesh=(1, 1), data__folder=data) as alone,
+        started(
+            half_of(two, tmp_path / "by_four"),
+            **{"processes": 1, "devices": 4, "mesh": (1, 4), "data__folder": data},
+        ) as four,
+    ):
+        assert codes(alone + four) == [0, 0], told(half)
+    for name in ("by_one", "by_four"):
+        assert f"step {HALF} of {WHOLE}, continued" in told(tmp_path / name)
+        check_same(tmp_path / name, one)
+
+
+STUB = """
+import os, runpy, sys, jax
+from jaxvid import evaluate
+from jaxvid.evaluation import loop
+from tests import colours
+
+loop.abstract_model, make_step = colours.stub_network, evaluate.make_eval_step
+
+def make_failing(*args):
+    step, calls = make_step(*args), []
+
+    def failing(params, batch):
+        calls.append(1)
+        if len(calls) == 3 and not jax.process_index():
+            os._exit(9)
+        return step(params, batch)
+
+    return failing
+
+if sys.argv.pop(1) == "stop":
+    evaluate.make_eval_step = make_failing
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+def test_two_processes_evaluate_each_video_once_and_go_on_after_a_kill(tmp_path):
+    """20 videos in batches of 8, of which the second process has none of the last."""
+    folder, workdir = tmp_path / "data", tmp_path / "w"
+    folder.mkdir()
+    colours.make_colours(folder)
+    copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy)
+    sizes = {"num_classes": 4, "image_size": 32, "width": 16, "depth": 1, "head": "mean"}
+    colours.save_stub(tmp_path / "stub", name="xvit_tiny", **sizes)
+    options = {"processes": 2, "devices": 2, "mesh": (2, 2), "init_from": tmp_path / "stub"}
+    options |= {f"model__{name}": value for name, value in sizes.items()}
+    options |= {"data__mean": 0.0, "data__std": 1.0, "eval__short_side": 32}
+    # Each has its own copy of the videos, and reads it in its own way.
+    options["own"] = ({"data.folder": folder}, {"data.folder": copy, "data.num_threads": 1})
+    with started(workdir, **options, program=("-c", STUB, "stop", "--mode=eval")) as runs:
+        assert runs[0].wait(timeout=SECONDS) == 9, told(workdir)
+    assert not (workdir / "eval.json").exists()
+    with started(workdir, **options, program=("-c", STUB, "go", "--mode=eval")) as runs:
+        assert codes(runs) == [0, 0], told(workdir)
+    assert "8 of 20 videos were evaluated before" in told(workdir)
+    assert not (workdir / ".unfinished_eval").exists()
+    colours.check_known(workdir)
+
+
+def test_a_signal_to_one_process_stops_both_and_they_go_on(one, data, tmp_path):
+    """In a run that one process began, now with weights that span both."""
+    workdir = half_of(one, tmp_path / "w")
+    options = {"processes": 2, "devices": 2, "mesh": (1, 4), "data__folder": data}
+    with started(workdir, **options) as runs:
+        until = time.monotonic() + SECONDS
+        while f"step {HALF} of {WHOLE}, continued" not in told(workdir):
+            assert time.monotonic() < until
+            assert [run.poll() for run in runs] == [None, None], told(workdir)
+            time.sleep(0.05)
+        time.sleep(0.5)  # by then the loop has its signal handlers, and compiles the first step
+        runs[1].send_signal(signal.SIGTERM)
+        assert codes(runs) == [128 + signal.SIGTERM] * 2, told(workdir)
+    step = max(checkpoint.find_steps(workdir))
+    assert HALF < step < WHOLE
+    assert f"stopped and saved at step {step}" in told(workdir)
+    train(workdir, **options)
+    assert f"step {step} of {WHOLE}, continued" in told(workdir)
+    check_same(workdir, one)
+
+
+def test_what_one_process_cannot_do_ends_all_with_one_line(data, tmp_path):
+    options = {"processes": 2, "devices": 2, "mesh": (2, 2)}
+    own = ({}, {"data.folder": tmp_path / "nowhere"})
+    with started(tmp_path / "w", **options, own=own, data__folder=data) as runs:
+        assert codes(runs) == [InputError.EXIT_CODE] * 2
+    errors = [
+        [line for line in told(tmp_path / "w", process).splitlines() if "Gloo" not in line]
+        for process in (0, 1)
+    ]
+    [[first], [second]] = errors
+    assert first.startswith("error: process 1: ")
+    assert second.startswith("error: ")
+    assert "nowhere/labels.txt does not exist" in first
+    assert first.endswith(second.removeprefix("error: "))
+
+
+def gathered(monkeypatch, *values) -> None:
+    monkeypatch.setattr(collectives, "gather", lambda value: [value, *values])
+
+
+def test_processes_with_other_configs_or_other_videos_are_refused(config, monkeypatch, tmp_path):
+    other = config.copy_and_resolve_references().unlock()
+    other.data.folder, other.data.num_threads = "elsewhere", 7
+    gathered(monkeypatch, other.to_dict())
+    run_config.check_same_everywhere(config)
+    other.model.width = 32
+    gathered(monkeypatch, config.to_dict(), other.to_dict())
+    with pytest.raises(InputError, match="model.width is 16 in process 0, 32 in process 2; start"):
+        run_config.check_same_everywhere(config)
+    facts = {"data": {"train": {"videos": 3, "sha256": "a"}}}
+    gathered(monkeypatch, {"train": {"videos": 3, "sha256": "b"}})
+    from jaxvid.training import run_metadata
+
+    with pytest.raises(InputError, match="process 1 has other videos than process 0"):
+        run_metadata.record_start(tmp_path, facts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_whose_configs_have_other_fields_are_refused(config, monkeypatch):
+    other = config.copy_and_resolve_references().unlock()
+    other.data.extra = 7
+    del other["mixup"]
+    gathered(monkeypatch, other.to_dict())
+    with pytest.raises(InputError) as refusal:
+        run_config.check_same_everywhere(config)
+    assert str(refusal.value) == (
+        "data.extra is missing in process 0, 7 in process 1; "
+        f"mixup is {config.mixup} in process 0, missing in process 1; "
+        "start all with the same flags"
+    )
+
+
+def test_a_checkpoint_that_one_process_finds_damaged_is_damaged_for_all(monkeypatch, tmp_path):
+    gathered(monkeypatch, [False, "1 of 3 files are missing or changed: d/0"])
+    with pytest.raises(ValueError, match="1 of 3 files are missing"):
+        checkpoint._check_files_in_all(tmp_path, 3)
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+STEP = SLURM | {"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_STEP_NUM_TASKS": "4"}
+MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "joined"),
+    [
+        ({}, None),
+        # A batch script and a shell in an allocation know of its tasks, and run alone.
+        (SLURM, None),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, (4, "slurm", "all")),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "4"}, (4, "slurm", "unset")),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, (4, "slurm", "unset")),
+        (MPI, (4, "mpi4py", "unset")),
+        (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, (4, "mpi4py", "all")),
+        (MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1"}, (4, "ompi", "unset")),
+        ({**STEP, **MPI, "SLURM_STEP_NUM_TASKS": "2"}, (4, "mpi4py", "unset")),
+        ({"PMI_SIZE": "3", "MPI_LOCALNRANKS": "3"}, (3, "mpi4py", "unset")),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "h"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "1"}, (None, "k8s", "all")),
+        (
+            STEP | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "JAX_LOCAL_DEVICE_IDS": "2,3"},
+            (4, "slurm", "2,3"),
+        ),
+    ],
+)
+def test_launchers_are_recognised(environment, joined, monkeypatch):
+    for name in [*os.environ]:
+        if name.startswith(("SLURM_", "OMPI_", "PMI", "MPI_", "KUBERNETES_", "JOB_", "JAX_LOCAL")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    calls, devices = [], {}
+
+    def initialize(coordinator, num_processes, process_id, *, cluster_detection_method, **_):
+        assert (coordinator, process_id) == (None, None)
+        calls.append((num_processes, cluster_detection_method))
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax.config, "update", devices.__setitem__)
+    setup.init_processes(None, 1, None)
+    assert not calls
+    setup.init_processes()
+    found = [(*call, devices.get("jax_cuda_visible_devices", "unset")) for call in calls]
+    assert found == ([joined] if joined else [])
+
+
+def test_processes_that_are_told_apart_have_all_devices_even_under_slurm(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **how: calls.append(how))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    setup.init_processes("host:1", 2, 1)
+    assert [how["cluster_detection_method"] for how in calls] == ["deactivate"]
+
+
+def test_a_launcher_that_lacks_what_it_needs_is_told(monkeypatch):
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setenv("PMI_SIZE", "2")
+
+    def initialize(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    message = r"PMI_SIZE is set, which needs the package mpi4py\); give --coordinator.*alone"
+    with pytest.raises(InputError, match=message):
+        setup.init_processes()
+
+
+def test_a_long_wait_for_the_others_is_told(monkeypatch, capfd):
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(setup, "TELL_SECONDS", 0.01)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: time.sleep(0.5))
+    setup.init_processes("host:1", 2, 1)
+    assert "waiting for the other processes (--num_processes is set)" in capfd.readouterr().err

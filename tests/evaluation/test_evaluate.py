@@ -1,0 +1,580 @@
+"""Evaluation through the whole path, with a network whose answers are known in advance."""
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common, xvit_k600
+from jaxvid import evaluate, logs, progress
+from jaxvid.data import pipeline
+from jaxvid.data.clips.clip import load_eval_views, make_spec
+from jaxvid.data.formats.pack_writer import Settings
+from jaxvid.data.formats.video_reader import DecodeError
+from jaxvid.data.prepare import prepare
+from jaxvid.data.sources import Record, open_dataset
+from jaxvid.distributed import sharding
+from jaxvid.errors import InputError
+from jaxvid.evaluation import loop, protocol, summary
+from jaxvid.models import create_model, split_params
+from jaxvid.storage import eval_step, model_folder
+from jaxvid.train import train
+from tests.colours import (
+    HOW,
+    NAMES,
+    RIGHT,
+    VIDEOS,
+    Colour,
+    check_known,
+    make_colours,
+    save_stub,
+    stub_network,
+)
+from tests.conftest import shrunk_config
+from tests.data.test_transforms import GOLDENS
+from tests.goldens import FOLDER
+
+SIZES = {"num_classes": 4, "image_size": 32, "width": 16, "depth": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The videos that `make_colours` makes."""
+    return make_colours(tmp_path_factory.mktemp("colours"))
+
+
+def make_config(folder, **settings):
+    config = common.train_section()
+    config.model = common.model_section("xvit_tiny", **SIZES)
+    config.data = common.data_section(folder=str(folder), mean=0.0, std=1.0)
+    config.eval = common.eval_section(short_side=32, batch_size=8)
+    config.eval.update({k: v for k, v in settings.items() if k in config.eval})
+    config.mesh.update({k: v for k, v in settings.items() if k in config.mesh})
+    return config.lock()
+
+
+def run(config, source="folder", folder=None):
+    """The stub's results on the validation videos."""
+    graphdef, params = split_params(Colour())
+    config = config.copy_and_resolve_references().unlock()
+    config.data.update(source=source, folder=str(folder or config.data.folder))
+    mesh = sharding.make_mesh(config.mesh)
+    records = open_dataset(config.data, 4, ("val",)).records["val"]
+    step = loop.make_eval_step(config, graphdef, mesh)
+    results = loop.evaluate_params(params, records, config, eval_step=step, mesh=mesh)
+    return results, summary.make_report(results, config, checkpoint="stub")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 8},
+        {"batch_size": 24, "num_clips": 2, "num_crops": 3},
+        {"batch_size": 3, "data": 1, "fsdp": 1, "tensor": 8},
+        {"batch_size": 8, "score": "probabilities", "num_crops": 3, "data": 2, "fsdp": 4},
+    ],
+    ids=str,
+)
+def test_known_answers_give_known_numbers(folder, settings):
+    results, report = run(make_config(folder, **settings))
+    assert results.ids[7].endswith("broken.mp4")
+    assert report["top1"] == 100 * len(RIGHT) / 20
+    assert report["top5"] == 100 * 19 / 20  # four classes: all but the broken one
+    assert (report["num_videos"], report["num_evaluated"], report["num_failed"]) == (20, 19, 1)
+    assert report["num_padded"] == 1
+    [failed] = report["failed"]
+    assert (failed["label"], "broken.mp4: cannot be decoded" in failed["error"]) == (2, True)
+    # Red: 4 of 6; green: 4 of 6; blue: 4 of 7, the broken one is blue; grey: 1 of 1.
+    expected = np.mean([4 / 6, 4 / 6, 4 / 7, 1])
+    assert report["mean_class_accuracy"] == pytest.approx(100 * expected)
+    low, high = report["top1_interval"]
+    assert low < report["top1"] < high
+    views = settings.get("num_clips", 1) * settings.get("num_crops", 1)
+    if settings.get("score") != "probabilities":
+        expected = views * np.array([200, 30, 30]) / 255
+        np.testing.assert_allclose(results.scores[0, :3], expected, atol=0.02 * views)
+    np.testing.assert_allclose(results.probabilities.sum(1), np.arange(20) != 7, rtol=1e-5)
+
+
+def test_packs_and_videos_agree(folder, tmp_path):
+    config = make_config(folder)
+    expected, reported = run(config)
+    prepare([folder], tmp_path / "pack", Settings(quality=95), workers=1)
+    found, report = run(config, "pack", tmp_path / "pack")
+    np.testing.assert_allclose(found.scores, expected.scores, atol=0.01)
+    assert found.failed.tolist() == expected.failed.tolist()  # a pack still lists what is broken
+    assert "could not be decoded when it was packed" in found.errors[7]
+    for name in ("top1", "top5", "mean_class_accuracy", "num_videos", "num_padded", "num_failed"):
+        assert report[name] == reported[name], name
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "m"
+    model = create_model("xvit_tiny", **SIZES, seed=1)
+    model_folder.save_model(model, folder, preprocessing=HOW)
+    return folder
+
+
+@pytest.fixture
+def stub(folder, tmp_path, monkeypatch):
+    """A config that evaluates a model folder of the stub."""
+    monkeypatch.setattr(loop, "abstract_model", stub_network)
+    config = make_config(folder).unlock()
+    save_stub(tmp_path / "stub", **config.model)
+    config.init_from = str(tmp_path / "stub")
+    return config
+
+
+def changed(config, **settings):
+    """A config with some fields changed, `__` for the dot."""
+    config = config.copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in settings.items()})
+    return config.lock()
+
+
+def test_the_stub_gives_its_numbers_on_one_device_and_on_eight(stub, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    found = evaluate.evaluate(stub, tmp_path / "eight")  # batches of 8, 8 and 4
+    check_known(tmp_path / "eight")
+    told = [
+        line.split("evaluating: ")[1].partition(",")[0] + line.rpartition(",")[2]
+        for line in (tmp_path / "eight" / "log.txt").read_text().splitlines()
+        if "evaluating: " in line
+    ]
+    # Of the first 8 videos the broken one is wrong, and then one grey and three colours.
+    expected = ["8/20 videos top-1 87.50 %", "16/20 videos top-1 81.25 %"]
+    assert told == [*expected, "20/20 videos top-1 65.00 %"]
+    # The tests' machine has eight devices; the first alone must give the same.
+    kinds = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((1, 1, 1), sharding.AXES, kinds, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda _: mesh)
+    one = evaluate.evaluate(changed(stub, eval__batch_size=3), tmp_path / "one")
+    check_known(tmp_path / "one")
+    for report in (found, one):
+        for name in ("seconds", "clips_per_second"):
+            assert report.pop(name) > 0
+    assert found.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-6)
+    error = one.pop("calibration_error")
+    assert found.pop("calibration_error") == pytest.approx(error, rel=1e-6)
+    assert found == one
+
+
+def test_other_classes_or_another_order_are_refused(stub, folder, tmp_path):
+    source = tmp_path / "data"
+    places = {name: source / "val" / name for name in NAMES}
+    for path in places.values():
+        path.mkdir(parents=True)
+    for i, (_, label) in enumerate(VIDEOS):
+        (places[NAMES[label]] / f"{i}.mp4").symlink_to(folder / f"{i}.mp4")
+    sorted_ones = {"data__source": "class_folders", "data__folder": str(source)}
+    message = "stub has other classes: 0 is 'red' there, 'blue' in the data; .*labels.txt"
+    with pytest.raises(InputError, match=message):
+        evaluate.evaluate(changed(stub, **sorted_ones), tmp_path / "w")
+    assert not (tmp_path / "w" / "eval.json").exists()
+    (source / "labels.txt").write_text("\n".join(NAMES))
+    found = evaluate.evaluate(changed(stub, **sorted_ones), tmp_path / "w")
+    assert found["top1"] == pytest.approx(100 * len(RIGHT) / 19)
+    # Numbers in the place of names are no other classes.
+    (source / "labels.txt").unlink()
+    card = json.loads((tmp_path / "stub" / "model.json").read_text())
+    card["labels"] = ["0", "1", "2", "3"]
+    (tmp_path / "stub" / "model.json").write_text(json.dumps(card))
+    assert evaluate.evaluate(changed(stub, **sorted_ones), tmp_path / "w")["num_videos"] == 19
+
+
+def interrupt(monkeypatch, config, workdir, after=2):
+    """Evaluates until the network is called once more than `after`; one batch less is kept."""
+    calls, original = [], loop.make_eval_step
+
+    def make_failing(*args):
+        def failing(params, batch):
+            calls.append(1)
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            return original(*args)(params, batch)
+
+        return failing
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "make_eval_step", make_failing)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.evaluate(config, workdir)
+
+
+def kept(workdir):
+    """How many videos the last evaluation in a workdir took from an earlier run."""
+    lines = (workdir / "log.txt").read_text().rpartition("evaluating ")[2].splitlines()
+    [*told] = [line for line in lines if "were evaluated before" in line]
+    return int(told[0].split()[2]) if told else 0
+
+
+def test_videos_that_were_relabelled_or_repaired_are_done_again(
+    stub, folder, tmp_path, monkeypatch
+):
+    data = shutil.copytree(folder, tmp_path / "data")
+    config, workdir = changed(stub, data__folder=str(data)), tmp_path / "w"
+    interrupt(monkeypatch, config, workdir)
+    text = (data / "val.csv").read_text()
+    (data / "val.csv").write_text(text.replace("0.mp4 0", "0.mp4 1", 1))
+    assert evaluate.evaluate(config, workdir)["top1"] == 60
+    assert kept(workdir) == 0
+    (data / "val.csv").write_text(text)
+    interrupt(monkeypatch, config, workdir)
+    shutil.copy(data / "2.mp4", data / "broken.mp4")
+    found = evaluate.evaluate(config, workdir)
+    assert (kept(workdir), found["top1"], found["num_failed"]) == (0, 70, 0)
+    # Where the videos lie and how they are read makes no difference.
+    interrupt(monkeypatch, config, workdir)
+    data = data.rename(tmp_path / "elsewhere")
+    moved = changed(config, data__folder=str(data), data__num_threads=1)
+    assert evaluate.evaluate(moved, workdir)["top1"] == 70
+    assert kept(workdir) == 8
+
+
+def test_seconds_are_those_of_all_runs(stub, tmp_path, monkeypatch):
+    interrupt(monkeypatch, stub, tmp_path)
+    path = tmp_path / ".unfinished_eval" / "0.npz"
+    with np.load(path) as arrays:
+        part = dict(arrays)
+    assert 0 < part["seconds"] < 100
+    np.savez(path, **{**part, "seconds": 1000.0})
+    found = evaluate.evaluate(stub, tmp_path)
+    assert 1000 < found["seconds"] < 1100
+    assert found["clips_per_second"] == 20 / found["seconds"]
+
+
+def test_the_protocol_is_whole_and_what_differs_is_told(stub, tmp_path):
+    path = tmp_path / "stub" / "model.json"
+    card = json.loads(path.read_text())
+    card["preprocessing"] |= {"short_side": 32, "resize": "antialiased", "by_time": False}
+    card["preprocessing"]["sampling_rate"] = 2  # of a sampling that is not the model's
+    path.write_text(json.dumps(card))
+    first = evaluate.evaluate(stub, tmp_path / "a")["protocol"]
+    assert "clips are not made" not in (tmp_path / "a" / "log.txt").read_text()
+    other = changed(
+        stub,
+        data__by_time=True,
+        data__resize="bilinear",
+        eval__short_side=36,
+        eval__dtype="bfloat16",
+    )
+    before = tmp_path / "a" / "eval.json"
+    second = evaluate.evaluate(other, tmp_path / "b", compare_with=before)["protocol"]
+    differing = {name for name in first if first[name] != second[name]}
+    assert differing == {"by_time", "resize", "short_side", "dtype"}
+    told = (tmp_path / "b" / "log.txt").read_text()
+    assert (
+        "clips are not made as the model's preprocessing says: data.by_time was False, now True; "
+        "data.resize was 'antialiased', now 'bilinear'; eval.short_side was 32, now 36"
+    ) in told
+    assert not json.loads((tmp_path / "b" / "comparison.json").read_text())["same_protocol"]
+
+
+def test_evaluations_are_compared_or_refused_before_they_begin(stub, folder, tmp_path, monkeypatch):
+    evaluate.evaluate(stub, tmp_path / "a")
+    before = tmp_path / "a" / "eval.json"
+    save_stub(tmp_path / "biased", bias=0.4, **stub.model)  # it takes all for grey
+    biased = changed(stub, init_from=str(tmp_path / "biased"))
+    assert evaluate.evaluate(biased, tmp_path / "b", compare_with=before)["top1"] == 5
+    lost = json.loads((tmp_path / "b" / "comparison.json").read_text())
+    coloured = [f"{i}.mp4" for i in range(12)]
+    assert (lost["lost_videos"], lost["gained_videos"]) == (coloured, [])
+    # What is dark was taken for grey before, and is wrong as it was.
+    assert lost["still_wrong_videos"] == [f"{i}.mp4" for i in (13, 14, 16, 17)]
+    assert lost["p_value"] == 2 / 2**12
+    told = (tmp_path / "b" / "log.txt").read_text()
+    assert "-60.00 % top-1 on 20 shared videos, 0 gained, 12 lost, 4 wrong otherwise; sig" in told
+    evaluate.evaluate(stub, tmp_path / "c", compare_with=tmp_path / "b" / "eval.json")
+    gained = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert (gained["gained_videos"], gained["lost_videos"]) == (coloured, [])
+    assert gained["still_wrong_videos"] == lost["still_wrong_videos"]
+    monkeypatch.setattr(evaluate, "evaluate_params", None)  # is not reached
+    data = shutil.copytree(folder, tmp_path / "data")
+    for path in data.glob("*.mp4"):
+        path.rename(data / f"x{path.name}")
+    lines = (data / "val.csv").read_text().splitlines()
+    (data / "val.csv").write_text("".join(f"x{line}\n" for line in lines))
+    with pytest.raises(InputError, match="eval.json shares no video with the data"):
+        evaluate.evaluate(
+            changed(stub, data__folder=str(data)), tmp_path / "c", compare_with=before
+        )
+
+
+def test_names_of_files_need_not_be_utf8(stub, folder, tmp_path, capfd):
+    names = [b"0\xe9.mp4", b"2.mp4", b"broken\xff.mp4"]
+    for name, source, file in zip(NAMES, ("0", "2", "broken"), names, strict=False):
+        place = tmp_path / "data" / "val" / name
+        place.mkdir(parents=True)
+        shutil.copy(folder / f"{source}.mp4", os.fsencode(place) + b"/" + file)
+    (tmp_path / "data" / "labels.txt").write_text("\n".join(NAMES))
+    config = changed(stub, data__source="class_folders", data__folder=str(tmp_path / "data"))
+    evaluate.evaluate(config, tmp_path / "a")
+    found = evaluate.evaluate(config, tmp_path / "b", compare_with=tmp_path / "a" / "eval.json")
+    assert (found["num_videos"], found["num_failed"]) == (3, 1)
+    assert os.fsencode(found["failed"][0]["id"]).endswith(b"broken\xff.mp4")
+    assert json.loads((tmp_path / "b" / "eval.json").read_text())["failed"] == found["failed"]
+    assert json.loads((tmp_path / "b" / "comparison.json").read_text())["num_videos"] == 3
+    assert "Logging error" not in capfd.readouterr().err
+    # A class is known by its name, in files that are text.
+    (tmp_path / "data" / "val" / os.fsdecode(b"r\xe9d")).mkdir()
+    with pytest.raises(InputError, match=r"the class folder b'r\\xe9d' has a name .*; rename it"):
+        evaluate.evaluate(config, tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_the_released_crops_of_the_original_are_what_is_evaluated(name):
+    with np.load(FOLDER / "data" / "spatial_crops.npz") as arrays:
+        seed = int(arrays[f"{name}_seed"])
+        expected = np.stack([arrays[f"{name}_crop{i}"] for i in range(3)])  # (v t h w c)
+    source, size = name.split("_to_")
+    h, w = (int(side) for side in source.split("x"))
+    clip = np.random.RandomState(seed).randint(0, 256, (4, h, w, 3)).astype(np.uint8)
+
+    class Reader:
+        num_frames, fps, times = 16 * len(clip), 30.0, None
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def get_frames(self, indices):
+            return clip[indices // 16]  # a frame in each of the clip's parts
+
+    class Video:
+        open = Reader
+
+    config = xvit_k600.get_config()
+    views = {"num_clips": config.eval.num_clips, "num_crops": config.eval.num_crops}
+    released = make_spec(config, **views)
+    assert (released.short_side, released.crop) == (224, 224)
+    sizes = {"num_frames": len(clip), "short_side": int(size), "crop": int(size)}
+    views = load_eval_views(Video(), dataclasses.replace(released, **sizes))["video"]
+    assert views.shape == expected.shape
+    # The originals crop floats normalised with 0.5 and 0.5: a grey level is 2/255.
+    atol = 0.003 * 2 / 255
+    np.testing.assert_allclose(eval_step.normalize(views, 0.5, 0.5), expected, rtol=0, atol=atol)
+
+
+def test_validation_videos_that_are_all_broken_leave_nulls(motion_folder, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "labels.txt").write_text((motion_folder / "labels.txt").read_text())
+    listed = (motion_folder / "train.csv").read_text().splitlines()[:16]
+    (data / "train.csv").write_text("".join(f"{motion_folder}/{line}\n" for line in listed))
+    for i in range(3):
+        (data / f"{i}.mp4").write_text("no video")
+    (data / "val.csv").write_text("".join(f"{i}.mp4 {i}\n" for i in range(3)))
+    config = changed(shrunk_config(data, 1.0), optimizer__warmup_epochs=0.5)
+    found = train(config, tmp_path / "w")
+    assert found["loss"] is found["calibration_error"] is None
+    assert (found["top1"], found["num_failed"]) == (0, 3)
+    assert found["seconds"] > 0
+    assert found["clips_per_second"] > 0
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    text = (tmp_path / "w" / "eval.json").read_text()
+    saved = json.loads(text, parse_constant=refuse)
+    assert saved["clips_per_second"] == found["clips_per_second"]
+    assert (tmp_path / "w" / "eval.html").stat().st_size > 10_000
+    assert (tmp_path / "w" / "curves.png").exists()
+    (tmp_path / "w" / "eval.html").unlink()
+    evaluate.evaluate(config, tmp_path / "w")  # with the curves of the training
+    assert (tmp_path / "w" / "eval.html").exists()
+    # As for a model folder, what differs from the training is told; its classes are known too.
+    evaluate.evaluate(changed(config, data__sampling="rate", eval__short_side=80), tmp_path / "w")
+    told = (tmp_path / "w" / "log.txt").read_text()
+    assert "data.sampling was 'segments', now 'rate'; eval.short_side was 72, now 80" in told
+    names = (data / "labels.txt").read_text().split()
+    (data / "labels.txt").write_text("\n".join(names[::-1]))
+    with pytest.raises(InputError, match="best has other classes: 0 is"):
+        evaluate.evaluate(config, tmp_path / "w")
+
+
+def test_the_files_of_an_evaluation(folder, tiny_model, tmp_path):
+    config = make_config(folder).unlock()
+    config.init_from = str(tiny_model)
+    result = evaluate.evaluate(config.lock(), tmp_path)
+    saved = json.loads((tmp_path / "eval.json").read_text())
+    assert result.items() <= saved.items()
+    assert saved["clips_per_second"] == pytest.approx(20 / saved["seconds"])
+    with (tmp_path / "eval_videos.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 20
+    assert sum(int(row["correct"]) for row in rows) == round(saved["top1"] * 20 / 100)
+    assert sum(int(row["padded"]) for row in rows) == saved["num_padded"] == 1
+    assert [bool(row["failed"]) for row in rows] == [i == 7 for i in range(20)]
+    names = ["red", "green", "blue", "grey"]
+    counts = {name: sum(row["label"] == name for row in rows) for name in names}
+    for name, accuracy in saved["class_accuracy"].items():
+        hits = sum(row["label"] == name and row["correct"] == "1" for row in rows)
+        assert accuracy == pytest.approx(100 * hits / counts[name])
+    assert not (tmp_path / ".unfinished_eval").exists()
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(folder, tiny_model, tmp_path, monkeypatch):
+    config = make_config(folder).unlock()
+    config.init_from = str(tiny_model)
+    whole = evaluate.evaluate(config.lock(), tmp_path / "whole")
+    calls = []
+    original = loop.make_eval_step
+
+    def make_failing(*args):
+        step = original(*args)
+
+        def failing(params, batch):
+            calls.append(len(batch["video"]))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return step(params, batch)
+
+        return failing
+
+    monkeypatch.setattr(evaluate, "make_eval_step", make_failing)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(config, tmp_path / "w")
+    assert not (tmp_path / "w" / "eval.json").exists()
+    found = evaluate.evaluate(config, tmp_path / "w")
+    assert len(calls) == 3 + 2  # of three batches one was done and kept
+    same = {name for name in whole if name not in ("seconds", "clips_per_second")}
+    assert {name: found[name] for name in same} == {name: whole[name] for name in same}
+    # Another protocol begins anew.
+    other = config.copy_and_resolve_references().unlock()
+    other.eval.num_crops = 3
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(other.lock(), tmp_path / "w")
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    "moment", ["first batch", "last batch", "table", "eval.json", "confusion", "page"]
+)
+def test_a_stopped_and_continued_evaluation_equals_an_uninterrupted_one(
+    stub, tmp_path, monkeypatch, moment
+):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    evaluate.evaluate(stub, whole)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    if "batch" in moment:
+        interrupt(monkeypatch, stub, stopped, after=0 if moment == "first batch" else 2)
+    else:
+        name = {
+            "table": "write_table",
+            "eval.json": "write_json",
+            "confusion": "report.draw_confusion",
+            "page": "html_report.save_page",
+        }[moment]
+        with monkeypatch.context() as patch:
+            patch.setattr(f"jaxvid.evaluation.results.{name}", stop)
+            with pytest.raises(KeyboardInterrupt):
+                evaluate.evaluate(stub, stopped)
+    evaluate.evaluate(stub, stopped)
+    reports = [json.loads((folder / "eval.json").read_text()) for folder in (whole, stopped)]
+    for report in reports:
+        assert report.pop("seconds") > 0
+        assert report.pop("clips_per_second") > 0
+    assert reports[0] == reports[1]
+    for name in ("eval_videos.csv", "confusion.png"):
+        assert (whole / name).read_bytes() == (stopped / name).read_bytes()
+    assert {path.name for path in whole.iterdir()} == {path.name for path in stopped.iterdir()}
+
+
+def test_evaluation_computes_in_its_own_dtype(folder, tiny_model, tmp_path):
+    """Whatever training computes in; the protocol names it."""
+    config = changed(make_config(folder), init_from=str(tiny_model), model__dtype="bfloat16")
+    tables = {}
+    for dtype in ("float32", "bfloat16"):
+        workdir = tmp_path / dtype
+        found = evaluate.evaluate(changed(config, eval__dtype=dtype), workdir)
+        assert found["protocol"]["dtype"] == dtype
+        tables[dtype] = (workdir / "eval_videos.csv").read_text()
+    assert tables["bfloat16"] != tables["float32"]
+    evaluate.evaluate(changed(config, model__dtype="float32"), tmp_path / "other")
+    assert (tmp_path / "other" / "eval_videos.csv").read_text() == tables["float32"]
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_card", "used"),
+    [("auto", "bt601", "bt601"), ("auto", None, "tagged"), ("tagged", "bt601", "tagged")],
+)
+def test_the_color_matrix_is_the_model_cards_unless_the_config_names_one(
+    stub, tmp_path, in_config, in_card, used
+):
+    path = tmp_path / "stub" / "model.json"
+    card = json.loads(path.read_text())
+    if in_card:
+        card["preprocessing"]["color_matrix"] = in_card
+    path.write_text(json.dumps(card))
+    found = evaluate.evaluate(changed(stub, data__color_matrix=in_config), tmp_path / "w")
+    assert found["protocol"]["color_matrix"] == used
+    told = "color_matrix was 'bt601', now 'tagged'" in (tmp_path / "w" / "log.txt").read_text()
+    assert told == (in_config == "tagged")
+
+
+def test_two_models_are_compared_video_by_video(folder, tiny_model, tmp_path):
+    config = make_config(folder).unlock()
+    config.init_from = str(tiny_model)
+    evaluate.evaluate(config.lock(), tmp_path / "a")
+    evaluate.evaluate(config, tmp_path / "b", compare_with=tmp_path / "a" / "eval.json")
+    found = json.loads((tmp_path / "b" / "comparison.json").read_text())
+    assert (found["gained"], found["lost"], found["p_value"]) == (0, 0, 1.0)
+    assert found["same_protocol"]
+    assert "not significant" in (tmp_path / "b" / "log.txt").read_text()
+    with pytest.raises(InputError, match="name an eval.json that --mode eval wrote"):
+        evaluate.evaluate(config, tmp_path / "b", compare_with=tmp_path / "none.json")
+
+
+def test_unknown_dtypes_are_refused(folder):
+    config = make_config(folder, dtype="float16")
+    with pytest.raises(InputError, match="eval.dtype='float16': there are 'float32' and 'bfloat1"):
+        protocol.check_protocol(config, sharding.make_mesh(config.mesh))
+
+
+def test_unknown_scores_are_refused(folder):
+    config = make_config(folder, score="max")
+    with pytest.raises(
+        InputError, match="eval.score='max': there are 'logits' and 'probabilities'"
+    ):
+        protocol.check_protocol(config, sharding.make_mesh(config.mesh))
+    assert jax.device_count() == 8
+
+
+def test_the_running_accuracy_counts_failed_videos_as_wrong(folder, monkeypatch):
+    """The scores of a failed video are zeros, whose best class is 0: its label here."""
+    told = []
+
+    def load(record, spec):
+        if record.id == "broken.mp4":
+            raise DecodeError("broken.mp4: cannot be decoded")
+        clip = np.zeros((1, spec.num_frames, spec.crop, spec.crop, 3), spec.eval_dtype)
+        indices = np.zeros((1, spec.num_frames), np.int32)
+        return {"video": clip, "indices": indices, "padded": False, "released": True}
+
+    def eval_step(params, batch):
+        scores = np.tile(np.float32([2, 1, 0, 0]), (len(batch["video"]), 1))
+        return {"scores": scores, "probabilities": scores / 3}
+
+    monkeypatch.setattr(pipeline, "load_eval_views", load)
+    monkeypatch.setattr(
+        logs.RunProgress, "advance", lambda _, count, text: told.append(text)
+    )
+    config = make_config(folder)
+    records = [Record(Path(name), label) for name, label in (("broken.mp4", 0), ("a.mp4", 0))]
+    mesh = sharding.make_mesh(config.mesh)
+    results = loop.evaluate_params({}, records, config, eval_step=eval_step, mesh=mesh)
+    assert results.hits(1).tolist() == [False, True]
+    assert told == ["top-1 50.00 %"]

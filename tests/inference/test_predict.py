@@ -1,0 +1,399 @@
+"""Videos to labels: the class and the command."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import jax
+import numpy as np
+import pytest
+
+import jaxvid
+from configs import motion as motion_config
+from jaxvid.data.clips.clip import ClipSpec, load_eval_views
+from jaxvid.data.formats.video_reader import DecodeError
+from jaxvid.data.synthetic_motion import LABELS
+from jaxvid.errors import InputError
+from jaxvid.predict import expand, main, predict
+from jaxvid.storage import eval_step, model_card
+from jaxvid.storage.preprocessing import make_preprocessing
+from jaxvid.train import train
+from tests.conftest import shrunk_config
+
+HOW = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
+
+
+def logits_of(folder: Path, clip: str, **views) -> np.ndarray:
+    """The model's own answer, computed the plain way: `(v, num_classes)`."""
+    how = model_card.load_card(folder)["preprocessing"]
+    spec = ClipSpec(**{k: how[k] for k in how if k not in ("mean", "std")}, **views)
+    video = load_eval_views(clip, spec)["video"]
+    return np.asarray(
+        jaxvid.load_model(folder)(eval_step.normalize(video, how["mean"], how["std"]))
+    )
+
+
+def softmax(logits) -> np.ndarray:
+    return np.asarray(jax.nn.softmax(logits))
+
+
+# ------------------------------------------------------------------ whole videos
+
+
+def test_three_lines_of_python(folders, clips):
+    classifier = jaxvid.Classifier(folders / "xvit")
+    found = classifier.predict(clips[3], top_k=3)
+    expected = softmax(logits_of(folders / "xvit", clips[3])[0])
+    order = np.argsort(-expected)
+    assert found.labels == tuple(LABELS[i] for i in order[:3])
+    np.testing.assert_allclose(found.probabilities, expected[order[:3]], rtol=1e-4)
+    assert found.seconds > 0
+    assert not found.padded
+    assert len(classifier.predict(clips[3], top_k=100).labels) == 8
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(1, 3), (4, 6), (4, 4)])
+def test_batches_change_nothing_and_one_program_is_compiled(folders, clips, batch_size, count):
+    classifier = jaxvid.Classifier(folders / "xvit", batch_size=batch_size)
+    found = classifier.predict(clips[:count])
+    assert [prediction.video for prediction in found] == clips[:count]
+    for clip, prediction in zip(clips, found, strict=False):
+        expected = softmax(logits_of(folders / "xvit", clip)[0])
+        assert prediction.probabilities[0] == pytest.approx(expected.max(), rel=1e-4)
+    assert len({prediction.probabilities for prediction in found}) == count
+    assert len(classifier._programs) == 1
+
+
+def test_scores_are_of_as_many_videos_as_are_given(folders):
+    views = np.zeros((3, 1, 8, 64, 64, 3), np.uint8)
+    assert jaxvid.Classifier(folders / "xvit", batch_size=2).scores(views).shape == (3, 8)
+
+
+def test_broken_files_keep_their_place(folders, clips, tmp_path):
+    (tmp_path / "broken.mp4").write_text("hello")
+    videos = [tmp_path / "broken.mp4", clips[0], tmp_path / "none.mp4", clips[1], clips[2]]
+    classifier = jaxvid.Classifier(folders / "xvit", batch_size=2)
+    found = classifier.predict(videos)
+    assert [bool(prediction.error) for prediction in found] == [True, False, True, False, False]
+    assert "broken.mp4: cannot be decoded" in found[0].error
+    assert found[2].to_json() == {"video": str(videos[2]), "error": found[2].error}
+    with pytest.raises(DecodeError, match=r"none.mp4 does not exist"):
+        classifier.predict(tmp_path / "none.mp4")
+
+
+def test_frames_are_sampled_as_the_model_folder_says(folders, clips):
+    found = jaxvid.Classifier(folders / "stam").predict(clips[3])
+    assert found.padded  # 17 frames are no 10 s
+    expected = softmax(logits_of(folders / "stam", clips[3])[0])
+    assert found.probabilities[0] == pytest.approx(expected.max(), rel=1e-4)
+
+
+def test_views_are_summed_and_the_folders_protocol_is_the_default(folders, clips, tmp_path):
+    views = {"num_clips": 2, "num_crops": 3}
+    expected = softmax(logits_of(folders / "xvit", clips[3], **views).mean(axis=0))
+    given = jaxvid.Classifier(folders / "xvit", **views).predict(clips[3])
+    assert given.probabilities[0] == pytest.approx(expected.max(), rel=1e-4)
+    assert given.labels[0] == LABELS[expected.argmax()]
+    model = jaxvid.load_model(folders / "xvit")
+    how = {**HOW, "sampling": "segments", **views}
+    jaxvid.save_model(model, tmp_path / "m", preprocessing=how, labels=list(LABELS))
+    known = jaxvid.Classifier(tmp_path / "m").predict(clips[3])
+    assert known.probabilities == given.probabilities
+    plain = jaxvid.Classifier(folders / "xvit").predict(clips[3])
+    assert plain.probabilities != given.probabilities
+
+
+def test_what_training_writes_is_understood(folders, clips, tmp_path):
+    how = make_preprocessing(motion_config.get_config())
+    assert how.items() >= HOW.items()
+    jaxvid.save_model(jaxvid.load_model(folders / "xvit"), tmp_path / "m", preprocessing=how)
+    found = jaxvid.Classifier(tmp_path / "m").predict(clips[3])
+    expected = jaxvid.Classifier(folders / "xvit").predict(clips[3])
+    assert found.probabilities == expected.probabilities
+    assert found.labels == tuple(str(LABELS.index(label)) for label in expected.labels)
+
+
+def test_predictions_are_those_of_the_evaluation(motion_folder, clips, tmp_path):
+    config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
+    config.eval.update(num_crops=3, num_clips=2, short_side=80)
+    train(config.lock(), tmp_path / "run")
+    with (tmp_path / "run" / "eval_videos.csv").open(newline="") as file:
+        rows = {Path(row["id"]).name: row for row in csv.DictReader(file)}
+    found = list(predict(clips, tmp_path / "run" / "model"))
+    assert len(found) == len(rows) == 24
+    for video in found:
+        row = rows[Path(video["video"]).name]
+        expected = json.loads(row["probabilities"])
+        assert [entry["probability"] for entry in video["top"]] == pytest.approx(expected, abs=1e-4)
+        assert video["top"][0]["label"] == row["prediction"]
+    [fewer] = predict(clips[:1], tmp_path / "run" / "model", num_clips=1, num_crops=1)
+    assert fewer["top"][0]["probability"] != found[0]["top"][0]["probability"]
+
+
+@pytest.mark.parametrize(
+    ("views", "count", "size"),
+    [((1, 1), 12, 8), ((1, 3), 12, 2), ((3, 3), 12, 1), ((1, 1), 3, 3), ((1, 3), 1, 1)],
+)
+def test_a_batch_has_about_8_clips_however_many_views(
+    folders, clips, monkeypatch, views, count, size
+):
+    shapes = []
+
+    def run(self, function, inputs):
+        shapes.append((self.batch_size, *inputs.shape[:2]))
+        return np.zeros((len(inputs), 8))
+
+    monkeypatch.setattr(jaxvid.Classifier, "_run", run)
+    monkeypatch.setattr(jaxvid.Classifier, "_compile", lambda *_: None)
+    options = dict(zip(("num_clips", "num_crops"), views, strict=True))
+    assert len(list(predict(clips[:count], folders / "xvit", **options))) == count
+    assert {(b, v) for b, _, v in shapes} == {(size, views[0] * views[1])}
+    assert max(rows for _, rows, _ in shapes) == size
+
+
+def test_impossible_numbers_are_refused(folders, clips):
+    for options, message in (
+        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"num_threads": 0}, "num_threads=0"),
+        ({"num_crops": 2}, "num_crops=2: there are 1, 3"),
+        ({"num_clips": 4}, "num_clips=4: sampling='segments' gives 1 to 3"),
+    ):
+        with pytest.raises(InputError, match=message):
+            jaxvid.Classifier(folders / "xvit", **options)
+    with pytest.raises(InputError, match="top_k=0"):
+        jaxvid.Classifier(folders / "xvit").predict(clips[0], top_k=0)
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_inputs_are_files_folders_and_patterns(tmp_path):
+    for name in ("b.mp4", "a.MKV", "sub/c.webm", "notes.txt", ".hidden.mp4", "d[1].mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+
+    def names(*inputs):
+        found, failures = expand([str(tmp_path / name) for name in inputs])
+        videos = [str(Path(path).relative_to(tmp_path)) for path in found]
+        return videos, [failure["error"].removeprefix(f"{tmp_path}/") for failure in failures]
+
+    below = ["a.MKV", "b.mp4", "d[1].mp4", "sub/c.webm"]
+    assert names(".") == (below, [])
+    assert names("*.mp4") == (["b.mp4", "d[1].mp4"], [])
+    assert names("**/*.webm", "notes.txt") == (["sub/c.webm", "notes.txt"], [])
+    assert names("d[1].mp4", "b.mp4", ".") == (["d[1].mp4", "b.mp4", "a.MKV", "sub/c.webm"], [])
+    assert names("s*") == (["sub/c.webm"], [])
+    videos, failures = names("none.mp4", "empty", "*.avi")
+    assert videos == ["none.mp4"]  # said by whoever opens it
+    assert failures[0].startswith("empty: no video in it (.mp4, ")
+    assert failures[1] == "*.avi: nothing matches this pattern"
+
+
+def test_the_command_prints_and_counts_what_failed(folders, clips, tmp_path, capsys):
+    model = str(folders / "xvit")
+    assert main([clips[3], "--model", model, "--top_k", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{clips[3]}  (0.")
+    assert lines[0].endswith(" s)")
+    assert len(lines) == 3
+    bad = [str(tmp_path / name) for name in ("no.mp4", "empty", "x*.mp4")]
+    (tmp_path / "empty").mkdir()
+    assert main([*bad, *clips[:2], "--model", model]) == 3
+    out, err = capsys.readouterr()
+    assert sum(line.startswith(str(Path(clips[0]).parent)) for line in out.splitlines()) == 2
+    *failed, last = err.splitlines()
+    assert [line.startswith("failed: ") for line in failed] == [True] * 3
+    assert last == "3 of 5 failed"
+    assert main([str(folders / f"{i}.mp4") for i in range(120)] + ["--model", model]) == 99
+
+
+def test_json_is_printed_or_written(folders, clips, tmp_path, capsys):
+    broken = str(tmp_path / "no.mp4")
+    arguments = [clips[0], broken, "--model", str(folders / "xvit"), "--top_k", "2", "--json"]
+    assert main(arguments) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [entry["label"] in LABELS for entry in rows[0]["top"]] == [True, True]
+    assert rows[0].keys() == {"video", "top", "seconds", "padded"}
+    assert "no.mp4 does not exist" in rows[1]["error"]
+    assert main([*arguments, str(tmp_path / "new" / "out.json")]) == 1
+    assert capsys.readouterr().out.startswith(f"{clips[0]}  (")
+    written = json.loads((tmp_path / "new" / "out.json").read_text())
+    assert [row["video"] for row in written] == [clips[0], broken]
+    assert written[0]["top"] == rows[0]["top"]
+    assert os.listdir(tmp_path / "new") == ["out.json"]
+
+
+def test_json_never_overwrites_a_video(folders, clips, tmp_path, capsys):
+    video = tmp_path / "clip.mp4"
+    video.write_bytes(b"precious")
+    assert main([clips[0], "--model", str(folders / "xvit"), "--json", str(video)]) == 2
+    assert "clip.mp4: the file to write must end in .json" in capsys.readouterr().err
+    assert video.read_bytes() == b"precious"
+
+
+def test_names_that_are_not_utf_8_lose_nothing(folders, clips, tmp_path, capsys):
+    video = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
+    shutil.copy(clips[0], video)
+    model = ["--model", str(folders / "stam")]
+    assert main([clips[1], video, *model, "--json", str(tmp_path / "out.json")]) == 0
+    assert "caf\\udce9.mp4  (" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert [row["video"] for row in written] == [clips[1], video]
+    assert main([video, *model, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["video"] == video
+    windows = ["--window", "1", "--stride", "1"]
+    assert main([video, *model, *windows, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["video"] == video
+    assert main([video, *model, *windows, "--output", str(tmp_path / "line")]) == 0
+    assert json.loads((tmp_path / "line.json").read_text(encoding="utf-8"))["video"] == video
+
+
+@pytest.mark.parametrize("place", ["file/out", "folder"])
+def test_what_cannot_be_written_is_told_before_the_work(
+    clips, tmp_path, capsys, monkeypatch, place
+):
+    (tmp_path / "file").write_text("")
+    for kind in ("json", "png"):
+        (tmp_path / f"folder.{kind}").mkdir()
+    monkeypatch.delattr("jaxvid.predict.Classifier")  # nothing is loaded
+    path = tmp_path / place
+    windows = ["--window", "1", "--stride", "1", "--output", str(path)]
+    for options in (["--json", f"{path}.json"], windows):
+        assert main([clips[0], "--model", "none", *options]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {options[-2]}: {path}.")
+        assert "cannot be written (" in line
+    assert not [name for name in os.listdir(tmp_path) if "probe" in name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch_size", "0", "--window", "1", "--stride", "1"), "batch_size=0: must be at leas"),
+        (("--top_k", "0"), "--top_k=0: must be at least 1"),
+        (("--batch_size", "0"), "batch_size=0: must be at least 1"),
+        (("--stride", "1"), "--stride needs --window"),
+        (("--output", "x"), "--output needs --window"),
+        (("--window", "1"), "--window needs --stride"),
+        (("--window", "1", "--stride", "0"), "stride=0: must be a number of seconds above 0"),
+        (("--window", "nan", "--stride", "1"), "window=nan: must be"),
+        (("--window", "1", "--stride", "1", "--clips", "2"), "--clips does not go with --window"),
+        (("--window", "1", "--stride", "1", "--json", "x.json"), "give --output PREFIX"),
+        (("--window", "1", "--stride", "1", "--output", "/dev/null/x"), "cannot be written"),
+    ],
+)
+def test_bad_options_are_one_line_and_status_2(folders, clips, capsys, arguments, message):
+    assert main([clips[0], "--model", str(folders / "xvit"), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_several_videos_have_no_windows_and_nothing_is_nothing(folders, clips, tmp_path, capsys):
+    windows = ("--window", "1", "--stride", "1")
+    assert main([*clips[:2], "--model", str(folders / "xvit"), *windows]) == 2
+    assert "--window takes one video, not 2" in capsys.readouterr().err
+    assert main([str(tmp_path), "--model", str(folders / "xvit")]) == 2
+    assert "no video in it" in capsys.readouterr().err
+
+
+def test_the_program_as_it_is_called(folders, clips, tmp_path):
+    command = [sys.executable, "-m", "jaxvid.predict", f"{Path(clips[0]).parent}/0000[01].mp4"]
+    command += [str(tmp_path / "no.mp4"), "--model", str(folders / "xvit"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 1, done.stderr
+    assert len(done.stdout.splitlines()) == 3
+    assert done.stderr.splitlines()[-1] == "1 of 3 failed"
+
+
+# ------------------------------------------------------------------ bad videos
+
+
+def write_audio(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def write_empty(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+        container.start_encoding()
+
+
+@pytest.mark.parametrize("windows", [(), ("--window", "1", "--stride", "1")])
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (write_audio, "no video stream in it"),
+        (write_empty, "cannot be decoded"),
+        (lambda path: path.write_bytes(b""), "cannot be decoded"),
+        (lambda path: path.symlink_to(path.parent / "nowhere"), "does not exist"),
+    ],
+)
+def test_bad_videos_are_one_line(folders, tmp_path, capsys, write, message, windows):
+    path = tmp_path / "bad.mp4"
+    write(path)
+    assert main([str(path), "--model", str(folders / "xvit"), *windows]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    first, last = err.splitlines()
+    assert first.startswith(f"failed: {path}")
+    assert message in first
+    assert last == "1 of 1 failed"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_videos_and_folders_without_permission_are_one_line(folders, clips, tmp_path, capsys):
+    locked = Path(shutil.copy(clips[0], tmp_path / "locked.mp4"))
+    locked.chmod(0)
+    (tmp_path / "closed").mkdir(mode=0)
+    assert main([str(tmp_path), clips[0], "--model", str(folders / "xvit")]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith(clips[0])
+    assert "locked.mp4: cannot be decoded (Permission denied)" in err
+    assert "closed: cannot be read (Permission denied)" in err
+
+
+def test_what_a_folder_scan_skips_is_counted_in_one_line(clips, folders, tmp_path, capsys):
+    shutil.copy(clips[0], tmp_path / "line\nbreak.mp4")
+    for name in ("a.txt", "b.txt", ".hidden.mp4", "sub/c.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "gone.gif").symlink_to("nowhere")
+    (tmp_path / "linked").symlink_to(tmp_path / "sub")
+    assert main([str(tmp_path), "--model", str(folders / "xvit"), "--top_k", "1"]) == 0
+    out, err = capsys.readouterr()
+    [line] = [line for line in err.splitlines() if line.startswith("skipped")]
+    assert line == (
+        "skipped in folders: 3 not videos by their suffix (.txt 2, .json 1), 1 broken links or not "
+        "regular files, 1 hidden, 1 links to folders"
+    )
+    assert f"{tmp_path}/line\\nbreak.mp4  (" in out
+    assert len(out.splitlines()) == 2
+
+
+def test_what_cannot_be_listed_is_told(tmp_path, monkeypatch):
+    """As without permission, for those whom the system lets read everything."""
+    (tmp_path / "a.mp4").touch()
+
+    def walk(top, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{top}/closed"))
+        yield top, [], ["a.mp4"]
+
+    monkeypatch.setattr(os, "walk", walk)
+    videos, [failure] = expand([str(tmp_path)])
+    assert videos == [str(tmp_path / "a.mp4")]
+    assert failure["error"] == f"{tmp_path}/closed: cannot be read (Permission denied)"

@@ -1,0 +1,296 @@
+"""The windows of a long video."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import av
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxvid
+from jaxvid.data.clips.clip import ClipSpec
+from jaxvid.data.clips.sampling import make_indices
+from jaxvid.data.formats.video_reader import DecodeError, VideoFile
+from jaxvid.data.synthetic_motion import render_scene
+from jaxvid.inference import classifier as classifier_module
+from jaxvid.inference.class_timeline import ClassTimeline
+from jaxvid.inference.sliding_windows import plan_windows, prefetch
+from jaxvid.predict import main
+from jaxvid.storage import eval_step
+
+
+@pytest.fixture(scope="module")
+def long_videos(tmp_path_factory):
+    """30 s of changing scenes, at rates that a clip's rate divides or not."""
+    folder = tmp_path_factory.mktemp("long")
+    scenes = [render_scene(np.random.default_rng(i), i % 4) for i in range(10)]
+    for fps in (8, 25):
+        with av.open(str(folder / f"{fps}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=fps)
+            stream.height, stream.width, stream.pix_fmt = 72, 72, "yuv420p"
+            stream.codec_context.thread_count = 1
+            stream.options = {"preset": "superfast"}
+            for i in range(30 * fps):
+                frame = scenes[i // (3 * fps)][i % 17]
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    return folder
+
+
+def make_plan(path: Path, spec: ClipSpec, window: float, stride: float, *, align: bool):
+    with VideoFile(path) as reader:
+        return plan_windows(reader, spec, window, stride, align=align, name=str(path))
+
+
+@pytest.mark.parametrize("sampling", ["segments", "dense", "rate"])
+def test_windows_are_sampled_as_videos_of_their_own(long_videos, sampling):
+    spec = ClipSpec(num_frames=8, crop=64, short_side=72, sampling=sampling, sampling_rate=4)
+    plan = make_plan(long_videos / "25.mp4", spec, 4.0, 3.0, align=False)
+    assert plan.starts.tolist() == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]
+    assert plan.ends.tolist() == [4, 7, 10, 13, 16, 19, 22, 25, 28, 30]
+    for start, end, row, padded in zip(*map(list, (
+        plan.starts, plan.ends, plan.indices, plan.padded)), strict=True):  # fmt: skip
+        length = round(25 * (end - start))
+        expected = make_indices(sampling, length, 8, sampling_rate=4, fps=25)
+        np.testing.assert_array_equal(row, round(25 * start) + expected)
+        assert padded == (sampling == "rate")  # 4 s are no 10
+    assert plan.stride == 3
+
+
+@pytest.mark.parametrize(
+    ("fps", "asked", "stride", "most"),
+    [
+        # A clip's frames are 1.25 s apart: 10 or 31.25 frames.
+        (8, 2.5, 2.5, 8 + 2 * 8),
+        (25, 2.5, 2.5, 8 + 2 * 8),
+        (25, 2.4, 2.5, 8 + 2 * 8),
+        (25, 0.3, 0.3125, 4 * (8 + 16)),
+        (25, 0.2, 1.25 / 6, 6 * (8 + 16)),
+        (25, 0.16, 0.15625, 8 * (8 + 16)),  # not twice as much
+        (25, 30.0, 30.0, 8),
+    ],
+)
+def test_aligned_windows_share_their_frames(long_videos, fps, asked, stride, most):
+    spec = ClipSpec(num_frames=8, crop=64, short_side=72, sampling="rate")
+    plan = make_plan(long_videos / f"{fps}.mp4", spec, 10.0, asked, align=True)
+    assert plan.stride == pytest.approx(stride)
+    assert len(np.unique(plan.indices)) <= most
+    first = make_indices("rate", 10 * fps, 8, sampling_rate=1, fps=fps)
+    np.testing.assert_array_equal(plan.indices[0], first)
+    # No frame is further than one from where a video of the window's own has it.
+    own = np.round(plan.starts * fps)[:, None] + first
+    whole = ~plan.padded
+    assert whole.sum() >= len(whole) - 1
+    assert np.abs(plan.indices - own)[whole].max() <= 1
+    assert (np.diff(plan.indices, axis=0) >= 0).all()
+    plan = make_plan(long_videos / "8.mp4", spec, 10.0, 2.5, align=True)
+    np.testing.assert_array_equal(
+        plan.indices[:9], np.round(8 * plan.starts[:9, None]) + plan.indices[0]
+    )
+
+
+def test_aligned_segments_share_too(long_videos):
+    spec = ClipSpec(num_frames=8, crop=64, short_side=72, sampling="segments")
+    plan = make_plan(long_videos / "8.mp4", spec, 65 / 8, 2.1, align=True)  # a frame every 8
+    assert plan.stride == 2.0
+    whole = plan.indices[~plan.padded]
+    np.testing.assert_array_equal(whole[1][:6], whole[0][2:])
+
+
+@pytest.mark.parametrize(
+    ("name", "crops", "batch_size"), [("stam", 1, 1), ("stam", 3, 2), ("xvit", 1, 2)]
+)
+def test_windows_are_the_models_answers(folders, long_videos, name, crops, batch_size):
+    """Shared or not, each window's probabilities are those of its frames, computed alone."""
+    classifier = jaxvid.Classifier(folders / name, num_crops=crops, batch_size=batch_size)
+    path = long_videos / "25.mp4"
+    timeline = classifier.windows(path, 10.0, 2.5)
+    plan = make_plan(path, classifier.spec, 10.0, 2.5, align=name == "stam")
+    model = jaxvid.load_model(folders / name)
+    with VideoFile(path) as reader:
+        for row, found in zip(plan.indices, timeline.probabilities, strict=True):
+            frames = reader.get_frames(row)
+            margin = {1: (4,), 3: (0, 4, 8)}[crops]
+            views = np.stack([frames[:, 4:68, left : left + 64] for left in margin])
+            logits = model(eval_step.normalize(views, 0.5, 0.5)).mean(axis=0)
+            np.testing.assert_allclose(found, jax.nn.softmax(logits), rtol=1e-5)
+    assert np.ptp(np.log(timeline.probabilities), axis=0).max() > 1e-2  # it does change
+    assert timeline.ends[-1] == 30
+
+
+def test_frames_are_decoded_and_computed_once_and_let_go(folders, long_videos, monkeypatch):
+    decoded, computed, held = [], [], []
+    original = VideoFile.iter_frames
+
+    def iter_frames(self, indices):
+        decoded.extend(indices.tolist())
+        return original(self, indices)
+
+    monkeypatch.setattr(VideoFile, "iter_frames", iter_frames)
+    classifier = jaxvid.Classifier(folders / "stam")
+    features = classifier._frame_features
+
+    def count(chunks):
+        for part, values in features(chunks):
+            computed.extend(part.tolist())
+            yield part, values
+
+    monkeypatch.setattr(classifier, "_frame_features", count)
+    gather = classifier_module.gather_clips
+
+    def watch(indices, items):
+        generator = gather(indices, items)
+        for clip in generator:
+            held.append(len(generator.gi_frame.f_locals["held"]))
+            yield clip
+
+    monkeypatch.setattr(classifier_module, "gather_clips", watch)
+    timeline = classifier.windows(long_videos / "25.mp4", 10.0, 1.25)
+    assert len(decoded) == len(set(decoded)) == len(computed) == len(set(computed)) == 24
+    assert len(timeline.starts) * 8 > 4 * len(decoded)
+    assert max(held) <= 2 * 8
+
+
+def test_a_short_video_is_one_window(folders, clips):
+    timeline = jaxvid.Classifier(folders / "stam").windows(clips[3], 10.0, 2.5)
+    assert timeline.padded.tolist() == [True]
+    whole = jaxvid.Classifier(folders / "stam").predict(clips[3], top_k=8)
+    found = np.sort(timeline.probabilities[0])[::-1]
+    np.testing.assert_allclose(found, whole.probabilities, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["stam", "xvit"])
+def test_damage_that_shows_late_leaves_no_timeline(
+    folders, long_videos, tmp_path, capsys, monkeypatch, name
+):
+    original = VideoFile.iter_frames
+
+    def iter_frames(self, indices):
+        yield from original(self, indices)
+        raise DecodeError("x.mp4: frame 3 was damaged after all")
+
+    monkeypatch.setattr(VideoFile, "iter_frames", iter_frames)
+    arguments = [str(long_videos / "25.mp4"), "--model", str(folders / name)]
+    arguments += ["--window", "10", "--stride", "2.5", "--output", str(tmp_path / "timeline")]
+    assert main(arguments) == 1
+    assert "failed: x.mp4: frame 3 was damaged after all" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+class NoClock:
+    """A video whose file tells neither a rate nor timestamps, or an uneven pace."""
+
+    def __init__(self, num_frames=40, fps=None, times=None):
+        self.num_frames, self.fps, self.times = num_frames, fps, times
+
+
+def test_time_is_that_of_the_timestamps():
+    spec = ClipSpec(num_frames=4, crop=64, short_side=72)
+    with pytest.raises(DecodeError, match="x.mp4: neither its frame rate nor timestamps are known"):
+        plan_windows(NoClock(), spec, 1.0, 1.0, align=False, name="x.mp4")
+    # 20 frames in 10 s, then 20 frames in 1 s.
+    times = np.concatenate([np.arange(20) / 2, 10 + np.arange(20) / 20])
+    for fps in (None, 39 / times[-1]):
+        reader = NoClock(fps=fps, times=times)
+        plan = plan_windows(reader, spec, 2.0, 2.0, align=False, name="x.mp4")
+        for start, end, row in zip(plan.starts, plan.ends, plan.indices, strict=True):
+            assert start - 0.6 <= times[row[0]]
+            assert times[row[-1]] <= end
+        assert plan.indices[0].max() < 5
+        assert plan.indices[-1].min() >= 19
+    known = plan_windows(NoClock(fps=10.0), spec, 1.0, 1.0, align=False, name="x.mp4")
+    assert known.ends.tolist() == [1, 2, 3, 4]
+
+
+def test_the_timeline_is_written_and_drawn(folders, long_videos, tmp_path, capsys):
+    video = str(long_videos / "25.mp4")
+    arguments = [video, "--model", str(folders / "stam"), "--window", "10", "--stride", "2.4"]
+    prefix = tmp_path / "new" / "timeline"
+    assert main([*arguments, "--top_k", "3", "--output", str(prefix)]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [f"{prefix}.{kind}" for kind in ("csv", "json", "png")]
+    assert "stride: 2.5 s instead of 2.4 s" in err
+    document = json.loads(Path(f"{prefix}.json").read_text())
+    rows = list(csv.DictReader(Path(f"{prefix}.csv").read_text().splitlines()))
+    assert len(rows) == len(document["windows"]) == 9
+    for row, window in zip(rows, document["windows"], strict=True):
+        assert float(row["end"]) == window["end"]
+        assert row["padded"] == str(int(window["padded"]))
+        assert row["label_1"] == window["top"][0]["label"]
+        assert float(row["probability_3"]) == pytest.approx(
+            window["top"][2]["probability"], abs=1e-6
+        )
+    assert [*rows[0]][:3] == ["start", "end", "padded"]
+    assert [window["start"] for window in document["windows"]] == [2.5 * i for i in range(9)]
+    with Image.open(f"{prefix}.png") as picture:
+        assert picture.size > (1000, 400)
+    short = ClassTimeline(
+        video="short.mp4",
+        labels=["a", "b"],
+        starts=np.zeros(1),
+        ends=np.ones(1),
+        padded=np.array([True]),
+        stride=1.0,
+        probabilities=np.full((1, 2), 0.5),
+    )
+    table = short.save(tmp_path / "short")[0].read_text()
+    assert table.splitlines()[1] == "0.0,1.0,1,a,0.500000,b,0.500000"
+    assert len(os.listdir(prefix.parent)) == 3
+    assert main([*arguments, "--json"]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert printed[0] == {"video": video, **jaxvid.Classifier(folders / "stam").windows(
+        video, 10, 2.5).rows(5)[0]}  # fmt: skip
+    assert main(arguments) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 9
+
+
+def test_the_picture_has_the_classes_that_lead(tmp_path):
+    probabilities = np.full((6, 20), 0.01)
+    probabilities[:4, 7], probabilities[4:, 3] = 0.8, 0.6
+    probabilities[0, 11] = 0.15
+    starts = np.arange(6) * 2.5
+    timeline = ClassTimeline(
+        video="v.mp4",
+        labels=[f"class {i}" for i in range(20)],
+        starts=starts,
+        ends=starts + 10,
+        padded=np.zeros(6, bool),
+        stride=2.5,
+        probabilities=probabilities,
+    )
+    axes, strip = timeline.draw().axes
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names[:3] == ["class 7", "class 3", "class 11"]
+    assert len(names) == 6
+    colours = [line.get_color() for line in axes.lines]
+    found = [patch.get_facecolor() for patch in strip.patches]
+    assert len(set(found[:4])) == 1
+    assert len(set(found)) == 2
+    assert len(set(colours)) == 6
+    assert strip.get_xlim() == (0, 22.5)
+
+
+def test_prefetching_stops_where_its_reader_does():
+    taken = []
+
+    def produce():
+        for i in range(100):
+            taken.append(i)
+            yield i + 1
+
+    ahead = prefetch(produce())
+    assert [next(ahead), next(ahead)] == [1, 2]
+    ahead.close()
+    assert len(taken) <= 5
+    assert list(prefetch(iter([1, 2, 3]))) == [1, 2, 3]
+
+    def fail():
+        yield 1
+        raise DecodeError("damaged")
+
+    with pytest.raises(DecodeError, match="damaged"):
+        list(prefetch(fail()))

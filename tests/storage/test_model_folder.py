@@ -1,0 +1,277 @@
+"""Model folders: saves that are killed or find the disk full, damage, classes."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxvid
+from configs import finetune
+from convert import flax_to_torch
+from jaxvid.errors import InputError
+from jaxvid.models import make_model_config, split_params
+from jaxvid.storage import model_card, model_folder
+from jaxvid.storage.model_card import check_labels
+from jaxvid.training.distillation import load_teacher
+
+TINY = {"width": 16, "depth": 1, "image_size": 32}
+SAVE = """
+import os, pathlib, shutil, sys
+import jaxvid
+folder, at, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+model = jaxvid.create_model("xvit_tiny", width=16, depth=1, image_size=32, seed=4)
+owner = shutil if at == "rmtree" else pathlib.Path
+plain = getattr(owner, at)
+
+def call(path, *arguments, **options):
+    global count
+    if pathlib.Path(path).parent == pathlib.Path(folder).parent:
+        count -= 1
+        if count < 0:
+            os._exit(9)
+    return plain(path, *arguments, **options)
+
+setattr(owner, at, call)
+jaxvid.save_model(model, folder)
+"""
+
+FULL = """
+import resource, sys
+import jaxvid
+model = jaxvid.create_model("xvit_tiny", width=16, depth=1, image_size=32, seed=4)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))  # no file may be larger
+try:
+    jaxvid.save_model(model, sys.argv[1])
+except jaxvid.errors.InputError as error:
+    print("error:", error)
+"""
+
+LOAD = """
+import sys
+import jaxvid
+try:
+    jaxvid.load_model(sys.argv[1])
+except jaxvid.errors.InputError as error:
+    print("error:", error)
+"""
+
+
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+
+
+def save(folder: Path, seed: int) -> None:
+    model = jaxvid.create_model("xvit_tiny", **TINY, seed=seed)
+    card = model_card.make_card(
+        model.config, preprocessing=None, labels=None, provenance={"top1": float(seed)}
+    )
+    model_folder.save_model_folder(folder, split_params(model)[1], card)
+
+
+def bias(folder: Path) -> np.ndarray:
+    """What tells the weights of one seed from those of another."""
+    return np.asarray(jaxvid.load_model(folder).base_model.cls_token[...])
+
+
+@pytest.fixture
+def best(tmp_path):
+    """A whole model folder, `best` of a run."""
+    save(tmp_path / "best", 3)
+    return tmp_path / "best"
+
+
+# ------------------------------------------------------------------ saving
+
+
+@pytest.mark.parametrize(
+    ("at", "count", "is_new"),
+    [
+        ("rename", 0, False),  # whole beside the old one
+        ("rename", 1, False),  # the old one is aside, the new one not yet in
+        ("rmtree", 2, True),  # the new one is in, the old one not yet deleted
+    ],
+)
+def test_a_killed_save_leaves_the_old_folder_or_the_new_one(best, at, count, is_new):
+    before = bias(best)
+    done = run(SAVE, str(best), at, str(count))
+    assert done.returncode == 9, done.stderr
+    assert len(list(best.parent.iterdir())) >= 2  # something is left behind
+    assert (bias(best) == before).all() != is_new
+    if not is_new:
+        assert model_card.best_top1(best.parent) == 3.0
+    save(best, 5)
+    assert model_card.best_top1(best.parent) == 5.0
+    assert (bias(best) != before).any()
+    assert [path.name for path in best.parent.iterdir()] == ["best"]
+
+
+def test_what_is_half_deleted_is_never_put_back(best):
+    shutil.copytree(best, best.parent / ".best.old")
+    (best.parent / ".best.old" / "model.json").unlink()  # goes first
+    shutil.rmtree(best)
+    assert model_card.best_top1(best.parent) == -1.0
+    with pytest.raises(InputError, match="best is not a model folder"):
+        jaxvid.load_model(best)
+
+
+def test_a_full_disk_is_one_line_and_the_old_folder_stays(best):
+    before = bias(best)
+    # In a process of its own, for Orbax leaves threads behind that go on to complain.
+    done = run(FULL, str(best))
+    assert done.stdout.startswith(f"error: {best} cannot be written (")
+    assert "File too large" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert (bias(best) == before).all()
+    assert [path.name for path in best.parent.iterdir()] == ["best"]
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(best, monkeypatch):
+    usage = shutil.disk_usage(best)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.delattr(model_folder.ocp, "Checkpointer")
+    with pytest.raises(InputError, match="best cannot be written .0 MB free, .* needed.; make"):
+        save(best, 4)
+    with pytest.raises(InputError, match="cannot be written .0 MB free"):
+        save(best.parent / "new" / "model", 4)
+    assert [path.name for path in best.parent.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        ValueError("No space left on device\nin a kvstore"),
+        ExceptionGroup("several", [ValueError("No space left on device"), OSError(5, "x")]),
+    ],
+)
+def test_whatever_orbax_says_of_a_full_disk_is_one_line(best, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(model_folder.ocp.Checkpointer, "save", fail)
+    with pytest.raises(InputError, match=r"written \(No space left on device\); make") as told:
+        save(best, 4)
+    assert "\n" not in str(told.value)
+    assert model_card.best_top1(best.parent) == 3.0
+
+
+# ------------------------------------------------------------------ damage
+
+
+def zero_half(path: Path) -> None:
+    data = path.read_bytes()
+    half = len(data) // 2
+    path.write_bytes(data[:half] + bytes(len(data) - half))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def find_file(folder: Path, which: str) -> Path:
+    files = [path for path in (folder / "params").rglob("*") if path.is_file()]
+    if which == "largest":
+        return max(files, key=lambda path: path.stat().st_size)
+    return folder / "params" / which
+
+
+@pytest.mark.parametrize("damage", [zero_half, flip])
+@pytest.mark.parametrize("which", ["largest", "_METADATA"])
+def test_damage_that_keeps_the_size_is_one_line(best, damage, which):
+    damage(find_file(best, which))
+    with pytest.raises(InputError, match="params is damaged: 1 of .* have changed") as error:
+        jaxvid.load_model(best)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("which", ["largest", "_METADATA"])
+def test_folders_without_checksums_load_and_their_damage_is_one_line(best, which):
+    card = json.loads((best / "model.json").read_text())
+    del card["checksums"]
+    (best / "model.json").write_text(json.dumps(card))
+    jaxvid.load_model(best)
+    zero_half(find_file(best, which))
+    done = run(LOAD, str(best))  # by itself, as Orbax leaves coroutines behind
+    assert done.stdout.startswith(f"error: {best}/params cannot be read (")
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_newer_version_with_other_keys_is_told_by_its_version(best):
+    (best / "model.json").write_text('{"format_version": 2, "network": {}}')
+    with pytest.raises(InputError, match="has format version 2; this jaxvid reads 1: update it"):
+        jaxvid.load_model(best)
+
+
+def test_a_huge_network_is_refused_wherever_a_folder_is_named(best, config, capsys):
+    card = json.loads((best / "model.json").read_text())
+    card["config"]["depth"] = 10**9
+    (best / "model.json").write_text(json.dumps(card))
+    message = r"model.json: model xvit_tiny: depth=1000000000: must be 1 to 128; export the model"
+    student = make_model_config(**config.model)
+    with pytest.raises(InputError, match=message):
+        jaxvid.load_model(best)
+    with pytest.raises(InputError, match=message):
+        model_folder.load_init(best, student, {})
+    with pytest.raises(InputError, match=message):
+        model_card.check_same_model(best, student)
+    with pytest.raises(InputError, match=message):
+        finetune.get_config(f"{best},{config.data.folder}")
+    with config.unlocked():
+        config.distill.teacher = str(best)
+    with pytest.raises(InputError, match=message):
+        load_teacher(config, [], None)
+    assert flax_to_torch.main(["--input", str(best), "--output", str(best / "a.pth")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_links_to_files_are_followed(best, tmp_path):
+    """Download caches consist of such links."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for i, path in enumerate(p for p in best.rglob("*") if p.is_file()):
+        path.rename(cache / str(i))
+        path.symlink_to(cache / str(i))
+    jaxvid.load_model(best)
+
+
+# ------------------------------------------------------------------ classes
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        (["run", "sit"], ["run", "sit"]),
+        (["Playing_guitar", "sit "], ["playing guitar", "sit"]),
+        (None, ["run", "sit"]),
+        (["0", "1"], ["run", "sit"]),  # nothing named them
+        (["run", "sit"], ["0", "1"]),
+        ([0, 1], ["run", "sit"]),
+        (["1", "0"], ["1", "0"]),
+    ],
+)
+def test_the_same_classes_are_accepted(there, here):
+    check_labels(there, here, "MODEL")
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        (["a", "run", "sit"], ["a", "sit", "run"], "MODEL .* 1 is 'run' there, 'sit' in the data;"),
+        (["run", "sit"], ["sit", "run"], "same in another order: .*labels.txt"),
+        (["run", "sit"], ["run", "fly"], "1 is 'sit' there, 'fly' in the data; name a folder"),
+        (["1", "0"], ["run", "sit"], "0 is '1' there, 'run' in the data"),
+        (["run", "sit"], ["run"], "MODEL has 2 classes, the data 1;"),
+    ],
+)
+def test_other_classes_are_refused_by_the_first_difference(there, here, message):
+    with pytest.raises(InputError, match=message) as error:
+        check_labels(there, here, "MODEL")
+    assert "\n" not in str(error.value)

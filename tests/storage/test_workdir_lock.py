@@ -1,0 +1,148 @@
+"""One run at a time uses a workdir; a lock never outlives its holder."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxvid.distributed import process_group
+from jaxvid.errors import InputError
+from jaxvid.evaluate import evaluate
+from jaxvid.locks import LockedError, locked
+from jaxvid.storage.workdir_lock import exclusive
+from jaxvid.train import train
+from tests.distributed.test_processes import ROOT, started, told
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from jaxvid.files import locked
+
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A workdir with a file, locked by another process."""
+    workdir = tmp_path / "w"
+    workdir.mkdir()
+    (workdir / "log.txt").write_text("a run\n")
+    command = [sys.executable, "-c", HOLD, workdir / ".lock"]
+    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        yield workdir, holder
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def contents(folder) -> dict:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def test_a_second_run_is_refused_and_touches_nothing(held, config):
+    workdir, holder = held
+    before = contents(workdir)
+    for program in (train, evaluate):
+        with pytest.raises(InputError) as refusal:
+            program(config, workdir)
+        assert f"{workdir}: another run uses it (process {holder.pid} on " in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+    assert contents(workdir) == before
+
+
+def test_the_lock_of_a_killed_run_is_free(held):
+    workdir, holder = held
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (workdir / ".lock").exists()
+    with locked(workdir / ".lock") as is_held:
+        assert is_held
+        assert (workdir / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+        with pytest.raises(LockedError), locked(workdir / ".lock"):
+            pass
+    assert [path.name for path in workdir.iterdir()] == ["log.txt"]
+
+
+def test_a_lock_file_that_its_holder_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    flock, calls = fcntl.flock, []
+
+    def removing(file, operation):
+        calls.append(1)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removing)
+    with locked(tmp_path / ".lock"), pytest.raises(LockedError), locked(tmp_path / ".lock"):
+        pass
+    assert len(calls) == 3
+
+
+@exclusive
+def program(config, workdir, *, value=0):
+    return value, sorted(path.name for path in workdir.iterdir())
+
+
+@exclusive
+def refusing(config, workdir):
+    raise InputError("no")
+
+
+def test_without_locks_in_the_file_system_a_run_goes_on(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert program(None, tmp_path, value=3) == (3, [".lock"])
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: its file system has no locks; start one run at a time\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_refused_leaves_no_new_workdir(tmp_path):
+    with pytest.raises(InputError, match="no"):
+        refusing(None, tmp_path / "a" / "w")
+    assert not (tmp_path / "a" / "w").exists()
+
+
+def test_of_several_processes_the_first_holds_the_lock(tmp_path, monkeypatch):
+    class Second:
+        index = 1
+
+        def exchange(self, value):
+            return [None, value]
+
+    with locked(tmp_path / ".lock"):
+        monkeypatch.setattr(process_group, "current", Second)
+        assert program(None, tmp_path, value=1)[0] == 1
+
+
+@pytest.mark.full
+def test_a_second_start_from_the_command_line_is_refused(motion_folder, tmp_path):
+    options = {"processes": 1, "devices": 1, "mesh": (1, 1), "data__folder": motion_folder}
+    workdir = tmp_path / "w"
+    with started(workdir, **options, num_epochs=1000.0) as [run]:
+        while "first step" not in told(workdir):
+            assert run.poll() is None, told(workdir)
+        for mode in ("train", "eval"):
+            command = [sys.executable, "main.py", "--config=configs/motion.py", f"--mode={mode}"]
+            done = subprocess.run(
+                [*command, f"--workdir={workdir}"], cwd=ROOT, capture_output=True, text=True
+            )
+            assert done.returncode == InputError.EXIT_CODE
+            [line] = done.stderr.splitlines()
+            assert line.startswith(f"error: {workdir}: another run uses it (process {run.pid} on ")
+        run.send_signal(signal.SIGTERM)
+        assert run.wait() == 128 + signal.SIGTERM
+    assert not (workdir / ".lock").exists()
+    assert (workdir / "log.txt").read_text().count("parameters, 48 training") == 1

@@ -1,0 +1,480 @@
+"""Model folders come back as they were, and bad ones are refused."""
+
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from ml_collections import ConfigDict
+
+import jaxvid
+from jaxvid import atomic
+from jaxvid.distributed import sharding
+from jaxvid.errors import InputError
+from jaxvid.models import abstract_model, make_model_config, split_params
+from jaxvid.storage import model_card, model_folder
+from jaxvid.training import checkpoint, run_config
+
+TINY = {"width": 16, "depth": 1, "image_size": 32}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = jaxvid.create_model("xvit_tiny", **TINY, seed=3)
+    jaxvid.save_model(model, tmp_path / "model", labels=[f"class {i}" for i in range(8)])
+    return tmp_path / "model"
+
+
+def test_a_model_folder_comes_back_bit_by_bit(folder):
+    expected = split_params(jaxvid.create_model("xvit_tiny", **TINY, seed=3))[1]
+    model = jaxvid.load_model(folder)
+    params = split_params(model)[1]
+    assert params.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(params[name], array)
+    assert model_folder.fingerprint(params) == model_folder.fingerprint(expected)
+    assert model.config.width == 16
+    card = model_card.load_card(folder)
+    assert card["name"] == "xvit_tiny"
+    assert card["labels"][7] == "class 7"
+    video = np.zeros((1, 8, 32, 32, 3), np.float32)
+    np.testing.assert_array_equal(model(video), jaxvid.load_model(folder)(video))
+
+
+def test_saving_replaces_a_model_folder_and_nothing_else(folder, tmp_path):
+    other = jaxvid.create_model("xvit_tiny", **TINY, seed=4)
+    before = model_folder.fingerprint(split_params(jaxvid.load_model(folder))[1])
+    jaxvid.save_model(other, folder)
+    assert model_folder.fingerprint(split_params(jaxvid.load_model(folder))[1]) != before
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="is not a model folder; name another one"):
+        jaxvid.save_model(other, tmp_path / "mine")
+
+
+def test_fingerprints_tell_weights_apart():
+    params = {"a": np.zeros(3, np.float32), "b": np.ones(2, np.float32)}
+    changed = {**params, "b": np.array([1, 1.0000001], np.float32)}
+    assert model_folder.fingerprint(params) == model_folder.fingerprint(
+        dict(reversed(params.items()))
+    )
+    assert model_folder.fingerprint(params) != model_folder.fingerprint(changed)
+
+
+def test_damaged_model_folders_are_refused(folder, tmp_path):
+    def damaged(name, change):
+        copy = shutil.copytree(folder, tmp_path / name)
+        change(copy)
+        return copy
+
+    def edit(**changes):
+        def change(copy):
+            card = json.loads((copy / "model.json").read_text())
+            card.update(changes)
+            (copy / "model.json").write_text(json.dumps(card))
+
+        return change
+
+    def drop(key):
+        def change(copy):
+            card = json.loads((copy / "model.json").read_text())
+            del card[key]
+            (copy / "model.json").write_text(json.dumps(card))
+
+        return change
+
+    def truncate(copy):
+        largest = max((copy / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:100])
+
+    config = json.loads((folder / "model.json").read_text())["config"]
+    cases = {
+        "model.json does not exist": lambda copy: (copy / "model.json").unlink(),
+        "model.json cannot be read": lambda copy: (copy / "model.json").write_text("{"),
+        "format version 99; this jaxvid reads 1": edit(format_version=99),
+        "params is damaged: .* of .* files are missing": lambda copy: shutil.rmtree(
+            copy / "params"
+        ),
+        r"fc2.kernel: \(64, 16\) in the folder, \(128, 32\) in the": edit(
+            config={**config, "width": 32}
+        ),
+        r"blocks.1.norm1.scale: absent in the folder": edit(config={**config, "depth": 2}),
+        "no option 'size'": edit(config={**config, "size": 1}),
+        "model.json cannot be read .*'config'": drop("config"),
+        r"params is damaged: 1 of .* \(.*d/": truncate,
+    }
+    for i, (message, change) in enumerate(cases.items()):
+        with pytest.raises(InputError, match=message) as error:
+            jaxvid.load_model(damaged(str(i), change))
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="is not a model folder"):
+        jaxvid.load_model(tmp_path / "nowhere")
+
+
+def test_another_network_is_refused_field_by_field(folder):
+    other = make_model_config("xvit_tiny", **TINY, dropout=0.3, remat=True)
+    model_card.check_same_model(folder, other)
+    with pytest.raises(InputError, match="depth is 1 there, 2 here"):
+        model_card.check_same_model(folder, make_model_config("xvit_tiny", **{**TINY, "depth": 2}))
+
+
+def test_weights_load_onto_any_sharding(folder):
+    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 4, "tensor": 1}))
+    _, abstract = abstract_model(make_model_config("xvit_tiny", **TINY))
+    params = model_folder.load_params(folder, sharding.with_sharding(abstract, mesh))
+    kernel = params["base_model.blocks.0.mlp.fc1.kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    expected = split_params(jaxvid.load_model(folder))[1]
+    np.testing.assert_array_equal(
+        jax.device_get(kernel), expected["base_model.blocks.0.mlp.fc1.kernel"]
+    )
+
+
+def test_a_full_or_read_only_disk_is_noticed_at_the_start(tmp_path, monkeypatch):
+    checkpoint.check_writable(tmp_path / "new", 1000)
+    assert not list((tmp_path / "new").iterdir())
+    with pytest.raises(InputError, match="cannot be written to .*choose another --workdir"):
+        checkpoint.check_writable(Path("/proc/jaxvid"), 1000)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written to"):
+        checkpoint.check_writable(tmp_path / "file", 1000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match="1 MB free, but checkpoints need 2 MB"):
+        checkpoint.check_writable(tmp_path, 2 * 10**6)
+    checkpoint.check_writable(tmp_path, 10**6)  # it just fits
+    for name in ("checkpoints", "best", "model"):  # what is there will be replaced
+        workdir = tmp_path / "runs" / name
+        (workdir / name).mkdir(parents=True)
+        (workdir / name / "weights").write_bytes(bytes(1_100_000))
+        checkpoint.check_writable(workdir, 2 * 10**6)
+    checkpoint.check_writable(tmp_path / "a" / "b", 1000)
+
+
+def test_a_run_without_checkpoints_is_named(tmp_path):
+    assert checkpoint.find_steps(tmp_path) == []
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        checkpoint.newest_step(tmp_path)
+
+
+def test_configs_are_compared_field_by_field(tmp_path):
+    config = ConfigDict({"seed": 0, "model": {"width": 64, "blocks": (1, 2)}})
+    assert run_config.compare_config(tmp_path, config) == {}
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert run_config.compare_config(tmp_path, config) == {}
+    config.model.width = 32
+    found = run_config.compare_config(tmp_path, config)
+    assert found == {"model.width": "model.width was 64, now 32"}
+    config.model.width = 64
+    config.data = ConfigDict({"color_matrix": "auto"})  # config.json is of a time without it
+    assert run_config.compare_config(tmp_path, config) == {}
+    config.data.color_matrix = "bt601"
+    found = run_config.compare_config(tmp_path, config)
+    assert found == {"data.color_matrix": "data.color_matrix was 'tagged', now 'bt601'"}
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="config.json is damaged"):
+        run_config.compare_config(tmp_path, config)
+
+
+def test_a_model_folder_that_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="cannot be written"):
+        jaxvid.save_model(jaxvid.create_model("xvit_tiny", **TINY), "/proc/jaxvid/model")
+
+
+class Counter:
+    """Something resumable."""
+
+    def __init__(self, value: int):
+        self.value = value
+
+    def get_state(self) -> dict:
+        return {"value": self.value}
+
+    def set_state(self, state: dict) -> None:
+        self.value = state["value"]
+
+
+def counters(data: int, log: int) -> dict[str, Counter]:
+    return {"data": Counter(data), "log": Counter(log)}
+
+
+def save(workdir: Path, step: int) -> None:
+    manager = checkpoint.make_manager(workdir, keep=2)
+    state = {"step": np.int32(step), "params": np.arange(4.0)}
+    checkpoint.save_checkpoint(manager, state, counters(step, 10 * step))
+    manager.close()
+
+
+ABSTRACT = {
+    "step": jax.ShapeDtypeStruct((), np.int32),
+    "params": jax.ShapeDtypeStruct((4,), np.float64),
+}
+
+
+def test_closing_a_manager_in_the_middle_of_a_save_leaves_no_thread(tmp_path, monkeypatch):
+    """A daemon thread would go on while the interpreter shuts down, and abort it."""
+    noters: list[threading.Thread] = []
+    note_files = checkpoint._note_files
+
+    def note_late(workdir):
+        noters.append(threading.current_thread())
+        if noters[-1] is not threading.main_thread():
+            time.sleep(0.3)
+        note_files(workdir)
+
+    monkeypatch.setattr(checkpoint, "_note_files", note_late)
+    manager = checkpoint.make_manager(tmp_path, keep=2)
+    checkpoint.save_checkpoint(manager, {"step": np.int32(1)}, counters(1, 2))
+    manager.close()
+    assert noters[-1] is not threading.main_thread()
+    assert not noters[-1].daemon
+    assert not noters[-1].is_alive()
+    assert [*json.loads((tmp_path / "checkpoints.json").read_text())] == ["1"]
+
+
+def test_a_checkpoint_keeps_the_log_window_and_older_ones_have_none(tmp_path):
+    save(tmp_path, 3)
+    found = counters(0, 0)
+    manager, state = checkpoint.restore_newest(tmp_path, ABSTRACT, found, keep=2)
+    manager.close()
+    assert (int(state["step"]), found["data"].value, found["log"].value) == (3, 3, 30)
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "log")
+    (tmp_path / "checkpoints.json").unlink()
+    found = counters(0, 0)
+    manager, state = checkpoint.restore_newest(tmp_path, ABSTRACT, found, keep=2)
+    manager.close()
+    assert (int(state["step"]), found["data"].value, found["log"].value) == (3, 3, 0)
+
+
+def test_outputs_of_a_run_without_checkpoints_are_moved_aside(tmp_path, lines):
+    for name in ("metrics.jsonl", "config.json", "mine.txt", "log.txt"):
+        (tmp_path / name).write_text(name)
+    checkpoint.tidy_outputs(tmp_path)  # of a run that was killed before its first checkpoint
+    assert (tmp_path / "metrics.jsonl").exists()
+    assert not lines
+    for folder in ("previous", "previous_again"):
+        (tmp_path / "metrics.jsonl").write_text(folder)
+        (tmp_path / "best").mkdir()
+        (tmp_path / "best" / "model.json").write_text(folder)
+        (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+        checkpoint.tidy_outputs(tmp_path)
+        assert (tmp_path / "metrics.jsonl").exists()
+        shutil.rmtree(tmp_path / "checkpoints")
+        checkpoint.tidy_outputs(tmp_path)
+        checkpoint.tidy_outputs(tmp_path)
+        assert (tmp_path / folder / "metrics.jsonl").read_text() == folder
+        assert (tmp_path / folder / "best" / "model.json").read_text() == folder
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"mine.txt", "log.txt", "previous", "previous_again"}
+    assert len(lines) == 2
+    assert lines[1].endswith("previous_again")
+
+
+def tiny_state(step: int, **trees) -> dict:
+    params = {"a.kernel": jnp.full((2, 3), step, jnp.float32)}
+    return {"step": jnp.int32(step), "params": params, **trees}
+
+
+def save_steps(workdir: Path, *steps: int, **trees) -> None:
+    manager = checkpoint.make_manager(workdir, keep=2)
+    for step in steps:
+        state = tiny_state(step, **trees)
+        checkpoint.save_checkpoint(manager, state, counters(10 * step, 20 * step))
+    checkpoint.finish_saving(manager)
+    manager.close()
+
+
+def abstract(tree):
+    """The shapes and shardings of a tree of arrays."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+    )
+
+
+def restore(workdir: Path) -> tuple[int | None, int, int]:
+    """The restored step and the counters' values; checks the weights."""
+    found = counters(-1, -1)
+    manager, state = checkpoint.restore_newest(workdir, abstract(tiny_state(0)), found, keep=2)
+    manager.close()
+    values = found["data"].value, found["log"].value
+    if state is None:
+        return None, *values
+    np.testing.assert_array_equal(state["params"]["a.kernel"], np.full((2, 3), state["step"]))
+    return int(state["step"]), *values
+
+
+def damage(workdir: Path, step: int) -> None:
+    """Changes a byte of a checkpoint's largest file."""
+    files = [p for p in (workdir / "checkpoints" / str(step)).rglob("*") if p.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+
+
+def test_the_newest_checkpoints_are_kept_and_restored(tmp_path):
+    assert restore(tmp_path) == (None, -1, -1)
+    save_steps(tmp_path, 1, 2, 3)
+    assert checkpoint.find_steps(tmp_path) == [2, 3]
+    assert checkpoint.newest_step(tmp_path) == 3
+    noted = json.loads((tmp_path / "checkpoints.json").read_text())
+    assert noted.keys() == {"2", "3"}
+    assert all(noted.values())
+    assert restore(tmp_path) == (3, 30, 60)
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_damaged_checkpoints_are_moved_aside_and_named(tmp_path, lines):
+    save_steps(tmp_path, 2, 3)
+    damage(tmp_path, 3)
+    assert restore(tmp_path) == (2, 20, 40)
+    assert checkpoint.find_steps(tmp_path) == [2]
+    assert (tmp_path / "damaged" / "3").is_dir()
+    [line] = lines
+    assert "checkpoint of step 3 is damaged (1 of " in line
+    assert str(tmp_path / "damaged" / "3") in line
+    save_steps(tmp_path, 3)  # trained again, and damaged again
+    for step in (2, 3):
+        damage(tmp_path, step)
+    with pytest.raises(InputError, match="every checkpoint is damaged .*/3_again, .*/2"):
+        restore(tmp_path)
+    with pytest.raises(InputError, match="every checkpoint is damaged .*restore one, delete"):
+        restore(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert restore(tmp_path) == (None, -1, -1)
+
+
+def test_a_whole_checkpoint_of_another_shape_is_not_moved(tmp_path):
+    save_steps(tmp_path, 3)
+    other = abstract({**tiny_state(0), "more": jnp.zeros(2)})
+    with pytest.raises(InputError, match="step 3 is whole, but cannot be restored") as error:
+        checkpoint.restore_newest(tmp_path, other, counters(0, 0), keep=2)
+    assert "\n" not in str(error.value)
+    assert checkpoint.find_steps(tmp_path) == [3]
+
+
+def test_checkpoints_without_checksums_are_restored(tmp_path):
+    save_steps(tmp_path, 3)
+    (tmp_path / "checkpoints.json").write_text("{")  # killed while it was written
+    assert restore(tmp_path) == (3, 30, 60)
+    (tmp_path / "checkpoints.json").unlink()
+    assert restore(tmp_path) == (3, 30, 60)
+
+
+def test_weights_come_alone_and_their_average_if_there_is_one(tmp_path):
+    params = tiny_state(3)["params"]
+    save_steps(tmp_path / "plain", 3)
+    save_steps(tmp_path / "average", 3, ema={"a.kernel": jnp.full((2, 3), 7.0)})
+    for name, expected in (("plain", 3), ("average", 7)):
+        found = checkpoint.restore_params(tmp_path / name, 3, abstract(params))
+        assert found.keys() == params.keys()
+        np.testing.assert_array_equal(found["a.kernel"], np.full((2, 3), expected))
+    damage(tmp_path / "plain", 3)
+    with pytest.raises(InputError, match="step 3 is damaged .*evaluate --config.init_from=.*/best"):
+        checkpoint.restore_params(tmp_path / "plain", 3, abstract(params))
+
+
+def test_a_save_that_fails_names_the_checkpoints_there_are(tmp_path, monkeypatch):
+    save_steps(tmp_path, 2, 3)
+    manager = checkpoint.make_manager(tmp_path, keep=2)
+
+    def fail(*_, **__):
+        raise OSError("no space")
+
+    message = r"cannot be written to .*no space.*: 2, 3; make room"
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "save", fail)
+        with pytest.raises(InputError, match=message):
+            checkpoint.save_checkpoint(manager, tiny_state(4), counters(0, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "wait_until_finished", fail)
+        with pytest.raises(InputError, match=message):
+            checkpoint.finish_saving(manager)
+    manager.close()
+
+
+def test_a_continued_run_keeps_as_many_checkpoints_as_a_new_one(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    manager, state = checkpoint.restore_newest(
+        tmp_path, abstract(tiny_state(0)), counters(0, 0), keep=2
+    )
+    assert int(state["step"]) == 2
+    checkpoint.save_checkpoint(manager, tiny_state(3), counters(0, 0))
+    checkpoint.finish_saving(manager)
+    manager.close()
+    assert checkpoint.find_steps(tmp_path) == [2, 3]
+
+
+def test_checkpoints_that_are_damaged_before_the_next_save_are_found_out(tmp_path):
+    save_steps(tmp_path, 2)
+    damage(tmp_path, 2)
+    save_steps(tmp_path, 3)
+    damage(tmp_path, 3)
+    with pytest.raises(InputError, match="every checkpoint is damaged .*/3, .*/2"):
+        restore(tmp_path)
+
+
+def test_a_checkpoint_without_checksums_that_cannot_be_read_is_moved_aside(tmp_path):
+    save_steps(tmp_path, 2, 3)
+    (tmp_path / "checkpoints.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "state")
+    assert restore(tmp_path) == (2, 20, 40)
+    assert (tmp_path / "damaged" / "3").is_dir()
+
+
+def test_half_written_models_without_checkpoints_are_removed(tmp_path):
+    halves = [atomic.staging_dir(tmp_path / name) for name in ("best", "model")]
+    for half in halves:
+        half.mkdir()
+    checkpoint.tidy_outputs(tmp_path)
+    assert not any(half.exists() for half in halves)
+
+
+def test_all_outputs_of_a_run_whose_checkpoints_were_deleted_are_moved_aside(tmp_path):
+    early = {"metrics.jsonl", "tensorboard", "curves.png", "profile", "skipped.jsonl"}
+    early |= {"config.json", "starts.jsonl", "training_videos.json.gz"}
+    late = {"best", "model", "eval.json", "eval_videos.csv", "eval.html", "comparison.json"}
+    late |= {"confusion.png", "checkpoints.json"}
+
+    def make(workdir, names):
+        workdir.mkdir()
+        for name in names:
+            if name in ("best", "model"):
+                (workdir / name).mkdir()
+                (workdir / name / "model.json").write_text("{}")
+            else:
+                (workdir / name).write_text("{}")
+        return workdir
+
+    assert not checkpoint.starts_over(make(tmp_path / "early", early))
+    for name in late:
+        assert checkpoint.starts_over(make(tmp_path / f"only {name}", [name])), name
+    run = make(tmp_path / "run", early | late)
+    checkpoint.tidy_outputs(run)
+    assert [path.name for path in run.iterdir()] == ["previous"]
+    assert {path.name for path in (run / "previous").iterdir()} == early | late
+
+
+def test_a_background_save_that_fails_is_published_to_the_other_processes(tmp_path, monkeypatch):
+    published = []
+
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "_wait_for_checkpointers", fail)
+    monkeypatch.setattr(checkpoint.process_group, "publish", published.append)
+    with checkpoint.make_manager(tmp_path, keep=2) as manager:
+        with pytest.raises(OSError, match="no space"):
+            manager._wait_for_checkpointers()
+        monkeypatch.undo()
+    [error] = published
+    assert isinstance(error, InputError)
+    assert isinstance(error.__context__, OSError)
+    assert f"written to {tmp_path}/checkpoints (no space); whole ones" in str(error)
+    assert "of the steps: none; make room" in str(error)

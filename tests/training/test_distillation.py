@@ -1,0 +1,65 @@
+"""Teachers that do not fit are refused by name; how one teaches is tested in test_steps.py."""
+
+import re
+
+import pytest
+
+import jaxvid
+from jaxvid.data.synthetic_motion import LABELS
+from jaxvid.distributed import sharding
+from jaxvid.errors import InputError
+from jaxvid.training.distillation import check_distill, load_teacher
+from tests.conftest import shrunk_config
+
+HOW = {"num_frames": 8, "crop": 64, "short_side": 72, "sampling": "segments"}
+HOW |= {"mean": 0.25, "std": 0.75}
+
+
+@pytest.fixture
+def teach(motion_folder, tmp_path):
+    """Saves a teacher and loads it for a student of the motion clips."""
+
+    def load(labels=None, how=HOW, **options):
+        model = jaxvid.create_model("stam_tiny", width=16, depth=1, **options)
+        jaxvid.save_model(model, tmp_path / "teacher", preprocessing=how, labels=labels)
+        config = shrunk_config(motion_folder).unlock()
+        config.distill.update(teacher=str(tmp_path / "teacher"), weight=0.5)
+        return load_teacher(config.lock(), list(LABELS), sharding.make_mesh(config.mesh))
+
+    return load
+
+
+@pytest.mark.parametrize("labels", [LABELS, None, [str(i) for i in range(8)]])
+def test_a_teacher_of_the_same_classes_is_loaded(teach, labels):
+    teacher, params = teach(labels and list(labels))
+    assert (teacher.mean, teacher.std, teacher.weight) == (0.25, 0.75, 0.5)
+    assert {str(leaf.dtype) for leaf in params.values()} == {"bfloat16"}
+
+
+def test_no_teacher_is_none(config):
+    assert load_teacher(config, [], None) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": [*LABELS[:2], LABELS[3], LABELS[2], *LABELS[4:]]}, "2 is .* another order"),
+        ({"labels": [*LABELS[:7], "sitting"]}, "teacher has other classes: 7 is 'sitting' there"),
+        ({"num_classes": 9}, "sees other clips or classes: num_classes is 9 there, 8 here"),
+        ({"image_size": 32}, "sees other clips or classes: image_size is 32 there, 64 here"),
+        ({"how": None}, "model.json says nothing of preprocessing; export it again"),
+        ({"how": {"mean": 0.5}}, "model.json: preprocessing has no num_frames; export the model"),
+    ],
+)
+def test_other_teachers_are_refused(teach, options, message):
+    with pytest.raises(InputError, match=message) as error:
+        teach(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_impossible_values_are_refused(config):
+    for name, value in (("weight", 1.5), ("temperature", 0.0)):
+        other = config.copy_and_resolve_references().unlock()
+        other.distill[name] = value
+        with pytest.raises(InputError, match=re.escape(f"distill.{name}={value}: must be ")):
+            check_distill(other.distill)

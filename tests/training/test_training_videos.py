@@ -1,0 +1,197 @@
+"""A run that is continued with a shorter list keeps the places of the videos that are gone."""
+
+import gzip
+import json
+import os
+
+import numpy as np
+import pytest
+
+from jaxvid.data.clips.clip import ClipSpec
+from jaxvid.data.formats.pack_writer import Settings
+from jaxvid.data.formats.video_reader import DecodeError
+from jaxvid.data.pipeline import make_train_iter, split_batch
+from jaxvid.data.prepare import prepare
+from jaxvid.data.sources import Record, VideoDataset, open_dataset
+from jaxvid.data.synthetic_motion import write_clip
+from jaxvid.distributed import sharding
+from jaxvid.errors import InputError
+from jaxvid.training import run_metadata, training_videos
+from jaxvid.training.skipped_videos import SkippedVideos
+from tests.data.test_sources import FRAMES, section, write
+
+ODD = os.fsdecode(b"caf\xe9.mp4")
+NAMES = ("a.mp4", "b.mp4", ODD, "d" * 600 + ".mp4")
+
+
+@pytest.fixture
+def videos(tmp_path):
+    return [Record(tmp_path / name, label, name) for label, name in enumerate(NAMES)]
+
+
+def start(workdir, videos, left_out=()):
+    """What `jaxvid.train` does at each start of a run with its list."""
+    workdir.mkdir(exist_ok=True)
+    data, lost = training_videos.align(
+        workdir, VideoDataset({"train": videos, "val": []}, [], left_out)
+    )
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    run_metadata.record_start(workdir, run_metadata.describe_run(mesh, data.records))
+    training_videos.save(workdir, data)
+    return data, lost
+
+
+def skip(workdir, *videos):
+    skipped = SkippedVideos(workdir, num_videos=100, max_share=1.0)
+    skipped.note([(training_videos.stored_id(video.id), "broken") for video in videos])
+
+
+def test_videos_that_were_skipped_may_be_left_out_and_keep_their_places(videos, tmp_path):
+    workdir = tmp_path / "w"
+    assert start(workdir, videos)[0].notes == ()
+    skip(workdir, *videos[1:])
+    for left in ([0], [0, 2], [0, 1, 2, 3], [0, 3]):
+        data, lost = start(workdir, [videos[i] for i in left])
+        records = data.records["train"]
+        assert [record.id for record in records] == list(NAMES)
+        assert [record.label for record in records] == [0, 1, 2, 3]
+        assert lost == tuple(NAMES[i] for i in range(4) if i not in left)
+        assert [records[i] for i in left] == [videos[i] for i in left]
+        for i in set(range(4)) - {*left}:
+            with pytest.raises(DecodeError, match="no longer in the training list"):
+                records[i].open()
+        assert len(data.notes) == bool(lost)
+    starts = (workdir / "starts.jsonl").read_text().splitlines()
+    assert len({json.dumps(json.loads(line)["data"]) for line in starts}) == 1
+
+
+def test_other_changes_of_the_list_are_refused_by_name(videos, tmp_path):
+    workdir = tmp_path / "w"
+    start(workdir, videos)
+    skip(workdir, videos[1])
+    message = "4 training videos, now there are 2: 1 are gone that .*skipped.jsonl .* 'a.mp4' first"
+    with pytest.raises(InputError, match=message):
+        start(workdir, videos[2:])
+    new = Record(tmp_path / "x.mp4", 0, "x.mp4")
+    with pytest.raises(InputError, match="1 are new, 'x.mp4' first; restore the list or choose"):
+        start(workdir, [*videos, new])
+    relabelled = [Record(videos[0].path, 3, "a.mp4"), *videos[2:]]
+    with pytest.raises(InputError, match="other labels"):
+        start(workdir, relabelled)
+    assert len((workdir / "starts.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_list_in_another_order_is_put_into_the_first_one(videos, tmp_path):
+    start(tmp_path / "w", videos)
+    data, lost = start(tmp_path / "w", videos[::-1])
+    assert ([record.id for record in data.records["train"]], lost) == (list(NAMES), ())
+
+
+def test_what_the_first_start_left_out_stays_out_and_more_may_go_missing(videos, tmp_path):
+    workdir = tmp_path / "w"
+    start(workdir, videos[:3], left_out=(NAMES[3],))
+    data, lost = start(workdir, videos)
+    assert ([record.id for record in data.records["train"]], lost) == (list(NAMES[:3]), ())
+    assert "1 training videos that the first start left out are there now" in data.notes[0]
+    data, lost = start(workdir, videos[1:3], left_out=(NAMES[0], NAMES[3]))
+    assert ([record.id for record in data.records["train"]], lost) == (list(NAMES[:3]), ("a.mp4",))
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "gone", "text"])
+def test_a_damaged_list_of_the_first_start_changes_nothing(videos, tmp_path, damage):
+    workdir, path = tmp_path / "w", tmp_path / "w" / training_videos.FILE
+    start(workdir, videos)
+    skip(workdir, videos[1])
+    whole = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "other":  # of a run whose records were deleted
+        path.write_bytes(gzip.compress(json.dumps({"ids": ["x"], "labels": [0]}).encode()))
+    else:
+        path.write_bytes(whole[:30] if damage == "cut" else b"hello")
+    with pytest.raises(InputError, match="was started with 4 training videos .*now there are 3"):
+        start(workdir, [videos[0], *videos[2:]])
+    start(workdir, videos)
+    assert path.read_bytes() == whole  # written again by a start with the whole list
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six clips, of which the second and the fifth are broken."""
+    folder = tmp_path_factory.mktemp("clips")
+    for i in range(6):
+        if i in (1, 4):
+            write(folder / f"{i}.mp4", "broken")
+        else:
+            write_clip(folder / f"{i}.mp4", FRAMES)
+    write(folder / "train.csv", "".join(f"{i}.mp4 {i % 2}\n" for i in range(6)))
+    write(folder / "labels.txt", "x\ny\n")
+    prepare([folder], folder / "pack", Settings(), workers=1)
+    return folder
+
+
+def batches_of(records, count=4):
+    spec = ClipSpec(num_frames=2, crop=16, short_side=16, train_short_side=(16, 16))
+    batches = make_train_iter(records, spec=spec, batch_size=3, seed=3, num_threads=1)
+    try:
+        found = [next(batches) for _ in range(count)]
+    finally:
+        batches.close()
+    errors = [error for batch in found for error in split_batch(batch)[2]]
+    return {
+        name: np.stack([b[name] for b in found]) for name in ("video", "label", "mask", "id")
+    }, errors
+
+
+@pytest.mark.parametrize("source", ["folder", "pack"])
+def test_batches_stay_the_same_when_broken_videos_are_taken_out(folder, tmp_path, source):
+    """Of a list and of a pack; and those that are gone are never looked for."""
+    place = folder / "pack" if source == "pack" else folder
+    records = open_dataset(section(source, place), 2, ("train",)).records["train"]
+    start(tmp_path / "w", records)
+    expected, errors = batches_of(records)
+    assert sum(map(bool, errors)) == 4  # two of six in each of two rounds
+    skip(tmp_path / "w", records[1], records[4])
+    lines = [f"{i}.mp4 {i % 2}\n" for i in (0, 2, 3, 5)]
+    write(tmp_path / "train.csv", "".join(lines))
+    write(tmp_path / "labels.txt", "x\ny\n")
+    shorter = section("folder", tmp_path, str(folder))
+    if source == "pack":
+        prepare([tmp_path / "train.csv"], tmp_path / "p", Settings(), workers=1, prefix=str(folder))
+        shorter = section("pack", tmp_path / "p")
+    data, lost = start(tmp_path / "w", open_dataset(shorter, 2, ("train",)).records["train"])
+    assert lost == ("1.mp4", "4.mp4")
+    found, errors = batches_of(data.records["train"])
+    assert sum("no longer in the training list" in error for error in errors) == 4
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("source", ["folder", "pack"])
+def test_skip_broken_leaves_out_what_is_known_to_be_broken(folder, tmp_path, source):
+    """Missing files of a list, and videos that a pack holds without frames; in training alone."""
+    if source == "pack":
+        place, gone = folder / "pack", ["1.mp4", "4.mp4"]
+        data = section("pack", place)
+    else:
+        lines = [f"{i}.mp4 0\n" for i in ("none", 0, 1, 2, "nothing")]
+        write(tmp_path / "train.csv", "".join(lines))
+        write(tmp_path / "val.csv", "".join(lines))
+        write(tmp_path / "labels.txt", "x\ny\n")
+        data, gone = section("folder", tmp_path, str(folder)), ["none.mp4", "nothing.mp4"]
+        with pytest.raises(InputError, match="none.mp4 does not exist"):
+            open_dataset(data, 2, ("train",))
+    data.skip_broken = True
+    found = open_dataset(data, 2, ("train",))
+    ids = [record.id for record in found.records["train"]]
+    assert list(found.left_out) == gone
+    assert not {*ids} & {*gone}
+    assert ids == [f"{i}.mp4" for i in ((0, 2, 3, 5) if source == "pack" else (0, 1, 2))]
+    [note] = found.notes
+    assert f"{len(gone)} of {len(ids) + len(gone)} training videos are missing or broken" in note
+    if source == "folder":
+        val = open_dataset(data, 2, ("val",))
+        assert len(val.records["val"]) == 5  # there they count as wrong
+        write(tmp_path / "train.csv", "none.mp4 0\n")
+        with pytest.raises(InputError, match="all 1 training videos are missing or broken"):
+            open_dataset(data, 2, ("train",))

@@ -1,0 +1,195 @@
+"""What watches over a run: stalls are told while they last, losses read late but exactly."""
+
+import gc
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxvid.data import fingerprints
+from jaxvid.distributed import sharding
+from jaxvid.errors import InputError
+from jaxvid.training import run_metadata
+from jaxvid.training.metric_window import MetricWindow, NonFiniteLossError
+from jaxvid.training.profiler import ProfilerTrace
+from jaxvid.training.signals import StopSignals
+from jaxvid.training.watchdog import Watchdog
+
+
+def test_a_stall_is_told_with_what_it_waits_for_and_again_at_twice_the_time(lines):
+    stalls = Watchdog(0.1)
+    with stalls.stage("input", lambda: "reading a.mp4"):
+        time.sleep(0.5)
+    with stalls.stage("the device"):
+        time.sleep(0.01)
+    stalls.close()
+    assert 1 <= len(lines) <= 3
+    assert all(line.startswith("waiting for input since ") for line in lines)
+    assert lines[0].endswith("reading a.mp4")
+    assert 0.4 < stalls.waited["input"] < 5
+    assert stalls.waited["the device"] >= 0.01
+    assert 0.5 < stalls.share("input") < 1
+    assert stalls.share("input") == 0  # nothing since
+
+
+def sums(loss=1.0, stop=False):
+    return {
+        "loss": np.float32(loss),
+        "grad_norm": np.float32(1.0),
+        "count": np.int32(4),
+        "stop": np.bool_(stop),
+    }
+
+
+def test_late_metrics_are_read_in_order_and_summed_once():
+    late = MetricWindow()
+    for step in range(1, 6):
+        late.add(step, sums(loss=step, stop=step == 4), [])
+        late.read(leave=2)
+    assert not late.stop  # steps 4 and 5 are not read yet
+    total, count = late.take()
+    assert (total["loss"], total["count"], count) == (1 + 2 + 3, 12, 3)
+    late.read()
+    assert late.stop
+    assert late.take()[0]["loss"] == 4 + 5
+    assert late.take() == ({}, 0)
+
+
+def test_sums_that_went_through_a_checkpoint_are_bit_identical():
+    losses = np.random.default_rng(0).uniform(0, 3, 20)
+    whole = MetricWindow()
+    for step, loss in enumerate(losses, 1):
+        whole.add(step, sums(loss), [])
+    whole.read()
+    expected = whole.take()
+    for split in range(len(losses)):
+        state = {"steps": 0, "sums": {}}
+        for part in (losses[:split], losses[split:]):
+            late = MetricWindow()
+            late.set_state(json.loads(json.dumps(state)))
+            for step, loss in enumerate(part, 1):
+                late.add(step, sums(loss), [])
+            late.read()
+            state = late.get_state()
+        assert late.take() == expected
+        assert late.get_state() == {"steps": 0, "sums": {}}
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_its_videos():
+    late = MetricWindow()
+    late.add(1, sums(), ["a.mp4"])
+    late.add(2, sums(loss=np.nan), ["b.mp4"])
+    late.read(leave=1)
+    with pytest.raises(NonFiniteLossError) as error:
+        late.read()
+    assert (error.value.step, error.value.ids) == (2, ["b.mp4"])
+
+
+class Video:
+    label = 0
+
+    def __init__(self, id_):
+        self.id = id_
+
+
+def test_starts_are_noted_and_other_training_videos_refused(tmp_path):
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    videos = {"train": [Video("a"), Video("b")], "val": [Video("c")]}
+    for _ in range(2):
+        run_metadata.record_start(tmp_path, run_metadata.describe_run(mesh, videos))
+    first, second = map(json.loads, (tmp_path / "starts.jsonl").read_text().splitlines())
+    assert first["data"] == second["data"]
+    assert first["data"]["train"]["videos"] == 2
+    assert first["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert {"jax", "flax", "grain"} <= first["packages"].keys()
+    assert first["devices"] == "8 × cpu"
+    other = {**videos, "train": [Video("a"), Video("x")]}
+    assert fingerprints.fingerprint(other["train"]) != fingerprints.fingerprint(videos["train"])
+    with pytest.raises(InputError, match="was started with 2 training videos"):
+        run_metadata.record_start(tmp_path, run_metadata.describe_run(mesh, other))
+    changed = {**videos, "val": [Video("d")]}  # another validation list trains the same
+    run_metadata.record_start(tmp_path, run_metadata.describe_run(mesh, changed))
+    assert len((tmp_path / "starts.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_signal_is_noted_or_ends_at_once_what_can_be_done_again():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is before  # a second one acts at once
+        with pytest.raises(SystemExit) as stop, signals.end_at_once():
+            pytest.fail("the signal came before")
+        assert stop.value.code == 128 + signal.SIGTERM
+    with StopSignals() as signals:
+        with pytest.raises(SystemExit) as stop, signals.end_at_once():
+            signal.raise_signal(signal.SIGINT)
+        assert stop.value.code == 128 + signal.SIGINT
+
+
+def test_a_signal_that_a_finalizer_would_swallow_acts_at_the_next_check():
+    def collect(phase, _):
+        if phase == "start" and not raised:
+            raised.append(True)
+            signal.raise_signal(signal.SIGTERM)
+
+    raised: list[bool] = []
+    calls: list[int] = []
+    gc.callbacks.append(collect)
+    try:
+        with StopSignals() as signals, signals.end_at_once():
+            gc.collect()  # pytest fails on an exception that is raised and ignored inside
+            assert signals.received == signal.SIGTERM
+            with pytest.raises(SystemExit) as stop:
+                signals.checked(calls.append)(1)
+    finally:
+        gc.callbacks.remove(collect)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert not calls
+
+
+def test_handlers_that_python_did_not_install_do_not_break_the_restoring():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        signals._before[signal.SIGTERM] = None  # as `signal.signal` returns for such a handler
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("start", "traced"),
+    [(0, ["start 3", "stop 5"]), (4, ["start 4", "stop 5"]), (5, []), (9, [])],
+)
+def test_a_trace_covers_what_is_left_of_its_steps(start, traced, tmp_path, monkeypatch, lines):
+    events = []
+    step = start
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda _: events.append(f"start {step}"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append(f"stop {step}"))
+    trace = ProfilerTrace((3, 5), tmp_path, start=start, total=10)
+    while step < 10:
+        trace.before(step)
+        step += 1
+        trace.after(step, {})
+    trace.close()
+    assert events == traced
+    said = (
+        f"a trace of the steps {max(3, start)} to 5 is in"
+        if traced
+        else "no trace: the steps 3 to 5"
+    )
+    assert [said in line for line in lines] == [True]
+
+
+def test_a_run_that_stops_inside_a_trace_closes_it(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", events.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    trace = ProfilerTrace((3, 5), tmp_path, start=0, total=10)
+    trace.before(3)
+    trace.close()
+    trace.close()
+    assert events == [tmp_path, "stop"]
+    with pytest.raises(InputError, match="profile of the steps 3 to 11: the run goes from 0 to 10"):
+        ProfilerTrace((3, 11), tmp_path, start=0, total=10)
