@@ -41,7 +41,9 @@ assert not loaded, loaded
 def folder(request, tmp_path_factory):
     model = jaxvid.create_model(request.param, num_classes=5, depth=2)
     folder = tmp_path_factory.mktemp("model") / "model"
-    jaxvid.save_model(model, folder, preprocessing={**HOW, "sampling": "rate"}, labels=LABELS)
+    jaxvid.save_model(
+        model, folder, preprocessing={**HOW, "sampling": "uniform_10s"}, labels=LABELS
+    )
     return folder
 
 
@@ -70,9 +72,9 @@ def test_a_process_with_jax_alone_answers_as_the_model(folder, tmp_path, capsys)
     assert about["input"]["dtype"] == "uint8"
     assert about["output"]["shape"] == ["b", 5]
     assert about["labels"] == LABELS
-    rest = {"sampling_rate": 16, "by_time": False, "resize": "antialiased"}  # whoever made HOW
+    rest = {"sampling_rate": 16, "by_time": False, "resize": "pil_bilinear"}  # whoever made HOW
     rest |= {"color_matrix": "tagged", "num_clips": 1, "num_crops": 1}  # did not say
-    assert about["preprocessing"] == {**HOW, "sampling": "rate", **rest}
+    assert about["preprocessing"] == {**HOW, "sampling": "uniform_10s", **rest}
     assert about["platforms"] == ["cpu", "cuda"]
     assert about["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
