@@ -481,7 +481,7 @@ def test_a_stopped_and_continued_evaluation_equals_an_uninterrupted_one(
         name = {
             "table": "write_table",
             "eval.json": "write_json",
-            "confusion": "report.draw_confusion",
+            "confusion": "plots.draw_confusion",
             "page": "html_report.save_page",
         }[moment]
         with monkeypatch.context() as patch:

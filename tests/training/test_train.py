@@ -17,6 +17,7 @@ from PIL import Image
 
 import jaxvid
 from jaxvid import evaluate
+from jaxvid import train as train_program
 from jaxvid.errors import InputError
 from jaxvid.evaluation import loop
 from jaxvid.models import split_params
@@ -100,19 +101,18 @@ def test_a_signal_saves_and_stops_and_the_next_start_continues(run, tmp_path):
     timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    from jaxvid.training import signals
 
-    class Soon(signals.StopSignals):
+    class Soon(train_program.StopSignals):
         def __enter__(self):
             timer.start()
             return super().__enter__()
 
-    original, signals.StopSignals = signals.StopSignals, Soon
+    original, train_program.StopSignals = train_program.StopSignals, Soon
     try:
         with pytest.raises(SystemExit) as stop:
             train(config, tmp_path / "w")
     finally:
-        signals.StopSignals = original
+        train_program.StopSignals = original
         signal.signal(signal.SIGTERM, before)
     assert stop.value.code == 128 + signal.SIGTERM
     [step] = checkpoint.find_steps(tmp_path / "w")[-1:]
@@ -564,7 +564,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run, tmp_pa
 
 FILLING_DISK = """
 import resource, runpy, sys
-from jaxvid import checkpoint
+from jaxvid.training import checkpoint
 original = checkpoint.save_checkpoint
 
 def save_on_a_full_disk(manager, state, data_iter):
