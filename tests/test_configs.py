@@ -16,6 +16,7 @@ from jaxvid.train import train
 ROOT = Path(__file__).parents[1]
 VARIANTS = {"motion": ("", "blind", "stam"), "common": (), "finetune": ()}
 VARIANTS |= dict.fromkeys(("xvit_k400", "xvit_k600", "xvit_ssv2"), ("released", "paper"))
+VARIANTS["stam_k400"] = ("8", "16", "32", "64")
 CONFIGS = [
     (path.stem, variant)
     for path in sorted((ROOT / "configs").glob("*.py"))
@@ -65,17 +66,18 @@ def test_recipes_train(name, variant, motion_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "learning_rate", "weight_decay", "smoothing", "mixup", "erase"),
+    ("name", "variant", "learning_rate", "weight_decay", "smoothing", "mixup", "erase"),
     [
-        ("xvit_k400", 0.03, 1e-5, 0.3, 0.4, 0.0),
-        ("xvit_k600", 0.03, 1e-5, 0.3, 0.4, 0.0),
-        ("xvit_ssv2", 0.03, 1e-4, 0.0, 0.0, 0.5),
-        ("stam_8_k400", 1e-5, 1e-3, 0.0, 0.0, 0.0),
-        ("stam_64_k400", 2.5e-6, 1e-3, 0.0, 0.0, 0.0),
+        ("xvit_k400", "", 0.03, 1e-5, 0.3, 0.4, 0.0),
+        ("xvit_k600", "", 0.03, 1e-5, 0.3, 0.4, 0.0),
+        ("xvit_ssv2", "", 0.03, 1e-4, 0.0, 0.0, 0.5),
+        ("stam_k400", "8", 1e-5, 1e-3, 0.0, 0.0, 0.0),
+        ("stam_16_k400", "", 1e-5, 1e-3, 0.0, 0.0, 0.0),
+        ("stam_k400", "64", 2.5e-6, 1e-3, 0.0, 0.0, 0.0),
     ],
 )
-def test_released_recipes(name, learning_rate, weight_decay, smoothing, mixup, erase):
-    _, config = get_config(name, "")
+def test_released_recipes(name, variant, learning_rate, weight_decay, smoothing, mixup, erase):
+    _, config = get_config(name, variant)
     optimizer = config.optimizer
     found = (optimizer.learning_rate, optimizer.weight_decay, config.label_smoothing)
     assert found == (learning_rate, weight_decay, smoothing)
@@ -129,8 +131,8 @@ def test_finetune_reads_its_model_and_its_data(motion_folder, folders, tmp_path)
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("_tiny")])
 def test_a_converted_model_is_used_as_its_config_evaluates_it(name):
-    module = f"{name}_k400" if name.startswith("stam") else name
-    _, config = get_config(module, "")
+    stam = name.startswith("stam")
+    _, config = get_config("stam_k400" if stam else name, name.rpartition("_")[2] if stam else "")
     released = released_preprocessing(make_model_config(name))
     assert released == make_preprocessing(resolve_color_matrix(config, released))
 

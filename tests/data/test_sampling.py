@@ -132,7 +132,9 @@ def test_views_spread_over_a_long_video():
 
 
 def test_an_unknown_sampling_is_refused():
-    with pytest.raises(ValueError, match="sampling='sparse' is not one of segments, dense, rate"):
+    with pytest.raises(
+        ValueError, match="sampling='sparse' is not one of segments, dense_stride, uniform_10s"
+    ):
         make_indices("sparse", 10, 8, sampling_rate=1, fps=None)
 
 
