@@ -50,10 +50,9 @@ def folder(tmp_path_factory):
 
 
 def make_config(folder, **settings):
-    config = common.train_section()
-    config.model = common.model_section("xvit_tiny", **SIZES)
-    config.data = common.data_section(folder=str(folder), mean=0.0, std=1.0)
-    config.eval = common.eval_section(short_side=32, batch_size=8)
+    config = common.default_config("xvit_tiny", **SIZES)
+    config.data.update(folder=str(folder), mean=0.0, std=1.0)
+    config.eval.update(short_side=32, batch_size=8)
     config.eval.update({k: v for k, v in settings.items() if k in config.eval})
     config.mesh.update({k: v for k, v in settings.items() if k in config.mesh})
     return config.lock()
