@@ -1,8 +1,9 @@
-"""Colours and axes that all plots share."""
+"""Colours and axis style shared by all plots."""
 
 import io
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxvid.atomic import write_file
@@ -12,13 +13,17 @@ TRAIN, VAL = "#9a9a9a", "#0b6fb8"
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Save a figure as PNG; the file appears whole or not at all."""
+    """Save a figure as PNG, atomically.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return write_file(path, picture.getvalue())
 
 
-def style_axes(axes) -> None:
+def style_axes(axes: Axes) -> None:
     """Start the y axis at 0, draw a light grid and hide the upper and right spines."""
     axes.set_ylim(bottom=0)
     axes.grid(color=GRID, lw=0.6)

@@ -8,21 +8,22 @@ import numpy as np
 
 from jaxvid.atomic import write_json
 from jaxvid.config import differences, translate
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, printable
 from jaxvid.evaluation.metrics import compare_hits
 
-MAX_NAMED = 10  # videos that a comparison names in the log
+MAX_NAMED = 10  # videos per kind of change that the log names
+SIGNIFICANCE_LEVEL = 0.05
 
 
 def check_shared(before: dict, ids: Iterable[str]) -> None:
-    """Refuses an evaluation that cannot be compared with another, before it begins.
+    """Refuse to compare with an evaluation of other videos, before anything is evaluated.
 
     Args:
-        before: The other, as `read_table` gives it.
-        ids: The videos that will be evaluated.
+        before: The other evaluation, from `read_table`.
+        ids: Ids of the videos to evaluate.
 
     Raises:
-        InputError: They share no video.
+        InputError: No video is shared.
     """
     if before["videos"].keys().isdisjoint(ids):
         raise InputError(
@@ -31,15 +32,15 @@ def check_shared(before: dict, ids: Iterable[str]) -> None:
 
 
 def compare_tables(before: dict, after: dict, workdir: Path) -> list[str]:
-    """Compares two evaluations video by video and writes `WORKDIR/comparison.json`.
+    """Compare two evaluations video by video and write `WORKDIR/comparison.json`.
 
-    It lists every shared video whose prediction changed: from wrong to right (`gained`), from right
-    to wrong (`lost`), and from one wrong class to another (`still_wrong`).
+    The file lists every shared video whose prediction changed: from wrong to right (`gained`), from
+    right to wrong (`lost`), and from one wrong class to another (`still_wrong`).
 
     Args:
-        before: As `read_table` gives it.
-        after: Likewise, of videos that `check_shared` let pass.
-        workdir: Where to write.
+        before: The first evaluation, from `read_table`.
+        after: The second one, which shares a video with the first (`check_shared`).
+        workdir: Output directory.
 
     Returns:
         Lines for the log.
@@ -49,53 +50,64 @@ def compare_tables(before: dict, after: dict, workdir: Path) -> list[str]:
     """
     shared = [id_ for id_ in after["videos"] if id_ in before["videos"]]
     rows = [[table["videos"][id_] for id_ in shared] for table in (before, after)]
-    was, is_now = (np.array([row["correct"] for row in side]) for side in rows)
+    was_right, is_right = (np.array([row["correct"] for row in side]) for side in rows)
     predictions, labels = (
         np.array([[row[name] for row in side] for side in rows]) for name in ("prediction", "label")
     )
-    changed = predictions[0] != predictions[1]
-    found = compare_hits(was, is_now)
-    changes = {
-        name: [shared[i] for i in np.flatnonzero(which)]
-        for name, which in (
-            ("gained", ~was & is_now),
-            ("lost", was & ~is_now),
-            ("still wrong", changed & ~was & ~is_now),
-        )
+    still_wrong = (predictions[0] != predictions[1]) & ~was_right & ~is_right
+    masks = {
+        "gained": ~was_right & is_right,
+        "lost": was_right & ~is_right,
+        "still_wrong": still_wrong,
     }
-    # Older reports do not name the matrix: there was only one.
+    changes = {name: [shared[i] for i in np.flatnonzero(mask)] for name, mask in masks.items()}
+    # Reports written before the field existed used the matrix named by each file.
     protocols = [
         {"color_matrix": "tagged"} | translate(side["protocol"]) for side in (before, after)
     ]
-    changed_protocol = differences(*protocols, there="before", here="now")
-    num_relabelled = int((labels[0] != labels[1]).sum())
-    found |= {
+    protocol_changes = differences(*protocols, there="before", here="now")
+    comparison = compare_hits(was_right, is_right) | {
         "before": before["path"],
-        "same_protocol": not changed_protocol,
+        "same_protocol": not protocol_changes,
         "only_before": len(before["videos"]) - len(shared),
         "only_after": len(after["videos"]) - len(shared),
-        "relabelled": num_relabelled,
-        "still_wrong": len(changes["still wrong"]),
-        **{f"{name.replace(' ', '_')}_videos": videos for name, videos in changes.items()},
+        "relabelled": int((labels[0] != labels[1]).sum()),
+        "still_wrong": len(changes["still_wrong"]),
+        **{f"{name}_videos": videos for name, videos in changes.items()},
     }
+    path = workdir / "comparison.json"
     if not jax.process_index():
-        write_json(workdir / "comparison.json", found)
-    verdict = "significant" if found["p_value"] < 0.05 else "not significant"
+        write_json(path, comparison)
+    return _describe(comparison, list(protocol_changes.values()), path)
+
+
+def _describe(comparison: dict, protocol_changes: list[str], path: Path) -> list[str]:
+    """Return the log lines of a comparison.
+
+    Args:
+        comparison: The contents of `comparison.json`.
+        protocol_changes: One entry per field of the protocol that differs.
+        path: Where `comparison.json` is.
+    """
+    significant = comparison["p_value"] < SIGNIFICANCE_LEVEL
     lines = [
-        f"against {before['path']}: {found['difference']:+.2f} % top-1 on {len(shared)} shared "
-        f"videos, {found['gained']} gained, {found['lost']} lost, {found['still_wrong']} wrong "
-        f"otherwise; {verdict} "
-        f"(McNemar's exact test, p = {found['p_value']:.3g})"
+        f"compared with {comparison['before']}: {comparison['difference']:+.2f} % top-1 on "
+        f"{comparison['num_videos']} shared videos ({comparison['gained']} gained, "
+        f"{comparison['lost']} lost, {comparison['still_wrong']} still wrong with another "
+        f"prediction); {'significant' if significant else 'not significant'} "
+        f"(McNemar's exact test, p = {comparison['p_value']:.3g})"
     ]
-    if not found["same_protocol"]:
-        lines.append(f"their protocols differ: {'; '.join(changed_protocol.values())}")
-    if num_relabelled:
-        lines.append(f"{num_relabelled} of the shared videos have another label now")
-    if len(shared) < max(len(before["videos"]), len(after["videos"])):
-        lines.append(f"{found['only_before']} videos only there, {found['only_after']} only here")
-    for name, videos in changes.items():
-        named = ", ".join(videos[:MAX_NAMED]) + (", …" if len(videos) > MAX_NAMED else "")
-        named = named.encode("utf-8", "backslashreplace").decode()
+    if protocol_changes:
+        lines.append(f"the protocols differ: {'; '.join(protocol_changes)}")
+    if comparison["relabelled"]:
+        lines.append(f"labels differ for {comparison['relabelled']} of the shared videos")
+    only_before, only_after = comparison["only_before"], comparison["only_after"]
+    if only_before or only_after:
+        lines.append(f"videos not shared: {only_before} only before, {only_after} only now")
+    for name in ("gained", "lost", "still_wrong"):
+        videos = comparison[f"{name}_videos"]
         if videos:
-            lines.append(f"{name}: {named} (all in {workdir / 'comparison.json'})")
+            names = ", ".join(map(printable, videos[:MAX_NAMED]))
+            more = ", …" if len(videos) > MAX_NAMED else ""
+            lines.append(f"{name.replace('_', ' ')}: {names}{more} (all in {path})")
     return lines

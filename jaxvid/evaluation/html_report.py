@@ -1,7 +1,7 @@
-"""An evaluation as one HTML page that opens offline: `WORKDIR/eval.html`.
+"""The evaluation report: one self-contained HTML page, `WORKDIR/eval.html`.
 
-The page is `html_report.html` with its numbers put in as JSON; what it shows, its script makes of
-them. Names are only ever set as text there, so no name can become markup.
+The template `html_report.html` gets its numbers as JSON, and its script draws them. The script sets
+names only as text nodes, so no name can become markup.
 """
 
 import base64
@@ -23,10 +23,10 @@ from jaxvid.evaluation.metrics import Results
 
 TEMPLATE = Path(__file__).with_name("html_report.html")
 MAX_MISTAKES = 12
-MAX_FAILED = 200  # that are listed; eval.json lists all
-MAX_POINTS = 400  # of a curve
+MAX_FAILED = 200  # failed videos on the page; eval.json lists all
+MAX_POINTS = 400  # per curve
 THUMBNAIL_PX = 200
-# Numbers of `eval.json` that the page shows.
+# Fields of `eval.json` that the page shows.
 SHOWN = (
     "top1",
     "top1_interval",
@@ -46,29 +46,29 @@ SHOWN = (
     "clips_per_second",
 )
 SAMPLINGS = {
-    "segments": "one from each of {num_frames} equal parts of the video",
-    "dense_stride": "evenly over {num_frames} × {sampling_rate} frames at 30 frames a second",
-    "uniform_10s": "evenly over 10 seconds",
+    "segments": "one from each of {num_frames} equal segments of the video",
+    "dense_stride": "evenly spaced over {num_frames} × {sampling_rate} frames at 30 fps",
+    "uniform_10s": "evenly spaced over 10 seconds",
 }
 RESIZES = {"pil_bilinear": "with antialiasing", "torch_bilinear": "without antialiasing"}
-MATRICES = {"tagged": "by the matrix that each file names", "bt601": "by BT.601"}
+COLOR_MATRICES = {"tagged": "with the matrix tagged in each file", "bt601": "with BT.601"}
 CURVES = ("train/loss", "val/loss", "train/top1", "val/top1", "learning_rate")
 
 
 def save_page(
     path: Path, result: dict, results: Results, labels: list[str], records: Sequence[Record]
 ) -> None:
-    """Writes the page, with the learning curves of the `metrics.jsonl` beside it, if there is one.
+    """Write the page, with learning curves if the same folder has a `metrics.jsonl`.
 
     Args:
-        path: The HTML file.
-        result: What goes into `eval.json`, with `weights_sha256`.
-        results: Of the evaluation.
-        labels: Names of the classes.
-        records: The videos of `results`, in its order.
+        path: HTML file.
+        result: The contents of `eval.json`, with `weights_sha256`.
+        results: The per-video results.
+        labels: Class names.
+        records: The videos of `results`, in the same order.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
     data = page_data(result, results, labels, records)
     page = make_page({**data, "curves": read_curves(path.with_name("metrics.jsonl"))})
@@ -76,8 +76,12 @@ def save_page(
 
 
 def make_page(data: dict) -> str:
-    """The page of what `page_data` gives, and `curves`."""
-    # Within a script element "</script" and "<!--" mean something; as escapes they do not.
+    """Fill the template.
+
+    Args:
+        data: The result of `page_data`, with `curves`.
+    """
+    # "</script" and "<!--" are special within a script element, unless they are escaped.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -88,64 +92,72 @@ def make_page(data: dict) -> str:
 
 
 def page_data(result: dict, results: Results, labels: list[str], records: Sequence[Record]) -> dict:
-    """The numbers of the page: nothing a video but its few worst mistakes.
+    """Return the page's data, whose size does not grow with the number of videos.
 
-    Arguments: `save_page`.
+    Args:
+        result: The contents of `eval.json`, with `weights_sha256`.
+        results: The per-video results.
+        labels: Class names.
+        records: The videos of `results`, in the same order.
 
     Returns:
-        What `SHOWN` names; and `protocol` and `failed`; `labels`, and of each class its videos
-        (`count`), those predicted right (`correct`) and how many failed; `confusion`, its counts
-        that are not 0 as label, prediction, count, label, ...; `near`, an order of the classes;
-        `bins` of the reliability diagram; `mistakes`.
+        The fields named in `SHOWN`, and:
+        - `protocol`: lines of text; `failed`: the first failed videos.
+        - `labels`, and per class: `count` of videos, `correct` predictions, `failed_of_class`.
+        - `confusion`: the non-zero counts, flattened as label, prediction, count, label, ...
+        - `near`: an order of the classes, from `metrics.order_by_confusion`.
+        - `bins`: the reliability diagram; `mistakes`: the result of `find_mistakes`.
     """
     hits, failed = results.hits(1), results.failed
     confusion = results.confusion()
-    places = np.argwhere(confusion)  # (n 2)
+    cells = np.argwhere(confusion)  # (n 2)
     bins, _ = metrics.calibration(results.probabilities.max(axis=1)[~failed], hits[~failed])
 
-    def by_class(which: np.ndarray) -> list[int]:
-        return np.bincount(results.labels[which], minlength=len(labels)).tolist()
+    def count_by_class(mask: np.ndarray) -> list[int]:
+        return np.bincount(results.labels[mask], minlength=len(labels)).tolist()
 
     return {
         **{name: result[name] for name in SHOWN},
         "protocol": describe_protocol(result["protocol"]),
         "failed": result["failed"][:MAX_FAILED],
         "labels": labels,
-        "count": by_class(np.ones(len(hits), bool)),
-        "correct": by_class(hits),
-        "failed_of_class": by_class(failed),
-        "confusion": np.column_stack([places, confusion[tuple(places.T)]]).ravel().tolist(),
+        "count": count_by_class(np.ones(len(hits), bool)),
+        "correct": count_by_class(hits),
+        "failed_of_class": count_by_class(failed),
+        "confusion": np.column_stack([cells, confusion[tuple(cells.T)]]).ravel().tolist(),
         "near": metrics.order_by_confusion(confusion).tolist(),
-        "bins": [[_finite(round(float(value), 4)) for value in row] for row in bins],
+        "bins": [[_nan_to_none(round(float(value), 4)) for value in row] for row in bins],
         "mistakes": find_mistakes(results, records),
     }
 
 
 def describe_protocol(protocol: dict) -> list[str]:
-    """The protocol of an `eval.json` in words."""
+    """Describe the protocol in an `eval.json`, one line per topic."""
     clips, crops = protocol["num_clips"], protocol["num_crops"]
     views = f"{clips} {'clip' if clips == 1 else 'clips'} × {crops} "
     size = protocol["image_size"]
     return [
-        f"{views}{'crop' if crops == 1 else 'crops'} of each video",
-        f"{protocol['num_frames']} frames a clip, "
+        f"{views}{'crop' if crops == 1 else 'crops'} per video",
+        f"{protocol['num_frames']} frames per clip, "
         + SAMPLINGS[protocol["sampling"]].format(**protocol)
-        + (", by the times that they are shown at" if protocol["by_time"] else ""),
-        f"{size} × {size} px, cut from a short side of {protocol['short_side']} px, resized "
-        + RESIZES[protocol["resize"]]
-        + f"; video to RGB: {MATRICES[protocol['color_matrix']]}",
-        f"a video's score is the {protocol['score']}, computed in {protocol['dtype']}",
+        + (", sampled by timestamp" if protocol["by_time"] else ""),
+        f"short side resized to {protocol['short_side']} px {RESIZES[protocol['resize']]}, "
+        + f"cropped to {size} × {size} px; converted to RGB "
+        + COLOR_MATRICES[protocol["color_matrix"]],
+        f"video score: {protocol['score']}, computed in {protocol['dtype']}",
     ]
 
 
 def find_mistakes(results: Results, records: Sequence[Record]) -> list[dict]:
-    """The wrong predictions that the network is surest of, the surest first.
+    """Return the wrong predictions with the highest confidence, most confident first.
 
-    Arguments: `save_page`.
+    Args:
+        results: The per-video results.
+        records: The videos of `results`, in the same order.
 
     Returns:
-        Of each its `id`, `label`, `prediction`, `confidence` in percent, and `image`: base64 of a
-        JPEG file, empty if the frame cannot be decoded.
+        For each: `id`, `label`, `prediction`, `confidence` in percent, and `image`, a JPEG file in
+        base64, or an empty string if the frame cannot be decoded.
     """
     prediction = results.top(1)[:, 0]
     confidence = results.probabilities[np.arange(len(prediction)), prediction]
@@ -164,11 +176,11 @@ def find_mistakes(results: Results, records: Sequence[Record]) -> list[dict]:
 
 
 def draw_thumbnail(record: Record) -> bytes:
-    """The frame in the middle of a video as a small JPEG file; empty if it cannot be decoded."""
+    """Return the middle frame of a video as a small JPEG file; empty if it cannot be decoded."""
     try:
         with record.open() as reader:
             [frame] = reader.get_frames(np.array([reader.num_frames // 2]))  # (h w c)
-    except DecodeError:  # the page says so in the picture's place
+    except DecodeError:  # the page shows a message instead
         return b""
     picture, file = Image.fromarray(frame), io.BytesIO()
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
@@ -177,11 +189,10 @@ def draw_thumbnail(record: Record) -> bytes:
 
 
 def read_curves(path: Path) -> dict[str, list[list[float]]] | None:
-    """The learning curves of a `metrics.jsonl`; None if there is no such file or nothing in it.
+    """Read the learning curves from a `metrics.jsonl`; None if it is missing or empty.
 
     Returns:
-        Those of `CURVES` that it has → their steps and values; of long ones each point is the mean
-        of several.
+        Name from `CURVES` → steps and values. Curves of more than `MAX_POINTS` points are averaged.
     """
     if not path.is_file():
         return None
@@ -189,22 +200,22 @@ def read_curves(path: Path) -> dict[str, list[list[float]]] | None:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:  # the last line of a run that was killed while it wrote
+        except ValueError:  # last line, truncated because the run was killed
             continue
         for name in CURVES:
-            # Where no video could be decoded, there is no loss.
+            # The loss is null or nan if no video could be decoded.
             if row.get(name) is not None and math.isfinite(row[name]):
                 points.setdefault(name, []).append((row["step"], row[name]))
-    return {name: _thin(np.array(found)) for name, found in points.items()} or None
+    return {name: _downsample(np.array(pairs)) for name, pairs in points.items()} or None
 
 
-def _thin(points: np.ndarray) -> list[list[float]]:
-    """Steps and values of `(n, 2)` points, or of the means of so many that few are left."""
+def _downsample(points: np.ndarray) -> list[list[float]]:
+    """Average neighbours of `(n, 2)` points to at most `MAX_POINTS`; return steps and values."""
     parts = np.array_split(points, min(len(points), MAX_POINTS))
     means = np.array([part.mean(axis=0) for part in parts])  # (n 2)
     return [[float(f"{value:.6g}") for value in column] for column in means.T]
 
 
-def _finite(value):
-    """JSON has no nan: None in its place."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _nan_to_none(value: float) -> float | None:
+    """Replace a non-finite number by None, as JSON has no nan."""
+    return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The confusion matrix as a picture."""
+"""Plot of the confusion matrix."""
 
 from pathlib import Path
 
@@ -14,30 +14,30 @@ MAX_NAMED_CLASSES = 40
 def draw_confusion(
     confusion: np.ndarray, labels: list[str], output: Path, *, num_failed: int = 0
 ) -> None:
-    """Draws which classes are taken for which, each row in percent of its label's videos.
+    """Draw the confusion matrix, normalised per label.
 
     Args:
         confusion: `(num_classes, num_classes)` counts: rows are labels, columns predictions.
-        labels: Names of the classes.
-        output: The PNG file.
-        num_failed: Videos that are not in the matrix as they could not be decoded; they count as
-            wrong.
+        labels: Class names.
+        output: PNG file.
+        num_failed: Videos that could not be decoded. The matrix leaves them out, the accuracy in
+            the title counts them as wrong.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
     share = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     count = len(labels)
     ordering = ""
     if count > MAX_NAMED_CLASSES:
         order = order_by_confusion(confusion)
-        share, ordering = share[order][:, order], " (classes that are confused side by side)"
+        share, ordering = share[order][:, order], " (often confused classes are adjacent)"
     side = min(3.2 + 0.55 * count, 14)
     figure = Figure(figsize=(side + 1.2, side), layout="constrained", dpi=130)
     axes = figure.subplots()
     image = axes.imshow(share, vmin=0, vmax=100, cmap="Blues")
-    of = "% of the label's videos" + (" that did not fail" if num_failed else "")
-    figure.colorbar(image, label=of, shrink=0.8)
+    unit = f"% of the label's {'decoded ' if num_failed else ''}videos"
+    figure.colorbar(image, label=unit, shrink=0.8)
     if count <= MAX_NAMED_CLASSES:
         axes.set_xticks(range(count), labels, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(count), labels)

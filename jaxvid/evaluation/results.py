@@ -1,4 +1,4 @@
-"""The files of an evaluation: its report, a comparison, and what is not finished."""
+"""Write and read the output files of an evaluation."""
 
 import csv
 import io
@@ -21,12 +21,17 @@ COLUMNS = ("id", "label", "prediction", "correct", "top5", "probabilities", "pad
 def save_report(
     workdir: Path, result: dict, results: Results, labels: list[str], records: Sequence[Record]
 ) -> None:
-    """Writes `eval.json`, `eval_videos.csv`, `confusion.png`, `eval.html` (on the first process).
+    """Write `eval.json`, `eval_videos.csv`, `confusion.png` and `eval.html` on process 0.
 
-    Arguments: `html_report.save_page`, and the folder.
+    Args:
+        workdir: Output directory.
+        result: The summary of the evaluation, with `weights_sha256`.
+        results: The per-video results.
+        labels: Class names.
+        records: The videos of `results`, in the same order.
 
     Raises:
-        InputError: One of them cannot be written.
+        InputError: A file cannot be written.
     """
     if jax.process_index():
         return
@@ -49,15 +54,15 @@ def save_report(
 
 
 def write_table(path: Path, results: Results, labels: list[str]) -> None:
-    """Writes a line for each video: its label, the best five classes, and what happened to it.
+    """Write one CSV row per video: label, five best classes, padding and decode error.
 
     Args:
-        path: A CSV file.
-        results: Of an evaluation.
-        labels: Names of the classes.
+        path: CSV file.
+        results: The per-video results.
+        labels: Class names.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
     top, correct = results.top(5), results.hits(1)
     table = io.StringIO(newline="")
@@ -79,33 +84,36 @@ def write_table(path: Path, results: Results, labels: list[str]) -> None:
                 results.errors[i],
             ]
         )
-    write_file(path, table.getvalue().encode("utf-8", "surrogateescape"))  # as file names are
+    # Ids are file names, whose bytes need not be UTF-8.
+    write_file(path, table.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def read_table(report: str | Path) -> dict:
-    """Reads an `eval.json` and the table of videos beside it.
+    """Read an `eval.json` and the `eval_videos.csv` in the same folder.
 
     Returns:
-        The report, with `videos`: id → its row, and `path`.
+        The contents of `eval.json`, with `videos` (id → row of the table) and `path`.
 
     Raises:
-        InputError: One of the two is missing or damaged.
+        InputError: A file is missing or damaged.
     """
     path = Path(report)
     table = path.with_name("eval_videos.csv")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(path.read_text(encoding="utf-8"))
         with table.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             videos = {
                 row["id"]: {**row, "correct": row["correct"] == "1"} for row in csv.DictReader(file)
             }
-        if len(videos) != found["num_videos"]:
-            raise ValueError(f"{table} has {len(videos)} videos, the report {found['num_videos']}")
-        if not isinstance(found["protocol"], dict):
-            raise ValueError(f"its protocol is {found['protocol']!r}")
+        if len(videos) != contents["num_videos"]:
+            raise ValueError(
+                f"{table.name} has {len(videos)} videos, {path.name} has {contents['num_videos']}"
+            )
+        if not isinstance(contents["protocol"], dict):
+            raise ValueError(f"protocol: expected a dict, got {contents['protocol']!r}")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise InputError(
-            f"{path}: no evaluation can be read from it and {table.name} beside it ({error}); "
-            "name an eval.json that --mode eval wrote"
+            f"{path}: cannot read it and {table.name} in the same folder ({error}); name an "
+            "eval.json written by --mode eval"
         ) from None
-    return {**found, "videos": videos, "path": str(path)}
+    return {**contents, "videos": videos, "path": str(path)}

@@ -1,4 +1,4 @@
-"""Partial results of an evaluation that was interrupted."""
+"""Partial results, from which an interrupted evaluation continues."""
 
 import io
 import json
@@ -15,11 +15,11 @@ from jaxvid.errors import InputError
 
 
 class PartialResults:
-    """Keeps the batches of an evaluation, so that it goes on where it was interrupted.
+    """Store evaluated batches on disk, so that an interrupted evaluation can continue.
 
     Args:
-        folder: Where to.
-        key: What the batches depend on; those of another key are dropped.
+        folder: Folder for the batches.
+        key: Everything that the results depend on. Batches stored under another key are deleted.
     """
 
     def __init__(self, folder: Path, key: dict):
@@ -27,39 +27,39 @@ class PartialResults:
         self._count = 0
 
     def load(self) -> list[dict]:
-        """The batches that are done, in order; all processes must call it.
+        """Return the stored batches in order. All processes must call this.
 
         Raises:
             InputError: The folder cannot be written.
         """
-        # The first process decides: what it removes, no other may read at that time.
-        if not collectives.gather(self._is_same())[0]:
-            collectives.raise_on_all_processes(self._begin)
+        # Process 0 decides for all: no other process may read what it deletes.
+        if not collectives.gather(self._has_same_key())[0]:
+            collectives.raise_on_all_processes(self._start_over)
             return []
         parts = []
         while part := self._read(len(parts)):
             parts.append(part)
-        # On another machine, files may be seen later.
+        # A shared file system may show new files later on another machine.
         self._count = min(collectives.gather(len(parts)))
         return parts[: self._count]
 
-    def _begin(self) -> None:
+    def _start_over(self) -> None:
         if not jax.process_index():
             shutil.rmtree(self._folder, ignore_errors=True)
-            if next(self._folder.glob("*.npz"), None):  # it would be taken for one of this key
-                raise InputError(f"{self._folder} cannot be removed; delete it")
+            if next(self._folder.glob("*.npz"), None):  # would be read as one of this key
+                raise InputError(f"{self._folder} cannot be deleted; delete it by hand")
             write_file(self._folder / "key.json", self._key.encode())
 
-    def _is_same(self) -> bool:
+    def _has_same_key(self) -> bool:
         try:
             return (self._folder / "key.json").read_text(encoding="utf-8") == self._key
-        except (OSError, ValueError):  # there is none, or it is damaged
+        except (OSError, ValueError):  # missing or damaged
             return False
 
     def _read(self, number: int) -> dict | None:
-        """A batch; None: it is not there, or damaged, and is done again."""
+        """Return a batch; None if it is missing or damaged, so that it is evaluated again."""
         try:
-            # NumPy leaves a damaged file open that it opened itself.
+            # np.load does not close a damaged file that it opened itself.
             file = io.BytesIO((self._folder / f"{number}.npz").read_bytes())
             with np.load(file) as arrays:
                 return {**arrays, "error": arrays["error"].tolist()}
@@ -67,10 +67,10 @@ class PartialResults:
             return None
 
     def add(self, part: dict) -> None:
-        """Keeps one more batch (on the first process).
+        """Store the next batch (on process 0).
 
         Raises:
-            InputError: It cannot be written.
+            InputError: The file cannot be written.
         """
         path = self._folder / f"{self._count}.npz"
         self._count += 1
@@ -80,6 +80,6 @@ class PartialResults:
             write_file(path, file.getvalue())
 
     def remove(self) -> None:
-        """Removes what is no longer needed."""
+        """Delete all stored batches (on process 0)."""
         if not jax.process_index():
             shutil.rmtree(self._folder, ignore_errors=True)

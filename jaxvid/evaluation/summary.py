@@ -28,6 +28,7 @@ def make_report(results: Results, config, *, checkpoint: str) -> dict:
         "mean_class_accuracy": float(np.nanmean(results.per_class())),
         "calibration_error": None if math.isnan(calibration_error) else calibration_error,
         "loss": float(losses[good].mean()) if good.any() else None,
+        "num_classes": results.num_classes,
         "num_videos": len(hits),
         "num_evaluated": int(good.sum()),
         "num_padded": int(results.padded.sum()),
@@ -90,8 +91,9 @@ def summary(result: dict) -> str:
                       "released evaluation keeps")  # fmt: skip
     low, high = result["top1_interval"]
     sizes = [f"{protocol['num_frames']} frames", f"{protocol['image_size']} px", *counts]
+    top5 = f", top-5 {result['top5']:.2f} %" if result["num_classes"] > 5 else ""
     return (
-        f"top-1 {result['top1']:.2f} % (95 %: {low:.2f} to {high:.2f}), "
-        f"top-5 {result['top5']:.2f} % on {result['num_videos']} videos (clips × crops: "
+        f"top-1 {result['top1']:.2f} % (95 %: {low:.2f} to {high:.2f}){top5} "
+        f"on {result['num_videos']} videos (clips × crops: "
         f"{protocol['num_clips']} × {protocol['num_crops']}, {', '.join(sizes)})"
     )

@@ -1,4 +1,4 @@
-"""Evaluation of real video files equals the test loops of the original programs."""
+"""Evaluation of real video files matches the test loops of the original programs."""
 
 import io
 import math
@@ -13,6 +13,7 @@ import pytest
 import torch
 from jax.sharding import AxisType
 from PIL import Image
+from scipy.special import softmax
 
 from configs import stam_16_k400, xvit_k600, xvit_ssv2
 from convert import torch_to_flax
@@ -22,14 +23,13 @@ from jaxvid import evaluate
 from jaxvid.data.clips.clip import load_eval_views, make_spec
 from jaxvid.data.sources import open_dataset
 from jaxvid.distributed.sharding import AXES
-from jaxvid.inference.classifier import softmax
 from jaxvid.models import abstract_model, make_model_config
 from jaxvid.storage import model_card, model_folder
 from tests import goldens
 from tests.golden.synthetic import synthetic_param
 
 FOLDER = goldens.FOLDER / "end_to_end"
-RECORDED_FRAMES = [0, 7, 15]  # of a clip, in `pixels` (STAM) and `thumbs`
+RECORDED_FRAMES = [0, 7, 15]  # frames of a clip in `pixels` (STAM) and `thumbs`
 GREY_TOLERANCE, SCORE_TOLERANCE = 0.02, 1e-4  # grey levels; logits
 RECIPES = {"stam_16": stam_16_k400, "xvit_k600": xvit_k600, "xvit_ssv2": xvit_ssv2}
 
@@ -40,10 +40,10 @@ def load(name: str) -> dict:
 
 
 def write_data(name: str, golden: dict, folder: Path) -> str:
-    """Lay the videos of a golden out as its original program reads them.
+    """Write the videos of a golden in the layout that its original program reads.
 
     Returns:
-        The `data.source` of that layout.
+        The matching `data.source`.
     """
     folder.mkdir()
     if name == "stam_16":
@@ -74,7 +74,7 @@ def write_data(name: str, golden: dict, folder: Path) -> str:
 
 
 def open_golden(name: str, tmp_path: Path):
-    """A golden, the recipe's config on its videos and of its depth, and its model folder."""
+    """Return a golden, the recipe's config for its videos and depth, and its model folder."""
     golden = load(name)
     config = RECIPES[name].get_config().unlock()
     config.data.source = write_data(name, golden, tmp_path / "data")
@@ -96,7 +96,7 @@ def open_golden(name: str, tmp_path: Path):
 
 
 def read_frames(path: Path, indices: np.ndarray) -> np.ndarray:
-    """Frames of an mp4 or HDF5 file, by sequential decoding, converted by BT.601."""
+    """Decode frames of an mp4 or HDF5 file sequentially and convert them with BT.601."""
     if path.suffix == ".h5":
         with h5py.File(path) as file:
             pictures = [Image.open(io.BytesIO(file["frames"][i].tobytes())) for i in indices]
@@ -104,12 +104,12 @@ def read_frames(path: Path, indices: np.ndarray) -> np.ndarray:
     with av.open(str(path)) as container:
         frames = dict(enumerate(container.decode(video=0)))
     for frame in frames.values():
-        frame.colorspace = 2  # unspecified: swscale's default, which is BT.601
+        frame.colorspace = 2  # unspecified: swscale then uses BT.601
     return np.stack([frames[i].to_ndarray(format="rgb24") for i in indices])
 
 
 def crop_as_stam(frames: np.ndarray) -> torch.Tensor:
-    """Resize(256), CenterCrop(224) and ToTensor of torchvision: `(t h w c)`."""
+    """Apply torchvision's Resize(256), CenterCrop(224) and ToTensor: `(t h w c)`."""
     crops = []
     for frame in frames:
         picture = Image.fromarray(frame)
@@ -130,17 +130,17 @@ def crop_as_xvit(frames: np.ndarray) -> torch.Tensor:
     ).permute(0, 2, 3, 1)
     middle = [math.ceil((s - 224) / 2) for s in size]
     if w >= h:
-        places = [(middle[0], 0), middle, (middle[0], size[1] - 224)]
+        corners = [(middle[0], 0), middle, (middle[0], size[1] - 224)]
     else:
-        places = [(0, middle[1]), middle, (size[0] - 224, middle[1])]
-    return torch.stack([video[:, y : y + 224, x : x + 224] for y, x in places])
+        corners = [(0, middle[1]), middle, (size[0] - 224, middle[1])]
+    return torch.stack([video[:, y : y + 224, x : x + 224] for y, x in corners])
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ["stam_16", "xvit_k600"])
-def test_full_size_probabilities_equal_the_original_networks(name, tmp_path, monkeypatch):
-    """Convert a full-size file and evaluate it with its recipe, without further options."""
+def test_full_size_probabilities_equal_the_original(name, tmp_path, monkeypatch):
+    """Convert full-size weights and evaluate them with their recipe, without further options."""
     golden = load(name)
     reference = build_reference(make_model_config(name))
     shapes = {key: tuple(value.shape) for key, value in reference.state_dict().items()}
@@ -166,26 +166,26 @@ def test_full_size_probabilities_equal_the_original_networks(name, tmp_path, mon
         views = crop_as_stam(frames)[None] if name == "stam_16" else crop_as_xvit(frames)
         with torch.no_grad():
             expected = reference(views).sum(dim=0).numpy()
-        place = golden["listed"].tolist().index(video) if name == "stam_16" else row
-        ours, theirs = (softmax(s / len(views)) for s in (scores[place], expected))
+        i = golden["listed"].tolist().index(video) if name == "stam_16" else row
+        ours, theirs = (softmax(np.float64(s) / len(views)) for s in (scores[i], expected))
         print(f"{video}: largest relative difference {np.max(abs(ours - theirs) / theirs):.1e}")
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=0)
 
 
 def make_views(config) -> list[dict]:
-    """The evaluation views of each video of a config."""
+    """Load the evaluation views of each validation video of a config."""
     spec = make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops)
     data = open_dataset(config.data, config.model.num_classes, ("val",))
     return [load_eval_views(record, spec) for record in data.records["val"]]
 
 
 def to_grey(video: np.ndarray) -> np.ndarray:
-    """Pixels as float64 grey levels."""
+    """Convert pixels to float64 grey levels."""
     return video / (256 if video.dtype == np.uint16 else 1)
 
 
 def make_thumbs(video: np.ndarray) -> np.ndarray:
-    """Means of 14 × 14 patches: `(v t h w c)` → `(v t 16 16 c)`."""
+    """Average 14 × 14 patches: `(v t h w c)` → `(v t 16 16 c)`."""
     v, t, h, w, c = video.shape
     return video.reshape(v, t, h // 14, 14, w // 14, 14, c).mean(axis=(3, 5))
 
@@ -214,26 +214,26 @@ def test_stam_equals_the_original(tmp_path, monkeypatch):
     golden, config, folder = open_golden("stam_16", tmp_path)
     assert load_color_matrix(folder) == "bt601"
     views = make_views(config)
-    kept = [golden["listed"].tolist().index(name) for name in golden["names"]]
-    assert [bool(view["released"]) for view in views] == [i in kept for i in range(len(views))]
-    for row, i in enumerate(kept):
+    released = [golden["listed"].tolist().index(name) for name in golden["names"]]
+    assert [bool(view["released"]) for view in views] == [i in released for i in range(len(views))]
+    for row, i in enumerate(released):
         np.testing.assert_array_equal(views[i]["indices"], golden["indices"][row][None])
-        shown = views[i]["video"][0, RECORDED_FRAMES]
-        np.testing.assert_array_equal(shown, golden["pixels"][row])
+        pixels = views[i]["video"][0, RECORDED_FRAMES]
+        np.testing.assert_array_equal(pixels, golden["pixels"][row])
     result, scores = run_evaluation(config, tmp_path / "eval", monkeypatch)
-    np.testing.assert_allclose(scores[kept], golden["scores"], rtol=0, atol=SCORE_TOLERANCE)
+    np.testing.assert_allclose(scores[released], golden["scores"], rtol=0, atol=SCORE_TOLERANCE)
     order = np.argsort(-golden["scores"], axis=1)
-    hits = order == np.array(kept)[:, None]
+    hits = order == np.array(released)[:, None]
     assert result["released_subset"] == {
-        "num_videos": len(kept),
-        "top1": 100 * hits[:, :1].sum() / len(kept),
-        "top5": 100 * hits[:, :5].sum() / len(kept),
+        "num_videos": len(released),
+        "top1": 100 * hits[:, :1].sum() / len(released),
+        "top5": 100 * hits[:, :5].sum() / len(released),
     }
     assert result["num_videos"] == len(golden["listed"])
     assert result["protocol"]["dtype"] == "float32"
     assert result["protocol"]["color_matrix"] == "bt601"
     page = (tmp_path / "eval" / "eval.html").read_text()
-    assert f'"released_subset":{{"num_videos":{len(kept)},' in page
+    assert f'"released_subset":{{"num_videos":{len(released)},' in page
 
 
 def load_color_matrix(folder: Path) -> str:

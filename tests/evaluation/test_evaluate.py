@@ -1,4 +1,4 @@
-"""Evaluation through the whole path, with a network whose answers are known in advance."""
+"""Evaluation end to end, with a network whose predictions are known in advance."""
 
 import csv
 import dataclasses
@@ -45,7 +45,7 @@ SIZES = {"num_classes": 4, "image_size": 32, "width": 16, "depth": 1}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The videos that `make_colours` makes."""
+    """Videos from `make_colours`."""
     return make_colours(tmp_path_factory.mktemp("colours"))
 
 
@@ -59,7 +59,7 @@ def make_config(folder, **settings):
 
 
 def run(config, source="folder", folder=None):
-    """The stub's results on the validation videos."""
+    """Evaluate the stub on the validation videos."""
     graphdef, params = split_params(Colour())
     config = config.copy_and_resolve_references().unlock()
     config.data.update(source=source, folder=str(folder or config.data.folder))
@@ -80,7 +80,7 @@ def run(config, source="folder", folder=None):
     ],
     ids=str,
 )
-def test_known_answers_give_known_numbers(folder, settings):
+def test_metrics_of_known_predictions(folder, settings):
     results, report = run(make_config(folder, **settings))
     assert results.ids[7].endswith("broken.mp4")
     assert report["top1"] == 100 * len(RIGHT) / 20
@@ -105,10 +105,10 @@ def test_packs_and_videos_agree(folder, tmp_path):
     config = make_config(folder)
     expected, reported = run(config)
     prepare([folder], tmp_path / "pack", Settings(quality=95), workers=1)
-    found, report = run(config, "pack", tmp_path / "pack")
-    np.testing.assert_allclose(found.scores, expected.scores, atol=0.01)
-    assert found.failed.tolist() == expected.failed.tolist()  # a pack still lists what is broken
-    assert "could not be decoded when it was packed" in found.errors[7]
+    packed, report = run(config, "pack", tmp_path / "pack")
+    np.testing.assert_allclose(packed.scores, expected.scores, atol=0.01)
+    assert packed.failed.tolist() == expected.failed.tolist()  # packs list undecodable videos
+    assert "could not be decoded when it was packed" in packed.errors[7]
     for name in ("top1", "top5", "mean_class_accuracy", "num_videos", "num_padded", "num_failed"):
         assert report[name] == reported[name], name
 
@@ -123,7 +123,7 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture
 def stub(folder, tmp_path, monkeypatch):
-    """A config that evaluates a model folder of the stub."""
+    """A config whose `init_from` is a model folder of the stub."""
     monkeypatch.setattr(loop, "abstract_model", stub_network)
     config = make_config(folder).unlock()
     save_stub(tmp_path / "stub", **config.model)
@@ -132,55 +132,55 @@ def stub(folder, tmp_path, monkeypatch):
 
 
 def changed(config, **settings):
-    """A config with some fields changed, `__` for the dot."""
+    """Return a config with some fields changed; `__` stands for the dot."""
     config = config.copy_and_resolve_references().unlock()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in settings.items()})
     return config.lock()
 
 
-def test_the_stub_gives_its_numbers_on_one_device_and_on_eight(stub, tmp_path, monkeypatch):
+def test_one_and_eight_devices_give_the_same_report(stub, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "LINE_SECONDS", 0)
-    found = evaluate.evaluate(stub, tmp_path / "eight")  # batches of 8, 8 and 4
+    result = evaluate.evaluate(stub, tmp_path / "eight")  # batches of 8, 8 and 4
     check_known(tmp_path / "eight")
-    told = [
+    progress_lines = [
         line.split("evaluating: ")[1].partition(",")[0] + line.rpartition(",")[2]
         for line in (tmp_path / "eight" / "log.txt").read_text().splitlines()
         if "evaluating: " in line
     ]
     # Of the first 8 videos the broken one is wrong, and then one grey and three colours.
     expected = ["8/20 videos top-1 87.50 %", "16/20 videos top-1 81.25 %"]
-    assert told == [*expected, "20/20 videos top-1 65.00 %"]
-    # The tests' machine has eight devices; the first alone must give the same.
+    assert progress_lines == [*expected, "20/20 videos top-1 65.00 %"]
+    # The tests run on eight devices; one of them must give the same.
     kinds = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh((1, 1, 1), sharding.AXES, kinds, devices=jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda _: mesh)
     one = evaluate.evaluate(changed(stub, eval__batch_size=3), tmp_path / "one")
     check_known(tmp_path / "one")
-    for report in (found, one):
+    for report in (result, one):
         for name in ("seconds", "clips_per_second"):
             assert report.pop(name) > 0
-    assert found.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-6)
+    assert result.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-6)
     error = one.pop("calibration_error")
-    assert found.pop("calibration_error") == pytest.approx(error, rel=1e-6)
-    assert found == one
+    assert result.pop("calibration_error") == pytest.approx(error, rel=1e-6)
+    assert result == one
 
 
-def test_other_classes_or_another_order_are_refused(stub, folder, tmp_path):
+def test_different_classes_or_order_are_refused(stub, folder, tmp_path):
     source = tmp_path / "data"
-    places = {name: source / "val" / name for name in NAMES}
-    for path in places.values():
+    class_folders = {name: source / "val" / name for name in NAMES}
+    for path in class_folders.values():
         path.mkdir(parents=True)
     for i, (_, label) in enumerate(VIDEOS):
-        (places[NAMES[label]] / f"{i}.mp4").symlink_to(folder / f"{i}.mp4")
+        (class_folders[NAMES[label]] / f"{i}.mp4").symlink_to(folder / f"{i}.mp4")
     sorted_ones = {"data__source": "class_folders", "data__folder": str(source)}
     message = "stub has other classes: 0 is 'red' there, 'blue' in the data; .*labels.txt"
     with pytest.raises(InputError, match=message):
         evaluate.evaluate(changed(stub, **sorted_ones), tmp_path / "w")
     assert not (tmp_path / "w" / "eval.json").exists()
     (source / "labels.txt").write_text("\n".join(NAMES))
-    found = evaluate.evaluate(changed(stub, **sorted_ones), tmp_path / "w")
-    assert found["top1"] == pytest.approx(100 * len(RIGHT) / 19)
-    # Numbers in the place of names are no other classes.
+    result = evaluate.evaluate(changed(stub, **sorted_ones), tmp_path / "w")
+    assert result["top1"] == pytest.approx(100 * len(RIGHT) / 19)
+    # Numbers instead of names are accepted.
     (source / "labels.txt").unlink()
     card = json.loads((tmp_path / "stub" / "model.json").read_text())
     card["labels"] = ["0", "1", "2", "3"]
@@ -189,7 +189,7 @@ def test_other_classes_or_another_order_are_refused(stub, folder, tmp_path):
 
 
 def interrupt(monkeypatch, config, workdir, after=2):
-    """Evaluates until the network is called once more than `after`; one batch less is kept."""
+    """Interrupt an evaluation at network call `after + 1`; `after - 1` batches are stored."""
     calls, original = [], loop.make_eval_step
 
     def make_failing(*args):
@@ -207,53 +207,51 @@ def interrupt(monkeypatch, config, workdir, after=2):
             evaluate.evaluate(config, workdir)
 
 
-def kept(workdir):
-    """How many videos the last evaluation in a workdir took from an earlier run."""
+def count_reused(workdir):
+    """Return how many videos the last evaluation in a workdir took from an interrupted run."""
     lines = (workdir / "log.txt").read_text().rpartition("evaluating ")[2].splitlines()
-    [*told] = [line for line in lines if "were evaluated before" in line]
-    return int(told[0].split()[2]) if told else 0
+    reused = [line for line in lines if "were evaluated before" in line]
+    return int(reused[0].split()[2]) if reused else 0
 
 
-def test_videos_that_were_relabelled_or_repaired_are_done_again(
-    stub, folder, tmp_path, monkeypatch
-):
+def test_relabelled_or_repaired_videos_are_evaluated_again(stub, folder, tmp_path, monkeypatch):
     data = shutil.copytree(folder, tmp_path / "data")
     config, workdir = changed(stub, data__folder=str(data)), tmp_path / "w"
     interrupt(monkeypatch, config, workdir)
     text = (data / "val.csv").read_text()
     (data / "val.csv").write_text(text.replace("0.mp4 0", "0.mp4 1", 1))
     assert evaluate.evaluate(config, workdir)["top1"] == 60
-    assert kept(workdir) == 0
+    assert count_reused(workdir) == 0
     (data / "val.csv").write_text(text)
     interrupt(monkeypatch, config, workdir)
     shutil.copy(data / "2.mp4", data / "broken.mp4")
-    found = evaluate.evaluate(config, workdir)
-    assert (kept(workdir), found["top1"], found["num_failed"]) == (0, 70, 0)
-    # Where the videos lie and how they are read makes no difference.
+    result = evaluate.evaluate(config, workdir)
+    assert (count_reused(workdir), result["top1"], result["num_failed"]) == (0, 70, 0)
+    # The folder and the number of threads make no difference.
     interrupt(monkeypatch, config, workdir)
     data = data.rename(tmp_path / "elsewhere")
     moved = changed(config, data__folder=str(data), data__num_threads=1)
     assert evaluate.evaluate(moved, workdir)["top1"] == 70
-    assert kept(workdir) == 8
+    assert count_reused(workdir) == 8
 
 
-def test_seconds_are_those_of_all_runs(stub, tmp_path, monkeypatch):
+def test_seconds_include_interrupted_runs(stub, tmp_path, monkeypatch):
     interrupt(monkeypatch, stub, tmp_path)
     path = tmp_path / ".unfinished_eval" / "0.npz"
     with np.load(path) as arrays:
         part = dict(arrays)
     assert 0 < part["seconds"] < 100
     np.savez(path, **{**part, "seconds": 1000.0})
-    found = evaluate.evaluate(stub, tmp_path)
-    assert 1000 < found["seconds"] < 1100
-    assert found["clips_per_second"] == 20 / found["seconds"]
+    result = evaluate.evaluate(stub, tmp_path)
+    assert 1000 < result["seconds"] < 1100
+    assert result["clips_per_second"] == 20 / result["seconds"]
 
 
-def test_the_protocol_is_whole_and_what_differs_is_told(stub, tmp_path):
+def test_protocol_is_complete_and_differences_are_logged(stub, tmp_path):
     path = tmp_path / "stub" / "model.json"
     card = json.loads(path.read_text())
     card["preprocessing"] |= {"short_side": 32, "resize": "pil_bilinear", "by_time": False}
-    card["preprocessing"]["sampling_rate"] = 2  # of a sampling that is not the model's
+    card["preprocessing"]["sampling_rate"] = 2  # unused by the model's sampling
     path.write_text(json.dumps(card))
     first = evaluate.evaluate(stub, tmp_path / "a")["protocol"]
     assert "preprocessing differs" not in (tmp_path / "a" / "log.txt").read_text()
@@ -268,34 +266,38 @@ def test_the_protocol_is_whole_and_what_differs_is_told(stub, tmp_path):
     second = evaluate.evaluate(other, tmp_path / "b", compare_with=before)["protocol"]
     differing = {name for name in first if first[name] != second[name]}
     assert differing == {"by_time", "resize", "short_side", "dtype"}
-    told = (tmp_path / "b" / "log.txt").read_text()
+    text = (tmp_path / "b" / "log.txt").read_text()
     assert (
         "preprocessing differs from the model's: data.by_time: False in the model card, True now; "
         "data.resize: 'pil_bilinear' in the model card, 'torch_bilinear' now; "
         "eval.short_side: 32 in the model card, 36 now"
-    ) in told
+    ) in text
     assert not json.loads((tmp_path / "b" / "comparison.json").read_text())["same_protocol"]
 
 
-def test_evaluations_are_compared_or_refused_before_they_begin(stub, folder, tmp_path, monkeypatch):
+def test_compare_with_another_evaluation(stub, folder, tmp_path, monkeypatch):
     evaluate.evaluate(stub, tmp_path / "a")
     before = tmp_path / "a" / "eval.json"
-    save_stub(tmp_path / "biased", bias=0.4, **stub.model)  # it takes all for grey
+    save_stub(tmp_path / "biased", bias=0.4, **stub.model)  # predicts grey for every video
     biased = changed(stub, init_from=str(tmp_path / "biased"))
     assert evaluate.evaluate(biased, tmp_path / "b", compare_with=before)["top1"] == 5
     lost = json.loads((tmp_path / "b" / "comparison.json").read_text())
     coloured = [f"{i}.mp4" for i in range(12)]
     assert (lost["lost_videos"], lost["gained_videos"]) == (coloured, [])
-    # What is dark was taken for grey before, and is wrong as it was.
+    # The dark videos were predicted as grey before, and still are.
     assert lost["still_wrong_videos"] == [f"{i}.mp4" for i in (13, 14, 16, 17)]
     assert lost["p_value"] == 2 / 2**12
-    told = (tmp_path / "b" / "log.txt").read_text()
-    assert "-60.00 % top-1 on 20 shared videos, 0 gained, 12 lost, 4 wrong otherwise; sig" in told
+    text = (tmp_path / "b" / "log.txt").read_text()
+    expected = (
+        "-60.00 % top-1 on 20 shared videos (0 gained, 12 lost, 4 still wrong with another "
+        "prediction); significant"
+    )
+    assert expected in text
     evaluate.evaluate(stub, tmp_path / "c", compare_with=tmp_path / "b" / "eval.json")
     gained = json.loads((tmp_path / "c" / "comparison.json").read_text())
     assert (gained["gained_videos"], gained["lost_videos"]) == (coloured, [])
     assert gained["still_wrong_videos"] == lost["still_wrong_videos"]
-    monkeypatch.setattr(evaluate, "evaluate_params", None)  # is not reached
+    monkeypatch.setattr(evaluate, "evaluate_params", None)  # not called: refused before
     data = shutil.copytree(folder, tmp_path / "data")
     for path in data.glob("*.mp4"):
         path.rename(data / f"x{path.name}")
@@ -307,29 +309,29 @@ def test_evaluations_are_compared_or_refused_before_they_begin(stub, folder, tmp
         )
 
 
-def test_names_of_files_need_not_be_utf8(stub, folder, tmp_path, capfd):
+def test_file_names_that_are_not_utf8(stub, folder, tmp_path, capfd):
     names = [b"0\xe9.mp4", b"2.mp4", b"broken\xff.mp4"]
     for name, source, file in zip(NAMES, ("0", "2", "broken"), names, strict=False):
-        place = tmp_path / "data" / "val" / name
-        place.mkdir(parents=True)
-        shutil.copy(folder / f"{source}.mp4", os.fsencode(place) + b"/" + file)
+        class_folder = tmp_path / "data" / "val" / name
+        class_folder.mkdir(parents=True)
+        shutil.copy(folder / f"{source}.mp4", os.fsencode(class_folder) + b"/" + file)
     (tmp_path / "data" / "labels.txt").write_text("\n".join(NAMES))
     config = changed(stub, data__source="class_folders", data__folder=str(tmp_path / "data"))
     evaluate.evaluate(config, tmp_path / "a")
-    found = evaluate.evaluate(config, tmp_path / "b", compare_with=tmp_path / "a" / "eval.json")
-    assert (found["num_videos"], found["num_failed"]) == (3, 1)
-    assert os.fsencode(found["failed"][0]["id"]).endswith(b"broken\xff.mp4")
-    assert json.loads((tmp_path / "b" / "eval.json").read_text())["failed"] == found["failed"]
+    result = evaluate.evaluate(config, tmp_path / "b", compare_with=tmp_path / "a" / "eval.json")
+    assert (result["num_videos"], result["num_failed"]) == (3, 1)
+    assert os.fsencode(result["failed"][0]["id"]).endswith(b"broken\xff.mp4")
+    assert json.loads((tmp_path / "b" / "eval.json").read_text())["failed"] == result["failed"]
     assert json.loads((tmp_path / "b" / "comparison.json").read_text())["num_videos"] == 3
     assert "Logging error" not in capfd.readouterr().err
-    # A class is known by its name, in files that are text.
+    # Class names are written to text files and must be UTF-8.
     (tmp_path / "data" / "val" / os.fsdecode(b"r\xe9d")).mkdir()
     with pytest.raises(InputError, match=r"the class folder b'r\\xe9d' has a name .*; rename it"):
         evaluate.evaluate(config, tmp_path / "c")
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_the_released_crops_of_the_original_are_what_is_evaluated(name):
+def test_evaluation_crops_equal_the_original(name):
     with np.load(FOLDER / "data" / "spatial_crops.npz") as arrays:
         seed = int(arrays[f"{name}_seed"])
         expected = np.stack([arrays[f"{name}_crop{i}"] for i in range(3)])  # (v t h w c)
@@ -347,7 +349,7 @@ def test_the_released_crops_of_the_original_are_what_is_evaluated(name):
             pass
 
         def get_frames(self, indices):
-            return clip[indices // 16]  # a frame in each of the clip's parts
+            return clip[indices // 16]  # one frame from each of the clip's segments
 
     class Video:
         open = Reader
@@ -364,7 +366,7 @@ def test_the_released_crops_of_the_original_are_what_is_evaluated(name):
     np.testing.assert_allclose(eval_step.normalize(views, 0.5, 0.5), expected, rtol=0, atol=atol)
 
 
-def test_validation_videos_that_are_all_broken_leave_nulls(motion_folder, tmp_path):
+def test_undecodable_validation_set_gives_nulls(motion_folder, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     (data / "labels.txt").write_text((motion_folder / "labels.txt").read_text())
@@ -374,31 +376,31 @@ def test_validation_videos_that_are_all_broken_leave_nulls(motion_folder, tmp_pa
         (data / f"{i}.mp4").write_text("no video")
     (data / "val.csv").write_text("".join(f"{i}.mp4 {i}\n" for i in range(3)))
     config = changed(shrunk_config(data, 1.0), optimizer__warmup_epochs=0.5)
-    found = train(config, tmp_path / "w")
-    assert found["loss"] is found["calibration_error"] is None
-    assert (found["top1"], found["num_failed"]) == (0, 3)
-    assert found["seconds"] > 0
-    assert found["clips_per_second"] > 0
+    result = train(config, tmp_path / "w")
+    assert result["loss"] is result["calibration_error"] is None
+    assert (result["top1"], result["num_failed"]) == (0, 3)
+    assert result["seconds"] > 0
+    assert result["clips_per_second"] > 0
 
     def refuse(constant):
         raise AssertionError(constant)
 
     text = (tmp_path / "w" / "eval.json").read_text()
     saved = json.loads(text, parse_constant=refuse)
-    assert saved["clips_per_second"] == found["clips_per_second"]
+    assert saved["clips_per_second"] == result["clips_per_second"]
     assert (tmp_path / "w" / "eval.html").stat().st_size > 10_000
     assert (tmp_path / "w" / "curves.png").exists()
     (tmp_path / "w" / "eval.html").unlink()
-    evaluate.evaluate(config, tmp_path / "w")  # with the curves of the training
+    evaluate.evaluate(config, tmp_path / "w")  # with the learning curves of the training run
     assert (tmp_path / "w" / "eval.html").exists()
-    # As for a model folder, what differs from the training is told; its classes are known too.
+    # As with a model folder, differences in preprocessing are logged and classes are checked.
     evaluate.evaluate(
         changed(config, data__sampling="uniform_10s", eval__short_side=80), tmp_path / "w"
     )
-    told = (tmp_path / "w" / "log.txt").read_text()
+    text = (tmp_path / "w" / "log.txt").read_text()
     assert (
         "data.sampling: 'segments' before, 'uniform_10s' now; eval.short_side: 72 before, 80 now"
-        in told
+        in text
     )
     names = (data / "labels.txt").read_text().split()
     (data / "labels.txt").write_text("\n".join(names[::-1]))
@@ -406,7 +408,7 @@ def test_validation_videos_that_are_all_broken_leave_nulls(motion_folder, tmp_pa
         evaluate.evaluate(config, tmp_path / "w")
 
 
-def test_the_files_of_an_evaluation(folder, tiny_model, tmp_path):
+def test_evaluation_writes_all_outputs(folder, tiny_model, tmp_path):
     config = make_config(folder).unlock()
     config.init_from = str(tiny_model)
     result = evaluate.evaluate(config.lock(), tmp_path)
@@ -427,7 +429,7 @@ def test_the_files_of_an_evaluation(folder, tiny_model, tmp_path):
     assert not (tmp_path / ".unfinished_eval").exists()
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(folder, tiny_model, tmp_path, monkeypatch):
+def test_interrupted_evaluation_continues(folder, tiny_model, tmp_path, monkeypatch):
     config = make_config(folder).unlock()
     config.init_from = str(tiny_model)
     whole = evaluate.evaluate(config.lock(), tmp_path / "whole")
@@ -449,11 +451,11 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(folder, tiny_model, tmp_
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(config, tmp_path / "w")
     assert not (tmp_path / "w" / "eval.json").exists()
-    found = evaluate.evaluate(config, tmp_path / "w")
-    assert len(calls) == 3 + 2  # of three batches one was done and kept
+    result = evaluate.evaluate(config, tmp_path / "w")
+    assert len(calls) == 3 + 2  # one of three batches was stored
     same = {name for name in whole if name not in ("seconds", "clips_per_second")}
-    assert {name: found[name] for name in same} == {name: whole[name] for name in same}
-    # Another protocol begins anew.
+    assert {name: result[name] for name in same} == {name: whole[name] for name in same}
+    # Another protocol starts over.
     other = config.copy_and_resolve_references().unlock()
     other.eval.num_crops = 3
     calls.clear()
@@ -465,9 +467,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(folder, tiny_model, tmp_
 @pytest.mark.parametrize(
     "moment", ["first batch", "last batch", "table", "eval.json", "confusion", "page"]
 )
-def test_a_stopped_and_continued_evaluation_equals_an_uninterrupted_one(
-    stub, tmp_path, monkeypatch, moment
-):
+def test_continued_evaluation_equals_uninterrupted(stub, tmp_path, monkeypatch, moment):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     evaluate.evaluate(stub, whole)
 
@@ -498,14 +498,14 @@ def test_a_stopped_and_continued_evaluation_equals_an_uninterrupted_one(
     assert {path.name for path in whole.iterdir()} == {path.name for path in stopped.iterdir()}
 
 
-def test_evaluation_computes_in_its_own_dtype(folder, tiny_model, tmp_path):
-    """Whatever training computes in; the protocol names it."""
+def test_evaluation_uses_eval_dtype(folder, tiny_model, tmp_path):
+    """It ignores `model.dtype`, which training uses; the protocol names it."""
     config = changed(make_config(folder), init_from=str(tiny_model), model__dtype="bfloat16")
     tables = {}
     for dtype in ("float32", "bfloat16"):
         workdir = tmp_path / dtype
-        found = evaluate.evaluate(changed(config, eval__dtype=dtype), workdir)
-        assert found["protocol"]["dtype"] == dtype
+        result = evaluate.evaluate(changed(config, eval__dtype=dtype), workdir)
+        assert result["protocol"]["dtype"] == dtype
         tables[dtype] = (workdir / "eval_videos.csv").read_text()
     assert tables["bfloat16"] != tables["float32"]
     evaluate.evaluate(changed(config, model__dtype="float32"), tmp_path / "other")
@@ -516,7 +516,7 @@ def test_evaluation_computes_in_its_own_dtype(folder, tiny_model, tmp_path):
     ("in_config", "in_card", "used"),
     [("auto", "bt601", "bt601"), ("auto", None, "tagged"), ("tagged", "bt601", "tagged")],
 )
-def test_the_color_matrix_is_the_model_cards_unless_the_config_names_one(
+def test_color_matrix_comes_from_the_model_card_unless_configured(
     stub, tmp_path, in_config, in_card, used
 ):
     path = tmp_path / "stub" / "model.json"
@@ -524,35 +524,35 @@ def test_the_color_matrix_is_the_model_cards_unless_the_config_names_one(
     if in_card:
         card["preprocessing"]["color_matrix"] = in_card
     path.write_text(json.dumps(card))
-    found = evaluate.evaluate(changed(stub, data__color_matrix=in_config), tmp_path / "w")
-    assert found["protocol"]["color_matrix"] == used
-    told = (
+    result = evaluate.evaluate(changed(stub, data__color_matrix=in_config), tmp_path / "w")
+    assert result["protocol"]["color_matrix"] == used
+    is_logged = (
         "color_matrix: 'bt601' in the model card, 'tagged' now"
         in (tmp_path / "w" / "log.txt").read_text()
     )
-    assert told == (in_config == "tagged")
+    assert is_logged == (in_config == "tagged")
 
 
-def test_two_models_are_compared_video_by_video(folder, tiny_model, tmp_path):
+def test_comparison_of_equal_evaluations(folder, tiny_model, tmp_path):
     config = make_config(folder).unlock()
     config.init_from = str(tiny_model)
     evaluate.evaluate(config.lock(), tmp_path / "a")
     evaluate.evaluate(config, tmp_path / "b", compare_with=tmp_path / "a" / "eval.json")
-    found = json.loads((tmp_path / "b" / "comparison.json").read_text())
-    assert (found["gained"], found["lost"], found["p_value"]) == (0, 0, 1.0)
-    assert found["same_protocol"]
+    comparison = json.loads((tmp_path / "b" / "comparison.json").read_text())
+    assert (comparison["gained"], comparison["lost"], comparison["p_value"]) == (0, 0, 1.0)
+    assert comparison["same_protocol"]
     assert "not significant" in (tmp_path / "b" / "log.txt").read_text()
-    with pytest.raises(InputError, match="name an eval.json that --mode eval wrote"):
+    with pytest.raises(InputError, match="name an eval.json written by --mode eval"):
         evaluate.evaluate(config, tmp_path / "b", compare_with=tmp_path / "none.json")
 
 
-def test_unknown_dtypes_are_refused(folder):
+def test_unknown_dtype_is_refused(folder):
     config = make_config(folder, dtype="float16")
     with pytest.raises(InputError, match="eval.dtype='float16': there are 'float32' and 'bfloat1"):
         protocol.check_protocol(config, sharding.make_mesh(config.mesh))
 
 
-def test_unknown_scores_are_refused(folder):
+def test_unknown_score_is_refused(folder):
     config = make_config(folder, score="max")
     with pytest.raises(
         InputError, match="eval.score='max': there are 'logits' and 'probabilities'"
@@ -561,9 +561,9 @@ def test_unknown_scores_are_refused(folder):
     assert jax.device_count() == 8
 
 
-def test_the_running_accuracy_counts_failed_videos_as_wrong(folder, monkeypatch):
-    """The scores of a failed video are zeros, whose best class is 0: its label here."""
-    told = []
+def test_running_accuracy_counts_failed_videos_as_wrong(folder, monkeypatch):
+    """A failed video's scores are zeros, so that its best class is 0, here its label."""
+    messages = []
 
     def load(record, spec):
         if record.id == "broken.mp4":
@@ -577,10 +577,10 @@ def test_the_running_accuracy_counts_failed_videos_as_wrong(folder, monkeypatch)
         return {"scores": scores, "probabilities": scores / 3}
 
     monkeypatch.setattr(pipeline, "load_eval_views", load)
-    monkeypatch.setattr(logs.RunProgress, "advance", lambda _, count, text: told.append(text))
+    monkeypatch.setattr(logs.RunProgress, "advance", lambda _, count, text: messages.append(text))
     config = make_config(folder)
     records = [Record(Path(name), label) for name, label in (("broken.mp4", 0), ("a.mp4", 0))]
     mesh = sharding.make_mesh(config.mesh)
     results = loop.evaluate_params({}, records, config, eval_step=eval_step, mesh=mesh)
     assert results.hits(1).tolist() == [False, True]
-    assert told == ["top-1 50.00 %"]
+    assert messages == ["top-1 50.00 %"]

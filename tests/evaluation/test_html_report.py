@@ -1,4 +1,4 @@
-"""The page of an evaluation: its numbers, its bounds, and names that try to become markup."""
+"""The HTML report: contents, size limits, and class names that contain markup."""
 
 import dataclasses
 import json
@@ -25,24 +25,24 @@ HOSTILE = [
 
 
 def numbers_of(page: str) -> dict:
-    """The JSON in a page, as a browser finds it: up to the first end of a script element."""
+    """Return the JSON in a page as a browser sees it: up to the first end of a script element."""
     return json.loads(re.search(r'<script[^>]*id="data">(.*?)</script', page, re.DOTALL)[1])
 
 
-def save(folder, config, found, labels, records=None):
-    """The page of some results, and its JSON."""
-    result = summary.make_report(found, config, checkpoint="checkpoints/</script>")
+def save(folder, config, evaluated, labels, records=None):
+    """Write the page of some results; return it and its JSON."""
+    result = summary.make_report(evaluated, config, checkpoint="checkpoints/</script>")
     result |= {"weights_sha256": "0123456789abcdef" * 4}
-    records = records or [Record(folder / "missing.mp4", 0)] * len(found.ids)
-    html_report.save_page(folder / "eval.html", result, found, labels, records)
+    records = records or [Record(folder / "missing.mp4", 0)] * len(evaluated.ids)
+    html_report.save_page(folder / "eval.html", result, evaluated, labels, records)
     page = (folder / "eval.html").read_text(encoding="utf-8")
     return page, numbers_of(page)
 
 
-def test_the_page_has_the_numbers(tmp_path, config):
+def test_page_contains_the_numbers(tmp_path, config):
     scores = [[3, 1, 0], [0, 2, 1], [1, 0, 5], [9, 0, 0], [0, 0, 1]]
-    found = results(scores, [0, 2, 2, 0, 1], ["", "", "", "broken", ""])
-    page, data = save(tmp_path, config, found, ["a", "b", "c"])
+    evaluated = results(scores, [0, 2, 2, 0, 1], ["", "", "", "broken", ""])
+    page, data = save(tmp_path, config, evaluated, ["a", "b", "c"])
     assert "<title>top-1 40.00 % on 5 videos</title>" in page
     assert (data["top1"], data["top5"]) == (40.0, 80.0)
     assert (data["seconds"], data["clips_per_second"]) == (2.0, 2.5)
@@ -55,20 +55,20 @@ def test_the_page_has_the_numbers(tmp_path, config):
     assert sorted(data["near"]) == [0, 1, 2]
     assert sum(count for _, _, count in data["bins"]) == 4
     mistakes = [(video["id"], video["label"], video["prediction"]) for video in data["mistakes"]]
-    assert mistakes == [("v1.mp4", 2, 1), ("v4.mp4", 1, 2)]  # the surest first
+    assert mistakes == [("v1.mp4", 2, 1), ("v4.mp4", 1, 2)]  # most confident first
     assert data["mistakes"][0]["confidence"] == pytest.approx(66.52, abs=0.01)
     assert data["weights_sha256"] == "0123456789abcdef" * 4
     assert data["protocol"] == [
-        "1 clip × 1 crop of each video",
-        "8 frames a clip, one from each of 8 equal parts of the video",
-        "64 × 64 px, cut from a short side of 72 px, resized with antialiasing; video to RGB: "
-        "by the matrix that each file names",
-        "a video's score is the sum of logits over the views, computed in float32",
+        "1 clip × 1 crop per video",
+        "8 frames per clip, one from each of 8 equal segments of the video",
+        "short side resized to 72 px with antialiasing, cropped to 64 × 64 px; converted to RGB "
+        "with the matrix tagged in each file",
+        "video score: sum of logits over the views, computed in float32",
     ]
     assert data["curves"] is None
 
 
-def test_every_sampling_has_its_words():
+def test_every_sampling_is_described():
     protocol = {"num_clips": 4, "num_crops": 3, "num_frames": 16, "image_size": 224}
     protocol |= {"short_side": 256, "resize": "torch_bilinear", "score": "x", "sampling_rate": 8}
     protocol |= {"by_time": False, "dtype": "bfloat16", "color_matrix": "bt601"}
@@ -76,18 +76,20 @@ def test_every_sampling_has_its_words():
         html_report.describe_protocol({**protocol, "sampling": name})[1]
         for name in ("segments", "dense_stride", "uniform_10s")
     ]
-    assert words[1] == "16 frames a clip, evenly over 16 × 8 frames at 30 frames a second"
+    assert words[1] == "16 frames per clip, evenly spaced over 16 × 8 frames at 30 fps"
     assert len(set(words)) == 3
     colours = html_report.describe_protocol({**protocol, "sampling": "uniform_10s"})[2]
-    assert colours.endswith("without antialiasing; video to RGB: by BT.601")
+    assert colours.endswith(
+        "without antialiasing, cropped to 224 × 224 px; converted to RGB with BT.601"
+    )
     by_time = html_report.describe_protocol(
         {**protocol, "sampling": "uniform_10s", "by_time": True}
     )
-    assert by_time[1] == f"{words[2]}, by the times that they are shown at"
+    assert by_time[1] == f"{words[2]}, sampled by timestamp"
     assert by_time[3].endswith(", computed in bfloat16")
 
 
-def test_the_page_needs_nothing_else(tmp_path, config):
+def test_page_is_self_contained(tmp_path, config):
     page, _ = save(tmp_path, config, results([[2, 1]], [0]), ["a", "b"])
     assert "http:" not in page
     assert "https:" not in page
@@ -99,11 +101,11 @@ def test_the_page_needs_nothing_else(tmp_path, config):
     assert "innerHTML" not in page  # names are set as text
 
 
-def test_names_cannot_become_markup(tmp_path, config):
+def test_class_names_cannot_become_markup(tmp_path, config):
     scores = np.eye(6)[[1, 0, 2, 4, 3, 5]]
-    found = results(scores, [0, 1, 2, 3, 4, 5], ["", "", "", "", "", HOSTILE[0]])
-    found = dataclasses.replace(found, ids=HOSTILE)
-    page, data = save(tmp_path, config, found, HOSTILE)
+    evaluated = results(scores, [0, 1, 2, 3, 4, 5], ["", "", "", "", "", HOSTILE[0]])
+    evaluated = dataclasses.replace(evaluated, ids=HOSTILE)
+    page, data = save(tmp_path, config, evaluated, HOSTILE)
     plain, _ = save(tmp_path, config, results([[2, 1]], [0]), ["a", "b"])
     assert data["labels"] == HOSTILE
     assert data["failed"][0]["error"] == HOSTILE[0]
@@ -113,12 +115,12 @@ def test_names_cannot_become_markup(tmp_path, config):
         assert page.count(markup) == plain.count(markup)
 
 
-@pytest.mark.parametrize("errors", [["", "", ""], ["a", "b", "c"]], ids=["good", "failed"])
+@pytest.mark.parametrize("errors", [["", "", ""], ["a", "b", "c"]], ids=["decoded", "failed"])
 def test_one_class_and_classes_without_videos(tmp_path, config, errors):
     _, data = save(tmp_path, config, results([[1]] * 3, [0] * 3, errors), ["only"])
     assert (data["count"], data["mistakes"]) == ([3], [])
-    found = results([[1, 5, 2], [1, 5, 2], [4, 1, 2]], [0, 0, 0], errors)
-    _, data = save(tmp_path, config, found, ["a", "b", "c"])
+    evaluated = results([[1, 5, 2], [1, 5, 2], [4, 1, 2]], [0, 0, 0], errors)
+    _, data = save(tmp_path, config, evaluated, ["a", "b", "c"])
     assert data["count"] == [3, 0, 0]
     if any(errors):
         assert data["num_failed"] == 3
@@ -127,30 +129,30 @@ def test_one_class_and_classes_without_videos(tmp_path, config, errors):
         assert {tuple(row) for row in data["bins"]} == {(None, None, None)}
 
 
-def test_400_classes_stay_small(tmp_path, config):
+def test_page_of_400_classes_is_small_and_fast(tmp_path, config):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 400, 2000)
-    scores = rng.normal(size=(2000, 400))  # almost all are wrong: as many cells as videos
+    scores = rng.normal(size=(2000, 400))  # almost all wrong: as many cells as videos
     errors = ["a broken file" if i % 5 == 0 else "" for i in range(2000)]
     names = [
         f"a class with quite a long name, longer than any of Kinetics, {i}" for i in range(400)
     ]
-    found = results(scores, labels, errors)
+    evaluated = results(scores, labels, errors)
     began = time.monotonic()
-    page, data = save(tmp_path, config, found, names)
+    page, data = save(tmp_path, config, evaluated, names)
     assert time.monotonic() - began < 10
     assert len(page.encode()) < 500_000
     assert len(data["mistakes"]) == 12
     assert (len(data["failed"]), data["num_failed"]) == (200, 400)
 
 
-def test_pictures_of_mistakes(tmp_path, config, motion_folder):
+def test_thumbnails_of_mistakes(tmp_path, config, motion_folder):
     records = read_list(motion_folder / "val.csv", 8)[:2]
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     records = [records[0], Record(broken, 0), records[1]]
-    found = results([[0, 9], [0, 8], [0, 7]], [0, 0, 0])
-    page, data = save(tmp_path, config, found, ["a", "b"], records)
+    evaluated = results([[0, 9], [0, 8], [0, 7]], [0, 0, 0])
+    page, data = save(tmp_path, config, evaluated, ["a", "b"], records)
     assert [bool(video["image"]) for video in data["mistakes"]] == [True, False, True]
     assert "The frame cannot be decoded." in page
     jpeg = tmp_path / "x.jpg"
@@ -161,7 +163,7 @@ def test_pictures_of_mistakes(tmp_path, config, motion_folder):
         assert np.abs(np.asarray(picture, float) - middle).mean() < 6
 
 
-def test_pictures_are_small_whatever_the_video():
+def test_thumbnails_are_small_for_any_video_size():
     class Reader:
         num_frames = 1
 
@@ -180,7 +182,7 @@ def test_pictures_are_small_whatever_the_video():
     assert 0 < len(html_report.draw_thumbnail(Tall())) < 4000
 
 
-def test_curves(tmp_path, config):
+def test_learning_curves(tmp_path, config):
     path = tmp_path / "metrics.jsonl"
     rows = [
         {"step": s, "train/loss": 2 / s, "train/top1": s / 100, "learning_rate": 0.1, "x": "y"}
@@ -200,11 +202,11 @@ def test_curves(tmp_path, config):
     assert html_report.read_curves(path) is None
 
 
-def test_an_evaluation_leaves_the_page(tmp_path, config, motion_folder):
-    found = results([[0, 9], [3, 0]], [0, 0])
-    result = summary.make_report(found, config, checkpoint="x") | {"weights_sha256": "0" * 64}
+def test_save_report_writes_the_page(tmp_path, config, motion_folder):
+    evaluated = results([[0, 9], [3, 0]], [0, 0])
+    result = summary.make_report(evaluated, config, checkpoint="x") | {"weights_sha256": "0" * 64}
     records = read_list(motion_folder / "val.csv", 8)[:2]
-    evaluate.save_report(tmp_path, result, found, ["a", "b"], records)
+    evaluate.save_report(tmp_path, result, evaluated, ["a", "b"], records)
     data = numbers_of((tmp_path / "eval.html").read_text(encoding="utf-8"))
     assert data["top1"] == json.loads((tmp_path / "eval.json").read_text())["top1"] == 50
     assert data["mistakes"][0]["image"]
