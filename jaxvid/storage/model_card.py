@@ -1,4 +1,4 @@
-"""The model card, `model.json`: what it holds, and whether it fits a config or a data set."""
+"""The model card, `model.json`: read it, and compare it with a config or a data set."""
 
 import dataclasses
 import json
@@ -14,37 +14,37 @@ from jaxvid.models import (
 )
 
 FORMAT_VERSION = 1
-MAX_CARD_BYTES = 32 * 10**6  # 20,000 classes have 1 MB
+MAX_CARD_BYTES = 32 * 10**6  # a card with 20,000 classes has 1 MB
 CARD_NAME = "model.json"  # written last; a folder without it is not a model folder
 CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance", "files")
-# Fields of a model's config that change no weight and no use of one.
+# Fields of a model config that change neither the weights nor their meaning.
 RATE_FIELDS = ("name", "init", "dropout", "drop_path", "remat", "dtype")
 
 
 def exists(folder: str | Path) -> bool:
-    """Whether a model folder exists, also while or after it was being replaced."""
+    """Return whether a model folder exists, even if replacing it was interrupted."""
     return (atomic.resolve(folder, CARD_NAME) / CARD_NAME).exists()
 
 
 def load_card(folder: str | Path) -> dict:
-    """Reads and checks a model folder's `model.json`.
+    """Read and validate the `model.json` of a model folder.
 
     Returns:
-        Its contents: every value has its type, `config` is that of a network that can be built,
-        and `labels`, if there are any, has one entry for each class.
+        Its contents. All values have the expected type, the network of `config` can be built, and
+        `labels`, unless null, has one entry per class.
 
     Raises:
-        InputError: There is none, or it is not one that this version reads.
+        InputError: The file is missing, invalid, or of another format version.
     """
     try:
         path = atomic.resolve(folder, CARD_NAME) / CARD_NAME
         data = read_limited(path, MAX_CARD_BYTES)
     except FileNotFoundError:
         raise InputError(
-            f"{folder} is not a model folder (no {Path(folder) / CARD_NAME}); name a folder that "
-            "training or a converter wrote"
+            f"{folder} is not a model folder (no {Path(folder) / CARD_NAME}); name a folder "
+            "written by training or by a converter"
         ) from None
-    except OSError as error:  # a folder that may not be entered, a name that is too long
+    except OSError as error:  # e.g. no permission, or a name that is too long
         raise InputError(f"{folder} cannot be read ({error.strerror}); name another") from None
     try:
         card = json.loads(data, object_pairs_hook=_unique)
@@ -52,17 +52,17 @@ def load_card(folder: str | Path) -> dict:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = one_line(error if isinstance(error, ValueError) else repr(error))
         raise InputError(f"{path} cannot be read ({reason}); export the model again") from None
-    if version != FORMAT_VERSION:  # before the keys: another version may have others
+    if version != FORMAT_VERSION:  # checked first, as other versions may have other keys
         raise InputError(
-            f"{path} has format version {short_repr(version)}; this jaxvid reads "
-            f"{FORMAT_VERSION}: update it"
+            f"{path} has format version {short_repr(version)}, but this jaxvid reads "
+            f"{FORMAT_VERSION}; update jaxvid"
         )
     if missing := [key for key in CARD_KEYS if key not in card]:
         raise InputError(f"{path} cannot be read (no {missing[0]!r}); export the model again")
     if not isinstance(card["preprocessing"], dict | None):
         raise InputError(
-            f"{path} says nothing of preprocessing (expected a dict or null, got "
-            f"{short_repr(card['preprocessing'])}); export the model again"
+            f"{path}: preprocessing is {short_repr(card['preprocessing'])}, expected a dict or "
+            "null; export the model again"
         )
     try:
         _check_card(card)
@@ -75,7 +75,7 @@ def load_card(folder: str | Path) -> dict:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object whose names are all different."""
+    """Return a JSON object as a dict; refuse duplicate names."""
     values = {}
     for name, value in pairs:
         if name in values:
@@ -85,10 +85,10 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _check_card(card: dict) -> None:
-    """Refuses values of the wrong type, impossible configs, and a wrong number of labels.
+    """Refuse values of the wrong type, invalid configs, and a wrong number of labels.
 
     Raises:
-        InputError: Names the field; without the file.
+        InputError: The message names the field, but not the file.
         TypeError: `config` has no name.
     """
     types = {"name": str, "config": dict, "provenance": dict, "files": dict, "checksums": dict}
@@ -99,25 +99,42 @@ def _check_card(card: dict) -> None:
         for file, value in card.get(name, {}).items():
             parts = Path(file).parts
             if not parts or ".." in parts or Path(file).is_absolute() or "\0" in file:
-                raise InputError(f"{name} names {short_repr(file)}, which is outside params")
+                raise InputError(f"{name}: {short_repr(file)} is outside params")
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise InputError(f"{name} has {short_repr(value)} for {short_repr(file)}")
+                raise InputError(
+                    f"{name}: {short_repr(file)} has {short_repr(value)}, expected an "
+                    "integer of at least 0"
+                )
     if not card["files"]:
         raise InputError("files is empty")
     config, labels = make_model_config(**card["config"]), card["labels"]
-    if labels is not None and (not isinstance(labels, list) or len(labels) != config.num_classes):
-        found = len(labels) if isinstance(labels, list) else short_repr(labels)
+    if not isinstance(labels, list | None):
+        raise InputError(f"labels is {short_repr(labels)}, expected a list or null")
+    if labels is not None and len(labels) != config.num_classes:
         raise InputError(
-            f"labels has {found} entries for num_classes={config.num_classes}; give each class "
-            "its name, or write null"
+            f"labels has {len(labels)} entries, expected num_classes={config.num_classes} names, "
+            "or null"
         )
     for label in labels or ():
         if not isinstance(label, str | int):
-            raise InputError(f"labels has {short_repr(label)}, expected text")
+            raise InputError(f"labels has {short_repr(label)}, expected a string")
 
 
-def make_card(model_config, *, preprocessing, labels, provenance: dict) -> dict:
-    """The contents of a `model.json`."""
+def make_card(
+    model_config: ModelConfig,
+    *,
+    preprocessing: dict | None,
+    labels: list[str] | None,
+    provenance: dict,
+) -> dict:
+    """Return the contents of a `model.json`, without what depends on the files of the weights.
+
+    Args:
+        model_config: The model config.
+        preprocessing: Fields of the preprocessing; None: unknown.
+        labels: Class names, in order; None: unknown.
+        provenance: Where the weights come from, e.g. step and accuracy of a training run.
+    """
     return {
         "name": model_config.name,
         "config": dataclasses.asdict(model_config),
@@ -130,53 +147,59 @@ def make_card(model_config, *, preprocessing, labels, provenance: dict) -> dict:
 def check_labels(
     card_labels: list | None, data_labels: list[str] | None, folder: str | Path
 ) -> None:
-    """Refuses a model folder whose classes are not the data's, in the data's order.
+    """Refuse a model folder whose classes differ from those of the data, or are ordered otherwise.
 
-    Classes that only have their numbers for names, on either side, are taken as they are. Upper
-    case and underscores make no difference.
+    If either side has no names, or only class numbers as names, it is accepted. Case and
+    underscores are ignored.
 
     Args:
-        card_labels: Its `model.json`'s labels; None: it names none.
-        data_labels: The data's.
-        folder: The model folder, for the message.
+        card_labels: Class names in the `model.json`; None: unknown.
+        data_labels: Class names of the data; None: unknown.
+        folder: Model folder, for the message.
 
     Raises:
-        InputError: Names the first difference.
+        InputError: The message names the first difference.
     """
-    there, here = ([str(label) for label in labels or ()] for labels in (card_labels, data_labels))
-    if any(names == [str(i) for i in range(len(names))] for names in (there, here)):
+    model_names, data_names = (
+        [str(label) for label in labels or ()] for labels in (card_labels, data_labels)
+    )
+    if any(names == [str(i) for i in range(len(names))] for names in (model_names, data_names)):
         return
-    if len(there) != len(here):
+    if len(model_names) != len(data_names):
         raise InputError(
-            f"{folder} has {len(there)} classes, the data {len(here)}; name another folder"
+            f"{folder} has {len(model_names)} classes, but the data has {len(data_names)}; name "
+            "another folder"
         )
-    plain = [[name.replace("_", " ").strip().casefold() for name in side] for side in (there, here)]
+    plain = [
+        [name.replace("_", " ").strip().casefold() for name in names]
+        for names in (model_names, data_names)
+    ]
     if plain[0] == plain[1]:
         return
     first = next(i for i, (a, b) in enumerate(zip(*plain, strict=True)) if a != b)
-    way_out = "name a folder of the data's classes, or correct the data's labels.txt"
+    remedy = "name a folder with the data's classes, or correct the data's labels.txt"
     if sorted(plain[0]) == sorted(plain[1]):
-        way_out = (
-            "the names are the same in another order: bring the data's labels.txt, and the numbers "
-            "in its lists, into the order in model.json"
+        remedy = (
+            "the names are the same in another order: reorder the data's labels.txt, and the class "
+            "numbers in its lists, to match model.json"
         )
     raise InputError(
-        f"{folder} has other classes: {first} is {there[first]!r} there, {here[first]!r} in the "
-        f"data; {way_out}"
+        f"{folder} has other classes: class {first} is {model_names[first]!r} in the model, "
+        f"{data_names[first]!r} in the data; {remedy}"
     )
 
 
 def check_same_model(folder: str | Path, model_config: ModelConfig) -> None:
-    """Refuse a model folder whose network differs from a config's.
+    """Refuse a model folder whose network differs from a config.
 
-    Rates and the dtype may differ, as they change no weight.
+    Dropout rates, dtype and other fields that change no weight may differ.
 
     Raises:
-        InputError: Names every field that differs, with both values.
+        InputError: The message names every field that differs, with both values.
     """
-    found = model_differences(load_card(folder)["config"], model_config, RATE_FIELDS)
-    if found:
-        raise InputError(f"{folder} holds another network: {'; '.join(found.values())}")
+    changed = model_differences(load_card(folder)["config"], model_config, RATE_FIELDS)
+    if changed:
+        raise InputError(f"{folder} holds another network: {'; '.join(changed.values())}")
 
 
 def model_differences(
@@ -190,19 +213,19 @@ def model_differences(
         ignore: Fields that may differ.
 
     Returns:
-        Field → its name and both values.
+        Field → `field: VALUE in the folder, VALUE in the config`, for each difference.
     """
-    # A card has lists where a config has tuples.
+    # JSON turns tuples into lists.
     before, after = json.loads(json.dumps([card_config, dataclasses.asdict(model_config)]))
     before = {name: before.get(name) for name in after}
     return differences(before, after, there="in the folder", here="in the config", ignore=ignore)
 
 
 def best_top1(workdir: Path) -> float:
-    """The validation top-1, in percent, of the model in `WORKDIR/best`; -1: there is none.
+    """Return the validation top-1 of `WORKDIR/best` in percent; -1 without such a folder.
 
     Raises:
-        InputError: The folder is damaged, or does not say it.
+        InputError: The folder is damaged, or its card has no top-1.
     """
     if not exists(workdir / "best"):
         return -1.0

@@ -1,8 +1,8 @@
-"""Model folders: a network's weights with all that is needed to use them.
+"""Model folders: the weights of a network, with everything needed to use them.
 
-`model.json` has its name, config, preprocessing, labels (or null), provenance and the sizes and
-CRC-32 of the files in `params/`, which Orbax wrote. Converters and training write such folders,
-everything loads them.
+`params/` holds the weights, written by Orbax. `model.json` holds the name, config, preprocessing,
+labels (or null), provenance, and the size and CRC-32 of each file in `params/`. Converters and
+training write model folders, all programs load them.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
 
 from jaxvid import atomic, files
 from jaxvid.distributed import collectives, process_group
@@ -38,32 +39,32 @@ from jaxvid.storage.model_card import (
     model_differences,
 )
 
-MAX_FILES = 10_000  # in `params`; Orbax writes about ten for each process of a run
-# Fields whose change surgery makes up for.
+MAX_FILES = 10_000  # in `params`; Orbax writes about ten per process
+# Fields that may differ in fine-tuning, as `models.transfer` adapts the weights.
 SIZE_FIELDS = ("num_classes", "num_frames", "image_size", "temporal_embedding_frames")
 
 
 def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
-    """Writes a model folder: `model.json` and `params/`. It appears complete or not at all.
+    """Write a model folder, `model.json` and `params/`, atomically.
 
     Args:
-        folder: An existing model folder is replaced, and stays as it is if this fails.
+        folder: Folder to write. An existing model folder is replaced, or kept if writing fails.
         params: The weights.
-        card: `name`, `config` (the model's), `preprocessing`, `labels` (or None), `provenance`.
+        card: The model card, from `model_card.make_card`.
 
     Raises:
-        InputError: The folder holds something that is not a model folder, or cannot be written.
+        InputError: The folder exists and is not a model folder, or cannot be written.
     """
     folder = Path(os.path.realpath(folder))
     collectives.raise_on_all_processes(
-        _check_place, folder, sum(leaf.nbytes for leaf in params.values())
+        _check_target, folder, sum(leaf.nbytes for leaf in params.values())
     )
     partial, is_first = atomic.staging_dir(folder), not jax.process_index()
     if is_first:
         atomic.recover(folder, CARD_NAME)
     collectives.barrier(f"saving {folder}")
     try:
-        # A few arrays at a time: the default copies all of them first.
+        # Copy a few arrays at a time; by default, Orbax copies all of them first.
         handler = ocp.StandardCheckpointHandler(save_concurrent_gb=0.1)
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(partial / "params", params)
@@ -74,57 +75,63 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
             text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
             (partial / CARD_NAME).write_text(text, encoding="utf-8")
             atomic.commit(folder, CARD_NAME)
-    except jax.errors.JaxRuntimeError:  # the device's, not the disk's
+    except jax.errors.JaxRuntimeError:  # from the device, not the disk
         raise
-    except (OSError, ValueError, RuntimeError, ExceptionGroup) as error:  # Orbax has all of them
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        ExceptionGroup,
+    ) as error:  # Orbax raises all of these
         if memory_problem(error):
             raise
         raise InputError(
             f"{folder} cannot be written ({_reason(error)}); make room or name another"
         ) from None
     finally:
-        process_group.publish(sys.exception())  # others may wait in Orbax, and not come
+        # Other processes may be waiting in Orbax and must learn of the failure.
+        process_group.publish(sys.exception())
         if is_first:
             atomic.recover(folder, CARD_NAME)
     collectives.barrier(f"saved {folder}")
 
 
-def _check_place(folder: Path, need_bytes: int) -> None:
-    """Refuses what cannot be replaced, and a full disk before Orbax meets it with much noise."""
+def _check_target(folder: Path, need_bytes: int) -> None:
+    """Refuse to replace other folders, and a full disk, for which Orbax has no readable error."""
     if folder.exists() and not (folder / CARD_NAME).is_file():
         raise InputError(f"{folder} exists and is not a model folder; name another one")
     files.check_room(folder, need_bytes)
 
 
 def load_params(folder: str | Path, abstract_params: Params) -> Params:
-    """Reads a model folder's weights.
+    """Load the weights of a model folder.
 
     Args:
-        folder: The model folder.
-        abstract_params: Shapes, dtypes and, if wanted, shardings that the weights must have.
+        folder: Model folder.
+        abstract_params: Expected shapes and dtypes, and optional shardings.
 
     Raises:
-        InputError: The files are damaged; or weights are missing, left over, or of another shape,
-            and all are named.
+        InputError: Files are damaged, or weights are missing, unexpected or of another shape. The
+            message names all of them.
     """
     card = load_card(folder)
-    path = Path(os.path.abspath(atomic.resolve(folder, CARD_NAME) / "params"))  # as Orbax needs it
+    path = Path(os.path.abspath(atomic.resolve(folder, CARD_NAME) / "params"))  # Orbax requires it
     # Check sizes first: TensorStore's error for a truncated file is unreadable.
     sizes = files.scan_sizes(path, max_files=MAX_FILES)
     files.check_files(path, card["files"], sizes, "are missing or of another size")
     need_bytes = sum(4 * math.prod(leaf.shape) for leaf in abstract_params.values())
-    if (total := sum(sizes.values())) > 2 * need_bytes + 10**8:  # before all of it is read
+    if (total := sum(sizes.values())) > 2 * need_bytes + 10**8:  # before reading all of it
         raise InputError(
             f"{path} has {total / 1e6:.0f} MB of files for weights of {need_bytes / 1e6:.0f} MB; "
             "export the model again"
         )
-    if "checksums" in card:  # older folders have none
+    if "checksums" in card:  # missing in older folders
         files.check_files(path, card["checksums"], files.checksums(path), "have changed")
     try:
         return _restore(path, abstract_params)
     except (InputError, jax.errors.JaxRuntimeError, MemoryError):
         raise
-    except Exception as error:  # Orbax raises bare ones
+    except Exception as error:  # Orbax raises plain Exception
         if memory_problem(error):
             raise
         raise InputError(
@@ -133,13 +140,14 @@ def load_params(folder: str | Path, abstract_params: Params) -> Params:
 
 
 def _restore(path: Path, abstract_params: Params) -> Params:
+    """Restore weights with Orbax, after comparing names and shapes."""
     with ocp.StandardCheckpointer() as checkpointer:
-        found = checkpointer.metadata(path).item_metadata.tree
+        stored = checkpointer.metadata(path).item_metadata.tree
         problems = [
-            f"{name}: {_shape(found.get(name))} in the folder, {_shape(abstract_params.get(name))} "
-            "in the model"
-            for name in sorted({*found, *abstract_params})
-            if _shape(found.get(name)) != _shape(abstract_params.get(name))
+            f"{name}: {_shape(stored.get(name))} in the folder, "
+            f"{_shape(abstract_params.get(name))} in the model"
+            for name in sorted({*stored, *abstract_params})
+            if _shape(stored.get(name)) != _shape(abstract_params.get(name))
         ]
         if problems:
             raise InputError(f"{path} does not fit the model: {'; '.join(problems)}")
@@ -149,23 +157,23 @@ def _restore(path: Path, abstract_params: Params) -> Params:
 def load_init(
     folder: str | Path, model_config: ModelConfig, fresh: Params
 ) -> tuple[Params, list[str]]:
-    """The weights of a model folder as the start of a model that may differ from it.
+    """Initialise a model from a model folder whose config may differ.
 
-    Other classes, frames or resolution, a temporal part more or less: see
-    `surgery.plan_fit`. At its peak, one copy of the weights beside `fresh`.
+    Classes, frames, resolution and temporal modules may differ (`transfer.plan_transfer`). The peak
+    memory is one copy of the weights in addition to `fresh`.
 
     Args:
-        folder: The model folder.
-        model_config: The wanted model's config.
-        fresh: The wanted model's newly initialised weights.
+        folder: Model folder.
+        model_config: Config of the model to initialise.
+        fresh: Newly initialised weights of that model.
 
     Returns:
-        Weights of the names, shapes and shardings of `fresh`; and what was loaded, resized,
-        reinitialised or left unused, and which options differ, as lines for a log.
+        Weights with the names, shapes and shardings of `fresh`, and lines for the log: which
+        weights were loaded, resized, reinitialised or unused, and which options differ.
 
     Raises:
-        InputError: The folder is damaged, or the weights would not fit or would mean something
-            else; every reason is named.
+        InputError: The folder is damaged, or its weights do not fit or would change their meaning.
+            The message names every reason.
     """
     source = make_model_config(**load_card(folder)["config"])
     kinds = [type(config).__name__.removesuffix("Config") for config in (source, model_config)]
@@ -174,12 +182,12 @@ def load_init(
             f"{folder} holds {source.name}, of the family {kinds[0]}; {model_config.name} is of "
             f"{kinds[1]}, which its weights do not fit: name a folder of that family"
         )
-    found = abstract_model(source)[1]
-    fit = transfer.plan_transfer(found, fresh)
+    stored = abstract_model(source)[1]
+    fit = transfer.plan_transfer(stored, fresh)
     differences = model_differences(
         dataclasses.asdict(source), model_config, RATE_FIELDS + SIZE_FIELDS
     )
-    # No shape tells how many heads share a kernel, but each would get parts of several.
+    # Shapes do not depend on the number of heads, but each head would mix parts of several.
     unfit = {"heads"} & differences.keys()
     if "aggregate.cls_token" in fit.loaded:
         unfit |= {"temporal_heads"} & differences.keys()
@@ -189,8 +197,8 @@ def load_init(
             f"{'; '.join([*differences.values(), *fit.problems])}; "
             "take its values with --config.model.NAME=VALUE or name another folder"
         )
-    # What changes is read into host memory: its new shape alone knows its place on the devices.
-    target = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in found.items()}
+    # Weights to be resized are read into host memory, as only their new shape has a sharding.
+    target = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in stored.items()}
     target |= {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for name, leaf in fresh.items()
@@ -200,16 +208,16 @@ def load_init(
     return params, [*fit.describe(), *(f"differs: {text}" for text in differences.values())]
 
 
-def load_model(folder: str | Path, *, dtype: str | None = None):
-    """Loads a model folder.
+def load_model(folder: str | Path, *, dtype: str | None = None) -> nnx.Module:
+    """Load a model folder.
 
     Args:
-        folder: Written by training, by a converter or by `save_model`.
-        dtype: Of the computation, `float32` or `bfloat16`; None: from the model card.
+        folder: Model folder, written by training, by a converter or by `save_model`.
+        dtype: Compute dtype, `float32` or `bfloat16`; None: from the model card.
 
     Returns:
-        The network, ready for evaluation: `model(video)` takes a normalised float clip
-        `(b t h w c)` to logits `(b, num_classes)`.
+        The network in evaluation mode. `model(video)` maps normalised float clips `(b t h w c)` to
+        logits `(b, num_classes)`.
 
     Raises:
         InputError: The folder is not a model folder, or is damaged.
@@ -226,15 +234,22 @@ def load_model(folder: str | Path, *, dtype: str | None = None):
 
 
 def save_model(
-    model, folder: str | Path, *, preprocessing: dict | None = None, labels: list | None = None
+    model: nnx.Module,
+    folder: str | Path,
+    *,
+    preprocessing: dict | None = None,
+    labels: list | None = None,
 ) -> None:
-    """Writes a network as a model folder.
+    """Save a network as a model folder.
 
     Args:
-        model: A network of this project.
-        folder: Where to; an existing model folder is replaced.
-        preprocessing: How clips are made for it, as in a trained model's `model.json`.
-        labels: Names of the classes, in order.
+        model: A network from `create_model` or `load_model`.
+        folder: Folder to write. An existing model folder is replaced.
+        preprocessing: Its preprocessing, as in the `model.json` of a trained model.
+        labels: Class names, in order.
+
+    Raises:
+        InputError: The folder exists and is not a model folder, or cannot be written.
     """
     save_model_folder(
         folder,
@@ -244,7 +259,7 @@ def save_model(
 
 
 def fingerprint(params: Params) -> str:
-    """SHA-256 over names, shapes and values of the weights, as hexadecimal digits."""
+    """Return the SHA-256 of names, shapes, dtypes and values of weights, in hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(params):
         array = collectives.to_host(params[name])
@@ -253,12 +268,12 @@ def fingerprint(params: Params) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong, of several errors that of the first."""
+    """Return the first line of an error, or of the first error in a group."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     line = one_line(getattr(error, "strerror", None) or error, sys.maxsize)
-    return line if len(line) <= 200 else f"...{line[-160:]}"  # TensorStore has the cause last
+    return line if len(line) <= 200 else f"...{line[-160:]}"  # TensorStore names the cause last
 
 
-def _shape(leaf) -> str:
+def _shape(leaf: jax.ShapeDtypeStruct | None) -> str:
     return "absent" if leaf is None else str(tuple(leaf.shape))

@@ -1,4 +1,4 @@
-"""Model folders: saves that are killed or find the disk full, damage, classes."""
+"""Model folders: interrupted saves, full disks, damaged files, classes."""
 
 import json
 import re
@@ -40,7 +40,7 @@ setattr(owner, at, call)
 jaxvid.save_model(model, folder)
 """
 
-FULL = """
+FULL_DISK = """
 import resource, sys
 import jaxvid
 model = jaxvid.create_model("xvit_tiny", width=16, depth=1, image_size=32, seed=4)
@@ -75,13 +75,13 @@ def save(folder: Path, seed: int) -> None:
 
 
 def bias(folder: Path) -> np.ndarray:
-    """What tells the weights of one seed from those of another."""
+    """Return a weight that differs between seeds."""
     return np.asarray(jaxvid.load_model(folder).base_model.cls_token[...])
 
 
 @pytest.fixture
 def best(tmp_path):
-    """A whole model folder, `best` of a run."""
+    """A complete model folder, `best` of a run."""
     save(tmp_path / "best", 3)
     return tmp_path / "best"
 
@@ -92,16 +92,16 @@ def best(tmp_path):
 @pytest.mark.parametrize(
     ("at", "count", "is_new"),
     [
-        ("rename", 0, False),  # whole beside the old one
-        ("rename", 1, False),  # the old one is aside, the new one not yet in
-        ("rmtree", 2, True),  # the new one is in, the old one not yet deleted
+        ("rename", 0, False),  # complete, but not yet in place
+        ("rename", 1, False),  # the old one is moved away, the new one not yet in place
+        ("rmtree", 2, True),  # the new one is in place, the old one not yet deleted
     ],
 )
-def test_a_killed_save_leaves_the_old_folder_or_the_new_one(best, at, count, is_new):
+def test_killed_save_leaves_the_old_or_the_new_folder(best, at, count, is_new):
     before = bias(best)
     done = run(SAVE, str(best), at, str(count))
     assert done.returncode == 9, done.stderr
-    assert len(list(best.parent.iterdir())) >= 2  # something is left behind
+    assert len(list(best.parent.iterdir())) >= 2  # leftovers of the killed process
     assert (bias(best) == before).all() != is_new
     if not is_new:
         assert model_card.best_top1(best.parent) == 3.0
@@ -111,19 +111,19 @@ def test_a_killed_save_leaves_the_old_folder_or_the_new_one(best, at, count, is_
     assert [path.name for path in best.parent.iterdir()] == ["best"]
 
 
-def test_what_is_half_deleted_is_never_put_back(best):
+def test_half_deleted_backup_is_not_restored(best):
     shutil.copytree(best, best.parent / ".best.old")
-    (best.parent / ".best.old" / "model.json").unlink()  # goes first
+    (best.parent / ".best.old" / "model.json").unlink()  # deleted first
     shutil.rmtree(best)
     assert model_card.best_top1(best.parent) == -1.0
     with pytest.raises(InputError, match="best is not a model folder"):
         jaxvid.load_model(best)
 
 
-def test_a_full_disk_is_one_line_and_the_old_folder_stays(best):
+def test_full_disk_gives_one_line_error_and_keeps_the_old_folder(best):
     before = bias(best)
-    # In a process of its own, for Orbax leaves threads behind that go on to complain.
-    done = run(FULL, str(best))
+    # In a process of its own, as Orbax leaves threads behind that keep logging errors.
+    done = run(FULL_DISK, str(best))
     assert done.stdout.startswith(f"error: {best} cannot be written (")
     assert "File too large" in done.stdout
     assert len(done.stdout.splitlines()) == 1
@@ -131,7 +131,7 @@ def test_a_full_disk_is_one_line_and_the_old_folder_stays(best):
     assert [path.name for path in best.parent.iterdir()] == ["best"]
 
 
-def test_a_full_disk_is_seen_before_anything_is_written(best, monkeypatch):
+def test_full_disk_is_detected_before_writing(best, monkeypatch):
     usage = shutil.disk_usage(best)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     monkeypatch.delattr(model_folder.ocp, "Checkpointer")
@@ -150,14 +150,16 @@ def test_a_full_disk_is_seen_before_anything_is_written(best, monkeypatch):
         ExceptionGroup("several", [ValueError("No space left on device"), OSError(5, "x")]),
     ],
 )
-def test_whatever_orbax_says_of_a_full_disk_is_one_line(best, monkeypatch, error):
+def test_orbax_errors_for_a_full_disk_become_one_line(best, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(model_folder.ocp.Checkpointer, "save", fail)
-    with pytest.raises(InputError, match=r"written \(No space left on device\); make") as told:
+    with pytest.raises(
+        InputError, match=r"written \(No space left on device\); make"
+    ) as error_info:
         save(best, 4)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error_info.value)
     assert model_card.best_top1(best.parent) == 3.0
 
 
@@ -185,7 +187,7 @@ def find_file(folder: Path, which: str) -> Path:
 
 @pytest.mark.parametrize("damage", [zero_half, flip])
 @pytest.mark.parametrize("which", ["largest", "_METADATA"])
-def test_damage_that_keeps_the_size_is_one_line(best, damage, which):
+def test_damage_that_keeps_file_sizes_gives_one_line_error(best, damage, which):
     damage(find_file(best, which))
     with pytest.raises(InputError, match="params is damaged: 1 of .* have changed") as error:
         jaxvid.load_model(best)
@@ -193,24 +195,24 @@ def test_damage_that_keeps_the_size_is_one_line(best, damage, which):
 
 
 @pytest.mark.parametrize("which", ["largest", "_METADATA"])
-def test_folders_without_checksums_load_and_their_damage_is_one_line(best, which):
+def test_folders_without_checksums_load_and_damage_gives_one_line_error(best, which):
     card = json.loads((best / "model.json").read_text())
     del card["checksums"]
     (best / "model.json").write_text(json.dumps(card))
     jaxvid.load_model(best)
     zero_half(find_file(best, which))
-    done = run(LOAD, str(best))  # by itself, as Orbax leaves coroutines behind
+    done = run(LOAD, str(best))  # in its own process, as Orbax leaves coroutines behind
     assert done.stdout.startswith(f"error: {best}/params cannot be read (")
     assert len(done.stdout.splitlines()) == 1
 
 
-def test_a_newer_version_with_other_keys_is_told_by_its_version(best):
+def test_newer_format_version_is_refused(best):
     (best / "model.json").write_text('{"format_version": 2, "network": {}}')
-    with pytest.raises(InputError, match="has format version 2; this jaxvid reads 1: update it"):
+    with pytest.raises(InputError, match="has format version 2, but this jaxvid reads 1; update"):
         jaxvid.load_model(best)
 
 
-def test_a_huge_network_is_refused_wherever_a_folder_is_named(best, config, capsys):
+def test_huge_network_is_refused_by_every_reader(best, config, capsys):
     card = json.loads((best / "model.json").read_text())
     card["config"]["depth"] = 10**9
     (best / "model.json").write_text(json.dumps(card))
@@ -232,8 +234,8 @@ def test_a_huge_network_is_refused_wherever_a_folder_is_named(best, config, caps
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_links_to_files_are_followed(best, tmp_path):
-    """Download caches consist of such links."""
+def test_symbolic_links_are_followed(best, tmp_path):
+    """Download caches consist of symbolic links."""
     cache = tmp_path / "cache"
     cache.mkdir()
     for i, path in enumerate(p for p in best.rglob("*") if p.is_file()):
@@ -246,32 +248,36 @@ def test_links_to_files_are_followed(best, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("there", "here"),
+    ("model_labels", "data_labels"),
     [
         (["run", "sit"], ["run", "sit"]),
         (["Playing_guitar", "sit "], ["playing guitar", "sit"]),
         (None, ["run", "sit"]),
-        (["0", "1"], ["run", "sit"]),  # nothing named them
+        (["0", "1"], ["run", "sit"]),  # numbers instead of names
         (["run", "sit"], ["0", "1"]),
         ([0, 1], ["run", "sit"]),
         (["1", "0"], ["1", "0"]),
     ],
 )
-def test_the_same_classes_are_accepted(there, here):
-    check_labels(there, here, "MODEL")
+def test_equal_classes_are_accepted(model_labels, data_labels):
+    check_labels(model_labels, data_labels, "MODEL")
 
 
 @pytest.mark.parametrize(
-    ("there", "here", "message"),
+    ("model_labels", "data_labels", "message"),
     [
-        (["a", "run", "sit"], ["a", "sit", "run"], "MODEL .* 1 is 'run' there, 'sit' in the data;"),
+        (
+            ["a", "run", "sit"],
+            ["a", "sit", "run"],
+            "MODEL .* 1 is 'run' in the model, 'sit' in the data;",
+        ),
         (["run", "sit"], ["sit", "run"], "same in another order: .*labels.txt"),
-        (["run", "sit"], ["run", "fly"], "1 is 'sit' there, 'fly' in the data; name a folder"),
-        (["1", "0"], ["run", "sit"], "0 is '1' there, 'run' in the data"),
-        (["run", "sit"], ["run"], "MODEL has 2 classes, the data 1;"),
+        (["run", "sit"], ["run", "fly"], "1 is 'sit' in the model, 'fly' in the data; name a"),
+        (["1", "0"], ["run", "sit"], "0 is '1' in the model, 'run' in the data"),
+        (["run", "sit"], ["run"], "MODEL has 2 classes, but the data has 1;"),
     ],
 )
-def test_other_classes_are_refused_by_the_first_difference(there, here, message):
+def test_different_classes_are_refused(model_labels, data_labels, message):
     with pytest.raises(InputError, match=message) as error:
-        check_labels(there, here, "MODEL")
+        check_labels(model_labels, data_labels, "MODEL")
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Model folders that cannot be used: one line each."""
+"""Unusable model folders give one-line errors."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from jaxvid.storage.preprocessing import read_preprocessing, resolve_color_matri
 
 @pytest.fixture
 def damaged(folders, tmp_path):
-    """A copy of a model folder, to be spoiled."""
+    """A copy of a model folder, to be damaged."""
     return shutil.copytree(folders / "xvit", tmp_path / "damaged")
 
 
@@ -42,7 +42,7 @@ def largest(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (
             lambda f: (f / "model.json").unlink(),
@@ -52,14 +52,17 @@ def largest(folder: Path) -> Path:
         (lambda f: shutil.rmtree(f / "params"), "params is damaged: .* files are missing"),
         (lambda f: cut(largest(f / "params")), "params is damaged: 1 of "),
         (lambda f: largest(f / "params").unlink(), "params is damaged: 1 of "),
-        (lambda f: edit(f, format_version=9), "has format version 9; this jaxvid reads 1: update"),
+        (
+            lambda f: edit(f, format_version=9),
+            "has format version 9, but this jaxvid reads 1; update",
+        ),
         (lambda f: edit(f, config={"width": 32}), "params does not fit the model: .*width|kernel"),
         (lambda f: edit(f, config={"num_classes": 9}, labels=None), r"\(16, 8\) in the folder"),
         (lambda f: edit(f, config={"gears": 5}), "model.json: .* has no option 'gears'"),
         (lambda f: edit(f, config={"heads": 3}), "model.json: .*width=16 does not divide"),
         (lambda f: edit(f, config=None), "model.json: .*export the model again"),
-        (lambda f: edit(f, labels=["one"]), "labels has 1 entries for num_classes=8"),
-        (lambda f: edit(f, labels="one"), "labels has 'one' entries for num_classes=8"),
+        (lambda f: edit(f, labels=["one"]), "labels has 1 entries, expected num_classes=8"),
+        (lambda f: edit(f, labels="one"), "labels is 'one', expected a list or null"),
         (lambda f: edit(f, preprocessing=None), "says nothing of preprocessing"),
         (lambda f: edit(f, preprocessing={"gears": 5}), "model.json: .*'gears'"),
         (
@@ -70,14 +73,17 @@ def largest(folder: Path) -> Path:
         (lambda f: edit(f, preprocessing={"by_time": 1}), "preprocessing has by_time=1, which"),
         (lambda f: edit(f, preprocessing={"num_frames": 8.5}), "preprocessing has num_frames=8.5"),
         (lambda f: edit(f, preprocessing={"num_crops": 2}), "num_crops=2: there are 1, 3"),
-        (lambda f: edit(f, preprocessing=[8]), "model.json says nothing of preprocessing"),
+        (
+            lambda f: edit(f, preprocessing=[8]),
+            "model.json: preprocessing is .8., expected a dict or null",
+        ),
         (lambda f: edit(f, preprocessing={"crop": 65}), "short_side=72|does not fit the network"),
         (lambda f: edit(f, preprocessing={"num_frames": 9}), "9 frames do not divide"),
         (lambda f: edit(f, preprocessing={"sampling": "x"}), "sampling='x': there are"),
     ],
 )
-def test_bad_folders_are_one_line(damaged, clips, capsys, spoil, message):
-    spoil(damaged)
+def test_unusable_folders_give_one_line_errors(damaged, clips, capsys, damage, message):
+    damage(damaged)
     assert main([clips[0], "--model", str(damaged)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -87,7 +93,7 @@ def test_bad_folders_are_one_line(damaged, clips, capsys, spoil, message):
     assert len(err.splitlines()) == 1
 
 
-def test_a_folder_without_mean_is_refused(damaged):
+def test_missing_mean_is_refused(damaged):
     card = json.loads((damaged / "model.json").read_text())
     del card["preprocessing"]["mean"]
     (damaged / "model.json").write_text(json.dumps(card))
@@ -95,26 +101,26 @@ def test_a_folder_without_mean_is_refused(damaged):
         jaxvid.Classifier(damaged)
 
 
-def test_weights_that_are_not_finite_are_no_prediction(folders, clips, tmp_path, capsys):
+def test_non_finite_weights_are_refused(folders, clips, tmp_path, capsys):
     model = jaxvid.create_model("xvit_tiny", width=16, depth=2)
     model.consensus.cls_token[...] = np.nan
-    how = model_card.load_card(folders / "xvit")["preprocessing"]
-    jaxvid.save_model(model, tmp_path / "nan", preprocessing=how)
+    preprocessing = model_card.load_card(folders / "xvit")["preprocessing"]
+    jaxvid.save_model(model, tmp_path / "nan", preprocessing=preprocessing)
     assert main([clips[0], "--model", str(tmp_path / "nan")]) == 2
-    assert "logits that are not finite" in capsys.readouterr().err
+    assert "logits are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("kind", "matrix"), [("stam", "bt601"), ("xvit", "tagged"), (None, "tagged")]
 )
-def test_folders_older_than_the_color_matrix_get_the_one_of_their_program(damaged, kind, matrix):
+def test_folders_without_color_matrix_get_that_of_the_original_program(damaged, kind, matrix):
     card = model_card.load_card(damaged)
     card["preprocessing"].pop("color_matrix", None)
     card["provenance"] = {"kind": kind} if kind else {}
     assert read_preprocessing(card, damaged / "model.json")["color_matrix"] == matrix
 
 
-def test_resolving_the_color_matrix_leaves_the_config_as_it_is():
+def test_resolving_the_color_matrix_does_not_modify_the_config():
     config = ConfigDict({"data": {"color_matrix": "auto"}}).lock()
     resolved = resolve_color_matrix(config, {"color_matrix": "bt601"})
     assert (resolved.data.color_matrix, config.data.color_matrix) == ("bt601", "auto")

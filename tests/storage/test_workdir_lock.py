@@ -1,4 +1,4 @@
-"""One run at a time uses a workdir; a lock never outlives its holder."""
+"""The workdir lock: one run at a time, and no lock outlives its holder."""
 
 import errno
 import fcntl
@@ -30,7 +30,7 @@ with locked(Path(sys.argv[1])):
 
 @pytest.fixture
 def held(tmp_path):
-    """A workdir with a file, locked by another process."""
+    """A workdir that another process has locked, and that process."""
     workdir = tmp_path / "w"
     workdir.mkdir()
     (workdir / "log.txt").write_text("a run\n")
@@ -48,7 +48,7 @@ def contents(folder) -> dict:
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
-def test_a_second_run_is_refused_and_touches_nothing(held, config):
+def test_second_run_is_refused_and_changes_nothing(held, config):
     workdir, holder = held
     before = contents(workdir)
     for program in (train, evaluate):
@@ -59,7 +59,7 @@ def test_a_second_run_is_refused_and_touches_nothing(held, config):
     assert contents(workdir) == before
 
 
-def test_the_lock_of_a_killed_run_is_free(held):
+def test_lock_of_a_killed_run_is_released(held):
     workdir, holder = held
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -72,7 +72,7 @@ def test_the_lock_of_a_killed_run_is_free(held):
     assert [path.name for path in workdir.iterdir()] == ["log.txt"]
 
 
-def test_a_lock_file_that_its_holder_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+def test_lock_file_deleted_by_its_holder_is_created_again(tmp_path, monkeypatch):
     flock, calls = fcntl.flock, []
 
     def removing(file, operation):
@@ -97,7 +97,7 @@ def refusing(config, workdir):
     raise InputError("no")
 
 
-def test_without_locks_in_the_file_system_a_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_file_systems_without_locks_are_tolerated(tmp_path, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -109,13 +109,13 @@ def test_without_locks_in_the_file_system_a_run_goes_on(tmp_path, monkeypatch, c
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_is_refused_leaves_no_new_workdir(tmp_path):
+def test_refused_run_leaves_no_new_workdir(tmp_path):
     with pytest.raises(InputError, match="no"):
         refusing(None, tmp_path / "a" / "w")
     assert not (tmp_path / "a" / "w").exists()
 
 
-def test_of_several_processes_the_first_holds_the_lock(tmp_path, monkeypatch):
+def test_only_process_0_holds_the_lock(tmp_path, monkeypatch):
     class Second:
         index = 1
 
@@ -128,7 +128,7 @@ def test_of_several_processes_the_first_holds_the_lock(tmp_path, monkeypatch):
 
 
 @pytest.mark.full
-def test_a_second_start_from_the_command_line_is_refused(motion_folder, tmp_path):
+def test_second_command_is_refused(motion_folder, tmp_path):
     options = {"processes": 1, "devices": 1, "mesh": (1, 1), "data__folder": motion_folder}
     workdir = tmp_path / "w"
     with started(workdir, **options, num_epochs=1000.0) as [run]:

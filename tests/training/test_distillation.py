@@ -44,7 +44,7 @@ def test_no_teacher_is_none(config):
     ("options", "message"),
     [
         ({"labels": [*LABELS[:2], LABELS[3], LABELS[2], *LABELS[4:]]}, "2 is .* another order"),
-        ({"labels": [*LABELS[:7], "sitting"]}, "teacher has other classes: 7 is 'sitting' there"),
+        ({"labels": [*LABELS[:7], "sitting"]}, "teacher has other classes: class 7 is 'sitting'"),
         (
             {"num_classes": 9},
             "has other clips or classes: num_classes: 9 in the teacher, 8 in the config",
