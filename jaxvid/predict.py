@@ -1,20 +1,20 @@
-"""Says what videos show: python -m jaxvid.predict FILE|FOLDER|PATTERN... --model FOLDER.
+"""Classify video files: python -m jaxvid.predict FILE|FOLDER|PATTERN... --model FOLDER.
 
-Of a folder, all videos below it; a quoted pattern (`'clips/**/*.mp4'`) is expanded here. With
---window and --stride: what is seen when in one long video.
+A folder stands for all videos below it. Quote patterns (`'clips/**/*.mp4'`), which the program
+expands. --window and --stride classify sliding windows of one long video.
 
-Clips are made as the model was tested, and as many of them: of a trained model as its evaluation
-made them, of a converted one as the released protocol does (XViT: 3 crops of a clip, on
-Something-Something of 2 clips; STAM: one). That is --mode eval's answer for the same video; --clips
-and --crops ask for fewer, which is faster, or for more.
+Preprocessing and the number of views come from the model card. A trained model uses those of its
+evaluation, a converted one those of the released protocol (XViT: 3 crops of 1 clip, or of 2 clips
+on Something-Something; STAM: 1 crop of 1 clip). Predictions then equal those of --mode eval.
+--clips and --crops set another number of views; fewer are faster.
 
-The exit status is the number of inputs that failed, at most 99: each of them is a line
-`failed: ...` on stderr, whose last line is `N of M failed`, and the others are predicted all the
-same. As in every program here, 2 is also the status of unusable input as a whole (a bad model
-folder or option, nothing to predict): then the last line is `error: ...`, and no more is predicted.
+The exit code is the number of inputs that failed, at most 99. Each of them gives a line `failed:
+...` on stderr, whose last line is `N of M failed`; the other inputs are still classified. As in
+every program of jaxvid, the exit code is also 2 if the input as a whole is unusable (bad model
+folder or option, no videos). The last line is then `error: ...`.
 """
 
-if __name__ == "__main__":  # before the imports below, which take seconds
+if __name__ == "__main__":  # before the slow imports below
     from jaxvid import entry_point
 
     entry_point.run("jaxvid.predict")
@@ -37,30 +37,30 @@ from jaxvid.errors import InputError, printable
 from jaxvid.inference.class_timeline import KINDS
 from jaxvid.inference.classifier import Classifier
 
-MAX_STATUS = 99
+MAX_EXIT_CODE = 99
 STDOUT = "-"
-BATCH_CLIPS = 8  # views of all videos of a batch, where nothing else is asked for
+DEFAULT_BATCH_VIEWS = 8  # views per batch, over all its videos
 
 
 def expand(inputs: Sequence[str], skipped: Skipped | None = None) -> tuple[list[str], list[dict]]:
-    """Finds the videos that are meant.
+    """Expand the inputs of the command line to video files.
 
     Args:
-        inputs: Files, taken whatever their names; folders, of which all videos below are taken,
-            sorted; patterns as `glob` knows them, `**` included. What exists is no pattern.
-        skipped: Counts what is in the folders and is not taken.
+        inputs: Files, with any suffix; folders, which stand for all videos below them, sorted; and
+            patterns in the syntax of `glob`, including `**`. An existing path is not a pattern.
+        skipped: Counts the skipped contents of folders.
 
     Returns:
-        The videos, each once; and `{"video", "error"}` of each input that has none or cannot be
-        read.
+        The videos without duplicates, and `{"video", "error"}` for each input that has no videos or
+        cannot be read.
     """
     videos, failures = {}, []
     for name in inputs:
         is_pattern = glob.has_magic(name) and not os.path.lexists(name)
-        found = sorted(glob.glob(name, recursive=True)) if is_pattern else [name]
-        if not found:
-            failures.append({"video": name, "error": f"{name}: nothing matches this pattern"})
-        for path in found:
+        matches = sorted(glob.glob(name, recursive=True)) if is_pattern else [name]
+        if not matches:
+            failures.append({"video": name, "error": f"{name}: no file matches this pattern"})
+        for path in matches:
             files, errors = list_videos(path, skipped) if os.path.isdir(path) else ([path], [])
             videos |= dict.fromkeys(files)
             failures += [{"video": path, "error": printable(error)} for error in errors]
@@ -68,20 +68,20 @@ def expand(inputs: Sequence[str], skipped: Skipped | None = None) -> tuple[list[
 
 
 def list_videos(folder: str, skipped: Skipped | None = None) -> tuple[list[str], list[str]]:
-    """The videos below a folder, sorted, and what cannot be read there, a line each."""
+    """Return the videos below a folder, sorted, and one error line per unreadable subfolder."""
     unread, files = [], []
     skipped = Skipped() if skipped is None else skipped
     for root, folders, names in os.walk(folder, onerror=unread.append):
         folders.sort()
         paths = {name: os.path.join(root, name) for name in names}
         for name in folders:
-            if os.path.islink(os.path.join(root, name)):  # not followed: links may form a loop
+            if os.path.islink(os.path.join(root, name)):  # not followed, as links may form a loop
                 skipped.add(folder_scan.LINKED_FOLDER)
         entries = ((name, functools.partial(os.path.isfile, path)) for name, path in paths.items())
         files += [paths[name] for name in folder_scan.pick_videos(entries, skipped)]
     errors = [f"{error.filename}: cannot be read ({error.strerror})" for error in unread]
     if not files and not errors:
-        errors.append(f"{folder}: no video in it ({', '.join(folder_scan.VIDEO_SUFFIXES)})")
+        errors.append(f"{folder}: contains no videos ({', '.join(folder_scan.VIDEO_SUFFIXES)})")
     return files, errors
 
 
@@ -95,57 +95,57 @@ def predict(
     num_crops: int | None = None,
     dtype: str = "float32",
 ) -> Iterator[dict]:
-    """Classifies videos with the network of a model folder, in their order.
+    """Classify videos with a model folder.
 
     Args:
-        videos: Files.
-        folder: The model folder.
-        top_k: How many classes to name.
-        batch_size: Videos that are computed together; None: as many as have 8 views in all, but at
-            least one and no more than there are.
-        num_clips: Clips of a video; None: as many as the model was tested with.
-        num_crops: Crops of a clip; None: likewise.
-        dtype: Of the computation, `float32` or `bfloat16`.
+        videos: Video files.
+        folder: Model folder.
+        top_k: Number of classes to return.
+        batch_size: Videos per batch; None: about 8 views per batch, at least one video.
+        num_clips: Clips per video; None: from the model card.
+        num_crops: Crops per clip, 1 or 3; None: from the model card.
+        dtype: Compute dtype, `float32` or `bfloat16`.
 
     Yields:
-        What `classifier.Prediction.to_json` gives, for each video.
+        `Prediction.to_json()` of each video, in order.
 
     Raises:
-        InputError: The model folder is unusable, or a number impossible.
+        InputError: The model folder is unusable, or a value is out of range.
     """
     size = 1 if batch_size is None else batch_size
     views = {"num_clips": num_clips, "num_crops": num_crops}
     classifier = Classifier(folder, batch_size=size, dtype=dtype, **views)
     if batch_size is None:
         views = classifier.spec.num_clips * classifier.spec.num_crops
-        classifier.batch_size = max(1, min(BATCH_CLIPS // views, len(videos)))
+        classifier.batch_size = max(1, min(DEFAULT_BATCH_VIEWS // views, len(videos)))
     for prediction in classifier.stream(videos, top_k):
         yield prediction.to_json()
 
 
-def show(text: str) -> None:
-    """Prints a line on stdout. What is no UTF-8 in a file's name is escaped, as JSON does it."""
+def print_line(text: str) -> None:
+    """Print a line to stdout; bytes of file names that are not UTF-8 are escaped as in JSON."""
     print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
 def print_result(result: dict, *, as_json: bool) -> None:
-    """Prints a video's result: what failed on stderr, unless all is JSON."""
+    """Print a result. A failure goes to stderr, and with `as_json` also to stdout."""
     if as_json:
-        show(json.dumps(result, ensure_ascii=False))
+        print_line(json.dumps(result, ensure_ascii=False))
     elif "error" not in result:
-        padded = ", shorter than its clip: frames repeat" if result["padded"] else ""
-        show(f"{printable(result['video'])}  ({result['seconds']:.3f} s{padded})")
+        padded = ", shorter than its clip: frames are repeated" if result["padded"] else ""
+        print_line(f"{printable(result['video'])}  ({result['seconds']:.3f} s{padded})")
         for entry in result["top"]:
-            show(f"  {100 * entry['probability']:5.1f} %  {entry['label']}")
+            print_line(f"  {100 * entry['probability']:5.1f} %  {entry['label']}")
     if "error" in result:
         print(f"failed: {result['error']}", file=sys.stderr, flush=True)
 
 
 def run(videos: Sequence[str], args: argparse.Namespace) -> Iterator[dict]:
-    """What the command line asks for: the videos' results, or that of one video's windows.
+    """Classify whole videos, or sliding windows of one video, as the options say.
 
     Yields:
-        As `predict`; of windows nothing but an error: they are printed or written here.
+        The result of each video, from `predict`. Windows are printed or written instead; only a
+        decode error is yielded.
 
     Raises:
         InputError: An option or the model folder is unusable.
@@ -155,37 +155,42 @@ def run(videos: Sequence[str], args: argparse.Namespace) -> Iterator[dict]:
         options |= {"top_k": args.top_k, "batch_size": args.batch_size, "dtype": args.dtype}
         yield from predict(videos, args.model, **options)
         return
-    [video] = videos
+    if error := _classify_windows(videos[0], args):
+        yield {"video": videos[0], "error": error}
+
+
+def _classify_windows(video: str, args: argparse.Namespace) -> str:
+    """Classify sliding windows and write or print them; return the decode error, if any."""
     size = 1 if args.batch_size is None else args.batch_size
     classifier = Classifier(args.model, batch_size=size, num_crops=args.crops, dtype=args.dtype)
     try:
         timeline = classifier.windows(video, args.window, args.stride)
     except DecodeError as error:
-        yield {"video": video, "error": str(error)}
-        return
+        return str(error)
     if args.output:
         for path in timeline.save(args.output, args.top_k):
-            show(str(path))
-        return
+            print_line(str(path))
+        return ""
     for row in timeline.rows(args.top_k):
         if args.json:
-            show(json.dumps({"video": video, **row}, ensure_ascii=False))
+            print_line(json.dumps({"video": video, **row}, ensure_ascii=False))
             continue
         top = ", ".join(f"{e['label']} {100 * e['probability']:.1f} %" for e in row["top"])
-        show(f"{row['start']:9.2f} to {row['end']:9.2f} s  {top}")
+        print_line(f"{row['start']:9.2f} to {row['end']:9.2f} s  {top}")
+    return ""
 
 
 def check_options(args: argparse.Namespace, num_videos: int) -> None:
-    """Refuses options that do not go together, and files that cannot be written.
+    """Refuse conflicting options, and output files that cannot be written.
 
     Raises:
-        InputError: Says which, and what would.
+        InputError: Names the option, and what to do.
     """
     writes_json = args.json not in (None, STDOUT)
     if writes_json and not args.json.endswith(".json"):
         raise InputError(
-            f"--json {args.json}: the file to write must end in .json; to print JSON, put --json "
-            "last or before another option"
+            f"--json {args.json}: the output file must end in .json; to print JSON instead, put "
+            "--json last or before another option"
         )
     if args.top_k < 1:
         raise InputError(f"--top_k={args.top_k}: must be at least 1")
@@ -197,46 +202,49 @@ def check_options(args: argparse.Namespace, num_videos: int) -> None:
             check_output("--json", Path(args.json))
         return
     if args.stride is None:
-        raise InputError("--window needs --stride SECONDS, from one window's start to the next")
+        raise InputError("--window needs --stride SECONDS, the time between the starts of windows")
     if num_videos != 1:
-        raise InputError(f"--window takes one video, not {num_videos}; call it once for each")
+        raise InputError(f"--window: expected one video, got {num_videos}; run once per video")
     if args.clips is not None:
-        raise InputError("--clips does not go with --window: every window is one clip")
+        raise InputError("--clips cannot be combined with --window: every window is one clip")
     if writes_json:
-        raise InputError(f"--json {args.json} does not go with --window; give --output PREFIX")
+        raise InputError(
+            f"--json {args.json} cannot be combined with --window; use --output PREFIX"
+        )
     for kind in KINDS if args.output else ():
         check_output("--output", Path(f"{args.output}.{kind}"))
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line's options."""
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxvid.predict",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="video files, folders, quoted patterns")
-    add("--model", required=True, metavar="FOLDER", help="a model folder")
-    add("--top_k", type=int, default=5, help="classes to name (default 5)")
-    add("--json", nargs="?", const=STDOUT, metavar="OUT", help="print one JSON object a line, "
-        "or write a list of them to OUT.json")  # fmt: skip
-    add("--clips", type=int, help="clips of a video, whose logits are summed (default: as many "
-        "as the model was tested with)")  # fmt: skip
-    add("--crops", type=int, help="crops of a clip, 1 or 3 (default: likewise)")
-    add("--batch_size", type=int, help="videos that are computed together (default: as many as "
-        "have 8 clips times crops in all, at least 1), or windows (default 1)")  # fmt: skip
+    add("inputs", nargs="+", metavar="INPUT", help="video file, folder, or quoted pattern")
+    add("--model", required=True, metavar="FOLDER", help="model folder")
+    add("--top_k", type=int, default=5, help="number of classes to report (default: 5)")
+    add("--json", nargs="?", const=STDOUT, metavar="FILE", help="print one JSON object per "
+        "line, or write a list of them to FILE, whose suffix must be .json")  # fmt: skip
+    add("--clips", type=int, help="clips per video, whose logits are summed (default: from the "
+        "model card)")  # fmt: skip
+    add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
+    add("--batch_size", type=int, help="videos per batch (default: as many as have 8 views, "
+        "clips × crops, at least 1), or windows per batch (default: 1)")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the computation (default float32, as in evaluation)")  # fmt: skip
-    add("--window", type=float, metavar="SECONDS", help="classify windows of one video")
-    add("--stride", type=float, metavar="SECONDS", help="from one window's start to the next; of "
-        "a STAM, moved a little so that windows share frames, which is then told")  # fmt: skip
-    add("--output", metavar="PREFIX", help="write windows to PREFIX.csv, .json and .png")
+        help="compute dtype (default: float32, as in evaluation)")  # fmt: skip
+    add("--window", type=float, metavar="SECONDS", help="classify sliding windows of this "
+        "length of one video")  # fmt: skip
+    add("--stride", type=float, metavar="SECONDS", help="time between the starts of windows. "
+        "STAM adjusts it slightly, and prints the value, so that windows share frames")  # fmt: skip
+    add("--output", metavar="PREFIX", help="write the windows to PREFIX.csv, .json and .png")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit code."""
     args = make_parser().parse_args(argv)
     results, skipped = [], Skipped()
     try:
@@ -258,4 +266,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return InputError.EXIT_CODE
     if failed := sum("error" in result for result in results):
         print(f"{failed} of {len(failures) + len(videos)} failed", file=sys.stderr)
-    return min(failed, MAX_STATUS)
+    return min(failed, MAX_EXIT_CODE)

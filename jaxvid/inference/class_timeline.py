@@ -1,4 +1,4 @@
-"""The classes of a long video over time: a table, JSON and a picture."""
+"""Class probabilities of a long video over time, as CSV, JSON and plot."""
 
 import csv
 import dataclasses
@@ -12,22 +12,22 @@ from matplotlib.figure import Figure
 from jaxvid.atomic import write_file, write_json
 from jaxvid.plot_style import GRID, INK
 
-COLOURS = ("#0b6fb8", "#d1495b", "#3f8f4f", "#e0912f", "#7a52a8", "#2aa5a0")  # of drawn classes
-OTHERS = "#c9c9c9"
-KINDS = ("csv", "json", "png")  # the files of a timeline
+COLOURS = ("#0b6fb8", "#d1495b", "#3f8f4f", "#e0912f", "#7a52a8", "#2aa5a0")  # per drawn class
+OTHERS = "#c9c9c9"  # classes that are not drawn
+KINDS = ("csv", "json", "png")  # suffixes of the files of a timeline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassTimeline:
-    """The classes of a video over time.
+    """Class probabilities of the windows of a video.
 
     Attributes:
-        video: The file.
-        labels: Names of all classes.
+        video: Path of the file.
+        labels: Class names.
         starts: `(windows,)` seconds from the video's first frame.
-        ends: `(windows,)` likewise.
-        padded: `(windows,)` whether the window is too short for its clip and repeats frames.
-        stride: Seconds from start to start.
+        ends: `(windows,)` seconds from the video's first frame.
+        padded: `(windows,)` booleans: the window is shorter than its clip, which repeats frames.
+        stride: Seconds between the starts of windows.
         probabilities: `(windows, num_classes)`.
     """
 
@@ -40,7 +40,7 @@ class ClassTimeline:
     probabilities: np.ndarray
 
     def rows(self, top_k: int) -> list[dict]:
-        """`{"start", "end", "padded", "top": [{"label", "probability"}]}` of each window."""
+        """Return `{"start", "end", "padded", "top": [{"label", "probability"}]}` per window."""
         order = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :top_k]
         return [
             {
@@ -56,40 +56,44 @@ class ClassTimeline:
         ]
 
     def save(self, prefix: str | Path, top_k: int = 5) -> list[Path]:
-        """Writes `PREFIX.csv`, `PREFIX.json` and `PREFIX.png`, each whole or not at all.
+        """Write `PREFIX.csv`, `PREFIX.json` and `PREFIX.png`, each atomically.
+
+        Args:
+            prefix: Path without suffix.
+            top_k: Number of classes per window.
 
         Returns:
-            The three files.
+            The paths of the three files.
 
         Raises:
-            InputError: They cannot be written.
+            InputError: A file cannot be written.
         """
-        rows, table, picture = self.rows(top_k), io.StringIO(), io.BytesIO()
+        rows, table, plot = self.rows(top_k), io.StringIO(), io.BytesIO()
         ranks = range(1, len(rows[0]["top"]) + 1)
         names = [name for rank in ranks for name in (f"label_{rank}", f"probability_{rank}")]
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(["start", "end", "padded", *names])
         for row in rows:
             pairs = [(entry["label"], f"{entry['probability']:.6f}") for entry in row["top"]]
-            when = row["start"], row["end"], int(row["padded"])
-            writer.writerow([*when, *(x for pair in pairs for x in pair)])
+            span = row["start"], row["end"], int(row["padded"])
+            writer.writerow([*span, *(x for pair in pairs for x in pair)])
         document = {"video": self.video, "stride": round(self.stride, 6), "windows": rows}
-        self.draw().savefig(picture, format="png")
+        self.draw().savefig(plot, format="png")
         paths = [Path(f"{prefix}.{kind}") for kind in KINDS]
         write_file(paths[0], table.getvalue().encode())
         write_json(paths[1], document)
-        write_file(paths[2], picture.getvalue())
+        write_file(paths[2], plot.getvalue())
         return paths
 
     def draw(self) -> Figure:
-        """Draws the likeliest classes over time; below, the top class of each moment."""
-        first = self.probabilities.argmax(axis=1)
-        shown = self._shown(first)
+        """Plot the most likely classes over time, and below them the top-1 class."""
+        top1 = self.probabilities.argmax(axis=1)
+        colour_of = self._choose_classes(top1)
         middles = (self.starts + self.ends) / 2
         figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=130)
         axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=(9, 1))
         marker = "o" if len(middles) <= 60 else None
-        for c, colour in shown.items():
+        for c, colour in colour_of.items():
             values = 100 * self.probabilities[:, c]
             axes.plot(middles, values, color=colour, label=self.labels[c], marker=marker, ms=4)
         axes.set_ylim(0, 102)
@@ -99,20 +103,20 @@ class ClassTimeline:
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         axes.grid(color=GRID, lw=0.6)
         axes.set_axisbelow(True)
-        # Each window stands for the stretch around its middle.
+        # Each window colours the strip halfway to its neighbours' middles.
         edges = np.concatenate([self.starts[:1], (middles[1:] + middles[:-1]) / 2, self.ends[-1:]])
-        colours = [shown.get(c, OTHERS) for c in first.tolist()]
+        colours = [colour_of.get(c, OTHERS) for c in top1.tolist()]
         strip.bar(edges[:-1], 1, np.diff(edges), align="edge", color=colours)
         strip.set_yticks([])
-        strip.set_ylabel("top", rotation=0, ha="right", va="center")
-        strip.set_xlabel("seconds")
+        strip.set_ylabel("top-1", rotation=0, ha="right", va="center")
+        strip.set_xlabel("time (s)")
         strip.set_xlim(edges[0], edges[-1])
         for panel in (axes, strip):
             panel.spines[["top", "right"]].set_visible(False)
         return figure
 
-    def _shown(self, first: np.ndarray) -> dict[int, str]:
-        """The classes that are drawn → colour: the most often first, then the highest peaks."""
-        counts = np.bincount(first, minlength=len(self.labels))
+    def _choose_classes(self, top1: np.ndarray) -> dict[int, str]:
+        """Map the classes to draw to colours: most often top-1 first, then by peak probability."""
+        counts = np.bincount(top1, minlength=len(self.labels))
         order = np.lexsort((-self.probabilities.max(axis=0), -counts))
         return dict(zip(order.tolist(), COLOURS, strict=False))

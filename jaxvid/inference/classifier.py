@@ -1,4 +1,4 @@
-"""Video files in, labels out: a model folder that is loaded once and compiled once.
+"""Classify video files with a model folder that is loaded and compiled once.
 
 classifier = jaxvid.Classifier("runs/motion/model")
 print(classifier.predict("clip.mp4").labels[0])
@@ -12,12 +12,14 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
 import jax
 import numpy as np
+from jax.typing import DTypeLike
+from scipy.special import softmax
 
 from jaxvid.data.check import MAX_SECONDS, map_in_order
 from jaxvid.data.clips.clip import load_eval_views
@@ -26,7 +28,7 @@ from jaxvid.distributed import setup
 from jaxvid.errors import InputError
 from jaxvid.inference.class_timeline import ClassTimeline
 from jaxvid.inference.sliding_windows import gather_clips, plan_windows, prefetch, read_frames
-from jaxvid.models import merge_params, split_params
+from jaxvid.models import Params, merge_params, split_params
 from jaxvid.models.stam import STAM
 from jaxvid.progress import Progress
 from jaxvid.storage import eval_step
@@ -35,15 +37,15 @@ from jaxvid.storage.preprocessing import clip_shape, load_model_and_spec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a network says of a video.
+    """The predicted classes of a video.
 
     Attributes:
-        video: The file.
-        labels: The most likely classes, the likeliest first.
-        probabilities: Theirs, in [0, 1]; of all classes together they are 1.
-        seconds: Wall time: decoding, and the video's share of its batch's computation.
-        padded: Whether the video is too short for its clip and repeats frames.
-        error: Why it cannot be decoded, and then the rest is empty; empty: it can.
+        video: Path of the file.
+        labels: The most likely classes, in descending order.
+        probabilities: Their probabilities, which sum to 1 over all classes.
+        seconds: Wall time of decoding, plus the video's share of its batch's computation.
+        padded: The video is shorter than its clip, which repeats frames.
+        error: Decode error; empty if the video was decoded. The other fields are then empty.
     """
 
     video: str
@@ -54,7 +56,10 @@ class Prediction:
     error: str = ""
 
     def to_json(self) -> dict:
-        """`{"video", "top": [{"label", "probability"}], "seconds", "padded"}`, or `error`."""
+        """Return `{"video", "top": [{"label", "probability"}], "seconds", "padded"}`.
+
+        If decoding failed: `{"video", "error"}`.
+        """
         if self.error:
             return {"video": self.video, "error": self.error}
         pairs = zip(self.labels, self.probabilities, strict=True)
@@ -67,24 +72,24 @@ class Prediction:
 
 
 class Classifier:
-    """Classifies video files on the first device.
+    """Classify video files on the first device.
 
     Args:
-        folder: A model folder.
-        batch_size: Videos that are computed together; a batch that is not full costs as much.
-        num_clips: Clips of a video; None: as many as the model was tested with.
-        num_crops: Crops of a clip, 1 or 3; None: likewise.
-        num_threads: Threads that decode; None: one per CPU core.
-        dtype: Of the computation, `float32` or `bfloat16`, as `eval.dtype`.
+        folder: Model folder.
+        batch_size: Videos per batch. A partial batch is padded and costs as much as a full one.
+        num_clips: Clips per video; None: from the model card.
+        num_crops: Crops per clip, 1 or 3; None: from the model card.
+        num_threads: Decoder threads; None: one per CPU core.
+        dtype: Compute dtype, `float32` or `bfloat16`, like `eval.dtype`.
 
     Attributes:
-        labels: Names of all classes, in order.
-        config: The network's config.
-        spec: How clips are made.
-        batch_size: As given; may be changed.
+        labels: Class names, in order.
+        config: The model config.
+        spec: How clips are sampled, resized and cropped.
+        batch_size: As given. May be changed.
 
     Raises:
-        InputError: The folder is unusable, or a number is impossible.
+        InputError: The folder is unusable, or a value is out of range.
     """
 
     def __init__(
@@ -103,8 +108,8 @@ class Classifier:
         setup.use_compilation_cache()
         card, model, spec = load_model_and_spec(folder, dtype)
         views = {"num_clips": num_clips, "num_crops": num_crops}
-        given = {name: value for name, value in views.items() if value is not None}
-        self.spec = dataclasses.replace(spec, **given)
+        overrides = {name: value for name, value in views.items() if value is not None}
+        self.spec = dataclasses.replace(spec, **overrides)
         self.labels, self.config = card["labels"], model.config
         self.batch_size, self._num_threads = batch_size, num_threads or os.cpu_count()
         self._normalize = functools.partial(
@@ -120,18 +125,18 @@ class Classifier:
     def predict(
         self, videos: str | Path | Sequence[str | Path], top_k: int = 5
     ) -> Prediction | list[Prediction]:
-        """Classifies a video, or several.
+        """Classify one video or several.
 
         Args:
             videos: A file, or a sequence of files.
-            top_k: How many classes to name; at most all.
+            top_k: Number of classes to return, at most all.
 
         Returns:
-            A prediction, or one for each file in their order; those that cannot be decoded have
-            `error`.
+            A prediction for a file, a list of predictions in order for a sequence. In a list,
+            files that cannot be decoded have `error` set.
 
         Raises:
-            DecodeError: One file was asked for, and it cannot be decoded.
+            DecodeError: A single file cannot be decoded.
             InputError: `top_k` is below 1.
         """
         if not isinstance(videos, str | Path):
@@ -142,14 +147,14 @@ class Classifier:
         return prediction
 
     def stream(self, videos: Sequence[str | Path], top_k: int = 5) -> Iterator[Prediction]:
-        """As `predict` of several, batch by batch; threads decode the next ones meanwhile."""
+        """Like `predict` for several videos, batch by batch, while threads decode the next ones."""
         if top_k < 1:
             raise InputError(f"top_k={top_k}: must be at least 1")
         views = self.spec.num_clips * self.spec.num_crops
         self._compile(
             self._score, (self.batch_size, *clip_shape(self.spec, views)), self.spec.eval_dtype
         )
-        group = []  # up to a full batch, and those between that cannot be decoded
+        group = []  # a batch of decoded videos, and the failed ones in between
         for loaded in map_in_order(self._load, videos, self._num_threads):
             group.append(loaded)
             if sum("video" in example for _, example in group) == self.batch_size:
@@ -158,22 +163,22 @@ class Classifier:
         yield from self._predict_group(group, top_k)
 
     def scores(self, views: np.ndarray) -> np.ndarray:
-        """Classifies views of videos.
+        """Return the summed logits of views of videos.
 
         Args:
-            views: `(b, v, t, h, w, c)`, as `load_eval_views` makes them of `spec`.
+            views: `(b, v, t, h, w, c)`, from `load_eval_views` with `spec`.
 
         Returns:
-            `(b, num_classes)` float32: the sums of the views' logits.
+            `(b, num_classes)` float32: logits, summed over the views.
 
         Raises:
-            InputError: They are not finite: the weights are damaged.
+            InputError: The logits are not finite, as the weights are damaged.
         """
         return self._run(self._score, views)
 
     def _load(self, video: str | Path) -> tuple[str, dict]:
-        """A video's name, and its views or its `error`; and the seconds that decoding took."""
-        cv2.setNumThreads(0)  # videos are decoded in parallel, not the parts of a frame
+        """Decode a video; return its name, and its views or `error` with the decoding `seconds`."""
+        cv2.setNumThreads(0)  # videos are decoded in parallel already
         start = time.perf_counter()
         try:
             example = load_eval_views(video, self.spec)
@@ -182,16 +187,16 @@ class Classifier:
         return str(video), {**example, "seconds": time.perf_counter() - start}
 
     def _predict_group(self, group: list[tuple[str, dict]], top_k: int) -> Iterator[Prediction]:
-        good = [example for _, example in group if "video" in example]
+        decoded = [example for _, example in group if "video" in example]
         start = time.perf_counter()
-        rows = iter(self.scores(np.stack([e["video"] for e in good])) if good else ())
-        share = (time.perf_counter() - start) / max(len(good), 1)
+        rows = iter(self.scores(np.stack([e["video"] for e in decoded])) if decoded else ())
+        share = (time.perf_counter() - start) / max(len(decoded), 1)
         num_views = self.spec.num_clips * self.spec.num_crops
         for video, example in group:
             if "error" in example:
                 yield Prediction(video=video, error=example["error"])
                 continue
-            probabilities = softmax(next(rows) / num_views)
+            probabilities = softmax(next(rows).astype(np.float64) / num_views)
             top = np.argsort(-probabilities, kind="stable")[:top_k]
             yield Prediction(
                 video=video,
@@ -204,36 +209,38 @@ class Classifier:
     # -------------------------------------------------------------- windows of a long video
 
     def windows(self, video: str | Path, window: float, stride: float) -> ClassTimeline:
-        """Classifies each of many windows of a video as a video of its own.
+        """Classify sliding windows of a video, each like a video of its own.
 
-        Every needed frame is decoded once, in one pass; memory does not grow with the length. Of a
-        STAM, whose frames do not see each other, the features of a frame are computed once, too,
-        for all windows that show it; the stride is fitted to its sampling (see `plan_windows`).
+        Every frame is decoded at most once, in one pass, in memory that does not grow with the
+        length of the video. If the network encodes frames independently (STAM), the features of a
+        frame are computed once for all windows, and `plan_windows` adjusts the stride to its
+        sampling, so that windows share frames.
 
         Args:
-            video: A file with a known frame rate, or with timestamps.
-            window: Seconds of a window; STAM looks at the first 10 of each.
-            stride: Seconds from one window's start to the next one's; if another is used, that is
-                told on stderr.
+            video: Video file with a frame rate or timestamps.
+            window: Length of a window in seconds. STAM samples the first 10 seconds of each.
+            stride: Seconds between the starts of windows. An adjusted stride is printed to stderr.
 
         Returns:
-            The probabilities of all classes over time: one clip of `spec`'s crops a window.
+            The probabilities of all classes over time, from one clip per window with all crops.
 
         Raises:
-            DecodeError: The file cannot be decoded or has neither rate nor timestamps.
+            DecodeError: The file cannot be decoded, or has neither frame rate nor timestamps.
             InputError: `window` or `stride` is not above 0.
         """
         cv2.setNumThreads(0)
-        shares = self._shares_frames
+        shares_frames = self._shares_frames
         with VideoFile(video, max_seconds=MAX_SECONDS) as reader:
-            plan = plan_windows(reader, self.spec, window, stride, align=shares, name=str(video))
+            plan = plan_windows(
+                reader, self.spec, window, stride, align=shares_frames, name=str(video)
+            )
             if abs(plan.stride - stride) > 1e-6 * stride:
-                why = "so that windows share frames" if shares else "a frame of the video"
-                told = f"stride: {plan.stride:g} s instead of {stride:g} s, {why}"
-                print(told, file=sys.stderr, flush=True)
+                reason = "so that windows share frames" if shares_frames else "one frame"
+                message = f"stride: {plan.stride:g} s instead of {stride:g} s, {reason}"
+                print(message, file=sys.stderr, flush=True)
             needed = np.unique(plan.indices)
             size = min(self.batch_size * self.spec.num_frames, len(needed))
-            # A thread decodes: it ends before the reader is closed.
+            # The decoding thread must end before the reader is closed.
             frames = prefetch(read_frames(reader, needed, self.spec, size))
             with contextlib.closing(frames):
                 scores = self.score_windows(plan.indices, frames)
@@ -244,40 +251,40 @@ class Classifier:
             ends=plan.ends,
             padded=plan.padded,
             stride=plan.stride,
-            probabilities=softmax(scores / self.spec.num_crops),
+            probabilities=softmax(scores.astype(np.float64) / self.spec.num_crops, axis=-1),
         )
 
     def score_windows(
         self, indices: np.ndarray, frames: Iterator[tuple[np.ndarray, np.ndarray]]
     ) -> np.ndarray:
-        """Classifies windows, as their frames come.
+        """Return the summed logits of windows while their frames are decoded.
 
         Args:
-            indices: `(windows, t)` frames of each.
-            frames: Those of all windows, as `windows.read_frames` gives them.
+            indices: `(windows, t)` frame numbers.
+            frames: The frames of all windows, from `sliding_windows.read_frames`.
 
         Returns:
-            `(windows, num_classes)` float32: the sums of the crops' logits.
+            `(windows, num_classes)` float32: logits, summed over the crops.
 
         Raises:
-            InputError: They are not finite: the weights are damaged.
+            InputError: The logits are not finite, as the weights are damaged.
         """
         classify = self._score_features if self._shares_frames else self._score
         items = self._frame_features(frames) if self._shares_frames else frames
-        clips = gather_clips(indices, items)  # of each window (m t ...)
+        clips = gather_clips(indices, items)  # (m t ...) per window
         progress = Progress(len(indices), title="classifying", unit="window")
         scores = []
         with contextlib.closing(progress):
             while batch := list(itertools.islice(clips, self.batch_size)):
                 scores.append(self._run(classify, np.stack(batch)))
                 progress.advance(len(batch))
-        collections.deque(items, maxlen=0)
+        collections.deque(items, maxlen=0)  # decode to the end, to detect damage there
         return np.concatenate(scores)
 
     def _frame_features(
         self, chunks: Iterator[tuple[np.ndarray, np.ndarray]]
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Replaces the crops of frames by their features `(j, m, d)`."""
+        """Replace the crops of frames, `(j, m, h, w, c)`, by their features, `(j, m, d)`."""
         for part, crops in chunks:
             video = crops.swapaxes(0, 1)  # (m j h w c)
             program = self._compile(self._features, video.shape, video.dtype)
@@ -285,35 +292,42 @@ class Classifier:
 
     # -------------------------------------------------------------- on the device
 
-    def _score(self, params, views: jax.Array) -> jax.Array:
-        """`(b, v, t, h, w, c)` pixels → the sums of the views' logits `(b, num_classes)`."""
+    def _score(self, params: Params, views: jax.Array) -> jax.Array:
+        """Map pixels `(b, v, t, h, w, c)` to logits `(b, num_classes)`, summed over the views."""
         b, v, *clip = views.shape
         video = self._normalize(views.reshape(b * v, *clip))
         return merge_params(self._graphdef, params)(video).reshape(b, v, -1).sum(axis=1)
 
-    def _features(self, params, video: jax.Array) -> jax.Array:
-        """A STAM's `(b, t, h, w, c)` pixels → the frames' features `(b, t, d)`."""
+    def _features(self, params: Params, video: jax.Array) -> jax.Array:
+        """Map pixels `(b, t, h, w, c)` to features of frames `(b, t, d)`."""
         return merge_params(self._graphdef, params).frame_features(self._normalize(video))
 
-    def _score_features(self, params, features: jax.Array) -> jax.Array:
-        """`(b, v, t, d)` → the sums of the views' logits `(b, num_classes)`."""
+    def _score_features(self, params: Params, features: jax.Array) -> jax.Array:
+        """Map features `(b, v, t, d)` to logits `(b, num_classes)`, summed over the views."""
         model, (b, v, t, d) = merge_params(self._graphdef, params), features.shape
         logits = model.head(model.video_features(features.reshape(b * v, t, d)))
         return logits.reshape(b, v, -1).sum(axis=1)
 
-    def _compile(self, function, shape: tuple[int, ...], dtype):
-        """The program of a function of weights and an array; each is compiled once."""
+    def _compile(
+        self,
+        function: Callable[[Params, jax.Array], jax.Array],
+        shape: tuple[int, ...],
+        dtype: DTypeLike,
+    ) -> jax.stages.Compiled:
+        """Compile a function of weights and one array, once per shape and dtype."""
         key = (function.__name__, shape, np.dtype(dtype))
         if key not in self._programs:
             lowered = jax.jit(function).lower(self._params, jax.ShapeDtypeStruct(shape, dtype))
             self._programs[key] = lowered.compile()
         return self._programs[key]
 
-    def _run(self, function, inputs: np.ndarray) -> np.ndarray:
-        """Calls a function that gives logits on `batch_size` rows at a time, the last ones padded.
+    def _run(
+        self, function: Callable[[Params, jax.Array], jax.Array], inputs: np.ndarray
+    ) -> np.ndarray:
+        """Map inputs to logits in batches of `batch_size`, the last one padded.
 
         Raises:
-            InputError: Logits are not finite.
+            InputError: The logits are not finite.
         """
         size, rows = self.batch_size, []
         program = self._compile(function, (size, *inputs.shape[1:]), inputs.dtype)
@@ -325,13 +339,6 @@ class Classifier:
         logits = np.concatenate(rows)
         if not np.isfinite(logits).all():
             raise InputError(
-                "the network gives logits that are not finite: its weights are damaged"
+                "the logits are not finite, as the weights are damaged; train or convert it again"
             )
         return logits
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities over the last axis, float64."""
-    logits = logits.astype(np.float64)
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)

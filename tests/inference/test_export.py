@@ -1,4 +1,4 @@
-"""Exported programs run without this package and answer as the model; exported weights are its."""
+"""Exported programs run without jaxvid and match the model; exported weights equal its weights."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from jaxvid.models import make_model_config, split_params
 from jaxvid.storage import eval_step
 from jaxvid.storage.preprocessing import load_model_and_spec
 
-HOW = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.25, "std": 0.5}
+PREPROCESSING = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.25, "std": 0.5}
 LABELS = [f"class {i}" for i in range(5)]
 RUN = """
 import json, sys
@@ -43,7 +43,7 @@ def folder(request, tmp_path_factory):
     model = jaxvid.create_model(request.param, num_classes=5, depth=2)
     folder = tmp_path_factory.mktemp("model") / "model"
     jaxvid.save_model(
-        model, folder, preprocessing={**HOW, "sampling": "uniform_10s"}, labels=LABELS
+        model, folder, preprocessing={**PREPROCESSING, "sampling": "uniform_10s"}, labels=LABELS
     )
     return folder
 
@@ -52,7 +52,7 @@ def make_clips(count: int) -> np.ndarray:
     return np.random.default_rng(count).integers(0, 256, (count, 8, 64, 64, 3), np.uint8)
 
 
-def test_a_process_with_jax_alone_answers_as_the_model(folder, tmp_path, capsys):
+def test_exported_program_matches_the_model_without_jaxvid(folder, tmp_path, capsys):
     file = tmp_path / "new" / "model.stablehlo"
     assert export.main(["--model", str(folder), "--output", str(file)]) == 0
     assert "logits = model.call(clips)" in capsys.readouterr().out
@@ -63,24 +63,24 @@ def test_a_process_with_jax_alone_answers_as_the_model(folder, tmp_path, capsys)
     assert done.returncode == 0, done.stderr
     model = jax.jit(jaxvid.load_model(folder))
     for name, batch in clips.items():
-        found = np.load(tmp_path / f"clips.npz.{name}.npy")
+        logits = np.load(tmp_path / f"clips.npz.{name}.npy")
         expected = np.asarray(model(eval_step.normalize(batch, 0.25, 0.5)))
-        assert found.shape == expected.shape == (len(batch), 5)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+        assert logits.shape == expected.shape == (len(batch), 5)
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
         assert np.abs(expected).max() > 0.1
     about = json.loads((tmp_path / "new" / "model.stablehlo.json").read_text())
     assert about["input"]["shape"] == ["b", 8, 64, 64, 3]
     assert about["input"]["dtype"] == "uint8"
     assert about["output"]["shape"] == ["b", 5]
     assert about["labels"] == LABELS
-    rest = {"sampling_rate": 16, "by_time": False, "resize": "pil_bilinear"}  # whoever made HOW
-    rest |= {"color_matrix": "tagged", "num_clips": 1, "num_crops": 1}  # did not say
-    assert about["preprocessing"] == {**HOW, "sampling": "uniform_10s", **rest}
+    defaults = {"sampling_rate": 16, "by_time": False, "resize": "pil_bilinear"}
+    defaults |= {"color_matrix": "tagged", "num_clips": 1, "num_crops": 1}
+    assert about["preprocessing"] == {**PREPROCESSING, "sampling": "uniform_10s", **defaults}
     assert about["platforms"] == ["cpu", "cuda"]
     assert about["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def test_the_program_is_lowered_for_both_platforms(folder):
+def test_program_is_lowered_for_both_platforms(folder):
     _, model, spec = load_model_and_spec(folder)
     data = export.export_stablehlo(model, spec, mean=0.0, std=1.0)
     program = jax_export.deserialize(bytearray(data))
@@ -89,7 +89,7 @@ def test_the_program_is_lowered_for_both_platforms(folder):
     assert program.nr_devices == 1
 
 
-def test_safetensors_give_back_the_model(folder, tmp_path):
+def test_safetensors_equal_the_weights_of_the_model(folder, tmp_path):
     file = tmp_path / "weights.safetensors"
     arguments = ["--model", str(folder), "--output", str(file), "--format", "safetensors"]
     assert export.main(arguments) == 0
@@ -97,7 +97,7 @@ def test_safetensors_give_back_the_model(folder, tmp_path):
         card = json.loads(opened.metadata()["model.json"])
     assert card["labels"] == LABELS
     assert card["preprocessing"]["mean"] == 0.25
-    assert not {"files", "checksums"} & card.keys()  # they tell of the folder
+    assert not {"files", "checksums"} & card.keys()  # describe files of the folder
     original = jaxvid.load_model(folder)
     weights = load_file(file)
     params = split_params(original)[1]
@@ -111,16 +111,16 @@ def test_safetensors_give_back_the_model(folder, tmp_path):
     assert about["parameters"] == sum(leaf.size for leaf in params.values())
 
 
-def test_a_name_that_is_not_utf_8_is_written_whole(folder, tmp_path, capsys):
+def test_output_name_that_is_not_utf8(folder, tmp_path, capsys):
     output = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     arguments = ["--model", str(folder), "--output", output, "--format", "safetensors"]
     assert export.main(arguments) == 0
-    assert "caf\ufffd.json: what goes in" in capsys.readouterr().out
+    assert "caf\ufffd.json: description of input and output" in capsys.readouterr().out
     about = json.loads(Path(f"{output}.json").read_text(encoding="utf-8"))
     assert about["file"] == Path(output).name
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
+def test_bad_input_gives_one_line_error_and_no_files(folder, tmp_path, capsys, monkeypatch):
     def refused(output, **changes) -> str:
         arguments = {"--model": folder, "--output": tmp_path / output, **changes}
         command = [str(part) for pair in arguments.items() for part in pair]
@@ -130,9 +130,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, capsys, monk
         assert len(error.splitlines()) == 1
         return error
 
-    (tmp_path / "there").mkdir()
-    assert "there cannot be written (Is a directory)" in refused("there")
+    (tmp_path / "folder").mkdir()
+    assert "folder cannot be written (Is a directory)" in refused("folder")
     assert "is not a model folder" in refused("x", **{"--model": tmp_path})
     monkeypatch.setattr(export, "MAX_BYTES", 1000)
     assert "use --format safetensors" in refused("large")
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -1,4 +1,4 @@
-"""Videos to labels: the class and the command."""
+"""Prediction: the Classifier class and the command line."""
 
 import csv
 import json
@@ -25,17 +25,15 @@ from jaxvid.storage.preprocessing import make_preprocessing
 from jaxvid.train import train
 from tests.conftest import shrunk_config
 
-HOW = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
+PREPROCESSING = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
 
 
 def logits_of(folder: Path, clip: str, **views) -> np.ndarray:
-    """The model's own answer, computed the plain way: `(v, num_classes)`."""
-    how = model_card.load_card(folder)["preprocessing"]
-    spec = ClipSpec(**{k: how[k] for k in how if k not in ("mean", "std")}, **views)
-    video = load_eval_views(clip, spec)["video"]
-    return np.asarray(
-        jaxvid.load_model(folder)(eval_step.normalize(video, how["mean"], how["std"]))
-    )
+    """Compute the logits of a clip without Classifier: `(v, num_classes)`."""
+    fields = dict(model_card.load_card(folder)["preprocessing"])
+    mean, std = fields.pop("mean"), fields.pop("std")
+    video = load_eval_views(clip, ClipSpec(**fields, **views))["video"]
+    return np.asarray(jaxvid.load_model(folder)(eval_step.normalize(video, mean, std)))
 
 
 def softmax(logits) -> np.ndarray:
@@ -45,103 +43,108 @@ def softmax(logits) -> np.ndarray:
 # ------------------------------------------------------------------ whole videos
 
 
-def test_three_lines_of_python(folders, clips):
+def test_predict_one_video(folders, clips):
     classifier = jaxvid.Classifier(folders / "xvit")
-    found = classifier.predict(clips[3], top_k=3)
+    prediction = classifier.predict(clips[3], top_k=3)
     expected = softmax(logits_of(folders / "xvit", clips[3])[0])
     order = np.argsort(-expected)
-    assert found.labels == tuple(LABELS[i] for i in order[:3])
-    np.testing.assert_allclose(found.probabilities, expected[order[:3]], rtol=1e-4)
-    assert found.seconds > 0
-    assert not found.padded
+    assert prediction.labels == tuple(LABELS[i] for i in order[:3])
+    np.testing.assert_allclose(prediction.probabilities, expected[order[:3]], rtol=1e-4)
+    assert prediction.seconds > 0
+    assert not prediction.padded
     assert len(classifier.predict(clips[3], top_k=100).labels) == 8
 
 
 @pytest.mark.parametrize(("batch_size", "count"), [(1, 3), (4, 6), (4, 4)])
-def test_batches_change_nothing_and_one_program_is_compiled(folders, clips, batch_size, count):
+def test_batches_change_no_prediction_and_compile_one_program(folders, clips, batch_size, count):
     classifier = jaxvid.Classifier(folders / "xvit", batch_size=batch_size)
-    found = classifier.predict(clips[:count])
-    assert [prediction.video for prediction in found] == clips[:count]
-    for clip, prediction in zip(clips, found, strict=False):
+    predictions = classifier.predict(clips[:count])
+    assert [prediction.video for prediction in predictions] == clips[:count]
+    for clip, prediction in zip(clips, predictions, strict=False):
         expected = softmax(logits_of(folders / "xvit", clip)[0])
         assert prediction.probabilities[0] == pytest.approx(expected.max(), rel=1e-4)
-    assert len({prediction.probabilities for prediction in found}) == count
+    assert len({prediction.probabilities for prediction in predictions}) == count
     assert len(classifier._programs) == 1
 
 
-def test_scores_are_of_as_many_videos_as_are_given(folders):
+def test_scores_of_a_partial_batch(folders):
     views = np.zeros((3, 1, 8, 64, 64, 3), np.uint8)
     assert jaxvid.Classifier(folders / "xvit", batch_size=2).scores(views).shape == (3, 8)
 
 
-def test_broken_files_keep_their_place(folders, clips, tmp_path):
+def test_undecodable_files_keep_their_position(folders, clips, tmp_path):
     (tmp_path / "broken.mp4").write_text("hello")
     videos = [tmp_path / "broken.mp4", clips[0], tmp_path / "none.mp4", clips[1], clips[2]]
     classifier = jaxvid.Classifier(folders / "xvit", batch_size=2)
-    found = classifier.predict(videos)
-    assert [bool(prediction.error) for prediction in found] == [True, False, True, False, False]
-    assert "broken.mp4: cannot be decoded" in found[0].error
-    assert found[2].to_json() == {"video": str(videos[2]), "error": found[2].error}
+    predictions = classifier.predict(videos)
+    assert [bool(prediction.error) for prediction in predictions] == [
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert "broken.mp4: cannot be decoded" in predictions[0].error
+    assert predictions[2].to_json() == {"video": str(videos[2]), "error": predictions[2].error}
     with pytest.raises(DecodeError, match=r"none.mp4 does not exist"):
         classifier.predict(tmp_path / "none.mp4")
 
 
-def test_frames_are_sampled_as_the_model_folder_says(folders, clips):
-    found = jaxvid.Classifier(folders / "stam").predict(clips[3])
-    assert found.padded  # 17 frames are no 10 s
+def test_sampling_comes_from_the_model_card(folders, clips):
+    prediction = jaxvid.Classifier(folders / "stam").predict(clips[3])
+    assert prediction.padded  # 17 frames are shorter than 10 s
     expected = softmax(logits_of(folders / "stam", clips[3])[0])
-    assert found.probabilities[0] == pytest.approx(expected.max(), rel=1e-4)
+    assert prediction.probabilities[0] == pytest.approx(expected.max(), rel=1e-4)
 
 
-def test_views_are_summed_and_the_folders_protocol_is_the_default(folders, clips, tmp_path):
+def test_views_are_summed_and_default_to_the_model_card(folders, clips, tmp_path):
     views = {"num_clips": 2, "num_crops": 3}
     expected = softmax(logits_of(folders / "xvit", clips[3], **views).mean(axis=0))
-    given = jaxvid.Classifier(folders / "xvit", **views).predict(clips[3])
-    assert given.probabilities[0] == pytest.approx(expected.max(), rel=1e-4)
-    assert given.labels[0] == LABELS[expected.argmax()]
+    overridden = jaxvid.Classifier(folders / "xvit", **views).predict(clips[3])
+    assert overridden.probabilities[0] == pytest.approx(expected.max(), rel=1e-4)
+    assert overridden.labels[0] == LABELS[expected.argmax()]
     model = jaxvid.load_model(folders / "xvit")
-    how = {**HOW, "sampling": "segments", **views}
-    jaxvid.save_model(model, tmp_path / "m", preprocessing=how, labels=list(LABELS))
-    known = jaxvid.Classifier(tmp_path / "m").predict(clips[3])
-    assert known.probabilities == given.probabilities
-    plain = jaxvid.Classifier(folders / "xvit").predict(clips[3])
-    assert plain.probabilities != given.probabilities
+    preprocessing = {**PREPROCESSING, "sampling": "segments", **views}
+    jaxvid.save_model(model, tmp_path / "m", preprocessing=preprocessing, labels=list(LABELS))
+    from_card = jaxvid.Classifier(tmp_path / "m").predict(clips[3])
+    assert from_card.probabilities == overridden.probabilities
+    one_view = jaxvid.Classifier(folders / "xvit").predict(clips[3])
+    assert one_view.probabilities != overridden.probabilities
 
 
-def test_what_training_writes_is_understood(folders, clips, tmp_path):
-    how = make_preprocessing(motion_config.get_config())
-    assert how.items() >= HOW.items()
-    jaxvid.save_model(jaxvid.load_model(folders / "xvit"), tmp_path / "m", preprocessing=how)
-    found = jaxvid.Classifier(tmp_path / "m").predict(clips[3])
+def test_preprocessing_written_by_training_is_read(folders, clips, tmp_path):
+    preprocessing = make_preprocessing(motion_config.get_config())
+    assert preprocessing.items() >= PREPROCESSING.items()
+    model = jaxvid.load_model(folders / "xvit")
+    jaxvid.save_model(model, tmp_path / "m", preprocessing=preprocessing)
+    prediction = jaxvid.Classifier(tmp_path / "m").predict(clips[3])
     expected = jaxvid.Classifier(folders / "xvit").predict(clips[3])
-    assert found.probabilities == expected.probabilities
-    assert found.labels == tuple(str(LABELS.index(label)) for label in expected.labels)
+    assert prediction.probabilities == expected.probabilities
+    assert prediction.labels == tuple(str(LABELS.index(label)) for label in expected.labels)
 
 
-def test_predictions_are_those_of_the_evaluation(motion_folder, clips, tmp_path):
+def test_predictions_equal_the_evaluation(motion_folder, clips, tmp_path):
     config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
     config.eval.update(num_crops=3, num_clips=2, short_side=80)
     train(config.lock(), tmp_path / "run")
     with (tmp_path / "run" / "eval_videos.csv").open(newline="") as file:
         rows = {Path(row["id"]).name: row for row in csv.DictReader(file)}
-    found = list(predict(clips, tmp_path / "run" / "model"))
-    assert len(found) == len(rows) == 24
-    for video in found:
+    predictions = list(predict(clips, tmp_path / "run" / "model"))
+    assert len(predictions) == len(rows) == 24
+    for video in predictions:
         row = rows[Path(video["video"]).name]
         expected = json.loads(row["probabilities"])
         assert [entry["probability"] for entry in video["top"]] == pytest.approx(expected, abs=1e-4)
         assert video["top"][0]["label"] == row["prediction"]
     [fewer] = predict(clips[:1], tmp_path / "run" / "model", num_clips=1, num_crops=1)
-    assert fewer["top"][0]["probability"] != found[0]["top"][0]["probability"]
+    assert fewer["top"][0]["probability"] != predictions[0]["top"][0]["probability"]
 
 
 @pytest.mark.parametrize(
     ("views", "count", "size"),
     [((1, 1), 12, 8), ((1, 3), 12, 2), ((3, 3), 12, 1), ((1, 1), 3, 3), ((1, 3), 1, 1)],
 )
-def test_a_batch_has_about_8_clips_however_many_views(
-    folders, clips, monkeypatch, views, count, size
-):
+def test_default_batch_has_about_8_views(folders, clips, monkeypatch, views, count, size):
     shapes = []
 
     def run(self, function, inputs):
@@ -156,7 +159,7 @@ def test_a_batch_has_about_8_clips_however_many_views(
     assert max(rows for _, rows, _ in shapes) == size
 
 
-def test_impossible_numbers_are_refused(folders, clips):
+def test_out_of_range_values_are_refused(folders, clips):
     for options, message in (
         ({"batch_size": 0}, "batch_size=0: must be at least 1"),
         ({"num_threads": 0}, "num_threads=0"),
@@ -169,18 +172,18 @@ def test_impossible_numbers_are_refused(folders, clips):
         jaxvid.Classifier(folders / "xvit").predict(clips[0], top_k=0)
 
 
-# ------------------------------------------------------------------ the command
+# ------------------------------------------------------------------ command line
 
 
-def test_inputs_are_files_folders_and_patterns(tmp_path):
+def test_expand_files_folders_and_patterns(tmp_path):
     for name in ("b.mp4", "a.MKV", "sub/c.webm", "notes.txt", ".hidden.mp4", "d[1].mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
 
     def names(*inputs):
-        found, failures = expand([str(tmp_path / name) for name in inputs])
-        videos = [str(Path(path).relative_to(tmp_path)) for path in found]
+        paths, failures = expand([str(tmp_path / name) for name in inputs])
+        videos = [str(Path(path).relative_to(tmp_path)) for path in paths]
         return videos, [failure["error"].removeprefix(f"{tmp_path}/") for failure in failures]
 
     below = ["a.MKV", "b.mp4", "d[1].mp4", "sub/c.webm"]
@@ -190,12 +193,12 @@ def test_inputs_are_files_folders_and_patterns(tmp_path):
     assert names("d[1].mp4", "b.mp4", ".") == (["d[1].mp4", "b.mp4", "a.MKV", "sub/c.webm"], [])
     assert names("s*") == (["sub/c.webm"], [])
     videos, failures = names("none.mp4", "empty", "*.avi")
-    assert videos == ["none.mp4"]  # said by whoever opens it
-    assert failures[0].startswith("empty: no video in it (.mp4, ")
-    assert failures[1] == "*.avi: nothing matches this pattern"
+    assert videos == ["none.mp4"]  # opening it reports the error
+    assert failures[0].startswith("empty: contains no videos (.mp4, ")
+    assert failures[1] == "*.avi: no file matches this pattern"
 
 
-def test_the_command_prints_and_counts_what_failed(folders, clips, tmp_path, capsys):
+def test_failures_are_printed_and_counted(folders, clips, tmp_path, capsys):
     model = str(folders / "xvit")
     assert main([clips[3], "--model", model, "--top_k", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -229,15 +232,15 @@ def test_json_is_printed_or_written(folders, clips, tmp_path, capsys):
     assert os.listdir(tmp_path / "new") == ["out.json"]
 
 
-def test_json_never_overwrites_a_video(folders, clips, tmp_path, capsys):
+def test_json_option_does_not_overwrite_a_video(folders, clips, tmp_path, capsys):
     video = tmp_path / "clip.mp4"
     video.write_bytes(b"precious")
     assert main([clips[0], "--model", str(folders / "xvit"), "--json", str(video)]) == 2
-    assert "clip.mp4: the file to write must end in .json" in capsys.readouterr().err
+    assert "clip.mp4: the output file must end in .json" in capsys.readouterr().err
     assert video.read_bytes() == b"precious"
 
 
-def test_names_that_are_not_utf_8_lose_nothing(folders, clips, tmp_path, capsys):
+def test_file_names_that_are_not_utf8_are_preserved(folders, clips, tmp_path, capsys):
     video = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
     shutil.copy(clips[0], video)
     model = ["--model", str(folders / "stam")]
@@ -254,15 +257,13 @@ def test_names_that_are_not_utf_8_lose_nothing(folders, clips, tmp_path, capsys)
     assert json.loads((tmp_path / "line.json").read_text(encoding="utf-8"))["video"] == video
 
 
-@pytest.mark.parametrize("place", ["file/out", "folder"])
-def test_what_cannot_be_written_is_told_before_the_work(
-    clips, tmp_path, capsys, monkeypatch, place
-):
+@pytest.mark.parametrize("output", ["file/out", "folder"])
+def test_unwritable_output_is_refused_before_any_work(clips, tmp_path, capsys, monkeypatch, output):
     (tmp_path / "file").write_text("")
     for kind in ("json", "png"):
         (tmp_path / f"folder.{kind}").mkdir()
     monkeypatch.delattr("jaxvid.predict.Classifier")  # nothing is loaded
-    path = tmp_path / place
+    path = tmp_path / output
     windows = ["--window", "1", "--stride", "1", "--output", str(path)]
     for options in (["--json", f"{path}.json"], windows):
         assert main([clips[0], "--model", "none", *options]) == 2
@@ -283,12 +284,14 @@ def test_what_cannot_be_written_is_told_before_the_work(
         (("--window", "1"), "--window needs --stride"),
         (("--window", "1", "--stride", "0"), "stride=0: must be a number of seconds above 0"),
         (("--window", "nan", "--stride", "1"), "window=nan: must be"),
-        (("--window", "1", "--stride", "1", "--clips", "2"), "--clips does not go with --window"),
-        (("--window", "1", "--stride", "1", "--json", "x.json"), "give --output PREFIX"),
+        (("--window", "1", "--stride", "1", "--clips", "2"), "--clips cannot be combined with"),
+        (("--window", "1", "--stride", "1", "--json", "x.json"), "use --output PREFIX"),
         (("--window", "1", "--stride", "1", "--output", "/dev/null/x"), "cannot be written"),
     ],
 )
-def test_bad_options_are_one_line_and_status_2(folders, clips, capsys, arguments, message):
+def test_bad_options_give_one_line_error_and_exit_code_2(
+    folders, clips, capsys, arguments, message
+):
     assert main([clips[0], "--model", str(folders / "xvit"), *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -297,15 +300,15 @@ def test_bad_options_are_one_line_and_status_2(folders, clips, capsys, arguments
     assert len(err.splitlines()) == 1
 
 
-def test_several_videos_have_no_windows_and_nothing_is_nothing(folders, clips, tmp_path, capsys):
+def test_windows_need_one_video_and_prediction_needs_any(folders, clips, tmp_path, capsys):
     windows = ("--window", "1", "--stride", "1")
     assert main([*clips[:2], "--model", str(folders / "xvit"), *windows]) == 2
-    assert "--window takes one video, not 2" in capsys.readouterr().err
+    assert "--window: expected one video, got 2" in capsys.readouterr().err
     assert main([str(tmp_path), "--model", str(folders / "xvit")]) == 2
-    assert "no video in it" in capsys.readouterr().err
+    assert "contains no videos" in capsys.readouterr().err
 
 
-def test_the_program_as_it_is_called(folders, clips, tmp_path):
+def test_command_line_in_a_subprocess(folders, clips, tmp_path):
     command = [sys.executable, "-m", "jaxvid.predict", f"{Path(clips[0]).parent}/0000[01].mp4"]
     command += [str(tmp_path / "no.mp4"), "--model", str(folders / "xvit"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
@@ -343,7 +346,7 @@ def write_empty(path: Path) -> None:
         (lambda path: path.symlink_to(path.parent / "nowhere"), "does not exist"),
     ],
 )
-def test_bad_videos_are_one_line(folders, tmp_path, capsys, write, message, windows):
+def test_bad_videos_give_one_line_errors(folders, tmp_path, capsys, write, message, windows):
     path = tmp_path / "bad.mp4"
     write(path)
     assert main([str(path), "--model", str(folders / "xvit"), *windows]) == 1
@@ -355,8 +358,10 @@ def test_bad_videos_are_one_line(folders, tmp_path, capsys, write, message, wind
     assert last == "1 of 1 failed"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_videos_and_folders_without_permission_are_one_line(folders, clips, tmp_path, capsys):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
+def test_videos_and_folders_without_permission_give_one_line_errors(
+    folders, clips, tmp_path, capsys
+):
     locked = Path(shutil.copy(clips[0], tmp_path / "locked.mp4"))
     locked.chmod(0)
     (tmp_path / "closed").mkdir(mode=0)
@@ -367,7 +372,7 @@ def test_videos_and_folders_without_permission_are_one_line(folders, clips, tmp_
     assert "closed: cannot be read (Permission denied)" in err
 
 
-def test_what_a_folder_scan_skips_is_counted_in_one_line(clips, folders, tmp_path, capsys):
+def test_files_skipped_in_folders_are_counted_in_one_line(clips, folders, tmp_path, capsys):
     shutil.copy(clips[0], tmp_path / "line\nbreak.mp4")
     for name in ("a.txt", "b.txt", ".hidden.mp4", "sub/c.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -385,8 +390,8 @@ def test_what_a_folder_scan_skips_is_counted_in_one_line(clips, folders, tmp_pat
     assert len(out.splitlines()) == 2
 
 
-def test_what_cannot_be_listed_is_told(tmp_path, monkeypatch):
-    """As without permission, for those whom the system lets read everything."""
+def test_unreadable_subfolders_are_reported(tmp_path, monkeypatch):
+    """Simulates missing permission, as tests may run as root."""
     (tmp_path / "a.mp4").touch()
 
     def walk(top, onerror):

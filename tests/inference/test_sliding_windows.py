@@ -1,4 +1,4 @@
-"""The windows of a long video."""
+"""Sliding windows of a long video."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ from jaxvid.storage import eval_step
 
 @pytest.fixture(scope="module")
 def long_videos(tmp_path_factory):
-    """30 s of changing scenes, at rates that a clip's rate divides or not."""
+    """Videos of 30 s with changing scenes, at 8 and 25 fps."""
     folder = tmp_path_factory.mktemp("long")
     scenes = [render_scene(np.random.default_rng(i), i % 4) for i in range(10)]
     for fps in (8, 25):
@@ -47,7 +47,7 @@ def make_plan(path: Path, spec: ClipSpec, window: float, stride: float, *, align
 
 
 @pytest.mark.parametrize("sampling", ["segments", "dense_stride", "uniform_10s"])
-def test_windows_are_sampled_as_videos_of_their_own(long_videos, sampling):
+def test_windows_are_sampled_like_whole_videos(long_videos, sampling):
     spec = ClipSpec(num_frames=8, crop=64, short_side=72, sampling=sampling, sampling_rate=4)
     plan = make_plan(long_videos / "25.mp4", spec, 4.0, 3.0, align=False)
     assert plan.starts.tolist() == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]
@@ -57,35 +57,35 @@ def test_windows_are_sampled_as_videos_of_their_own(long_videos, sampling):
         length = round(25 * (end - start))
         expected = make_indices(sampling, length, 8, sampling_rate=4, fps=25)
         np.testing.assert_array_equal(row, round(25 * start) + expected)
-        assert padded == (sampling == "uniform_10s")  # 4 s are no 10
+        assert padded == (sampling == "uniform_10s")  # 4 s are shorter than 10 s
     assert plan.stride == 3
 
 
 @pytest.mark.parametrize(
-    ("fps", "asked", "stride", "most"),
+    ("fps", "requested", "stride", "max_frames"),
     [
-        # A clip's frames are 1.25 s apart: 10 or 31.25 frames.
+        # Consecutive frames of a clip are 1.25 s apart: 10 or 31.25 frames of the video.
         (8, 2.5, 2.5, 8 + 2 * 8),
         (25, 2.5, 2.5, 8 + 2 * 8),
         (25, 2.4, 2.5, 8 + 2 * 8),
         (25, 0.3, 0.3125, 4 * (8 + 16)),
         (25, 0.2, 1.25 / 6, 6 * (8 + 16)),
-        (25, 0.16, 0.15625, 8 * (8 + 16)),  # not twice as much
+        (25, 0.16, 0.15625, 8 * (8 + 16)),  # the nearest 1.25 / n
         (25, 30.0, 30.0, 8),
     ],
 )
-def test_aligned_windows_share_their_frames(long_videos, fps, asked, stride, most):
+def test_aligned_windows_share_frames(long_videos, fps, requested, stride, max_frames):
     spec = ClipSpec(num_frames=8, crop=64, short_side=72, sampling="uniform_10s")
-    plan = make_plan(long_videos / f"{fps}.mp4", spec, 10.0, asked, align=True)
+    plan = make_plan(long_videos / f"{fps}.mp4", spec, 10.0, requested, align=True)
     assert plan.stride == pytest.approx(stride)
-    assert len(np.unique(plan.indices)) <= most
+    assert len(np.unique(plan.indices)) <= max_frames
     first = make_indices("uniform_10s", 10 * fps, 8, sampling_rate=1, fps=fps)
     np.testing.assert_array_equal(plan.indices[0], first)
-    # No frame is further than one from where a video of the window's own has it.
-    own = np.round(plan.starts * fps)[:, None] + first
+    # No frame is more than one away from where a separate video of the window would have it.
+    separate = np.round(plan.starts * fps)[:, None] + first
     whole = ~plan.padded
     assert whole.sum() >= len(whole) - 1
-    assert np.abs(plan.indices - own)[whole].max() <= 1
+    assert np.abs(plan.indices - separate)[whole].max() <= 1
     assert (np.diff(plan.indices, axis=0) >= 0).all()
     plan = make_plan(long_videos / "8.mp4", spec, 10.0, 2.5, align=True)
     np.testing.assert_array_equal(
@@ -93,9 +93,9 @@ def test_aligned_windows_share_their_frames(long_videos, fps, asked, stride, mos
     )
 
 
-def test_aligned_segments_share_too(long_videos):
+def test_aligned_windows_share_frames_of_segments(long_videos):
     spec = ClipSpec(num_frames=8, crop=64, short_side=72, sampling="segments")
-    plan = make_plan(long_videos / "8.mp4", spec, 65 / 8, 2.1, align=True)  # a frame every 8
+    plan = make_plan(long_videos / "8.mp4", spec, 65 / 8, 2.1, align=True)  # every 8th frame
     assert plan.stride == 2.0
     whole = plan.indices[~plan.padded]
     np.testing.assert_array_equal(whole[1][:6], whole[0][2:])
@@ -104,25 +104,25 @@ def test_aligned_segments_share_too(long_videos):
 @pytest.mark.parametrize(
     ("name", "crops", "batch_size"), [("stam", 1, 1), ("stam", 3, 2), ("xvit", 1, 2)]
 )
-def test_windows_are_the_models_answers(folders, long_videos, name, crops, batch_size):
-    """Shared or not, each window's probabilities are those of its frames, computed alone."""
+def test_window_probabilities_equal_the_model(folders, long_videos, name, crops, batch_size):
+    """With and without shared features, windows equal clips that are computed separately."""
     classifier = jaxvid.Classifier(folders / name, num_crops=crops, batch_size=batch_size)
     path = long_videos / "25.mp4"
     timeline = classifier.windows(path, 10.0, 2.5)
     plan = make_plan(path, classifier.spec, 10.0, 2.5, align=name == "stam")
     model = jaxvid.load_model(folders / name)
     with VideoFile(path) as reader:
-        for row, found in zip(plan.indices, timeline.probabilities, strict=True):
+        for row, probabilities in zip(plan.indices, timeline.probabilities, strict=True):
             frames = reader.get_frames(row)
             margin = {1: (4,), 3: (0, 4, 8)}[crops]
             views = np.stack([frames[:, 4:68, left : left + 64] for left in margin])
             logits = model(eval_step.normalize(views, 0.5, 0.5)).mean(axis=0)
-            np.testing.assert_allclose(found, jax.nn.softmax(logits), rtol=1e-5)
-    assert np.ptp(np.log(timeline.probabilities), axis=0).max() > 1e-2  # it does change
+            np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=1e-5)
+    assert np.ptp(np.log(timeline.probabilities), axis=0).max() > 1e-2  # windows differ
     assert timeline.ends[-1] == 30
 
 
-def test_frames_are_decoded_and_computed_once_and_let_go(folders, long_videos, monkeypatch):
+def test_frames_are_decoded_and_encoded_once_and_released(folders, long_videos, monkeypatch):
     decoded, computed, held = [], [], []
     original = VideoFile.iter_frames
 
@@ -142,29 +142,29 @@ def test_frames_are_decoded_and_computed_once_and_let_go(folders, long_videos, m
     monkeypatch.setattr(classifier, "_frame_features", count)
     gather = classifier_module.gather_clips
 
-    def watch(indices, items):
+    def count_held(indices, items):
         generator = gather(indices, items)
         for clip in generator:
             held.append(len(generator.gi_frame.f_locals["held"]))
             yield clip
 
-    monkeypatch.setattr(classifier_module, "gather_clips", watch)
+    monkeypatch.setattr(classifier_module, "gather_clips", count_held)
     timeline = classifier.windows(long_videos / "25.mp4", 10.0, 1.25)
     assert len(decoded) == len(set(decoded)) == len(computed) == len(set(computed)) == 24
     assert len(timeline.starts) * 8 > 4 * len(decoded)
     assert max(held) <= 2 * 8
 
 
-def test_a_short_video_is_one_window(folders, clips):
+def test_short_video_has_one_window(folders, clips):
     timeline = jaxvid.Classifier(folders / "stam").windows(clips[3], 10.0, 2.5)
     assert timeline.padded.tolist() == [True]
     whole = jaxvid.Classifier(folders / "stam").predict(clips[3], top_k=8)
-    found = np.sort(timeline.probabilities[0])[::-1]
-    np.testing.assert_allclose(found, whole.probabilities, rtol=1e-5)
+    probabilities = np.sort(timeline.probabilities[0])[::-1]
+    np.testing.assert_allclose(probabilities, whole.probabilities, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["stam", "xvit"])
-def test_damage_that_shows_late_leaves_no_timeline(
+def test_damage_detected_at_the_end_leaves_no_timeline(
     folders, long_videos, tmp_path, capsys, monkeypatch, name
 ):
     original = VideoFile.iter_frames
@@ -181,32 +181,32 @@ def test_damage_that_shows_late_leaves_no_timeline(
     assert os.listdir(tmp_path) == []
 
 
-class NoClock:
-    """A video whose file tells neither a rate nor timestamps, or an uneven pace."""
+class FakeReader:
+    """A reader with or without frame rate and timestamps."""
 
     def __init__(self, num_frames=40, fps=None, times=None):
         self.num_frames, self.fps, self.times = num_frames, fps, times
 
 
-def test_time_is_that_of_the_timestamps():
+def test_windows_follow_timestamps():
     spec = ClipSpec(num_frames=4, crop=64, short_side=72)
-    with pytest.raises(DecodeError, match="x.mp4: neither its frame rate nor timestamps are known"):
-        plan_windows(NoClock(), spec, 1.0, 1.0, align=False, name="x.mp4")
+    with pytest.raises(DecodeError, match="x.mp4: has neither a frame rate nor timestamps"):
+        plan_windows(FakeReader(), spec, 1.0, 1.0, align=False, name="x.mp4")
     # 20 frames in 10 s, then 20 frames in 1 s.
     times = np.concatenate([np.arange(20) / 2, 10 + np.arange(20) / 20])
     for fps in (None, 39 / times[-1]):
-        reader = NoClock(fps=fps, times=times)
+        reader = FakeReader(fps=fps, times=times)
         plan = plan_windows(reader, spec, 2.0, 2.0, align=False, name="x.mp4")
         for start, end, row in zip(plan.starts, plan.ends, plan.indices, strict=True):
             assert start - 0.6 <= times[row[0]]
             assert times[row[-1]] <= end
         assert plan.indices[0].max() < 5
         assert plan.indices[-1].min() >= 19
-    known = plan_windows(NoClock(fps=10.0), spec, 1.0, 1.0, align=False, name="x.mp4")
-    assert known.ends.tolist() == [1, 2, 3, 4]
+    constant = plan_windows(FakeReader(fps=10.0), spec, 1.0, 1.0, align=False, name="x.mp4")
+    assert constant.ends.tolist() == [1, 2, 3, 4]
 
 
-def test_the_timeline_is_written_and_drawn(folders, long_videos, tmp_path, capsys):
+def test_timeline_outputs(folders, long_videos, tmp_path, capsys):
     video = str(long_videos / "25.mp4")
     arguments = [video, "--model", str(folders / "stam"), "--window", "10", "--stride", "2.4"]
     prefix = tmp_path / "new" / "timeline"
@@ -248,7 +248,7 @@ def test_the_timeline_is_written_and_drawn(folders, long_videos, tmp_path, capsy
     assert len(capsys.readouterr().out.splitlines()) == 9
 
 
-def test_the_picture_has_the_classes_that_lead(tmp_path):
+def test_plot_shows_the_most_likely_classes(tmp_path):
     probabilities = np.full((6, 20), 0.01)
     probabilities[:4, 7], probabilities[4:, 3] = 0.8, 0.6
     probabilities[0, 11] = 0.15
@@ -267,14 +267,14 @@ def test_the_picture_has_the_classes_that_lead(tmp_path):
     assert names[:3] == ["class 7", "class 3", "class 11"]
     assert len(names) == 6
     colours = [line.get_color() for line in axes.lines]
-    found = [patch.get_facecolor() for patch in strip.patches]
-    assert len(set(found[:4])) == 1
-    assert len(set(found)) == 2
+    strip_colours = [patch.get_facecolor() for patch in strip.patches]
+    assert len(set(strip_colours[:4])) == 1
+    assert len(set(strip_colours)) == 2
     assert len(set(colours)) == 6
     assert strip.get_xlim() == (0, 22.5)
 
 
-def test_prefetching_stops_where_its_reader_does():
+def test_prefetch_stops_when_closed_and_raises_errors():
     taken = []
 
     def produce():

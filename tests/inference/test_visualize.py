@@ -1,4 +1,4 @@
-"""Heat lies on the patches that a network attends to, and bars on the frames."""
+"""Attention rollout of known networks: heat maps, bars, and output files."""
 
 import dataclasses
 import math
@@ -14,13 +14,13 @@ from PIL import Image
 import jaxvid
 from jaxvid import visualize
 from jaxvid.data.clips.clip import ClipSpec
-from jaxvid.inference.attention_rollout import find_crop, look_at, roll_out
+from jaxvid.inference.attention_rollout import compute_rollout, find_crop_box, roll_out
 from jaxvid.models import merge_params, split_params
-from jaxvid.visualize import BAR, BAR_HEIGHT, SHEET_PANEL, draw_sheet, paint
+from jaxvid.visualize import BAR, BAR_HEIGHT, SHEET_PANEL, draw_frame, draw_sheet
 
-FRAME, ROW, COLUMN = 5, 1, 2  # the patch that is bright, of 4 rows and columns, and when
-HOW = {"num_frames": 8, "crop": 64, "short_side": 72, "mean": 0.0, "std": 1.0}
-# Height and width of the upright video, the turn that its tag tells, and how it is resized.
+FRAME, ROW, COLUMN = 5, 1, 2  # position of the bright patch, in a grid of 4 rows and columns
+PREPROCESSING = {"num_frames": 8, "crop": 64, "short_side": 72, "mean": 0.0, "std": 1.0}
+# Height and width of the upright video, rotation tag in degrees, and resize.
 GEOMETRIES = [
     ((144, 288), None, "pil_bilinear"),
     ((288, 144), None, "pil_bilinear"),
@@ -31,18 +31,18 @@ GEOMETRIES = [
 
 
 def bright_box(size: tuple[int, int]) -> list[int]:
-    """Top, left, bottom and right, in pixels of the whole frame, of the bright patch."""
-    scale = min(size) / HOW["short_side"]
+    """Return top, left, bottom and right of the bright patch, in pixels of the whole frame."""
+    scale = min(size) / PREPROCESSING["short_side"]
     corners = []
     for i in (0, 1):
         for length, patch in zip(size, (ROW, COLUMN), strict=True):
-            crop = (length / scale - HOW["crop"]) / 2  # where it begins in the resized frame
+            crop = (length / scale - PREPROCESSING["crop"]) / 2  # offset in the resized frame
             corners.append(round((crop + 16 * (patch + i)) * scale))
     return corners
 
 
 def write_video(path, size, turn=None):
-    """17 dark frames, one with a bright patch, at 4 frames a second; a clip is every other one."""
+    """Write 17 dark frames at 4 fps, one with a bright patch. Clips sample every second frame."""
     frames = np.full((17, *size, 3), 40, np.uint8)
     top, left, bottom, right = bright_box(size)
     frames[2 * FRAME + 1, top:bottom, left:right] = 255
@@ -63,11 +63,11 @@ def write_video(path, size, turn=None):
 
 @pytest.fixture(scope="module")
 def seeker():
-    """A STAM whose class tokens attend to the brightest patch and to the frame that has it.
+    """A STAM whose class tokens attend to the brightest patch and to the frame that contains it.
 
-    Channel 0 is a patch's brightness, channel 1 is always 1; one head of one block compares keys
-    from channel 0 with a constant query and puts channel 0 into channel 2 of the class token, from
-    which the aggregator's keys come.
+    Channel 0 is the brightness of a patch, channel 1 is always 1. The only head of the only block
+    compares keys from channel 0 with a constant query, and copies channel 0 to channel 2 of the
+    class token, from which the aggregator computes its keys.
     """
     model = jaxvid.create_model(
         "stam_tiny",
@@ -84,20 +84,20 @@ def seeker():
         for name, leaf in params.items()
     }
 
-    def plant(name, place, value):
-        params[name] = params[name].at[place].set(value)
+    def set_weight(name, index, value):
+        params[name] = params[name].at[index].set(value)
 
     d = 16
-    plant("patch_embed.proj.kernel", (..., 0), 1 / (16 * 16 * 3))
-    plant("patch_embed.proj.bias", 1, 1.0)
-    plant("cls_token", (0, 0, 1), 1.0)
-    plant("blocks.0.attn.qkv.bias", 0, 26.0)  # queries
-    plant("blocks.0.attn.qkv.kernel", (0, d), 1.0)  # keys
-    plant("blocks.0.attn.qkv.kernel", (0, 2 * d + 2), 1.0)  # values
-    plant("blocks.0.attn.proj.kernel", (2, 2), 1.0)
+    set_weight("patch_embed.proj.kernel", (..., 0), 1 / (16 * 16 * 3))
+    set_weight("patch_embed.proj.bias", 1, 1.0)
+    set_weight("cls_token", (0, 0, 1), 1.0)
+    set_weight("blocks.0.attn.qkv.bias", 0, 26.0)  # queries
+    set_weight("blocks.0.attn.qkv.kernel", (0, d), 1.0)  # keys
+    set_weight("blocks.0.attn.qkv.kernel", (0, 2 * d + 2), 1.0)  # values
+    set_weight("blocks.0.attn.proj.kernel", (2, 2), 1.0)
     layer = "aggregate.transformer_enc.layers.0.self_attn"
-    plant(f"{layer}.in_proj_bias", 0, 26.0)
-    plant(f"{layer}.in_proj_weight", (2, d), 1.0)
+    set_weight(f"{layer}.in_proj_bias", 0, 26.0)
+    set_weight(f"{layer}.in_proj_weight", (2, d), 1.0)
     return merge_params(graphdef, params)
 
 
@@ -105,18 +105,18 @@ def seeker():
 def seeker_folder(seeker, tmp_path_factory):
     folder = tmp_path_factory.mktemp("seeker") / "model"
     labels = ["a rather long name of a class", *"bcdefgh"]
-    jaxvid.save_model(seeker, folder, preprocessing=HOW, labels=labels)
+    jaxvid.save_model(seeker, folder, preprocessing=PREPROCESSING, labels=labels)
     return folder
 
 
 def is_lit(picture) -> np.ndarray:
-    """Where a picture is of the colour of strong heat."""
+    """Return a mask of the pixels with the colour of strong heat."""
     pixels = np.asarray(picture).astype(int)
     return pixels[..., 0] - pixels[..., 2] > 70
 
 
 def box_of(mask: np.ndarray) -> list[int]:
-    """Top, left, bottom and right of what is true, which must fill that rectangle."""
+    """Return top, left, bottom and right of a mask, which must be a filled rectangle."""
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     box = [rows[0], columns[0], rows[-1] + 1, columns[-1] + 1]
     assert mask[box[0] : box[2], box[1] : box[3]].mean() > 0.98
@@ -124,35 +124,37 @@ def box_of(mask: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize(("size", "turn", "resize"), GEOMETRIES)
-def test_heat_lies_on_the_planted_patch_of_the_planted_frame(seeker, tmp_path, size, turn, resize):
-    jaxvid.save_model(seeker, tmp_path / "model", preprocessing={**HOW, "resize": resize})
-    look = look_at(write_video(tmp_path / "clip.mp4", size, turn), tmp_path / "model")
-    assert look.frames.shape == (8, *size, 3)
-    np.testing.assert_array_equal(look.indices, range(1, 17, 2))
-    np.testing.assert_allclose(look.times, look.indices / 4)
-    assert look.heat.shape == (8, 4, 4)
-    np.testing.assert_allclose(look.heat.sum((1, 2)), 1, rtol=1e-5)
-    assert look.heat[FRAME, ROW, COLUMN] > 0.99
-    others = np.delete(look.heat, FRAME, axis=0)
+def test_heat_covers_the_bright_patch(seeker, tmp_path, size, turn, resize):
+    jaxvid.save_model(seeker, tmp_path / "model", preprocessing={**PREPROCESSING, "resize": resize})
+    rollout = compute_rollout(write_video(tmp_path / "clip.mp4", size, turn), tmp_path / "model")
+    assert rollout.frames.shape == (8, *size, 3)
+    np.testing.assert_array_equal(rollout.indices, range(1, 17, 2))
+    np.testing.assert_allclose(rollout.times, rollout.indices / 4)
+    assert rollout.patch_attention.shape == (8, 4, 4)
+    np.testing.assert_allclose(rollout.patch_attention.sum((1, 2)), 1, rtol=1e-5)
+    assert rollout.patch_attention[FRAME, ROW, COLUMN] > 0.99
+    others = np.delete(rollout.patch_attention, FRAME, axis=0)
     np.testing.assert_allclose(others, 1 / 16, atol=0.01)  # compression leaves some noise
-    assert look.weights[FRAME] > 0.99
-    assert look.weights.sum() == pytest.approx(1)
-    for place in range(8):
-        panel = paint(look, place, size[::-1])
+    assert rollout.frame_attention[FRAME] > 0.99
+    assert rollout.frame_attention.sum() == pytest.approx(1)
+    for t in range(8):
+        panel = draw_frame(rollout, t, size[::-1])
         assert panel.size == size[::-1]
-        if place != FRAME:
+        if t != FRAME:
             assert not is_lit(panel).any()
             continue
-        found, expected = box_of(is_lit(panel)), bright_box(size)
-        # To the pixel where patches have whole ones.
-        assert np.abs(np.subtract(found, expected)).max() <= (size == (150, 202))
+        lit_box, expected = box_of(is_lit(panel)), bright_box(size)
+        # Exact where patches have a whole number of pixels.
+        assert np.abs(np.subtract(lit_box, expected)).max() <= (size == (150, 202))
 
 
 @pytest.mark.parametrize(("size", "turn"), [geometry[:2] for geometry in GEOMETRIES[:3]])
-def test_the_crop_is_outlined_and_the_rest_darkened(seeker_folder, tmp_path, size, turn):
-    look = look_at(write_video(tmp_path / "clip.mp4", size, turn), seeker_folder)
-    plain, heated = (np.asarray(paint(look, 0, size[::-1], heat=heat)) for heat in (False, True))
-    expected = np.zeros(size, bool)  # of 144 pixels of the shorter side, 128 are seen
+def test_crop_is_outlined_and_the_rest_darkened(seeker_folder, tmp_path, size, turn):
+    rollout = compute_rollout(write_video(tmp_path / "clip.mp4", size, turn), seeker_folder)
+    plain, heated = (
+        np.asarray(draw_frame(rollout, 0, size[::-1], heat=heat)) for heat in (False, True)
+    )
+    expected = np.zeros(size, bool)  # the crop covers 128 of 144 pixels of the short side
     top, left = ((length - 128) // 2 for length in size)
     expected[top - 1 : top + 129, left - 1 : left + 129] = True
     expected[top : top + 128, left : left + 128] = False
@@ -164,22 +166,22 @@ def test_the_crop_is_outlined_and_the_rest_darkened(seeker_folder, tmp_path, siz
 
 
 @pytest.mark.parametrize(("resize", "width"), [("pil_bilinear", 1952), ("torch_bilinear", 1951)])
-def test_the_crop_is_that_of_either_resize(resize, width):
-    """549 / 63 · 224 is 1952, but not in the floating-point numbers of the second."""
+def test_crop_box_of_both_resizes(resize, width):
+    """549 / 63 · 224 is 1952, but torch_bilinear computes 1951 in floating point."""
     spec = ClipSpec(num_frames=8, crop=224, short_side=224, resize=resize)
     left, right = math.ceil((width - 224) / 2) / width, math.ceil((width + 224) / 2) / width
-    assert find_crop(63, 549, spec) == pytest.approx((0, left, 1, right), abs=1e-9)
-    assert find_crop(549, 63, spec) == pytest.approx((left, 0, right, 1), abs=1e-9)
+    assert find_crop_box(63, 549, spec) == pytest.approx((0, left, 1, right), abs=1e-9)
+    assert find_crop_box(549, 63, spec) == pytest.approx((left, 0, right, 1), abs=1e-9)
 
 
-def test_the_contact_sheet(seeker_folder, tmp_path):
+def test_contact_sheet(seeker_folder, tmp_path):
     clip = write_video(tmp_path / "clip.mp4", (144, 288))
     arguments = [str(clip), "--model", str(seeker_folder), "--output", str(tmp_path / "sheet.PNG")]
     assert visualize.main(arguments) == 0
     with Image.open(tmp_path / "sheet.PNG") as picture:
         pixels = np.asarray(picture)
     top, left, bottom, right = box_of(is_lit(pixels))
-    scale = SHEET_PANEL[0] / 288  # the patch has 32 pixels in the video
+    scale = SHEET_PANEL[0] / 288  # the patch is 32 pixels wide in the video
     assert abs(bottom - top - 32 * scale) < 1.5
     assert abs(right - left - 32 * scale) < 1.5
     dark = np.flatnonzero((pixels[top - 2] < 60).all(-1))  # a row of pixels above the heat
@@ -188,40 +190,40 @@ def test_the_contact_sheet(seeker_folder, tmp_path):
     assert abs(left - starts[FRAME] - bright_box((144, 288))[1] * scale) < 1.5
     bars = (pixels == [int(BAR[i : i + 2], 16) for i in (1, 3, 5)]).all(-1)
     heights = [int(bars[:, start + 20].sum()) for start in starts]
-    assert heights[FRAME] >= BAR_HEIGHT - 1  # but for the line of an even share
+    assert heights[FRAME] >= BAR_HEIGHT - 1  # minus the line of a uniform share
     assert max(np.delete(heights, FRAME)) <= 1
 
 
-def test_the_slide_show(seeker_folder, tmp_path):
+def test_slide_show(seeker_folder, tmp_path):
     clip = write_video(tmp_path / "clip.mp4", (288, 144), -90)
     output = tmp_path / "12:30.mp4"
     visualize.visualize(clip, seeker_folder, output)
     with av.open(f"file:{output}") as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
-        assert stream.average_rate == 2  # as the clip
+        assert stream.average_rate == 2  # like the clip
         assert stream.width % 2 == stream.height % 2 == 0
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == 8
-    expected = visualize.draw_slide(look_at(clip, seeker_folder), FRAME)
+    expected = visualize.draw_slide(compute_rollout(clip, seeker_folder), FRAME)
     assert frames[FRAME].shape == np.asarray(expected).shape
-    for place, frame in enumerate(frames):
+    for t, frame in enumerate(frames):
         lit = is_lit(frame)
         lit[:100] = False  # text
-        assert lit.any() == (place == FRAME)
+        assert lit.any() == (t == FRAME)
     top, left, bottom, right = box_of(is_lit(expected))
-    # The same place in the frame beside it is the bright patch.
+    # The frame without heat, to the left, has the bright patch at the same position.
     beside = np.asarray(expected)[top:bottom, left - 180 - 8 : right - 180 - 8]
     assert (beside[1:-1, 1:-1] > 240).mean() > 0.98
     assert abs(int(frames[FRAME][top + 9, left + 9, 0]) - 245) < 15
 
 
-def test_rollout_equals_a_loop():
+def test_rollout_equals_naive_computation():
     rng = np.random.default_rng(0)
     blocks, t, k, n, extra = 3, 2, 4, 5, 2
     weights = rng.dirichlet(np.full(n + extra, 0.3), (blocks, t, k, n))  # (blocks t k n m)
-    found = roll_out(jnp.asarray(weights, jnp.float32))
-    assert found.shape == (t, n - 1)
+    shares = roll_out(jnp.asarray(weights, jnp.float32))
+    assert shares.shape == (t, n - 1)
     for frame in range(t):
         product = np.eye(n)
         for block in range(blocks):
@@ -234,7 +236,7 @@ def test_rollout_equals_a_loop():
                 layer[row] /= layer[row].sum()
             product = layer @ product
         expected = product[0, 1:] / product[0, 1:].sum()
-        np.testing.assert_allclose(found[frame], expected, rtol=1e-5)
+        np.testing.assert_allclose(shares[frame], expected, rtol=1e-5)
     alone = jnp.broadcast_to(jnp.eye(n), (blocks, k, n, n))
     np.testing.assert_allclose(roll_out(alone), np.full(n - 1, 1 / (n - 1)))
 
@@ -247,52 +249,54 @@ def test_rollout_equals_a_loop():
         ("stam_tiny", {"aggregator": "mean"}, False),
     ],
 )
-def test_every_kind_of_network(motion_folder, tmp_path, name, options, mixes):
+def test_rollout_of_every_architecture(motion_folder, tmp_path, name, options, mixes):
     model = jaxvid.create_model(name, width=16, depth=1, **options)
-    jaxvid.save_model(model, tmp_path / "model", preprocessing=HOW)
-    look = look_at(motion_folder / "val" / "00003.mp4", tmp_path / "model")
-    assert look.heat.shape == (8, 4, 4)
-    assert np.isfinite(look.heat).all()
-    assert look.weights.sum() == pytest.approx(1)
+    jaxvid.save_model(model, tmp_path / "model", preprocessing=PREPROCESSING)
+    rollout = compute_rollout(motion_folder / "val" / "00003.mp4", tmp_path / "model")
+    assert rollout.patch_attention.shape == (8, 4, 4)
+    assert np.isfinite(rollout.patch_attention).all()
+    assert rollout.frame_attention.sum() == pytest.approx(1)
     if "mean" in options.values():
-        np.testing.assert_array_equal(look.weights, np.full(8, 1 / 8))
-        assert "averages its frames" in look.notes[0]
+        np.testing.assert_array_equal(rollout.frame_attention, np.full(8, 1 / 8))
+        assert "averages its frames" in rollout.notes[0]
     else:
-        assert np.ptp(look.weights) > 0
-        assert "attention to each frame" in look.notes[0]
-    assert ("approximate in time" in look.notes[-1]) == mixes
-    shares = [share for _, share in look.top]
+        assert np.ptp(rollout.frame_attention) > 0
+        assert "attention to each frame" in rollout.notes[0]
+    assert ("approximate in time" in rollout.notes[-1]) == mixes
+    shares = [share for _, share in rollout.top]
     assert len(shares) == 3
     assert shares == sorted(shares, reverse=True)
 
 
-def test_another_clip_of_the_video(seeker_folder, motion_folder):
+def test_clip_option(seeker_folder, motion_folder):
     video = motion_folder / "val" / "00003.mp4"
-    middles, starts = (look_at(video, seeker_folder, clip=clip).indices for clip in (0, 1))
+    middles, starts = (compute_rollout(video, seeker_folder, clip=clip).indices for clip in (0, 1))
     np.testing.assert_array_equal(starts, np.arange(8) * 2)
     np.testing.assert_array_equal(middles, starts + 1)
 
 
-def test_long_texts_are_broken_not_clipped(seeker_folder, motion_folder):
-    look = look_at(motion_folder / "val" / "00003.mp4", seeker_folder)
-    short = draw_sheet(look)
-    long = draw_sheet(dataclasses.replace(look, name=" ".join(["Wgj" * 40, "long " * 40])))
+def test_long_texts_are_wrapped(seeker_folder, motion_folder):
+    rollout = compute_rollout(motion_folder / "val" / "00003.mp4", seeker_folder)
+    short = draw_sheet(rollout)
+    long = draw_sheet(dataclasses.replace(rollout, name=" ".join(["Wgj" * 40, "long " * 40])))
     assert long.width == short.width
     assert long.height > short.height + 40
     assert (np.asarray(long)[:, -visualize.GAP :] == 255).all()
-    accents = {visualize._write(letter, 15, "#000000", 60).tobytes() for letter in "eéèêñüßж"}
-    assert len(accents) == 8  # not the box that stands for a letter which a font does not have
+    accents = {visualize._draw_text(letter, 15, "#000000", 60).tobytes() for letter in "eéèêñüßж"}
+    assert len(accents) == 8  # not the box of a missing glyph
     for width in (60, 200, 480):
-        ink = np.asarray(visualize._write("WWW gjq " * 9 + "W" * 99, 15, "#000000", width)) < 128
+        ink = (
+            np.asarray(visualize._draw_text("WWW gjq " * 9 + "W" * 99, 15, "#000000", width)) < 128
+        )
         assert not ink[-1].any()
         assert not ink[:, -1].any()
-        wide = np.asarray(visualize._write("WWW gjq " * 9 + "W" * 99, 15, "#000000", 9999)) < 128
+        wide = (
+            np.asarray(visualize._draw_text("WWW gjq " * 9 + "W" * 99, 15, "#000000", 9999)) < 128
+        )
         assert ink.sum() == pytest.approx(wide.sum(), rel=0.02)
 
 
-def test_names_that_are_not_utf_8_are_shown_as_well_as_can_be(
-    seeker_folder, motion_folder, tmp_path, capsys
-):
+def test_file_names_that_are_not_utf8(seeker_folder, motion_folder, tmp_path, capsys):
     video, output = (
         os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9." + end) for end in (b"mp4", b"png")
     )
@@ -302,39 +306,45 @@ def test_names_that_are_not_utf_8_are_shown_as_well_as_can_be(
     assert os.path.getsize(output) > 1000
 
 
-def test_bad_input_is_one_line(seeker, seeker_folder, motion_folder, tmp_path, capsys):
+def test_bad_input_gives_one_line_error(seeker, seeker_folder, motion_folder, tmp_path, capsys):
     clip, output = motion_folder / "val" / "00003.mp4", tmp_path / "out.png"
     text = tmp_path / "text.mp4"
     text.write_text("hello")
     (tmp_path / "folder.mp4").mkdir()
-    jaxvid.save_model(seeker, tmp_path / "untold")
+    jaxvid.save_model(seeker, tmp_path / "bare")
     graphdef, params = split_params(seeker)
     params = {**params, "head.bias": params["head.bias"] + jnp.nan}
     broken = merge_params(graphdef, params)
-    jaxvid.save_model(broken, tmp_path / "broken", preprocessing=HOW)
-    jaxvid.save_model(seeker, tmp_path / "one", preprocessing=HOW, labels=["one"])
-    jaxvid.save_model(seeker, tmp_path / "newer", preprocessing={**HOW, "gears": 5})
+    jaxvid.save_model(broken, tmp_path / "broken", preprocessing=PREPROCESSING)
+    jaxvid.save_model(seeker, tmp_path / "one", preprocessing=PREPROCESSING, labels=["one"])
+    jaxvid.save_model(seeker, tmp_path / "newer", preprocessing={**PREPROCESSING, "gears": 5})
     jaxvid.save_model(seeker, tmp_path / "older", preprocessing={"crop": 64, "short_side": 72})
     cases = [
         (tmp_path / "no.mp4", seeker_folder, output, [], "no.mp4 does not exist"),
         (text, seeker_folder, output, [], "text.mp4: cannot be decoded"),
         (clip, tmp_path / "no", output, [], "no is not a model folder"),
-        (clip, tmp_path / "untold", output, [], "says nothing of preprocessing; export it again"),
+        (clip, tmp_path / "bare", output, [], "says nothing of preprocessing; export it again"),
         (clip, tmp_path / "broken", output, [], "not finite"),
-        (clip, tmp_path / "one", output, [], "one/model.json: labels has 1 entries for num_"),
+        (clip, tmp_path / "one", output, [], "one/model.json: labels has 1 entries, expected num_"),
         (clip, tmp_path / "newer", output, [], "has 'gears', which this jaxvid does not know"),
         (clip, tmp_path / "older", output, [], "preprocessing has no num_frames; export"),
-        (clip, seeker_folder, tmp_path / "out.gif", [], "must end in .png or .mp4"),
-        (clip, seeker_folder, tmp_path / "no" / "out.png", [], "no is no folder; make it or name"),
+        (clip, seeker_folder, tmp_path / "out.gif", [], "suffix must be .png or .mp4"),
+        (
+            clip,
+            seeker_folder,
+            tmp_path / "no" / "out.png",
+            [],
+            "no is not a folder; create it or name",
+        ),
         (clip, seeker_folder, tmp_path / "folder.mp4", [], "cannot be written"),
         (text, seeker_folder, text, [], "text.mp4 is the video itself; name another"),
-        (clip, seeker_folder, output, ["--clip", "3"], "--clip=3: there are 0 to 2"),
+        (clip, seeker_folder, output, ["--clip", "3"], "--clip=3: must be 0 to 2"),
         (clip, seeker_folder, output, ["--clip=3", "--num_clips=5"], "'segments' gives 1 to 3"),
     ]
     for video, folder, path, more, message in cases:
-        found = visualize.main([str(video), "--model", str(folder), "--output", str(path), *more])
+        code = visualize.main([str(video), "--model", str(folder), "--output", str(path), *more])
         errors = capsys.readouterr().err.splitlines()
-        assert (found, len(errors)) == (2, 1), errors
+        assert (code, len(errors)) == (2, 1), errors
         assert message in errors[0]
         assert errors[0].startswith("error: ")
     assert not output.exists()
