@@ -4,9 +4,8 @@ A folder stands for all videos below it. Quote patterns (`'clips/**/*.mp4'`), wh
 expands. --window and --stride classify sliding windows of one long video.
 
 Preprocessing and the number of views come from the model card. A trained model uses those of its
-evaluation, a converted one those of the released protocol (XViT: 3 crops of 1 clip, or of 2 clips
-on Something-Something; STAM: 1 crop of 1 clip). Predictions then equal those of --mode eval.
---clips and --crops set another number of views; fewer are faster.
+evaluation, a converted one those of the released protocol. Predictions then equal those of --mode
+eval. --clips and --crops set another number of views; fewer are faster.
 
 The exit code is the number of inputs that failed, at most 99. Each of them gives a line `failed:
 ...` on stderr, whose last line is `N of M failed`; the other inputs are still classified. As in
@@ -238,7 +237,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--window", type=float, metavar="SECONDS", help="classify sliding windows of this "
         "length of one video")  # fmt: skip
     add("--stride", type=float, metavar="SECONDS", help="time between the starts of windows. "
-        "STAM adjusts it slightly, and prints the value, so that windows share frames")  # fmt: skip
+        "A network that encodes frames separately adjusts and prints it, so that windows share "
+        "frames")  # fmt: skip
     add("--output", metavar="PREFIX", help="write the windows to PREFIX.csv, .json and .png")
     return parser
 

@@ -10,8 +10,8 @@ starts at a uniform share of a frame's attention and ends at the strongest patch
 Rollout follows attention only and ignores values and MLPs: it shows where a network looks, not why
 it decides.
 
-In XViT, part of the keys and values come from neighbouring frames. Its rollout treats them as if
-they came from the same frame and leaves out summary tokens, so its heat is approximate in time.
+Some networks take keys and values in part from the neighbouring frames. Their rollout ignores that
+and leaves out summary tokens: the heat is approximate in time.
 """
 
 if __name__ == "__main__":  # before the slow imports below

@@ -20,7 +20,7 @@ class Results:
         scores: `(n, num_classes)` float32, by which classes are ranked. Zeros if decoding failed.
         probabilities: `(n, num_classes)` float32. Rows sum to 1, or are zeros if decoding failed.
         padded: `(n,)` booleans: the video is shorter than its clips, which repeat frames.
-        released: `(n,)` booleans: STAM's released evaluation counts the video.
+        released: `(n,)` booleans: counted by the released evaluation of `uniform_10s`.
         errors: `n` decode errors. Empty strings stand for success.
         seconds: Wall time, summed over all runs of an interrupted evaluation.
     """

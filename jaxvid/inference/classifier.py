@@ -211,14 +211,14 @@ class Classifier:
     def windows(self, video: str | Path, window: float, stride: float) -> ClassTimeline:
         """Classify sliding windows of a video, each like a video of its own.
 
-        Every frame is decoded at most once, in one pass, in memory that does not grow with the
-        length of the video. If the network encodes frames independently (STAM), the features of a
-        frame are computed once for all windows, and `plan_windows` adjusts the stride to its
-        sampling, so that windows share frames.
+        Every needed frame is decoded once, in one pass. Memory does not grow with the length of
+        the video. If the network computes each frame's features independently, they are computed
+        once for all windows that contain the frame, and the stride is aligned to its sampling (see
+        `plan_windows`).
 
         Args:
             video: Video file with a frame rate or timestamps.
-            window: Length of a window in seconds. STAM samples the first 10 seconds of each.
+            window: Length of a window in seconds. `uniform_10s` sampling sees the first 10 s.
             stride: Seconds between the starts of windows. An adjusted stride is printed to stderr.
 
         Returns:
@@ -299,7 +299,7 @@ class Classifier:
         return merge_params(self._graphdef, params)(video).reshape(b, v, -1).sum(axis=1)
 
     def _features(self, params: Params, video: jax.Array) -> jax.Array:
-        """Map pixels `(b, t, h, w, c)` to features of frames `(b, t, d)`."""
+        """Return the features of each frame: `(b, t, h, w, c)` pixels → `(b, t, d)`."""
         return merge_params(self._graphdef, params).frame_features(self._normalize(video))
 
     def _score_features(self, params: Params, features: jax.Array) -> jax.Array:

@@ -40,7 +40,7 @@ from jaxvid.storage.model_card import (
 )
 
 MAX_FILES = 10_000  # in `params`; Orbax writes about ten per process
-# Fields that may differ in fine-tuning, as `models.transfer` adapts the weights.
+# Fields whose change surgery makes up for.
 SIZE_FIELDS = ("num_classes", "num_frames", "image_size", "temporal_embedding_frames")
 
 
@@ -157,23 +157,23 @@ def _restore(path: Path, abstract_params: Params) -> Params:
 def load_init(
     folder: str | Path, model_config: ModelConfig, fresh: Params
 ) -> tuple[Params, list[str]]:
-    """Initialise a model from a model folder whose config may differ.
+    """The weights of a model folder as the start of a model that may differ from it.
 
-    Classes, frames, resolution and temporal modules may differ (`transfer.plan_transfer`). The peak
-    memory is one copy of the weights in addition to `fresh`.
+    Other classes, frames or resolution, a temporal part more or less: see
+    `surgery.plan_fit`. At its peak, one copy of the weights beside `fresh`.
 
     Args:
-        folder: Model folder.
-        model_config: Config of the model to initialise.
-        fresh: Newly initialised weights of that model.
+        folder: The model folder.
+        model_config: The wanted model's config.
+        fresh: The wanted model's newly initialised weights.
 
     Returns:
-        Weights with the names, shapes and shardings of `fresh`, and lines for the log: which
-        weights were loaded, resized, reinitialised or unused, and which options differ.
+        Weights of the names, shapes and shardings of `fresh`; and what was loaded, resized,
+        reinitialised or left unused, and which options differ, as lines for a log.
 
     Raises:
-        InputError: The folder is damaged, or its weights do not fit or would change their meaning.
-            The message names every reason.
+        InputError: The folder is damaged, or the weights would not fit or would mean something
+            else; every reason is named.
     """
     source = make_model_config(**load_card(folder)["config"])
     kinds = [type(config).__name__.removesuffix("Config") for config in (source, model_config)]
@@ -182,12 +182,12 @@ def load_init(
             f"{folder} holds {source.name}, of the family {kinds[0]}; {model_config.name} is of "
             f"{kinds[1]}, which its weights do not fit: name a folder of that family"
         )
-    stored = abstract_model(source)[1]
-    fit = transfer.plan_transfer(stored, fresh)
+    found = abstract_model(source)[1]
+    fit = transfer.plan_transfer(found, fresh)
     differences = model_differences(
         dataclasses.asdict(source), model_config, RATE_FIELDS + SIZE_FIELDS
     )
-    # Shapes do not depend on the number of heads, but each head would mix parts of several.
+    # No shape tells how many heads share a kernel, but each would get parts of several.
     unfit = {"heads"} & differences.keys()
     if "aggregate.cls_token" in fit.loaded:
         unfit |= {"temporal_heads"} & differences.keys()
@@ -197,8 +197,8 @@ def load_init(
             f"{'; '.join([*differences.values(), *fit.problems])}; "
             "take its values with --config.model.NAME=VALUE or name another folder"
         )
-    # Weights to be resized are read into host memory, as only their new shape has a sharding.
-    target = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in stored.items()}
+    # What changes is read into host memory: its new shape alone knows its place on the devices.
+    target = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in found.items()}
     target |= {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for name, leaf in fresh.items()
