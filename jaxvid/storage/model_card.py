@@ -102,8 +102,8 @@ def _check_card(card: dict) -> None:
                 raise InputError(f"{name}: {short_repr(file)} is outside params")
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise InputError(
-                    f"{name}: {short_repr(file)} has {short_repr(value)}, expected an "
-                    "integer of at least 0"
+                    f"{name} has {short_repr(value)} for {short_repr(file)}, expected an integer "
+                    "of at least 0"
                 )
     if not card["files"]:
         raise InputError("files is empty")

@@ -131,7 +131,7 @@ for _name, _message, _changes in (
     ("checksum of no file", "have changed", {"checksums": {"nothing": 5}}),
     ("labels as text", "labels is 'one'", {"labels": "one"}),
     ("labels as a number", "labels is 5", {"labels": 5}),
-    ("labels as a dict", "labels has {", {"labels": {"0": "a"}}),
+    ("labels as a dict", "labels is {", {"labels": {"0": "a"}}),
     ("labels that are too few", "labels has 1 entries", {"labels": ["one"]}),
     ("labels that are lists", "expected a string", {"labels": [[1]] * 5}),
     ("labels that are null", "expected a string", {"labels": [None] * 5}),
