@@ -9,8 +9,8 @@ Frames are drawn whole and upright, darkened where the network's crop does not r
 at an even share of a frame's attention and ends at the strongest patch of the clip. Rollout follows
 attention alone, not what values and MLPs make of it: where a network looks, not why it decides.
 
-XViT's keys and values come in part from the frames before and after. Its rollout is taken as if
-they did not, within the frame, and without summary tokens: the heat is approximate in time.
+Some networks take keys and values in part from the neighbouring frames. Their rollout ignores that
+and leaves out summary tokens: the heat is approximate in time.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds

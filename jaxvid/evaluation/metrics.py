@@ -20,7 +20,7 @@ class Results:
         scores: `(n, num_classes)` float32: what the classes are ranked by; zeros where it failed.
         probabilities: `(n, num_classes)` float32: rows sum to 1; zeros where it failed.
         padded: `(n,)` booleans: too short for its clips.
-        released: `(n,)` booleans: counted by STAM's released evaluation.
+        released: `(n,)` booleans: counted by the released evaluation of `uniform_10s`.
         errors: `(n,)` strings: why it could not be decoded; empty: it could.
         seconds: Wall time; of an interrupted evaluation that of all its runs.
     """

@@ -16,7 +16,7 @@ from jaxvid.data.clips.clip import (
 from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.distributed import setup
 from jaxvid.errors import InputError
-from jaxvid.models.xvit import XViT
+from jaxvid.models import family_of
 from jaxvid.storage import eval_step
 from jaxvid.storage.preprocessing import load_model_and_spec
 
@@ -127,7 +127,7 @@ def look_at(video: str | Path, folder: str | Path, *, clip: int = 0, num_clips: 
         bars = "this network averages its frames, each weighs the same"
     most = f"{heat.max() * side**2:.1f} times an even share"
     notes = [f"Bars: {bars}.", f"Heat: attention rollout; the strongest patch gets {most}."]
-    if isinstance(model, XViT) and (model.config.shift != "none" or model.config.summary_tokens):
+    if family_of(model.config).mixes_frames(model.config):
         notes.append("Frames mix in this network's attention: the heat is approximate in time.")
     return Look(
         name=Path(video).name,

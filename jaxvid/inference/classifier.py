@@ -26,8 +26,7 @@ from jaxvid.distributed import setup
 from jaxvid.errors import InputError
 from jaxvid.inference.class_timeline import ClassTimeline
 from jaxvid.inference.sliding_windows import gather_clips, plan_windows, prefetch, read_frames
-from jaxvid.models import merge_params, split_params
-from jaxvid.models.stam import STAM
+from jaxvid.models import family_of, merge_params, split_params
 from jaxvid.progress import Progress
 from jaxvid.storage import eval_step
 from jaxvid.storage.preprocessing import clip_shape, load_model_and_spec
@@ -111,7 +110,7 @@ class Classifier:
             eval_step.normalize,
             **{name: card["preprocessing"][name] for name in ("mean", "std")},
         )
-        self._shares_frames = isinstance(model, STAM)
+        self._shares_frames = family_of(model.config).shares_frames
         self._graphdef, self._params = split_params(model)
         self._programs = {}  # (function, shape and dtype of its input) → compiled
 
@@ -206,13 +205,14 @@ class Classifier:
     def windows(self, video: str | Path, window: float, stride: float) -> ClassTimeline:
         """Classifies each of many windows of a video as a video of its own.
 
-        Every needed frame is decoded once, in one pass; memory does not grow with the length. Of a
-        STAM, whose frames do not see each other, the features of a frame are computed once, too,
-        for all windows that show it; the stride is fitted to its sampling (see `plan_windows`).
+        Every needed frame is decoded once, in one pass. Memory does not grow with the length of
+        the video. If the network computes each frame's features independently, they are computed
+        once for all windows that contain the frame, and the stride is aligned to its sampling (see
+        `plan_windows`).
 
         Args:
             video: A file with a known frame rate, or with timestamps.
-            window: Seconds of a window; STAM looks at the first 10 of each.
+            window: Length of a window in seconds. `uniform_10s` sampling sees the first 10 s.
             stride: Seconds from one window's start to the next one's; if another is used, that is
                 told on stderr.
 
@@ -292,13 +292,13 @@ class Classifier:
         return merge_params(self._graphdef, params)(video).reshape(b, v, -1).sum(axis=1)
 
     def _features(self, params, video: jax.Array) -> jax.Array:
-        """A STAM's `(b, t, h, w, c)` pixels → the frames' features `(b, t, d)`."""
+        """Return the features of each frame: `(b, t, h, w, c)` pixels → `(b, t, d)`."""
         return merge_params(self._graphdef, params).frame_features(self._normalize(video))
 
     def _score_features(self, params, features: jax.Array) -> jax.Array:
         """`(b, v, t, d)` → the sums of the views' logits `(b, num_classes)`."""
         model, (b, v, t, d) = merge_params(self._graphdef, params), features.shape
-        logits = model.head(model.video_features(features.reshape(b * v, t, d)))
+        logits = model.classify(features.reshape(b * v, t, d))
         return logits.reshape(b, v, -1).sum(axis=1)
 
     def _compile(self, function, shape: tuple[int, ...], dtype):

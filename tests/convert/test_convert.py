@@ -262,7 +262,7 @@ def test_all_problems_are_reported_together(tmp_path, capsys):
     assert "5 problems" in message
     for part in (
         "base_model.norm.bias: missing in the file; the model has (48,)",
-        "extra.weight: (3,) in the file, absent in the model",
+        "extra.weight: (3,) in the file, not in the model",
         "base_model.blocks.0.mlp.fc1.bias: (5,) in the file, (192,) in the model",
         "base_model.blocks.1.mlp.fc1.bias: holds NaN or infinite values",
         "base_model.norm.weight: int32, not floating point",
@@ -274,8 +274,8 @@ def test_all_problems_are_reported_together(tmp_path, capsys):
     ("file_model", "model", "message"),
     [
         ("stam_16", "stam_8", "num_frames is 16 in aggregate.pos_embed but 8 in stam_8"),
-        ("stam_16", "xvit_k400", "holds stam weights, but --model xvit_k400 is a xvit"),
-        ("xvit_k400", "stam_16", "holds xvit weights, but --model stam_16 is a stam"),
+        ("stam_16", "xvit_k400", "holds stam weights, but --model xvit_k400 is of the family xvit"),
+        ("xvit_k400", "stam_16", "holds xvit weights, but --model stam_16 is of the family stam"),
         ("xvit_k400", "xvit_k600", "num_classes is 400 in consensus.mlp_head.4.weight but 600"),
         ("xvit_k400", "xvit_k999", "model 'xvit_k999' does not exist"),
     ],
@@ -291,7 +291,7 @@ def test_another_number_of_classes_and_temporal_rows_are_read_from_the_file(tmp_
     state["consensus.mlp_head.4.weight"] = torch.randn(9, 48)
     state["consensus.mlp_head.4.bias"] = torch.randn(9)
     path = save(tmp_path / "in.pth", "x", state)
-    assert "--num_classes 9 takes another" in refused("xvit_k600", path, tmp_path, capsys)
+    assert "--num_classes 9 sets the number" in refused("xvit_k600", path, tmp_path, capsys)
     assert convert("xvit_k600", path, tmp_path / "m", "--num_classes", "9") == 0
     config = jaxvid.load_model(tmp_path / "m").config
     assert (config.num_classes, config.temporal_embedding_frames) == (9, 16)
@@ -443,6 +443,6 @@ def test_export_of_a_trained_demo_model_and_bad_folders(tmp_path, capsys):
 
 
 def test_the_reference_knows_the_released_models_alone():
-    with pytest.raises(ValueError, match="knows the released XViT alone"):
+    with pytest.raises(ValueError, match="supports only the released XViT"):
         build_reference(make_model_config("xvit_k400", summary_tokens=True))
     assert abstract_model(make_model_config("xvit_k400", summary_tokens=True))

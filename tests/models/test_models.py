@@ -37,7 +37,7 @@ def test_the_number_of_parameters_is_known_before_a_network_is_built(name, optio
         ({"dropout": math.nan}, "dropout=nan: must be 0 to 1"),
         ({"remat": 1}, "remat=1: expected type bool"),
         ({"width": 32768, "heads": 1, "depth": 128}, "[0-9]+ G parameters, at most 10 G"),
-        ({"image_size": 8192, "patch_size": 2}, "16777216 patches a frame, at most 65536"),
+        ({"image_size": 8192, "patch_size": 2}, "16777216 patches per frame, at most 65536"),
     ],
 )
 def test_impossible_sizes_are_refused_by_name(options, message):

@@ -156,9 +156,9 @@ def test_small_initial_weights_depend_on_the_width():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"heads": 5}, "width=768 does not divide by heads=5"),
-        ({"temporal_heads": 7}, "width=768 does not divide by temporal_heads=7"),
-        ({"patch_size": 15}, "image_size=224 does not divide by patch_size=15"),
+        ({"heads": 5}, "width=768 is not divisible by heads=5"),
+        ({"temporal_heads": 7}, "width=768 is not divisible by temporal_heads=7"),
+        ({"patch_size": 15}, "image_size=224 is not divisible by patch_size=15"),
         ({"aggregator": "max"}, "aggregator='max' is not one of transformer, mean"),
         ({"init": "zeros"}, "init='zeros' is not one of released, small"),
     ],
@@ -170,5 +170,5 @@ def test_impossible_configs_are_refused_by_name_and_value(overrides, message):
 
 def test_another_number_of_frames_is_refused():
     model = create_model("stam_8", num_classes=5, **TINY)
-    with pytest.raises(ValueError, match="4 frames; the model is made for 8"):
+    with pytest.raises(ValueError, match="expected 8 frames, got 4"):
         model(jnp.zeros((1, 4, 32, 32, 3)))

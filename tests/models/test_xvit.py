@@ -18,7 +18,8 @@ from jaxvid.models import (
     split_params,
 )
 from jaxvid.models.layers import drop_path, dropout, run_blocks
-from jaxvid.models.xvit import XViTConfig, shift_time, summarize
+from jaxvid.models.space_time_mixing import shift_time, summarize
+from jaxvid.models.xvit import XViTConfig
 from jaxvid.training.steps import cross_entropy
 from tests import goldens
 from tests.conftest import QUICK
@@ -173,12 +174,12 @@ def test_bfloat16_computes_over_float32_weights():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"heads": 5}, "width=64 does not divide by heads=5"),
-        ({"num_frames": 12}, "num_frames=12 does not divide by shift_segment=8"),
-        ({"image_size": 60}, "image_size=60 does not divide by patch_size=16"),
-        ({"temporal_embedding_frames": 3}, "num_frames=8 does not divide by temporal_emb"),
+        ({"heads": 5}, "width=64 is not divisible by heads=5"),
+        ({"num_frames": 12}, "num_frames=12 is not divisible by shift_segment=8"),
+        ({"image_size": 60}, "image_size=60 is not divisible by patch_size=16"),
+        ({"temporal_embedding_frames": 3}, "num_frames=8 is not divisible by temporal_emb"),
         ({"shift_div": 1}, "shift_div=1"),
-        ({"shift_blocks": (2, 3)}, r"shift_blocks=\[3\] lie outside 0..2"),
+        ({"shift_blocks": (2, 3)}, r"shift_blocks=\[3\]: must be 0 to 2"),
         ({"head": "max"}, "head='max' is not one of attention, mean"),
         ({"init": "zeros"}, "init='zeros' is not one of"),
         ({"dtype": "float64"}, "dtype='float64' is not one of"),
@@ -191,17 +192,19 @@ def test_impossible_configs_are_refused_by_name_and_value(overrides, message):
 
 
 def test_unknown_model_names_are_refused():
-    with pytest.raises(InputError, match="'xvit_big' does not exist; there are stam_8, stam_16"):
+    with pytest.raises(
+        InputError, match="'xvit_big' does not exist; expected one of stam_8, stam_16"
+    ):
         make_model_config("xvit_big")
 
 
 def test_clips_that_do_not_fit_are_refused():
     model = demo_model("")
-    with pytest.raises(ValueError, match="7 frames do not divide by shift_segment=8"):
+    with pytest.raises(ValueError, match="7 frames are not divisible by shift_segment=8"):
         model(clips(frames=7))
-    with pytest.raises(ValueError, match=r"shape \(8, 64, 64, 3\) is not \(b, t, h, w, 3\)"):
+    with pytest.raises(ValueError, match=r"shape \(b, t, h, w, 3\), got \(8, 64, 64, 3\)"):
         model(clips()[0])
-    with pytest.raises(ValueError, match="60x60 px do not divide into patches of 16 px"):
+    with pytest.raises(ValueError, match="60x60 px are not divisible into patches of 16 px"):
         model(clips(size=60))
 
 

@@ -56,7 +56,7 @@ def largest(folder: Path) -> Path:
         (lambda f: edit(f, config={"width": 32}), "params does not fit the model: .*width|kernel"),
         (lambda f: edit(f, config={"num_classes": 9}, labels=None), r"\(16, 8\) in the folder"),
         (lambda f: edit(f, config={"gears": 5}), "model.json: .* has no option 'gears'"),
-        (lambda f: edit(f, config={"heads": 3}), "model.json: .*width=16 does not divide"),
+        (lambda f: edit(f, config={"heads": 3}), "model.json: .*width=16 is not divisible"),
         (lambda f: edit(f, config=None), "model.json: .*export the model again"),
         (lambda f: edit(f, labels=["one"]), "labels has 1 entries for num_classes=8"),
         (lambda f: edit(f, labels="one"), "labels has 'one' entries for num_classes=8"),
@@ -72,7 +72,7 @@ def largest(folder: Path) -> Path:
         (lambda f: edit(f, preprocessing={"num_crops": 2}), "num_crops=2: there are 1, 3"),
         (lambda f: edit(f, preprocessing=[8]), "model.json says nothing of preprocessing"),
         (lambda f: edit(f, preprocessing={"crop": 65}), "short_side=72|does not fit the network"),
-        (lambda f: edit(f, preprocessing={"num_frames": 9}), "9 frames do not divide"),
+        (lambda f: edit(f, preprocessing={"num_frames": 9}), "9 frames are not divisible"),
         (lambda f: edit(f, preprocessing={"sampling": "x"}), "sampling='x': there are"),
     ],
 )
