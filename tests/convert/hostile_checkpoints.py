@@ -1,4 +1,4 @@
-"""Checkpoint files that must be refused: name → (what builds the file, part of the message)."""
+"""Checkpoint files that must be refused: name → (suffix, builder, part of the message)."""
 
 import io
 import json
@@ -24,12 +24,12 @@ SIZES |= {"temporal_depth": 1, "temporal_heads": 2, "temporal_mlp": 32}
 
 
 def shrink_preset() -> None:
-    """Makes `stam_8` tiny in this process."""
+    """Replace the preset `stam_8` by a tiny one in this process."""
     PRESETS[MODEL] = make_model_config(MODEL, **SIZES)
 
 
 def make_state() -> dict[str, np.ndarray]:
-    """Weights that the tiny `stam_8` accepts, under PyTorch's names."""
+    """Return weights of the tiny `stam_8` under PyTorch's names."""
     _, params = abstract_model(make_model_config(MODEL))
     rng = np.random.default_rng(0)
     return {
@@ -42,7 +42,7 @@ def make_state() -> dict[str, np.ndarray]:
 
 
 class Global(NamedTuple):
-    """A name that a pickle imports."""
+    """A global that a pickle imports."""
 
     module: str
     name: str
@@ -68,7 +68,7 @@ class Raw(NamedTuple):
 
 
 def encode(value: Any) -> bytes:
-    """A value as opcodes of protocol 2."""
+    """Encode a value as opcodes of protocol 2."""
     if isinstance(value, Raw):
         return value.data
     if isinstance(value, Global):
@@ -103,7 +103,7 @@ def tensor(
     dtype=None,
     flags=(),
 ) -> Call:
-    """A tensor as `torch.save` describes it; by default contiguous in a storage of its size."""
+    """Return a tensor as in a file of `torch.save`, by default contiguous in its own storage."""
     if strides is None:
         strides = tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
     numel = int(np.prod(shape)) if numel is None else numel
@@ -120,7 +120,7 @@ def rebuild(function: str, *arguments) -> Call:
 
 
 def members(changes: dict | None = None, tree: Any = None) -> dict[str, bytes]:
-    """The members of a PyTorch archive; `changes` replaces values of the state_dict."""
+    """Return the members of a PyTorch archive; `changes` replaces values of the state_dict."""
     state = make_state()
     values = {k: tensor(v.shape, key=k) for k, v in state.items()} | (changes or {})
     tree = {"model": values} if tree is None else tree
@@ -146,12 +146,12 @@ def case(name: str, message: str, build: Build, suffix: str = "pth") -> None:
 
 
 def tree_case(name: str, message: str, tree: Any = None, **changes) -> None:
-    """A whole archive whose pickle is changed."""
+    """Add a case: a complete archive with a changed pickle."""
     case(name, message, lambda p: write_zip(p, members(changes, tree)))
 
 
 def part_case(name: str, message: str, **parts) -> None:
-    """A whole archive in which members are replaced."""
+    """Add a case: a complete archive with replaced members."""
     case(name, message, lambda p: write_zip(p, members() | parts))
 
 
@@ -160,7 +160,7 @@ def byte_case(name: str, message: str, data: bytes, suffix: str = "pth") -> None
 
 
 def edit_case(name: str, message: str, edit: Callable[[bytearray], None]) -> None:
-    """A whole archive whose bytes are changed."""
+    """Add a case: a complete archive with changed bytes."""
 
     def build(path: Path) -> None:
         write_zip(path, members())
@@ -172,7 +172,7 @@ def edit_case(name: str, message: str, edit: Callable[[bytearray], None]) -> Non
 
 
 def save_case(name: str, message: str, make: Callable[[dict], Any], **options) -> None:
-    """What `torch.save` itself writes of a changed state_dict."""
+    """Add a case: a changed state_dict, written by `torch.save`."""
 
     def build(path: Path) -> None:
         state = {key: torch.from_numpy(value) for key, value in make_state().items()}
@@ -435,7 +435,7 @@ for _name, _message, _change in (
 ):
     save_case(f"saved: {_name}", _message, _changed("pos_embed", _change))
 
-# ---- dicts that are no state_dict
+# ---- dicts that are not a state_dict
 _NO_NAME = "is not the name of a weight"
 for _name, _message, _make in (
     ("list", "holds a list", lambda s: [s]),
@@ -515,7 +515,7 @@ def write_npz(path: Path, parts: dict[str, Any]) -> None:
 
 
 def npy(header: str | bytes, data: bytes = b"", version: bytes = b"\x01\x00") -> bytes:
-    """An array file with any header."""
+    """Return an array file with any header."""
     text = header.encode() if isinstance(header, str) else header
     return b"\x93NUMPY" + version + struct.pack("<H", len(text)) + text + data
 
@@ -566,7 +566,7 @@ case(
 
 
 def _huge_grid(path: Path) -> None:
-    """An image ViT with a positional embedding of 4 GB, which would be resized."""
+    """Write an image ViT with a positional embedding of 4 GB, which would be resized."""
     data = safetensors(entry(shape=(1, 2**26 + 1, 16), offsets=(0, 64 * (2**26 + 1))), b"")
     sparse(len(data) + 64 * (2**26 + 1), data)(path)
 
@@ -574,7 +574,12 @@ def _huge_grid(path: Path) -> None:
 case("safetensors: grid of 4 GB", "in the file, (1, 5, 16) in the model", _huge_grid, "safetensors")
 byte_case("npz: text file", "cannot be read as .npz", b"hello", "npz")
 byte_case("npz: empty file", "it is empty", b"", "npz")
-case("npz: outside", "lies outside", lambda p: write_npz(p, {"../a.npy": np.zeros(1)}), "npz")
+case(
+    "npz: outside",
+    "is outside the archive",
+    lambda p: write_npz(p, {"../a.npy": np.zeros(1)}),
+    "npz",
+)
 
 
 def _encrypted(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Model folders that must be refused: name → (what builds the folder, part of the message)."""
+"""Model folders that must be refused: name → (builder, part of the message)."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ CASES: dict[str, tuple[Build, str]] = {}
 
 @functools.cache
 def _good() -> tempfile.TemporaryDirectory:
-    """A whole model folder of a tiny network, made once in a process."""
+    """Write a complete model folder of a tiny network, built once per process."""
     folder = tempfile.TemporaryDirectory()
     model = jaxvid.create_model("xvit_tiny", **SIZES)
     labels = [f"class {i}" for i in range(5)]
@@ -35,7 +35,7 @@ def build_good(path: Path) -> None:
 
 
 def case(name: str, message: str, change: Callable[[Path], None]) -> None:
-    """A whole folder that is changed."""
+    """Add a case: a complete folder with a change."""
     assert name not in CASES
 
     def build(path: Path) -> None:
@@ -50,7 +50,7 @@ def text_case(name: str, message: str, data: bytes) -> None:
 
 
 def card_case(name: str, message: str, /, **changes: Any) -> None:
-    """A `model.json` with other values; a dict with the key "+" is merged with what is there."""
+    """Add a case: other values in `model.json`. A dict with the key "+" is merged."""
 
     def change(path: Path) -> None:
         card = json.loads((path / "model.json").read_text())
@@ -208,7 +208,7 @@ def _largest(path: Path) -> Path:
 
 
 def _swap(build: Build) -> Callable[[Path], None]:
-    """The largest file is replaced."""
+    """Replace the largest file."""
 
     def change(path: Path) -> None:
         largest = _largest(path)
@@ -219,7 +219,7 @@ def _swap(build: Build) -> Callable[[Path], None]:
 
 
 def _huge(path: Path) -> None:
-    """A file of a terabyte that `model.json` knows of."""
+    """Write a file of a terabyte that is listed in `model.json`."""
     sparse(2**40)(path / "params" / "huge")
     card = json.loads((path / "model.json").read_text())
     card["files"]["huge"], card["checksums"]["huge"] = 2**40, 0

@@ -1,4 +1,4 @@
-"""STAM against the original program's numbers, and the properties that define it."""
+"""STAM: parity with the original program, and the properties that define the model."""
 
 import jax
 import jax.numpy as jnp
@@ -120,17 +120,17 @@ def test_features_attention_and_dropout():
     assert jnp.abs(run(model, video, key) - logits).max() > 1e-3
 
 
-def test_frames_do_not_see_each_other_and_their_order_counts():
+def test_frame_features_are_independent_and_the_order_matters():
     model = create_model("stam_8", num_classes=5, **TINY)
     video = jax.random.uniform(jax.random.key(0), (1, 8, 32, 32, 3))
     reverse = jax.jit(lambda v: model.frame_features(v))
     np.testing.assert_allclose(reverse(video)[:, ::-1], reverse(video[:, ::-1]), atol=1e-5)
-    pos_embed = model.aggregate.pos_embed  # fresh ones are too small to matter
+    pos_embed = model.aggregate.pos_embed  # the initial values are too small to matter
     pos_embed[...] = 0.3 * jax.random.normal(jax.random.key(1), pos_embed.shape)
     assert jnp.abs(run(model, video) - run(model, video[:, ::-1])).max() > 1e-5
 
 
-def test_the_mean_of_frames_does_not_know_their_order():
+def test_the_mean_aggregator_ignores_the_order_of_frames():
     video = jax.random.uniform(jax.random.key(0), (2, 8, 64, 64, 3))
     blind = create_model("stam_tiny", aggregator="mean")
     np.testing.assert_allclose(run(blind, video), run(blind, video[:, ::-1]), atol=1e-5)

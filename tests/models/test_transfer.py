@@ -1,4 +1,4 @@
-"""A model starts from another one's weights: what fits is kept exactly, the rest is named."""
+"""Weight transfer to networks with other sizes, classes or parts."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ STAM = {
 
 
 def random_network(options: dict, seed: int) -> tuple:
-    """Structure and weights of a network; every weight is its own, biases too."""
+    """Return the structure and random weights of a network; biases are random too."""
     graphdef, abstract = abstract_model(make_model_config(**options))
     rng = np.random.default_rng(seed)
     return graphdef, {
@@ -45,7 +45,7 @@ def random_network(options: dict, seed: int) -> tuple:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Model folders by name."""
+    """Write a model folder per case and return their parent."""
     root = tmp_path_factory.mktemp("folders")
     sizes = {
         "xvit": XVIT,
@@ -59,7 +59,7 @@ def folders(tmp_path_factory):
 
 
 def start(folder, options: dict):
-    """Loads a folder as the start of another model: network, weights there, fresh, report."""
+    """Load a folder into another network; return it, the source and initial weights, the log."""
     graphdef, fresh = random_network(options, seed=2)
     params, lines = model_folder.load_init(folder, make_model_config(**options), fresh)
     found = split_params(jaxvid.load_model(folder))[1]
@@ -86,7 +86,7 @@ def refused(folder, options: dict) -> str:
 
 
 @pytest.mark.parametrize(("side", "new"), [(2, 3), (4, 2), (3, 3)])
-def test_patch_grids_are_resized_as_torch_does(side, new):
+def test_patch_grids_are_resized_as_in_torch(side, new):
     embed = np.random.default_rng(0).normal(size=(1, 1 + side**2, 5)).astype(np.float32)
     found = resize_pos_embed(jnp.asarray(embed), (new, new))
     grid = torch.from_numpy(embed[:, 1:].reshape(1, side, side, 5)).permute(0, 3, 1, 2)
@@ -98,7 +98,7 @@ def test_patch_grids_are_resized_as_torch_does(side, new):
 
 @pytest.mark.parametrize(("t", "new"), [(8, 16), (16, 8), (16, 3), (1, 4), (4, 1)])
 @pytest.mark.parametrize("kept", [0, 1])
-def test_frames_are_resized_between_their_centres(t, new, kept):
+def test_frame_rows_are_interpolated_between_their_centres(t, new, kept):
     embed = np.random.default_rng(0).normal(size=(1, kept + t, 5)).astype(np.float32)
     found = resize_time(jnp.asarray(embed), new, leading_rows=kept)
     at = (np.arange(new) + 0.5) * t / new - 0.5
@@ -234,7 +234,7 @@ def test_every_weight_is_loaded_resized_or_reinitialised(case, folders):
     params = split_params(model)[1]
     fit = transfer.plan_transfer(family_of(model.config), found, fresh)
     lists = [fit.loaded, list(fit.resized), sum(fit.reinitialised.values(), [])]
-    assert sorted(sum(lists, [])) == sorted(fresh)  # each in one list, once
+    assert sorted(sum(lists, [])) == sorted(fresh)  # each weight is in exactly one list
     assert sum(fit.unused.values(), []) == [n for n in found if n.startswith(unused or ("-",))]
     assert tuple(sorted(fit.resized)) == tuple(sorted(resized))
     assert lists[2] == [n for n in fresh if n.startswith(reinitialised or ("-",))]
@@ -271,7 +271,7 @@ def test_resized_weights_hold_the_resized_values(folders):
 
 
 @pytest.mark.parametrize(("folder", "options"), [("xvit", XVIT), ("stam", STAM)])
-def test_other_classes_leave_the_features_as_they_were(folder, options, folders):
+def test_a_new_class_head_keeps_the_features(folder, options, folders):
     model, _, _, _ = start(folders / folder, {**options, "num_classes": 3})
     source, video = jaxvid.load_model(folders / folder), clip(options)
     (_, expected), (logits, found) = run(source, video), run(model, video)
@@ -281,7 +281,7 @@ def test_other_classes_leave_the_features_as_they_were(folder, options, folders)
         np.testing.assert_array_equal(found[name], features)
 
 
-def test_weights_get_the_sharding_of_the_fresh_ones(folders):
+def test_transferred_weights_get_the_sharding_of_the_initial_weights(folders):
     mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 4, "tensor": 1}))
     options = {**STAM, "num_classes": 4, "num_frames": 11, "image_size": 48}
     fresh = random_network(options, seed=2)[1]
@@ -298,7 +298,7 @@ def test_weights_get_the_sharding_of_the_fresh_ones(folders):
     assert len(params["aggregate.pos_embed"].sharding.device_set) == 8
 
 
-def test_other_networks_are_refused_with_every_difference(folders):
+def test_incompatible_networks_are_refused_with_every_difference(folders):
     message = refused(folders / "xvit", {**XVIT, "width": 32, "depth": 3, "num_classes": 5})
     for part in (
         f"{folders / 'xvit'} cannot initialise xvit_tiny: width is 16 there, 32 here; ",
@@ -332,7 +332,7 @@ def test_a_shallower_backbone_is_refused(folders, tmp_path):
     ("folder", "options", "field"),
     [("xvit", XVIT, "heads"), ("stam", STAM, "heads"), ("stam", STAM, "temporal_heads")],
 )
-def test_kernels_are_not_cut_into_other_heads(folder, options, field, folders):
+def test_another_number_of_heads_is_refused(folder, options, field, folders):
     message = refused(folders / folder, {**options, field: 4})
     assert f": {field} is 2 there, 4 here; use its values" in message
 
@@ -344,7 +344,7 @@ def test_another_family_is_refused(folders):
     assert "xvit holds xvit_tiny, of the family XViT; stam_8 is of the family STAM; name" in message
 
 
-def test_a_part_that_is_there_in_part_is_no_missing_part(folders):
+def test_an_incomplete_part_is_a_problem(folders):
     found, fresh = (abstract_model(make_model_config(**STAM))[1] for _ in range(2))
     del found["aggregate.cls_token"]
     del fresh["aggregate.transformer_enc.layers.1.norm1.scale"]
