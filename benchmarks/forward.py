@@ -37,7 +37,7 @@ import numpy as np
 import optax
 
 from benchmarks.cost import multiply_adds
-from jaxvid.models import create_model, make_model_config, merge_params, split_params
+from jaxvid.models import Params, create_model, make_model_config, merge_params, split_params
 from jaxvid.training.steps import cross_entropy
 
 
@@ -72,11 +72,11 @@ def make_jax(args: argparse.Namespace, **overrides) -> Callable[[], None]:
     clip, label = jnp.asarray(clip), jnp.asarray(label)
     optimizer = optax.sgd(1e-4)
 
-    def forward(params, clip, label):
+    def forward(params: Params, clip: jax.Array, label: jax.Array) -> jax.Array:
         return merge_params(graphdef, params)(clip)
 
-    def train(params, clip, label):
-        def loss_fn(params):
+    def train(params: Params, clip: jax.Array, label: jax.Array) -> Params:
+        def loss_fn(params: Params) -> jax.Array:
             return cross_entropy(forward(params, clip, label), label, smoothing=0.0).mean()
 
         grads = jax.grad(loss_fn)(params)

@@ -89,7 +89,7 @@ def open_torch(path: Path, file: CheckedFile, stack: contextlib.ExitStack) -> tu
         span = spans[tensor.storage.key]
         _check_tensor(key, tensor, span)
 
-        def read(tensor=tensor, span=span) -> np.ndarray:
+        def read(tensor: Tensor = tensor, span: _Span = span) -> np.ndarray:
             return _read_tensor(file, tensor, span, verified)
 
         weights[key] = Weight(tensor.shape, tensor.dtype, read)

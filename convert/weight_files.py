@@ -11,6 +11,7 @@ import math
 import os
 import re
 import struct
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def _open_npz(path: Path, file: CheckedFile, stack: contextlib.ExitStack) -> tup
             if math.prod(shape) * dtype.itemsize != info.file_size - member.tell():
                 raise ValueError(f"the size of {name} contradicts its shape")
 
-        def read(info=info) -> np.ndarray:
+        def read(info: zipfile.ZipInfo = info) -> np.ndarray:
             with archive.open(info) as member:
                 array = np.lib.format.read_array(member, allow_pickle=False)
                 member.read(1)  # zipfile compares the checksum at the end
@@ -157,7 +158,7 @@ def _open_safetensors(
     for key in archive.keys():  # noqa: SIM118 - not a dict
         part = archive.get_slice(key)
 
-        def read(key=key) -> np.ndarray:
+        def read(key: str = key) -> np.ndarray:
             tensor = archive.get_tensor(key)
             return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 

@@ -84,12 +84,9 @@ class Family:
         image_prefix: Prefix of the image ViT's weights; empty: the network itself is the image ViT.
         head: Prefixes of all weights above the image ViT. They learn while the backbone is frozen.
         class_heads: Prefixes of the Linear layers with an output per class, the usual one first.
-        frame_embeddings: Weight → which of its axes and fields depend on the number of frames.
-        optional_parts: Patterns of parts that a network has or lacks as a whole, depending on its
-            config, from the largest to the smallest.
         layer_lists: Attribute names of lists of equal layers; messages abbreviate their indices.
         head_counts: Config field with a number of attention heads → prefix of the weights that it
-            divides. No shape depends on it, so that weights cannot be transferred to another value.
+            divides. No shape depends on it, but weights are useless with another value.
         tensor_axis: Last two parts of a weight's name → the axis that is sharded over the mesh axis
             `tensor`: the output axis of the first matrix of a pair, the input axis of the second.
         multiply_adds: `(config, attention)` → multiply-adds of the matrix products in the forward
@@ -97,6 +94,9 @@ class Family:
         released_preprocessing: Config → the preprocessing of the released program, as in
             `model.json`.
         torch: The original program's checkpoint files.
+        frame_embeddings: Weight → its layout, for embeddings with a row per frame.
+        optional_parts: Patterns of parts that a network has or lacks as a whole, depending on its
+            config, from the largest to the smallest.
         published_cost: Preset → its paper's cost.
         shares_frames: Whether a frame's features do not depend on the other frames of the clip, so
             that overlapping windows compute them once.
@@ -112,14 +112,14 @@ class Family:
     image_prefix: str
     head: tuple[str, ...]
     class_heads: tuple[str, ...]
-    frame_embeddings: Mapping[str, FrameEmbedding]
-    optional_parts: tuple[str, ...]
     layer_lists: tuple[str, ...]
     head_counts: Mapping[str, str]
     tensor_axis: Mapping[str, int]
     multiply_adds: Callable[[Any, bool], int]
     released_preprocessing: Callable[[Any], dict[str, Any]]
     torch: TorchFormat
+    frame_embeddings: Mapping[str, FrameEmbedding] = dataclasses.field(default_factory=dict)
+    optional_parts: tuple[str, ...] = ()
     published_cost: Mapping[str, PublishedCost] = dataclasses.field(default_factory=dict)
     shares_frames: bool = False
     mixes_frames: Callable[[Any], bool] = lambda config: False

@@ -21,7 +21,9 @@ def torch_linear(fan_in: int, fan_out: int, dtype: str, *, rngs: nnx.Rngs) -> nn
     """Return a Linear layer with torch's default initial weights and bias."""
     bound = fan_in**-0.5
 
-    def bias_init(key, shape, dtype=jnp.float32):
+    def bias_init(
+        key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
+    ) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return nnx.Linear(
@@ -300,7 +302,9 @@ def run_blocks(
     """
     top = max(len(blocks) - 1, 1)
 
-    def run(graphdef, num_queries, x, block):
+    def run(
+        graphdef: nnx.GraphDef, num_queries: int | None, x: jax.Array, block: tuple
+    ) -> tuple[jax.Array, None]:
         state, index = block
         x = nnx.merge(graphdef, state)(
             x,
