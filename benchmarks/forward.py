@@ -1,11 +1,11 @@
-"""This project's models against plain PyTorch on the same weights, in alternating runs.
+"""Compare jaxvid's speed with plain PyTorch's on the same weights, in alternating runs.
 
-python benchmarks/forward.py --model stam_16                          forward
+python benchmarks/forward.py --model stam_16                          forward pass
 python benchmarks/forward.py --model xvit_k600 --train                forward, backward, SGD step
-python benchmarks/forward.py --model xvit_k600 --against unshifted    what the temporal shift costs
+python benchmarks/forward.py --model xvit_k600 --against unshifted    cost of the temporal shift
 
-Prints clips/s and peak memory of both, the share of the machine's measured matmul peak, and the
-median of the paired ratios. Each side runs in a process of its own. PyTorch is
+Prints clips/s and peak memory of both sides, the share of the machine's measured matmul peak, and
+the median of the paired ratios. Each side runs in its own process. PyTorch runs
 `convert/torch_reference.py`: eager on a CPU, compiled and with its fused attention on a GPU.
 """
 
@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 THREADS = 2
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs room beside it
-# Memory that one side frees stays its own (glibc): a virtual machine may take seconds to hand out
-# a fresh GB, which would be counted as the other side's.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory to PyTorch
+# Keep freed memory in the process (glibc). A virtual machine may take seconds to provide a fresh
+# GB, which would be counted as the other side's time.
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 40))
@@ -37,12 +37,12 @@ import numpy as np
 import optax
 
 from benchmarks.cost import multiply_adds
-from jaxvid.models import create_model, make_model_config, merge_params, split_params
+from jaxvid.models import Params, create_model, make_model_config, merge_params, split_params
 from jaxvid.training.steps import cross_entropy
 
 
 def matmul_peak(dtype: str) -> float:
-    """The machine's best multiply-adds a second on one large product, in JAX."""
+    """Return the best measured multiply-adds per second of one large matrix product in JAX."""
     n = 8192 if jax.default_backend() == "gpu" else 2048
     a = jnp.ones((n, n), dtype)
     product = jax.jit(lambda a: a @ a)
@@ -56,8 +56,8 @@ def matmul_peak(dtype: str) -> float:
 
 
 def make_inputs(args: argparse.Namespace, **overrides) -> tuple[object, np.ndarray, np.ndarray]:
-    """The network with fresh weights, clips and labels: the same in every process."""
-    # Dropout off: both sides do the same arithmetic.
+    """Return a network with fresh weights, clips and labels, the same in every process."""
+    # Without dropout, both sides do the same arithmetic.
     model = create_model(args.model, dtype=args.dtype, dropout=0.0, **overrides)
     cfg = model.config
     shape = (args.batch, cfg.num_frames, cfg.image_size, cfg.image_size, 3)
@@ -66,17 +66,17 @@ def make_inputs(args: argparse.Namespace, **overrides) -> tuple[object, np.ndarr
 
 
 def make_jax(args: argparse.Namespace, **overrides) -> Callable[[], None]:
-    """A function that runs one step of this project's model and waits for it."""
+    """Return a function that runs one step of jaxvid's model and waits for the result."""
     model, clip, label = make_inputs(args, **overrides)
     graphdef, params = split_params(model)
     clip, label = jnp.asarray(clip), jnp.asarray(label)
     optimizer = optax.sgd(1e-4)
 
-    def forward(params, clip, label):
+    def forward(params: Params, clip: jax.Array, label: jax.Array) -> jax.Array:
         return merge_params(graphdef, params)(clip)
 
-    def train(params, clip, label):
-        def loss_fn(params):
+    def train(params: Params, clip: jax.Array, label: jax.Array) -> Params:
+        def loss_fn(params: Params) -> jax.Array:
             return cross_entropy(forward(params, clip, label), label, smoothing=0.0).mean()
 
         grads = jax.grad(loss_fn)(params)
@@ -98,7 +98,7 @@ def make_jax(args: argparse.Namespace, **overrides) -> Callable[[], None]:
 
 
 def make_torch(args: argparse.Namespace) -> Callable[[], None]:
-    """A function that runs one step of the PyTorch reference on the same weights."""
+    """Return a function that runs one step of the PyTorch reference on the same weights."""
     import torch
 
     from convert.flax_to_torch import to_state_dict
@@ -136,25 +136,25 @@ SIDES = {
     "pytorch": make_torch,
     "unshifted": functools.partial(make_jax, shift="none"),
 }
-_run: Callable[[], None]  # in a side's process: its step
+_run: Callable[[], None]  # the step of the side that this process runs
 
 
 def prepare(side: str, args: argparse.Namespace) -> None:
-    """In a side's process: builds its step and runs it once."""
+    """Build the step of a side and run it once, in the side's process."""
     global _run
     _run = SIDES[side](args)
     _run()
 
 
 def seconds() -> float:
-    """In a side's process: wall time of one step."""
+    """Return the wall time of one step in seconds, in the side's process."""
     start = time.perf_counter()
     _run()
     return time.perf_counter() - start
 
 
 def peak_memory(side: str) -> float:
-    """In a side's process: the most bytes it has used, on the GPU if there is one."""
+    """Return the peak memory of the side's process in bytes, on the GPU if there is one."""
     if jax.default_backend() == "gpu":
         if side != "pytorch":
             return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
@@ -165,15 +165,17 @@ def peak_memory(side: str) -> float:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="stam_16")
-    parser.add_argument("--batch", type=int, default=1, help="clips a step")
+    parser.add_argument("--model", default="stam_16", help="a preset (default stam_16)")
+    parser.add_argument("--batch", type=int, default=1, help="clips per step (default 1)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--train", action="store_true", help="a training step, not a forward")
-    parser.add_argument("--pairs", type=int, default=7, help="counted pairs of runs")
+    parser.add_argument("--train", action="store_true", help="time training steps")
+    parser.add_argument("--pairs", type=int, default=7, help="timed pairs (default 7)")
     others = (*list(SIDES)[1:], "nothing")
-    parser.add_argument("--against", default="pytorch", choices=others, help="what runs beside it")
+    parser.add_argument(
+        "--against", default="pytorch", choices=others, help="other side (default pytorch)"
+    )
     args = parser.parse_args()
     config = make_model_config(args.model)
 
@@ -191,9 +193,9 @@ def main() -> None:
         pool.shutdown()
 
     work = args.batch * multiply_adds(config) * (3 if args.train else 1)
-    what = "training step" if args.train else "forward"
+    title = "training step" if args.train else "forward pass"
     kind = jax.devices()[0].device_kind
-    print(f"{args.model}, {what}, {args.batch} clip(s), {args.dtype}, {kind}")
+    print(f"{args.model}, {title}, {args.batch} clip(s), {args.dtype}, {kind}")
     print(f"matmul peak {peak / 1e9:.0f} · 10⁹ multiply-adds/s")
     for side, median, bytes_ in zip(sides, np.median(times, axis=0), memory, strict=True):
         share = 100 * work / median / peak

@@ -1,4 +1,4 @@
-"""Writes a model folder as a .pth file that the original programs load with strict=True.
+"""Write a model folder as a .pth file that the original programs load with strict=True.
 
 python convert/flax_to_torch.py --input FOLDER --output FILE.pth
 """
@@ -21,38 +21,34 @@ import torch
 
 from convert import rules
 from jaxvid.errors import InputError
-from jaxvid.models import ModelConfig, Params, split_params
-from jaxvid.models.stam import STAMConfig
+from jaxvid.models import ModelConfig, Params, family_of, split_params
 from jaxvid.storage import model_folder
 
 
 def to_state_dict(params: Params, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The original program's state_dict; XViT's unused `new_fc` is zeros."""
+    """Return the original program's state_dict; tensors that it never reads are zeros."""
     state = {
         rules.torch_key(name): torch.from_numpy(
             np.array(rules.to_torch(name, np.asarray(array)), order="C")
         )
         for name, array in params.items()
     }
-    if not isinstance(config, STAMConfig) and "new_fc.weight" not in state:
-        state["new_fc.weight"] = torch.zeros(config.num_classes, config.width)
-        state["new_fc.bias"] = torch.zeros(config.num_classes)
+    for key, shape in family_of(config).torch.unused_shapes(config).items():
+        if key not in state:
+            state[key] = torch.zeros(shape)
     return state
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--input", required=True, type=Path, help="model folder")
-    parser.add_argument("--output", required=True, type=Path, help=".pth file to write")
+    parser.add_argument("--output", required=True, type=Path, help=".pth file that is written")
     args = parser.parse_args(argv)
     try:
         model = model_folder.load_model(args.input)
         state = to_state_dict(split_params(model)[1], model.config)
-        if isinstance(model.config, STAMConfig):
-            tree = {"model": state}
-        else:
-            tree = {"epoch": 0, "model_state": state, "optimizer_state": {}, "cfg": ""}
+        tree = family_of(model.config).torch.wrap(state)
         partial = args.output.with_name(f".{args.output.name}.partial")
         try:
             torch.save(tree, partial)
@@ -63,5 +59,5 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return InputError.EXIT_CODE
-    print(f"{args.output}: {len(state)} tensors, as the original program of {model.config.name}")
+    print(f"{args.output}: {len(state)} tensors for the original program of {model.config.name}")
     return 0

@@ -1,35 +1,48 @@
-"""Both models in plain PyTorch, written from the papers, to check the JAX ones against.
+"""Reference models in plain PyTorch, written from the papers, to check the JAX models against.
 
-Parameter names are those of the released checkpoints, so that these load them with strict=True.
-Axis letters: jaxvid/models/layers.py.
+Parameter names equal those of the released checkpoints, so that `load_state_dict(strict=True)`
+loads them. Axis letters: jaxvid/models/layers.py.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jaxvid.models import ModelConfig
+from jaxvid.errors import InputError
+from jaxvid.models import ModelConfig, family_of
 from jaxvid.models.stam import STAMConfig
 from jaxvid.models.xvit import XViTConfig
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
-    """Attention over the second axis of `(rows, n, d)`, written out: softmax(q·kᵀ)·v."""
+    """Apply attention over the second axis of `(rows, n, d)`, written out: softmax(q·kᵀ)·v."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (rows k n e)
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
     return (weights @ v).transpose(1, 2).flatten(-2)
 
 
 def attend_fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
-    """The same through `scaled_dot_product_attention`."""
+    """Apply the same attention with `scaled_dot_product_attention`."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (rows k n e)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
 
 
 class Attention(nn.Module):
-    """Attention whose keys and values may be shifted in time before it."""
+    """Attention whose keys and values may be shifted in time."""
 
-    def __init__(self, width: int, heads: int, *, bias: bool, shift=None, attend=attend):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        bias: bool,
+        shift: nn.Module | None = None,
+        attend: Attend = attend,
+    ):
         super().__init__()
         self.heads, self.shift, self.attend = heads, shift, attend
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
@@ -78,9 +91,9 @@ class PatchEmbed(nn.Module):
 
 
 class ImageViT(nn.Module):
-    """The ViT that both models run on each frame."""
+    """The ViT that the models run on each frame."""
 
-    def __init__(self, cfg: ModelConfig, eps: float, make_attention):
+    def __init__(self, cfg: ModelConfig, eps: float, make_attention: Callable[[int], Attention]):
         super().__init__()
         n = (cfg.image_size // cfg.patch_size) ** 2 + 1
         self.patch_embed = PatchEmbed(cfg.patch_size, cfg.width)
@@ -93,7 +106,7 @@ class ImageViT(nn.Module):
         self.norm = nn.LayerNorm(cfg.width, eps=eps)
 
     def embed(self, video: torch.Tensor) -> torch.Tensor:
-        """Tokens before the first block: `(b, t, h, w, c)` → `(b·t, n, d)`."""
+        """Return the tokens before the first block: `(b, t, h, w, c)` → `(b·t, n, d)`."""
         frames = video.flatten(0, 1).permute(0, 3, 1, 2)  # (b·t c h w)
         grid = [size // self.patch_embed.proj.stride[0] for size in frames.shape[2:]]
         x = self.patch_embed(frames)
@@ -108,7 +121,7 @@ class ImageViT(nn.Module):
         return x + pos_embed
 
     def frame_features(self, video: torch.Tensor, record: list | None = None) -> torch.Tensor:
-        """Each frame's class token `(b, t, d)`; appends each block's output to `record`."""
+        """Return the class tokens `(b, t, d)`; append the output of each block to `record`."""
         x = self.embed(video)
         for block in self.blocks:
             x = block(x)
@@ -118,7 +131,7 @@ class ImageViT(nn.Module):
 
 
 class Aggregate(nn.Module):
-    """STAM's transformer over frames, made of torch's stock layers."""
+    """STAM's transformer over frames, built from PyTorch's own layers."""
 
     def __init__(self, cfg: STAMConfig):
         super().__init__()
@@ -139,8 +152,8 @@ class Aggregate(nn.Module):
 class STAM(ImageViT):
     """STAM; the mean aggregator has no weights."""
 
-    def __init__(self, cfg: STAMConfig, attend=attend):
-        def make_attention(_):
+    def __init__(self, cfg: STAMConfig, attend: Attend = attend):
+        def make_attention(_: int) -> Attention:
             return Attention(cfg.width, cfg.heads, bias=True, attend=attend)
 
         super().__init__(cfg, 1e-5, make_attention)
@@ -153,7 +166,7 @@ class STAM(ImageViT):
 
 
 class Shift(nn.Module):
-    """Space-time mixing on `(b·t, n, d)`: see jaxvid.models.xvit.shift_time."""
+    """Temporal shift of `(b·t, n, d)`: see jaxvid.models.space_time_mixing.shift_time."""
 
     def __init__(self, segment: int, fold: int):
         super().__init__()
@@ -172,10 +185,10 @@ class Shift(nn.Module):
 class XViTBackbone(ImageViT):
     """The ViT with shifted keys and values and a temporal embedding."""
 
-    def __init__(self, cfg: XViTConfig, attend):
+    def __init__(self, cfg: XViTConfig, attend: Attend):
         shift = Shift(cfg.shift_segment, cfg.width // cfg.shift_div)
 
-        def make_attention(_):
+        def make_attention(_: int) -> Attention:
             return Attention(cfg.width, cfg.heads, bias=True, shift=shift, attend=attend)
 
         super().__init__(cfg, 1e-6, make_attention)
@@ -218,9 +231,9 @@ class Consensus(nn.Module):
 
 
 class XViT(nn.Module):
-    """XViT as released; `new_fc` is in its checkpoints and read by nothing."""
+    """XViT as released. Its checkpoints have `new_fc`, which is never used."""
 
-    def __init__(self, cfg: XViTConfig, attend=attend):
+    def __init__(self, cfg: XViTConfig, attend: Attend = attend):
         super().__init__()
         self.base_model = XViTBackbone(cfg, attend)
         self.dropout = nn.Dropout(cfg.dropout)
@@ -228,34 +241,45 @@ class XViT(nn.Module):
         self.consensus = Consensus(cfg)
 
     def frame_features(self, video: torch.Tensor, record: list | None = None) -> torch.Tensor:
-        """Each frame's class token `(b, t, d)`; appends each block's output to `record`."""
+        """Return the class tokens `(b, t, d)`; append the output of each block to `record`."""
         return self.base_model.frame_features(video, record)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         return self.consensus(self.dropout(self.frame_features(video)))
 
 
-def build_reference(config: ModelConfig, *, fused: bool = False) -> STAM | XViT:
-    """The PyTorch model of a config, in evaluation mode.
-
-    Args:
-        config: A released model's config, with any sizes. The options that the papers study beside
-            it (summary tokens, other shifts and heads) exist in JAX alone.
-        fused: Use torch's fused attention kernel instead of the one written out.
+def _make_xvit(cfg: XViTConfig, attend: Attend) -> XViT:
+    """Return the released XViT.
 
     Raises:
-        ValueError: The config uses such an option.
+        InputError: The config has an option that exists only in JAX.
     """
-    how = attend_fused if fused else attend
-    if isinstance(config, STAMConfig):
-        return STAM(config, how).eval()
     if (
-        config.shift != "both"
-        or config.shift_blocks
-        or config.shift_per_head
-        or config.summary_tokens
-        or config.head != "attention"
-        or not config.temporal_embedding_frames
+        cfg.shift != "both"
+        or cfg.shift_blocks
+        or cfg.shift_per_head
+        or cfg.summary_tokens
+        or cfg.head != "attention"
+        or not cfg.temporal_embedding_frames
     ):
-        raise ValueError(f"the PyTorch reference knows the released XViT alone, not {config}")
-    return XViT(config, how).eval()
+        raise InputError(f"the PyTorch reference supports only the released XViT, not {cfg}")
+    return XViT(cfg, attend)
+
+
+REFERENCES = {"stam": STAM, "xvit": _make_xvit}  # name of a family → `(config, attend)` → module
+
+
+def build_reference(config: ModelConfig, *, fused: bool = False) -> nn.Module:
+    """Return the PyTorch model of a config, in evaluation mode.
+
+    Args:
+        config: A released model's config, with any sizes.
+        fused: Use PyTorch's fused attention kernel instead of the one written out.
+
+    Raises:
+        InputError: The family has no reference, or the reference lacks an option of the config.
+    """
+    family = family_of(config)
+    if family.name not in REFERENCES:
+        raise InputError(f"{config.name}: the family {family.name} has no PyTorch reference")
+    return REFERENCES[family.name](config, attend_fused if fused else attend).eval()

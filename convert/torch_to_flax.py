@@ -1,10 +1,11 @@
-"""Converts released PyTorch weights into a model folder.
+"""Convert released PyTorch weights into a model folder.
 
-python convert/torch_to_flax.py --model stam_16 --input stam_16.pth --output FOLDER [--check]
+python convert/torch_to_flax.py --model PRESET --input FILE.pth --output FOLDER [--check]
 
-Reads STAM and XViT checkpoints, and timm (.pth, .safetensors) or Google (.npz) image ViTs as the
-start of either. Every key of the file is used once or ignored for a stated reason, every weight of
-the model is filled once or listed as newly initialised; otherwise nothing is written.
+Reads checkpoints of the original programs, and timm (.pth, .safetensors) or Google (.npz) image
+ViTs as the initial weights of any video model. Every key of the file is used once or ignored for a
+stated reason. Every weight of the model is filled once or listed as newly initialised. Otherwise
+nothing is written.
 """
 
 import sys
@@ -27,94 +28,79 @@ import jax
 import numpy as np
 import torch
 
-from convert import rules
-from convert.weight_files import FLOATS, Weight, load_state_dict, open_weights
+from convert import google_vit, rules
+from convert.weight import FLOATS, Weight
+from convert.weight_files import load_state_dict, open_weights
 from jaxvid.errors import InputError, one_line, short_repr
 from jaxvid.files import read_limited
 from jaxvid.models import (
+    PRESETS,
     ModelConfig,
     Params,
     abstract_model,
     create_model,
+    family_of,
     make_model_config,
+    merge_params,
     split_params,
 )
-from jaxvid.models.stam import STAMConfig
-from jaxvid.models.transfer import resize_pos_embed
+from jaxvid.models.resize import resize_pos_embed
 from jaxvid.storage import model_card, model_folder
 
 MAX_LABELS_BYTES = 32 * 10**6
 CHECK_BOUND = 1e-4  # largest absolute difference of logits and features, in float32
 
 
-def released_preprocessing(config: ModelConfig) -> dict:
-    """How the released program of a model makes its clips: all that a model folder says of it.
-
-    XViT's frames get the crop's size along their short side, of which 3 crops are taken; STAM's are
-    an eighth larger than the one crop in their middle. Something-Something has two clips a video.
-    """
-    size = config.image_size
-    how = {"num_frames": config.num_frames, "crop": size, "sampling_rate": 16, "by_time": False}
-    if isinstance(config, STAMConfig):
-        how |= {
-            "sampling": "uniform_10s",
-            "short_side": round(size * 8 / 7),
-            "resize": "pil_bilinear",
-        }
-        how["color_matrix"] = "bt601"  # its PyAV ignored the matrix that a file names
-        return how | {"num_clips": 1, "num_crops": 1, "mean": 0.0, "std": 1.0}
-    how |= {"sampling": "dense_stride", "short_side": size, "resize": "torch_bilinear"}
-    how["color_matrix"] = "tagged"
-    how |= {"num_clips": 1, "num_crops": 3, "mean": 0.5, "std": 0.5}
-    return how | {"sampling": "segments", "num_clips": 2} if config.name == "xvit_ssv2" else how
-
-
 def infer_config(
     model: str, kind: str, weights: dict[str, Weight], num_classes: int | None, source: Path
 ) -> ModelConfig:
-    """The preset's config with the sizes that the file determines.
+    """Return the preset's config with the sizes that the file determines.
 
     Args:
         model: The preset's name.
         kind: The kind of source.
         weights: The file's weights.
-        num_classes: What the user said, or None.
+        num_classes: The value of `--num_classes`, or None.
         source: The file, for messages.
 
     Raises:
-        InputError: The file contradicts the preset; both are shown.
+        InputError: The file contradicts the preset; names both values.
     """
     config = make_model_config(model)
-    family = "stam" if isinstance(config, STAMConfig) else "xvit"
-    if rules.SOURCES[kind].is_image_model:
+    family = family_of(config)
+    if rules.get_source(kind).is_image_model:
         return make_model_config(model, num_classes=num_classes or config.num_classes)
-    if kind != family:
-        raise InputError(f"{source} holds {kind} weights, but --model {model} is a {family}")
-    prefix = rules.image_prefix(config)
-    found: dict[str, tuple[str, int, int]] = {}  # field → (key, axis, offset)
-    if kind == "stam":
-        found["num_frames"] = ("aggregate.pos_embed", 1, -1)
-        found["num_classes"] = ("head.weight", 0, 0)
-    else:
-        found["temporal_embedding_frames"] = ("base_model.temp_embed", 1, 0)
-        found["num_classes"] = ("consensus.mlp_head.4.weight", 0, 0)
-    found["width"] = (f"{prefix}cls_token", 2, 0)
-    sizes, problems = {}, []
-    for field, (key, axis, offset) in found.items():
-        if key in weights and len(weights[key].shape) > axis:
-            sizes[field] = weights[key].shape[axis] + offset
-    wanted = {"num_classes": num_classes or config.num_classes, "width": config.width}
-    if kind == "stam":
-        wanted["num_frames"] = config.num_frames
-    for field, value in wanted.items():
-        if field in sizes and sizes[field] != value:
-            problems.append(
-                f"{field} is {sizes[field]} in {found[field][0]} but {value} in {model}"
-            )
+    if kind != family.name:
+        raise InputError(
+            f"{source} holds {kind} weights, but --model {model} is of the family {family.name}"
+        )
+    places = {  # field → key, axis, rows that do not count
+        **{
+            embedding.field: (name, 1, embedding.leading_rows)
+            for name, embedding in family.frame_embeddings.items()
+        },
+        "num_classes": (f"{family.class_heads[0]}weight", 0, 0),
+        "width": (f"{family.image_prefix}cls_token", 2, 0),
+    }
+    sizes = {
+        field: weights[key].shape[axis] - leading_rows
+        for field, (key, axis, leading_rows) in places.items()
+        if key in weights and len(weights[key].shape) > axis
+    }
+    expected = {
+        "num_classes": num_classes or config.num_classes,
+        "width": config.width,
+        "num_frames": config.num_frames,
+    }
+    problems = [
+        f"{field} is {sizes[field]} in {places[field][0]} but {value} in {model}"
+        for field, value in expected.items()
+        if field in sizes and sizes[field] != value
+    ]
     if problems:
         hint = ""
-        if "num_classes" in sizes and sizes["num_classes"] != wanted["num_classes"]:
-            hint = f"; --num_classes {sizes['num_classes']} takes another number of classes"
+        if "num_classes" in sizes and sizes["num_classes"] != expected["num_classes"]:
+            hint = f"; --num_classes {sizes['num_classes']} sets the number of classes"
         raise InputError(f"{source} contradicts --model {model}: {'; '.join(problems)}{hint}")
     try:
         return dataclasses.replace(config, **sizes)
@@ -125,30 +111,30 @@ def infer_config(
 def convert(
     kind: str, weights: dict[str, Weight], config: ModelConfig, source: Path
 ) -> tuple[Params, rules.Plan]:
-    """Turns a file's weights into a model's.
+    """Convert a file's weights to a model's.
 
     Args:
         kind: The kind of source.
-        weights: The file's weights. Only those whose shape is the model's are read.
+        weights: The file's weights. Only weights of the expected shape are read.
         config: The model's config.
         source: The file, for messages.
 
     Returns:
-        The weights, and what became of each key. float64 is rounded to float32.
+        The weights, and the plan that was carried out. float64 is rounded to float32.
 
     Raises:
-        InputError: Names every key that is missing, left over, or of another shape or dtype, and
-            every weight with values that float32 cannot hold.
+        InputError: Names every key that is missing, unknown, or of another shape or dtype, and
+            every weight with values outside float32's range.
     """
     _, abstract_params = abstract_model(config)
     shapes = {key: weight.shape for key, weight in weights.items()}
-    plan = rules.plan(rules.SOURCES[kind], shapes, abstract_params, config)
+    plan = rules.make_plan(rules.get_source(kind), shapes, abstract_params, family_of(config))
     params: dict[str, np.ndarray | jax.Array] = {}
     for name, key in plan.used.items():
         weight = weights[key]
         if weight.dtype not in FLOATS:
             number = "" if "float" in weight.dtype.lower() else ", not floating point"
-            known = "" if number else f"; only {', '.join(FLOATS)} are read"
+            known = "" if number else f"; expected {', '.join(FLOATS)}"
             plan.problems.append(f"{key}: {weight.dtype}{number}{known}")
             continue
         array, problem = _as_float32(weight.read())
@@ -157,7 +143,7 @@ def convert(
         if weight.dtype == "float64":
             plan.rounded.append(name)
         if plan.problems:
-            params.clear()  # the rest is read for its problems alone
+            params.clear()  # the rest is only read to find its problems
             continue
         array = rules.from_torch(name, array)
         if name in plan.resized:
@@ -175,19 +161,19 @@ def convert(
 
 
 def _as_float32(array: np.ndarray) -> tuple[np.ndarray, str]:
-    """Values in float32, and what is wrong with them. Half precision is widened, which is exact."""
+    """Return values as float32, and a problem or an empty string. Half precision stays exact."""
     with np.errstate(over="ignore"):
         narrow = array.astype(np.float32, copy=False)
     if np.isfinite(narrow).all():
         return narrow, ""
     if np.isfinite(array).all():
-        return narrow, f"holds values beyond float32's range of ±{np.finfo(np.float32).max:.1e}"
+        return narrow, f"holds values outside float32's range of ±{np.finfo(np.float32).max:.1e}"
     return narrow, "holds NaN or infinite values"
 
 
 def _describe_problems(problems: list[str], config: ModelConfig, source: Path) -> str:
-    """All problems in a line; the same problem of several blocks is one, and 30 are shown."""
-    rows = _count_alike(problems)
+    """Return at most 30 problems as one line; problems of several equal blocks count as one."""
+    rows = _merge_layers(problems, config)
     more = f"; and {len(rows) - 30} more" * (len(rows) > 30)
     return (
         f"{source} does not fit {config.name}, {len(problems)} problems: "
@@ -195,11 +181,12 @@ def _describe_problems(problems: list[str], config: ModelConfig, source: Path) -
     )
 
 
-def _count_alike(lines: list[str]) -> list[str]:
-    """Lines that differ in the number of a block alone as one, with a star and their count."""
+def _merge_layers(lines: list[str], config: ModelConfig) -> list[str]:
+    """Merge lines that differ only in the index of a layer into one with a star and the count."""
     groups: dict[str, list[str]] = {}
+    layer_lists = "|".join(family_of(config).layer_lists)
     for line in lines:
-        short = re.sub(r"\b(blocks|layers|temporal_encoder)\.\d+", r"\1.*", line)
+        short = re.sub(rf"\b({layer_lists})\.\d+", r"\1.*", line)
         groups.setdefault(short, []).append(line)
     return [
         f"{short}  × {len(group)}" if len(group) > 1 else group[0]
@@ -207,79 +194,97 @@ def _count_alike(lines: list[str]) -> list[str]:
     ]
 
 
-def describe(plan: rules.Plan) -> str:
-    """A table of what went where; the same weight of several blocks is one line."""
+def describe(plan: rules.Plan, config: ModelConfig) -> str:
+    """Return a table of keys and weights; a weight of several equal blocks is one line."""
     lines = [f"{key:56} → {name}" for name, key in plan.used.items()]
     lines += [f"zeros: {name} ({reason})" for name, reason in plan.zeros.items()]
-    lines += [f"resized: {name}: {how}" for name, how in plan.resized.items()]
+    lines += [f"resized: {name}: {description}" for name, description in plan.resized.items()]
     lines += [f"ignored: {key} ({reason})" for key, reason in plan.ignored.items()]
     lines += [f"newly initialised: {name}" for name in plan.initialised]
     lines += [f"rounded from float64: {name}" for name in plan.rounded]
-    return "\n".join([f"{'key in the file':56} → weight in the model", *_count_alike(lines)])
+    return "\n".join(
+        [f"{'key in the file':56} → weight in the model", *_merge_layers(lines, config)]
+    )
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
+    """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check(path: Path, config: ModelConfig, params: Params) -> list[tuple[str, float]]:
-    """Largest differences from the PyTorch reference, which loads the file strictly, on one clip.
+    """Compare a converted model with the PyTorch reference, which loads the file strictly.
 
     Args:
-        path: The STAM or XViT file.
+        path: A checkpoint of the original program.
         config: The model's config.
         params: The converted weights.
 
     Returns:
-        (what, largest absolute difference) for logits, frame features and each block's output.
-    """
-    from convert.torch_reference import build_reference
-    from jaxvid.models import merge_params
+        (name, largest absolute difference) of the logits, the frame features and the output of each
+        block, on one random clip.
 
-    reference = build_reference(config)
-    state = {key: value.float() for key, value in load_state_dict(path).items()}
-    for key, value in reference.state_dict().items():
-        if key.endswith("attn.qkv.bias"):  # which first-version files lack
-            state.setdefault(key, torch.zeros_like(value))
-    reference.load_state_dict(state, strict=True)
+    Raises:
+        InputError: There is no PyTorch reference of the model.
+    """
     size = config.image_size
     clip = np.random.default_rng(0).normal(size=(1, config.num_frames, size, size, 3))
     clip = clip.astype(np.float32)
-    blocks: list[torch.Tensor] = []
-    with torch.no_grad():
-        logits = reference(torch.from_numpy(clip)).numpy()
-        frames = reference.frame_features(torch.from_numpy(clip), blocks).numpy()
-    del state, reference
+    expected = _run_reference(path, config, clip)
     graphdef, _ = abstract_model(config)
+    family = family_of(config)
 
     @jax.jit
-    def run(params, clip):
+    def run(params: Params, clip: jax.Array) -> tuple:
         model = merge_params(graphdef, params)
-        vit = model if isinstance(config, STAMConfig) else model.base_model
+        vit = family.image_vit(model)
         x, outputs = vit.embed(clip), []
         for block in vit.blocks:
             x = block(x)
             outputs.append(x)
-        return model(clip), model.features(clip)["frames"], outputs
+        return model(clip), model.features(clip)["frames"], *outputs
 
-    ours = jax.device_get(run(params, clip))
-    rows = [("logits", logits, ours[0]), ("frame features", frames, ours[1])]
-    for i, (theirs, mine) in enumerate(zip(blocks, ours[2], strict=True)):
-        rows.append((f"block {i}", theirs.numpy(), mine.reshape(theirs.shape)))
-    return [(what, float(np.abs(a - b).max())) for what, a, b in rows]
+    names = ["logits", "frame features", *(f"block {i}" for i in range(config.depth))]
+    return [
+        (name, float(np.abs(reference - array.reshape(reference.shape)).max()))
+        for name, reference, array in zip(
+            names, expected, jax.device_get(run(params, clip)), strict=True
+        )
+    ]
+
+
+def _run_reference(path: Path, config: ModelConfig, clip: np.ndarray) -> list[np.ndarray]:
+    """Return the PyTorch reference's logits, frame features and outputs of all blocks."""
+    from convert.torch_reference import build_reference
+
+    reference = build_reference(config)
+    state = {key: value.float() for key, value in load_state_dict(path).items()}
+    zeros = family_of(config).torch.zeros
+    for key, value in reference.state_dict().items():
+        if any(re.fullmatch(pattern, key) for pattern in zeros):
+            state.setdefault(key, torch.zeros_like(value))
+    reference.load_state_dict(state, strict=True)
+    blocks: list[torch.Tensor] = []
+    with torch.no_grad():
+        logits = reference(torch.from_numpy(clip))
+        frames = reference.frame_features(torch.from_numpy(clip), blocks)
+    return [tensor.numpy() for tensor in (logits, frames, *blocks)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="stam_8/16/32/64, xvit_k400/k600/ssv2")
+    parser.add_argument("--model", required=True, help=f"a preset: {', '.join(PRESETS)}")
     parser.add_argument("--input", required=True, type=Path, help=".pth, .safetensors or .npz")
-    parser.add_argument("--output", required=True, type=Path, help="model folder to write")
-    parser.add_argument("--labels", type=Path, help="names of the classes, one a line")
-    parser.add_argument("--num_classes", type=int, help="if not the released model's")
-    parser.add_argument("--check", action="store_true", help="compare with the PyTorch reference")
+    parser.add_argument("--output", required=True, type=Path, help="model folder that is written")
+    parser.add_argument("--labels", type=Path, help="class names: one per line, or a JSON list")
+    parser.add_argument(
+        "--num_classes", type=int, help="number of classes (default: from the preset)"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the PyTorch reference before writing"
+    )
     args = parser.parse_args(argv)
     try:
         return _run(args)
@@ -289,31 +294,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    make_model_config(args.model)  # a wrong name is told before a long read
+    make_model_config(args.model)  # report a wrong name before a long read
     labels = None
     with open_weights(args.input) as (kind, weights):
         if kind == "google_vit":
-            weights = rules.google_to_torch(weights, args.input)
+            weights = google_vit.to_torch(weights, args.input)
         config = infer_config(args.model, kind, weights, args.num_classes, args.input)
         if args.labels:
             labels = _read_labels(args.labels, config.num_classes)
         params, plan = convert(kind, weights, config, args.input)
-    print(describe(plan))
+    print(describe(plan, config))
     if args.check:
-        if rules.SOURCES[kind].is_image_model:
-            raise InputError("--check compares video models; an image model has no logits for it")
-        rows = check(args.input, config, params)
-        print(f"\n{'compared with PyTorch':24} largest difference (bound {CHECK_BOUND:g})")
-        for what, difference in rows:
-            print(f"{what:24} {difference:.2e}")
-        worst = max(difference for what, difference in rows if not what.startswith("block"))
-        if not worst <= CHECK_BOUND:
-            raise InputError(
-                f"--check failed: {worst:.2e} is past {CHECK_BOUND:g}; nothing written"
-            )
+        _print_check(kind, args.input, config, params)
     card = model_card.make_card(
         config,
-        preprocessing=released_preprocessing(config),
+        preprocessing=family_of(config).released_preprocessing(config),
         labels=labels,
         provenance={
             "file": args.input.name,
@@ -331,25 +326,50 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _print_check(kind: str, path: Path, config: ModelConfig, params: Params) -> None:
+    """Print the result of `check`.
+
+    Raises:
+        InputError: A difference is above `CHECK_BOUND`, or the file cannot be checked.
+    """
+    if rules.get_source(kind).is_image_model:
+        raise InputError("--check needs a video model's file, got an image model's")
+    rows = check(path, config, params)
+    print(f"\n{'compared with PyTorch':24} largest difference (bound {CHECK_BOUND:g})")
+    for name, difference in rows:
+        print(f"{name:24} {difference:.2e}")
+    worst = max(difference for name, difference in rows if not name.startswith("block"))
+    if not worst <= CHECK_BOUND:
+        raise InputError(
+            f"--check failed: the difference {worst:.2e} is above {CHECK_BOUND:g}; "
+            "nothing was written"
+        )
+
+
 def _read_labels(path: Path, num_classes: int) -> list[str]:
+    """Read class names.
+
+    Raises:
+        InputError: The file is unusable, or does not have a name for each class.
+    """
     try:
         text = read_limited(path, MAX_LABELS_BYTES).decode("utf-8")
         labels = json.loads(text) if path.suffix == ".json" else text.splitlines()
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; name a file of labels") from None
+        raise InputError(f"{path} does not exist; name a file of class names") from None
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{path}: cannot be read ({one_line(error)}); save it as UTF-8, a name a line"
+            f"{path}: cannot be read ({one_line(error)}); save it as UTF-8, one name per line"
         ) from None
     if not isinstance(labels, list):
-        raise InputError(f"{path}: a {type(labels).__name__}, expected a list of names")
+        raise InputError(f"{path}: expected a list of names, got a {type(labels).__name__}")
     if len(labels) != num_classes:
         raise InputError(
-            f"{path}: {len(labels)} names for {num_classes} classes; give each class one"
+            f"{path}: {len(labels)} names for {num_classes} classes; write one per class"
         )
     for label in labels:
         if not isinstance(label, str | int):
-            raise InputError(f"{path}: {short_repr(label)} is no name; expected text")
+            raise InputError(f"{path}: expected a name, got {short_repr(label)}")
     return [str(label) for label in labels]

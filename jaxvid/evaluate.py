@@ -15,7 +15,7 @@ from jaxvid.evaluation.results import read_table, save_report
 from jaxvid.evaluation.resume import PartialResults
 from jaxvid.evaluation.summary import make_report, summary
 from jaxvid.logs import log
-from jaxvid.models import make_model_config
+from jaxvid.models import family_of, make_model_config
 from jaxvid.storage import model_card, model_folder, workdir_lock
 from jaxvid.storage.preprocessing import (
     check_preprocessing,
@@ -61,7 +61,9 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
 
     model_config = make_model_config(**config.model)
     graphdef, abstract_params = abstract_eval_model(config)
-    abstract_params = sharding.with_sharding(abstract_params, mesh)
+    abstract_params = sharding.with_sharding(
+        abstract_params, mesh, family_of(model_config).tensor_axis
+    )
     if config.init_from:
         source = named = config.init_from
         model_card.check_same_model(source, model_config)

@@ -24,7 +24,7 @@ from jaxvid.evaluation.protocol import check_protocol
 from jaxvid.evaluation.results import save_report
 from jaxvid.evaluation.summary import make_report, summary
 from jaxvid.logs import log
-from jaxvid.models import abstract_model, make_model_config
+from jaxvid.models import abstract_model, family_of, make_model_config
 from jaxvid.storage import model_card, model_folder, workdir_lock
 from jaxvid.storage.preprocessing import make_preprocessing
 from jaxvid.training import (
@@ -84,6 +84,7 @@ def train(
     check_protocol(config, mesh)
     run_config.check_same_run(config, workdir)
     model_config = make_model_config(**config.model)
+    family = family_of(model_config)
     graphdef, abstract_params = abstract_model(model_config)
     weight_bytes = sum(math.prod(leaf.shape) * 4 for leaf in abstract_params.values())
 
@@ -115,7 +116,7 @@ def train(
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
     )
-    optimizer = optim.make_optimizer(config.optimizer, schedule)
+    optimizer = optim.make_optimizer(config.optimizer, schedule, family)
     recipe = steps.Recipe(
         seed=config.seed,
         mean=config.data.mean,
@@ -126,11 +127,11 @@ def train(
         erase_prob=config.erase_prob,
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.ema_decay,
-        frozen=optim.frozen_names(config.optimizer, abstract_params),
+        frozen=optim.frozen_names(config.optimizer, abstract_params, family),
     )
     teacher, teacher_params = load_teacher(config, data.labels, mesh)
     init = functools.partial(steps.init_state, model_config, optimizer, recipe, seed=config.seed)
-    abstract_state = sharding.with_sharding(jax.eval_shape(init), mesh)
+    abstract_state = sharding.with_sharding(jax.eval_shape(init), mesh, family.tensor_axis)
     state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     state_bytes = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract_state))
     # One more checkpoint while the oldest is still there, two model folders, one while it is saved.

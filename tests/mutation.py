@@ -140,7 +140,7 @@ TARGETS = {
             "tests/distributed/test_sharding.py",
             "rule or mesh or batch or rows",
             (
-                *("TENSOR_AXIS", "make_mesh", "batch_sharding", "check_batch_size", "replicated"),
+                *("make_mesh", "batch_sharding", "check_batch_size", "replicated"),
                 *("state_sharding", "with_sharding", "to_global", "rows_of_process"),
             ),
             share=True,

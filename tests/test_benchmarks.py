@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.cost import PAPER, multiply_adds, print_table
-from jaxvid.models import abstract_model, make_model_config, merge_params
+from benchmarks.cost import multiply_adds, print_table
+from jaxvid.models import FAMILIES, abstract_model, make_model_config, merge_params
 
 ROOT = Path(__file__).parents[1]
+PAPER = {name: cost for f in FAMILIES.values() for name, cost in f.published_cost.items()}
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_multiply_adds_are_the_papers(name):
-    paper, counts_attention, views = PAPER[name]
-    found = views * multiply_adds(make_model_config(name), attention=counts_attention) / 1e9
-    assert found == pytest.approx(paper, rel=0.01)
+    paper, config = PAPER[name], make_model_config(name)
+    found = paper.num_views * multiply_adds(config, attention=paper.counts_attention) / 1e9
+    assert found == pytest.approx(paper.giga, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 import jaxvid
-from convert.torch_to_flax import released_preprocessing
 from jaxvid.errors import InputError
-from jaxvid.models import PRESETS, abstract_model, make_model_config
+from jaxvid.models import PRESETS, abstract_model, family_of, make_model_config
 from jaxvid.storage.preprocessing import make_preprocessing, resolve_color_matrix
 from jaxvid.train import train
 
@@ -111,7 +110,7 @@ def test_finetune_reads_its_model_and_its_data(motion_folder, folders, tmp_path)
     config.optimizer.warmup_epochs = 1 / 6
     train(config.lock(), tmp_path / "run")
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "reinitialised: consensus.mlp_head.4: 3 classes there, 8 here" in log
+    assert "reinitialised: consensus.mlp_head.4: 3 classes in the folder, 8 in the model" in log
     older = get(f"{folders / 'stam'},{motion_folder}")  # it says neither rate nor resize
     assert (older.data.sampling, older.data.sampling_rate, older.data.by_time) == (
         "uniform_10s",
@@ -133,7 +132,8 @@ def test_finetune_reads_its_model_and_its_data(motion_folder, folders, tmp_path)
 def test_a_converted_model_is_used_as_its_config_evaluates_it(name):
     stam = name.startswith("stam")
     _, config = get_config("stam_k400" if stam else name, name.rpartition("_")[2] if stam else "")
-    released = released_preprocessing(make_model_config(name))
+    model_config = make_model_config(name)
+    released = family_of(model_config).released_preprocessing(model_config)
     assert released == make_preprocessing(resolve_color_matrix(config, released))
 
 

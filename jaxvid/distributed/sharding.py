@@ -1,6 +1,7 @@
 """Processes, the device mesh, and the one rule that gives every leaf of the state its sharding."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -11,10 +12,6 @@ from jaxvid.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
-# Tensor parallelism: the axis of a kernel that is cut, output for the first Linear layer of a pair
-# and input for the second.
-TENSOR_AXIS = {"qkv": -1, "fc1": -1, "proj": 0, "fc2": 0}
-TENSOR_AXIS |= {"self_attn": -1, "linear1": -1, "out_proj": 0, "linear2": 0}  # STAM's aggregator
 
 
 def make_mesh(mesh) -> Mesh:
@@ -60,15 +57,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def state_sharding(abstract_state, mesh: Mesh):
-    """The sharding of every leaf of the state, or of any tree whose dict keys name weights.
+def state_sharding(abstract_state, mesh: Mesh, tensor_axis: Mapping[str, int]):
+    """Return the sharding of every leaf of the state, or of any tree whose dict keys name weights.
 
-    A kernel's `TENSOR_AXIS` is cut over 'tensor', and of a leaf's other axes the longest that
-    divides is cut over 'fsdp'. The optimiser's moments follow their weights.
+    A matrix in `tensor_axis` is cut over 'tensor'. The longest other axis of a leaf that is
+    divisible is cut over 'fsdp'. The optimiser's moments follow their weights.
 
     Args:
         abstract_state: Tree of arrays or shapes.
-        mesh: As `make_mesh` gives it.
+        mesh: A mesh of `make_mesh`.
+        tensor_axis: Last two parts of a weight's name, e.g. `qkv.kernel` → the axis for 'tensor'.
 
     Returns:
         The same tree with a `NamedSharding` at each leaf.
@@ -77,9 +75,7 @@ def state_sharding(abstract_state, mesh: Mesh):
     def rule(path, leaf) -> NamedSharding:
         spec = [None] * leaf.ndim
         name = str(getattr(path[-1], "key", "")) if path else ""
-        module, _, kind = name.rpartition(".")
-        is_kernel = kind in ("kernel", "in_proj_weight")
-        axis = TENSOR_AXIS.get(module.rpartition(".")[2]) if is_kernel else None
+        axis = tensor_axis.get(".".join(name.split(".")[-2:]))
         if leaf.ndim == 2 and axis is not None and leaf.shape[axis] % mesh.shape["tensor"] == 0:
             spec[axis] = "tensor"
         free = [
@@ -94,12 +90,12 @@ def state_sharding(abstract_state, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(rule, abstract_state)
 
 
-def with_sharding(abstract_tree, mesh: Mesh):
-    """The same tree of shapes, each with its sharding from `state_sharding`."""
+def with_sharding(abstract_tree, mesh: Mesh, tensor_axis: Mapping[str, int]):
+    """Return the same tree of shapes, each with its sharding from `state_sharding`."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         abstract_tree,
-        state_sharding(abstract_tree, mesh),
+        state_sharding(abstract_tree, mesh, tensor_axis),
     )
 
 

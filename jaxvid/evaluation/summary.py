@@ -62,7 +62,9 @@ def make_report(results: Results, config, *, checkpoint: str) -> dict:
 
 
 def released_subset(results: Results) -> dict:
-    """Accuracies on the videos that STAM's released evaluation keeps, for published figures.
+    """Return the accuracies on the videos that the released `uniform_10s` evaluation keeps.
+
+    The published figures are accuracies on these videos.
 
     Returns:
         `num_videos`; `top1` and `top5` in percent, None if there are no such videos.

@@ -16,7 +16,7 @@ from jaxvid.data.clips.clip import (
 from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.distributed import setup
 from jaxvid.errors import InputError
-from jaxvid.models.xvit import XViT
+from jaxvid.models import family_of
 from jaxvid.storage import eval_step
 from jaxvid.storage.preprocessing import load_model_and_spec
 
@@ -134,7 +134,7 @@ def compute_rollout(
         bars = "this network averages its frames, which all have the same weight"
     peak = f"{patch_attention.max() * side**2:.1f} times a uniform share"
     notes = [f"Bars: {bars}.", f"Heat: attention rollout; the strongest patch has {peak}."]
-    if isinstance(model, XViT) and (model.config.shift != "none" or model.config.summary_tokens):
+    if family_of(model.config).mixes_frames(model.config):
         notes.append("This network's attention mixes frames: the heat is approximate in time.")
     return AttentionRollout(
         name=Path(video).name,

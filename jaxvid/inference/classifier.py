@@ -28,8 +28,7 @@ from jaxvid.distributed import setup
 from jaxvid.errors import InputError
 from jaxvid.inference.class_timeline import ClassTimeline
 from jaxvid.inference.sliding_windows import gather_clips, plan_windows, prefetch, read_frames
-from jaxvid.models import Params, merge_params, split_params
-from jaxvid.models.stam import STAM
+from jaxvid.models import Params, family_of, merge_params, split_params
 from jaxvid.progress import Progress
 from jaxvid.storage import eval_step
 from jaxvid.storage.preprocessing import clip_shape, load_model_and_spec
@@ -116,7 +115,7 @@ class Classifier:
             eval_step.normalize,
             **{name: card["preprocessing"][name] for name in ("mean", "std")},
         )
-        self._shares_frames = isinstance(model, STAM)
+        self._shares_frames = family_of(model.config).shares_frames
         self._graphdef, self._params = split_params(model)
         self._programs = {}  # (function, shape and dtype of its input) → compiled
 
@@ -305,7 +304,7 @@ class Classifier:
     def _score_features(self, params: Params, features: jax.Array) -> jax.Array:
         """Map features `(b, v, t, d)` to logits `(b, num_classes)`, summed over the views."""
         model, (b, v, t, d) = merge_params(self._graphdef, params), features.shape
-        logits = model.head(model.video_features(features.reshape(b * v, t, d)))
+        logits = model.classify(features.reshape(b * v, t, d))
         return logits.reshape(b, v, -1).sum(axis=1)
 
     def _compile(

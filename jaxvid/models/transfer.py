@@ -1,90 +1,38 @@
-"""Changes to weights that let a model start or run where it was not trained.
+"""Transfer weights to a network of the same family that differs in sizes, classes or parts.
 
-Another resolution, another number of frames or classes, a temporal part more or less. Weights go
-by the names that `jaxvid.models.split_params` gives them.
+Another resolution, another number of frames or classes, a temporal part more or less. Weights have
+the names that `jaxvid.models.split_params` gives them.
 """
 
 import dataclasses
 import math
 import re
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-CLASS_HEADS = ("head.", "consensus.mlp_head.4.", "new_fc.")  # as wide as there are classes
-HEADS = ("aggregate.", "consensus.", *CLASS_HEADS)  # all that comes after the image ViT
-GRIDS = ("pos_embed", "base_model.pos_embed")
-FRAMES = {"aggregate.pos_embed": 1, "base_model.temp_embed": 0}  # rows before the frames' rows
-# What a network may have or lack as a whole, from the largest to the smallest.
-PARTS = (
-    r"aggregate\.",
-    r"aggregate\.transformer_enc\.layers\.\d+\.",
-    r"consensus\.",
-    r"consensus\.temporal_encoder\.\d+\.",
-    r"new_fc\.",
-    r"base_model\.temp_embed",
-)
-_LAYER = r"\b(blocks|layers|temporal_encoder)\.(\d+)\."
+from jaxvid.models.family import Family
+from jaxvid.models.resize import resize_pos_embed, resize_time
 
-
-def resize_pos_embed(pos_embed: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Resizes the patch grid of a positional embedding bicubically, as PyTorch does.
-
-    `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)`: a = -0.75, half-pixel
-    centres, no antialiasing. The class token's row is kept.
-
-    Args:
-        pos_embed: `(1, 1 + s·s, d)`: the class token, then a square grid in row-major order.
-        grid: Rows and columns of the new patch grid.
-
-    Returns:
-        `(1, 1 + rows·columns, d)`; `pos_embed` itself where the grid does not change.
-    """
-    _, n, d = pos_embed.shape
-    side = round((n - 1) ** 0.5)
-    if grid == (side, side):
-        return pos_embed
-    cls_row, patches = pos_embed[:, :1], pos_embed[:, 1:].reshape(1, side, side, d)
-    patches = jax.image.resize(
-        patches, (1, *grid, d), jax.image.ResizeMethod.CUBIC_PYTORCH, antialias=False
-    )
-    return jnp.concatenate([cls_row, patches.reshape(1, -1, d)], axis=1)  # (1 n d)
-
-
-def resize_time(embed: jax.Array, num_frames: int, *, kept: int) -> jax.Array:
-    """Resizes the frames' rows of an embedding linearly: half-pixel centres, no antialiasing.
-
-    Beyond the first and the last centre the nearest row repeats, so that one frame's row is
-    everyone's.
-
-    Args:
-        embed: `(1, kept + t, ...)`.
-        num_frames: The new t.
-        kept: Rows before the frames' rows, e.g. a class token's; they stay.
-
-    Returns:
-        `(1, kept + num_frames, ...)`.
-    """
-    shape = (1, num_frames, *embed.shape[2:])
-    frames = jax.image.resize(embed[:, kept:], shape, "linear", antialias=False)
-    return jnp.concatenate([embed[:, :kept], frames], axis=1)
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass
 class TransferPlan:
-    """What becomes of the weights of a model folder (there) in another model (here).
+    """What happens to each weight of a model folder and of the new network.
 
-    Every weight here is in one of `loaded`, `resized` and `reinitialised`, or in a problem; every
-    weight there is in `loaded`, `resized` or `unused`, is replaced by a reinitialised one, or is
-    in a problem.
+    Every weight of the new network is in `loaded`, `resized` or `reinitialised`, or in a problem.
+    Every weight of the folder is in `loaded`, `resized` or `unused`, is replaced by a
+    reinitialised one, or is in a problem.
 
     Attributes:
-        loaded: Weights that are taken over as they are.
-        resized: Weight → how.
-        reinitialised: Part and why → its weights, which keep fresh values.
-        unused: Part and why → its weights, which have no place here.
-        problems: What makes a fit impossible, one line for all layers alike.
+        loaded: Weights that are copied unchanged.
+        resized: Weight → description of its resize.
+        reinitialised: Part and reason → its weights, which keep their fresh values.
+        unused: Part and reason → its weights, which the new network does not have.
+        problems: Reasons why a transfer is impossible; equal layers share one.
     """
 
     loaded: list[str] = dataclasses.field(default_factory=list)
@@ -94,80 +42,87 @@ class TransferPlan:
     problems: list[str] = dataclasses.field(default_factory=list)
 
     def describe(self) -> list[str]:
-        """Lines for a log."""
+        """Return the plan as lines for a log."""
         parts = [("reinitialised", self.reinitialised), ("unused", self.unused)]
         return [
             f"loaded: {_count(self.loaded)}",
-            *(f"resized: {name}: {how}" for name, how in self.resized.items()),
+            *(f"resized: {name}: {description}" for name, description in self.resized.items()),
             *(
-                f"{what}: {why} ({_count(names)})"
-                for what, part in parts
-                for why, names in part.items()
+                f"{title}: {reason} ({_count(names)})"
+                for title, part in parts
+                for reason, names in part.items()
             ),
         ]
 
 
-def plan_transfer(found: dict[str, jax.Array], fresh: dict[str, jax.Array]) -> TransferPlan:
-    """Decides what becomes of a folder's weights in another model of the same family.
+def plan_transfer(
+    family: Family, source: Mapping[str, jax.Array], fresh: Mapping[str, jax.Array]
+) -> TransferPlan:
+    """Decide what happens to each weight of a model folder and of the new network.
 
     Args:
-        found: The folder's weights; only their shapes are read.
-        fresh: The newly initialised weights of the wanted model; likewise.
+        family: The family of both networks.
+        source: The folder's weights; only their shapes are read.
+        fresh: The new network's initial weights; only their shapes are read.
     """
-    fit, problems = TransferPlan(), {}
+    plan, problems = TransferPlan(), {}
     for name, leaf in fresh.items():
-        if name not in found:
-            if part := _missing_part(name, found):
-                fit.reinitialised.setdefault(f"{part}: absent in the folder", []).append(name)
+        if name not in source:
+            if part := _missing_part(family, name, source):
+                plan.reinitialised.setdefault(f"{part}: not in the folder", []).append(name)
             else:
-                problems[f"{_layer(name)}: absent there"] = None
+                problems[f"{_layer(family, name)}: not in the folder"] = None
             continue
-        there, here = tuple(found[name].shape), tuple(leaf.shape)
-        if there == here:
-            fit.loaded.append(name)
-        elif how := _how_to_resize(name, there, here):
-            fit.resized[name] = how
-        elif name.startswith(CLASS_HEADS) and there[:-1] == here[:-1]:
+        old, new = tuple(source[name].shape), tuple(leaf.shape)
+        if old == new:
+            plan.loaded.append(name)
+        elif description := _describe_resize(family, name, old, new):
+            plan.resized[name] = description
+        elif name.startswith(family.class_heads) and old[:-1] == new[:-1]:
             head = name.rpartition(".")[0]
-            why = f"{head}: {there[-1]} classes there, {here[-1]} here"
-            fit.reinitialised.setdefault(why, []).append(name)
+            reason = f"{head}: {old[-1]} classes in the folder, {new[-1]} in the model"
+            plan.reinitialised.setdefault(reason, []).append(name)
         else:
-            alike = re.sub(_LAYER, r"\1.*.", name)
-            problems[f"{alike}: {there} there, {here} here"] = None
-    for name in found:
+            abbreviated = re.sub(_layer_pattern(family), r"\1.*.", name)
+            problems[f"{abbreviated}: {old} in the folder, {new} in the model"] = None
+    for name in source:
         if name in fresh:
             continue
-        if part := _missing_part(name, fresh):
-            fit.unused.setdefault(f"{part}: absent in the new model", []).append(name)
+        if part := _missing_part(family, name, fresh):
+            plan.unused.setdefault(f"{part}: not in the model", []).append(name)
         else:
-            problems[f"{_layer(name)}: absent here"] = None
-    fit.problems = list(problems)
-    return fit
+            problems[f"{_layer(family, name)}: not in the model"] = None
+    plan.problems = list(problems)
+    return plan
 
 
 def transfer_params(
-    fit: TransferPlan, found: dict[str, jax.Array], fresh: dict[str, jax.Array]
+    family: Family,
+    plan: TransferPlan,
+    source: Mapping[str, jax.Array],
+    fresh: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
-    """The weights that a model starts from.
+    """Return the weights that the new network starts from.
 
     Args:
-        fit: As `plan_fit` gives it for the same weights, without problems.
-        found: The folder's weights.
-        fresh: The newly initialised weights of the wanted model; they stay as they are.
+        family: The family of both networks.
+        plan: The result of `plan_transfer` for the same weights, without problems.
+        source: The folder's weights.
+        fresh: The new network's initial weights; they are not changed.
 
     Returns:
-        Weights of the names, shapes and shardings of `fresh`.
+        Weights with the names, shapes and shardings of `fresh`.
     """
-    params = {name: jax.device_put(found[name], fresh[name].sharding) for name in fit.loaded}
-    for name in fit.resized:
-        embed, rows = jnp.asarray(found[name]), fresh[name].shape[1]
-        if name in FRAMES:
-            kept = FRAMES[name]
-            embed = resize_time(embed, rows - kept, kept=kept)
+    params = {name: jax.device_put(source[name], fresh[name].sharding) for name in plan.loaded}
+    for name in plan.resized:
+        embed, rows = jnp.asarray(source[name]), fresh[name].shape[1]
+        if name in family.frame_embeddings:
+            leading_rows = family.frame_embeddings[name].leading_rows
+            embed = resize_time(embed, rows - leading_rows, leading_rows=leading_rows)
         else:
             side = math.isqrt(rows - 1)
             embed = resize_pos_embed(embed, (side, side))
-        # By way of the host, since the new place may span processes.
+        # Through the host, because the target sharding may span processes.
         params[name] = jax.device_put(np.asarray(embed), fresh[name].sharding)
     return {name: params.get(name, leaf) for name, leaf in fresh.items()}
 
@@ -176,30 +131,36 @@ def _count(names: list[str]) -> str:
     return f"{len(names)} weight{'s' * (len(names) != 1)}"
 
 
-def _how_to_resize(name: str, there: tuple[int, ...], here: tuple[int, ...]) -> str | None:
-    """How an embedding's rows are resized; None for what is none or has another width."""
-    if name not in (*GRIDS, *FRAMES) or there[2:] != here[2:]:
+def _describe_resize(family: Family, name: str, old: Shape, new: Shape) -> str | None:
+    """Describe how an embedding is resized; None: it is not an embedding, or its width differs."""
+    if name not in (family.pos_embed, *family.frame_embeddings) or old[2:] != new[2:]:
         return None
-    if name in FRAMES:
-        return f"{there[1] - FRAMES[name]} → {here[1] - FRAMES[name]} frames, linearly"
-    old, new = (math.isqrt(shape[1] - 1) for shape in (there, here))
-    return f"{old}×{old} → {new}×{new} patches, bicubically"
+    if name in family.frame_embeddings:
+        leading_rows = family.frame_embeddings[name].leading_rows
+        return f"{old[1] - leading_rows} → {new[1] - leading_rows} frames, linearly"
+    old_side, new_side = (math.isqrt(shape[1] - 1) for shape in (old, new))
+    return f"{old_side}×{old_side} → {new_side}×{new_side} patches, bicubically"
 
 
-def _missing_part(name: str, others: dict) -> str | None:
-    """The largest part around a weight that `others` lack as a whole; None: they have some of it.
+def _missing_part(family: Family, name: str, others: Iterable[str]) -> str | None:
+    """Return the largest optional part that has a weight and that `others` lack as a whole.
 
-    `aggregate.transformer_enc.layers.2.norm1.scale` → `aggregate` or
-    `aggregate.transformer_enc.layers.2`.
+    Returns:
+        The path of the part, e.g. of a layer of the head; None: `others` have some weights
+        of every part that the weight belongs to.
     """
-    for pattern in PARTS:
+    for pattern in family.optional_parts:
         match = re.match(pattern, name)
         if match and not any(other.startswith(match[0]) for other in others):
             return match[0].removesuffix(".")
     return None
 
 
-def _layer(name: str) -> str:
-    """The layer that a weight belongs to, e.g. `base_model.blocks.2`; else the weight itself."""
-    match = re.search(_LAYER, name)
+def _layer(family: Family, name: str) -> str:
+    """Return the layer that a weight belongs to, e.g. `blocks.2`; otherwise the weight itself."""
+    match = re.search(_layer_pattern(family), name)
     return name[: match.end() - 1] if match else name
+
+
+def _layer_pattern(family: Family) -> str:
+    return rf"\b({'|'.join(family.layer_lists)})\.(\d+)\."

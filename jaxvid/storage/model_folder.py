@@ -25,6 +25,7 @@ from jaxvid.models import (
     ModelConfig,
     Params,
     abstract_model,
+    family_of,
     make_model_config,
     merge_params,
     split_params,
@@ -40,8 +41,8 @@ from jaxvid.storage.model_card import (
 )
 
 MAX_FILES = 10_000  # in `params`; Orbax writes about ten per process
-# Fields whose change surgery makes up for.
-SIZE_FIELDS = ("num_classes", "num_frames", "image_size", "temporal_embedding_frames")
+# Fields that may differ when weights are transferred, beside those of frame embeddings.
+SIZE_FIELDS = ("num_classes", "num_frames", "image_size")
 
 
 def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
@@ -157,55 +158,59 @@ def _restore(path: Path, abstract_params: Params) -> Params:
 def load_init(
     folder: str | Path, model_config: ModelConfig, fresh: Params
 ) -> tuple[Params, list[str]]:
-    """The weights of a model folder as the start of a model that may differ from it.
+    """Load the weights of a model folder into a network that may differ from it.
 
-    Other classes, frames or resolution, a temporal part more or less: see
-    `surgery.plan_fit`. At its peak, one copy of the weights beside `fresh`.
+    Classes, frames, resolution and optional parts may differ: see `transfer.plan_transfer`. Peak
+    memory is one copy of the weights in addition to `fresh`.
 
     Args:
         folder: The model folder.
-        model_config: The wanted model's config.
-        fresh: The wanted model's newly initialised weights.
+        model_config: The new network's config.
+        fresh: The new network's initial weights.
 
     Returns:
-        Weights of the names, shapes and shardings of `fresh`; and what was loaded, resized,
-        reinitialised or left unused, and which options differ, as lines for a log.
+        Weights with the names, shapes and shardings of `fresh`; and log lines that say which
+        weights were loaded, resized, reinitialised or unused, and which config fields differ.
 
     Raises:
-        InputError: The folder is damaged, or the weights would not fit or would mean something
-            else; every reason is named.
+        InputError: The folder is damaged, or the networks are not compatible; names every reason.
     """
     source = make_model_config(**load_card(folder)["config"])
-    kinds = [type(config).__name__.removesuffix("Config") for config in (source, model_config)]
-    if kinds[0] != kinds[1]:
+    family, source_family = family_of(model_config), family_of(source)
+    if source_family is not family:
         raise InputError(
-            f"{folder} holds {source.name}, of the family {kinds[0]}; {model_config.name} is of "
-            f"{kinds[1]}, which its weights do not fit: name a folder of that family"
+            f"{folder} holds {source.name}, of the family {source_family.title}; "
+            f"{model_config.name} is of the family {family.title}; name a folder of that family"
         )
-    found = abstract_model(source)[1]
-    fit = transfer.plan_transfer(found, fresh)
-    differences = model_differences(
-        dataclasses.asdict(source), model_config, RATE_FIELDS + SIZE_FIELDS
-    )
-    # No shape tells how many heads share a kernel, but each would get parts of several.
-    unfit = {"heads"} & differences.keys()
-    if "aggregate.cls_token" in fit.loaded:
-        unfit |= {"temporal_heads"} & differences.keys()
-    if unfit or fit.problems:
+    source_params = abstract_model(source)[1]
+    plan = transfer.plan_transfer(family, source_params, fresh)
+    sizes = (*SIZE_FIELDS, *(embedding.field for embedding in family.frame_embeddings.values()))
+    differences = model_differences(dataclasses.asdict(source), model_config, RATE_FIELDS + sizes)
+    # The shape of a kernel does not depend on its number of heads, but the meaning of its columns
+    # does.
+    incompatible = [
+        field
+        for field, prefix in family.head_counts.items()
+        if field in differences and any(name.startswith(prefix) for name in plan.loaded)
+    ]
+    if incompatible or plan.problems:
         raise InputError(
-            f"{folder} cannot start this {model_config.name}: "
-            f"{'; '.join([*differences.values(), *fit.problems])}; "
-            "take its values with --config.model.NAME=VALUE or name another folder"
+            f"{folder} cannot initialise {model_config.name}: "
+            f"{'; '.join([*differences.values(), *plan.problems])}; "
+            "use its values with --config.model.NAME=VALUE or name another folder"
         )
-    # What changes is read into host memory: its new shape alone knows its place on the devices.
-    target = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in found.items()}
+    # Weights that change are read into host memory, because their shardings are those of the new
+    # shapes.
+    target = {
+        name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in source_params.items()
+    }
     target |= {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for name, leaf in fresh.items()
-        if name in fit.loaded
+        if name in plan.loaded
     }
-    params = transfer.transfer_params(fit, load_params(folder, target), fresh)
-    return params, [*fit.describe(), *(f"differs: {text}" for text in differences.values())]
+    params = transfer.transfer_params(family, plan, load_params(folder, target), fresh)
+    return params, [*plan.describe(), *(f"differs: {text}" for text in differences.values())]
 
 
 def load_model(folder: str | Path, *, dtype: str | None = None) -> nnx.Module:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from jaxvid.config import differences
 from jaxvid.data.clips.clip import ClipSpec, make_spec
 from jaxvid.errors import InputError, short_repr
+from jaxvid.models import FAMILIES, make_model_config
 from jaxvid.storage import model_card, model_folder
 
 # All that a model folder's `preprocessing` says: fields of ClipSpec, and what pixels in [0, 1] are
@@ -92,8 +93,15 @@ def resolve_color_matrix(config: ConfigDict, preprocessing: dict) -> ConfigDict:
 
 
 def default_color_matrix(card: dict) -> str:
-    """Return the matrix of a model folder that is older than its field `color_matrix`."""
-    return "bt601" if (card["provenance"] or {}).get("kind") == "stam" else "tagged"
+    """Return the matrix of a model folder that is older than its field `color_matrix`.
+
+    Converted weights of a released program use that program's matrix.
+    """
+    kind = (card["provenance"] or {}).get("kind")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        return "tagged"
+    return family.released_preprocessing(make_model_config(**card["config"]))["color_matrix"]
 
 
 def check_preprocessing(folder: str | Path, config) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxvid.config import differences
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
-from jaxvid.models import Params, abstract_model, make_model_config
+from jaxvid.models import Params, abstract_model, family_of, make_model_config
 from jaxvid.storage import model_card, model_folder
 from jaxvid.storage.preprocessing import read_preprocessing
 from jaxvid.training.steps import Teacher
@@ -49,7 +49,8 @@ def load_teacher(config, labels: list[str], mesh) -> tuple[Teacher | None, Param
     model_card.check_labels(card["labels"], labels, distill.teacher)
     how = read_preprocessing(card, Path(distill.teacher) / "model.json")
     graphdef, abstract = abstract_model(model_config)
-    params = model_folder.load_params(distill.teacher, sharding.with_sharding(abstract, mesh))
+    abstract = sharding.with_sharding(abstract, mesh, family_of(model_config).tensor_axis)
+    params = model_folder.load_params(distill.teacher, abstract)
     halve = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree))
     teacher = Teacher(
         graphdef=graphdef,

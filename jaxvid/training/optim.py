@@ -1,13 +1,12 @@
 """Learning-rate schedules and optimisers from a config."""
 
-import re
 from collections.abc import Iterable
 
 import jax.numpy as jnp
 import optax
 
 from jaxvid.errors import InputError
-from jaxvid.models.transfer import HEADS
+from jaxvid.models.family import MATRIX_LEAVES, Family
 
 OPTIONS = {"name": ("adamw", "sgd"), "decay": ("kernels", "released"), "freeze": ("", "backbone")}
 
@@ -35,8 +34,8 @@ def make_schedule(
 ) -> optax.Schedule:
     """A half cosine from the peak to 0 over all steps, whose beginning is a linear warm-up.
 
-    The warm-up ends at the cosine's value there, as in the released XViT recipes. Rates are the
-    config's times `batch_size / reference_batch_size` (Goyal et al., arXiv:1706.02677).
+    The warm-up ends at the cosine's value there, as in the recipes of arXiv:2106.05968. Rates are
+    the config's times `batch_size / reference_batch_size` (Goyal et al., arXiv:1706.02677).
 
     Args:
         optimizer: The config's `optimizer`: `learning_rate`, `warmup_start_rate`, `warmup_epochs`,
@@ -79,14 +78,16 @@ def describe_rate(optimizer, batch_size: int) -> str:
     )
 
 
-def frozen_names(optimizer, names: Iterable[str]) -> frozenset[str]:
-    """The weights that a config's `optimizer.freeze` keeps as they are."""
+def frozen_names(optimizer, names: Iterable[str], family: Family) -> frozenset[str]:
+    """Return the weights that `optimizer.freeze` excludes from training."""
     if not optimizer.freeze:
         return frozenset()
-    return frozenset(name for name in names if not name.startswith(HEADS))
+    return frozenset(name for name in names if not name.startswith(family.head))
 
 
-def make_optimizer(optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    optimizer, schedule: optax.Schedule, family: Family
+) -> optax.GradientTransformation:
     """AdamW, or SGD with Nesterov's momentum and coupled weight decay.
 
     Coupled: the decay is added to the gradient and passes through the momentum, as in PyTorch's
@@ -95,17 +96,19 @@ def make_optimizer(optimizer, schedule: optax.Schedule) -> optax.GradientTransfo
     Args:
         optimizer: The config's `optimizer`.
         schedule: Learning rate by step.
+        family: The network's family.
     """
 
     def decays(params):
-        return {name: _decays(name, optimizer.decay) for name in params}
+        return {name: _decays(name, optimizer.decay, family) for name in params}
 
     def scale_layers(updates, params=None):
         del params
-        top = 2 + max(map(_block, updates), default=-1)
+        layers = {name: _layer(name, family) for name in updates}
+        top = 1 + max((layer for layer in layers.values() if layer is not None), default=0)
         return {
-            name: update * optimizer.layer_decay ** (top - _layer(name, top))
-            for name, update in updates.items()
+            name: update * optimizer.layer_decay ** (top - layer) if layer is not None else update
+            for (name, update), layer in zip(updates.items(), layers.values(), strict=True)
         }
 
     chain = []
@@ -124,22 +127,15 @@ def make_optimizer(optimizer, schedule: optax.Schedule) -> optax.GradientTransfo
     return optax.chain(*chain)
 
 
-def _decays(name: str, grouping: str) -> bool:
+def _decays(name: str, grouping: str, family: Family) -> bool:
     if grouping == "released":
-        return not (name.startswith(HEADS) and name.endswith("bias"))
-    return name.endswith((".kernel", ".in_proj_weight"))
+        return not (name.startswith(family.head) and name.endswith("bias"))
+    return name.rpartition(".")[2] in MATRIX_LEAVES
 
 
-def _block(name: str) -> int:
-    """The image ViT's block that a weight belongs to; -1: none."""
-    found = re.match(r"(?:base_model\.)?blocks\.(\d+)\.", name)
-    return int(found[1]) if found else -1
-
-
-def _layer(name: str, top: int) -> int:
-    """0: the embeddings below the first block; i + 1: block i; `top`: all above the last."""
-    if (block := _block(name)) >= 0:
+def _layer(name: str, family: Family) -> int | None:
+    """Return 0 for an embedding, i + 1 for a weight of block i, None for all above the blocks."""
+    block = family.block_index(name)
+    if block is not None:
         return block + 1
-    stem = name.removeprefix("base_model.")
-    embeds = ("patch_embed.", "cls_token", "pos_embed", "temp_embed")
-    return 0 if stem.startswith(embeds) else top
+    return 0 if family.is_embedding(name) else None

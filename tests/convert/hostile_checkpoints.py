@@ -1,4 +1,4 @@
-"""Checkpoint files that must be refused: name → (what builds the file, part of the message)."""
+"""Checkpoint files that must be refused: name → (suffix, builder, part of the message)."""
 
 import io
 import json
@@ -24,12 +24,12 @@ SIZES |= {"temporal_depth": 1, "temporal_heads": 2, "temporal_mlp": 32}
 
 
 def shrink_preset() -> None:
-    """Makes `stam_8` tiny in this process."""
+    """Replace the preset `stam_8` by a tiny one in this process."""
     PRESETS[MODEL] = make_model_config(MODEL, **SIZES)
 
 
 def make_state() -> dict[str, np.ndarray]:
-    """Weights that the tiny `stam_8` accepts, under PyTorch's names."""
+    """Return weights of the tiny `stam_8` under PyTorch's names."""
     _, params = abstract_model(make_model_config(MODEL))
     rng = np.random.default_rng(0)
     return {
@@ -42,7 +42,7 @@ def make_state() -> dict[str, np.ndarray]:
 
 
 class Global(NamedTuple):
-    """A name that a pickle imports."""
+    """A global that a pickle imports."""
 
     module: str
     name: str
@@ -68,7 +68,7 @@ class Raw(NamedTuple):
 
 
 def encode(value: Any) -> bytes:
-    """A value as opcodes of protocol 2."""
+    """Encode a value as opcodes of protocol 2."""
     if isinstance(value, Raw):
         return value.data
     if isinstance(value, Global):
@@ -103,7 +103,7 @@ def tensor(
     dtype=None,
     flags=(),
 ) -> Call:
-    """A tensor as `torch.save` describes it; by default contiguous in a storage of its size."""
+    """Return a tensor as in a file of `torch.save`, by default contiguous in its own storage."""
     if strides is None:
         strides = tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
     numel = int(np.prod(shape)) if numel is None else numel
@@ -120,7 +120,7 @@ def rebuild(function: str, *arguments) -> Call:
 
 
 def members(changes: dict | None = None, tree: Any = None) -> dict[str, bytes]:
-    """The members of a PyTorch archive; `changes` replaces values of the state_dict."""
+    """Return the members of a PyTorch archive; `changes` replaces values of the state_dict."""
     state = make_state()
     values = {k: tensor(v.shape, key=k) for k, v in state.items()} | (changes or {})
     tree = {"model": values} if tree is None else tree
@@ -146,12 +146,12 @@ def case(name: str, message: str, build: Build, suffix: str = "pth") -> None:
 
 
 def tree_case(name: str, message: str, tree: Any = None, **changes) -> None:
-    """A whole archive whose pickle is changed."""
+    """Add a case: a complete archive with a changed pickle."""
     case(name, message, lambda p: write_zip(p, members(changes, tree)))
 
 
 def part_case(name: str, message: str, **parts) -> None:
-    """A whole archive in which members are replaced."""
+    """Add a case: a complete archive with replaced members."""
     case(name, message, lambda p: write_zip(p, members() | parts))
 
 
@@ -160,7 +160,7 @@ def byte_case(name: str, message: str, data: bytes, suffix: str = "pth") -> None
 
 
 def edit_case(name: str, message: str, edit: Callable[[bytearray], None]) -> None:
-    """A whole archive whose bytes are changed."""
+    """Add a case: a complete archive with changed bytes."""
 
     def build(path: Path) -> None:
         write_zip(path, members())
@@ -172,7 +172,7 @@ def edit_case(name: str, message: str, edit: Callable[[bytearray], None]) -> Non
 
 
 def save_case(name: str, message: str, make: Callable[[dict], Any], **options) -> None:
-    """What `torch.save` itself writes of a changed state_dict."""
+    """Add a case: a changed state_dict, written by `torch.save`."""
 
     def build(path: Path) -> None:
         state = {key: torch.from_numpy(value) for key, value in make_state().items()}
@@ -297,8 +297,8 @@ case("zip: two members of a name", "two members are named", _double)
 case("zip: 100,000 members", "its header declares", _many)
 case("zip: deflated", "is compressed", lambda p: write_zip(p, members(), zipfile.ZIP_DEFLATED))
 case("zip: bzip2", "compressed", lambda p: write_zip(p, members(), zipfile.ZIP_BZIP2))
-part_case("zip: outside", "lies outside the archive", **{"../../x": b""})
-part_case("zip: absolute", "lies outside the archive", **{"/etc/x": b""})
+part_case("zip: outside", "is outside the archive", **{"../../x": b""})
+part_case("zip: absolute", "is outside the archive", **{"/etc/x": b""})
 part_case("zip: torchscript", "it is a TorchScript program", **{"constants.pkl": b""})
 part_case("zip: byte order", "byte order is neither", byteorder=b"middle")
 part_case("zip: empty pickle", "cannot be read", **{"data.pkl": b""})
@@ -340,7 +340,7 @@ for _name, _message, _data in (
     ("value that was never kept", "a value is missing", b"h\x63"),
     ("no mark", "its pickle is damaged", b"tttt"),
     ("empty stack", "its pickle is damaged", b"RRRR"),
-    ("call of a number", "a call of what is no function", b"K\x01)R"),
+    ("call of a number", "a call of something that is not a function", b"K\x01)R"),
     ("list as a dict", "expected a dict", b"]K\x01K\x02s"),
     ("key without a value", "a key without a value", b"}(K\x01u"),
     ("tuples 200,000 deep", "operations|does not fit|tuple", b"N" + b"\x85" * 200_000),
@@ -379,7 +379,7 @@ for _name, _message, _value in (
     ("no axes", "in the file", tensor((), (), numel=80)),
     ("another storage", "its values are missing", tensor(S, key="nothing")),
     ("storage outside", "its values are missing", tensor(S, key="../../etc/passwd")),
-    ("storage named by a number", "a reference to a storage is none", tensor(S, key=0)),
+    ("storage named by a number", "an invalid reference to a storage", tensor(S, key=0)),
     ("storage of another dtype", "declared in two ways", tensor(S, key="head.bias", kind="Half")),
     ("negated values", "conj or neg bit", tensor(S, flags=({"neg": True},))),
     ("sparse", "is a sparse tensor", rebuild("_rebuild_sparse_tensor", 0, ())),
@@ -435,8 +435,8 @@ for _name, _message, _change in (
 ):
     save_case(f"saved: {_name}", _message, _changed("pos_embed", _change))
 
-# ---- dicts that are no state_dict
-_NO_NAME = "is no name of a weight"
+# ---- dicts that are not a state_dict
+_NO_NAME = "is not the name of a weight"
 for _name, _message, _make in (
     ("list", "holds a list", lambda s: [s]),
     ("tuple", "holds a tuple", lambda s: (s,)),
@@ -515,7 +515,7 @@ def write_npz(path: Path, parts: dict[str, Any]) -> None:
 
 
 def npy(header: str | bytes, data: bytes = b"", version: bytes = b"\x01\x00") -> bytes:
-    """An array file with any header."""
+    """Return an array file with any header."""
     text = header.encode() if isinstance(header, str) else header
     return b"\x93NUMPY" + version + struct.pack("<H", len(text)) + text + data
 
@@ -524,14 +524,14 @@ HEADER = "{'descr': '%s', 'fortran_order': False, 'shape': %s, }\n"
 _inner = io.BytesIO()
 np.savez(_inner, a=np.zeros(2))
 for _name, _message, _data in (
-    ("terabytes", "another size than its shape says", npy(HEADER % ("<f4", "(1000000000000,)"))),
-    ("size beyond 64 bits", "another size than its shape", npy(HEADER % ("<f4", f"({2**80},)"))),
+    ("terabytes", "contradicts its shape", npy(HEADER % ("<f4", "(1000000000000,)"))),
+    ("size beyond 64 bits", "contradicts its shape", npy(HEADER % ("<f4", f"({2**80},)"))),
     ("negative size", "has the shape", npy(HEADER % ("<f4", "(-5,)"), bytes(20))),
     ("50 axes", "has the shape", npy(HEADER % ("<f4", f"({'1,' * 50})"), bytes(4))),
-    ("archive in an archive", "is no array", _inner.getvalue()),
-    ("text", "is no array", b"hello"),
-    ("nothing", "is no array", b""),
-    ("other magic", "is no array", b"\x93NUMPX" + bytes(100)),
+    ("archive in an archive", "is not an array", _inner.getvalue()),
+    ("text", "is not an array", b"hello"),
+    ("nothing", "is not an array", b""),
+    ("other magic", "is not an array", b"\x93NUMPX" + bytes(100)),
     ("version 9", "has version (9, 0)", npy(HEADER % ("<f4", "(1,)"), bytes(4), b"\x09\x00")),
     ("code as header", "cannot be read as .npz", npy("__import__('os').system('true')")),
     ("deep header", "cannot be read as .npz", npy("(" * 9000)),
@@ -559,14 +559,14 @@ for _name, _message, _key, _array in (
     )
 case(
     "npz: two names of a weight",
-    "two keys stand for cls_token",
+    "two keys are converted to cls_token",
     lambda p: write_npz(p, {f"{k}.npy": np.zeros((1, 1, 16), "f4") for k in ("cls", "cls_token")}),
     "npz",
 )
 
 
 def _huge_grid(path: Path) -> None:
-    """An image ViT with a positional embedding of 4 GB, which would be resized."""
+    """Write an image ViT with a positional embedding of 4 GB, which would be resized."""
     data = safetensors(entry(shape=(1, 2**26 + 1, 16), offsets=(0, 64 * (2**26 + 1))), b"")
     sparse(len(data) + 64 * (2**26 + 1), data)(path)
 
@@ -574,7 +574,12 @@ def _huge_grid(path: Path) -> None:
 case("safetensors: grid of 4 GB", "in the file, (1, 5, 16) in the model", _huge_grid, "safetensors")
 byte_case("npz: text file", "cannot be read as .npz", b"hello", "npz")
 byte_case("npz: empty file", "it is empty", b"", "npz")
-case("npz: outside", "lies outside", lambda p: write_npz(p, {"../a.npy": np.zeros(1)}), "npz")
+case(
+    "npz: outside",
+    "is outside the archive",
+    lambda p: write_npz(p, {"../a.npy": np.zeros(1)}),
+    "npz",
+)
 
 
 def _encrypted(path: Path) -> None:
@@ -650,7 +655,7 @@ for _name, _message, _data in (
     ("number", "a int, expected a list", b"5"),
     ("object", "a dict, expected a list", b'{"a": 1}'),
     ("null", "a NoneType, expected a list", b"null"),
-    ("lists", "is no name", b"[[1], [2], [3], [4], [5]]"),
+    ("lists", "expected a name", b"[[1], [2], [3], [4], [5]]"),
     ("deep", "cannot be read", b"[" * 100_000),
     ("cut", "cannot be read", b'["a", '),
 ):

@@ -1,4 +1,4 @@
-"""Model folders that must be refused: name → (what builds the folder, part of the message)."""
+"""Model folders that must be refused: name → (builder, part of the message)."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ CASES: dict[str, tuple[Build, str]] = {}
 
 @functools.cache
 def _good() -> tempfile.TemporaryDirectory:
-    """A whole model folder of a tiny network, made once in a process."""
+    """Write a complete model folder of a tiny network, built once per process."""
     folder = tempfile.TemporaryDirectory()
     model = jaxvid.create_model("xvit_tiny", **SIZES)
     labels = [f"class {i}" for i in range(5)]
@@ -35,7 +35,7 @@ def build_good(path: Path) -> None:
 
 
 def case(name: str, message: str, change: Callable[[Path], None]) -> None:
-    """A whole folder that is changed."""
+    """Add a case: a complete folder with a change."""
     assert name not in CASES
 
     def build(path: Path) -> None:
@@ -50,7 +50,7 @@ def text_case(name: str, message: str, data: bytes) -> None:
 
 
 def card_case(name: str, message: str, /, **changes: Any) -> None:
-    """A `model.json` with other values; a dict with the key "+" is merged with what is there."""
+    """Add a case: other values in `model.json`. A dict with the key "+" is merged."""
 
     def change(path: Path) -> None:
         card = json.loads((path / "model.json").read_text())
@@ -79,9 +79,9 @@ for _name, _message, _config in (
     ("shift_blocks as a number", "shift_blocks=5", {"shift_blocks": 5}),
     ("shift_blocks as text", "shift_blocks='abc'", {"shift_blocks": "abc"}),
     ("shift_blocks nested", "shift_blocks=", {"shift_blocks": [[0]]}),
-    ("shift_blocks outside", "lie outside 0..0", {"shift_blocks": [10**9]}),
+    ("shift_blocks outside", "must be 0 to 0", {"shift_blocks": [10**9]}),
     ("1e12 parameters", "G parameters, at most 10 G", {"width": 32768, "depth": 128}),
-    ("1e7 patches", "patches a frame, at most", {"image_size": 8192, "patch_size": 1}),
+    ("1e7 patches", "patches per frame, at most", {"image_size": 8192, "patch_size": 1}),
     ("huge patches", "G parameters", {"image_size": 8192, "patch_size": 8192, "width": 32768}),
     ("name that is none", "does not exist", {"name": "nothing"}),
     ("name as a list", "does not exist", {"name": ["xvit_tiny"]}),
@@ -208,7 +208,7 @@ def _largest(path: Path) -> Path:
 
 
 def _swap(build: Build) -> Callable[[Path], None]:
-    """The largest file is replaced."""
+    """Replace the largest file."""
 
     def change(path: Path) -> None:
         largest = _largest(path)
@@ -219,7 +219,7 @@ def _swap(build: Build) -> Callable[[Path], None]:
 
 
 def _huge(path: Path) -> None:
-    """A file of a terabyte that `model.json` knows of."""
+    """Write a file of a terabyte that is listed in `model.json`."""
     sparse(2**40)(path / "params" / "huge")
     card = json.loads((path / "model.json").read_text())
     card["files"]["huge"], card["checksums"]["huge"] = 2**40, 0

@@ -1,4 +1,4 @@
-"""Weights move between the two worlds bit by bit, or not at all and with every reason."""
+"""Conversion between PyTorch checkpoints and model folders."""
 
 import io
 import json
@@ -31,14 +31,14 @@ RELEASED = [name for name in PRESETS if not name.endswith("_tiny")]
 
 @pytest.fixture(autouse=True)
 def tiny_presets(monkeypatch):
-    """The released models at a tiny width: the same code at a hundredth of the size."""
+    """Shrink the released presets, so that the same code runs at a hundredth of the size."""
     for name in RELEASED:
         more = {"temporal_depth": 2} if name.startswith("stam") else {}
         monkeypatch.setitem(PRESETS, name, make_model_config(name, **TINY, **more))
 
 
 def state_dict(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A synthetic checkpoint in the released layout."""
+    """Return a synthetic state_dict in the released layout."""
     reference = build_reference(make_model_config(name))
     return {
         key: torch.from_numpy(np.array(synthetic_param(key, tuple(value.shape), seed)))
@@ -62,7 +62,7 @@ def convert(name, path, folder, *more) -> int:
 
 
 def refused(name, path, tmp_path, capsys, *more) -> str:
-    """Converts in vain; returns the one message."""
+    """Assert that a conversion is refused, and return its message."""
     assert convert(name, path, tmp_path / "refused", *more) == InputError.EXIT_CODE
     assert not [p for p in tmp_path.iterdir() if "refused" in p.name]
     message = capsys.readouterr().err
@@ -123,7 +123,7 @@ def test_ddp_prefixes_and_half_precision_are_read_exactly(tmp_path):
     np.testing.assert_array_equal(params[f"{key}.kernel"], state[f"{key}.weight"].half().float().T)
 
 
-def test_first_version_stam_files_get_zero_biases_and_say_so(tmp_path, capsys):
+def test_first_version_stam_files_get_zero_biases(tmp_path, capsys):
     state = {k: v for k, v in state_dict("stam_16").items() if not k.endswith("attn.qkv.bias")}
     path = save(tmp_path / "v1.pth", "stam_16", state)
     assert convert("stam_16", path, tmp_path / "model", "--check") == 0
@@ -138,7 +138,7 @@ def test_first_version_stam_files_get_zero_biases_and_say_so(tmp_path, capsys):
 
 
 def image_vit(grid: int) -> dict[str, torch.Tensor]:
-    """A timm ViT of the tiny width, with its classifier."""
+    """Return a timm ViT of the tiny width, with its classifier."""
     state = {
         key: value
         for key, value in state_dict("stam_16").items()
@@ -150,7 +150,7 @@ def image_vit(grid: int) -> dict[str, torch.Tensor]:
 
 
 def google_vit(state: dict) -> dict[str, np.ndarray]:
-    """The same weights under Google's names and layouts."""
+    """Return the same weights under Google's names and layouts."""
     out = {
         "cls": state["cls_token"],
         "Transformer/posembed_input/pos_embedding": state["pos_embed"],
@@ -222,19 +222,19 @@ def test_converted_folders_are_fine_tuned_and_predict(name, tmp_path, motion_fol
     assert len(classifier.predict(clips[0]).labels) == 5
     config = finetune.get_config(f"{folder},{motion_folder}").unlock()
     assert (config.eval.num_clips, config.eval.num_crops) == views
-    if name != "xvit_k400":  # one is trained; the others' configs say all that it needs
+    if name != "xvit_k400":  # training one of them is enough; the others only build their configs
         return
     config.update(num_epochs=2 / 6)
     config.optimizer.warmup_epochs = 1 / 6
     assert train(config.lock(), tmp_path / "run")["num_videos"] == 24
 
 
-def test_a_bare_state_dict_is_read_and_checked_too(tmp_path):
+def test_a_bare_state_dict_is_read_and_checked(tmp_path):
     torch.save({"state_dict": state_dict("stam_8")}, tmp_path / "in.pth")
     assert convert("stam_8", tmp_path / "in.pth", tmp_path / "m", "--check") == 0
 
 
-def test_an_unwritable_output_is_one_line(tmp_path, capsys):
+def test_an_unwritable_output_is_refused_in_one_line(tmp_path, capsys):
     path = save(tmp_path / "in.pth", "stam_8", state_dict("stam_8"))
     assert convert("stam_8", path, "/proc/jaxvid/model") == InputError.EXIT_CODE
     assert "cannot be written" in capsys.readouterr().err
@@ -262,7 +262,7 @@ def test_all_problems_are_reported_together(tmp_path, capsys):
     assert "5 problems" in message
     for part in (
         "base_model.norm.bias: missing in the file; the model has (48,)",
-        "extra.weight: (3,) in the file, absent in the model",
+        "extra.weight: (3,) in the file, not in the model",
         "base_model.blocks.0.mlp.fc1.bias: (5,) in the file, (192,) in the model",
         "base_model.blocks.1.mlp.fc1.bias: holds NaN or infinite values",
         "base_model.norm.weight: int32, not floating point",
@@ -274,24 +274,24 @@ def test_all_problems_are_reported_together(tmp_path, capsys):
     ("file_model", "model", "message"),
     [
         ("stam_16", "stam_8", "num_frames is 16 in aggregate.pos_embed but 8 in stam_8"),
-        ("stam_16", "xvit_k400", "holds stam weights, but --model xvit_k400 is a xvit"),
-        ("xvit_k400", "stam_16", "holds xvit weights, but --model stam_16 is a stam"),
+        ("stam_16", "xvit_k400", "holds stam weights, but --model xvit_k400 is of the family xvit"),
+        ("xvit_k400", "stam_16", "holds xvit weights, but --model stam_16 is of the family stam"),
         ("xvit_k400", "xvit_k600", "num_classes is 400 in consensus.mlp_head.4.weight but 600"),
         ("xvit_k400", "xvit_k999", "model 'xvit_k999' does not exist"),
     ],
 )
-def test_contradictions_show_both(file_model, model, message, tmp_path, capsys):
+def test_contradictions_name_both_values(file_model, model, message, tmp_path, capsys):
     path = save(tmp_path / "in.pth", file_model, state_dict(file_model))
     assert message in refused(model, path, tmp_path, capsys)
 
 
-def test_another_number_of_classes_and_temporal_rows_are_read_from_the_file(tmp_path, capsys):
+def test_sizes_are_read_from_the_file(tmp_path, capsys):
     state = state_dict("xvit_k600")
     state["base_model.temp_embed"] = torch.randn(1, 16, 1, 48)
     state["consensus.mlp_head.4.weight"] = torch.randn(9, 48)
     state["consensus.mlp_head.4.bias"] = torch.randn(9)
     path = save(tmp_path / "in.pth", "x", state)
-    assert "--num_classes 9 takes another" in refused("xvit_k600", path, tmp_path, capsys)
+    assert "--num_classes 9 sets the number" in refused("xvit_k600", path, tmp_path, capsys)
     assert convert("xvit_k600", path, tmp_path / "m", "--num_classes", "9") == 0
     config = jaxvid.load_model(tmp_path / "m").config
     assert (config.num_classes, config.temporal_embedding_frames) == (9, 16)
@@ -303,7 +303,7 @@ class Malicious:
 
 
 def as_saved(state: dict, path, **options) -> dict[str, np.ndarray]:
-    """What the reader makes of a state_dict that torch.save wrote."""
+    """Save a state_dict with torch.save and read it with `open_weights`."""
     torch.save({"model": state}, path, **options)
     with open_weights(path) as (_, weights):
         return {key: weight.read() for key, weight in weights.items()}
@@ -333,13 +333,13 @@ def test_tensors_of_any_layout_are_read_as_torch_reads_them(is_zip, tmp_path):
         np.testing.assert_array_equal(found[key].astype("f8"), tensor.detach().double().numpy())
 
 
-def test_a_flipped_bit_is_found(tmp_path):
+def test_a_flipped_bit_is_detected(tmp_path):
     path, tensor = tmp_path / "a.pth", torch.randn(100)
     as_saved({"pos_embed": tensor}, path)
     data = bytearray(path.read_bytes())
     data[data.find(tensor.numpy().tobytes()) + 9] ^= 1
     path.write_bytes(data)
-    torch.load(path, weights_only=True)  # which does not
+    torch.load(path, weights_only=True)  # does not detect it
     with open_weights(path) as (_, weights), pytest.raises(InputError, match="checksum of the"):
         weights["pos_embed"].read()
 
@@ -351,7 +351,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path):
         path.write_bytes(path.read_bytes() + b"more")
 
 
-def test_float64_is_rounded_to_float32_and_said_so(tmp_path, capsys):
+def test_float64_is_rounded_to_float32_and_reported(tmp_path, capsys):
     state = state_dict("stam_8")
     key, third = "blocks.0.norm1.weight", torch.full((48,), 1 / 3, dtype=torch.float64)
     path = save(tmp_path / "in.pth", "stam_8", state | {key: third})
@@ -371,7 +371,7 @@ def test_npz_arrays_of_any_layout_are_read(dtype, tmp_path):
         np.testing.assert_array_equal(weights["embedding"].read(), array)
 
 
-def test_files_that_are_not_weights_are_one_line(tmp_path, capsys):
+def test_files_that_are_not_weights_are_refused_in_one_line(tmp_path, capsys):
     good = save(tmp_path / "good.pth", "stam_8", state_dict("stam_8")).read_bytes()
     cases = {}
 
@@ -427,7 +427,7 @@ def test_a_killed_conversion_leaves_no_model_folder(tmp_path, monkeypatch):
     monkeypatch.undo()
 
 
-def test_export_of_a_trained_demo_model_and_bad_folders(tmp_path, capsys):
+def test_flax_to_torch_writes_strict_checkpoints_and_refuses_bad_folders(tmp_path, capsys):
     model = jaxvid.create_model("xvit_tiny")
     jaxvid.save_model(model, tmp_path / "demo")
     arguments = ["--input", str(tmp_path / "demo"), "--output", str(tmp_path / "demo.pth")]
@@ -442,7 +442,7 @@ def test_export_of_a_trained_demo_model_and_bad_folders(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_the_reference_knows_the_released_models_alone():
-    with pytest.raises(ValueError, match="knows the released XViT alone"):
+def test_the_torch_reference_supports_only_released_models():
+    with pytest.raises(ValueError, match="supports only the released XViT"):
         build_reference(make_model_config("xvit_k400", summary_tokens=True))
     assert abstract_model(make_model_config("xvit_k400", summary_tokens=True))

@@ -1,7 +1,7 @@
-"""Hostile checkpoint files and model folders: each is refused in a line, in time, in little memory.
+"""Hostile checkpoints and model folders are refused in one line, within time and memory limits.
 
-The default suite runs a part of the cases in this process, `make test-full` all of them, in
-processes that are killed when they hang.
+The default suite runs a part of the cases in this process. `make test-full` runs all of them in
+processes that are killed if they hang.
 """
 
 import concurrent.futures
@@ -24,7 +24,7 @@ CHEAP_STEP = 8  # the default suite runs every 8th case
 
 
 def run_checkpoint(name: str, folder: Path) -> tuple[int, str, float]:
-    """Converts a case: the exit code, what was printed to stderr, seconds of CPU time."""
+    """Convert a case and return the exit code, stderr and the CPU seconds."""
     from convert import torch_to_flax
 
     suffix, build, _ = hostile_checkpoints.CASES[name]
@@ -40,7 +40,7 @@ def run_checkpoint(name: str, folder: Path) -> tuple[int, str, float]:
 
 
 def run_folder(name: str, folder: Path) -> tuple[int, str, float]:
-    """Predicts with a case; returns the same."""
+    """Predict with a case and return the exit code, stderr and the CPU seconds."""
     from jaxvid import predict
 
     path = folder / "hostile"
@@ -61,7 +61,7 @@ NAMES = {"checkpoint": hostile_checkpoints.CASES, "folder": hostile_folders.CASE
 
 
 def check(kind: str, name: str, code: int, message: str, _: float) -> None:
-    """Asserts that a case was refused in one line that names the file and the cause."""
+    """Assert that a case was refused in one line that names the file and the cause."""
     assert code == 2, message
     assert message.startswith("error: "), message
     assert "PATH" in message or "hostile" in message, message
@@ -76,7 +76,7 @@ def check(kind: str, name: str, code: int, message: str, _: float) -> None:
 
 
 @pytest.mark.parametrize("name", list(hostile_checkpoints.CASES)[::CHEAP_STEP])
-def test_a_hostile_checkpoint_is_refused_in_a_line(name, tmp_path, monkeypatch):
+def test_a_hostile_checkpoint_is_refused_in_one_line(name, tmp_path, monkeypatch):
     monkeypatch.setitem(hostile_checkpoints.PRESETS, MODEL, hostile_checkpoints.PRESETS[MODEL])
     shrink_preset()
     check("checkpoint", name, *run_checkpoint(name, tmp_path))
@@ -84,7 +84,7 @@ def test_a_hostile_checkpoint_is_refused_in_a_line(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", list(hostile_folders.CASES)[::CHEAP_STEP])
-def test_a_hostile_model_folder_is_refused_in_a_line(name, tmp_path):
+def test_a_hostile_model_folder_is_refused_in_one_line(name, tmp_path):
     check("folder", name, *run_folder(name, tmp_path))
 
 
@@ -92,24 +92,24 @@ def test_a_hostile_model_folder_is_refused_in_a_line(name, tmp_path):
 
 
 def measure(kind: str, name: str, folder: Path) -> tuple[int, str, float, float]:
-    """In another process: exit code, message, seconds of CPU, peak of memory in MB."""
+    """Return exit code, stderr, CPU seconds and peak memory in MB of a case, in another process."""
     signal.alarm(HANG_SECONDS)  # ends the process
     folder.mkdir()
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # begins a new VmHWM
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
     result = RUNS[kind](name, folder)
     signal.alarm(0)
     return *result, (_status("VmHWM") - before) / 1000
 
 
 def _status(field: str) -> int:
-    """Kilobytes of this process."""
+    """Return a memory field of this process in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def prepare() -> None:
-    """Does what is done once in a process, so that it is not measured: imports, a good case."""
+    """Import everything and run a valid case, so that this is not measured."""
     import tempfile
 
     shrink_preset()
@@ -130,7 +130,7 @@ def prepare() -> None:
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", list(RUNS))
-def test_all_hostile_cases_are_refused_in_time_and_in_little_memory(kind, tmp_path):
+def test_all_hostile_cases_are_refused_within_time_and_memory_limits(kind, tmp_path):
     failures, slowest, largest = [], (0.0, ""), (0.0, "")
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, spawn, prepare) as pool:

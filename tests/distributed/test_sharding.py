@@ -12,10 +12,11 @@ from ml_collections import ConfigDict
 
 from jaxvid.distributed import setup, sharding
 from jaxvid.errors import InputError
-from jaxvid.models import abstract_model, make_model_config
+from jaxvid.models import FAMILIES, abstract_model, make_model_config
 from jaxvid.training import steps
 from tests.conftest import QUICK
 
+XVIT, STAM = FAMILIES["xvit"].tensor_axis, FAMILIES["stam"].tensor_axis
 MIXTURES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 2, 2)]
 
 
@@ -30,7 +31,7 @@ def train(mesh, put, drop_path=0.0, **options):
     optimizer = optax.sgd(0.03, momentum=0.9, nesterov=True)
     recipe = steps.Recipe(seed=0, label_smoothing=0.1, **options)
     init = functools.partial(steps.init_state, config, optimizer, recipe, seed=0)
-    places = sharding.state_sharding(jax.eval_shape(init), mesh)
+    places = sharding.state_sharding(jax.eval_shape(init), mesh, XVIT)
     state = jax.jit(init, out_shardings=places)()
     step = jax.jit(
         functools.partial(
@@ -115,7 +116,7 @@ def test_the_rule_cuts_kernels_and_their_moments_alike():
         "opt_state": ({"b.qkv.kernel": leaf((64, 192), "float32")}, leaf((), "int32")),
         "odd": {"cls_token": leaf((1, 1, 7), "float32")},
     }
-    specs = jax.tree.map(lambda s: s.spec, sharding.state_sharding(tree, mesh))
+    specs = jax.tree.map(lambda s: s.spec, sharding.state_sharding(tree, mesh, XVIT))
     assert specs["params"]["b.qkv.kernel"] == P("fsdp", "tensor")
     assert specs["params"]["b.fc2.kernel"] == P("tensor", "fsdp")
     assert specs["opt_state"][0]["b.qkv.kernel"] == P("fsdp", "tensor")
@@ -140,7 +141,7 @@ def test_the_rule_cuts_kernels_and_their_moments_alike():
 )
 def test_the_rule_cuts_the_first_of_two_layers_by_outputs_and_the_second_by_inputs(name, spec):
     leaf = jax.ShapeDtypeStruct((16, 16), "float32")
-    found = sharding.state_sharding({name: leaf}, make_mesh(2, 2, 2))[name]
+    found = sharding.state_sharding({name: leaf}, make_mesh(2, 2, 2), STAM)[name]
     assert found.spec == spec
 
 
@@ -158,15 +159,14 @@ def test_the_rule_cuts_the_first_of_two_layers_by_outputs_and_the_second_by_inpu
 )
 def test_the_rule_cuts_the_longest_axis_that_can_be_cut(shape, spec):
     leaf = jax.ShapeDtypeStruct(shape, "float32")
-    assert (
-        sharding.state_sharding({"qkv.kernel": leaf}, make_mesh(1, 2, 4))["qkv.kernel"].spec == spec
-    )
+    found = sharding.state_sharding({"qkv.kernel": leaf}, make_mesh(1, 2, 4), XVIT)
+    assert found["qkv.kernel"].spec == spec
 
 
 def test_the_rule_holds_for_trees_without_names():
     mesh, leaf = make_mesh(1, 2, 4), jax.ShapeDtypeStruct((4, 8), "float32")
     for tree in (leaf, [leaf]):
-        [found] = jax.tree.leaves(sharding.state_sharding(tree, mesh))
+        [found] = jax.tree.leaves(sharding.state_sharding(tree, mesh, XVIT))
         assert found.spec == P(None, "fsdp")
         assert found.mesh == mesh
 
@@ -174,7 +174,7 @@ def test_the_rule_holds_for_trees_without_names():
 def test_shapes_get_the_rules_sharding_and_batches_are_cut_by_rows():
     mesh = make_mesh(2, 2, 2)
     leaf = jax.ShapeDtypeStruct((64, 192), "bfloat16")
-    found = sharding.with_sharding({"b.qkv.kernel": leaf}, mesh)["b.qkv.kernel"]
+    found = sharding.with_sharding({"b.qkv.kernel": leaf}, mesh, XVIT)["b.qkv.kernel"]
     assert (found.shape, found.dtype) == (leaf.shape, leaf.dtype)
     assert (found.sharding.spec, found.sharding.mesh) == (P("fsdp", "tensor"), mesh)
     batch = {"label": np.arange(8), "video": np.arange(16.0).reshape(8, 2)}
@@ -219,7 +219,7 @@ def test_fully_sharded_state_takes_an_eighth_of_the_memory():
     held = {}
     for fsdp in (1, 8):
         mesh = make_mesh(8 // fsdp, fsdp, 1)
-        abstract = sharding.with_sharding(state, mesh)
+        abstract = sharding.with_sharding(state, mesh, XVIT)
         clips = {"video": ((8, 16, 224, 224, 3), "uint8"), "label": ((8,), "int32")}
         batch = {
             name: jax.ShapeDtypeStruct(*what, sharding=sharding.batch_sharding(mesh))

@@ -18,12 +18,11 @@ from scipy.special import softmax
 from configs import stam_16_k400, xvit_k600, xvit_ssv2
 from convert import torch_to_flax
 from convert.torch_reference import build_reference
-from convert.torch_to_flax import released_preprocessing
 from jaxvid import evaluate
 from jaxvid.data.clips.clip import load_eval_views, make_spec
 from jaxvid.data.sources import open_dataset
 from jaxvid.distributed.sharding import AXES
-from jaxvid.models import abstract_model, make_model_config
+from jaxvid.models import abstract_model, family_of, make_model_config
 from jaxvid.storage import model_card, model_folder
 from tests import goldens
 from tests.golden.synthetic import synthetic_param
@@ -83,7 +82,7 @@ def open_golden(name: str, tmp_path: Path):
     model_config = make_model_config(**config.model)
     card = model_card.make_card(
         model_config,
-        preprocessing=released_preprocessing(model_config),
+        preprocessing=family_of(model_config).released_preprocessing(model_config),
         labels=None,
         provenance={},
     )

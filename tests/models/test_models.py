@@ -1,4 +1,4 @@
-"""Configs of both networks: their limits, and the size that is computed from them."""
+"""Limits of the configs, and parameter counts."""
 
 import math
 
@@ -20,7 +20,7 @@ SMALL = {"depth": 2, "mlp_ratio": 3}
         ("xvit_tiny", {"head_depth": 2, "num_classes": 3, **SMALL}),
     ],
 )
-def test_the_number_of_parameters_is_known_before_a_network_is_built(name, options):
+def test_num_params_equals_the_built_network(name, options):
     config = make_model_config(name, **options)
     _, params = abstract_model(config)
     assert config.num_params() == sum(math.prod(leaf.shape) for leaf in params.values())
@@ -37,7 +37,7 @@ def test_the_number_of_parameters_is_known_before_a_network_is_built(name, optio
         ({"dropout": math.nan}, "dropout=nan: must be 0 to 1"),
         ({"remat": 1}, "remat=1: expected type bool"),
         ({"width": 32768, "heads": 1, "depth": 128}, "[0-9]+ G parameters, at most 10 G"),
-        ({"image_size": 8192, "patch_size": 2}, "16777216 patches a frame, at most 65536"),
+        ({"image_size": 8192, "patch_size": 2}, "16777216 patches per frame, at most 65536"),
     ],
 )
 def test_impossible_sizes_are_refused_by_name(options, message):
@@ -54,11 +54,11 @@ def test_impossible_sizes_are_refused_by_name(options, message):
         ("stam_64", {"num_frames": 256, "image_size": 1024, "num_classes": 21843}),
     ],
 )
-def test_large_networks_stay_possible(name, options):
+def test_large_networks_are_accepted(name, options):
     assert make_model_config(name, **options).num_params() < 3e9
 
 
-def test_the_structure_of_a_deep_network_is_found_in_linear_time():
+def test_abstract_model_time_is_linear_in_the_depth():
     """With the counters of nnx.Rngs, 128 blocks took two minutes."""
     _, params = abstract_model(make_model_config("xvit_tiny", depth=128))
     assert "base_model.blocks.127.attn.qkv.kernel" in params

@@ -1,4 +1,4 @@
-"""STAM against the original program's numbers, and the properties that define it."""
+"""STAM: parity with the original program, and the properties that define the model."""
 
 import jax
 import jax.numpy as jnp
@@ -120,17 +120,17 @@ def test_features_attention_and_dropout():
     assert jnp.abs(run(model, video, key) - logits).max() > 1e-3
 
 
-def test_frames_do_not_see_each_other_and_their_order_counts():
+def test_frame_features_are_independent_and_the_order_matters():
     model = create_model("stam_8", num_classes=5, **TINY)
     video = jax.random.uniform(jax.random.key(0), (1, 8, 32, 32, 3))
     reverse = jax.jit(lambda v: model.frame_features(v))
     np.testing.assert_allclose(reverse(video)[:, ::-1], reverse(video[:, ::-1]), atol=1e-5)
-    pos_embed = model.aggregate.pos_embed  # fresh ones are too small to matter
+    pos_embed = model.aggregate.pos_embed  # the initial values are too small to matter
     pos_embed[...] = 0.3 * jax.random.normal(jax.random.key(1), pos_embed.shape)
     assert jnp.abs(run(model, video) - run(model, video[:, ::-1])).max() > 1e-5
 
 
-def test_the_mean_of_frames_does_not_know_their_order():
+def test_the_mean_aggregator_ignores_the_order_of_frames():
     video = jax.random.uniform(jax.random.key(0), (2, 8, 64, 64, 3))
     blind = create_model("stam_tiny", aggregator="mean")
     np.testing.assert_allclose(run(blind, video), run(blind, video[:, ::-1]), atol=1e-5)
@@ -156,9 +156,9 @@ def test_small_initial_weights_depend_on_the_width():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"heads": 5}, "width=768 does not divide by heads=5"),
-        ({"temporal_heads": 7}, "width=768 does not divide by temporal_heads=7"),
-        ({"patch_size": 15}, "image_size=224 does not divide by patch_size=15"),
+        ({"heads": 5}, "width=768 is not divisible by heads=5"),
+        ({"temporal_heads": 7}, "width=768 is not divisible by temporal_heads=7"),
+        ({"patch_size": 15}, "image_size=224 is not divisible by patch_size=15"),
         ({"aggregator": "max"}, "aggregator='max' is not one of transformer, mean"),
         ({"init": "zeros"}, "init='zeros' is not one of released, small"),
     ],
@@ -170,5 +170,5 @@ def test_impossible_configs_are_refused_by_name_and_value(overrides, message):
 
 def test_another_number_of_frames_is_refused():
     model = create_model("stam_8", num_classes=5, **TINY)
-    with pytest.raises(ValueError, match="4 frames; the model is made for 8"):
+    with pytest.raises(ValueError, match="expected 8 frames, got 4"):
         model(jnp.zeros((1, 4, 32, 32, 3)))

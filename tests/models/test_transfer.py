@@ -1,4 +1,4 @@
-"""A model starts from another one's weights: what fits is kept exactly, the rest is named."""
+"""Weight transfer to networks with other sizes, classes or parts."""
 
 import dataclasses
 import json
@@ -14,7 +14,16 @@ from ml_collections import ConfigDict
 import jaxvid
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
-from jaxvid.models import abstract_model, make_model_config, merge_params, split_params, transfer
+from jaxvid.models import (
+    FAMILIES,
+    abstract_model,
+    family_of,
+    make_model_config,
+    merge_params,
+    split_params,
+    transfer,
+)
+from jaxvid.models.resize import resize_pos_embed, resize_time
 from jaxvid.storage import model_folder
 
 XVIT = {"name": "xvit_tiny", "num_classes": 8, "width": 16, "depth": 1, "image_size": 32}
@@ -25,7 +34,7 @@ STAM = {
 
 
 def random_network(options: dict, seed: int) -> tuple:
-    """Structure and weights of a network; every weight is its own, biases too."""
+    """Return the structure and random weights of a network; biases are random too."""
     graphdef, abstract = abstract_model(make_model_config(**options))
     rng = np.random.default_rng(seed)
     return graphdef, {
@@ -36,7 +45,7 @@ def random_network(options: dict, seed: int) -> tuple:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Model folders by name."""
+    """Write a model folder per case and return their parent."""
     root = tmp_path_factory.mktemp("folders")
     sizes = {
         "xvit": XVIT,
@@ -50,7 +59,7 @@ def folders(tmp_path_factory):
 
 
 def start(folder, options: dict):
-    """Loads a folder as the start of another model: network, weights there, fresh, report."""
+    """Load a folder into another network; return it, the source and initial weights, the log."""
     graphdef, fresh = random_network(options, seed=2)
     params, lines = model_folder.load_init(folder, make_model_config(**options), fresh)
     found = split_params(jaxvid.load_model(folder))[1]
@@ -77,9 +86,9 @@ def refused(folder, options: dict) -> str:
 
 
 @pytest.mark.parametrize(("side", "new"), [(2, 3), (4, 2), (3, 3)])
-def test_patch_grids_are_resized_as_torch_does(side, new):
+def test_patch_grids_are_resized_as_in_torch(side, new):
     embed = np.random.default_rng(0).normal(size=(1, 1 + side**2, 5)).astype(np.float32)
-    found = transfer.resize_pos_embed(jnp.asarray(embed), (new, new))
+    found = resize_pos_embed(jnp.asarray(embed), (new, new))
     grid = torch.from_numpy(embed[:, 1:].reshape(1, side, side, 5)).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, (new, new), mode="bicubic")
     expected = grid.permute(0, 2, 3, 1).reshape(1, new**2, 5)
@@ -89,9 +98,9 @@ def test_patch_grids_are_resized_as_torch_does(side, new):
 
 @pytest.mark.parametrize(("t", "new"), [(8, 16), (16, 8), (16, 3), (1, 4), (4, 1)])
 @pytest.mark.parametrize("kept", [0, 1])
-def test_frames_are_resized_between_their_centres(t, new, kept):
+def test_frame_rows_are_interpolated_between_their_centres(t, new, kept):
     embed = np.random.default_rng(0).normal(size=(1, kept + t, 5)).astype(np.float32)
-    found = transfer.resize_time(jnp.asarray(embed), new, kept=kept)
+    found = resize_time(jnp.asarray(embed), new, leading_rows=kept)
     at = (np.arange(new) + 0.5) * t / new - 0.5
     expected = [np.interp(at, np.arange(t), row) for row in embed[0, kept:].T]
     np.testing.assert_array_equal(found[:, :kept], embed[:, :kept])
@@ -99,7 +108,7 @@ def test_frames_are_resized_between_their_centres(t, new, kept):
     np.testing.assert_allclose(found[0, kept:], np.stack(expected, -1), rtol=0, atol=1e-5)
     ramp = jnp.arange(t, dtype=jnp.float32).reshape(1, t, 1, 1)
     inside = (at >= 0) & (at <= t - 1)
-    found = transfer.resize_time(ramp, new, kept=0)
+    found = resize_time(ramp, new, leading_rows=0)
     assert found.shape == (1, new, 1, 1)
     np.testing.assert_allclose(found[0, inside, 0, 0], at[inside], rtol=0, atol=1e-5)
 
@@ -110,16 +119,19 @@ CASES = {
     "xvit classes": (
         *("xvit", {**XVIT, "num_classes": 3}, ()),
         *(("consensus.mlp_head.4.",), ()),
-        ["reinitialised: consensus.mlp_head.4: 8 classes there, 3 here (2 weights)"],
+        [
+            "reinitialised: consensus.mlp_head.4: 8 classes in the folder, 3 in the model "
+            "(2 weights)"
+        ],
     ),
     "xvit mean's classes": (
         *("xvit_mean", {**XVIT, "head": "mean", "num_classes": 3}, ()),
         *(("new_fc.",), ()),
-        ["reinitialised: new_fc: 8 classes there, 3 here (2 weights)"],
+        ["reinitialised: new_fc: 8 classes in the folder, 3 in the model (2 weights)"],
     ),
     "stam classes": (
         *("stam", {**STAM, "num_classes": 9}, (), ("head.",), ()),
-        ["reinitialised: head: 8 classes there, 9 here (2 weights)"],
+        ["reinitialised: head: 8 classes in the folder, 9 in the model (2 weights)"],
     ),
     "xvit resolution": (
         *("xvit", {**XVIT, "image_size": 48}, ("base_model.pos_embed",), (), ()),
@@ -145,21 +157,21 @@ CASES = {
     "no temporal embedding": (
         *("xvit", {**XVIT, "temporal_embedding_frames": 0}, (), ()),
         ("base_model.temp_embed",),
-        ["unused: base_model.temp_embed: absent in the new model (1 weight)"],
+        ["unused: base_model.temp_embed: not in the model (1 weight)"],
     ),
     "no temporal head": (
         *("xvit", {**XVIT, "head": "mean"}, (), ("new_fc.",), ("consensus.",)),
         [
-            "reinitialised: new_fc: absent in the folder (2 weights)",
-            "unused: consensus: absent in the new model (18 weights)",
+            "reinitialised: new_fc: not in the folder (2 weights)",
+            "unused: consensus: not in the model (18 weights)",
             "differs: head: 'attention' in the folder, 'mean' in the config",
         ],
     ),
     "a temporal head": (
         *("xvit_mean", XVIT, (), ("consensus.",), ("new_fc.",)),
         [
-            "reinitialised: consensus: absent in the folder (18 weights)",
-            "unused: new_fc: absent in the new model (2 weights)",
+            "reinitialised: consensus: not in the folder (18 weights)",
+            "unused: new_fc: not in the model (2 weights)",
             "differs: head: 'mean' in the folder, 'attention' in the config",
         ],
     ),
@@ -167,15 +179,15 @@ CASES = {
         *("xvit", {**XVIT, "head_depth": 3}, ()),
         *(("consensus.temporal_encoder.1.", "consensus.temporal_encoder.2."), ()),
         [
-            "reinitialised: consensus.temporal_encoder.1: absent in the folder (11 weights)",
-            "reinitialised: consensus.temporal_encoder.2: absent in the folder (11 weights)",
+            "reinitialised: consensus.temporal_encoder.1: not in the folder (11 weights)",
+            "reinitialised: consensus.temporal_encoder.2: not in the folder (11 weights)",
             "differs: head_depth: 1 in the folder, 3 in the config",
         ],
     ),
     "an aggregator": (
         *("stam_mean", {**STAM, "temporal_heads": 4}, (), ("aggregate.",), ()),
         [
-            "reinitialised: aggregate: absent in the folder (28 weights)",
+            "reinitialised: aggregate: not in the folder (28 weights)",
             "differs: aggregator: 'mean' in the folder, 'transformer' in the config",
             "differs: temporal_heads: 2 in the folder, 4 in the config",
         ],
@@ -184,7 +196,7 @@ CASES = {
         *("stam", {**STAM, "temporal_depth": 1}, (), ()),
         ("aggregate.transformer_enc.layers.1.",),
         [
-            "unused: aggregate.transformer_enc.layers.1: absent in the new model (12 weights)",
+            "unused: aggregate.transformer_enc.layers.1: not in the model (12 weights)",
             "differs: temporal_depth: 2 in the folder, 1 in the config",
         ],
     ),
@@ -204,8 +216,8 @@ CASES = {
         [
             "resized: aggregate.pos_embed: 8 → 4 frames, linearly",
             "resized: pos_embed: 2×2 → 4×4 patches, bicubically",
-            "reinitialised: aggregate.transformer_enc.layers.2: absent in the folder (12 weights)",
-            "reinitialised: head: 8 classes there, 3 here (2 weights)",
+            "reinitialised: aggregate.transformer_enc.layers.2: not in the folder (12 weights)",
+            "reinitialised: head: 8 classes in the folder, 3 in the model (2 weights)",
             "differs: temporal_depth: 2 in the folder, 3 in the config",
         ],
     ),
@@ -220,9 +232,9 @@ def test_every_weight_is_loaded_resized_or_reinitialised(case, folders):
     folder, options, resized, reinitialised, unused, report = CASES[case]
     model, found, fresh, lines = start(folders / folder, options)
     params = split_params(model)[1]
-    fit = transfer.plan_transfer(found, fresh)
+    fit = transfer.plan_transfer(family_of(model.config), found, fresh)
     lists = [fit.loaded, list(fit.resized), sum(fit.reinitialised.values(), [])]
-    assert sorted(sum(lists, [])) == sorted(fresh)  # each in one list, once
+    assert sorted(sum(lists, [])) == sorted(fresh)  # each weight is in exactly one list
     assert sum(fit.unused.values(), []) == [n for n in found if n.startswith(unused or ("-",))]
     assert tuple(sorted(fit.resized)) == tuple(sorted(resized))
     assert lists[2] == [n for n in fresh if n.startswith(reinitialised or ("-",))]
@@ -244,7 +256,7 @@ def test_resized_weights_hold_the_resized_values(folders):
     options = {**STAM, "num_frames": 4, "image_size": 64}
     model, found, _, _ = start(folders / "stam", options)
     np.testing.assert_array_equal(
-        model.pos_embed[...], transfer.resize_pos_embed(found["pos_embed"], (4, 4))
+        model.pos_embed[...], resize_pos_embed(found["pos_embed"], (4, 4))
     )
     rows = found["aggregate.pos_embed"]
     found_rows = model.aggregate.pos_embed[...]
@@ -259,7 +271,7 @@ def test_resized_weights_hold_the_resized_values(folders):
 
 
 @pytest.mark.parametrize(("folder", "options"), [("xvit", XVIT), ("stam", STAM)])
-def test_other_classes_leave_the_features_as_they_were(folder, options, folders):
+def test_a_new_class_head_keeps_the_features(folder, options, folders):
     model, _, _, _ = start(folders / folder, {**options, "num_classes": 3})
     source, video = jaxvid.load_model(folders / folder), clip(options)
     (_, expected), (logits, found) = run(source, video), run(model, video)
@@ -269,11 +281,13 @@ def test_other_classes_leave_the_features_as_they_were(folder, options, folders)
         np.testing.assert_array_equal(found[name], features)
 
 
-def test_weights_get_the_sharding_of_the_fresh_ones(folders):
+def test_transferred_weights_get_the_sharding_of_the_initial_weights(folders):
     mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 4, "tensor": 1}))
     options = {**STAM, "num_classes": 4, "num_frames": 11, "image_size": 48}
     fresh = random_network(options, seed=2)[1]
-    fresh = jax.device_put(fresh, sharding.state_sharding(fresh, mesh))
+    fresh = jax.device_put(
+        fresh, sharding.state_sharding(fresh, mesh, FAMILIES["stam"].tensor_axis)
+    )
     params, _ = model_folder.load_init(folders / "stam", make_model_config(**options), fresh)
     plain = split_params(start(folders / "stam", options)[0])[1]
     head = ("head.kernel", "head.bias")
@@ -284,16 +298,16 @@ def test_weights_get_the_sharding_of_the_fresh_ones(folders):
     assert len(params["aggregate.pos_embed"].sharding.device_set) == 8
 
 
-def test_other_networks_are_refused_with_every_difference(folders):
+def test_incompatible_networks_are_refused_with_every_difference(folders):
     message = refused(folders / "xvit", {**XVIT, "width": 32, "depth": 3, "num_classes": 5})
     for part in (
-        f"{folders / 'xvit'} cannot start this xvit_tiny: depth: 1 in the folder, 3 in the config",
+        f"{folders / 'xvit'} cannot initialise xvit_tiny: depth: 1 in the folder, 3 in the config",
         "; width: 16 in the folder, 32 in the config; ",
-        "; base_model.blocks.*.attn.qkv.kernel: (16, 48) there, (32, 96) here; ",
-        "; consensus.mlp_head.4.kernel: (16, 8) there, (32, 5) here",
-        "; base_model.temp_embed: (1, 8, 1, 16) there, (1, 8, 1, 32) here",
-        "; base_model.blocks.1: absent there; base_model.blocks.2: absent there; ",
-        "take its values with --config.model.NAME=VALUE or name another folder",
+        "; base_model.blocks.*.attn.qkv.kernel: (16, 48) in the folder, (32, 96) in the model; ",
+        "; consensus.mlp_head.4.kernel: (16, 8) in the folder, (32, 5) in the model",
+        "; base_model.temp_embed: (1, 8, 1, 16) in the folder, (1, 8, 1, 32) in the model",
+        "; base_model.blocks.1: not in the folder; base_model.blocks.2: not in the folder; ",
+        "use its values with --config.model.NAME=VALUE or name another folder",
     ):
         assert part in message
     assert message.count("blocks.1") == 1
@@ -303,9 +317,11 @@ def test_other_networks_are_refused_with_every_difference(folders):
         in message
     )
     message = refused(folders / "stam", {**STAM, "temporal_mlp": 48, "mlp_ratio": 2})
-    assert "; aggregate.transformer_enc.layers.*.linear1.kernel: (16, 32) there, " in message
     assert (
-        "mlp_ratio: 4 in the folder, 2 in the config; temporal_mlp: 32 in the folder, 48 in the"
+        "; aggregate.transformer_enc.layers.*.linear1.kernel: (16, 32) in the folder, " in message
+    )
+    assert (
+        "mlp_ratio: 4 in the folder, 2 in the config; temporal_mlp: 32 in the folder, 48 in"
         in message
     )
 
@@ -315,33 +331,36 @@ def test_a_shallower_backbone_is_refused(folders, tmp_path):
         merge_params(*random_network({**XVIT, "depth": 2}, seed=1)), tmp_path / "deep"
     )
     message = refused(tmp_path / "deep", XVIT)
-    assert "depth: 2 in the folder, 1 in the config; base_model.blocks.1: absent here; " in message
+    assert (
+        "depth: 2 in the folder, 1 in the config; base_model.blocks.1: not in the model; "
+        in message
+    )
 
 
 @pytest.mark.parametrize(
     ("folder", "options", "field"),
     [("xvit", XVIT, "heads"), ("stam", STAM, "heads"), ("stam", STAM, "temporal_heads")],
 )
-def test_kernels_are_not_cut_into_other_heads(folder, options, field, folders):
+def test_another_number_of_heads_is_refused(folder, options, field, folders):
     message = refused(folders / folder, {**options, field: 4})
-    assert f": {field}: 2 in the folder, 4 in the config; take its values" in message
+    assert f": {field} is 2 there, 4 here; use its values" in message
 
 
 def test_another_family_is_refused(folders):
     message = refused(folders / "stam", XVIT)
-    assert "stam holds stam_8, of the family STAM; xvit_tiny is of XViT, which" in message
+    assert "stam holds stam_8, of the family STAM; xvit_tiny is of the family XViT; name" in message
     message = refused(folders / "xvit", STAM)
-    assert "xvit holds xvit_tiny, of the family XViT; stam_8 is of STAM, which" in message
+    assert "xvit holds xvit_tiny, of the family XViT; stam_8 is of the family STAM; name" in message
 
 
-def test_a_part_that_is_there_in_part_is_no_missing_part(folders):
+def test_an_incomplete_part_is_a_problem(folders):
     found, fresh = (abstract_model(make_model_config(**STAM))[1] for _ in range(2))
     del found["aggregate.cls_token"]
     del fresh["aggregate.transformer_enc.layers.1.norm1.scale"]
-    fit = transfer.plan_transfer(found, fresh)
+    fit = transfer.plan_transfer(FAMILIES["stam"], found, fresh)
     assert fit.problems == [
-        "aggregate.cls_token: absent there",
-        "aggregate.transformer_enc.layers.1: absent here",
+        "aggregate.cls_token: not in the folder",
+        "aggregate.transformer_enc.layers.1: not in the model",
     ]
     assert not fit.reinitialised
     assert not fit.unused

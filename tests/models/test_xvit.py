@@ -1,4 +1,4 @@
-"""XViT against the original program's numbers, and the properties that define it."""
+"""XViT: parity with the original program, and the properties that define the model."""
 
 import dataclasses
 
@@ -18,7 +18,8 @@ from jaxvid.models import (
     split_params,
 )
 from jaxvid.models.layers import drop_path, dropout, run_blocks
-from jaxvid.models.xvit import XViTConfig, shift_time, summarize
+from jaxvid.models.space_time_mixing import shift_time, summarize
+from jaxvid.models.xvit import XViTConfig
 from jaxvid.training.steps import cross_entropy
 from tests import goldens
 from tests.conftest import QUICK
@@ -99,7 +100,7 @@ def clips(frames: int = 8, size: int = 64) -> jax.Array:
     return jax.random.normal(jax.random.key(0), (2, frames, size, size, 3))
 
 
-def test_the_demo_model_sees_the_order_of_frames_and_the_blind_one_does_not():
+def test_only_the_blind_demo_model_ignores_the_order_of_frames():
     video = clips()
     for variant, blind in (("", False), ("blind", True)):
         model = demo_model(variant)
@@ -131,7 +132,7 @@ def test_split_and_merge_are_inverse():
     np.testing.assert_array_equal(run(again, clips()), run(model, clips()))
 
 
-def test_randomness_comes_from_the_key_alone():
+def test_dropout_depends_only_on_the_key():
     model = demo_model("", dropout=0.5, drop_path=0.5)
     video, key = clips(), jax.random.key(1)
     np.testing.assert_array_equal(run(model, video, key), run(model, video, key))
@@ -151,7 +152,7 @@ def test_drop_path_drops_whole_frames_and_keeps_the_mean():
 
 
 def test_scanned_blocks_equal_the_blocks_one_by_one():
-    """Also where blocks differ, and with the stochastic depth of each block."""
+    """Blocks of different structure and per-block stochastic depth are covered too."""
     for options in ({}, {"shift_blocks": (1, 2)}):
         model = demo_model("", depth=5, **options)
         blocks, x = model.base_model.blocks, model.base_model.embed(clips())
@@ -173,12 +174,12 @@ def test_bfloat16_computes_over_float32_weights():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"heads": 5}, "width=64 does not divide by heads=5"),
-        ({"num_frames": 12}, "num_frames=12 does not divide by shift_segment=8"),
-        ({"image_size": 60}, "image_size=60 does not divide by patch_size=16"),
-        ({"temporal_embedding_frames": 3}, "num_frames=8 does not divide by temporal_emb"),
+        ({"heads": 5}, "width=64 is not divisible by heads=5"),
+        ({"num_frames": 12}, "num_frames=12 is not divisible by shift_segment=8"),
+        ({"image_size": 60}, "image_size=60 is not divisible by patch_size=16"),
+        ({"temporal_embedding_frames": 3}, "num_frames=8 is not divisible by temporal_emb"),
         ({"shift_div": 1}, "shift_div=1"),
-        ({"shift_blocks": (2, 3)}, r"shift_blocks=\[3\] lie outside 0..2"),
+        ({"shift_blocks": (2, 3)}, r"shift_blocks=\[3\]: must be 0 to 2"),
         ({"head": "max"}, "head='max' is not one of attention, mean"),
         ({"init": "zeros"}, "init='zeros' is not one of"),
         ({"dtype": "float64"}, "dtype='float64' is not one of"),
@@ -191,17 +192,19 @@ def test_impossible_configs_are_refused_by_name_and_value(overrides, message):
 
 
 def test_unknown_model_names_are_refused():
-    with pytest.raises(InputError, match="'xvit_big' does not exist; there are stam_8, stam_16"):
+    with pytest.raises(
+        InputError, match="'xvit_big' does not exist; expected one of stam_8, stam_16"
+    ):
         make_model_config("xvit_big")
 
 
 def test_clips_that_do_not_fit_are_refused():
     model = demo_model("")
-    with pytest.raises(ValueError, match="7 frames do not divide by shift_segment=8"):
+    with pytest.raises(ValueError, match="7 frames are not divisible by shift_segment=8"):
         model(clips(frames=7))
-    with pytest.raises(ValueError, match=r"shape \(8, 64, 64, 3\) is not \(b, t, h, w, 3\)"):
+    with pytest.raises(ValueError, match=r"shape \(b, t, h, w, 3\), got \(8, 64, 64, 3\)"):
         model(clips()[0])
-    with pytest.raises(ValueError, match="60x60 px do not divide into patches of 16 px"):
+    with pytest.raises(ValueError, match="60x60 px are not divisible into patches of 16 px"):
         model(clips(size=60))
 
 
@@ -270,7 +273,7 @@ OPTIONS = [
 ]
 
 
-def test_every_option_changes_the_network_and_none_the_default():
+def test_every_option_changes_the_network():
     video = clips()
     default = run(demo_model(""), video)
     np.testing.assert_array_equal(run(demo_model(""), video), default)
@@ -281,7 +284,7 @@ def test_every_option_changes_the_network_and_none_the_default():
         assert all(abs(logits - other).max() > 1e-4 for other in found[:i]), OPTIONS[i]
 
 
-def test_features_and_attention_stand_beside_the_forward_pass():
+def test_features_and_attention_weights_have_the_documented_shapes():
     model, video = demo_model("", summary_tokens=True, head_depth=2), clips()
     graphdef, params = split_params(model)
 
@@ -324,7 +327,7 @@ def test_rematerialised_gradients_equal_plain_ones(name, more):
 
 @pytest.mark.parametrize("name", [GOLDENS[0], GOLDENS[2]])
 def test_bfloat16_logits_stay_near_float32(name):
-    """Within 0.05 where logits have a standard deviation of about 0.5: bfloat16 keeps 8 bits."""
+    """The logits' standard deviation is about 0.5, and bfloat16 has 8 significant bits."""
     golden = goldens.load(name)
     config = dataclasses.replace(config_of(golden), dtype="bfloat16")
     graphdef, abstract = abstract_model(config)

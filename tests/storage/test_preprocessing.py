@@ -59,7 +59,7 @@ def largest(folder: Path) -> Path:
         (lambda f: edit(f, config={"width": 32}), "params does not fit the model: .*width|kernel"),
         (lambda f: edit(f, config={"num_classes": 9}, labels=None), r"\(16, 8\) in the folder"),
         (lambda f: edit(f, config={"gears": 5}), "model.json: .* has no option 'gears'"),
-        (lambda f: edit(f, config={"heads": 3}), "model.json: .*width=16 does not divide"),
+        (lambda f: edit(f, config={"heads": 3}), "model.json: .*width=16 is not divisible"),
         (lambda f: edit(f, config=None), "model.json: .*export the model again"),
         (lambda f: edit(f, labels=["one"]), "labels has 1 entries, expected num_classes=8"),
         (lambda f: edit(f, labels="one"), "labels is 'one', expected a list or null"),
@@ -78,7 +78,7 @@ def largest(folder: Path) -> Path:
             "model.json: preprocessing is .8., expected a dict or null",
         ),
         (lambda f: edit(f, preprocessing={"crop": 65}), "short_side=72|does not fit the network"),
-        (lambda f: edit(f, preprocessing={"num_frames": 9}), "9 frames do not divide"),
+        (lambda f: edit(f, preprocessing={"num_frames": 9}), "9 frames are not divisible"),
         (lambda f: edit(f, preprocessing={"sampling": "x"}), "sampling='x': there are"),
     ],
 )

@@ -17,7 +17,7 @@ import jaxvid
 from jaxvid import atomic
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
-from jaxvid.models import abstract_model, make_model_config, split_params
+from jaxvid.models import FAMILIES, abstract_model, make_model_config, split_params
 from jaxvid.storage import model_card, model_folder
 from jaxvid.training import checkpoint, run_config
 
@@ -127,7 +127,8 @@ def test_another_network_is_refused_field_by_field(folder):
 def test_weights_load_onto_any_sharding(folder):
     mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 4, "tensor": 1}))
     _, abstract = abstract_model(make_model_config("xvit_tiny", **TINY))
-    params = model_folder.load_params(folder, sharding.with_sharding(abstract, mesh))
+    abstract = sharding.with_sharding(abstract, mesh, FAMILIES["xvit"].tensor_axis)
+    params = model_folder.load_params(folder, abstract)
     kernel = params["base_model.blocks.0.mlp.fc1.kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     expected = split_params(jaxvid.load_model(folder))[1]

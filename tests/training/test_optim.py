@@ -10,7 +10,7 @@ import pytest
 
 from configs import motion, xvit_k600, xvit_ssv2
 from jaxvid.errors import InputError
-from jaxvid.models import abstract_model, make_model_config
+from jaxvid.models import FAMILIES, abstract_model, make_model_config
 from jaxvid.training.optim import (
     check_optimizer,
     describe_rate,
@@ -50,7 +50,7 @@ def test_without_a_warm_up_the_rate_starts_at_the_peak():
 
 def test_only_kernels_decay_and_gradients_are_clipped():
     settings = motion.get_config().optimizer
-    optimizer = make_optimizer(settings, lambda _: 0.1)
+    optimizer = make_optimizer(settings, lambda _: 0.1, FAMILIES["xvit"])
     names = ("a.kernel", "a.in_proj_weight", "a.bias", "norm.scale")
     params = {name: jnp.ones(4) for name in names}
     zeros = {name: jnp.zeros(4) for name in params}
@@ -68,7 +68,7 @@ def test_only_kernels_decay_and_gradients_are_clipped():
 def test_adamw_is_the_formula_with_the_configs_betas():
     settings = motion.get_config().optimizer.unlock()
     settings.update(b1=0.5, b2=0.75, clip_norm=0.0, weight_decay=0.2)
-    optimizer = make_optimizer(settings, lambda _: 0.1)
+    optimizer = make_optimizer(settings, lambda _: 0.1, FAMILIES["xvit"])
     params, m, v = {"a.kernel": jnp.full(2, 3.0)}, 0.0, 0.0
     state = optimizer.init(params)
     for step, gradient in enumerate((1.0, -4.0), 1):
@@ -116,7 +116,7 @@ def test_sgd_couples_weight_decay_and_spares_the_heads_biases():
     settings = xvit_k600.get_config().optimizer
     params = {name: jnp.full(3, 2.0) for name in ("consensus.a.bias", "base_model.a.bias", "x.k")}
     grads = {name: jnp.ones(3) for name in params}
-    optimizer = make_optimizer(settings, lambda _: 0.1)
+    optimizer = make_optimizer(settings, lambda _: 0.1, FAMILIES["xvit"])
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     decayed = 1 + settings.weight_decay * 2.0
     for name, gradient in {"consensus.a.bias": 1.0, "base_model.a.bias": decayed}.items():
@@ -128,8 +128,9 @@ def test_no_classifier_is_frozen():
     settings = motion.get_config().optimizer.unlock()
     settings.freeze = "backbone"
     for name, options in (("xvit_tiny", {"head": "mean"}), ("stam_16", {"aggregator": "mean"})):
+        family = FAMILIES[name.partition("_")[0]]
         _, params = abstract_model(make_model_config(name, width=16, heads=2, depth=2, **options))
-        trained = {*params} - frozen_names(settings, params)
+        trained = {*params} - frozen_names(settings, params, family)
         assert len(trained) == 2, name  # kernel and bias of the classifier
         assert not any("blocks" in key for key in trained)
 
@@ -140,7 +141,8 @@ def test_layer_decay_slows_lower_blocks_and_freezing_spares_the_heads(name):
     settings.update(name="sgd", weight_decay=0.0, clip_norm=0.0, layer_decay=0.5, momentum=0.0)
     _, abstract = abstract_model(make_model_config(name, width=16, heads=2, depth=2))
     params = {key: jnp.ones(()) for key in abstract}
-    optimizer = make_optimizer(settings, lambda _: 1.0)
+    family = FAMILIES[name.partition("_")[0]]
+    optimizer = make_optimizer(settings, lambda _: 1.0, family)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     stem = "base_model." if name == "xvit_tiny" else ""
     head = "consensus.mlp_head.4.kernel" if stem else "head.kernel"
@@ -158,7 +160,7 @@ def test_layer_decay_slows_lower_blocks_and_freezing_spares_the_heads(name):
     if name == "xvit_tiny":
         assert -updates["base_model.temp_embed"] == pytest.approx(0.125)
     settings.freeze = "backbone"
-    frozen = frozen_names(settings, params)
+    frozen = frozen_names(settings, params, family)
     assert stem + "pos_embed" in frozen
     assert head not in frozen
     assert len(frozen) == sum(

@@ -12,6 +12,7 @@ from flax import nnx
 
 from configs import xvit_k600
 from jaxvid.models import (
+    FAMILIES,
     abstract_model,
     build_model,
     make_model_config,
@@ -165,7 +166,7 @@ def test_the_released_recipe_follows_the_originals_trajectory(monkeypatch):
         total_steps=round(config.num_epochs * int(golden["steps_per_epoch"])),
         steps_per_epoch=int(golden["steps_per_epoch"]),
     )
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, FAMILIES["xvit"])
     lams, orders = jnp.float32(golden["lams"]), jnp.asarray(golden["perms"])
 
     def given_mixup(video, key, alpha):

@@ -1,0 +1,252 @@
+"""Interpret the pickle in a PyTorch file without running or trusting anything in it.
+
+`torch.load` allocates what a pickle declares, and reads beyond the end of a storage that is shorter
+than its tensor.
+"""
+
+import dataclasses
+import io
+import pickletools
+import re
+from typing import Any
+
+from jaxvid.errors import short_repr
+
+MAX_OPCODES = 500_000  # per pickle; a tensor takes about 30
+
+_STORAGES = {
+    **{"Half": "float16", "BFloat16": "bfloat16", "Float": "float32", "Double": "float64"},
+    **{"Bool": "bool", "Byte": "uint8", "Char": "int8", "Short": "int16", "Int": "int32"},
+    **{"Long": "int64", "ComplexFloat": "complex64", "ComplexDouble": "complex128"},
+    **{"QInt8": "qint8", "QUInt8": "quint8", "QInt32": "qint32", "Untyped": "uint8"},
+}
+# Other names in a state_dict or in an optimiser's state. Their values are not needed.
+_HARMLESS = {
+    *("collections.OrderedDict", "collections.Counter", "builtins.set", "builtins.complex"),
+    *("builtins.bytearray", "_codecs.encode", "torch.device", "torch.Size", "torch.Tensor"),
+    *("torch.nn.parameter.Parameter", "torch.serialization._get_layout"),
+    *("torch._tensor._rebuild_from_type_v2", "torch.storage.TypedStorage"),
+}
+_LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Global:
+    """A function or class that a pickle names. It is never called."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Opaque:
+    """A value that is not a dense tensor."""
+
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """A storage that a pickle declares: its key in the file, its dtype and number of elements."""
+
+    key: str
+    dtype: str
+    numel: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A view of a storage. Offset and strides are in elements."""
+
+    storage: Storage
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def describe_kind(value: object) -> str:
+    """Return what a value of a pickle is, for messages."""
+    """Return what a value of a pickle is, for messages."""
+    """Return what a value of a pickle is, for messages."""
+    if isinstance(value, Tensor):
+        return "tensor"
+    return value.kind if isinstance(value, Opaque) else type(value).__name__
+
+
+def interpret(stream: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
+    """Return the value of a pickle, with tensors as `Tensor` and other objects as `Opaque`.
+
+    Nothing is imported or called. Python's own unpickler would allocate a table as long as the
+    largest index in the pickle, and hash nested keys of any size.
+
+    Args:
+        stream: The pickle. The position is after its end when this returns.
+
+    Returns:
+        The value, and the storages by key.
+
+    Raises:
+        ValueError: The pickle is damaged, too long, or would run code.
+    """
+    machine = _Machine()
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        if count > MAX_OPCODES:
+            raise ValueError(f"its pickle has more than {MAX_OPCODES} operations")
+        if opcode.name == "STOP":
+            return machine.pop(), machine.storages
+        machine.run(opcode.name, argument)
+    raise ValueError("its pickle has no end")
+
+
+class _Machine:
+    """A pickle interpreter: stack, marks and memo."""
+
+    def __init__(self):
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.storages: dict[str, Storage] = {}
+
+    def pop(self) -> Any:
+        if not self.stack:
+            raise ValueError("its pickle is damaged: the stack is empty")
+        return self.stack.pop()
+
+    def pop_mark(self) -> list[Any]:
+        if not self.marks:
+            raise ValueError("its pickle is damaged: a mark is missing")
+        items, self.stack = self.stack, self.marks.pop()
+        return items
+
+    def run(self, name: str, argument: Any) -> None:
+        """Run one operation, named as in `pickletools`."""
+        if name in ("PROTO", "FRAME"):
+            return
+        if name in _LITERALS:
+            self.stack.append(argument)
+        elif name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name])
+        elif name == "MARK":
+            self.marks.append(self.stack)
+            self.stack = []
+        elif name in ("EMPTY_DICT", "EMPTY_LIST"):
+            self.stack.append({} if name == "EMPTY_DICT" else [])
+        elif name == "TUPLE":
+            items = self.pop_mark()  # which changes the stack
+            self.stack.append(tuple(items))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            items = [self.pop() for _ in range(int(name[-1]))]
+            self.stack.append(tuple(reversed(items)))
+        elif name in ("APPEND", "APPENDS"):
+            items = [self.pop()] if name == "APPEND" else self.pop_mark()
+            self._top(list).extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = [self.pop(), self.pop()][::-1] if name == "SETITEM" else self.pop_mark()
+            self._set_items(self._top(dict), items)
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if argument is None else argument] = self._top(object)
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            if argument not in self.memo:
+                raise ValueError("its pickle is damaged: a value is missing")
+            self.stack.append(self.memo[argument])
+        elif name == "GLOBAL":
+            self.stack.append(_find_global(argument.replace(" ", ".")))
+        elif name == "STACK_GLOBAL":
+            attribute, module = self.pop(), self.pop()
+            self.stack.append(_find_global(f"{module}.{attribute}"))
+        elif name == "BINPERSID":
+            self.stack.append(self._find_storage(self.pop()))
+        elif name in ("REDUCE", "NEWOBJ"):
+            arguments, function = self.pop(), self.pop()
+            self.stack.append(_apply(function, arguments))
+        elif name == "BUILD":  # attributes, e.g. a state_dict's `_metadata`
+            self.pop()
+        else:
+            raise ValueError(f"its pickle has the operation {name}, which torch.save never writes")
+
+    def _top(self, expected: type) -> Any:
+        if not self.stack or not isinstance(self.stack[-1], expected):
+            raise ValueError(f"its pickle is damaged: expected a {expected.__name__}")
+        return self.stack[-1]
+
+    def _set_items(self, target: dict, items: list) -> None:
+        if len(items) % 2:
+            raise ValueError("its pickle is damaged: a key without a value")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < 2**63):
+                raise ValueError(f"it has a {type(key).__name__} as a key")
+            if key in target:
+                raise ValueError(f"it has the key {short_repr(key)} twice")
+            target[key] = value
+
+    def _find_storage(self, reference: Any) -> Storage:
+        if not isinstance(reference, tuple) or len(reference) not in (5, 6):
+            raise ValueError("its pickle is damaged: an invalid reference to a storage")
+        word, kind, key, _, numel = reference[:5]
+        match = isinstance(kind, _Global) and re.fullmatch(r"torch\..*?(\w+)Storage", kind.name)
+        is_view = any(part is not None for part in reference[5:])
+        if word != "storage" or not match or not isinstance(key, str) or is_view:
+            raise ValueError("its pickle is damaged: an invalid reference to a storage")
+        storage = Storage(key, _STORAGES.get(match[1], match[1]), numel)
+        if self.storages.setdefault(key, storage) != storage:
+            raise ValueError(f"the storage {short_repr(key)} is declared in two ways")
+        return storage
+
+
+def _find_global(name: str) -> _Global:
+    """Return a global that a state_dict may name.
+
+    Raises:
+        ValueError: Any other name, which a pickle could use to run code.
+    """
+    known = (
+        r"torch\._utils\._rebuild_\w+|torch\.(cuda\.|storage\.)?\w+Storage"
+        r"|torch\.([a-z]+\d\w*|bool|per_\w+)"  # dtypes and quantisation schemes
+    )
+    if name in _HARMLESS or re.fullmatch(known, name):
+        return _Global(name)
+    raise ValueError(
+        f"it names {short_repr(name)}: it holds more than weights, which would be run as code on "
+        "loading"
+    )
+
+
+def _apply(function: Any, arguments: Any) -> Any:
+    """Return the value of a call in a pickle."""
+    if not isinstance(function, _Global) or not isinstance(arguments, tuple):
+        raise ValueError("its pickle is damaged: a call of something that is not a function")
+    name = function.name.rpartition(".")[2]
+    if name == "OrderedDict" and not arguments:
+        return {}
+    if name == "Size" and len(arguments) == 1:
+        return arguments[0]
+    if name == "_rebuild_from_type_v2" and len(arguments) == 4:
+        inner, kind, inner_arguments, _ = arguments
+        if kind in (_Global("torch.Tensor"), _Global("torch.nn.parameter.Parameter")):
+            if inner == function:
+                raise ValueError("its pickle is damaged: a call of itself")
+            return _apply(inner, inner_arguments)
+    if name in ("_rebuild_parameter", "_rebuild_parameter_with_state") and arguments:
+        return arguments[0]
+    if name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"):
+        if len(arguments) < 4 or not isinstance(arguments[0], Storage):
+            raise ValueError("its pickle is damaged: a tensor without a storage")
+        storage, offset, shape, strides = arguments[:4]
+        if not (isinstance(shape, tuple) and isinstance(strides, tuple)):
+            raise ValueError("its pickle is damaged: a tensor without a shape")
+        dtype = storage.dtype
+        if name == "_rebuild_tensor_v3":
+            if len(arguments) < 7 or not isinstance(arguments[6], _Global):
+                raise ValueError("its pickle is damaged: a tensor without a dtype")
+            dtype = arguments[6].name.removeprefix("torch.")
+        # Lazy conjugation and negation.
+        if any(arguments[7:] if name == "_rebuild_tensor_v3" else arguments[6:]):
+            return Opaque("tensor with a conj or neg bit")
+        return Tensor(storage, dtype, offset, shape, strides)
+    kinds = {"_rebuild_qtensor": "quantised tensor", "_rebuild_from_type_v2": "tensor subclass"}
+    return Opaque(kinds.get(name, name.removeprefix("_rebuild_").replace("_", " ")))

@@ -1,0 +1,161 @@
+"""The image ViT that every family runs on each frame, and the config fields that it needs.
+
+Axis letters: layers.py.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxvid.models.counts import block_multiply_adds, block_params, linear_params
+from jaxvid.models.layers import Block, PatchEmbed, layer_norm, run_blocks
+from jaxvid.models.limits import check_divisible, check_fields, check_options, check_size
+from jaxvid.models.resize import resize_pos_embed
+
+Initializer = Callable[..., jax.Array]
+normal_init = nnx.initializers.truncated_normal(0.02)  # truncated at ±2σ
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageViTConfig:
+    """Config fields that all families have. An impossible value raises a ValueError that names it.
+
+    Attributes:
+        name: The preset that the config is derived from.
+        num_classes: Number of logits.
+        num_frames: Frames per clip, `t`.
+        image_size: Height and width in pixels of the frames that `pos_embed` is made for. Other
+            multiples of `patch_size` run too: `pos_embed` is resized.
+        patch_size: Height and width of a patch in pixels.
+        width: Token width `d`.
+        depth: Number of transformer blocks in the image ViT.
+        heads: Number of attention heads in the image ViT.
+        mlp_ratio: Hidden width of the image ViT's MLPs, divided by `width`.
+        drop_path: Stochastic depth rate of the last block. It rises linearly from 0 at the first.
+        remat: Recompute the image ViT's blocks in the backward pass instead of storing them.
+        dtype: `float32` or `bfloat16` for the computation. Weights are always float32.
+    """
+
+    name: str
+    num_classes: int
+    num_frames: int = 16
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: int = 4
+    drop_path: float = 0.0
+    remat: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        check_fields(self)
+        check_divisible(self, width="heads", image_size="patch_size")
+        check_options(self, dtype=("float32", "bfloat16"))
+        check_size(self)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per frame: one per patch, and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    def num_params(self) -> int:
+        """Return the number of weights, computed without building the network."""
+        raise NotImplementedError(f"{type(self).__name__}.num_params")
+
+
+def image_vit_params(config: ImageViTConfig) -> int:
+    """Return the number of weights of the image ViT: patches, embeddings, blocks, norm."""
+    width = config.width
+    embeddings = linear_params(3 * config.patch_size**2, width) + (1 + config.num_tokens) * width
+    return embeddings + config.depth * block_params(width, config.mlp_ratio * width) + 2 * width
+
+
+def image_vit_multiply_adds(config: ImageViTConfig, *, attention: bool, extra_keys: int = 0) -> int:
+    """Return the multiply-adds of the image ViT's matrix products on all frames of a clip.
+
+    Args:
+        config: The network's config.
+        attention: Count the attention products, q·kᵀ and weights·v, too.
+        extra_keys: Keys of each token in addition to the frame's own.
+    """
+    n, d = config.num_tokens, config.width
+    patches = (n - 1) * 3 * config.patch_size**2 * d
+    block = block_multiply_adds(
+        n, d, config.mlp_ratio * d, attention=attention, num_keys=n + extra_keys
+    )
+    return config.num_frames * (patches + config.depth * block)
+
+
+class ImageViT(nnx.Module):
+    """A ViT that runs on each frame of a clip.
+
+    A subclass calls `init_embeddings` and then `init_blocks`; it adds its own embeddings between
+    them. The order of these calls is the order in which initial weights are drawn.
+    """
+
+    def init_embeddings(
+        self, config: ImageViTConfig, pos_init: Initializer, *, rngs: nnx.Rngs
+    ) -> None:
+        """Allocate the patch embedding, the class token and the positional embedding."""
+        self.config = config
+        self.patch_embed = PatchEmbed(config.patch_size, config.width, config.dtype, rngs=rngs)
+        self.cls_token = nnx.Param(normal_init(rngs.params(), (1, 1, config.width)))
+        self.pos_embed = nnx.Param(pos_init(rngs.params(), (1, config.num_tokens, config.width)))
+
+    def init_blocks(
+        self,
+        eps: float,
+        make_linear: Callable[[int, int], nnx.Linear],
+        make_attention: Callable[[int], nnx.Module],
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Allocate the transformer blocks and the final norm.
+
+        Args:
+            eps: ε of all norms.
+            make_linear: `(fan_in, fan_out) → nnx.Linear` of the MLPs.
+            make_attention: Index of a block → its attention, called as `attn(x, num_queries=)`.
+            rngs: Source of the initial weights.
+        """
+        cfg = self.config
+        self.blocks = nnx.List(
+            [
+                Block(
+                    cfg.width,
+                    cfg.mlp_ratio * cfg.width,
+                    eps,
+                    lambda i=i: make_attention(i),
+                    make_linear,
+                    cfg.dtype,
+                    rngs=rngs,
+                )
+                for i in range(cfg.depth)
+            ]
+        )
+        self.norm = layer_norm(cfg.width, eps, cfg.dtype, rngs=rngs)
+
+    def embed(self, video: jax.Array) -> jax.Array:
+        """Return the tokens before the first block: `(b t h w c)` → `(b t n d)`."""
+        x = self.patch_embed(video)
+        b, t, h, w, _ = video.shape
+        p = self.config.patch_size
+        cls_token = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (b, t, 1, x.shape[-1]))
+        pos_embed = resize_pos_embed(self.pos_embed[...], (h // p, w // p))
+        return jnp.concatenate([cls_token, x], axis=2) + pos_embed[:, None].astype(x.dtype)
+
+    def frame_features(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Return the class token of each frame: `(b t h w c)` → `(b t d)`.
+
+        Args:
+            video: A normalised clip.
+            key: PRNG key of the stochastic depth; None in evaluation.
+        """
+        cfg = self.config
+        x = run_blocks(self.blocks, self.embed(video), rate=cfg.drop_path, key=key, remat=cfg.remat)
+        return self.norm(x)
