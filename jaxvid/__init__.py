@@ -8,10 +8,10 @@ print(jaxvid.Classifier("FOLDER").predict("clip.mp4").labels[0])
 import importlib
 
 _HOME = {
-    "Classifier": "classifier",
+    "Classifier": "inference.classifier",
     "create_model": "models",
-    "load_model": "model_folder",
-    "save_model": "model_folder",
+    "load_model": "storage.model_folder",
+    "save_model": "storage.model_folder",
 }
 __all__ = ["Classifier", "create_model", "load_model", "save_model"]
 

@@ -569,9 +569,7 @@ def test_the_running_accuracy_counts_failed_videos_as_wrong(folder, monkeypatch)
         return {"scores": scores, "probabilities": scores / 3}
 
     monkeypatch.setattr(pipeline, "load_eval_views", load)
-    monkeypatch.setattr(
-        logs.RunProgress, "advance", lambda _, count, text: told.append(text)
-    )
+    monkeypatch.setattr(logs.RunProgress, "advance", lambda _, count, text: told.append(text))
     config = make_config(folder)
     records = [Record(Path(name), label) for name, label in (("broken.mp4", 0), ("a.mp4", 0))]
     mesh = sharding.make_mesh(config.mesh)

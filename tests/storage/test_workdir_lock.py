@@ -20,7 +20,7 @@ from tests.distributed.test_processes import ROOT, started, told
 HOLD = """
 import sys, time
 from pathlib import Path
-from jaxvid.files import locked
+from jaxvid.locks import locked
 
 with locked(Path(sys.argv[1])):
     print("held", flush=True)

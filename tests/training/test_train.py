@@ -22,7 +22,7 @@ from jaxvid.evaluation import loop
 from jaxvid.models import split_params
 from jaxvid.storage import model_card
 from jaxvid.train import train
-from jaxvid.training import checkpoint, metric_window, metric_writer, signals
+from jaxvid.training import checkpoint, metric_window, signals
 from tests.conftest import shrunk_config
 from tests.outputs import check_same_outputs, measured, rows, weights
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 def _rows_of_two_steps():
     """Let a log window have `log_steps` steps, although the runs are so short."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metric_writer, "MIN_ROWS", 2)
+        patch.setattr(metric_window, "MIN_ROWS", 2)
         yield
 
 
