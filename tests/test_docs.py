@@ -161,7 +161,9 @@ def check_command(command: str, monkeypatch) -> None:
         argv = [module, *arguments]
         cli._check_config(argv)
         values = absl_flags(source)
-        assert values(argv) == [module], command
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", argv)  # where config_flags looks for overrides
+            assert values(argv) == [module], command
         check_config(values["config"].value)
         return
     with monkeypatch.context() as patch:
