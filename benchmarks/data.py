@@ -46,7 +46,7 @@ from jaxvid.data.prepare import prepare
 NUM_FRAMES, SHORT_SIDE, CROP = 16, 256, 224
 SECONDS, FPS = 10, 30
 SPEC = ClipSpec(num_frames=NUM_FRAMES, crop=CROP, short_side=SHORT_SIDE)
-_TRAIN = dataclasses.replace(SPEC, train_crop="multiscale", flip=0.5)
+_TRAIN = dataclasses.replace(SPEC, train_crop="multiscale", flip_prob=0.5)
 TRAIN_SPECS = {  # XViT's on Kinetics
     "with AutoAugment": dataclasses.replace(_TRAIN, augment="autoaugment"),
     "multi-scale crop, flip": _TRAIN,

@@ -97,7 +97,7 @@ def main() -> None:
 
     model = jaxvid.create_model(args.model or "stam_16", **({} if args.model else TI))
     config = model.config
-    how = {"sampling": "rate", "num_frames": config.num_frames, "crop": config.image_size}
+    how = {"sampling": "uniform_10s", "num_frames": config.num_frames, "crop": config.image_size}
     how |= {"short_side": config.image_size * 8 // 7, "mean": 0.0, "std": 1.0}
     with tempfile.TemporaryDirectory() as folder:
         jaxvid.save_model(model, Path(folder) / "model", preprocessing=how)

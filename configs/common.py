@@ -1,159 +1,106 @@
-"""What several configs share."""
+"""Default values of every config field. A recipe starts from `default_config` and sets its own."""
 
 import dataclasses
 
 from ml_collections import ConfigDict
 
-
-def data_section(**overrides) -> ConfigDict:
-    """All fields of `data`; `ClipSpec` in jaxvid/data/pipeline.py explains how clips are made."""
-    section = ConfigDict()
-    section.source = "folder"  # jaxvid/data/sources.py: open_folder
-    section.folder = ""
-    section.prefix = ""  # what paths in lists are relative to, if not to the list
-    section.missing = "error"  # files that a list names; "keep": they fail when they are opened
-    section.sampling = "segments"
-    section.sampling_rate = 16
-    section.by_time = False
-    section.resize = "antialiased"
-    section.color_matrix = "auto"  # or tagged, bt601; auto: the model card's, else tagged
-    section.train_crop = "random"
-    section.short_side = 256  # of training frames before the crop
-    section.short_side_max = 0  # above short_side: drawn between the two
-    section.flip = 0.0
-    section.augment = ""
-    section.randaugment_layers = 2
-    section.randaugment_magnitude = 9
-    section.mean = 0.5
-    section.std = 0.5
-    section.skip_broken = False  # training goes on however many videos are broken or missing
-    section.max_failed_share = 0.05  # of the training videos; above it the run stops
-    section.stall_seconds = 300.0  # a wait longer than this is told, with what waits
-    section.num_threads = 2
-    section.num_workers = 0
-    section.update(overrides)
-    return section
+from jaxvid.models import make_model_config
 
 
-def train_section(**overrides) -> ConfigDict:
-    """A config's top level, for training: all but `model`, `data` and `eval`."""
+def default_config(model: str, **model_fields) -> ConfigDict:
+    """Return a config with all fields at their default values.
+
+    Args:
+        model: Name of a model preset (`jaxvid.models.PRESETS`).
+        **model_fields: Fields of the preset to replace.
+    """
     config = ConfigDict()
     config.seed = 0
-    config.batch_size = 64  # clips of a step, over all devices and processes
-    config.accumulate_steps = 1  # parts that a step's clips are computed in, to save memory
+    config.batch_size = 64  # clips per step, over all devices and processes
+    config.accumulate_steps = 1  # gradient accumulation: parts of a batch
     config.num_epochs = 30.0
-    config.init_from = ""  # a model folder to start from (training) or to evaluate
+    config.init_from = ""  # model folder: initial weights in training, weights in evaluation
     config.label_smoothing = 0.0
-    config.mixup = 0.0  # α of Beta(α, α); 0: off
-    config.cutmix = 0.0  # likewise; one of the two
-    config.erase = 0.0  # probability that a box of a training clip is erased
-    config.ema_decay = 0.0  # of the average of the weights that is evaluated and kept; 0: off
-
-    config.distill = ConfigDict()
-    config.distill.teacher = ""  # a model folder; empty: off
-    config.distill.weight = 0.5  # of the teacher's part of the loss
-    config.distill.temperature = 1.0  # divides both networks' logits
-
-    config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # or sgd (Nesterov; weight decay added to the gradient)
-    config.optimizer.learning_rate = 1e-4  # the peak, at reference_batch_size
-    config.optimizer.warmup_start_rate = 0.0  # likewise
-    config.optimizer.reference_batch_size = 64  # rates are scaled to batch_size
-    config.optimizer.warmup_epochs = 0.0
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.decay = "kernels"  # or released: all but the biases of the heads
-    config.optimizer.b1 = 0.9  # adamw
-    config.optimizer.b2 = 0.999  # adamw
-    config.optimizer.momentum = 0.9  # sgd
-    config.optimizer.clip_norm = 0.0  # of the whole gradient; 0: off
-    config.optimizer.layer_decay = 1.0  # learning rate of a block over that of the one above it
-    config.optimizer.freeze = ""  # or backbone: only the temporal and classification heads learn
-
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mixup_alpha = 0.0  # of Beta(alpha, alpha); 0: off
+    config.cutmix_alpha = 0.0  # of Beta(alpha, alpha); 0: off; excludes mixup
+    config.erase_prob = 0.0  # probability of erasing a box of a training clip
+    config.ema_decay = 0.0  # of the averaged weights, which are then evaluated; 0: off
+    config.log_steps = 50  # training steps per row of metrics.jsonl; at most a tenth of the run
     config.checkpoint_every_epochs = 1.0
-    config.checkpoint_keep = 2  # newest; the best model is kept beside them
-    config.log_steps = 50  # of a row of metrics.jsonl; at most a tenth of the run
-    config.update(overrides)
+    config.checkpoint_keep = 2  # newest checkpoints to keep, beside the best model
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
+    config.model = ConfigDict(dataclasses.asdict(make_model_config(model, **model_fields)))
+    config.data = _default_data()
+    config.eval = _default_eval()
+    config.optimizer = _default_optimizer()
+    config.distill = ConfigDict()
+    config.distill.teacher = ""  # model folder; empty: no distillation
+    config.distill.weight = 0.5  # weight of the distillation loss
+    config.distill.temperature = 1.0  # divides the logits of teacher and student
     return config
 
 
-def eval_section(**overrides) -> ConfigDict:
-    """All fields of `eval`."""
+def _default_data() -> ConfigDict:
+    """Source and preprocessing of videos; `ClipSpec` in jaxvid/data/clips/clip.py documents it."""
+    data = ConfigDict()
+    data.source = "folder"  # motion, folder, class_folders, xvit_h5, pack or tfds
+    data.folder = ""
+    data.prefix = ""  # directory of the paths in lists; empty: the list's directory
+    data.missing = "error"  # missing files in lists: error, or keep: they count as decode errors
+    data.skip_broken = False  # train on without broken and missing videos, however many
+    data.max_failed_share = 0.05  # of undecodable training videos, above which training stops
+    data.stall_seconds = 300.0  # a stage that blocks longer is logged with its name
+    data.num_threads = 2  # decoding threads per process, or per worker process
+    data.num_workers = 0  # worker processes; 0: threads only
+    data.sampling = "segments"  # or uniform_10s, dense_stride
+    data.sampling_rate = 16  # of dense_stride: frames between two sampled frames, at 30 fps
+    data.by_time = False  # sample by time stamps, for videos with a variable frame rate
+    data.resize = "pil_bilinear"  # antialiased, as Pillow; or torch_bilinear, without antialiasing
+    data.color_matrix = "auto"  # tagged or bt601; auto: from the model card, else tagged
+    data.train_crop = "random"  # or multiscale
+    data.short_side = 256  # of training frames before the crop, in pixels
+    data.short_side_max = 0  # if above short_side: drawn uniformly between the two
+    data.flip_prob = 0.0
+    data.augment = ""  # autoaugment or randaugment
+    data.randaugment_layers = 2
+    data.randaugment_magnitude = 9
+    data.mean = 0.5  # of pixels in [0, 1]
+    data.std = 0.5
+    return data
+
+
+def _default_eval() -> ConfigDict:
     section = ConfigDict()
-    section.num_clips = 1
-    section.num_crops = 1
+    section.num_clips = 1  # per video
+    section.num_crops = 1  # per clip: 1 or 3
     section.score = "logits"  # summed over the views; or probabilities, averaged
-    section.dtype = "float32"  # of the computation; or bfloat16, whatever model.dtype is
-    section.short_side = 256
-    section.batch_size = 16  # videos of a step, over all devices and processes
+    section.dtype = "float32"  # or bfloat16; independent of model.dtype
+    section.short_side = 256  # of frames before the crop, in pixels
+    section.batch_size = 16  # videos per step, over all devices and processes
     section.every_epochs = 1.0
-    section.update(overrides)
     return section
+
+
+def _default_optimizer() -> ConfigDict:
+    optimizer = ConfigDict()
+    optimizer.name = "adamw"  # or sgd: Nesterov momentum, weight decay added to the gradient
+    optimizer.learning_rate = 1e-4  # peak, at reference_batch_size
+    optimizer.reference_batch_size = 64  # learning rates are scaled by batch_size over this
+    optimizer.warmup_start_rate = 0.0  # learning rate at step 0, at reference_batch_size
+    optimizer.warmup_epochs = 0.0  # linear warm-up, then a cosine to 0
+    optimizer.weight_decay = 0.0
+    optimizer.decay = "kernels"  # weights that decay; or released: all but the heads' biases
+    optimizer.b1 = 0.9  # adamw
+    optimizer.b2 = 0.999  # adamw
+    optimizer.momentum = 0.9  # sgd
+    optimizer.clip_norm = 0.0  # of the global gradient norm; 0: off
+    optimizer.layer_decay = 1.0  # learning rate of a block relative to the block above it
+    optimizer.freeze = ""  # or backbone: train the temporal and classification heads only
+    return optimizer
 
 
 def check_variant(file: str, variant: str, known: tuple[str, ...]) -> None:
-    """Refuses a config argument that the file does not know.
-
-    Raises:
-        ValueError: Names those that there are.
-    """
+    """Raise a ValueError if a config file does not have a variant."""
     if variant not in known:
         *names, last = map(repr, known)
         raise ValueError(f"configs/{file}:{variant}: there are {', '.join(names)} and {last}")
-
-
-def xvit_section(name: str, *, epochs: float, warmup_start_rate: float, **train) -> ConfigDict:
-    """What XViT's recipes share: Nesterov SGD at .03 for 64 clips, cosine, AutoAugment v0.
-
-    Args:
-        name: Of the model.
-        epochs: Length of the training; 5 of them are warm-up.
-        warmup_start_rate: Learning rate at the start.
-        **train: Fields of `train_section`.
-    """
-    config = train_section(num_epochs=epochs, **train)
-    config.model = model_section(name, dtype="bfloat16")
-    config.data = data_section(resize="bilinear", augment="autoaugment", num_threads=16)
-    config.eval = eval_section(num_crops=3, short_side=224, every_epochs=5.0)
-    config.optimizer.update(
-        name="sgd",
-        learning_rate=0.03,
-        warmup_start_rate=warmup_start_rate,
-        warmup_epochs=5.0,
-        decay="released",
-    )
-    return config
-
-
-def stam_config(name: str, *, learning_rate: float, batch_size: int) -> ConfigDict:
-    """STAM's recipe, from its authors' answers; what they left open is chosen here.
-
-    Theirs: AdamW, weight decay 1e-3, 100 epochs of which 10 are warm-up, a cosine, an average of
-    the weights, the learning rate. Chosen here: the average's decay, random crops of 256 px
-    frames, flips, and that only matrices decay.
-
-    Args:
-        name: Of the model.
-        learning_rate: At `batch_size`.
-        batch_size: Clips of a step.
-    """
-    config = train_section(batch_size=batch_size, num_epochs=100.0, ema_decay=0.9999)
-    config.model = model_section(name, dtype="bfloat16")
-    config.data = data_section(
-        folder="data/k400", sampling="rate", flip=0.5, mean=0.0, std=1.0, num_threads=16
-    )
-    config.eval = eval_section(every_epochs=5.0)
-    config.optimizer.update(
-        learning_rate=learning_rate,
-        reference_batch_size=batch_size,
-        warmup_epochs=10.0,
-        weight_decay=1e-3,
-    )
-    return config.lock()
-
-
-def model_section(name: str, **overrides) -> ConfigDict:
-    """All fields of a model preset, so that each can be overridden on the command line."""
-    from jaxvid.models import make_model_config
-
-    return ConfigDict(dataclasses.asdict(make_model_config(name, **overrides)))

@@ -56,10 +56,14 @@ def released_preprocessing(config: ModelConfig) -> dict:
     size = config.image_size
     how = {"num_frames": config.num_frames, "crop": size, "sampling_rate": 16, "by_time": False}
     if isinstance(config, STAMConfig):
-        how |= {"sampling": "rate", "short_side": round(size * 8 / 7), "resize": "antialiased"}
+        how |= {
+            "sampling": "uniform_10s",
+            "short_side": round(size * 8 / 7),
+            "resize": "pil_bilinear",
+        }
         how["color_matrix"] = "bt601"  # its PyAV ignored the matrix that a file names
         return how | {"num_clips": 1, "num_crops": 1, "mean": 0.0, "std": 1.0}
-    how |= {"sampling": "dense", "short_side": size, "resize": "bilinear"}
+    how |= {"sampling": "dense_stride", "short_side": size, "resize": "torch_bilinear"}
     how["color_matrix"] = "tagged"
     how |= {"num_clips": 1, "num_crops": 3, "mean": 0.5, "std": 0.5}
     return how | {"sampling": "segments", "num_clips": 2} if config.name == "xvit_ssv2" else how

@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from jaxvid.config import RENAMED_FIELDS
 from jaxvid.errors import InputError
 
 LAUNCHERS = ("SLURM_STEP", "OMPI_", "PMI_", "JOB_COMPLETION_INDEX")  # of environment variables
@@ -103,6 +104,8 @@ def _check_config(argv: list[str]) -> None:
 def _check_field(config: ConfigDict, name: str) -> None:
     if name == "model.name":
         raise ValueError("--config.model.name: a config is made for one model; take another config")
+    if name in RENAMED_FIELDS:
+        raise ValueError(f"--config.{name} was renamed to --config.{RENAMED_FIELDS[name]}")
     section = config
     for depth, part in enumerate(name.split(".")):
         names = list(section) if isinstance(section, ConfigDict) else []

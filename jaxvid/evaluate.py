@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from jaxvid import logs
+from jaxvid.config import differences
 from jaxvid.data import fingerprints
 from jaxvid.data.sources import open_dataset
 from jaxvid.distributed import collectives, setup, sharding
@@ -70,11 +71,14 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
         expected = {"color_matrix": default_color_matrix(card)} | (card["preprocessing"] or {})
         config = resolve_color_matrix(config, expected)
         found = make_preprocessing(config)
-        changed = {
-            field: f"{field} was {expected[name]!r}, now {found[name]!r}"
-            for field, name in ((field, field.partition(".")[2]) for field in CLIP_FIELDS)
-            if name in expected and expected[name] != found[name]
-        }
+        names = {name: name.partition(".")[2] for name in CLIP_FIELDS}
+        names = {field: name for field, name in names.items() if name in expected}
+        changed = differences(
+            {field: expected[name] for field, name in names.items()},
+            {field: found[name] for field, name in names.items()},
+            there="in the model card",
+            here="now",
+        )
     else:
         step = checkpoint.newest_step(workdir)
         changed = run_config.compare_config(workdir, config)
@@ -92,10 +96,10 @@ def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = N
         source = str(workdir / "checkpoints" / str(step))
         params = checkpoint.restore_params(workdir, step, abstract_params)
     log.info("evaluating %s", source)
-    if config.data.sampling != "dense":  # others have no rate
+    if config.data.sampling != "dense_stride":  # others have no rate
         changed.pop("data.sampling_rate", None)
     if told := "; ".join(text for name, text in changed.items() if name in CLIP_FIELDS):
-        log.warning("clips are not made as the model's preprocessing says: %s", told)
+        log.warning("preprocessing differs from the model's: %s", told)
 
     data = collectives.raise_on_all_processes(
         open_dataset, config.data, config.model.num_classes, ("val",)

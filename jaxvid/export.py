@@ -107,7 +107,7 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
                 + (
                     " (evaluation does not round to whole grey levels where resize is bilinear: "
                     "logits differ by up to 1e-2)"
-                    if spec.resize == "bilinear"
+                    if spec.resize == "torch_bilinear"
                     else ""
                 ),
             },

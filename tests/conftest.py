@@ -5,7 +5,8 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 
 import jax
@@ -85,7 +86,7 @@ def folders(tmp_path_factory):
     """Folder of the model folders of two tiny networks, `xvit` and `stam`."""
     folder = tmp_path_factory.mktemp("models")
     how = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
-    for name, sampling in (("xvit", "segments"), ("stam", "rate")):
+    for name, sampling in (("xvit", "segments"), ("stam", "uniform_10s")):
         model = jaxvid.create_model(f"{name}_tiny", width=16, depth=2)
         how["sampling"] = sampling
         jaxvid.save_model(model, folder / name, preprocessing=how, labels=list(LABELS))

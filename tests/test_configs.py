@@ -16,6 +16,7 @@ from jaxvid.train import train
 ROOT = Path(__file__).parents[1]
 VARIANTS = {"motion": ("", "blind", "stam"), "common": (), "finetune": ()}
 VARIANTS |= dict.fromkeys(("xvit_k400", "xvit_k600", "xvit_ssv2"), ("released", "paper"))
+VARIANTS["stam_k400"] = ("8", "16", "32", "64")
 CONFIGS = [
     (path.stem, variant)
     for path in sorted((ROOT / "configs").glob("*.py"))
@@ -65,21 +66,22 @@ def test_recipes_train(name, variant, motion_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "learning_rate", "weight_decay", "smoothing", "mixup", "erase"),
+    ("name", "variant", "learning_rate", "weight_decay", "smoothing", "mixup", "erase"),
     [
-        ("xvit_k400", 0.03, 1e-5, 0.3, 0.4, 0.0),
-        ("xvit_k600", 0.03, 1e-5, 0.3, 0.4, 0.0),
-        ("xvit_ssv2", 0.03, 1e-4, 0.0, 0.0, 0.5),
-        ("stam_8_k400", 1e-5, 1e-3, 0.0, 0.0, 0.0),
-        ("stam_64_k400", 2.5e-6, 1e-3, 0.0, 0.0, 0.0),
+        ("xvit_k400", "", 0.03, 1e-5, 0.3, 0.4, 0.0),
+        ("xvit_k600", "", 0.03, 1e-5, 0.3, 0.4, 0.0),
+        ("xvit_ssv2", "", 0.03, 1e-4, 0.0, 0.0, 0.5),
+        ("stam_k400", "8", 1e-5, 1e-3, 0.0, 0.0, 0.0),
+        ("stam_16_k400", "", 1e-5, 1e-3, 0.0, 0.0, 0.0),
+        ("stam_k400", "64", 2.5e-6, 1e-3, 0.0, 0.0, 0.0),
     ],
 )
-def test_released_recipes(name, learning_rate, weight_decay, smoothing, mixup, erase):
-    _, config = get_config(name, "")
+def test_released_recipes(name, variant, learning_rate, weight_decay, smoothing, mixup, erase):
+    _, config = get_config(name, variant)
     optimizer = config.optimizer
     found = (optimizer.learning_rate, optimizer.weight_decay, config.label_smoothing)
     assert found == (learning_rate, weight_decay, smoothing)
-    assert (config.mixup, config.erase) == (mixup, erase)
+    assert (config.mixup_alpha, config.erase_prob) == (mixup, erase)
     xvit = name.startswith("xvit")
     assert (optimizer.name, config.data.augment) == (
         ("sgd", "autoaugment") if xvit else ("adamw", "")
@@ -91,12 +93,18 @@ def test_released_recipes(name, learning_rate, weight_decay, smoothing, mixup, e
 def test_finetune_reads_its_model_and_its_data(motion_folder, folders, tmp_path):
     get = importlib.import_module("configs.finetune").get_config
     model = jaxvid.create_model("xvit_tiny", num_classes=3, width=16, depth=1)
-    how = {"sampling": "dense", "sampling_rate": 2, "resize": "bilinear", "mean": 0.4, "std": 0.2}
+    how = {
+        "sampling": "dense_stride",
+        "sampling_rate": 2,
+        "resize": "torch_bilinear",
+        "mean": 0.4,
+        "std": 0.2,
+    }
     how |= {"short_side": 72, "num_frames": 8, "crop": 64}
     jaxvid.save_model(model, tmp_path / "model", preprocessing=how)
     config = get(f"{tmp_path / 'model'},{motion_folder}").unlock()
     assert (config.model.num_classes, config.model.width, config.data.mean) == (8, 16, 0.4)
-    assert (config.data.source, config.data.sampling) == ("folder", "dense")
+    assert (config.data.source, config.data.sampling) == ("folder", "dense_stride")
     assert (config.data.short_side, config.data.short_side_max) == (73, 91)
     assert (config.eval.short_side, config.eval.num_clips, config.eval.num_crops) == (72, 1, 1)
     config.update(num_epochs=2 / 6)
@@ -105,7 +113,11 @@ def test_finetune_reads_its_model_and_its_data(motion_folder, folders, tmp_path)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "reinitialised: consensus.mlp_head.4: 3 classes there, 8 here" in log
     older = get(f"{folders / 'stam'},{motion_folder}")  # it says neither rate nor resize
-    assert (older.data.sampling, older.data.sampling_rate, older.data.by_time) == ("rate", 16, 0)
+    assert (older.data.sampling, older.data.sampling_rate, older.data.by_time) == (
+        "uniform_10s",
+        16,
+        0,
+    )
     jaxvid.save_model(model, tmp_path / "bare")
     for names, message in {
         "": "name --config configs/finetune.py:MODEL,DATA",
@@ -119,8 +131,8 @@ def test_finetune_reads_its_model_and_its_data(motion_folder, folders, tmp_path)
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("_tiny")])
 def test_a_converted_model_is_used_as_its_config_evaluates_it(name):
-    module = f"{name}_k400" if name.startswith("stam") else name
-    _, config = get_config(module, "")
+    stam = name.startswith("stam")
+    _, config = get_config("stam_k400" if stam else name, name.rpartition("_")[2] if stam else "")
     released = released_preprocessing(make_model_config(name))
     assert released == make_preprocessing(resolve_color_matrix(config, released))
 
@@ -135,4 +147,4 @@ def test_unknown_variants_are_refused():
 @pytest.mark.parametrize(("name", "variant"), CONFIGS)
 def test_clips_are_mirrored_half_of_the_time_unless_a_class_depends_on_the_direction(name, variant):
     _, config = get_config(name, variant)
-    assert config.data.flip == (0.0 if name in ("motion", "xvit_ssv2") else 0.5)
+    assert config.data.flip_prob == (0.0 if name in ("motion", "xvit_ssv2") else 0.5)

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from jaxvid import cli
 from jaxvid.atomic import write_file
+from jaxvid.config import check_names
 from jaxvid.data.clips import transforms
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip, make_spec
 from jaxvid.data.formats.video_reader import DecodeError
@@ -64,6 +65,7 @@ def make_rows(config, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
         InputError: The data cannot be opened, or none of the videos can be decoded.
     """
     data = open_dataset(config.data, config.model.num_classes, ("train", "val"))
+    check_names(config.to_dict())
     spec = make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops)
     rows = []
     for split in ("train", "val"):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxvid.atomic import write_json
+from jaxvid.config import differences, translate
 from jaxvid.errors import InputError
 from jaxvid.evaluation.metrics import compare_hits
 
@@ -63,16 +64,14 @@ def compare_tables(before: dict, after: dict, workdir: Path) -> list[str]:
         )
     }
     # Older reports do not name the matrix: there was only one.
-    protocols = [{"color_matrix": "tagged"} | side["protocol"] for side in (before, after)]
-    differences = [
-        f"{name} was {protocols[0].get(name)!r}, now {protocols[1].get(name)!r}"
-        for name in {**protocols[0], **protocols[1]}
-        if protocols[0].get(name) != protocols[1].get(name)
+    protocols = [
+        {"color_matrix": "tagged"} | translate(side["protocol"]) for side in (before, after)
     ]
+    changed_protocol = differences(*protocols, there="before", here="now")
     num_relabelled = int((labels[0] != labels[1]).sum())
     found |= {
         "before": before["path"],
-        "same_protocol": not differences,
+        "same_protocol": not changed_protocol,
         "only_before": len(before["videos"]) - len(shared),
         "only_after": len(after["videos"]) - len(shared),
         "relabelled": num_relabelled,
@@ -89,7 +88,7 @@ def compare_tables(before: dict, after: dict, workdir: Path) -> list[str]:
         f"(McNemar's exact test, p = {found['p_value']:.3g})"
     ]
     if not found["same_protocol"]:
-        lines.append(f"their protocols differ: {'; '.join(differences)}")
+        lines.append(f"their protocols differ: {'; '.join(changed_protocol.values())}")
     if num_relabelled:
         lines.append(f"{num_relabelled} of the shared videos have another label now")
     if len(shared) < max(len(before["videos"]), len(after["videos"])):

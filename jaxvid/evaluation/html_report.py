@@ -47,10 +47,10 @@ SHOWN = (
 )
 SAMPLINGS = {
     "segments": "one from each of {num_frames} equal parts of the video",
-    "dense": "evenly over {num_frames} × {sampling_rate} frames at 30 frames a second",
-    "rate": "evenly over 10 seconds",
+    "dense_stride": "evenly over {num_frames} × {sampling_rate} frames at 30 frames a second",
+    "uniform_10s": "evenly over 10 seconds",
 }
-RESIZES = {"antialiased": "with antialiasing", "bilinear": "without antialiasing"}
+RESIZES = {"pil_bilinear": "with antialiasing", "torch_bilinear": "without antialiasing"}
 MATRICES = {"tagged": "by the matrix that each file names", "bt601": "by BT.601"}
 CURVES = ("train/loss", "val/loss", "train/top1", "val/top1", "learning_rate")
 

@@ -1,5 +1,6 @@
 """The evaluation protocol: how many views, and how their scores are combined."""
 
+from jaxvid.config import check_names
 from jaxvid.data.clips.clip import make_spec
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
@@ -21,6 +22,7 @@ def check_protocol(config, mesh) -> None:
     Raises:
         InputError: Names the field and what is possible.
     """
+    check_names(config.to_dict())
     sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
     make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops)
     if config.eval.score not in SCORES:

@@ -36,7 +36,9 @@ def make_report(results: Results, config, *, checkpoint: str) -> dict:
             {"id": results.ids[i], "label": int(results.labels[i]), "error": results.errors[i]}
             for i in np.flatnonzero(~good)
         ],
-        "released_subset": released_subset(results) if config.data.sampling == "rate" else None,
+        "released_subset": released_subset(results)
+        if config.data.sampling == "uniform_10s"
+        else None,
         "protocol": {
             "num_clips": config.eval.num_clips,
             "num_crops": config.eval.num_crops,

@@ -77,7 +77,7 @@ def plan_windows(
     rates = {"sampling_rate": spec.sampling_rate, "fps": fps}
     # All in frames of the video: from one frame of a clip to the next,
     step = fps / (t / 10)
-    if spec.sampling != "rate":
+    if spec.sampling != "uniform_10s":
         step = np.ptp(sampling.make_indices(spec.sampling, size, t, **rates)) / max(t - 1, 1)
     steps, hop = Fraction(0), max(stride * fps, 1.0)  # from start to start
     if align and step > 0 and hop < size:
@@ -94,7 +94,7 @@ def plan_windows(
         if first >= length:  # between two windows that do not touch
             break
         count = min(size, length - first)
-        if steps and spec.sampling == "rate":
+        if steps and spec.sampling == "uniform_10s":
             # The same fraction for the same moment, whichever window it is in; float32 as in
             # `sampling`.
             parts = number * steps.numerator + np.arange(t) * steps.denominator

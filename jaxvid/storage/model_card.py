@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from jaxvid import atomic
+from jaxvid.config import differences, translate
 from jaxvid.errors import InputError, one_line, short_repr
 from jaxvid.files import read_limited
 from jaxvid.models import (
@@ -68,6 +69,8 @@ def load_card(folder: str | Path) -> dict:
     except (InputError, TypeError) as error:
         reason = one_line(error, 300)
         raise InputError(f"{path}: {reason}; export the model again") from None
+    if card["preprocessing"]:
+        card["preprocessing"] = translate(card["preprocessing"])
     return card
 
 
@@ -163,25 +166,36 @@ def check_labels(
     )
 
 
-def check_same_model(folder: str | Path, model_config) -> None:
-    """Refuses a model folder whose network differs from a config's, and says where.
+def check_same_model(folder: str | Path, model_config: ModelConfig) -> None:
+    """Refuse a model folder whose network differs from a config's.
 
-    Rates and dtype may differ: they change no weight.
+    Rates and the dtype may differ, as they change no weight.
+
+    Raises:
+        InputError: Names every field that differs, with both values.
     """
-    differences = _differences(load_card(folder)["config"], model_config, RATE_FIELDS)
-    if differences:
-        raise InputError(f"{folder} holds another network: {'; '.join(differences.values())}")
+    found = model_differences(load_card(folder)["config"], model_config, RATE_FIELDS)
+    if found:
+        raise InputError(f"{folder} holds another network: {'; '.join(found.values())}")
 
 
-def _differences(there: dict, model_config: ModelConfig, free: tuple[str, ...]) -> dict[str, str]:
-    """Field → how a folder's config differs from a model's, but for the free ones."""
+def model_differences(
+    card_config: dict, model_config: ModelConfig, ignore: tuple[str, ...]
+) -> dict[str, str]:
+    """Compare the network of a model folder with that of a config.
+
+    Args:
+        card_config: The folder's model config.
+        model_config: The other one.
+        ignore: Fields that may differ.
+
+    Returns:
+        Field → its name and both values.
+    """
     # A card has lists where a config has tuples.
-    there, here = json.loads(json.dumps([there, dataclasses.asdict(model_config)]))
-    return {
-        name: f"{name} is {there.get(name)!r} there, {value!r} here"
-        for name, value in here.items()
-        if name not in free and there.get(name) != value
-    }
+    before, after = json.loads(json.dumps([card_config, dataclasses.asdict(model_config)]))
+    before = {name: before.get(name) for name in after}
+    return differences(before, after, there="in the folder", here="in the config", ignore=ignore)
 
 
 def best_top1(workdir: Path) -> float:

@@ -33,9 +33,9 @@ from jaxvid.storage.model_card import (
     CARD_NAME,
     FORMAT_VERSION,
     RATE_FIELDS,
-    _differences,
     load_card,
     make_card,
+    model_differences,
 )
 
 MAX_FILES = 10_000  # in `params`; Orbax writes about ten for each process of a run
@@ -176,7 +176,9 @@ def load_init(
         )
     found = abstract_model(source)[1]
     fit = transfer.plan_transfer(found, fresh)
-    differences = _differences(dataclasses.asdict(source), model_config, RATE_FIELDS + SIZE_FIELDS)
+    differences = model_differences(
+        dataclasses.asdict(source), model_config, RATE_FIELDS + SIZE_FIELDS
+    )
     # No shape tells how many heads share a kernel, but each would get parts of several.
     unfit = {"heads"} & differences.keys()
     if "aggregate.cls_token" in fit.loaded:

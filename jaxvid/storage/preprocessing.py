@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from jaxvid.config import differences
 from jaxvid.data.clips.clip import ClipSpec, make_spec
 from jaxvid.errors import InputError, short_repr
 from jaxvid.storage import model_card, model_folder
@@ -105,14 +106,18 @@ def check_preprocessing(folder: str | Path, config) -> None:
     """
     expected = model_card.load_card(folder)["preprocessing"] or {}
     found = make_preprocessing(config)
-    names = ["sampling", *PIXEL_FIELDS] + ["sampling_rate"] * (found["sampling"] == "dense")
-    differences = [
-        f"{name} is {expected[name]!r} there, {found[name]!r} in the config"
-        for name in names
-        if name in expected and expected[name] != found[name]
-    ]
-    if differences:
-        raise InputError(f"{folder} wants its clips made otherwise: {'; '.join(differences)}")
+    names = ["sampling", *PIXEL_FIELDS] + ["sampling_rate"] * (found["sampling"] == "dense_stride")
+    names = [name for name in names if name in expected]
+    changed = differences(
+        {name: expected[name] for name in names},
+        {name: found[name] for name in names},
+        there="in the model card",
+        here="in the config",
+    )
+    if changed:
+        raise InputError(
+            f"{folder} was trained with other preprocessing: {'; '.join(changed.values())}"
+        )
 
 
 def load_model_and_spec(

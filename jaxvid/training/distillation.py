@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jaxvid.config import differences
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
 from jaxvid.models import Params, abstract_model, make_model_config
@@ -33,15 +34,17 @@ def load_teacher(config, labels: list[str], mesh) -> tuple[Teacher | None, Param
         return None, None
     card = model_card.load_card(distill.teacher)
     model_config = make_model_config(**{**card["config"], "dtype": "bfloat16"})
-    differences = [
-        f"{name} is {getattr(model_config, name)} there, {config.model[name]} here"
-        for name in ("num_classes", "num_frames", "image_size")
-        if getattr(model_config, name) != config.model[name]
-    ]
-    if differences:
+    names = ("num_classes", "num_frames", "image_size")
+    found = differences(
+        {name: getattr(model_config, name) for name in names},
+        {name: config.model[name] for name in names},
+        there="in the teacher",
+        here="in the config",
+    )
+    if found:
         raise InputError(
-            f"distill.teacher={distill.teacher} sees other clips or classes: "
-            f"{'; '.join(differences)}"
+            f"distill.teacher={distill.teacher} has other clips or classes: "
+            f"{'; '.join(found.values())}"
         )
     model_card.check_labels(card["labels"], labels, distill.teacher)
     how = read_preprocessing(card, Path(distill.teacher) / "model.json")

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
 from jaxvid.atomic import write_file
+from jaxvid.config import differences, flatten, translate
 from jaxvid.distributed import collectives, sharding
 from jaxvid.errors import InputError
 from jaxvid.training import optim
@@ -44,8 +46,9 @@ def check_config(config, mesh) -> None:
             f"accumulate_steps={config.accumulate_steps}, batch_size={config.batch_size}: the "
             f"batch must be a multiple of {parts} (mesh.data · mesh.fsdp · accumulate_steps)"
         )
-    if config.mixup and config.cutmix:
-        raise InputError(f"mixup={config.mixup}, cutmix={config.cutmix}: only one can be used")
+    if config.mixup_alpha and config.cutmix_alpha:
+        values = f"mixup_alpha={config.mixup_alpha}, cutmix_alpha={config.cutmix_alpha}"
+        raise InputError(f"{values}: only one can be used")
     if not 0 <= config.ema_decay < 1:
         raise InputError(f"ema_decay={config.ema_decay}: must be at least 0 and below 1")
     optim.check_optimizer(config.optimizer)
@@ -58,39 +61,29 @@ def check_same_run(config, workdir: Path) -> None:
     Raises:
         InputError: Names every field that differs, with both values.
     """
-    if find_steps(workdir) and (
-        differences := [
-            text
-            for name, text in compare_config(workdir, config).items()
-            if not name.startswith(FREE_FIELDS)
-        ]
-    ):
+    if not find_steps(workdir):
+        return
+    found = compare_config(workdir, config).items()
+    if changed := [text for name, text in found if not name.startswith(FREE_FIELDS)]:
         raise InputError(
-            f"{workdir} holds a run with another config ({'; '.join(differences)}); "
+            f"{workdir} holds a run with another config ({'; '.join(changed)}); "
             "choose another --workdir or delete this one"
         )
 
 
-def check_same_everywhere(config) -> None:
-    """Refuses processes of one run that were given different configs, and says what differs.
+def check_same_everywhere(config: ConfigDict) -> None:
+    """Refuse processes of one run that have different configs.
 
     Raises:
         InputError: Names every field that differs, with both values.
     """
-    first, *others = (_flatten(values) for values in collectives.gather(config.to_dict()))
+    first, *others = map(flatten, collectives.gather(config.to_dict()))
     for process, values in enumerate(others, 1):
-        differences = [
-            f"{name} is {_shown(first, name)} in process 0, {_shown(values, name)} in process "
-            f"{process}"
-            for name in sorted({*first, *values} - {*OWN_FIELDS})
-            if (name in first, first.get(name)) != (name in values, values.get(name))
-        ]
-        if differences:
-            raise InputError(f"{'; '.join(differences)}; start all with the same flags")
-
-
-def _shown(values: dict, name: str) -> str:
-    return repr(values[name]) if name in values else "missing"
+        found = differences(
+            first, values, there="in process 0", here=f"in process {process}", ignore=OWN_FIELDS
+        )
+        if found:
+            raise InputError(f"{'; '.join(found.values())}; start all with the same flags")
 
 
 def save_config(config, workdir: Path) -> None:
@@ -109,7 +102,7 @@ def compare_config(workdir: Path, config) -> dict[str, str]:
         config: A ConfigDict.
 
     Returns:
-        Field (`model.width`) → "model.width was 64, now 32".
+        Field (`model.width`) → "model.width: 64 before, 32 now".
 
     Raises:
         InputError: `config.json` is damaged.
@@ -118,27 +111,12 @@ def compare_config(workdir: Path, config) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        before = _flatten(json.loads(path.read_text()))
-    except ValueError:
+        before = translate(flatten(json.loads(path.read_text())))
+    except (ValueError, AttributeError):
         raise InputError(f"{path} is damaged; choose another --workdir") from None
-    now = _flatten(json.loads(json.dumps(config.to_dict())))
+    now = flatten(json.loads(json.dumps(config.to_dict())))
     before = {name: value for name, value in ADDED_FIELDS.items() if name in now} | before
-    for fields in (before, now):  # training takes the one for the other
+    for fields in (before, now):  # training uses `tagged` for `auto`
         if fields.get("data.color_matrix") == "auto":
             fields["data.color_matrix"] = "tagged"
-    return {
-        name: f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    }
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in tree.items():
-        flat |= (
-            _flatten(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {prefix + name: value}
-        )
-    return flat
+    return differences(before, now, there="before", here="now")

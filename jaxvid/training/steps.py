@@ -21,9 +21,9 @@ class Recipe:
         mean: Subtracted from pixels in [0, 1].
         std: Divides them.
         label_smoothing: ε of the loss.
-        mixup: α of mixup; 0: off.
-        cutmix: α of cutmix; 0: off. One of the two is used.
-        erase: Probability that a box of a clip is erased.
+        mixup_alpha: alpha of mixup; 0: off.
+        cutmix_alpha: alpha of cutmix; 0: off. One of the two is used.
+        erase_prob: Probability that a box of a clip is erased.
         accumulate_steps: Parts of the batch that are computed one after the other.
         ema_decay: Of the average of the weights; 0: none is kept.
         frozen: Names of weights that stay as they are and get no gradient.
@@ -33,9 +33,9 @@ class Recipe:
     mean: float = 0.5
     std: float = 0.5
     label_smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    erase: float = 0.0
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    erase_prob: float = 0.0
     accumulate_steps: int = 1
     ema_decay: float = 0.0
     frozen: frozenset[str] = frozenset()
@@ -155,7 +155,7 @@ def train_step(
         video, label, smoothing = part["video"], part["label"], recipe.label_smoothing
         logits = merge_params(graphdef, {**fixed, **params})(video, key=key)
         losses = cross_entropy(logits, label, smoothing=smoothing)
-        if recipe.mixup or recipe.cutmix:
+        if recipe.mixup_alpha or recipe.cutmix_alpha:
             others = cross_entropy(logits, part["other"], smoothing=smoothing)
             losses = part["share"] * losses + (1 - part["share"]) * others
         if teacher is not None:
@@ -199,18 +199,18 @@ def _mix(batch: dict, key: jax.Array, recipe: Recipe) -> tuple[jax.Array, dict[s
         The key for what comes after it; and arrays with an entry a clip: `video`, `label`, `mask`
         and, where clips are mixed, `other` (the partner's label) and `share` (of the clip itself).
     """
-    random = recipe.erase or recipe.mixup or recipe.cutmix
+    random = recipe.erase_prob or recipe.mixup_alpha or recipe.cutmix_alpha
     key, erase_key, mix_key = jax.random.split(key, 3) if random else (key,) * 3
     label, mask = batch["label"], batch["mask"]
     video = normalize(batch["video"], recipe.mean, recipe.std)
-    if recipe.erase:
-        video = batch_augmentation.erase(video, erase_key, recipe.erase)
-    if not (recipe.mixup or recipe.cutmix):
+    if recipe.erase_prob:
+        video = batch_augmentation.erase(video, erase_key, recipe.erase_prob)
+    if not (recipe.mixup_alpha or recipe.cutmix_alpha):
         return key, {"video": video, "label": label, "mask": mask}
-    if recipe.mixup:
-        video, other, share = batch_augmentation.mixup(video, mix_key, recipe.mixup)
+    if recipe.mixup_alpha:
+        video, other, share = batch_augmentation.mixup(video, mix_key, recipe.mixup_alpha)
     else:
-        video, other, share = batch_augmentation.cutmix(video, mix_key, recipe.cutmix)
+        video, other, share = batch_augmentation.cutmix(video, mix_key, recipe.cutmix_alpha)
     return key, {
         "video": video,
         "label": label,

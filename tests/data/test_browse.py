@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def test_rows_are_training_clips_and_views(motion_folder):
     config = shrunk_config(motion_folder).unlock()
     config.eval.update({"num_clips": 2, "num_crops": 3})
-    config.data.flip = 0.5
+    config.data.flip_prob = 0.5
     rows = make_rows(config.lock(), 2)
     titles = [title for title, _, _ in rows]
     assert len(rows) == 2 + 2 * 6
@@ -31,7 +31,7 @@ def test_rows_are_training_clips_and_views(motion_folder):
 def test_unrounded_views_are_drawn_in_whole_grey_levels(motion_folder):
     config = shrunk_config(motion_folder).unlock()
     titles, views = [], []
-    for resize in ("antialiased", "bilinear"):
+    for resize in ("pil_bilinear", "torch_bilinear"):
         config.data.resize, config.eval.short_side = resize, 64
         title, clip, _ = make_rows(config, 1)[1]
         titles.append(title)

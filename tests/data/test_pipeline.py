@@ -217,7 +217,7 @@ def test_views_are_clips_of_crops(motion_folder):
     one = load_eval_views(path, dataclasses.replace(spec, num_clips=1, num_crops=1))
     np.testing.assert_array_equal(views["video"][1], one["video"][0])  # first clip, centre
     assert not one["padded"]
-    long = dataclasses.replace(spec, sampling="dense", num_clips=1)
+    long = dataclasses.replace(spec, sampling="dense_stride", num_clips=1)
     assert load_eval_views(path, long)["padded"]
 
 
@@ -249,7 +249,10 @@ def test_an_undecodable_video_keeps_its_place_masked_with_the_reason(records, tm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampling": "sparse"}, "sampling='sparse': there are 'segments', 'dense', 'rate'"),
+        (
+            {"sampling": "sparse"},
+            "sampling='sparse': there are 'segments', 'dense_stride', 'uniform_10s'",
+        ),
         ({"num_clips": 4}, "num_clips=4: sampling='segments' gives 1 to 3"),
         ({"num_crops": 2}, "num_crops=2: there are 1, 3"),
         ({"short_side": 32}, "short_side=32 is below the crop of 64 px"),
@@ -277,9 +280,14 @@ def test_the_short_side_is_drawn_between_its_bounds(records, monkeypatch):
 
 def test_every_recipe_gives_clips_of_the_asked_size(records):
     recipes = [
-        {"sampling": "dense", "train_crop": "multiscale", "augment": "autoaugment", "flip": 0.5},
+        {
+            "sampling": "dense_stride",
+            "train_crop": "multiscale",
+            "augment": "autoaugment",
+            "flip_prob": 0.5,
+        },
         {"sampling": "segments", "train_short_side": (64, 80), "augment": "randaugment"},
-        {"sampling": "rate", "by_time": True},
+        {"sampling": "uniform_10s", "by_time": True},
     ]
     for recipe in recipes:
         spec = dataclasses.replace(SPEC, **recipe)
@@ -340,6 +348,6 @@ def test_clips_are_mirrored_with_the_configs_probability(records, monkeypatch):
 
     monkeypatch.setattr(transforms, "random_flip", flip)
     for probability in (0.0, 0.3):
-        spec = dataclasses.replace(SPEC, flip=probability)
+        spec = dataclasses.replace(SPEC, flip_prob=probability)
         load_train_clip(records[0], np.random.default_rng(0), spec)
     assert seen == [0.3]

@@ -176,7 +176,7 @@ def test_a_variable_frame_rate_is_kept(folder, tmp_path, size):
         if name == "uneven":
             with record.open() as reader, video.open() as expected:
                 np.testing.assert_array_equal(reader.times, expected.times)
-        for sampling in ("segments", "dense", "rate"):
+        for sampling in ("segments", "dense_stride", "uniform_10s"):
             options = {"num_frames": 8, "crop": 16, "short_side": 16, "sampling": sampling}
             options |= {"sampling_rate": 3, "train_short_side": (16, 16)}
             spec = ClipSpec(**options, by_time=True)

@@ -86,7 +86,7 @@ def test_rate_sampling_equals_the_original_where_that_keeps_the_video():
     for case in CASES["stam"]:
         length, t, fps = case["num_video_frames"], case["num_frames"], case["fps"]
         found = rate_indices(length, t, fps=fps)
-        padded = is_padded("rate", length, t, sampling_rate=0, fps=fps)
+        padded = is_padded("uniform_10s", length, t, sampling_rate=0, fps=fps)
         if case["indices"] is None:
             dropped.append(length)
             assert found.tolist() == [min(i, length - 1) for i in rate_indices(300, t, fps=fps)]
@@ -121,7 +121,7 @@ def test_training_draws_stay_inside_and_move(sampling):
 
 
 def test_views_spread_over_a_long_video():
-    for sampling in ("dense", "rate"):
+    for sampling in ("dense_stride", "uniform_10s"):
         firsts = [
             make_indices(sampling, 1000, 8, sampling_rate=4, fps=30.0, view=v, num_views=4)[0]
             for v in range(4)
@@ -132,7 +132,9 @@ def test_views_spread_over_a_long_video():
 
 
 def test_an_unknown_sampling_is_refused():
-    with pytest.raises(ValueError, match="sampling='sparse' is not one of segments, dense, rate"):
+    with pytest.raises(
+        ValueError, match="sampling='sparse' is not one of segments, dense_stride, uniform_10s"
+    ):
         make_indices("sparse", 10, 8, sampling_rate=1, fps=None)
 
 
@@ -158,7 +160,9 @@ def test_by_time_a_clip_is_padded_where_the_time_ends(count, seconds, padded):
     )
     record = types.SimpleNamespace(open=lambda: contextlib.nullcontext(reader))
     for by_time in (False, True):
-        spec = ClipSpec(num_frames=8, crop=8, short_side=8, sampling="dense", by_time=by_time)
+        spec = ClipSpec(
+            num_frames=8, crop=8, short_side=8, sampling="dense_stride", by_time=by_time
+        )
         views = load_eval_views(record, spec)
         assert views["padded"] == (padded if by_time else not padded)
         if by_time:
@@ -175,7 +179,7 @@ class Extreme:
         return high if self._greatest else low
 
 
-@pytest.mark.parametrize("sampling", ["dense", "rate"])
+@pytest.mark.parametrize("sampling", ["dense_stride", "uniform_10s"])
 def test_training_clips_start_anywhere_that_leaves_room_for_them(sampling):
     options = {"sampling_rate": 16, "fps": 30.0}
     start = make_indices(sampling, 700, 8, **options)
@@ -212,8 +216,8 @@ def test_indices_of_the_first_view_are_the_default():
 def test_only_segments_have_a_limited_number_of_views():
     assert {name: max_views(name) for name in SAMPLINGS} == {
         "segments": 3,
-        "dense": None,
-        "rate": None,
+        "dense_stride": None,
+        "uniform_10s": None,
     }
 
 
@@ -226,12 +230,12 @@ def test_clips_of_one_or_two_frames_are_the_ends_of_the_window():
     ("sampling", "fps", "needed"),
     [
         ("segments", 30.0, 8),
-        ("dense", 30.0, 128),
-        ("dense", 15.0, 64),
-        ("dense", None, 128),
-        ("rate", 30.0, 263),  # the last frame has the number ⌊7 · 37.5⌋
-        ("rate", None, 263),
-        ("rate", 15.0, 132),
+        ("dense_stride", 30.0, 128),
+        ("dense_stride", 15.0, 64),
+        ("dense_stride", None, 128),
+        ("uniform_10s", 30.0, 263),  # the last frame has the number ⌊7 · 37.5⌋
+        ("uniform_10s", None, 263),
+        ("uniform_10s", 15.0, 132),
     ],
 )
 def test_a_video_with_one_frame_too_few_is_padded(sampling, fps, needed):
@@ -241,7 +245,7 @@ def test_a_video_with_one_frame_too_few_is_padded(sampling, fps, needed):
 
 
 def test_an_unknown_frame_rate_counts_as_30():
-    for sampling in ("dense", "rate"):
+    for sampling in ("dense_stride", "uniform_10s"):
         unknown, known = (
             make_indices(sampling, 900, 8, sampling_rate=16, fps=fps) for fps in (None, 30.0)
         )

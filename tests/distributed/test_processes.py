@@ -318,13 +318,13 @@ def test_processes_with_other_configs_or_other_videos_are_refused(config, monkey
 def test_processes_whose_configs_have_other_fields_are_refused(config, monkeypatch):
     other = config.copy_and_resolve_references().unlock()
     other.data.extra = 7
-    del other["mixup"]
+    del other["mixup_alpha"]
     gathered(monkeypatch, other.to_dict())
     with pytest.raises(InputError) as refusal:
         run_config.check_same_everywhere(config)
     assert str(refusal.value) == (
-        "data.extra is missing in process 0, 7 in process 1; "
-        f"mixup is {config.mixup} in process 0, missing in process 1; "
+        "data.extra: missing in process 0, 7 in process 1; "
+        f"mixup_alpha: {config.mixup_alpha} in process 0, missing in process 1; "
         "start all with the same flags"
     )
 

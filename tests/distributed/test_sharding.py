@@ -96,7 +96,7 @@ def test_mixtures_equal_one_device(sizes, one_device):
 
 
 def test_a_mixture_draws_and_averages_as_one_device_does():
-    options = {"mixup": 0.4, "erase": 0.5, "accumulate_steps": 2, "ema_decay": 0.9}
+    options = {"mixup_alpha": 0.4, "erase_prob": 0.5, "accumulate_steps": 2, "ema_decay": 0.9}
     options["drop_path"] = 0.2
     mesh = make_mesh(2, 2, 2)
     found = train(mesh, lambda batch: sharding.to_global_arrays(batch, mesh), **options)

@@ -50,10 +50,9 @@ def folder(tmp_path_factory):
 
 
 def make_config(folder, **settings):
-    config = common.train_section()
-    config.model = common.model_section("xvit_tiny", **SIZES)
-    config.data = common.data_section(folder=str(folder), mean=0.0, std=1.0)
-    config.eval = common.eval_section(short_side=32, batch_size=8)
+    config = common.default_config("xvit_tiny", **SIZES)
+    config.data.update(folder=str(folder), mean=0.0, std=1.0)
+    config.eval.update(short_side=32, batch_size=8)
     config.eval.update({k: v for k, v in settings.items() if k in config.eval})
     config.mesh.update({k: v for k, v in settings.items() if k in config.mesh})
     return config.lock()
@@ -253,15 +252,15 @@ def test_seconds_are_those_of_all_runs(stub, tmp_path, monkeypatch):
 def test_the_protocol_is_whole_and_what_differs_is_told(stub, tmp_path):
     path = tmp_path / "stub" / "model.json"
     card = json.loads(path.read_text())
-    card["preprocessing"] |= {"short_side": 32, "resize": "antialiased", "by_time": False}
+    card["preprocessing"] |= {"short_side": 32, "resize": "pil_bilinear", "by_time": False}
     card["preprocessing"]["sampling_rate"] = 2  # of a sampling that is not the model's
     path.write_text(json.dumps(card))
     first = evaluate.evaluate(stub, tmp_path / "a")["protocol"]
-    assert "clips are not made" not in (tmp_path / "a" / "log.txt").read_text()
+    assert "preprocessing differs" not in (tmp_path / "a" / "log.txt").read_text()
     other = changed(
         stub,
         data__by_time=True,
-        data__resize="bilinear",
+        data__resize="torch_bilinear",
         eval__short_side=36,
         eval__dtype="bfloat16",
     )
@@ -271,8 +270,9 @@ def test_the_protocol_is_whole_and_what_differs_is_told(stub, tmp_path):
     assert differing == {"by_time", "resize", "short_side", "dtype"}
     told = (tmp_path / "b" / "log.txt").read_text()
     assert (
-        "clips are not made as the model's preprocessing says: data.by_time was False, now True; "
-        "data.resize was 'antialiased', now 'bilinear'; eval.short_side was 32, now 36"
+        "preprocessing differs from the model's: data.by_time: False in the model card, True now; "
+        "data.resize: 'pil_bilinear' in the model card, 'torch_bilinear' now; "
+        "eval.short_side: 32 in the model card, 36 now"
     ) in told
     assert not json.loads((tmp_path / "b" / "comparison.json").read_text())["same_protocol"]
 
@@ -392,9 +392,14 @@ def test_validation_videos_that_are_all_broken_leave_nulls(motion_folder, tmp_pa
     evaluate.evaluate(config, tmp_path / "w")  # with the curves of the training
     assert (tmp_path / "w" / "eval.html").exists()
     # As for a model folder, what differs from the training is told; its classes are known too.
-    evaluate.evaluate(changed(config, data__sampling="rate", eval__short_side=80), tmp_path / "w")
+    evaluate.evaluate(
+        changed(config, data__sampling="uniform_10s", eval__short_side=80), tmp_path / "w"
+    )
     told = (tmp_path / "w" / "log.txt").read_text()
-    assert "data.sampling was 'segments', now 'rate'; eval.short_side was 72, now 80" in told
+    assert (
+        "data.sampling: 'segments' before, 'uniform_10s' now; eval.short_side: 72 before, 80 now"
+        in told
+    )
     names = (data / "labels.txt").read_text().split()
     (data / "labels.txt").write_text("\n".join(names[::-1]))
     with pytest.raises(InputError, match="best has other classes: 0 is"):
@@ -475,7 +480,7 @@ def test_a_stopped_and_continued_evaluation_equals_an_uninterrupted_one(
         name = {
             "table": "write_table",
             "eval.json": "write_json",
-            "confusion": "report.draw_confusion",
+            "confusion": "plots.draw_confusion",
             "page": "html_report.save_page",
         }[moment]
         with monkeypatch.context() as patch:
@@ -521,7 +526,10 @@ def test_the_color_matrix_is_the_model_cards_unless_the_config_names_one(
     path.write_text(json.dumps(card))
     found = evaluate.evaluate(changed(stub, data__color_matrix=in_config), tmp_path / "w")
     assert found["protocol"]["color_matrix"] == used
-    told = "color_matrix was 'bt601', now 'tagged'" in (tmp_path / "w" / "log.txt").read_text()
+    told = (
+        "color_matrix: 'bt601' in the model card, 'tagged' now"
+        in (tmp_path / "w" / "log.txt").read_text()
+    )
     assert told == (in_config == "tagged")
 
 

@@ -70,17 +70,19 @@ def test_the_page_has_the_numbers(tmp_path, config):
 
 def test_every_sampling_has_its_words():
     protocol = {"num_clips": 4, "num_crops": 3, "num_frames": 16, "image_size": 224}
-    protocol |= {"short_side": 256, "resize": "bilinear", "score": "x", "sampling_rate": 8}
+    protocol |= {"short_side": 256, "resize": "torch_bilinear", "score": "x", "sampling_rate": 8}
     protocol |= {"by_time": False, "dtype": "bfloat16", "color_matrix": "bt601"}
     words = [
         html_report.describe_protocol({**protocol, "sampling": name})[1]
-        for name in ("segments", "dense", "rate")
+        for name in ("segments", "dense_stride", "uniform_10s")
     ]
     assert words[1] == "16 frames a clip, evenly over 16 × 8 frames at 30 frames a second"
     assert len(set(words)) == 3
-    colours = html_report.describe_protocol({**protocol, "sampling": "rate"})[2]
+    colours = html_report.describe_protocol({**protocol, "sampling": "uniform_10s"})[2]
     assert colours.endswith("without antialiasing; video to RGB: by BT.601")
-    by_time = html_report.describe_protocol({**protocol, "sampling": "rate", "by_time": True})
+    by_time = html_report.describe_protocol(
+        {**protocol, "sampling": "uniform_10s", "by_time": True}
+    )
     assert by_time[1] == f"{words[2]}, by the times that they are shown at"
     assert by_time[3].endswith(", computed in bfloat16")
 

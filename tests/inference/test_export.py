@@ -18,6 +18,7 @@ import jaxvid
 from jaxvid import export
 from jaxvid.models import make_model_config, split_params
 from jaxvid.storage import eval_step
+from jaxvid.storage.preprocessing import load_model_and_spec
 
 HOW = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.25, "std": 0.5}
 LABELS = [f"class {i}" for i in range(5)]
@@ -41,7 +42,9 @@ assert not loaded, loaded
 def folder(request, tmp_path_factory):
     model = jaxvid.create_model(request.param, num_classes=5, depth=2)
     folder = tmp_path_factory.mktemp("model") / "model"
-    jaxvid.save_model(model, folder, preprocessing={**HOW, "sampling": "rate"}, labels=LABELS)
+    jaxvid.save_model(
+        model, folder, preprocessing={**HOW, "sampling": "uniform_10s"}, labels=LABELS
+    )
     return folder
 
 
@@ -70,15 +73,15 @@ def test_a_process_with_jax_alone_answers_as_the_model(folder, tmp_path, capsys)
     assert about["input"]["dtype"] == "uint8"
     assert about["output"]["shape"] == ["b", 5]
     assert about["labels"] == LABELS
-    rest = {"sampling_rate": 16, "by_time": False, "resize": "antialiased"}  # whoever made HOW
+    rest = {"sampling_rate": 16, "by_time": False, "resize": "pil_bilinear"}  # whoever made HOW
     rest |= {"color_matrix": "tagged", "num_clips": 1, "num_crops": 1}  # did not say
-    assert about["preprocessing"] == {**HOW, "sampling": "rate", **rest}
+    assert about["preprocessing"] == {**HOW, "sampling": "uniform_10s", **rest}
     assert about["platforms"] == ["cpu", "cuda"]
     assert about["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_the_program_is_lowered_for_both_platforms(folder):
-    _, model, spec = export.open_model(folder)
+    _, model, spec = load_model_and_spec(folder)
     data = export.export_stablehlo(model, spec, mean=0.0, std=1.0)
     program = jax_export.deserialize(bytearray(data))
     assert program.platforms == ("cpu", "cuda")

@@ -46,7 +46,7 @@ def make_plan(path: Path, spec: ClipSpec, window: float, stride: float, *, align
         return plan_windows(reader, spec, window, stride, align=align, name=str(path))
 
 
-@pytest.mark.parametrize("sampling", ["segments", "dense", "rate"])
+@pytest.mark.parametrize("sampling", ["segments", "dense_stride", "uniform_10s"])
 def test_windows_are_sampled_as_videos_of_their_own(long_videos, sampling):
     spec = ClipSpec(num_frames=8, crop=64, short_side=72, sampling=sampling, sampling_rate=4)
     plan = make_plan(long_videos / "25.mp4", spec, 4.0, 3.0, align=False)
@@ -57,7 +57,7 @@ def test_windows_are_sampled_as_videos_of_their_own(long_videos, sampling):
         length = round(25 * (end - start))
         expected = make_indices(sampling, length, 8, sampling_rate=4, fps=25)
         np.testing.assert_array_equal(row, round(25 * start) + expected)
-        assert padded == (sampling == "rate")  # 4 s are no 10
+        assert padded == (sampling == "uniform_10s")  # 4 s are no 10
     assert plan.stride == 3
 
 
@@ -75,11 +75,11 @@ def test_windows_are_sampled_as_videos_of_their_own(long_videos, sampling):
     ],
 )
 def test_aligned_windows_share_their_frames(long_videos, fps, asked, stride, most):
-    spec = ClipSpec(num_frames=8, crop=64, short_side=72, sampling="rate")
+    spec = ClipSpec(num_frames=8, crop=64, short_side=72, sampling="uniform_10s")
     plan = make_plan(long_videos / f"{fps}.mp4", spec, 10.0, asked, align=True)
     assert plan.stride == pytest.approx(stride)
     assert len(np.unique(plan.indices)) <= most
-    first = make_indices("rate", 10 * fps, 8, sampling_rate=1, fps=fps)
+    first = make_indices("uniform_10s", 10 * fps, 8, sampling_rate=1, fps=fps)
     np.testing.assert_array_equal(plan.indices[0], first)
     # No frame is further than one from where a video of the window's own has it.
     own = np.round(plan.starts * fps)[:, None] + first

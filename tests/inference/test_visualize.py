@@ -22,11 +22,11 @@ FRAME, ROW, COLUMN = 5, 1, 2  # the patch that is bright, of 4 rows and columns,
 HOW = {"num_frames": 8, "crop": 64, "short_side": 72, "mean": 0.0, "std": 1.0}
 # Height and width of the upright video, the turn that its tag tells, and how it is resized.
 GEOMETRIES = [
-    ((144, 288), None, "antialiased"),
-    ((288, 144), None, "antialiased"),
-    ((288, 144), -90, "antialiased"),
-    ((144, 288), 90, "bilinear"),
-    ((150, 202), 180, "bilinear"),
+    ((144, 288), None, "pil_bilinear"),
+    ((288, 144), None, "pil_bilinear"),
+    ((288, 144), -90, "pil_bilinear"),
+    ((144, 288), 90, "torch_bilinear"),
+    ((150, 202), 180, "torch_bilinear"),
 ]
 
 
@@ -163,7 +163,7 @@ def test_the_crop_is_outlined_and_the_rest_darkened(seeker_folder, tmp_path, siz
     assert abs(heated[top, left] - 40.0).max() < 12
 
 
-@pytest.mark.parametrize(("resize", "width"), [("antialiased", 1952), ("bilinear", 1951)])
+@pytest.mark.parametrize(("resize", "width"), [("pil_bilinear", 1952), ("torch_bilinear", 1951)])
 def test_the_crop_is_that_of_either_resize(resize, width):
     """549 / 63 · 224 is 1952, but not in the floating-point numbers of the second."""
     spec = ClipSpec(num_frames=8, crop=224, short_side=224, resize=resize)

@@ -152,7 +152,7 @@ CASES = {
         [
             "reinitialised: new_fc: absent in the folder (2 weights)",
             "unused: consensus: absent in the new model (18 weights)",
-            "differs: head is 'attention' there, 'mean' here",
+            "differs: head: 'attention' in the folder, 'mean' in the config",
         ],
     ),
     "a temporal head": (
@@ -160,7 +160,7 @@ CASES = {
         [
             "reinitialised: consensus: absent in the folder (18 weights)",
             "unused: new_fc: absent in the new model (2 weights)",
-            "differs: head is 'mean' there, 'attention' here",
+            "differs: head: 'mean' in the folder, 'attention' in the config",
         ],
     ),
     "a deeper temporal head": (
@@ -169,15 +169,15 @@ CASES = {
         [
             "reinitialised: consensus.temporal_encoder.1: absent in the folder (11 weights)",
             "reinitialised: consensus.temporal_encoder.2: absent in the folder (11 weights)",
-            "differs: head_depth is 1 there, 3 here",
+            "differs: head_depth: 1 in the folder, 3 in the config",
         ],
     ),
     "an aggregator": (
         *("stam_mean", {**STAM, "temporal_heads": 4}, (), ("aggregate.",), ()),
         [
             "reinitialised: aggregate: absent in the folder (28 weights)",
-            "differs: aggregator is 'mean' there, 'transformer' here",
-            "differs: temporal_heads is 2 there, 4 here",
+            "differs: aggregator: 'mean' in the folder, 'transformer' in the config",
+            "differs: temporal_heads: 2 in the folder, 4 in the config",
         ],
     ),
     "a shallower aggregator": (
@@ -185,14 +185,14 @@ CASES = {
         ("aggregate.transformer_enc.layers.1.",),
         [
             "unused: aggregate.transformer_enc.layers.1: absent in the new model (12 weights)",
-            "differs: temporal_depth is 2 there, 1 here",
+            "differs: temporal_depth: 2 in the folder, 1 in the config",
         ],
     ),
     "other shifts": (
         *("xvit", {**XVIT, "shift_div": 8, "shift_blocks": (0,), "dropout": 0.2}, (), (), ()),
         [
-            "differs: shift_div is 4 there, 8 here",
-            "differs: shift_blocks is [] there, [0] here",
+            "differs: shift_blocks: [] in the folder, [0] in the config",
+            "differs: shift_div: 4 in the folder, 8 in the config",
         ],
     ),
     "all at once": (
@@ -206,7 +206,7 @@ CASES = {
             "resized: pos_embed: 2×2 → 4×4 patches, bicubically",
             "reinitialised: aggregate.transformer_enc.layers.2: absent in the folder (12 weights)",
             "reinitialised: head: 8 classes there, 3 here (2 weights)",
-            "differs: temporal_depth is 2 there, 3 here",
+            "differs: temporal_depth: 2 in the folder, 3 in the config",
         ],
     ),
 }
@@ -287,8 +287,8 @@ def test_weights_get_the_sharding_of_the_fresh_ones(folders):
 def test_other_networks_are_refused_with_every_difference(folders):
     message = refused(folders / "xvit", {**XVIT, "width": 32, "depth": 3, "num_classes": 5})
     for part in (
-        f"{folders / 'xvit'} cannot start this xvit_tiny: width is 16 there, 32 here; ",
-        "; depth is 1 there, 3 here; ",
+        f"{folders / 'xvit'} cannot start this xvit_tiny: depth: 1 in the folder, 3 in the config",
+        "; width: 16 in the folder, 32 in the config; ",
         "; base_model.blocks.*.attn.qkv.kernel: (16, 48) there, (32, 96) here; ",
         "; consensus.mlp_head.4.kernel: (16, 8) there, (32, 5) here",
         "; base_model.temp_embed: (1, 8, 1, 16) there, (1, 8, 1, 32) here",
@@ -298,10 +298,16 @@ def test_other_networks_are_refused_with_every_difference(folders):
         assert part in message
     assert message.count("blocks.1") == 1
     message = refused(folders / "stam", {**STAM, "patch_size": 8})
-    assert "patch_size is 16 there, 8 here; patch_embed.proj.kernel: (16, 16, 3, 16) " in message
+    assert (
+        "patch_size: 16 in the folder, 8 in the config; patch_embed.proj.kernel: (16, 16, 3, 16) "
+        in message
+    )
     message = refused(folders / "stam", {**STAM, "temporal_mlp": 48, "mlp_ratio": 2})
     assert "; aggregate.transformer_enc.layers.*.linear1.kernel: (16, 32) there, " in message
-    assert "mlp_ratio is 4 there, 2 here; temporal_mlp is 32 there, 48 here; " in message
+    assert (
+        "mlp_ratio: 4 in the folder, 2 in the config; temporal_mlp: 32 in the folder, 48 in the"
+        in message
+    )
 
 
 def test_a_shallower_backbone_is_refused(folders, tmp_path):
@@ -309,7 +315,7 @@ def test_a_shallower_backbone_is_refused(folders, tmp_path):
         merge_params(*random_network({**XVIT, "depth": 2}, seed=1)), tmp_path / "deep"
     )
     message = refused(tmp_path / "deep", XVIT)
-    assert "depth is 2 there, 1 here; base_model.blocks.1: absent here; " in message
+    assert "depth: 2 in the folder, 1 in the config; base_model.blocks.1: absent here; " in message
 
 
 @pytest.mark.parametrize(
@@ -318,7 +324,7 @@ def test_a_shallower_backbone_is_refused(folders, tmp_path):
 )
 def test_kernels_are_not_cut_into_other_heads(folder, options, field, folders):
     message = refused(folders / folder, {**options, field: 4})
-    assert f": {field} is 2 there, 4 here; take its values" in message
+    assert f": {field}: 2 in the folder, 4 in the config; take its values" in message
 
 
 def test_another_family_is_refused(folders):

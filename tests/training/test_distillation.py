@@ -45,8 +45,14 @@ def test_no_teacher_is_none(config):
     [
         ({"labels": [*LABELS[:2], LABELS[3], LABELS[2], *LABELS[4:]]}, "2 is .* another order"),
         ({"labels": [*LABELS[:7], "sitting"]}, "teacher has other classes: 7 is 'sitting' there"),
-        ({"num_classes": 9}, "sees other clips or classes: num_classes is 9 there, 8 here"),
-        ({"image_size": 32}, "sees other clips or classes: image_size is 32 there, 64 here"),
+        (
+            {"num_classes": 9},
+            "has other clips or classes: num_classes: 9 in the teacher, 8 in the config",
+        ),
+        (
+            {"image_size": 32},
+            "has other clips or classes: image_size: 32 in the teacher, 64 in the config",
+        ),
         ({"how": None}, "model.json says nothing of preprocessing; export it again"),
         ({"how": {"mean": 0.5}}, "model.json: preprocessing has no num_frames; export the model"),
     ],

@@ -183,7 +183,7 @@ def test_the_released_recipe_follows_the_originals_trajectory(monkeypatch):
         mean=0.0,
         std=1 / 255,  # the golden's clips are normalised
         label_smoothing=config.label_smoothing,
-        mixup=config.mixup,
+        mixup_alpha=config.mixup_alpha,
     )
     step = jax.jit(
         functools.partial(train_step, graphdef=graphdef, optimizer=optimizer, recipe=recipe)
@@ -211,7 +211,9 @@ def distance(a, b):
     return max(float(np.abs(a[name] - b[name]).max()) for name in a)
 
 
-@pytest.mark.parametrize("options", [{}, {"mixup": 0.4, "erase": 0.5}, {"cutmix": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"mixup_alpha": 0.4, "erase_prob": 0.5}, {"cutmix_alpha": 1.0}], ids=str
+)
 def test_accumulation_equals_the_large_batch(options):
     config, optimizer = make_model_config("xvit_tiny", **TINY), optax.sgd(0.1, momentum=0.9)
     found = []
@@ -424,8 +426,8 @@ def test_a_linear_step_mixes_labels_and_skips_what_is_mixed_with_a_missing_clip(
             f"jaxvid.training.batch_augmentation.{name}", mix if name == kind else None
         )
     monkeypatch.setattr("jaxvid.training.batch_augmentation.erase", erase)
-    options = {kind: 0.4} if kind else {}
-    recipe = Recipe(seed=3, erase=erased, label_smoothing=0.1, **options)
+    options = {f"{kind}_alpha": 0.4} if kind else {}
+    recipe = Recipe(seed=3, erase_prob=erased, label_smoothing=0.1, **options)
     state = linear_state(recipe)
     found = linear_step(state, batch, recipe)
     keys = keys_of(3, 6)

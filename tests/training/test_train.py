@@ -17,6 +17,7 @@ from PIL import Image
 
 import jaxvid
 from jaxvid import evaluate
+from jaxvid import train as train_program
 from jaxvid.errors import InputError
 from jaxvid.evaluation import loop
 from jaxvid.models import split_params
@@ -100,19 +101,18 @@ def test_a_signal_saves_and_stops_and_the_next_start_continues(run, tmp_path):
     timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    from jaxvid.training import signals
 
-    class Soon(signals.StopSignals):
+    class Soon(train_program.StopSignals):
         def __enter__(self):
             timer.start()
             return super().__enter__()
 
-    original, signals.StopSignals = signals.StopSignals, Soon
+    original, train_program.StopSignals = train_program.StopSignals, Soon
     try:
         with pytest.raises(SystemExit) as stop:
             train(config, tmp_path / "w")
     finally:
-        signals.StopSignals = original
+        train_program.StopSignals = original
         signal.signal(signal.SIGTERM, before)
     assert stop.value.code == 128 + signal.SIGTERM
     [step] = checkpoint.find_steps(tmp_path / "w")[-1:]
@@ -209,7 +209,7 @@ def test_another_config_is_refused_with_the_difference(run):
     other = config.copy_and_resolve_references().unlock()
     other.seed = 7
     other.model.width = 32
-    with pytest.raises(InputError, match=r"model.width was 16, now 32; seed was 0, now 7"):
+    with pytest.raises(InputError, match=r"model.width: 16 before, 32 now; seed: 0 before, 7 now"):
         train(other.lock(), workdir)
 
 
@@ -259,7 +259,7 @@ def test_eval_mode_refuses_another_model_or_other_preprocessing(run, tmp_path):
             evaluate.evaluate(other.lock(), workdir)
     other = config.copy_and_resolve_references().unlock()
     other.init_from, other.data.std = str(workdir / "model"), 0.25
-    with pytest.raises(InputError, match="std is 0.5 there, 0.25 in the config"):
+    with pytest.raises(InputError, match="std: 0.5 in the model card, 0.25 in the config"):
         evaluate.evaluate(other.lock(), tmp_path)
 
 
@@ -474,7 +474,7 @@ def test_a_run_goes_on_without_broken_and_missing_videos_in_the_same_order(with_
 
 def test_mixing_and_erasing_train_and_continue_to_the_same_bits(motion_folder, tmp_path):
     config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
-    config.update(mixup=0.4, erase=0.5)
+    config.update(mixup_alpha=0.4, erase_prob=0.5)
     config.lock()
     whole = train(config, tmp_path / "whole")
     train(config, tmp_path / "parts", stop_step=2)
@@ -564,7 +564,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run, tmp_pa
 
 FILLING_DISK = """
 import resource, runpy, sys
-from jaxvid import checkpoint
+from jaxvid.training import checkpoint
 original = checkpoint.save_checkpoint
 
 def save_on_a_full_disk(manager, state, data_iter):
@@ -640,7 +640,7 @@ def test_a_teacher_is_imitated_and_a_misfit_refused(run, motion_folder, tmp_path
     assert 0 < losses[-1] < 2  # a divergence from a teacher that knows little yet
     other = config.copy_and_resolve_references().unlock()
     other.model.image_size = 48
-    with pytest.raises(InputError, match="image_size is 64 there, 48 here"):
+    with pytest.raises(InputError, match="image_size: 64 in the folder, 48 in the config"):
         train(other.lock(), tmp_path / "x")
 
 

@@ -42,7 +42,7 @@ class ClipSpec:
         train_crop: `random` (a random place after a random short side) or `multiscale` (XViT on
             Kinetics).
         train_short_side: Lowest and highest short side of `random` crops.
-        flip: Probability that a training clip is mirrored.
+        flip_prob: Probability that a training clip is mirrored.
         augment: ``, `autoaugment` (v0) or `randaugment`, on whole frames before the crop.
         randaugment_layers: Operations of `randaugment`.
         randaugment_magnitude: Its strength, 0 to 10.
@@ -54,13 +54,13 @@ class ClipSpec:
     sampling: str = "segments"
     sampling_rate: int = 16
     by_time: bool = False
-    resize: str = "antialiased"
+    resize: str = "pil_bilinear"
     color_matrix: str = "tagged"
     num_clips: int = 1
     num_crops: int = 1
     train_crop: str = "random"
     train_short_side: tuple[int, int] = (0, 0)
-    flip: float = 0.0
+    flip_prob: float = 0.0
     augment: str = ""
     randaugment_layers: int = 2
     randaugment_magnitude: int = 9
@@ -71,7 +71,7 @@ class ClipSpec:
                 raise InputError(f"{name}={short_repr(getattr(self, name))}: must be 1 to {most}")
         options = {
             "sampling": sampling.SAMPLINGS,
-            "resize": ("antialiased", "bilinear"),
+            "resize": ("pil_bilinear", "torch_bilinear"),
             "color_matrix": COLOR_MATRICES,
             "num_crops": transforms.NUM_CROPS,
             "train_crop": ("random", "multiscale"),
@@ -94,7 +94,7 @@ class ClipSpec:
     @property
     def eval_dtype(self) -> type[np.unsignedinteger]:
         """Pixels of evaluation views: uint8, or uint16 in units of 1 / `FRACTIONS` grey level."""
-        return np.uint16 if self.resize == "bilinear" else np.uint8
+        return np.uint16 if self.resize == "torch_bilinear" else np.uint8
 
 
 def make_spec(config, *, num_clips: int = 1, num_crops: int = 1) -> ClipSpec:
@@ -118,7 +118,7 @@ def make_spec(config, *, num_clips: int = 1, num_crops: int = 1) -> ClipSpec:
         num_crops=num_crops,
         train_crop=data.train_crop,
         train_short_side=(low, max(low, data.short_side_max)),
-        flip=data.flip,
+        flip_prob=data.flip_prob,
         augment=data.augment,
         randaugment_layers=data.randaugment_layers,
         randaugment_magnitude=data.randaugment_magnitude,
@@ -151,12 +151,12 @@ def load_train_clip(
     else:
         low, high = spec.train_short_side
         to_short_side = transforms.resize_short_side
-        if spec.resize == "bilinear":
+        if spec.resize == "torch_bilinear":
             to_short_side = transforms.resize_bilinear
         frames = to_short_side(frames, int(rng.integers(low, high, endpoint=True)))
         frames = transforms.random_crop(frames, spec.crop, rng)
-    if spec.flip:
-        frames = transforms.random_flip(frames, rng, spec.flip)
+    if spec.flip_prob:
+        frames = transforms.random_flip(frames, rng, spec.flip_prob)
     return {
         "video": np.ascontiguousarray(frames),
         "indices": indices.astype(np.int32),
@@ -202,7 +202,7 @@ def resize_eval_frames(frames: np.ndarray, spec: ClipSpec) -> np.ndarray:
     Returns:
         `(t, h, w, c)` of `spec.eval_dtype` with a shorter side of `spec.short_side`.
     """
-    if spec.resize == "bilinear":
+    if spec.resize == "torch_bilinear":
         return transforms.resize_bilinear(frames, spec.short_side, exact=True)
     return transforms.resize_short_side(frames, spec.short_side, exact=True)
 
@@ -210,7 +210,7 @@ def resize_eval_frames(frames: np.ndarray, spec: ClipSpec) -> np.ndarray:
 def cut_eval_crops(frames: np.ndarray, spec: ClipSpec) -> list[np.ndarray]:
     """Cut `spec.num_crops` crops `(t, crop, crop, c)` from resized frames `(t, h, w, c)`."""
     # XViT's program rounds half a pixel up; torchvision, which STAM's uses, to the even pixel.
-    rounding = "up" if spec.resize == "bilinear" else "even"
+    rounding = "up" if spec.resize == "torch_bilinear" else "even"
     return transforms.eval_crops(frames, spec.crop, spec.num_crops, rounding=rounding)
 
 

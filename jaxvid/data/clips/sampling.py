@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-SAMPLINGS = ("segments", "dense", "rate")
+SAMPLINGS = ("segments", "dense_stride", "uniform_10s")
 
 
 def make_indices(
@@ -37,9 +37,9 @@ def make_indices(
     if sampling == "segments":
         return segment_indices(length, num_frames, rng=rng, view=view)
     views = {"fps": fps, "rng": rng, "view": view, "num_views": num_views}
-    if sampling == "dense":
+    if sampling == "dense_stride":
         return dense_indices(length, num_frames, sampling_rate=sampling_rate, **views)
-    if sampling == "rate":
+    if sampling == "uniform_10s":
         return rate_indices(length, num_frames, **views)
     raise ValueError(f"sampling={sampling!r} is not one of {', '.join(SAMPLINGS)}")
 
@@ -129,7 +129,7 @@ def is_padded(
     """Whether a video is too short for its clip and repeats frames to fill it."""
     if sampling == "segments":
         return length < num_frames
-    if sampling == "dense":
+    if sampling == "dense_stride":
         return length < int(_window(num_frames, sampling_rate, fps))
     return length <= _offsets(num_frames, fps)[-1]
 

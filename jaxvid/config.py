@@ -1,0 +1,79 @@
+"""Names in configs: flat paths, renamed fields and values, and differences of two configs."""
+
+from collections.abc import Iterable, Mapping
+
+from jaxvid.errors import InputError
+
+# Old name → new name. Configs with an old name are refused; older files are translated.
+RENAMED_FIELDS = {
+    "mixup": "mixup_alpha",
+    "cutmix": "cutmix_alpha",
+    "erase": "erase_prob",
+    "data.flip": "data.flip_prob",
+}
+RENAMED_VALUES = {
+    "sampling": {"rate": "uniform_10s", "dense": "dense_stride"},
+    "resize": {"antialiased": "pil_bilinear", "bilinear": "torch_bilinear"},
+}
+
+
+def check_names(config: Mapping) -> None:
+    """Refuse a config with fields or values that were renamed.
+
+    Raises:
+        InputError: Names the old and the new name.
+    """
+    for name, value in flatten(config).items():
+        if name in RENAMED_FIELDS:
+            raise InputError(f"{name}: was renamed to {RENAMED_FIELDS[name]}")
+        renamed = RENAMED_VALUES.get(name.rpartition(".")[2], {})
+        if isinstance(value, str) and value in renamed:
+            raise InputError(f"{name}={value!r}: was renamed to {renamed[value]!r}")
+
+
+def translate(values: Mapping) -> dict:
+    """Return flat config or preprocessing values of an older file under today's names."""
+    translated = {}
+    for name, value in values.items():
+        renamed = RENAMED_VALUES.get(name.rpartition(".")[2], {})
+        is_old = isinstance(value, str) and value in renamed
+        translated[RENAMED_FIELDS.get(name, name)] = renamed[value] if is_old else value
+    return translated
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict:
+    """Return a nested mapping as a flat dict with dotted names."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def differences(
+    before: Mapping, after: Mapping, *, there: str, here: str, ignore: Iterable[str] = ()
+) -> dict[str, str]:
+    """Compare two flat configs field by field.
+
+    Args:
+        before: One flat config.
+        after: The other.
+        there: Where the values of `before` are, for the messages, e.g. `in FOLDER`.
+        here: Where the values of `after` are, e.g. `in the config`.
+        ignore: Names that may differ.
+
+    Returns:
+        Name → `name: VALUE there, VALUE here` for each field that differs.
+    """
+    names = sorted({*before, *after} - {*ignore})
+    return {
+        name: f"{name}: {_show(before, name)} {there}, {_show(after, name)} {here}"
+        for name in names
+        if (name in before, before.get(name)) != (name in after, after.get(name))
+    }
+
+
+def _show(values: Mapping, name: str) -> str:
+    return repr(values[name]) if name in values else "missing"
