@@ -1,0 +1,427 @@
+"""The documentation is true: its commands and examples run, what it names exists.
+
+The default suite parses every command line of README.md, CONTRIBUTING.md and docs/, builds every
+config that they name, and runs the quick commands and the Python examples in this process. The
+marked suite runs every command as it is written, page by page, and the notebook.
+"""
+
+import argparse
+import ast
+import functools
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+import jaxvid
+from configs import motion, stam_16_k400, xvit_k600
+from jaxvid import cli
+from jaxvid.data.clips.clip import make_spec
+from jaxvid.data.synthetic_motion import LABELS, make_motion
+from jaxvid.models import make_model_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+NOTEBOOK = ROOT / "docs" / "finetune.ipynb"
+LANGUAGES = ("bash", "python", "text")
+
+# Commands that no test runs as they are written, each with the reason. They are parsed all the
+# same: flags, config and Makefile targets exist.
+NOT_RUN = {
+    r"make ": "installs packages, or runs these tests",
+    r"python3 -m venv |\.venv/bin/pip ": "installs packages",
+    r"srun ": "needs a Slurm cluster",
+    r"python main\.py .*--num_processes 2 ": "waits for a second process: tests/distributed",
+    r"python main\.py --config configs/xvit_k600\.py (?!.*--mode schedule)": "needs Kinetics-600",
+    r"python convert/torch_to_flax\.py .*--input (stam_16|vit_b16_in21k)\.pth": "needs files "
+    "of the authors; tests/test_full.py converts others of the same names and shapes",
+    r"python benchmarks/(forward|data|train|windows)\.py": "takes minutes and an idle machine; "
+    "tests/test_benchmarks.py runs them on small input",
+    r"python -m tests\.mutation ": "needs mutmut and takes minutes",
+}
+
+# Programs whose `main` takes seconds on small input and can be called in this process.
+QUICK = (
+    *("jaxvid.predict", "jaxvid.visualize", "jaxvid.export", "jaxvid.data.check"),
+    *("jaxvid.data.prepare", "convert.flax_to_torch"),
+)
+
+# What shortens the training commands of the marked suite.
+SHRINK = {
+    "configs/motion.py": "data.motion.num_train=48 data.motion.num_val=24 "
+    "batch_size=16 eval.batch_size=8 num_epochs=2.0 optimizer.warmup_epochs=0.67",
+    "configs/finetune.py": "batch_size=8 num_epochs=1.0 optimizer.warmup_epochs=0.5",
+}
+
+FOLDERS = ("benchmarks", "configs", "convert", "docs", "jaxvid", "tests")  # of the repository
+CONFIG_SECTIONS = ("data", "eval", "model", "optimizer", "mesh", "distill")
+
+
+class Block(NamedTuple):
+    """A fenced block of a page: its place (`docs/data.md:12`), its language and its text."""
+
+    place: str
+    language: str
+    text: str
+
+    def commands(self) -> list[str]:
+        """Return the commands of a `bash` block, continued lines joined."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [" ".join(line.split()) for line in lines if line.strip()]
+
+
+def read_page(page: str) -> str:
+    """Return the text of a page."""
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def read_blocks(page: str) -> list[Block]:
+    """Return the fenced blocks of a page, in order."""
+    text = read_page(page)
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(f"{page}:{text.count(chr(10), 0, m.start()) + 1}", m[1], m[2]) for m in found]
+
+
+def prose(page: str) -> str:
+    """Return a page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", read_page(page), flags=re.MULTILINE | re.DOTALL)
+
+
+def reason_not_run(command: str) -> str | None:
+    """Return why a command is not run as it is written; None: it is run."""
+    return next((reason for pattern, reason in NOT_RUN.items() if re.match(pattern, command)), None)
+
+
+# ------------------------------------------------------------------ command lines
+
+
+class ParsedError(Exception):
+    """Raised in the place of the return of `parse_args`."""
+
+
+def program_of(arguments: list[str]) -> tuple[str, list[str]]:
+    """Split the arguments of `python` into the program's module and its own arguments."""
+    if arguments[0] == "-m":
+        return arguments[1], arguments[2:]
+    return arguments[0].removesuffix(".py").replace("/", "."), arguments[1:]
+
+
+def absl_flags(source: str) -> flags.FlagValues:
+    """Define the flags that a program defines, apart from those of this process."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, lock_config=True, flag_values=values)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("flags.DEFINE_"):
+            node.keywords.append(ast.keyword("flag_values", ast.Name("values", ast.Load())))
+            code = compile(ast.fix_missing_locations(ast.Expression(node)), "flags", "eval")
+            eval(code, {"flags": flags, "values": values})
+    return values
+
+
+def check_config(config: ConfigDict) -> None:
+    """Build the network's config and the clips of a config, which refuses impossible values."""
+    make_model_config(**config.model)
+    make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops)
+
+
+def check_command(command: str, monkeypatch) -> None:
+    """Parse a command line and build its config, without running it."""
+    name, *arguments = shlex.split(command)
+    if name == "make":
+        subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
+        return
+    if name == "srun":
+        check_command(command[command.index("python ") :], monkeypatch)
+        return
+    if name in ("python3", ".venv/bin/pip"):
+        return
+    assert name == "python", command
+    module, arguments = program_of(arguments)
+    source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    if module.startswith(("benchmarks.", "tests.")):  # importing them changes the environment
+        for argument in arguments:
+            if argument.startswith("--"):
+                option = argument.partition("=")[0]
+                assert {f'"{option}"', f'"{option[2:]}"'} & {*re.findall(r'"[\w-]+"', source)}
+        return
+    if "cli.define_config" in source:
+        argv = [module, *arguments]
+        cli._check_config(argv)
+        values = absl_flags(source)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", argv)  # where config_flags looks for overrides
+            assert values(argv) == [module], command
+        check_config(values["config"].value)
+        return
+    with monkeypatch.context() as patch:
+        original = argparse.ArgumentParser.parse_args
+
+        def parse(parser, args=None, namespace=None):
+            original(parser, args, namespace)
+            raise ParsedError
+
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        patch.setattr(sys, "argv", [module, *arguments])
+        with pytest.raises(ParsedError):
+            importlib.import_module(module).main()
+
+
+# ------------------------------------------------------------------ what the pages name
+
+
+@pytest.fixture(scope="module")
+def files() -> list[str]:
+    """The Python files of the repository."""
+    found = [*ROOT.glob("*.py")]
+    for folder in FOLDERS:
+        found += (ROOT / folder).rglob("*.py")
+    return [str(path.relative_to(ROOT)) for path in found]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_files_exist(page, files):
+    text = read_page(page)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("https://"):
+            assert (ROOT / page).parent.joinpath(target.partition("#")[0]).exists(), target
+    for name in re.findall(r"[\w./-]*\w\.py\b", text):
+        known = any(f"/{file}".endswith(f"/{name}") for file in files)
+        assert known or name == "FILE.py", name
+    for name in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`", text):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_are_in_the_files_that_pages_name(page):
+    text = prose(page)
+    pairs = re.findall(r"`(\w+)`\s+(?:in|\()\s*`?([\w/]+\.py)", text)
+    pairs += [(name, file) for file, name in re.findall(r"`([\w/]+\.py)`\s+\(`(\w+)`\)", text)]
+    for name, file in pairs:
+        assert re.search(rf"\b{name}\b", (ROOT / file).read_text(encoding="utf-8")), (name, file)
+
+
+def field_names(config: ConfigDict, prefix: str = "") -> set[str]:
+    """Return the fields of a config, `model.width` for one of a section."""
+    found = set()
+    for name, value in config.items():
+        found.add(prefix + name)
+        if isinstance(value, ConfigDict):
+            found |= field_names(value, f"{prefix}{name}.")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_config_fields_exist(page):
+    configs = (motion.get_config(), xvit_k600.get_config(), stam_16_k400.get_config())
+    known = set().union(*map(field_names, configs))
+    text = prose(page)
+    sections = "|".join(CONFIG_SECTIONS)
+    named = {*re.findall(rf"`((?:{sections})\.\w+)(?:=[^`]*)?`", text)}
+    named |= {*re.findall(r"--config\.([\w.]+)", text)}
+    for table in re.findall(r"^\| field \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE):
+        for row in table.splitlines():
+            cells = re.findall(r"`(?:--config\.)?([\w.]+)(?:=[^`]*)?`", row.split("|")[1])
+            named |= {*cells}
+    unknown = {name for name in named - known if not name.endswith((".json", ".html", ".md"))}
+    assert not unknown
+
+
+# ------------------------------------------------------------------ examples
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_name_their_language(page):
+    assert read_page(page).count("```") == 2 * len(read_blocks(page))
+    for block in read_blocks(page):
+        assert block.language in LANGUAGES, block.place
+
+
+def link_programs(folder: Path) -> None:
+    """Make a folder look like a checkout, so that commands write nothing into the real one."""
+    for name in ("main.py", *FOLDERS):
+        (folder / name).symlink_to(ROOT / name)
+
+
+def make_videos(folder: Path, motion_folder: Path) -> None:
+    """Write the videos that the pages name, out of a folder of motion clips."""
+    for split in ("train", "val"):
+        for i, line in enumerate((motion_folder / f"{split}.csv").read_text().splitlines()):
+            name, label = line.split()
+            target = folder / "MY_VIDEOS" / split / LABELS[int(label)] / Path(name).name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if i < 24:
+                target.symlink_to(motion_folder / name)
+    (folder / "MY_LIST").symlink_to(motion_folder)
+    (folder / "more" / "of" / "them").mkdir(parents=True)
+    clip = motion_folder / "val" / "00000.mp4"
+    (folder / "more" / "of" / "them" / "clip.mp4").symlink_to(clip)
+    with av.open(str(clip)) as source:
+        frames = [frame.to_ndarray(format="rgb24") for frame in source.decode(video=0)]
+    with av.open(str(folder / "long.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=15)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for i in range(300):  # 20 s
+            picture = av.VideoFrame.from_ndarray(frames[i % len(frames)], format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory, motion_folder) -> Path:
+    """A folder in which the pages' quick commands run: small videos and an untrained model."""
+    folder = tmp_path_factory.mktemp("docs")
+    link_programs(folder)
+    make_videos(folder, motion_folder)
+    (folder / "data").mkdir()
+    (folder / "data" / "motion").symlink_to(motion_folder)
+    preprocessing = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
+    preprocessing["sampling"] = "segments"
+    model = jaxvid.create_model("xvit_tiny", width=16, depth=1)
+    for name in ("model", "best"):
+        target = folder / "runs" / "motion" / name
+        jaxvid.save_model(model, target, preprocessing=preprocessing, labels=list(LABELS))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")  # absl's
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_have_valid_flags(page, checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    for block in read_blocks(page):
+        for command in block.commands() if block.language == "bash" else ():
+            try:
+                check_command(command, monkeypatch)
+            except (Exception, SystemExit) as error:
+                pytest.fail(f"{block.place}: {command}: {error!r}")
+
+
+def test_every_reason_is_for_a_command():
+    commands = [c for page in PAGES for b in read_blocks(page) for c in b.commands()]
+    for pattern in NOT_RUN:
+        assert any(re.match(pattern, command) for command in commands), pattern
+
+
+def run_in_process(command: str, monkeypatch) -> None:
+    """Call the `main` of a quick program; any other command is left to the marked suite."""
+    if not command.startswith("python ") or reason_not_run(command):
+        return
+    module, arguments = program_of(shlex.split(command)[1:])
+    if module not in QUICK:
+        return
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    status = 0
+    try:
+        status = importlib.import_module(module).main()
+    except SystemExit as error:
+        status = error.code
+    assert not status, command
+
+
+def run_python(block: Block) -> None:
+    """Run a `python` block in this process."""
+    exec(compile(block.text, block.place, "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_quick_examples_run(page, checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    for block in read_blocks(page):
+        if block.language == "python":
+            run_python(block)
+        elif block.language == "bash":
+            for command in block.commands():
+                run_in_process(command, monkeypatch)
+
+
+# ------------------------------------------------------------------ all examples, as written
+
+
+def run_command(command: str, folder: Path) -> None:
+    """Run a command in a folder, on one CPU device; trainings are shortened by `SHRINK`."""
+    for config, fields in SHRINK.items():
+        if f"--config {config}" in command:
+            command += "".join(f" --config.{field}" for field in fields.split())
+    done = subprocess.run(
+        ["bash", "-c", re.sub(r"^python ", f"{shlex.quote(sys.executable)} ", command)],
+        cwd=folder,
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with small videos and the demo's run, which the pages continue and use."""
+    folder = tmp_path_factory.mktemp("trained")
+    link_programs(folder)
+    make_motion(folder / "data" / "motion", num_train=48, num_val=24, seed=0)
+    make_videos(folder, folder / "data" / "motion")
+    run_command("python main.py --config configs/motion.py --workdir runs/motion", folder)
+    return folder
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("page", PAGES)
+def test_all_examples_run(page, trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    for block in read_blocks(page):
+        if block.language == "python":
+            run_python(block)
+        elif block.language == "bash":
+            for command in block.commands():
+                if not reason_not_run(command):
+                    run_command(command, trained)
+
+
+# ------------------------------------------------------------------ the notebook
+
+
+@functools.cache
+def notebook_code() -> list[str]:
+    """Return the code cells of the notebook."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_is_python_and_has_no_outputs():
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        assert cell["cell_type"] in ("markdown", "code")
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
+    for code in notebook_code():
+        compile(code, "cell", "exec")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_the_notebook_runs(tmp_path):
+    link_programs(tmp_path)
+    (tmp_path / "cells.py").write_text("\n\n".join(notebook_code()), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "cells.py"],
+        cwd=tmp_path,
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+    report = json.loads((tmp_path / "runs/notebook/finetuned/eval.json").read_text())
+    assert report["num_videos"] == 48
+    assert report["top1"] > 50  # four classes
