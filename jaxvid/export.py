@@ -32,7 +32,7 @@ from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import InputError
 from jaxvid.models import split_params
 from jaxvid.storage import eval_step
-from jaxvid.storage.preprocessing import clip_shape, load_model_and_spec
+from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing
 
 FORMATS = ("stablehlo", "safetensors")
 PLATFORMS = ("cpu", "cuda")
@@ -91,13 +91,13 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
         InputError: The model folder is unusable, the weights are too large, or a file cannot be
             written.
     """
-    card, model, spec = load_model_and_spec(folder)
-    how, output = card["preprocessing"], Path(output)
+    card, model, preprocessing = load_model_and_preprocessing(folder)
+    spec, output = preprocessing.spec, Path(output)
     of_folder = ("files", "checksums")
     card = {key: value for key, value in card.items() if key not in of_folder}
     about = {"file": output.name, "format": format_, "model": card["name"]}
     if format_ == "stablehlo":
-        data = export_stablehlo(model, spec, mean=how["mean"], std=how["std"])
+        data = export_stablehlo(model, spec, mean=preprocessing.mean, std=preprocessing.std)
         about |= {
             "input": {
                 "shape": list(clip_shape(spec, "b")),

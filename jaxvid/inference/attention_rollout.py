@@ -18,7 +18,7 @@ from jaxvid.distributed import setup
 from jaxvid.errors import InputError
 from jaxvid.models.xvit import XViT
 from jaxvid.storage import eval_step
-from jaxvid.storage.preprocessing import load_model_and_spec
+from jaxvid.storage.preprocessing import load_model_and_preprocessing
 
 TOP_K = 3  # classes that are named
 
@@ -98,10 +98,11 @@ def look_at(video: str | Path, folder: str | Path, *, clip: int = 0, num_clips: 
     if not 0 <= clip < num_clips:
         raise InputError(f"--clip={clip}: there are 0 to {num_clips - 1} (--num_clips={num_clips})")
     setup.use_compilation_cache()
-    card, model, spec = load_model_and_spec(folder, "float32")  # as evaluation computes
-    how, labels = card["preprocessing"], card["labels"]
+    # Evaluation computes in float32, too.
+    card, model, preprocessing = load_model_and_preprocessing(folder, "float32")
+    labels = card["labels"]
     # Clip 0 is the same whatever their number, and the others need not be decoded.
-    spec = dataclasses.replace(spec, num_clips=num_clips if clip else 1, num_crops=1)
+    spec = dataclasses.replace(preprocessing.spec, num_clips=num_clips if clip else 1, num_crops=1)
     views = load_eval_views(video, spec)
     indices = views["indices"][clip]
     with VideoFile(video) as reader:
@@ -115,7 +116,8 @@ def look_at(video: str | Path, folder: str | Path, *, clip: int = 0, num_clips: 
         attention = {name: roll_out(a[0]) for name, a in model.attention(clip).items()}
         return jax.nn.softmax(model(clip))[0], attention
 
-    view = eval_step.normalize(views["video"][clip : clip + 1], how["mean"], how["std"])
+    view = views["video"][clip : clip + 1]
+    view = eval_step.normalize(view, preprocessing.mean, preprocessing.std)
     probabilities, attention = jax.device_get(run(view))
     if not np.isfinite(probabilities).all():
         raise InputError(f"{folder}: logits that are not finite for {video}; train it again")

@@ -19,9 +19,9 @@ from jaxvid.data.clips.clip import ClipSpec, load_eval_views
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.synthetic_motion import LABELS
 from jaxvid.errors import InputError
+from jaxvid.experiment import resolve
 from jaxvid.predict import expand, main, predict
 from jaxvid.storage import eval_step, model_card
-from jaxvid.storage.preprocessing import make_preprocessing
 from jaxvid.train import train
 from tests.conftest import shrunk_config
 
@@ -109,7 +109,7 @@ def test_views_are_summed_and_the_folders_protocol_is_the_default(folders, clips
 
 
 def test_what_training_writes_is_understood(folders, clips, tmp_path):
-    how = make_preprocessing(motion_config.get_config())
+    how = resolve(motion_config.get_config()).preprocessing.to_json()
     assert how.items() >= HOW.items()
     jaxvid.save_model(jaxvid.load_model(folders / "xvit"), tmp_path / "m", preprocessing=how)
     found = jaxvid.Classifier(tmp_path / "m").predict(clips[3])
