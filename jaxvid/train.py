@@ -34,7 +34,6 @@ from jaxvid.training import (
     profiler,
     run_config,
     run_metadata,
-    signals,
     skipped_videos,
     steps,
     training_videos,
@@ -52,6 +51,7 @@ from jaxvid.training.loop import (
     run_loop,
 )
 from jaxvid.training.metric_flusher import MetricFlusher
+from jaxvid.training.signals import StopSignals
 from jaxvid.training.validation import Validation
 
 
@@ -297,7 +297,7 @@ def _make_loop(
         title="training",
     )
     resources.callback(progress.close)
-    stalls, stop_signals = watchdog.Watchdog(experiment.stall_seconds), signals.StopSignals()
+    stalls, stop_signals = watchdog.Watchdog(experiment.stall_seconds), StopSignals()
     resources.callback(stalls.close)
     return Loop(
         workdir=workdir,
@@ -330,7 +330,7 @@ def _make_validation(
     run: Run,
     manager: checkpoint.CheckpointManager,
     writer: metric_writer.MetricWriter,
-    stop_signals: signals.StopSignals,
+    stop_signals: StopSignals,
     stalls: watchdog.Watchdog,
 ) -> Validation:
     """Make the evaluation during training; all processes call it."""

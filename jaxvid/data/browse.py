@@ -82,7 +82,9 @@ def make_rows(config: Config, count: int) -> list[tuple[str, np.ndarray, np.ndar
     return rows
 
 
-def _rows_of(record: Record, split: str, spec: ClipSpec, rng, title: str) -> list:
+def _rows_of(
+    record: Record, split: str, spec: ClipSpec, rng: np.random.Generator, title: str
+) -> list:
     if split == "train":
         clip = load_train_clip(record, rng, spec)
         return [(title, clip["video"], clip["indices"])]

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -94,10 +95,10 @@ def make_schedule(
     scale = batch_size / optimizer.reference_batch_size
     peak, start = scale * optimizer.learning_rate, scale * optimizer.warmup_start_rate
 
-    def cosine(step):
+    def cosine(step: jax.typing.ArrayLike) -> jax.Array:
         return peak * 0.5 * (1 + jnp.cos(jnp.pi * step / total_steps))
 
-    def schedule(step):
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         if not warmup_steps:
             return cosine(step)
         warm = start + (cosine(warmup_steps) - start) * step / warmup_steps

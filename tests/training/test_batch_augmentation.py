@@ -1,4 +1,4 @@
-"""Random erasing, mixup and cutmix."""
+"""Random erasing, mixup and CutMix."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Model folders come back as they were, and bad ones are refused."""
+"""Model folders and checkpoints: saving, restoring, and refusing damaged ones."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Teachers that do not fit are refused by name; how one teaches is tested in test_steps.py."""
+"""Loading of teachers; the distillation loss is tested in test_steps.py."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Sums are exact, files tell one story."""
+"""Metric rows, TensorBoard events and skipped videos, also after a kill."""
 
 import errno
 import json

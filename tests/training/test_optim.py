@@ -1,4 +1,4 @@
-"""Schedules and optimisers do what the config says."""
+"""Learning-rate schedules and optimizers."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Fingerprints of data: what changes them, and what a run refuses by them."""
+"""Fingerprints of the data, and the starts of a run."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""The device-side functions: the loss, exact masked sums, and that a step learns."""
+"""The training and evaluation steps on the device."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The programs from end to end, on real clips: train, interrupt, continue, evaluate."""
+"""Training and evaluation end to end on video files: interrupt, resume, evaluate."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run that is continued with a shorter list keeps the places of the videos that are gone."""
+"""Changes of the list of training videos between two starts of a run."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What watches over a run: stalls are told while they last, losses read late but exactly."""
+"""Stalls, late metrics, signals and traces of a training run."""
 
 import gc
 import json
