@@ -1,15 +1,15 @@
-"""Trains and evaluates.
+"""Train and evaluate.
 
-python main.py --config FILE.py --workdir FOLDER                train, with evaluation; continues
+python main.py --config FILE.py --workdir FOLDER                train and evaluate; resumes
 python main.py --config FILE.py --workdir FOLDER --mode eval    evaluate the newest checkpoint
 python main.py --config FILE.py --workdir FOLDER --mode schedule    draw the learning rate
 ... --config.FIELD=VALUE                           override a field; the config file lists them
-... --mode eval --compare OTHER/eval.json          which videos changed, and is it more than chance?
-... --profile 10:20                                write a trace of the steps 10 to 20
+... --mode eval --compare OTHER/eval.json          compare with another evaluation
+... --profile 10:20                                write a profiler trace of steps 10 to 20
 ... --coordinator HOST:PORT --num_processes N --process_id I     one process of several
 
-Exit codes: 0 done; 2 bad input, in one line; 130 and 143: SIGINT and SIGTERM (or a process beside
-this one was told to stop), the state was saved and the same command continues.
+Exit codes: 0 done; 2 invalid input, printed as one line; 130 and 143: SIGINT and SIGTERM in any
+process of the run. The state was saved, and the same command continues.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -33,34 +33,37 @@ CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, reports.")
 MODE = flags.DEFINE_enum(
     *("mode", "train", ["train", "eval", "schedule"]),
-    "train (with evaluation; continues), eval only, or schedule: a picture of the learning rate.",
+    "train (and evaluate; resumes), eval, or schedule: plot the learning rate. Default: train.",
 )
 COMPARE = flags.DEFINE_string(
-    "compare", None, "Another eval.json: which videos changed, and is the difference significant?"
+    "compare",
+    None,
+    "Another eval.json: list changed videos and test the difference.",
 )
-PROFILE = flags.DEFINE_string("profile", None, "START:STOP, the steps of a trace for a profiler.")
+PROFILE = flags.DEFINE_string("profile", None, "START:STOP: training steps of a profiler trace.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many; 1 alone: no others.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 JOIN_SECONDS = flags.DEFINE_float(
-    "join_seconds", 300.0, "How long to wait for the other processes at the start, in seconds."
+    "join_seconds", 300.0, "Seconds to wait for the other processes at the start."
 )
 for _name, _mode in (("compare", "eval"), ("profile", "train")):
     flags.register_multi_flags_validator(
         ("mode", _name),
         lambda values, name=_name, mode=_mode: not values[name] or values["mode"] == mode,
-        f"--{_name} belongs to --mode {_mode}; leave one of the two out",
+        f"--{_name} needs --mode {_mode}; leave one of the two out",
     )
 
 
 def run(_) -> None:
-    """Runs the program that the flags name; bad input becomes one line and exit code 2."""
-    # JAX, Orbax and Grain tell every step they take; what fails is raised, and told in one line.
+    """Run the program that the flags select; print invalid input as one line, exit code 2."""
+    # Silence INFO logs from JAX, Orbax and Grain; failures are raised and printed as one line.
     logging.set_verbosity(logging.FATAL)
     cli.hide_unfinished_saves()
     from jaxvid.distributed import process_group, setup
     from jaxvid.errors import InputError
     from jaxvid.evaluate import evaluate
+    from jaxvid.experiment import resolve
     from jaxvid.train import train
     from jaxvid.training.plots import draw_schedule
     from jaxvid.training.run_config import check_same_everywhere
@@ -72,16 +75,23 @@ def run(_) -> None:
         )
         with process_group.failing_together():
             profile_steps = cli.parse_range("profile")
-            check_same_everywhere(CONFIG.value)
+            check_same_everywhere(CONFIG.value.to_dict())
             if MODE.value == "train":
                 train(CONFIG.value, WORKDIR.value, profile_steps=profile_steps)
             elif MODE.value == "eval":
                 evaluate(CONFIG.value, WORKDIR.value, compare_with=COMPARE.value)
             else:
-                print(draw_schedule(CONFIG.value, WORKDIR.value))
+                experiment = resolve(CONFIG.value)
+                picture = draw_schedule(
+                    experiment.optimizer,
+                    WORKDIR.value,
+                    batch_size=experiment.batch_size,
+                    num_epochs=experiment.num_epochs,
+                )
+                print(picture)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        gc.collect()  # while what a failed save left can still be hidden
+        gc.collect()  # while messages about a failed save can still be hidden
         sys.exit(InputError.EXIT_CODE)
 
 
@@ -92,7 +102,7 @@ def _end_other_processes(values: dict[str, str], cause: str) -> None:
 
 
 def main() -> None:
-    """Parses the flags and runs what they name."""
+    """Parse the flags and run the program that they select."""
     parse = functools.partial(
         cli.parse_flags,
         doc=__doc__,

@@ -1,12 +1,12 @@
-"""This project's data pipeline against its alternatives, one thread, in alternating runs.
+"""Compare the data pipeline with alternatives, on one thread, in alternating runs.
 
-python benchmarks/data.py                     on clips that it makes: 340×256, 10 s, 30 frames/s
-python benchmarks/data.py --size 640x480      the same, larger
+python benchmarks/data.py                     generated videos of 340×256, 10 s, 30 frames/s
+python benchmarks/data.py --size 640x480      larger videos
 
 A clip is 16 frames spread over a video, scaled to a short side of 256 px and cropped to 224 px, as
-uint8. Prints clips/s of a core (CPU time, so that a busy machine matters little), the median of the
-paired ratios and the ratio of all rounds together, and what each stage costs. Every side gives the
-same 16 frames.
+uint8. All sides decode the same frames. Prints clips per second of CPU time on one core, which
+depends little on other load, the median of the paired ratios, the ratio of all rounds together, and
+the cost of each stage.
 """
 
 import argparse
@@ -57,18 +57,18 @@ TRAIN_SPECS = {  # XViT's on Kinetics
 
 
 def make_texture(rng: np.random.Generator, size: int, contrast: float) -> Image.Image:
-    """A picture whose spectrum falls as that of photographs does, about 1/f."""
+    """Make a picture with a spectrum of about 1/f, like that of photographs."""
     f = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
     noise = np.fft.fft2(rng.standard_normal((3, size, size)), axes=(1, 2))
     planes = np.fft.ifft2(noise / np.maximum(f, 1 / size) ** 1.2, axes=(1, 2)).real
     planes /= planes.std(axis=(1, 2), keepdims=True)
-    planes = planes[:1] + 0.3 * planes  # mostly grey, as the world is
+    planes = planes[:1] + 0.3 * planes  # mostly grey, like photographs
     values = rng.uniform(90, 150, (3, 1, 1)) + contrast * planes
     return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def write_video(path: Path, width: int, height: int, seed: int) -> None:
-    """A hand-held shot of two things that move, with sensor noise; one cut."""
+    """Write a video of two moving objects, with camera shake, sensor noise and one cut."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:height, :width]
     cut, shake = int(rng.integers(60, SECONDS * FPS - 60)), np.zeros(2)
@@ -78,13 +78,13 @@ def write_video(path: Path, width: int, height: int, seed: int) -> None:
         for t in range(SECONDS * FPS):
             if t in (0, cut):
                 layers = [make_texture(rng, 2 * max(width, height), 40) for _ in range(3)]
-                places, speeds = rng.uniform(0.3, 0.7, (3, 2)), rng.uniform(-1, 1, (3, 2))
+                centres, speeds = rng.uniform(0.3, 0.7, (3, 2)), rng.uniform(-1, 1, (3, 2))
                 radii = rng.uniform(0.1, 0.3, (3, 2)) * (width, height)
             shake = shake + rng.normal(0, 0.2, 2)
             frame = None
-            for layer, place, speed, radius in zip(layers, places, speeds, radii, strict=True):
-                # The background drifts; what is before it goes to and fro, and turns.
-                x, y = (place + 0.2 * speed * np.sin(t / 20)) * (width, height)
+            for layer, centre, speed, radius in zip(layers, centres, speeds, radii, strict=True):
+                # The background drifts; the objects swing and turn.
+                x, y = (centre + 0.2 * speed * np.sin(t / 20)) * (width, height)
                 angle = 0.0 if frame is None else 0.5 * speed[0] * np.sin(t / 15)
                 zoom = 1 + 0.05 * np.sin(t / 60)
                 c, s = zoom * np.cos(angle), zoom * np.sin(angle)
@@ -110,31 +110,31 @@ def write_video(path: Path, width: int, height: int, seed: int) -> None:
 
 
 def finish(frames: list[np.ndarray]) -> np.ndarray:
-    """Scaled and cropped, `(t, h, w, c)`: the same on every side."""
+    """Scale and crop frames to `(t, h, w, c)`; all sides share this function."""
     frames = transforms.resize_short_side(np.stack(frames), SHORT_SIDE)
     return np.ascontiguousarray(transforms.eval_crops(frames, CROP, 1)[0])
 
 
-def wanted_of(length: int) -> list[int]:
-    """The frames of the clip, ascending."""
+def clip_indices(length: int) -> list[int]:
+    """Return the frame numbers of the clip, ascending."""
     return sampling.segment_indices(length, NUM_FRAMES).tolist()
 
 
-def with_jaxvid(source) -> np.ndarray:
-    """This project's pipeline, on a file or on a record of a pack."""
+def with_jaxvid(source: Path | PackedVideo) -> np.ndarray:
+    """Load the clip of a file or of a pack's record with this project's pipeline."""
     return np.ascontiguousarray(load_eval_views(source, SPEC)["video"][0])
 
 
 def train_clip(records: dict, paths: list[Path], spec: ClipSpec, i: int) -> np.ndarray:
-    """The i-th augmented clip."""
+    """Load the i-th augmented training clip."""
     return load_train_clip(records[paths[i % len(paths)]], np.random.default_rng(i), spec)["video"]
 
 
-def xvit_views(record, *, exact: bool) -> np.ndarray:
-    """XViT's three test crops `(v t h w c)`: unrounded as uint16 pixels, or rounded to uint8."""
+def xvit_views(record: PackedVideo, *, exact: bool) -> np.ndarray:
+    """Load XViT's three test crops `(v t h w c)`, unrounded as uint16 or rounded to uint8."""
     views = np.empty((3, NUM_FRAMES, CROP, CROP, 3), np.uint16 if exact else np.uint8)
     with record.open() as reader:
-        for t, frame in reader.iter_frames(wanted_of(reader.num_frames)):
+        for t, frame in reader.iter_frames(clip_indices(reader.num_frames)):
             frame = transforms.resize_bilinear(frame[None], CROP, exact=exact)
             for v, crop in enumerate(transforms.eval_crops(frame, CROP, 3)):
                 views[v, t] = crop[0]
@@ -142,42 +142,42 @@ def xvit_views(record, *, exact: bool) -> np.ndarray:
 
 
 def jpegs_of(video: PackedVideo) -> list[bytes]:
-    """The pictures of its clip."""
+    """Return the JPEG files of a packed video's clip."""
     size = video.listed.frames_per_record
-    places = [divmod(i, size) for i in wanted_of(video.listed.num_frames)]
-    return [video.records.read(video.listed.record + n)["frames"][i] for n, i in places]
+    positions = [divmod(i, size) for i in clip_indices(video.listed.num_frames)]
+    return [video.records.read(video.listed.record + n)["frames"][i] for n, i in positions]
 
 
 def with_pyav(path: Path) -> np.ndarray:
-    """Decodes from the start to the last wanted frame."""
+    """Decode from the start to the last frame of the clip."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        wanted = wanted_of(stream.frames)
+        indices = clip_indices(stream.frames)
         frames = []
         for i, frame in enumerate(container.decode(stream)):
-            if i in wanted:
+            if i in indices:
                 frames.append(frame.to_ndarray(format="rgb24"))
-            if i == wanted[-1]:
+            if i == indices[-1]:
                 break
     return finish(frames)
 
 
 def with_opencv(path: Path) -> np.ndarray:
-    """Grabs from the start to the last wanted frame, retrieves the wanted ones."""
+    """Grab from the start to the last frame of the clip, and retrieve its frames."""
     video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    wanted = wanted_of(int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
+    indices = clip_indices(int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
     frames = []
-    for i in range(wanted[-1] + 1):
+    for i in range(indices[-1] + 1):
         video.grab()
-        if i in wanted:
+        if i in indices:
             frames.append(cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB))
     video.release()
     return finish(frames)
 
 
 def make_with_torch(paths: list[Path]) -> Callable[[Path], np.ndarray]:
-    """A torch DataLoader, in this process, over sequential PyAV decoding."""
+    """Make a torch DataLoader in this process, with sequential PyAV decoding."""
     import torch
 
     torch.set_num_threads(1)
@@ -206,7 +206,7 @@ RESAMPLING = {
 
 
 def warp(image: Image.Image, matrix: tuple, interpolation: int) -> Image.Image:
-    """Pillow's affine transform."""
+    """Apply Pillow's affine transform."""
     return image.transform(
         image.size, Image.Transform.AFFINE, matrix, RESAMPLING[interpolation], fillcolor=(128,) * 3
     )
@@ -236,7 +236,7 @@ PILLOW = {  # operations of the policy, for one frame
 
 
 def pillow_autoaugment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The same draws as `augment.autoaugment`, applied by Pillow to one frame after the other."""
+    """Apply the operations that `autoaugment.autoaugment` draws with Pillow, frame by frame."""
     for name, probability, level in autoaugment.AUTOAUGMENT_V0[
         rng.integers(len(autoaugment.AUTOAUGMENT_V0))
     ]:
@@ -251,14 +251,14 @@ def pillow_autoaugment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarr
 
 
 def cpu_seconds(call: Callable) -> float:
-    """CPU time of one call in this process, all its threads together."""
+    """Return the CPU time of a call in this process, over all threads."""
     start = time.process_time()
     call()
     return time.process_time() - start
 
 
 def compare(title: str, sides: dict[str, Callable], rounds: list) -> None:
-    """Runs all sides on each of `rounds`, in turn, and prints rates and paired ratios."""
+    """Run all sides on each of `rounds` in turn, and print rates and paired ratios."""
     for side in sides.values():
         side(rounds[0])
     times = np.array(
@@ -271,16 +271,16 @@ def compare(title: str, sides: dict[str, Callable], rounds: list) -> None:
         if side != next(iter(sides)):
             line += f"   first is {np.median(ratios):.2f} × as fast"
             line += f" ({ratios.min():.2f} to {ratios.max():.2f})"
-            line += f", {column.sum() / times[:, 0].sum():.2f} × in all"
+            line += f", {column.sum() / times[:, 0].sum():.2f} × in total"
         print(line)
 
 
 class TimedVideo(VideoFile):
-    """Counts the time that conversion to RGB takes."""
+    """Measures the time of the conversion to RGB."""
 
     rgb_seconds = 0.0
 
-    def _to_rgb(self, frame):
+    def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         start = time.process_time()
         image = super()._to_rgb(frame)
         self.rgb_seconds += time.process_time() - start
@@ -288,7 +288,7 @@ class TimedVideo(VideoFile):
 
 
 def print_stages(paths: list[Path], rounds: int) -> None:
-    """What each stage of a training clip costs."""
+    """Print the cost of each stage of a training clip."""
     rows = []
     batch = np.empty((8, NUM_FRAMES, CROP, CROP, 3), np.uint8)
     for i in range(rounds + 1):
@@ -296,7 +296,7 @@ def print_stages(paths: list[Path], rounds: int) -> None:
         marks = [time.process_time()]
         with TimedVideo(paths[i % len(paths)]) as video:
             marks.append(time.process_time())
-            frames = video.get_frames(np.array(wanted_of(video.num_frames)))
+            frames = video.get_frames(np.array(clip_indices(video.num_frames)))
         marks.append(time.process_time())
         augmented = autoaugment.autoaugment(frames, rng)
         marks.append(time.process_time())
@@ -318,11 +318,14 @@ def print_stages(paths: list[Path], rounds: int) -> None:
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="340x256", help="of the videos, in pixels")
-    parser.add_argument("--videos", type=int, default=6, help="different videos")
-    parser.add_argument("--rounds", type=int, default=24, help="clips that each side makes")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--size", default="340x256", help="size of the videos in pixels")
+    parser.add_argument("--videos", type=int, default=6, help="number of videos")
+    parser.add_argument("--rounds", type=int, default=24, help="clips per side")
     parser.add_argument("--frames_per_record", type=int, default=Settings.frames_per_record)
     args = parser.parse_args()
     width, height = (int(n) for n in args.size.split("x"))
@@ -380,7 +383,7 @@ def main() -> None:
             print(f"{name}: {side(rounds[0]).nbytes / 1e6:.1f} MB per video")
 
         with VideoFile(paths[0]) as video:
-            frames = video.get_frames(np.array(wanted_of(video.num_frames)))
+            frames = video.get_frames(np.array(clip_indices(video.num_frames)))
         sides = {
             "jaxvid AutoAugment": lambda i: autoaugment.autoaugment(
                 frames, np.random.default_rng(i)

@@ -1,16 +1,17 @@
-"""What training's loop costs beside its arithmetic, measured on `jaxvid.train.train` itself.
+"""Measure the cost of training's loop beside its arithmetic, in `jaxvid.train.train` itself.
 
-python benchmarks/train.py                       the demo's model: one batch for ever, and packs
-python benchmarks/train.py --trace               and how busy the device is, and what it is worth to
-                                                 read metrics late
+python benchmarks/train.py                       the demo's model: one repeated batch, and packs
+python benchmarks/train.py --trace               also trace the device, and wait for each step
 python benchmarks/train.py --input pack --input folder           packs against H.264 files
 python benchmarks/train.py --config FILE.py --config.FIELD=VALUE         another model
 
-It makes clips and packs them; `synthetic` is one batch of them for ever. The sides take turns in
-one run, some steps each, of which the first do not count: buffers are full then. A step lasts from
-one draw of a batch to the next. `python` is CPU time of the loop's thread in a step, draws
-excluded. `busy` is the share of the time in which the device runs a program (CPU) or has a kernel
-or a copy in a stream (GPU), in a trace of some further steps; it slows Python more than the device.
+Clips are generated and packed; `synthetic` repeats one batch of them. The training program is given
+an iterator that switches between the inputs every few steps of one run. The first steps of a turn
+are not counted, as buffers are full then. A step lasts from one draw of a batch to the next.
+`python` is the CPU time of the loop's thread per step, without draws. `busy` is the share of time
+in which the device runs a program (CPU), or has a kernel or a copy in a stream (GPU), in a trace of
+some further steps. The trace slows Python more than the device. `read at once` waits for the device
+before each draw, as a loop does that reads its metrics after each step.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,22 +36,24 @@ from jax.profiler import ProfileData, TraceAnnotation
 
 from benchmarks.cost import multiply_adds
 from jaxvid import cli
-from jaxvid import train as training
 from jaxvid.data import synthetic_motion
 from jaxvid.data.formats.pack_writer import Settings
+from jaxvid.data.pipeline import make_train_iter
 from jaxvid.data.prepare import prepare
-from jaxvid.data.sources import open_dataset
+from jaxvid.data.sources import DatasetConfig, open_dataset
 from jaxvid.errors import InputError
+from jaxvid.experiment import Config
 from jaxvid.models import make_model_config
+from jaxvid.train import train
 
 CONFIG = cli.define_config()
 INPUT = flags.DEFINE_multi_enum(
     *("input", ["synthetic", "pack"], ["synthetic", "pack", "folder"]),
-    "Where batches come from; the first is what the others are compared with.",
+    "Sources of batches; the others are compared with the first.",
 )
-STEPS = flags.DEFINE_integer("steps", 20, "Counted steps of a turn.", lower_bound=1)
-TURNS = flags.DEFINE_integer("turns", 5, "Turns of each side.", lower_bound=1)
-TRACE = flags.DEFINE_boolean("trace", False, "Trace too, and compare with reading metrics at once.")
+STEPS = flags.DEFINE_integer("steps", 20, "Counted steps per turn.", lower_bound=1)
+TURNS = flags.DEFINE_integer("turns", 5, "Turns per side.", lower_bound=1)
+TRACE = flags.DEFINE_boolean("trace", False, "Also trace the device and wait for each step.")
 CLIPS, VIDEOS = 128, 4
 TRACED_STEPS, FILLING_STEPS = 10, 3  # of a side in the trace; of them before the window
 
@@ -59,29 +62,29 @@ TRACED_STEPS, FILLING_STEPS = 10, 3  # of a side in the trace; of them before th
 
 
 class Side(NamedTuple):
-    """One way to train.
+    """One of the variants that are compared.
 
     Attributes:
-        name: For the table.
+        name: Its name in the table.
         kind: Its input.
-        steps_ahead: How many steps may wait for their metrics to be read.
+        waits: Whether it waits for the device before each draw.
         other: The side that it is compared with.
     """
 
     name: str
     kind: str
-    steps_ahead: int
+    waits: bool
     other: str
 
 
 class Plan(NamedTuple):
-    """Whose turn it is.
+    """Which side makes which step.
 
     Attributes:
-        sides: They take turns.
-        skipped: Steps at the start of a turn that do not count.
-        steps: Steps that do.
-        turns: Of each side.
+        sides: The sides, in the order of their turns.
+        skipped: Steps at the start of a turn that are not counted.
+        steps: Counted steps per turn.
+        turns: Turns per side.
     """
 
     sides: list[Side]
@@ -91,11 +94,11 @@ class Plan(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Steps of all turns; one more ends the last of them, and then comes the trace."""
+        """Steps of all turns. One more ends the last turn, and then the trace follows."""
         return self.turns * len(self.sides) * (self.skipped + self.steps)
 
     def side_of(self, step: int) -> Side:
-        """The side that makes this step."""
+        """Return the side that makes a step."""
         if step < self.total:
             turn = step // (self.skipped + self.steps)
         else:
@@ -103,18 +106,18 @@ class Plan(NamedTuple):
         return self.sides[turn % len(self.sides)]
 
     def counted(self, marks: np.ndarray) -> np.ndarray:
-        """`marks` `(steps ...)` of all turns as `(turns sides steps ...)` of those that count."""
+        """Select the counted steps: `(steps ...)` of all turns → `(turns sides steps ...)`."""
         turns = marks[: self.total].reshape(self.turns, len(self.sides), -1, *marks.shape[1:])
         return turns[:, :, self.skipped :]
 
 
-def make_plan(config) -> Plan:
-    """The plan that the flags ask for."""
-    kinds, ahead = INPUT.value, training.STEPS_AHEAD
-    sides = [Side(kind, kind, ahead, kinds[0]) for kind in kinds]
+def make_plan(config: Config) -> Plan:
+    """Make the plan of the flags."""
+    kinds = INPUT.value
+    sides = [Side(kind, kind, False, kinds[0]) for kind in kinds]
     if TRACE.value:
-        sides.append(Side(f"{kinds[-1]}, read at once", kinds[-1], 0, kinds[-1]))
-    # The batches that are made while others have their turn, and the steps ahead.
+        sides.append(Side(f"{kinds[-1]}, read at once", kinds[-1], True, kinds[-1]))
+    # Batches that were decoded during other sides' turns, and the steps that the device is behind.
     skipped = (config.data.num_threads + 4) * max(1, config.data.num_workers)
     return Plan(sides, skipped, STEPS.value, TURNS.value)
 
@@ -122,18 +125,18 @@ def make_plan(config) -> Plan:
 # ------------------------------------------------------------------ clips
 
 
-def make_clips(folder: Path, config) -> None:
-    """Writes videos of about the size that the model looks at, as files and as a pack.
+def make_clips(folder: Path, config: Config) -> None:
+    """Write videos a little larger than the model's input, as files and as a pack.
 
     Args:
         folder: Gets `folder/` and `pack/`.
-        config: The run's.
+        config: The config of the run.
     """
     clips = folder / "folder"
     if config.model.image_size <= synthetic_motion.SIZE:
         synthetic_motion.make_motion(clips, num_train=CLIPS, num_val=8, seed=0)
     else:
-        from benchmarks.data import write_video  # it sets the number of threads when imported
+        from benchmarks.data import write_video  # sets the number of threads when imported
 
         clips.mkdir()
         for i in range(VIDEOS):
@@ -149,25 +152,31 @@ def make_clips(folder: Path, config) -> None:
 
 
 class TimedInput:
-    """A training iterator that follows a plan and notes when batches are drawn.
+    """An iterator over training batches that follows a plan and records when batches are drawn.
 
     Args:
         batches: Kind of input → its iterator.
-        plan: Whose turn it is.
+        plan: Which side makes which step.
+
+    Attributes:
+        marks: For each draw, the wall time before and after it, and the thread's CPU time before
+            and after it, in seconds.
+        peak_bytes: The peak memory at the end of the last turn.
     """
 
     def __init__(self, batches: dict[str, Iterator[dict]], plan: Plan):
-        """As the class says."""
+        """See the class."""
         self._batches, self._plan = batches, plan
-        self.marks: list[tuple[float, ...]] = []  # of a draw: before, after; in CPU time likewise
+        self.marks: list[tuple[float, ...]] = []
         self.peak_bytes = 0
 
     def __next__(self) -> dict:
-        """Draws a batch for the side whose turn it is."""
+        """Draw a batch for the side whose turn it is."""
         side = self._plan.side_of(len(self.marks))
-        training.STEPS_AHEAD = side.steps_ahead
         if len(self.marks) == self._plan.total:
             self.peak_bytes = peak_memory()
+        if side.waits:
+            jax.block_until_ready(jax.live_arrays())
         before = time.perf_counter(), time.thread_time()
         with TraceAnnotation(side.name):
             batch = next(self._batches[side.kind])
@@ -176,64 +185,78 @@ class TimedInput:
         return batch
 
     def get_state(self) -> dict:
-        """For the checkpoint, which nobody reads."""
+        """Return an empty state: the checkpoint is never restored."""
         return {}
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Stop the threads."""
         for kind in self._batches.keys() - {"synthetic"}:
             self._batches[kind].close()
 
 
 def peak_memory() -> int:
-    """The most bytes in use so far: the device's, or this process's where it does not tell."""
+    """Return the peak memory in bytes: the device's, or the process's if it is not reported."""
     stats = jax.local_devices()[0].memory_stats() or {}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return stats.get("peak_bytes_in_use", resident)
 
 
-def run(config, plan: Plan, folder: Path) -> tuple[TimedInput, dict[str, float]]:
-    """Trains as planned on the clips of `make_clips`.
+def make_timed_input(
+    records: Sequence, *, plan: Plan, others: dict[str, Sequence], **options
+) -> TimedInput:
+    """Make the input of a run.
+
+    Args:
+        records: The training videos, of the pack.
+        plan: Which side makes which step.
+        others: Other kinds of input → their training videos.
+        **options: Of `pipeline.make_train_iter`.
+    """
+    batches = {"pack": make_train_iter(records, **options)}
+    if "synthetic" in INPUT.value:
+        batches["synthetic"] = itertools.repeat(next(batches["pack"]))
+    batches |= {kind: make_train_iter(videos, **options) for kind, videos in others.items()}
+    return TimedInput(batches, plan)
+
+
+def run(config: Config, plan: Plan, folder: Path) -> tuple[TimedInput, dict[str, float]]:
+    """Train on the clips of `make_clips` as planned.
 
     Returns:
-        The input, with what it noted; and of each side the share of the time in which the device is
-        busy, if a trace is asked for.
+        The input, with the times of its draws; and, if a trace is asked for, the share of time in
+        which the device is busy for each side.
     """
-    config, made = config.copy_and_resolve_references().unlock(), []
+    config = config.copy_and_resolve_references().unlock()
     config.data.update(source="pack", folder=str(folder / "pack"), prefix="")
-    files = config.data.copy_and_resolve_references()
-    files.update(source="folder", folder=str(folder / "folder"))
     first = plan.total + 1
     end = first + (len(plan.sides) * TRACED_STEPS if TRACE.value else 0)
-    # A training that comes neither to its end nor to an evaluation or a checkpoint in between.
+    # Long enough that the run ends before any evaluation or checkpoint.
     config.num_epochs = max(config.num_epochs, 10 * end * config.batch_size / VIDEOS)
     config.checkpoint_every_epochs = config.eval.every_epochs = config.num_epochs
-    make_train_iter = training.make_train_iter
+    others, inputs = {}, []
+    if "folder" in INPUT.value:
+        files = DatasetConfig(source="folder", folder=str(folder / "folder"))
+        data = open_dataset(files, config.model.num_classes, ("train",))
+        others["folder"] = data.records["train"]
 
-    def make_timed(records, **how) -> TimedInput:
-        batches = {"pack": make_train_iter(records, **how)}
-        if "synthetic" in INPUT.value:
-            batches["synthetic"] = itertools.repeat(next(batches["pack"]))
-        if "folder" in INPUT.value:
-            videos = open_dataset(files, config.model.num_classes, ("train",)).records["train"]
-            batches["folder"] = make_train_iter(videos, **how)
-        made.append(TimedInput(batches, plan))
-        return made[0]
+    def make_batches(records: Sequence, **options) -> TimedInput:
+        inputs.append(make_timed_input(records, plan=plan, others=others, **options))
+        return inputs[0]
 
-    # It is the program itself that runs; only its input is another.
-    training.make_train_iter = make_timed
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stderr(io.StringIO()):
         traced = (first, end) if TRACE.value else None
-        training.train(config.lock(), workdir, stop_step=end, profile_steps=traced)
-        return made[0], busy_shares(Path(workdir) / "profile", plan) if traced else {}
+        train(
+            config.lock(), workdir, stop_step=end, profile_steps=traced, make_batches=make_batches
+        )
+        return inputs[0], busy_shares(Path(workdir) / "profile", plan) if traced else {}
 
 
 def busy_shares(folder: Path, plan: Plan) -> dict[str, float]:
-    """How busy the device is, by the trace of `jax.profiler` in `folder`.
+    """Compute how busy the device is from the trace of `jax.profiler` in `folder`.
 
     Returns:
-        Side → the share of the time between its first counted draw and its last; the mean over this
-        machine's GPUs, or the CPU's.
+        Side → the busy share of the time between its first counted draw and its last, averaged over
+        this machine's GPUs; or the CPU's.
     """
     (path,) = folder.glob("**/*.xplane.pb")
     planes = {plane.name: plane for plane in ProfileData.from_file(str(path)).planes}
@@ -254,7 +277,7 @@ def busy_shares(folder: Path, plan: Plan) -> dict[str, float]:
 
 
 def busy_time(spans: np.ndarray) -> float:
-    """The length of the union of spans `(n, 2)`, sorted by their starts."""
+    """Return the length of the union of spans `(n, 2)` that are sorted by their starts."""
     starts, ends = spans.T
     ends = np.maximum.accumulate(ends)
     idle = np.maximum(starts[1:] - ends[:-1], 0).sum()
@@ -265,19 +288,19 @@ def busy_time(spans: np.ndarray) -> float:
 
 
 def print_table(plan: Plan, timed: TimedInput, busy: dict[str, float], work: float) -> None:
-    """One line a side, and one a comparison.
+    """Print one line per side and one per comparison.
 
     Args:
-        plan: Of the run.
-        timed: What was noted.
-        busy: What was traced.
-        work: The model's arithmetic of a step, in seconds at the matmul peak.
+        plan: The plan of the run.
+        timed: The input of the run, with the times of its draws.
+        busy: Side → the busy share of time; empty without a trace.
+        work: The model's arithmetic per step, in seconds at the matmul peak.
     """
     before, after, cpu_before, cpu_after = np.array(timed.marks[: plan.total + 1]).T
     seconds = plan.counted(np.diff(before))  # (turns sides steps)
     waited = plan.counted((after - before)[:-1])
     python = plan.counted(cpu_before[1:] - cpu_after[:-1])
-    titles = ("clips/s", "ms a step, 10 to 90 %", "of the peak", "input wait", "python", "busy")
+    titles = ("clips/s", "ms per step, 10 to 90 %", "of the peak", "input wait", "python", "busy")
     print(f"{'':20}" + "{:>8} {:>26} {:>12} {:>11} {:>9} {:>7}".format(*titles))
     for i, side in enumerate(plan.sides):
         median, low, high = 1e3 * np.quantile(seconds[:, i], (0.5, 0.1, 0.9))
@@ -297,7 +320,7 @@ def print_table(plan: Plan, timed: TimedInput, busy: dict[str, float], work: flo
 
 
 def main(_) -> None:
-    """The command line."""
+    """Run the command line."""
     logging.set_verbosity(logging.FATAL)
     config = CONFIG.value
     plan = make_plan(config)
@@ -309,13 +332,13 @@ def main(_) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(InputError.EXIT_CODE)
-    from benchmarks.forward import matmul_peak  # it sets up memory, for what comes, when imported
+    from benchmarks.forward import matmul_peak  # sets memory options when imported
 
     peak = matmul_peak(config.model.dtype)
     device, count = jax.devices()[0], jax.device_count()
     print(
-        f"{config.model.name}, training, {config.batch_size} clip(s) a step, {config.model.dtype}, "
-        f"{device.device_kind}; {plan.turns} turn(s) of {plan.steps} steps"
+        f"{config.model.name}, training, {config.batch_size} clip(s) per step, "
+        f"{config.model.dtype}, {device.device_kind}; {plan.turns} turn(s) of {plan.steps} steps"
     )
     print(
         f"matmul peak {peak / 1e9:.0f} · 10⁹ multiply-adds/s; "

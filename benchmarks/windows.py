@@ -1,15 +1,14 @@
-"""How much faster overlapping windows are when they share frames, against each for itself.
+"""Compare overlapping windows that share frames with windows that are classified separately.
 
 python benchmarks/windows.py                                  a ViT-Ti/16 STAM-16, 75 % overlap
 python benchmarks/windows.py --model stam_16 --windows 8 --rounds 1          the full ViT-B/16
 python benchmarks/windows.py --model stam_tiny                                          quick
 
-A STAM with random weights looks at windows of 10 s of a synthetic video, and the sides take turns:
-`shared` is `Classifier.windows`, which decodes each frame once and computes its features once;
-`alone` decodes and classifies each window for itself, from a video that is open already and with a
-thread that decodes ahead, too; `apart` opens the video for each window, as `predict` does with a
-file. Of `n` windows that overlap by 75 %, `alone` computes `4n / (n + 3)` times as many frames:
-below 4, however many windows there are.
+A STAM with random weights classifies windows of 10 s of a synthetic video. The sides take turns:
+`shared` is `Classifier.windows`, which decodes each frame and computes its features once. `alone`
+decodes and classifies each window separately, from an open video, and also decodes ahead in a
+thread. `apart` opens the video for each window, as `predict` does with a file. For `n` windows that
+overlap by 75 %, `alone` computes `4n / (n + 3)` times as many frames, which is always below 4.
 """
 
 import argparse
@@ -27,15 +26,16 @@ import numpy as np
 
 import jaxvid
 from jaxvid.data.clips import transforms
+from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.inference.sliding_windows import plan_windows, prefetch, read_frames
 
-WINDOW, FPS = 10.0, 30  # seconds, frames a second
+WINDOW, FPS = 10.0, 30  # seconds, frames per second
 TI = {"width": 192, "heads": 3, "temporal_heads": 3, "temporal_mlp": 512, "temporal_depth": 2}
 
 
 def write_video(path: Path, seconds: float) -> None:
-    """A noisy pattern that drifts, 340 × 256, with x264's defaults."""
+    """Write a video of a noisy drifting pattern, 340 × 256, with x264's defaults."""
     rng = np.random.default_rng(0)
     pattern = rng.integers(0, 256, (32, 43, 3), np.uint8).repeat(8, 0).repeat(8, 1)[:, :340]
     with av.open(str(path), "w") as container:
@@ -48,27 +48,27 @@ def write_video(path: Path, seconds: float) -> None:
         container.mux(stream.encode())
 
 
-def read_windows(reader: VideoFile, indices: np.ndarray, spec) -> Iterator[np.ndarray]:
-    """Each window's views `(1, v, t, h, w, c)`, decoded for itself."""
+def read_windows(reader: VideoFile, indices: np.ndarray, spec: ClipSpec) -> Iterator[np.ndarray]:
+    """Decode the views `(1, v, t, h, w, c)` of each window separately."""
     for row in indices:
         frames = transforms.resize_short_side(reader.get_frames(row), spec.short_side)
         yield np.stack(transforms.eval_crops(frames, spec.crop, spec.num_crops))[None]
 
 
-def read_apart(path: Path, indices: np.ndarray, spec) -> Iterator[np.ndarray]:
-    """As `read_windows`, each from a video that is opened for it."""
+def read_apart(path: Path, indices: np.ndarray, spec: ClipSpec) -> Iterator[np.ndarray]:
+    """Decode the views of each window from a newly opened video."""
     for row in indices:
         with VideoFile(path, max_seconds=3600) as reader:
             yield from read_windows(reader, row[None], spec)
 
 
 def score_alone(classifier: jaxvid.Classifier, views: Iterator[np.ndarray]) -> np.ndarray:
-    """The windows' logits `(windows, num_classes)`, one after the other."""
+    """Classify windows one by one; return their logits `(windows, num_classes)`."""
     return np.concatenate([classifier.scores(view) for view in views])
 
 
-def time_in_turns(what: str, sides: dict[str, Callable], rounds: int) -> dict:
-    """Prints each side's shortest wall and CPU time, and their ratio; returns what each gave."""
+def time_in_turns(title: str, sides: dict[str, Callable], rounds: int) -> dict:
+    """Print each side's shortest wall and CPU time and the ratios; return the results."""
     seconds, results = {name: [] for name in sides}, {}
     for _ in range(rounds):
         for name, run in sides.items():
@@ -78,7 +78,7 @@ def time_in_turns(what: str, sides: dict[str, Callable], rounds: int) -> dict:
             seconds[name].append(end - start)
     least = {name: np.min(values, axis=0) for name, values in seconds.items()}
     times = ", ".join(f"{name} {wall:.2f} ({cpu:.2f}) s" for name, (wall, cpu) in least.items())
-    print(f"{what}, wall (CPU) time: {times}")
+    print(f"{title}, wall (CPU) time: {times}")
     for name in [*sides][1:]:
         wall, cpu = least[name] / least["shared"]
         print(f"    sharing is {wall:.2f} ({cpu:.2f}) × as fast as {name}")
@@ -86,21 +86,28 @@ def time_in_turns(what: str, sides: dict[str, Callable], rounds: int) -> dict:
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="", help="a STAM; default: stam_16 as a ViT-Ti/16")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", default="", help="a STAM preset; empty: stam_16 as a ViT-Ti/16")
     parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--overlap", type=float, default=0.75, help="of neighbours, 0 to 1")
-    parser.add_argument("--rounds", type=int, default=2, help="the fastest one counts")
+    parser.add_argument("--overlap", type=float, default=0.75, help="overlap of neighbours, 0 to 1")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds, of which the fastest counts")
     args = parser.parse_args()
     stride = WINDOW * (1 - args.overlap)
 
     model = jaxvid.create_model(args.model or "stam_16", **({} if args.model else TI))
     config = model.config
-    how = {"sampling": "uniform_10s", "num_frames": config.num_frames, "crop": config.image_size}
-    how |= {"short_side": config.image_size * 8 // 7, "mean": 0.0, "std": 1.0}
+    preprocessing = {
+        "sampling": "uniform_10s",
+        "num_frames": config.num_frames,
+        "crop": config.image_size,
+    }
+    preprocessing |= {"short_side": config.image_size * 8 // 7, "mean": 0.0, "std": 1.0}
     with tempfile.TemporaryDirectory() as folder:
-        jaxvid.save_model(model, Path(folder) / "model", preprocessing=how)
+        jaxvid.save_model(model, Path(folder) / "model", preprocessing=preprocessing)
         video = Path(folder) / "video.mp4"
         write_video(video, WINDOW + (args.windows - 1) * stride)
         classifier = jaxvid.Classifier(Path(folder) / "model")

@@ -47,14 +47,15 @@ def get_config(folders: str = "") -> ConfigDict:
     config.log_steps = 20
 
     config.eval.batch_size = 8
+    fields = preprocessing.to_json()
     for section in (config.data, config.eval):
-        section.update({name: value for name, value in preprocessing.items() if name in section})
+        section.update({name: value for name, value in fields.items() if name in section})
     config.data.source = source
     config.data.folder = data
     config.data.num_threads = 8
     config.data.flip_prob = 0.5
     # Random crops need room, also where a test crop is as large as its frame.
-    config.data.short_side = max(preprocessing["short_side"], round(preprocessing["crop"] * 8 / 7))
+    config.data.short_side = max(preprocessing.short_side, round(preprocessing.crop * 8 / 7))
     config.data.short_side_max = round(1.25 * config.data.short_side)
 
     config.optimizer.learning_rate = 1e-3

@@ -1,150 +1,227 @@
-"""Evaluation: every listed video is counted once, by the sum of its views' logits."""
+"""The evaluation program: every listed video is counted once."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
 
 from jaxvid import logs
 from jaxvid.config import differences
 from jaxvid.data import fingerprints
-from jaxvid.data.sources import open_dataset
+from jaxvid.data.sources import Record, open_dataset
 from jaxvid.distributed import collectives, setup, sharding
 from jaxvid.errors import InputError
 from jaxvid.evaluation.comparison import check_shared, compare_tables
 from jaxvid.evaluation.loop import abstract_eval_model, evaluate_params, make_eval_step
-from jaxvid.evaluation.protocol import check_protocol
 from jaxvid.evaluation.results import read_table, save_report
 from jaxvid.evaluation.resume import PartialResults
 from jaxvid.evaluation.summary import make_report, summary
+from jaxvid.experiment import Config, Experiment, resolve
 from jaxvid.logs import log
-from jaxvid.models import family_of, make_model_config
+from jaxvid.models import Params, family_of
 from jaxvid.storage import model_card, model_folder, workdir_lock
-from jaxvid.storage.preprocessing import (
-    check_preprocessing,
-    default_color_matrix,
-    make_preprocessing,
-    resolve_color_matrix,
-)
-from jaxvid.training import checkpoint, run_config, run_metadata
+from jaxvid.storage.preprocessing import check_preprocessing, default_color_matrix
+from jaxvid.training import checkpoint, outputs, run_config, run_metadata
 
-# How clips are made, beside the network's own sizes: it decides what an accuracy is worth.
-CLIP_FIELDS = (
+# Fields of the preprocessing, beside the network's sizes, that accuracies depend on.
+COMPARED_FIELDS = (
     *("data.sampling", "data.sampling_rate", "data.by_time", "data.resize", "data.color_matrix"),
     "eval.short_side",
 )
 
 
 @workdir_lock.exclusive
-def evaluate(config, workdir: str | Path, *, compare_with: str | Path | None = None) -> dict:
-    """Evaluates a model folder (`init_from`) or else the newest checkpoint of the workdir.
+def evaluate(
+    config: Config, workdir: str | Path, *, compare_with: str | Path | None = None
+) -> dict:
+    """Evaluate a model folder (`init_from`), or else the newest checkpoint of the workdir.
 
-    Interrupted, it goes on where it was when the same command is run again.
+    An evaluation that was interrupted is continued when the same command is run again.
 
     Args:
         config: A locked config.
         workdir: Gets `eval.json`, `eval_videos.csv`, `eval.html` and `confusion.png`.
-        compare_with: Another `eval.json`: says which videos changed, and whether that is more than
-            chance.
+        compare_with: Another `eval.json`. The videos whose result changed are listed, and the
+            difference is tested for significance.
 
     Returns:
-        What `eval.json` holds.
+        The contents of `eval.json`.
 
     Raises:
         InputError: There is nothing to evaluate, it does not fit the config or the data, or another
             run uses the workdir.
     """
-    workdir = Path(workdir)
+    experiment, workdir = resolve(config), Path(workdir)
     setup.use_compilation_cache()
-    mesh = sharding.make_mesh(config.mesh)
-    check_protocol(config, mesh)
+    mesh = sharding.make_mesh(experiment.mesh)
+    sharding.check_batch_size("eval.batch_size", experiment.protocol.batch_size, mesh)
     before = collectives.raise_on_all_processes(read_table, compare_with) if compare_with else None
-    collectives.raise_on_all_processes(checkpoint.check_writable, workdir, 10**6)
+    collectives.raise_on_all_processes(outputs.check_writable, workdir, 10**6)
     logs.setup_logging(workdir)
 
-    model_config = make_model_config(**config.model)
-    graphdef, abstract_params = abstract_eval_model(config)
-    abstract_params = sharding.with_sharding(
-        abstract_params, mesh, family_of(model_config).tensor_axis
-    )
-    if config.init_from:
-        source = named = config.init_from
-        model_card.check_same_model(source, model_config)
-        check_preprocessing(source, config)
-        card = model_card.load_card(source)
-        params = model_folder.load_params(source, abstract_params)
-        expected = {"color_matrix": default_color_matrix(card)} | (card["preprocessing"] or {})
-        config = resolve_color_matrix(config, expected)
-        found = make_preprocessing(config)
-        names = {name: name.partition(".")[2] for name in CLIP_FIELDS}
-        names = {field: name for field, name in names.items() if name in expected}
-        changed = differences(
-            {field: expected[name] for field, name in names.items()},
-            {field: found[name] for field, name in names.items()},
-            there="in the model card",
-            here="now",
-        )
-    else:
-        step = checkpoint.newest_step(workdir)
-        changed = run_config.compare_config(workdir, config)
-        if other := [
-            text
-            for name, text in changed.items()
-            if name.startswith(("model.", "data.mean", "data.std")) and name != "model.dtype"
-        ]:
-            raise InputError(f"{workdir} holds another model: {'; '.join(other)}")
-        named = workdir / "best"  # a checkpoint does not name its classes
-        card = model_card.load_card(named) if model_card.exists(named) else None
-        if config.data.color_matrix == "auto" and card:
-            changed.pop("data.color_matrix", None)
-            config = resolve_color_matrix(config, card["preprocessing"] or {})
-        source = str(workdir / "checkpoints" / str(step))
-        params = checkpoint.restore_params(workdir, step, abstract_params)
-    log.info("evaluating %s", source)
-    if config.data.sampling != "dense_stride":  # others have no rate
-        changed.pop("data.sampling_rate", None)
-    if told := "; ".join(text for name, text in changed.items() if name in CLIP_FIELDS):
-        log.warning("preprocessing differs from the model's: %s", told)
-
-    data = collectives.raise_on_all_processes(
-        open_dataset, config.data, config.model.num_classes, ("val",)
-    )
-    for line in data.notes:
-        log.info("%s", line)
-    records = data.records["val"]
-    videos = fingerprints.describe_videos(records)
-    run_metadata.check_same_videos(videos)
-    if card:
-        collectives.raise_on_all_processes(
-            model_card.check_labels, card["labels"], data.labels, named
-        )
+    load = _load_folder if experiment.init_from else _load_checkpoint
+    weights = load(experiment, workdir, mesh)
+    experiment = weights.experiment
+    records, labels = _open_videos(weights)
     if before is not None:
         check_shared(before, (record.id for record in records))
-    weights_sha256 = model_folder.fingerprint(params)
+
+    sha256 = model_folder.fingerprint(weights.params)
     unfinished = PartialResults(
-        workdir / ".unfinished_eval",
-        {
-            "weights": weights_sha256,
-            "videos": videos,
-            # Processes may have copies of their own.
-            "files": sorted({*collectives.gather(fingerprints.fingerprint_files(records))}),
-            "model": config.model.to_dict(),
-            "data": {
-                name: value
-                for name, value in config.data.to_dict().items()
-                if f"data.{name}" not in run_config.OWN_FIELDS
-            },
-            "eval": config.eval.to_dict(),
-        },
+        workdir / ".unfinished_eval", _resume_key(experiment, records, sha256)
     )
-    eval_step = make_eval_step(config, graphdef, mesh)
+    graphdef, _ = abstract_eval_model(experiment.model, experiment.protocol)
     results = evaluate_params(
-        params, records, config, eval_step=eval_step, mesh=mesh, unfinished=unfinished
+        weights.params,
+        records,
+        experiment.protocol,
+        eval_step=make_eval_step(experiment.protocol, graphdef, mesh),
+        loader=experiment.loader,
+        mesh=mesh,
+        unfinished=unfinished,
     )
-    result = make_report(results, config, checkpoint=source)
-    result["weights_sha256"] = weights_sha256
-    collectives.raise_on_all_processes(save_report, workdir, result, results, data.labels, records)
+    report = make_report(
+        results,
+        experiment.protocol,
+        data=experiment.dataset.folder,
+        checkpoint=weights.source,
+    )
+    report["weights_sha256"] = sha256
+    collectives.raise_on_all_processes(save_report, workdir, report, results, labels, records)
     unfinished.remove()
-    log.info("%s. The report is %s", summary(result), workdir / "eval.html")
+    log.info("%s. The report is %s", summary(report), workdir / "eval.html")
     if before is not None:
         after = collectives.raise_on_all_processes(read_table, workdir / "eval.json")
         for line in collectives.raise_on_all_processes(compare_tables, before, after, workdir):
             log.info("%s", line)
-    return result
+    return report
+
+
+# ------------------------------------------------------------------ weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Weights to evaluate.
+
+    Attributes:
+        params: The weights.
+        source: The model folder or the checkpoint that they come from.
+        experiment: The config, with the color matrix of the model card if it says `auto`.
+        card: The model card that names their classes; None: there is none.
+        card_folder: The folder of the card.
+    """
+
+    params: Params
+    source: str
+    experiment: Experiment
+    card: dict[str, Any] | None
+    card_folder: str | Path
+
+
+def _load_folder(experiment: Experiment, _: Path, mesh: Mesh) -> Weights:
+    """Load the weights of the model folder `init_from`."""
+    folder = experiment.init_from
+    model_card.check_same_model(folder, experiment.model)
+    check_preprocessing(folder, experiment.preprocessing)
+    card = model_card.load_card(folder)
+    params = model_folder.load_params(folder, _abstract_params(experiment, mesh))
+    expected = {"color_matrix": default_color_matrix(card)} | (card["preprocessing"] or {})
+    experiment = experiment.with_color_matrix(expected["color_matrix"])
+    actual = experiment.preprocessing.to_json()
+    names = {field: field.partition(".")[2] for field in COMPARED_FIELDS}
+    names = {field: name for field, name in names.items() if name in expected}
+    changed = differences(
+        {field: expected[name] for field, name in names.items()},
+        {field: actual[name] for field, name in names.items()},
+        there="in the model card",
+        here="now",
+    )
+    _log_source(folder, experiment, changed)
+    return Weights(
+        params=params, source=folder, experiment=experiment, card=card, card_folder=folder
+    )
+
+
+def _load_checkpoint(experiment: Experiment, workdir: Path, mesh: Mesh) -> Weights:
+    """Load the weights of the newest checkpoint of the workdir."""
+    step = checkpoint.newest_step(workdir)
+    changed = run_config.compare_config(workdir, experiment.fields)
+    if other := [
+        text
+        for name, text in changed.items()
+        if name.startswith(("model.", "data.mean", "data.std")) and name != "model.dtype"
+    ]:
+        raise InputError(f"{workdir} holds another model: {'; '.join(other)}")
+    folder = workdir / "best"  # a checkpoint does not name its classes
+    card = model_card.load_card(folder) if model_card.exists(folder) else None
+    if card and experiment.dataset.color_matrix == "auto":
+        changed.pop("data.color_matrix", None)
+        matrix = (card["preprocessing"] or {}).get("color_matrix", "tagged")
+        experiment = experiment.with_color_matrix(matrix)
+    params = checkpoint.restore_params(workdir, step, _abstract_params(experiment, mesh))
+    source = str(workdir / "checkpoints" / str(step))
+    _log_source(source, experiment, changed)
+    return Weights(
+        params=params, source=source, experiment=experiment, card=card, card_folder=folder
+    )
+
+
+def _abstract_params(experiment: Experiment, mesh: Mesh) -> Params:
+    _, abstract_params = abstract_eval_model(experiment.model, experiment.protocol)
+    tensor_axis = family_of(experiment.model).tensor_axis
+    return sharding.with_sharding(abstract_params, mesh, tensor_axis)
+
+
+def _log_source(source: str, experiment: Experiment, changed: dict[str, str]) -> None:
+    """Log what is evaluated, and how its preprocessing differs from that of the training."""
+    log.info("evaluating %s", source)
+    ignored = {"data.sampling_rate"} if experiment.preprocessing.sampling != "dense_stride" else ()
+    lines = [changed[name] for name in changed if name in COMPARED_FIELDS and name not in ignored]
+    if lines:
+        log.warning("preprocessing differs from the model's: %s", "; ".join(lines))
+
+
+# ------------------------------------------------------------------ videos
+
+
+def _open_videos(weights: Weights) -> tuple[Sequence[Record], list[str]]:
+    """Open the validation videos, and check that their classes are those of the weights.
+
+    Returns:
+        The videos, and the names of the classes.
+    """
+    experiment, card = weights.experiment, weights.card
+    data = collectives.raise_on_all_processes(
+        open_dataset, experiment.dataset, experiment.model.num_classes, ("val",)
+    )
+    for line in data.notes:
+        log.info("%s", line)
+    records = data.records["val"]
+    run_metadata.check_same_videos(fingerprints.describe_videos(records))
+    if card:
+        collectives.raise_on_all_processes(
+            model_card.check_labels, card["labels"], data.labels, weights.card_folder
+        )
+    return records, data.labels
+
+
+def _resume_key(experiment: Experiment, records: Sequence[Record], sha256: str) -> dict[str, Any]:
+    """Return everything that the results of an evaluation depend on; all processes call it."""
+    fields = experiment.fields
+    return {
+        "weights": sha256,
+        "videos": fingerprints.describe_videos(records),
+        # Processes may have copies of their own.
+        "files": sorted({*collectives.gather(fingerprints.fingerprint_files(records))}),
+        "model": fields["model"],
+        "data": {
+            name: value
+            for name, value in fields["data"].items()
+            if f"data.{name}" not in run_config.OWN_FIELDS
+        },
+        "eval": fields["eval"],
+        "preprocessing": experiment.preprocessing.to_json(),
+    }

@@ -33,7 +33,7 @@ from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import InputError
 from jaxvid.models import split_params
 from jaxvid.storage import eval_step
-from jaxvid.storage.preprocessing import clip_shape, load_model_and_spec
+from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing
 
 FORMATS = ("stablehlo", "safetensors")
 PLATFORMS = ("cpu", "cuda")
@@ -94,15 +94,13 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
         InputError: The model folder is unusable, the weights are too large, or a file cannot be
             written.
     """
-    card, model, spec = load_model_and_spec(folder)
-    output = Path(output)
+    card, model, preprocessing = load_model_and_preprocessing(folder)
+    spec, output = preprocessing.spec, Path(output)
     # The sizes and checksums describe files of the model folder.
     card = {key: value for key, value in card.items() if key not in ("files", "checksums")}
     description = {"file": output.name, "format": format_, "model": card["name"]}
     if format_ == "stablehlo":
-        preprocessing = card["preprocessing"]
-        mean, std = preprocessing["mean"], preprocessing["std"]
-        data = export_stablehlo(model, spec, mean=mean, std=std)
+        data = export_stablehlo(model, spec, mean=preprocessing.mean, std=preprocessing.std)
         description |= _describe_program(output, model, spec)
     else:
         data = export_safetensors(model, card)

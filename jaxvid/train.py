@@ -1,38 +1,36 @@
-"""The training program: one function, in execution order."""
+"""The training program: set up, restore, train, write the outputs."""
 
 import contextlib
+import dataclasses
 import functools
-import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
 
 from jaxvid import logs
-from jaxvid.data.clips.clip import make_spec
-from jaxvid.data.pipeline import describe_decoding, make_train_iter, split_batch, stored_id
-from jaxvid.data.sources import open_dataset
-from jaxvid.distributed import collectives, process_group, setup, sharding
-from jaxvid.errors import InputError
+from jaxvid.data.pipeline import make_train_iter, stored_id
+from jaxvid.data.sources import VideoDataset, open_dataset
+from jaxvid.distributed import collectives, setup, sharding
 from jaxvid.evaluation.loop import abstract_eval_model, evaluate_params, make_eval_step
-from jaxvid.evaluation.metrics import Results
-from jaxvid.evaluation.protocol import check_protocol
 from jaxvid.evaluation.results import save_report
 from jaxvid.evaluation.summary import make_report, summary
+from jaxvid.experiment import Config, Experiment, check_batch_sizes, resolve
 from jaxvid.logs import log
-from jaxvid.models import abstract_model, family_of, make_model_config
+from jaxvid.models import abstract_model, family_of
 from jaxvid.storage import model_card, model_folder, workdir_lock
-from jaxvid.storage.preprocessing import make_preprocessing
 from jaxvid.training import (
     checkpoint,
     metric_window,
     metric_writer,
     optim,
-    plots,
+    outputs,
     profiler,
     run_config,
     run_metadata,
@@ -42,18 +40,29 @@ from jaxvid.training import (
     watchdog,
 )
 from jaxvid.training.distillation import load_teacher
+from jaxvid.training.initial_state import make_initial_state
+from jaxvid.training.loop import (
+    BatchIterator,
+    Loop,
+    Milestones,
+    StopReason,
+    TrainStep,
+    make_milestones,
+    run_loop,
+)
+from jaxvid.training.metric_flusher import MetricFlusher
 from jaxvid.training.signals import StopSignals
-
-STEPS_AHEAD = 2  # how far Python runs ahead of the device
+from jaxvid.training.validation import Validation
 
 
 @workdir_lock.exclusive
 def train(
-    config,
+    config: Config,
     workdir: str | Path,
     *,
     stop_step: int | None = None,
     profile_steps: tuple[int, int] | None = None,
+    make_batches: Callable[..., BatchIterator] = make_train_iter,
 ) -> dict | None:
     """Train or continue training, then evaluate.
 
@@ -64,6 +73,8 @@ def train(
         stop_step: Save and return at this step; the next call continues.
         profile_steps: First step of a trace in `WORKDIR/profile`, and the step before which it
             ends. Steps that an earlier start has done are left out.
+        make_batches: Makes the iterator over training batches; takes the arguments of
+            `pipeline.make_train_iter`. Benchmarks measure training through an iterator of theirs.
 
     Returns:
         The contents of `eval.json`; None if the run stopped at `stop_step` before its end.
@@ -75,293 +86,312 @@ def train(
             state was saved; the code is 128 + the signal's number. Once the final evaluation is
             done, the run finishes instead.
     """
-    workdir, began = Path(workdir), time.monotonic()
+    began, workdir = time.monotonic(), Path(workdir)
+    run = _set_up(resolve(config), workdir, stop_step, make_batches)
+    with contextlib.ExitStack() as handlers:
+        with contextlib.ExitStack() as resources, checkpoint.failures_published():
+            state, manager, window, trace = _restore(run, profile_steps, resources)
+            loop = _make_loop(run, state, manager, window, trace, began, resources)
+            handlers.enter_context(loop.signals)
+            state, reason = run_loop(loop, state)
+        if reason is not StopReason.FINISHED:
+            log.info(
+                "stopped and saved at step %d; the same command continues from there",
+                int(state["step"]),
+            )
+        if reason is StopReason.SIGNAL:
+            raise SystemExit(128 + (loop.signals.received or signal.SIGTERM))
+        if reason is StopReason.STOP_STEP:
+            return None
+        # A signal does not interrupt this: the evaluation is done, and the run ends now.
+        loop.signals.finish_run()
+        return _write_outputs(run, loop, state)
 
-    # ------------------------------------------------------------------ devices, folders
+
+# ------------------------------------------------------------------ set up
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run works with, from its config and its data.
+
+    Attributes:
+        experiment: The resolved config.
+        workdir: The run's folder.
+        mesh: The device mesh.
+        abstract_state: Shapes, dtypes and shardings of the training state.
+        init: Makes a fresh training state.
+        data: Training and validation videos.
+        lost: Ids of videos of the first start that are no longer listed.
+        batches: The training batches of this process.
+        milestones: When something is due.
+        schedule: Learning rate by step.
+        train_step: The jitted training step.
+    """
+
+    experiment: Experiment
+    workdir: Path
+    mesh: Mesh
+    abstract_state: dict
+    init: Callable[[], dict]
+    data: VideoDataset
+    lost: tuple[str, ...]
+    batches: BatchIterator
+    milestones: Milestones
+    schedule: optax.Schedule
+    train_step: TrainStep
+
+
+def _set_up(
+    experiment: Experiment,
+    workdir: Path,
+    stop_step: int | None,
+    make_batches: Callable[..., BatchIterator],
+) -> Run:
+    """Open the data and make everything that does not depend on checkpoints."""
     setup.use_compilation_cache()
-    mesh = sharding.make_mesh(config.mesh)
-    run_config.check_config(config, mesh)
-    check_protocol(config, mesh)
-    run_config.check_same_run(config, workdir)
-    model_config = make_model_config(**config.model)
-    family = family_of(model_config)
-    graphdef, abstract_params = abstract_model(model_config)
-    weight_bytes = sum(math.prod(leaf.shape) * 4 for leaf in abstract_params.values())
+    mesh = sharding.make_mesh(experiment.mesh)
+    check_batch_sizes(experiment, mesh)
+    run_config.check_same_run(experiment.fields, workdir)
+    family = family_of(experiment.model)
+    graphdef, abstract_params = abstract_model(experiment.model)
 
-    # ------------------------------------------------------------------ data
     data = collectives.raise_on_all_processes(
-        open_dataset, config.data, config.model.num_classes, ("train", "val")
+        open_dataset, experiment.dataset, experiment.model.num_classes, ("train", "val")
     )
     data, lost = collectives.raise_on_all_processes(training_videos.align, workdir, data)
-    shard = sharding.batch_shard(mesh, config.batch_size)
-    train_iter = make_train_iter(
+    index, count = sharding.batch_shard(mesh, experiment.batch_size)
+    batches = make_batches(
         data.records["train"],
-        spec=make_spec(config),
-        batch_size=config.batch_size // shard[1],
-        seed=config.seed,
-        num_threads=config.data.num_threads,
-        num_workers=config.data.num_workers,
-        shard=shard,
+        spec=experiment.train_clips,
+        batch_size=experiment.batch_size // count,
+        seed=experiment.recipe.seed,
+        shard=(index, count),
+        **dataclasses.asdict(experiment.loader),
     )
-    steps_per_epoch = len(data.records["train"]) / config.batch_size
-    total_steps = max(1, round(config.num_epochs * steps_per_epoch))
-    eval_steps = max(1, round(config.eval.every_epochs * steps_per_epoch))
-    checkpoint_steps = max(1, round(config.checkpoint_every_epochs * steps_per_epoch))
-    log_steps = metric_window.window_steps(config.log_steps, total_steps)
-
-    # ------------------------------------------------------------------ state
+    milestones = make_milestones(
+        len(data.records["train"]) / experiment.batch_size,
+        num_epochs=experiment.num_epochs,
+        eval_epochs=experiment.protocol.every_epochs,
+        checkpoint_epochs=experiment.checkpoints.every_epochs,
+        log_steps=experiment.log_steps,
+        stop_step=stop_step,
+    )
     schedule = optim.make_schedule(
-        config.optimizer,
-        batch_size=config.batch_size,
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
+        experiment.optimizer,
+        batch_size=experiment.batch_size,
+        total_steps=milestones.total,
+        steps_per_epoch=milestones.steps_per_epoch,
     )
-    optimizer = optim.make_optimizer(config.optimizer, schedule, family)
-    recipe = steps.Recipe(
-        seed=config.seed,
-        mean=config.data.mean,
-        std=config.data.std,
-        label_smoothing=config.label_smoothing,
-        mixup_alpha=config.mixup_alpha,
-        cutmix_alpha=config.cutmix_alpha,
-        erase_prob=config.erase_prob,
-        accumulate_steps=config.accumulate_steps,
-        ema_decay=config.ema_decay,
-        frozen=optim.frozen_names(config.optimizer, abstract_params, family),
+    optimizer = optim.make_optimizer(experiment.optimizer, schedule, family)
+    frozen = optim.frozen_names(experiment.optimizer, abstract_params, family)
+    recipe = dataclasses.replace(experiment.recipe, frozen=frozen)
+    teacher, teacher_params = load_teacher(experiment.distill, experiment.model, data.labels, mesh)
+    init = functools.partial(
+        steps.init_state, experiment.model, optimizer, recipe, seed=recipe.seed
     )
-    teacher, teacher_params = load_teacher(config, data.labels, mesh)
-    init = functools.partial(steps.init_state, model_config, optimizer, recipe, seed=config.seed)
     abstract_state = sharding.with_sharding(jax.eval_shape(init), mesh, family.tensor_axis)
-    state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-    state_bytes = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract_state))
-    # One more checkpoint while the oldest is still there, two model folders, one while it is saved.
-    need_bytes = state_bytes * (config.checkpoint_keep + 1) + 3 * weight_bytes + 10**6
-    collectives.raise_on_all_processes(checkpoint.check_writable, workdir, need_bytes)
+    train_step = steps.jit_train_step(
+        abstract_state,
+        mesh,
+        teacher_params,
+        graphdef=graphdef,
+        optimizer=optimizer,
+        recipe=recipe,
+        teacher=teacher,
+    )
+    return Run(
+        experiment=experiment,
+        workdir=workdir,
+        mesh=mesh,
+        abstract_state=abstract_state,
+        init=init,
+        data=data,
+        lost=lost,
+        batches=batches,
+        milestones=milestones,
+        schedule=schedule,
+        train_step=train_step,
+    )
+
+
+# ------------------------------------------------------------------ restore
+
+
+def _restore(
+    run: Run, profile_steps: tuple[int, int] | None, resources: contextlib.ExitStack
+) -> tuple[dict, checkpoint.CheckpointManager, metric_window.MetricWindow, profiler.ProfilerTrace]:
+    """Restore the newest checkpoint, or make a fresh state, and record the start of the run.
+
+    Args:
+        run: The run.
+        profile_steps: As in `train`.
+        resources: Closes the checkpoint manager, the iterator and the trace.
+
+    Returns:
+        The training state, the checkpoint manager, the open log window and the trace.
+    """
+    workdir, keep = run.workdir, run.experiment.checkpoints.keep
+    collectives.raise_on_all_processes(
+        functools.partial(outputs.check_room, keep=keep), workdir, run.abstract_state
+    )
     logs.setup_logging(workdir)
-    late = metric_window.MetricWindow()
-    resumables = {"data": train_iter, "log": late}
-    manager, state = checkpoint.restore_newest(
-        workdir, abstract_state, resumables, keep=config.checkpoint_keep
-    )
-    loaded = []
+    window = metric_window.MetricWindow()
+    resumables = {"data": run.batches, "log": window}
+    manager, state = checkpoint.restore_newest(workdir, run.abstract_state, resumables, keep=keep)
+    resources.callback(manager.close_quietly)
+    resources.callback(run.batches.close)
+    notes = []
     if state is None:
-        state = jax.jit(init, out_shardings=state_sharding)()
-        if config.init_from:
-            found = model_folder.load_init(config.init_from, model_config, state["params"])
-            state["params"], loaded = found
-            if config.ema_decay:
-                state["ema"] = jax.tree.map(jnp.copy, state["params"])
-    step = start_step = int(state["step"])
-    trace = profiler.ProfilerTrace(
-        profile_steps, workdir / "profile", start=step, total=total_steps
-    )
-    checkpoint.tidy_outputs(workdir)
-    left_out = {"missing or broken": len(data.left_out), "no longer listed": len(lost)}
-    run_metadata.record_start(workdir, run_metadata.describe_run(mesh, data.records, left_out))
-    collectives.raise_on_all_processes(training_videos.save, workdir, data)
-    run_config.save_config(config, workdir)
+        state, notes = make_initial_state(
+            run.init, run.abstract_state, run.experiment.model, run.experiment.init_from
+        )
+    step, total = int(state["step"]), run.milestones.total
+    trace = profiler.ProfilerTrace(profile_steps, workdir / "profile", start=step, total=total)
+    resources.callback(trace.close)
 
-    # ------------------------------------------------------------------ compiled steps
-    train_step = jax.jit(
-        functools.partial(
-            steps.train_step,
-            graphdef=graphdef,
-            optimizer=optimizer,
-            recipe=recipe,
-            teacher=teacher,
-        ),
-        donate_argnums=0,
-        out_shardings=(state_sharding, sharding.replicated(mesh)),
+    outputs.tidy_outputs(workdir)
+    left_out = {"missing or broken": len(run.data.left_out), "no longer listed": len(run.lost)}
+    facts = run_metadata.describe_run(run.mesh, run.data.records, left_out)
+    run_metadata.record_start(workdir, facts)
+    collectives.raise_on_all_processes(training_videos.save, workdir, run.data)
+    run_config.save_config(run.experiment.fields, workdir)
+    run_metadata.log_network(
+        run.experiment.model.name, run.abstract_state["params"], run.data.records, run.mesh
     )
-    eval_step = make_eval_step(config, abstract_eval_model(config)[0], mesh)
-
-    log.info(
-        "%s: %.2f M parameters, %d training and %d validation videos, mesh %s",
-        model_config.name,
-        weight_bytes / 4e6,
-        len(data.records["train"]),
-        len(data.records["val"]),
-        ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-    )
-    for line in (*data.notes, *loaded, optim.describe_rate(config.optimizer, config.batch_size)):
+    rate = optim.describe_rate(run.experiment.optimizer, run.experiment.batch_size)
+    for line in (*run.data.notes, *notes, rate):
         log.info("%s", line)
-    if step == total_steps:
+    if step == total:
         log.info("trained before, all %d steps; evaluating again", step)
     else:
-        log.info("step %d of %d%s", step, total_steps, ", continued" if step else "")
+        log.info("step %d of %d%s", step, total, ", continued" if step else "")
+    return state, manager, window, trace
 
-    # ------------------------------------------------------------------ loop
+
+# ------------------------------------------------------------------ loop
+
+
+def _make_loop(
+    run: Run,
+    state: dict,
+    manager: checkpoint.CheckpointManager,
+    window: metric_window.MetricWindow,
+    trace: profiler.ProfilerTrace,
+    began: float,
+    resources: contextlib.ExitStack,
+) -> Loop:
+    """Make what the loop works with; `resources` closes the writer, the bar and the watchdog."""
+    experiment, workdir, step = run.experiment, run.workdir, int(state["step"])
     writer = metric_writer.MetricWriter(workdir, step)
+    resources.callback(writer.close)
     skipped = skipped_videos.SkippedVideos(
         workdir,
-        num_videos=len(data.records["train"]),
-        max_share=1.0 if config.data.skip_broken else config.data.max_failed_share,
-        lost=[*map(stored_id, lost)],
+        num_videos=len(run.data.records["train"]),
+        max_share=1.0 if experiment.dataset.skip_broken else experiment.max_failed_share,
+        lost=[*map(stored_id, run.lost)],
     )
     progress = logs.RunProgress(
-        total_steps * config.batch_size,
-        done=step * config.batch_size,
+        run.milestones.total * experiment.batch_size,
+        done=step * experiment.batch_size,
         unit="clip",
         title="training",
     )
-    failures: list[list[str]] = []  # ids and reasons of videos since the last `read_metrics`
+    resources.callback(progress.close)
+    stalls, stop_signals = watchdog.Watchdog(experiment.stall_seconds), StopSignals()
+    resources.callback(stalls.close)
+    return Loop(
+        workdir=workdir,
+        milestones=run.milestones,
+        batches=run.batches,
+        train_step=run.train_step,
+        mesh=run.mesh,
+        manager=manager,
+        resumables={"data": run.batches, "log": window},
+        metrics=MetricFlusher(
+            window=window,
+            batch_size=experiment.batch_size,
+            total_steps=run.milestones.total,
+            schedule=run.schedule,
+            writer=writer,
+            skipped=skipped,
+            progress=progress,
+            stalls=stalls,
+        ),
+        validation=_make_validation(run, manager, writer, stop_signals, stalls),
+        writer=writer,
+        signals=stop_signals,
+        stalls=stalls,
+        trace=trace,
+        began=began,
+    )
+
+
+def _make_validation(
+    run: Run,
+    manager: checkpoint.CheckpointManager,
+    writer: metric_writer.MetricWriter,
+    stop_signals: StopSignals,
+    stalls: watchdog.Watchdog,
+) -> Validation:
+    """Make the evaluation during training; all processes call it."""
+    experiment, data = run.experiment, run.data
+    graphdef, _ = abstract_eval_model(experiment.model, experiment.protocol)
+    eval_step = make_eval_step(experiment.protocol, graphdef, run.mesh)
     # As the first process reads them: another may see an older file.
     best, evaluated = collectives.gather(
-        [model_card.best_top1(workdir), metric_writer.last_evaluation(workdir)]
+        [model_card.best_top1(run.workdir), metric_writer.last_evaluation(run.workdir)]
     )[0]
-    saved, results, result = step, None, None
-    stalls, signals = watchdog.Watchdog(config.data.stall_seconds), StopSignals()
-
-    def save_model(folder: Path, result: dict) -> None:
-        card = model_card.make_card(
-            model_config,
-            preprocessing=make_preprocessing(config),
+    return Validation(
+        workdir=run.workdir,
+        labels=data.labels,
+        evaluate=functools.partial(
+            evaluate_params,
+            records=data.records["val"],
+            protocol=experiment.protocol,
+            eval_step=stop_signals.checked(eval_step),
+            loader=experiment.loader,
+            mesh=run.mesh,
+        ),
+        make_report=functools.partial(
+            make_report, protocol=experiment.protocol, data=experiment.dataset.folder
+        ),
+        describe=summary,
+        make_card=functools.partial(
+            model_card.make_card,
+            experiment.model,
+            preprocessing=experiment.preprocessing.to_json(),
             labels=data.labels,
-            provenance={"workdir": str(workdir), "step": step, "top1": result["top1"]},
-        )
-        model_folder.save_model_folder(folder, steps.eval_params(state), card)
+        ),
+        manager=manager,
+        writer=writer,
+        signals=stop_signals,
+        stalls=stalls,
+        best=best,
+        evaluated=evaluated,
+    )
 
-    def read_metrics() -> None:
-        """Read the metrics of all steps so far; all processes call it at the same steps."""
-        skipped.note(sum(collectives.gather(failures), []))
-        failures.clear()
-        late.read()
 
-    def write_row() -> None:
-        """Write the log window to metrics.jsonl and begin the next one."""
-        row = metric_window.training_row(*late.take()) | {
-            "learning_rate": float(schedule(step - 1)),
-            "clips_per_second": progress.rate(),
-            "input_wait_share": stalls.share("input"),
-        }
-        writer.write(step, row)
-        line = metric_window.describe_row(row)
-        progress.advance(0, line)
-        log.debug(
-            "step %d/%d: %s, %.0f clips/s, %s left",
-            *(step, total_steps, line, progress.rate(), progress.time_left()),
-        )
+# ------------------------------------------------------------------ outputs
 
-    def evaluate() -> tuple[Results, dict]:
-        """Evaluate the weights, write the row of this step and keep them if they are the best."""
-        nonlocal best, evaluated
-        with signals.end_at_once():
-            results = evaluate_params(
-                steps.eval_params(state),
-                data.records["val"],
-                config,
-                eval_step=signals.checked(eval_step),
-                mesh=mesh,
-            )
-        result = make_report(results, config, checkpoint=f"step {step}")
-        if result["top1"] > best:
-            best = result["top1"]
-            with stalls.stage("the checkpoint"):  # without one, the model is an earlier run's
-                checkpoint.finish_saving(manager)
-            save_model(workdir / "best", result)
-        if step != evaluated:  # an evaluation that is repeated has its row already
-            evaluated = step
-            writer.write(step, {f"val/{k}": result[k] for k in ("top1", "top5", "loss")})
-            writer.write_classes(step, data.labels, results.per_class())
-        if not jax.process_index():
-            plots.draw_curves(workdir / "metrics.jsonl", workdir / "curves.png")
-        log.info("step %d: validation %s", step, summary(result))
-        stalls.share("input")  # the next share leaves out the time of the evaluation
-        return results, result
 
-    with signals:
-        try:
-            while True:
-                at_end = step == total_steps
-                evaluates = at_end or (step % eval_steps == 0 and step not in (0, evaluated))
-                saves = evaluates or step == stop_step or step % checkpoint_steps == 0
-                signalled = signals.stops_alone
-                if saves or signalled or late.stop:
-                    read_metrics()
-                # The only place that decides whether a signal stops the run. Several processes
-                # must stop at the same step: they learn of a signal from the metrics.
-                stopped = signalled or late.stop
-                if (saves or stopped) and step != saved:
-                    # The iterator is saved with the state and only advanced afterwards: the next
-                    # draw is then the one that a continued run makes too.
-                    with stalls.stage("the checkpoint"):
-                        checkpoint.save_checkpoint(manager, state, resumables)
-                    saved = step
-                if evaluates and not stopped:
-                    results, result = evaluate()
-                if stopped or at_end or step == stop_step:
-                    break
-                trace.before(step)
-                with stalls.stage("input", describe_decoding):
-                    batch, ids, errors = split_batch(next(train_iter))
-                failures += [[id_, error] for id_, error in zip(ids, errors, strict=True) if error]
-                if step == start_step:
-                    writer.write_clips(step, batch["video"][:4])
-                state, step_metrics = train_step(
-                    state, sharding.to_global_arrays(batch, mesh), teacher_params
-                )
-                stop = collectives.any_process(signals.received is not None, mesh)
-                step += 1
-                late.add(step, {**step_metrics, "stop": stop}, ids)
-                with stalls.stage("the device"):
-                    late.read(STEPS_AHEAD)
-                if step == start_step + 1:
-                    jax.block_until_ready(state)
-                    log.info("first step %.1f s after the start", time.monotonic() - began)
-                trace.after(step, state)
-                progress.advance(config.batch_size)
-                if step % log_steps == 0 or step == total_steps:
-                    read_metrics()
-                    write_row()
-            checkpoint.finish_saving(manager)
-        except SystemExit:  # the save before an evaluation may still run, and fail
-            if jax.process_count() == 1:
-                checkpoint.finish_saving(manager)
-            raise
-        except metric_window.NonFiniteLossError as error:
-            ids = sum(collectives.gather(error.ids), [])
-            videos = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-            newest = manager.latest_step()
-            raise InputError(
-                f"the loss or its gradient is not finite at step {error.step} (learning rate "
-                f"{float(schedule(error.step - 1)):.3g}; videos {videos}); the newest checkpoint "
-                f"is {'none' if newest is None else f'of step {newest}'}; begin in another "
-                "--workdir with a lower optimizer.learning_rate"
-                + (f" and --config.init_from={workdir / 'best'}" if best >= 0 else "")
-            ) from None
-        finally:
-            process_group.publish(sys.exception())  # the manager's close waits for the others
-            progress.close()
-            writer.close()
-            stalls.close()
-            train_iter.close()
-            with contextlib.suppress(Exception):  # the exception that ends the run propagates
-                manager.close()
-            trace.close()
-        if stopped or not at_end:
-            log.info("stopped and saved at step %d; the same command continues from there", step)
-        if stopped:
-            raise SystemExit(128 + (signals.received or signal.SIGTERM))
-        if not at_end:
-            return None
-
-        # -------------------------------------------------------------- outputs
-        # A signal does not interrupt them: the evaluation is done, and this ends the run.
-        signals.finish_run()
-        if message := skipped.summary():
-            log.info("%s", message)
-        folder = workdir / "model"
-        result["checkpoint"] = str(workdir / "checkpoints" / str(step))
-        result["weights_sha256"] = model_folder.fingerprint(steps.eval_params(state))
-        save_model(folder, result)
-        save_report(workdir, result, results, data.labels, data.records["val"])
+def _write_outputs(run: Run, loop: Loop, state: dict) -> dict:
+    """Write the final model and the report of its evaluation; return the report."""
+    if message := loop.metrics.skipped.summary():
+        log.info("%s", message)
+    folder, validation = run.workdir / "model", loop.validation
+    report, results = validation.report, validation.results
+    report["checkpoint"] = str(run.workdir / "checkpoints" / str(run.milestones.total))
+    report["weights_sha256"] = model_folder.fingerprint(steps.eval_params(state))
+    validation.save_model(folder, state)
+    save_report(run.workdir, report, results, run.data.labels, run.data.records["val"])
     log.info(
         "%s. The report is %s, the model in %s; try it on a clip of your own:\n"
         "  %s -m jaxvid.predict CLIP.mp4 --model %s",
-        summary(result),
-        workdir / "eval.html",
+        summary(report),
+        run.workdir / "eval.html",
         folder,
         min(sys.executable, os.path.relpath(sys.executable), key=len),
         folder,
     )
-    return result
+    return report

@@ -119,7 +119,7 @@ TARGETS = {
         Target(
             "tests/training/test_steps.py",
             "linear or fresh_state or each_part",
-            ("Recipe", "Teacher", "init_state", "best_params", "train_step", "_mix", "_accumulate"),
+            ("Recipe", "Teacher", "init_state", "eval_params", "train_step", "_mix", "_accumulate"),
             share=True,
         ),
     ],
@@ -147,6 +147,20 @@ TARGETS = {
         )
     ],
     "jaxvid/training/checkpoint.py": [
+        Target(
+            "tests/training/test_checkpoint.py",
+            "checkpoints or whole or come_alone or disk or keeps_the_log or that_fails or aside",
+            share=True,
+        )
+    ],
+    "jaxvid/training/checkpoint_files.py": [
+        Target(
+            "tests/training/test_checkpoint.py",
+            "checkpoints or whole or come_alone or disk or keeps_the_log or that_fails or aside",
+            share=True,
+        )
+    ],
+    "jaxvid/training/outputs.py": [
         Target(
             "tests/training/test_checkpoint.py",
             "checkpoints or whole or come_alone or disk or keeps_the_log or that_fails or aside",

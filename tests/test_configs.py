@@ -8,8 +8,9 @@ import pytest
 
 import jaxvid
 from jaxvid.errors import InputError
+from jaxvid.experiment import resolve
 from jaxvid.models import PRESETS, abstract_model, family_of, make_model_config
-from jaxvid.storage.preprocessing import make_preprocessing, resolve_color_matrix
+from jaxvid.storage.preprocessing import Preprocessing
 from jaxvid.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ def get_config(name: str, variant: str):
 
 
 @pytest.mark.parametrize(("name", "variant"), CONFIGS)
-def test_configs_build_and_are_locked(name, variant):
+def test_configs_are_complete_and_locked(name, variant):
     module, config = get_config(name, variant)
     assert f"configs/{name}.py" in module.__doc__  # says how it is run
     assert config.is_locked
@@ -89,7 +90,7 @@ def test_released_recipes(name, variant, learning_rate, weight_decay, smoothing,
     assert config.batch_size == optimizer.reference_batch_size
 
 
-def test_finetune_reads_its_model_and_its_data(motion_folder, folders, tmp_path):
+def test_finetune_reads_its_model_and_data(motion_folder, folders, tmp_path):
     get = importlib.import_module("configs.finetune").get_config
     model = jaxvid.create_model("xvit_tiny", num_classes=3, width=16, depth=1)
     how = {
@@ -129,12 +130,13 @@ def test_finetune_reads_its_model_and_its_data(motion_folder, folders, tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("_tiny")])
-def test_a_converted_model_is_used_as_its_config_evaluates_it(name):
+def test_released_preprocessing_equals_that_of_the_config(name):
     stam = name.startswith("stam")
     _, config = get_config("stam_k400" if stam else name, name.rpartition("_")[2] if stam else "")
     model_config = make_model_config(name)
     released = family_of(model_config).released_preprocessing(model_config)
-    assert released == make_preprocessing(resolve_color_matrix(config, released))
+    released = Preprocessing.from_json(released)
+    assert released == resolve(config).with_color_matrix(released.color_matrix).preprocessing
 
 
 def test_unknown_variants_are_refused():
@@ -145,6 +147,6 @@ def test_unknown_variants_are_refused():
 
 
 @pytest.mark.parametrize(("name", "variant"), CONFIGS)
-def test_clips_are_mirrored_half_of_the_time_unless_a_class_depends_on_the_direction(name, variant):
+def test_clips_are_flipped_unless_classes_depend_on_the_direction(name, variant):
     _, config = get_config(name, variant)
     assert config.data.flip_prob == (0.0 if name in ("motion", "xvit_ssv2") else 0.5)

@@ -26,9 +26,8 @@ from ml_collections import ConfigDict, config_flags
 import jaxvid
 from configs import motion, stam_16_k400, xvit_k600
 from jaxvid import cli
-from jaxvid.data.clips.clip import make_spec
 from jaxvid.data.synthetic_motion import LABELS, make_motion
-from jaxvid.models import make_model_config
+from jaxvid.experiment import resolve
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md"]
@@ -130,9 +129,8 @@ def absl_flags(source: str) -> flags.FlagValues:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Build the network's config and the clips of a config, which refuses impossible values."""
-    make_model_config(**config.model)
-    make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops)
+    """Resolve a config, which refuses impossible values."""
+    resolve(config)
 
 
 def check_command(command: str, monkeypatch) -> None:

@@ -10,10 +10,10 @@ import pytest
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--compare=eval.json",), "--compare belongs to --mode eval; leave one of the two out"),
+        (("--compare=eval.json",), "--compare needs --mode eval; leave one of the two out"),
         (
             ("--mode=eval", "--profile=1:2"),
-            "--profile belongs to --mode train; leave one of the two out",
+            "--profile needs --mode train; leave one of the two out",
         ),
     ],
 )

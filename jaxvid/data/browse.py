@@ -20,12 +20,12 @@ from matplotlib.figure import Figure
 
 from jaxvid import cli
 from jaxvid.atomic import write_file
-from jaxvid.config import check_names
 from jaxvid.data.clips import transforms
-from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip, make_spec
+from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.sources import Record, open_dataset
 from jaxvid.errors import InputError
+from jaxvid.experiment import Config, resolve
 
 SHOWN_FRAMES = 8  # of a clip, evenly chosen
 
@@ -58,31 +58,33 @@ def draw_sheet(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], output: Path)
     write_file(output, picture.getvalue())
 
 
-def make_rows(config, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
+def make_rows(config: Config, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """The first videos of both splits, as training and as evaluation see them.
 
     Raises:
         InputError: The data cannot be opened, or none of the videos can be decoded.
     """
-    data = open_dataset(config.data, config.model.num_classes, ("train", "val"))
-    check_names(config.to_dict())
-    spec = make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops)
+    experiment = resolve(config)
+    data = open_dataset(experiment.dataset, experiment.model.num_classes, ("train", "val"))
+    specs = {"train": experiment.train_clips, "val": experiment.preprocessing.spec}
     rows = []
     for split in ("train", "val"):
         records = data.records[split]
         for i in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int):
             title = f"{split}: {records[i].id}, {data.labels[records[i].label]}"
             try:
-                rng = np.random.default_rng([config.seed, i])
-                rows += _rows_of(records[i], split, spec, rng, title)
+                rng = np.random.default_rng([experiment.recipe.seed, i])
+                rows += _rows_of(records[i], split, specs[split], rng, title)
             except DecodeError as error:
                 print(f"left out: {error}", file=sys.stderr)
     if not rows:
-        raise InputError(f"{config.data.folder}: none of the chosen videos can be decoded")
+        raise InputError(f"{experiment.dataset.folder}: none of the chosen videos can be decoded")
     return rows
 
 
-def _rows_of(record: Record, split: str, spec: ClipSpec, rng, title: str) -> list:
+def _rows_of(
+    record: Record, split: str, spec: ClipSpec, rng: np.random.Generator, title: str
+) -> list:
     if split == "train":
         clip = load_train_clip(record, rng, spec)
         return [(title, clip["video"], clip["indices"])]

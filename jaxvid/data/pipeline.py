@@ -5,6 +5,7 @@ not depend on the number of threads, workers or restarts. A video that cannot be
 place in its batch, masked, with the reason: nothing is swapped for it.
 """
 
+import dataclasses
 import os
 import threading
 import time
@@ -21,6 +22,19 @@ from jaxvid.data.sources import Record
 
 _loading: dict[int, tuple[str, float]] = {}  # thread → its video, and since when
 TEXT_BYTES = 512  # of a video's id, and of the reason why it failed, in a batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """Threads and processes that decode videos.
+
+    Attributes:
+        num_threads: Decoding threads per process, or per worker process.
+        num_workers: Worker processes; 0: threads only.
+    """
+
+    num_threads: int = 2
+    num_workers: int = 0
 
 
 def make_train_iter(

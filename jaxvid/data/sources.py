@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxvid.data.annotations import (
@@ -26,6 +26,45 @@ __all__ = ["SOURCES", "Record", "VideoDataset", "open_dataset", "read_list"]
 SOURCES = ("motion", "folder", "class_folders", "xvit_h5", "pack", "tfds")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """Where videos and their labels come from.
+
+    Attributes:
+        source: One of `SOURCES`.
+        folder: The folder of the data, or the name of a TFDS data set.
+        prefix: Directory of the paths in lists; empty: the list's directory.
+        missing: Missing files in lists: `error`, or `keep`: they count as decode errors.
+        skip_broken: Leave out training videos that are known to be missing or broken. In other
+            splits they are kept and count as wrong.
+        color_matrix: `tagged`, `bt601`, or `auto` for the model card's, else `tagged`.
+        motion: For `source="motion"`: `num_train`, `num_val` and `seed` of the clips to generate.
+
+    Raises:
+        InputError: There is no such source.
+    """
+
+    source: str
+    folder: str
+    prefix: str = ""
+    missing: str = "error"
+    skip_broken: bool = False
+    color_matrix: str = "auto"
+    motion: Mapping[str, int] | None = None
+
+    def __post_init__(self):
+        if self.source not in SOURCES:
+            names = ", ".join(repr(name) for name in SOURCES[:-1])
+            raise InputError(f"data.source={self.source!r}: there are {names} and {SOURCES[-1]!r}")
+        if self.source == "motion" and self.motion is None:
+            raise InputError("data.source='motion': needs data.motion; use configs/motion.py")
+
+    @property
+    def used_color_matrix(self) -> str:
+        """The color matrix that videos are decoded with."""
+        return "tagged" if self.color_matrix == "auto" else self.color_matrix
+
+
 @dataclasses.dataclass(frozen=True)
 class VideoDataset:
     """Labelled videos and the names of their classes.
@@ -44,17 +83,13 @@ class VideoDataset:
     notes: tuple[str, ...] = ()
 
 
-def open_dataset(data, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
-    """Opens the data of a config, making the motion clips first where those are asked for.
+def open_dataset(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
+    """Open a data set; generate the motion clips first if they are the source.
 
     Args:
-        data: The config's `data`: `source` (one of `SOURCES`), `folder` (or the name of a TFDS data
-            set), `prefix` (what the paths of a list are relative to; empty: the list's folder),
-            `missing` (`error`, or `keep` to leave missing files to whoever opens them),
-            `skip_broken` (leave out training videos that are known to be missing or broken; of
-            other splits they are kept, and count as wrong).
-        num_classes: The model's; every label must lie below it.
-        splits: Which splits to read.
+        data: Where the videos and labels come from.
+        num_classes: The model's number of classes; every label must be below it.
+        splits: Names of the splits to read.
 
     Raises:
         InputError: A list or file is missing or empty, a line is malformed, a label out of range.
@@ -76,16 +111,13 @@ def open_dataset(data, num_classes: int, splits: tuple[str, ...]) -> VideoDatase
         labels, where = read_labels_or_numbers(folder, num_classes)
         _check_labels(labels, where, num_classes)
         records = {split: read_xvit_list(folder, split, num_classes, missing) for split in splits}
-    elif data.source in ("pack", "tfds"):
+    else:
         is_folder = data.source == "pack"
         records = {split: PackRecords(data.folder, split, is_folder=is_folder) for split in splits}
         labels = records[splits[0]].labels
         _check_labels(labels, data.folder, num_classes)
-    else:
-        names = ", ".join(repr(name) for name in SOURCES[:-1])
-        raise InputError(f"data.source={data.source!r}: there are {names} and {SOURCES[-1]!r}")
     notes = [f"{folder}: skipped {skipped}"] if str(skipped) else []
-    used = "tagged" if data.color_matrix == "auto" else data.color_matrix
+    used = data.used_color_matrix
     packed = read_color_matrix(folder) if data.source in ("pack", "xvit_h5") else None
     if packed not in (None, used):
         notes.append(

@@ -1,5 +1,6 @@
 """Processes, the device mesh, and the one rule that gives every leaf of the state its sharding."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -14,23 +15,36 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 
-def make_mesh(mesh) -> Mesh:
-    """A mesh ('data', 'fsdp', 'tensor') over all devices.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """Sizes of the device mesh's axes.
 
-    Args:
-        mesh: The config's `mesh`: a size for each axis; -1 for one axis: what is left.
+    Attributes:
+        data: Devices with a copy of the weights each.
+        fsdp: Devices that share one copy of the weights.
+        tensor: Devices that share each matrix product. One of the three may be -1: all devices
+            that the others leave.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(shape: MeshShape) -> Mesh:
+    """Make a mesh ('data', 'fsdp', 'tensor') over all devices.
 
     Raises:
-        InputError: The sizes do not multiply to the number of devices.
+        InputError: The product of the sizes is not the number of devices.
     """
-    sizes = [mesh[axis] for axis in AXES]
+    sizes = [getattr(shape, axis) for axis in AXES]
     devices = jax.device_count()
     if sizes.count(-1) == 1:
         rest = math.prod(size for size in sizes if size != -1)
         if rest > 0 and devices % rest == 0:
             sizes[sizes.index(-1)] = devices // rest
     if min(sizes) < 1 or math.prod(sizes) != devices:
-        asked = ", ".join(f"mesh.{axis}={mesh[axis]}" for axis in AXES)
+        asked = ", ".join(f"mesh.{axis}={getattr(shape, axis)}" for axis in AXES)
         raise InputError(
             f"{asked}: cannot be laid over {devices} devices; "
             "the sizes must multiply to that number (one may be -1)"

@@ -1,39 +1,47 @@
 """The evaluation loop: every video once, over all devices."""
 
+import dataclasses
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxvid import logs
-from jaxvid.data.clips.clip import make_spec
-from jaxvid.data.pipeline import make_eval_iter, split_batch
+from jaxvid.data.pipeline import LoaderConfig, make_eval_iter, split_batch
 from jaxvid.data.sources import Record
 from jaxvid.distributed import collectives, sharding
 from jaxvid.errors import InputError
 from jaxvid.evaluation.metrics import Results
+from jaxvid.evaluation.protocol import EvalProtocol
 from jaxvid.evaluation.resume import PartialResults
 from jaxvid.logs import log
-from jaxvid.models import Params, abstract_model, make_model_config
+from jaxvid.models import ModelConfig, Params, abstract_model
 from jaxvid.storage import eval_step
 
-
-def abstract_eval_model(config) -> tuple[nnx.GraphDef, Params]:
-    """`abstract_model` of a config's network as evaluation runs it: in `eval.dtype`."""
-    return abstract_model(make_model_config(**{**config.model, "dtype": config.eval.dtype}))
+EvalStep = Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]]
+BATCHES_AHEAD = 1  # batches that the device computes while the results of one are read
 
 
-def make_eval_step(config, graphdef, mesh) -> Callable[[Params, dict], dict]:
-    """The jitted `steps.eval_step` of a config."""
+def abstract_eval_model(
+    model_config: ModelConfig, protocol: EvalProtocol
+) -> tuple[nnx.GraphDef, Params]:
+    """Return `abstract_model` of a network that computes in the dtype of the protocol."""
+    return abstract_model(dataclasses.replace(model_config, dtype=protocol.dtype))
+
+
+def make_eval_step(protocol: EvalProtocol, graphdef: nnx.GraphDef, mesh: Mesh) -> EvalStep:
+    """Make the jitted `eval_step.eval_step` of a protocol."""
     step = functools.partial(
         eval_step.eval_step,
         graphdef=graphdef,
-        mean=config.data.mean,
-        std=config.data.std,
-        score=config.eval.score,
+        mean=protocol.preprocessing.mean,
+        std=protocol.preprocessing.std,
+        score=protocol.score,
     )
     return jax.jit(step, out_shardings=sharding.replicated(mesh))
 
@@ -41,53 +49,102 @@ def make_eval_step(config, graphdef, mesh) -> Callable[[Params, dict], dict]:
 def evaluate_params(
     params: Params,
     records: Sequence[Record],
-    config,
+    protocol: EvalProtocol,
     *,
-    eval_step: Callable,
-    mesh,
+    eval_step: EvalStep,
+    loader: LoaderConfig,
+    mesh: Mesh,
     unfinished: PartialResults | None = None,
 ) -> Results:
-    """Runs the network over all records.
+    """Evaluate a network on all videos.
 
     Args:
         params: The weights.
         records: Labelled videos.
-        config: A whole config.
-        eval_step: As `make_eval_step` gives it.
-        mesh: Cuts the batches.
-        unfinished: Where to keep what is done, and to take from what an earlier run did.
+        protocol: How clips are made, and the batch size.
+        eval_step: Made by `make_eval_step`.
+        loader: Threads and processes that decode videos.
+        mesh: Batches are sharded over it.
+        unfinished: Keeps the results of each batch; those of an interrupted run are reused.
 
     Raises:
         InputError: The network's logits are not finite.
     """
-    parts, began = unfinished.load() if unfinished else [], time.monotonic()
-    start = sum(len(part["padded"]) for part in parts)
-    if start:
-        log.info("%d of %d videos were evaluated before", start, len(records))
-    shard = sharding.batch_shard(mesh, config.eval.batch_size)
+    index, count = sharding.batch_shard(mesh, protocol.batch_size)
+    collector = _Collector(records, protocol.batch_size, shard_index=index, unfinished=unfinished)
     batches = make_eval_iter(
-        records[start:],
-        spec=make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops),
-        batch_size=config.eval.batch_size // shard[1],
-        num_threads=config.data.num_threads,
-        num_workers=config.data.num_workers,
-        shard=shard,
+        records[collector.done :],
+        spec=protocol.preprocessing.spec,
+        batch_size=protocol.batch_size // count,
+        shard=(index, count),
+        **dataclasses.asdict(loader),
     )
-    progress = logs.RunProgress(
-        len(records), done=start, unit="video", title="evaluating", lines=True
-    )
-    running: list[tuple] = []  # batches that the device may still compute
-    hits = sum(int(part["hit"].sum()) for part in parts)
+    running = deque()  # outputs that the device may still compute, and facts about their videos
+    try:
+        for batch in batches:
+            arrays = sharding.to_global_arrays({"video": batch["video"]}, mesh)
+            running.append((eval_step(params, arrays), _video_facts(batch)))
+            if len(running) > BATCHES_AHEAD:
+                collector.add(*running.popleft())
+        while running:
+            collector.add(*running.popleft())
+    finally:
+        collector.close()
+        batches.close()
+    return collector.results()
 
-    def read() -> None:
-        """Fetches the oldest running batch."""
-        nonlocal start, hits, began
-        outputs, *host = running.pop(0)
-        count = min(config.eval.batch_size, len(records) - start)
-        # Every process has all scores; what it knows of its own videos it tells the others.
-        told = dict(collectives.gather([shard[0], host]))
+
+def _video_facts(batch: dict[str, np.ndarray]) -> list[list]:
+    """Return the labels of a batch's videos, whether they are padded and released, and errors."""
+    _, _, errors = split_batch(batch)
+    return [*(batch[name].tolist() for name in ("label", "padded", "released")), errors]
+
+
+class _Collector:
+    """Collects the results of an evaluation batch by batch.
+
+    Args:
+        records: All videos of the evaluation.
+        batch_size: Videos per batch, over all processes.
+        shard_index: Index of this process's part of each batch.
+        unfinished: Keeps the results of each batch.
+
+    Attributes:
+        done: Number of videos whose results are known.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        batch_size: int,
+        *,
+        shard_index: int,
+        unfinished: PartialResults | None,
+    ):
+        self._records, self._batch_size, self._shard_index = records, batch_size, shard_index
+        self._unfinished = unfinished
+        self._parts = unfinished.load() if unfinished else []
+        self._began = time.monotonic()
+        self.done = sum(len(part["padded"]) for part in self._parts)
+        self._hits = sum(int(part["hit"].sum()) for part in self._parts)
+        if self.done:
+            log.info("%d of %d videos were evaluated before", self.done, len(records))
+        self._progress = logs.RunProgress(
+            len(records), done=self.done, unit="video", title="evaluating", lines=True
+        )
+
+    def add(self, outputs: dict[str, jax.Array], facts: list[list]) -> None:
+        """Add the outputs of `eval_step.eval_step` for a batch; waits for the device.
+
+        Args:
+            outputs: Those of all processes' videos.
+            facts: `_video_facts` of this process's part of the batch.
+        """
+        count = min(self._batch_size, len(self._records) - self.done)
+        # Every process has all scores, but facts about its own videos alone.
+        shards = dict(collectives.gather([self._shard_index, facts]))
         label, padded, released, error = (
-            sum((told[i][k] for i in sorted(told)), [])[:count] for k in range(4)
+            sum((shards[i][k] for i in sorted(shards)), [])[:count] for k in range(4)
         )
         part = {name: np.asarray(array)[:count] for name, array in outputs.items()}
         part |= {"label": np.array(label), "padded": np.array(padded), "error": error}
@@ -102,35 +159,32 @@ def evaluate_params(
         for error in filter(None, part["error"]):
             log.warning("counts as wrong: %s", error)
         part["hit"] = good & (part["scores"].argmax(axis=1) == part["label"])
-        part["seconds"], began = time.monotonic() - began, time.monotonic()
-        parts.append(part)
-        if unfinished:
-            collectives.raise_on_all_processes(unfinished.add, part)
-        start, hits = start + count, hits + int(part["hit"].sum())
-        progress.advance(count, f"top-1 {100 * hits / start:.2f} %")
+        part["seconds"], self._began = time.monotonic() - self._began, time.monotonic()
+        self._parts.append(part)
+        if self._unfinished:
+            collectives.raise_on_all_processes(self._unfinished.add, part)
+        self.done += count
+        self._hits += int(part["hit"].sum())
+        self._progress.advance(count, f"top-1 {100 * self._hits / self.done:.2f} %")
 
-    try:
-        for batch in batches:
-            arrays, _, errors = split_batch(batch)
-            outputs = eval_step(params, sharding.to_global_arrays({"video": arrays["video"]}, mesh))
-            host = [batch[name].tolist() for name in ("label", "padded", "released")]
-            running.append((outputs, *host, errors))
-            if len(running) == 2:  # the device computes the newest meanwhile
-                read()
-        while running:
-            read()
-    finally:
-        progress.close()
-        batches.close()
-    if start != len(records):
-        raise RuntimeError(f"{start} videos were evaluated, {len(records)} are listed")
-    return Results(
-        ids=[record.id for record in records],
-        labels=np.concatenate([part["label"] for part in parts]),
-        scores=np.concatenate([part["scores"] for part in parts]),
-        probabilities=np.concatenate([part["probabilities"] for part in parts]),
-        padded=np.concatenate([part["padded"] for part in parts]),
-        released=np.concatenate([part["released"] for part in parts]),
-        errors=[error for part in parts for error in part["error"]],
-        seconds=float(sum(part["seconds"] for part in parts)),
-    )
+    def close(self) -> None:
+        """Close the progress bar."""
+        self._progress.close()
+
+    def results(self) -> Results:
+        """Return the results of all videos, in the order of the records."""
+        if self.done != len(self._records):
+            raise RuntimeError(
+                f"{self.done} videos were evaluated, {len(self._records)} are listed"
+            )
+        arrays = {
+            name: np.concatenate([part[name] for part in self._parts])
+            for name in ("scores", "probabilities", "padded", "released")
+        }
+        return Results(
+            ids=[record.id for record in self._records],
+            labels=np.concatenate([part["label"] for part in self._parts]),
+            **arrays,
+            errors=[error for part in self._parts for error in part["error"]],
+            seconds=float(sum(part["seconds"] for part in self._parts)),
+        )

@@ -1,9 +1,10 @@
-"""The evaluation protocol: how many views, and how their scores are combined."""
+"""The evaluation protocol: preprocessing, views, and how the scores of views are combined."""
 
-from jaxvid.config import check_names
-from jaxvid.data.clips.clip import make_spec
-from jaxvid.distributed import sharding
+import dataclasses
+from typing import Any
+
 from jaxvid.errors import InputError
+from jaxvid.storage.preprocessing import Preprocessing
 
 SCORES = {
     "logits": "sum of logits over the views",
@@ -12,24 +13,40 @@ SCORES = {
 DTYPES = ("float32", "bfloat16")
 
 
-def check_protocol(config, mesh) -> None:
-    """Refuses views, sizes or a batch that cannot be evaluated, before anything else is done.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalProtocol:
+    """How a model is evaluated.
 
-    Args:
-        config: A whole config.
-        mesh: Cuts the batches.
+    Attributes:
+        preprocessing: How clips are made; it has the number of clips and crops.
+        score: What classes are ranked by, one of `SCORES`.
+        dtype: Compute dtype, one of `DTYPES`; independent of the model's.
+        batch_size: Videos per step, over all devices and processes.
+        every_epochs: Epochs of training between two evaluations.
 
     Raises:
-        InputError: Names the field and what is possible.
+        InputError: A field has an impossible value.
     """
-    check_names(config.to_dict())
-    sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
-    make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops)
-    if config.eval.score not in SCORES:
-        known = " and ".join(map(repr, SCORES))
-        raise InputError(f"eval.score={config.eval.score!r}: there are {known}")
-    if config.eval.dtype not in DTYPES:
-        known = " and ".join(map(repr, DTYPES))
-        raise InputError(f"eval.dtype={config.eval.dtype!r}: there are {known}")
-    if config.eval.every_epochs <= 0:
-        raise InputError(f"eval.every_epochs={config.eval.every_epochs}: must be above 0")
+
+    preprocessing: Preprocessing
+    score: str = "logits"
+    dtype: str = "float32"
+    batch_size: int = 16
+    every_epochs: float = 1.0
+
+    def __post_init__(self):
+        if self.score not in SCORES:
+            known = " and ".join(map(repr, SCORES))
+            raise InputError(f"eval.score={self.score!r}: there are {known}")
+        if self.dtype not in DTYPES:
+            known = " and ".join(map(repr, DTYPES))
+            raise InputError(f"eval.dtype={self.dtype!r}: there are {known}")
+        if self.every_epochs <= 0:
+            raise InputError(f"eval.every_epochs={self.every_epochs}: must be above 0")
+
+    def to_report(self) -> dict[str, Any]:
+        """Return the `protocol` of `eval.json`: everything that accuracies depend on."""
+        fields = self.preprocessing.to_json()
+        del fields["mean"], fields["std"]  # they belong to the weights
+        fields["image_size"] = fields.pop("crop")
+        return fields | {"dtype": self.dtype, "score": SCORES[self.score]}

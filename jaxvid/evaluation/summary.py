@@ -4,23 +4,31 @@ import math
 
 import numpy as np
 
-from jaxvid.data.clips.clip import make_spec
 from jaxvid.evaluation import metrics
 from jaxvid.evaluation.metrics import Results
-from jaxvid.evaluation.protocol import SCORES
+from jaxvid.evaluation.protocol import EvalProtocol
 
 
-def make_report(results: Results, config, *, checkpoint: str) -> dict:
-    """What goes into `eval.json`: percentages, the protocol they were measured by, and of what.
+def make_report(results: Results, protocol: EvalProtocol, *, data: str, checkpoint: str) -> dict:
+    """Return the contents of `eval.json`.
 
-    Videos that failed count as wrong, except in `released_subset`; the loss and the calibration are
-    those of the others, None where there are none. Seconds are those of all runs of an evaluation
-    that was interrupted.
+    Videos that failed count as wrong, except in `released_subset`. The loss and the calibration
+    error are those of the other videos, and None if there are none.
+
+    Args:
+        results: The results of all videos.
+        protocol: The protocol that they were evaluated with.
+        data: The folder of the videos.
+        checkpoint: Names the weights.
+
+    Returns:
+        Accuracies in percent, counts of videos, `protocol`, and more. `seconds` includes those of
+        interrupted runs of the same evaluation.
     """
     hits, good = results.hits(1), ~results.failed
     confidences = results.probabilities.max(axis=1)
     _, calibration_error = metrics.calibration(confidences[good], hits[good])
-    losses, views = results.losses(), config.eval.num_clips * config.eval.num_crops
+    losses, views = results.losses(), protocol.preprocessing.num_views
     return {
         "top1": metrics.accuracy(hits),
         "top1_interval": [*metrics.confidence_interval(hits)],
@@ -38,25 +46,12 @@ def make_report(results: Results, config, *, checkpoint: str) -> dict:
             for i in np.flatnonzero(~good)
         ],
         "released_subset": released_subset(results)
-        if config.data.sampling == "uniform_10s"
+        if protocol.preprocessing.sampling == "uniform_10s"
         else None,
-        "protocol": {
-            "num_clips": config.eval.num_clips,
-            "num_crops": config.eval.num_crops,
-            "num_frames": config.model.num_frames,
-            "image_size": config.model.image_size,
-            "short_side": config.eval.short_side,
-            "resize": config.data.resize,
-            "sampling": config.data.sampling,
-            "sampling_rate": config.data.sampling_rate,
-            "by_time": config.data.by_time,
-            "color_matrix": make_spec(config).color_matrix,
-            "dtype": config.eval.dtype,
-            "score": SCORES[config.eval.score],
-        },
+        "protocol": protocol.to_report(),
         "seconds": results.seconds,
         "clips_per_second": len(hits) * views / results.seconds,
-        "data": config.data.folder,
+        "data": data,
         "checkpoint": checkpoint,
     }
 
@@ -69,18 +64,18 @@ def released_subset(results: Results) -> dict:
     Returns:
         `num_videos`; `top1` and `top5` in percent, None if there are no such videos.
     """
-    kept = results.released & ~results.failed
+    in_subset = results.released & ~results.failed
     return {
-        "num_videos": int(kept.sum()),
+        "num_videos": int(in_subset.sum()),
         **{
-            f"top{k}": metrics.accuracy(results.hits(k)[kept]) if kept.any() else None
+            f"top{k}": metrics.accuracy(results.hits(k)[in_subset]) if in_subset.any() else None
             for k in (1, 5)
         },
     }
 
 
 def summary(result: dict) -> str:
-    """One line with the headline numbers and how they were measured."""
+    """Return one line with the accuracies and how they were measured."""
     protocol = result["protocol"]
     counts = [
         f"{result[name]} {name.removeprefix('num_')}"

@@ -18,7 +18,7 @@ from jaxvid.distributed import setup
 from jaxvid.errors import InputError
 from jaxvid.models import family_of
 from jaxvid.storage import eval_step
-from jaxvid.storage.preprocessing import load_model_and_spec
+from jaxvid.storage.preprocessing import load_model_and_preprocessing
 
 TOP_K = 3  # classes in AttentionRollout.top
 
@@ -106,10 +106,11 @@ def compute_rollout(
     if not 0 <= clip < num_clips:
         raise InputError(f"--clip={clip}: must be 0 to {num_clips - 1}, as --num_clips={num_clips}")
     setup.use_compilation_cache()
-    card, model, spec = load_model_and_spec(folder, "float32")  # the dtype of evaluation
-    preprocessing, labels = card["preprocessing"], card["labels"]
+    # Evaluation computes in float32, too.
+    card, model, preprocessing = load_model_and_preprocessing(folder, "float32")
+    labels = card["labels"]
     # Clip 0 does not depend on num_clips: decode no others for it.
-    spec = dataclasses.replace(spec, num_clips=num_clips if clip else 1, num_crops=1)
+    spec = dataclasses.replace(preprocessing.spec, num_clips=num_clips if clip else 1, num_crops=1)
     views = load_eval_views(video, spec)
     indices = views["indices"][clip]
     frames, times = _read_frames(video, indices, spec)
@@ -119,9 +120,8 @@ def compute_rollout(
         attention = {name: roll_out(a[0]) for name, a in model.attention(clip).items()}
         return jax.nn.softmax(model(clip))[0], attention
 
-    view = eval_step.normalize(
-        views["video"][clip : clip + 1], preprocessing["mean"], preprocessing["std"]
-    )
+    view = views["video"][clip : clip + 1]
+    view = eval_step.normalize(view, preprocessing.mean, preprocessing.std)
     probabilities, attention = jax.device_get(run(view))
     if not np.isfinite(probabilities).all():
         raise InputError(f"{folder}: logits are not finite for {video}; train or convert it again")

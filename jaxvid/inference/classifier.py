@@ -31,7 +31,7 @@ from jaxvid.inference.sliding_windows import gather_clips, plan_windows, prefetc
 from jaxvid.models import Params, family_of, merge_params, split_params
 from jaxvid.progress import Progress
 from jaxvid.storage import eval_step
-from jaxvid.storage.preprocessing import clip_shape, load_model_and_spec
+from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,15 +105,14 @@ class Classifier:
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: must be at least 1")
         setup.use_compilation_cache()
-        card, model, spec = load_model_and_spec(folder, dtype)
+        card, model, preprocessing = load_model_and_preprocessing(folder, dtype)
         views = {"num_clips": num_clips, "num_crops": num_crops}
         overrides = {name: value for name, value in views.items() if value is not None}
-        self.spec = dataclasses.replace(spec, **overrides)
+        self.spec = dataclasses.replace(preprocessing.spec, **overrides)
         self.labels, self.config = card["labels"], model.config
         self.batch_size, self._num_threads = batch_size, num_threads or os.cpu_count()
         self._normalize = functools.partial(
-            eval_step.normalize,
-            **{name: card["preprocessing"][name] for name in ("mean", "std")},
+            eval_step.normalize, mean=preprocessing.mean, std=preprocessing.std
         )
         self._shares_frames = family_of(model.config).shares_frames
         self._graphdef, self._params = split_params(model)

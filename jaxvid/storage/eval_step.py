@@ -1,4 +1,4 @@
-"""The evaluation step, and the normalisation of pixels that training and evaluation share."""
+"""The evaluation step, and the normalization of pixels."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,12 @@ from jaxvid.models import Params, merge_params
 
 
 def normalize(video: jax.Array, mean: float, std: float) -> jax.Array:
-    """Normalise pixels to float32 `(grey / 255 - mean) / std`, of the same shape.
+    """Normalize pixels to float32 `(pixel / 255 - mean) / std` of the same shape.
 
     Args:
-        video: Grey levels as uint8, or as uint16 in units of 1 / `transforms.FRACTIONS` grey level.
+        video: Pixels as uint8, or as uint16 in units of 1 / `transforms.FRACTIONS`.
         mean: Subtracted from pixels in [0, 1].
-        std: Divides them.
+        std: Divides them afterwards.
     """
     white = 255 * FRACTIONS if video.dtype == jnp.uint16 else 255
     return (video.astype(jnp.float32) / white - mean) / std
@@ -29,20 +29,21 @@ def eval_step(
     std: float,
     score: str,
 ) -> dict[str, jax.Array]:
-    """Classifies a batch of videos by all their views.
+    """Classify a batch of videos from all their views.
 
     Args:
         params: The network's weights.
         batch: `video` `(b, v, t, h, w, c)` uint8 or uint16, see `normalize`.
         graphdef: The network's structure.
         mean: Subtracted from pixels in [0, 1].
-        std: Divides them.
-        score: What classes are ranked by: `logits`, their sum over the views (the released
-            protocol), or `probabilities`, their mean.
+        std: Divides them afterwards.
+        score: Classes are ranked by `logits`, summed over the views (the released protocol), or by
+            `probabilities`, averaged over the views.
 
     Returns:
-        `scores` and `probabilities`, both `(b, num_classes)` float32: what classes are ranked by;
-        and the softmax of the mean logits, or the mean of the views' softmaxes.
+        `scores` and `probabilities`, both `(b, num_classes)` float32. Classes are ranked by their
+        scores. The probabilities are the softmax of the mean logits if `score="logits"`, else the
+        mean over the views of their softmax.
     """
     b, v, *clip = batch["video"].shape
     video = normalize(batch["video"].reshape(b * v, *clip), mean, std)

@@ -1,95 +1,121 @@
-"""A model folder with all that using it needs, checked against each other.
+"""Preprocessing of a model's clips: the one description that all programs share.
 
-Its `preprocessing` says how clips were made when it was tested, views included: what training
-writes, what a converter writes of the released protocol, and what prediction does by default.
+Training writes it into the model card, a converter writes that of the released protocol, and
+evaluation, prediction and export read it.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from jaxvid.config import differences
-from jaxvid.data.clips.clip import ClipSpec, make_spec
+from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import InputError, short_repr
 from jaxvid.models import FAMILIES, make_model_config
 from jaxvid.storage import model_card, model_folder
 
-# All that a model folder's `preprocessing` says: fields of ClipSpec, and what pixels in [0, 1] are
-# normalised by.
-CLIP_FIELDS = (
-    *("num_frames", "crop", "short_side", "sampling", "sampling_rate", "by_time", "resize"),
-    *("color_matrix", "num_clips", "num_crops"),
-)
-PIXEL_FIELDS = ("mean", "std")
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How clips are made and normalized when a model is evaluated: `preprocessing` in `model.json`.
 
-def make_preprocessing(config) -> dict:
-    """How clips are made when a config's model is evaluated: a value of each of the fields."""
-    views = {name: config.eval[name] for name in ("num_clips", "num_crops")}
-    spec = make_spec(config, **views)
-    clip = {name: getattr(spec, name) for name in CLIP_FIELDS}
-    return clip | {name: config.data[name] for name in PIXEL_FIELDS}
+    The fields without a description here are those of `ClipSpec`. A field that an older model
+    folder lacks has its default value.
 
-
-def read_preprocessing(card: dict, path: Path) -> dict:
-    """What a `model.json` says of preprocessing, complete.
-
-    Args:
-        card: What is in the file.
-        path: The file, for messages.
-
-    Returns:
-        A value of each of the fields; of one that an older folder lacks, `ClipSpec`'s default.
+    Attributes:
+        mean: Subtracted from pixels in [0, 1].
+        std: Divides them afterwards.
 
     Raises:
-        InputError: It says nothing, lacks what has no default, has a field that there is not, or
-            an impossible value.
+        InputError: A field has an impossible value.
     """
-    how = card["preprocessing"]
-    if not how or not isinstance(how, dict):
-        raise InputError(f"{path} says nothing of preprocessing; export it again")
-    fields = (*CLIP_FIELDS, *PIXEL_FIELDS)
-    values = {
-        field.name: field.default
-        for field in dataclasses.fields(ClipSpec)
-        if field.name in CLIP_FIELDS and field.default is not dataclasses.MISSING
-    }
-    values |= {"color_matrix": default_color_matrix(card)} | how
-    problems = [f"has no {name}" for name in fields if name not in values]
-    for name, value in how.items():
-        if name not in fields:
-            problems.append(f"has {short_repr(name)}, which this jaxvid does not know")
-        elif not _is_possible(name, value):
-            problems.append(f"has {name}={short_repr(value)}, which it cannot be")
-    if problems:
-        raise InputError(f"{path}: preprocessing {problems[0]}; export the model again")
-    return {name: values[name] for name in fields}
+
+    num_frames: int
+    crop: int
+    short_side: int
+    sampling: str = "segments"
+    sampling_rate: int = 16
+    by_time: bool = False
+    resize: str = "pil_bilinear"
+    color_matrix: str = "tagged"
+    num_clips: int = 1
+    num_crops: int = 1
+    mean: float
+    std: float
+
+    def __post_init__(self):
+        _ = self.spec  # checks the values
+
+    @property
+    def spec(self) -> ClipSpec:
+        """The clips of evaluation."""
+        fields = self.to_json()
+        del fields["mean"], fields["std"]
+        return ClipSpec(**fields)
+
+    @property
+    def num_views(self) -> int:
+        """Views per video: clips times crops."""
+        return self.num_clips * self.num_crops
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as they are stored in `model.json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """Make the preprocessing from the fields in a `model.json`.
+
+        Raises:
+            InputError: A required field is missing, a field is unknown, or a value is impossible.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name, field in fields.items():
+            if name not in values and field.default is dataclasses.MISSING:
+                raise InputError(f"preprocessing has no {name}")
+        for name, value in values.items():
+            shown = short_repr(name if name not in fields else value)
+            if name not in fields:
+                raise InputError(f"preprocessing has {shown}, which this jaxvid does not know")
+            if not _is_possible(fields[name], value):
+                raise InputError(f"preprocessing has {name}={shown}, which it cannot be")
+        return cls(**values)
 
 
-def _is_possible(name: str, value) -> bool:
-    """Whether it is of a field's type, and above 0 where it must be."""
-    if name == "by_time":
-        return isinstance(value, bool)
-    if name in ("sampling", "resize", "color_matrix"):
-        return isinstance(value, str)
+def _is_possible(field: dataclasses.Field, value: object) -> bool:
+    """Whether a JSON value has a field's type and is positive where it must be."""
+    if field.type in (bool, str):
+        return isinstance(value, field.type)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    if name in PIXEL_FIELDS:  # of pixels in [0, 1], in float32; NaN fails too
-        return 1e-6 <= value <= 1e6 if name == "std" else abs(value) <= 1e6
-    return isinstance(value, int) and value > 0
+    if field.type is int:
+        return isinstance(value, int) and value > 0
+    # Pixels are normalized in float32. NaN fails both comparisons.
+    return 1e-6 <= value <= 1e6 if field.name == "std" else abs(value) <= 1e6
 
 
-def resolve_color_matrix(config: ConfigDict, preprocessing: dict) -> ConfigDict:
-    """Replace `data.color_matrix="auto"` in a config by the value in a model card."""
-    if config.data.color_matrix != "auto":
-        return config
-    config = config.copy_and_resolve_references().unlock()
-    config.data.color_matrix = preprocessing.get("color_matrix", "tagged")
-    return config.lock()
+def read_preprocessing(card: dict[str, Any], path: Path) -> Preprocessing:
+    """Read the preprocessing of a model card.
+
+    Args:
+        card: The contents of `model.json`.
+        path: The file, for messages.
+
+    Raises:
+        InputError: It is missing, incomplete or impossible, or has an unknown field.
+    """
+    values = card["preprocessing"]
+    if not values or not isinstance(values, dict):
+        raise InputError(f"{path} says nothing of preprocessing; export it again")
+    try:
+        return Preprocessing.from_json({"color_matrix": default_color_matrix(card)} | values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; export the model again") from None
 
 
 def default_color_matrix(card: dict) -> str:
@@ -104,21 +130,22 @@ def default_color_matrix(card: dict) -> str:
     return family.released_preprocessing(make_model_config(**card["config"]))["color_matrix"]
 
 
-def check_preprocessing(folder: str | Path, config) -> None:
-    """Refuses to evaluate a model folder on clips that are made otherwise than it was trained for.
+def check_preprocessing(folder: str | Path, preprocessing: Preprocessing) -> None:
+    """Refuse to evaluate a model folder on clips that differ from those that it was trained on.
 
-    Sizes and views may be others than it was tested with.
+    Sizes and views may differ.
 
     Raises:
         InputError: Names every difference.
     """
     expected = model_card.load_card(folder)["preprocessing"] or {}
-    found = make_preprocessing(config)
-    names = ["sampling", *PIXEL_FIELDS] + ["sampling_rate"] * (found["sampling"] == "dense_stride")
+    actual = preprocessing.to_json()
+    names = ["sampling", "mean", "std"]
+    names += ["sampling_rate"] * (preprocessing.sampling == "dense_stride")
     names = [name for name in names if name in expected]
     changed = differences(
         {name: expected[name] for name in names},
-        {name: found[name] for name in names},
+        {name: actual[name] for name in names},
         there="in the model card",
         here="in the config",
     )
@@ -128,42 +155,42 @@ def check_preprocessing(folder: str | Path, config) -> None:
         )
 
 
-def load_model_and_spec(
+def load_model_and_preprocessing(
     folder: str | Path, dtype: str | None = None
-) -> tuple[dict, nnx.Module, ClipSpec]:
-    """Loads a model folder and how its clips are made.
+) -> tuple[dict[str, Any], nnx.Module, Preprocessing]:
+    """Load a model folder and the preprocessing of its clips.
 
     Args:
         folder: Written by training, by a converter or by `save_model`.
-        dtype: Of the computation, `float32` or `bfloat16`; None: from the model card.
+        dtype: Compute dtype, `float32` or `bfloat16`; None: from the model card.
 
     Returns:
-        Its `model.json`, with `labels` always a list and `preprocessing` complete; the network; how
-        its clips are made, with the views that it was tested with.
+        Its `model.json`, with `labels` always a list and `preprocessing` complete; the network; and
+        the preprocessing, with the views that the model was evaluated with.
 
     Raises:
         InputError: A part is missing, damaged, from a newer version, or does not fit another.
     """
     card, path = model_card.load_card(folder), Path(folder) / "model.json"
-    how = read_preprocessing(card, path)
-    try:
-        spec = ClipSpec(**{name: how[name] for name in CLIP_FIELDS})
-    except InputError as error:
-        raise InputError(f"{path}: {error}; export the model again") from None
+    preprocessing = read_preprocessing(card, path)
     model = model_folder.load_model(folder, dtype=dtype)
     labels = card["labels"]
     if labels is None:
         labels = [str(i) for i in range(model.config.num_classes)]
     try:
-        jax.eval_shape(model, jax.ShapeDtypeStruct(clip_shape(spec, 1), np.float32))
+        shape = clip_shape(preprocessing.spec, 1)
+        jax.eval_shape(model, jax.ShapeDtypeStruct(shape, np.float32))
     except ValueError as error:
         raise InputError(
             f"{path}: preprocessing does not fit the network ({error}); export the model again"
         ) from None
-    card |= {"labels": [str(label) for label in labels], "preprocessing": how}
-    return card, model, spec
+    card |= {
+        "labels": [str(label) for label in labels],
+        "preprocessing": preprocessing.to_json(),
+    }
+    return card, model, preprocessing
 
 
 def clip_shape(spec: ClipSpec, *leading: int) -> tuple[int, ...]:
-    """The shape of clips: `(*leading, t, h, w, c)`."""
+    """Return the shape of clips: `(*leading, t, h, w, c)`."""
     return (*leading, spec.num_frames, spec.crop, spec.crop, 3)

@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxvid.distributed import collectives, process_group
 from jaxvid.errors import InputError
@@ -14,17 +15,17 @@ LOCK = ".lock"
 
 
 def exclusive(program: Callable) -> Callable:
-    """Decorate a program `(config, workdir, ...)`: it holds the workdir's lock while it runs.
+    """Make a program `(config, workdir, ...)` hold the workdir's lock while it runs.
 
-    Training and evaluation write the same reports, so one excludes the other. Of several
-    processes, the first holds the lock for all.
+    Training and evaluation write the same reports, so one excludes the other. The first process of
+    a run holds the lock for all.
 
     Raises:
         InputError: Another run holds the lock. Nothing in the workdir is touched then.
     """
 
     @functools.wraps(program)
-    def run(config, workdir: str | Path, **options):
+    def run(config: Any, workdir: str | Path, **options: Any) -> Any:
         with contextlib.ExitStack() as stack:
             collectives.raise_on_all_processes(_enter, stack, Path(workdir))
             return program(config, workdir, **options)
@@ -50,14 +51,14 @@ def _enter(stack: contextlib.ExitStack, workdir: Path) -> None:
                 f"{workdir / LOCK} cannot be opened ({error.strerror}); a run of another user may "
                 "use the workdir: choose another --workdir"
             ) from None
-        return  # the workdir cannot be written: its first writer says why
+        return  # the workdir cannot be written; a later check reports it
     if not held:
         print(f"{workdir}: its file system has no locks; start one run at a time", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def _existing(folder: Path):
-    """Make a folder, and remove it at the end if nothing came into it."""
+def _existing(folder: Path) -> Iterator[None]:
+    """Make a folder, and remove it at the end if it is empty."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,6 +1,6 @@
-"""Random erasing, mixup and cutmix: augmentation on the device, of normalised clips.
+"""Random erasing, mixup and CutMix of normalized clips, on the device.
 
-All are pure and can be compiled, with `alpha`, `area` and `aspect` as Python numbers.
+The functions are pure and can be compiled; `alpha`, `area` and `aspect` must be Python numbers.
 """
 
 import math
@@ -19,18 +19,18 @@ def erase(
     area: tuple[float, float] = (0.02, 1 / 3),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> jax.Array:
-    """Sets a random box to zero, the same in all frames of a clip (Zhong et al., arXiv:1708.04896).
+    """Set a random box to zero in all frames of a clip (Zhong et al., arXiv:1708.04896).
 
     Args:
-        video: `(b, t, h, w, c)`, normalised.
-        key: Decides which clips, and the boxes.
-        probability: Of a box in a clip.
-        area: Least and greatest share of the frame that a box covers; uniform.
-        aspect: Least and greatest height / width of a box; its logarithm is uniform.
+        video: `(b, t, h, w, c)`, normalized.
+        key: Random key for the choice of clips and boxes.
+        probability: Probability that a clip gets a box.
+        area: Range of the share of the frame that a box covers, drawn uniformly.
+        aspect: Range of height / width of a box; its logarithm is drawn uniformly.
 
     Returns:
-        An array like `video`. Of 10 boxes drawn for a clip the first that fits into the frame is
-        used; where none fits the clip is unchanged.
+        An array like `video`. Ten boxes are drawn per clip, and the first one that fits into the
+        frame is used. If none fits, the clip is unchanged.
     """
     b, _, h, w, _ = video.shape
     key_boxes, key_places = jax.random.split(key)
@@ -53,16 +53,16 @@ def erase(
 
 
 def mixup(video: jax.Array, key: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Blends each clip with another one of the batch (Zhang et al., arXiv:1710.09412).
+    """Blend each clip with another clip of the batch (Zhang et al., arXiv:1710.09412).
 
     Args:
         video: `(b, t, h, w, c)`, floats.
-        key: Decides the partners and λ.
-        alpha: λ, one for the batch, follows Beta(alpha, alpha); 0 leaves the clips as they are.
+        key: Random key for the partners and λ.
+        alpha: λ is drawn from Beta(alpha, alpha), once per batch; 0: no mixing.
 
     Returns:
         `λ · video + (1 - λ) · video[permutation]`; the permutation, `(b,)` integers; and λ. The
-        loss is mixed alike: λ times that of the labels plus 1 - λ times that of
+        loss must be mixed with the same weights: λ for the labels and 1 - λ for
         `labels[permutation]`.
     """
     if not alpha:
@@ -77,18 +77,17 @@ def mixup(video: jax.Array, key: jax.Array, alpha: float) -> tuple[jax.Array, ja
 def cutmix(
     video: jax.Array, key: jax.Array, alpha: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Pastes a box of another clip into each, in all frames (Yun et al., arXiv:1905.04899).
+    """Paste a box of another clip into all frames of each clip (Yun et al., arXiv:1905.04899).
 
     Args:
         video: `(b, t, h, w, c)`.
-        key: Decides the partners, λ and the place.
-        alpha: λ, one for the batch, first follows Beta(alpha, alpha); 0 leaves the clips as they
-            are.
+        key: Random key for the partners, λ and the position of the box.
+        alpha: λ is drawn from Beta(alpha, alpha), once per batch; 0: no mixing.
 
     Returns:
-        The clips; the permutation that names the partners, `(b,)` integers; and λ, the share of
-        the pixels that is a clip's own: the box, which has the frame's shape and an area of 1 - λ,
-        is cut off at the frame's edges, and λ then corrected. The loss is mixed as in `mixup`.
+        The clips; the permutation of the partners, `(b,)` integers; and λ, the share of a clip's
+        own pixels. The box has the frame's aspect ratio and an area of 1 - λ. It is cut off at the
+        edges of the frame, and λ is corrected for that. The loss is mixed as in `mixup`.
     """
     if not alpha:
         return video, jnp.arange(len(video)), jnp.ones(())
@@ -107,7 +106,7 @@ def cutmix(
 
 
 def _between(size: int, start: jax.Array, stop: jax.Array) -> jax.Array:
-    """Which of `size` pixels lie in [start, stop): `(..., size)` booleans for `(...)` bounds."""
+    """Return which of `size` pixels are in [start, stop), `(..., size)` for bounds `(...)`."""
     pixels = jnp.arange(size)
     if start.ndim:
         pixels, start, stop = pixels[None], start[:, None], stop[:, None]

@@ -1,9 +1,8 @@
 """Training checkpoints: the training state, the data iterator and the open log window."""
 
 import contextlib
-import json
+import dataclasses
 import math
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,29 +11,43 @@ from typing import Protocol
 import jax
 import orbax.checkpoint as ocp
 
-from jaxvid import atomic, files
-from jaxvid.atomic import write_file
 from jaxvid.distributed import collectives, exits, process_group
 from jaxvid.errors import InputError, one_line
 from jaxvid.logs import log
 from jaxvid.models import Params
-from jaxvid.storage import model_card
+from jaxvid.training.checkpoint_files import (
+    check_files,
+    check_files_on_all_processes,
+    find_steps,
+    note_files,
+)
 
-_noting = threading.Lock()
-RESTORE_SECONDS = 30.0  # how long a process that cannot restore waits for the others
-# Outputs that a run only has once it has saved a checkpoint.
-LATE_OUTPUTS = (
-    *("best", "model", "eval.json", "eval_videos.csv", "eval.html", "comparison.json"),
-    *("confusion.png", "checkpoints.json"),
-)
-OUTPUTS = (
-    *("metrics.jsonl", "tensorboard", "curves.png", "profile", "skipped.jsonl"),
-    *("config.json", "starts.jsonl", "training_videos.json.gz", *LATE_OUTPUTS),
-)
+RESTORE_SECONDS = 30.0  # a process that cannot restore waits this long for the others
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointPolicy:
+    """When checkpoints are saved, and which ones are kept.
+
+    Attributes:
+        every_epochs: Epochs between two checkpoints.
+        keep: How many of the newest checkpoints are kept.
+
+    Raises:
+        InputError: A field has an impossible value.
+    """
+
+    every_epochs: float = 1.0
+    keep: int = 2
+
+    def __post_init__(self):
+        for name in ("keep", "every_epochs"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"checkpoint_{name}={getattr(self, name)}: must be above 0")
 
 
 class Resumable(Protocol):
-    """What a checkpoint keeps as JSON beside the training state: a Grain iterator, for example."""
+    """A part of a checkpoint that is stored as JSON, for example a Grain iterator."""
 
     def get_state(self) -> dict:
         """Return the current state."""
@@ -72,7 +85,7 @@ class CheckpointManager(ocp.CheckpointManager):
     def _note(self) -> None:
         with contextlib.suppress(Exception):  # raised again by the main thread's wait
             self.wait_until_finished()
-            _note_files(Path(self.directory).parent)
+            note_files(Path(self.directory).parent)
 
     def join_noter(self) -> None:
         """Wait for the checksums of the last save."""
@@ -87,37 +100,20 @@ class CheckpointManager(ocp.CheckpointManager):
         finally:
             self.join_noter()
 
+    def close_quietly(self) -> None:
+        """Close the manager; drop exceptions, so that the one that ends the run propagates."""
+        with contextlib.suppress(Exception):
+            self.close()
 
-def check_writable(workdir: Path, need_bytes: int) -> None:
-    """Makes sure, before any work is done, that its results can be kept.
 
-    Args:
-        workdir: Folder to make and write to.
-        need_bytes: What checkpoints and model folders will take, those of an earlier start
-            included.
-
-    Raises:
-        InputError: The folder cannot be written or its disk has less room than that.
-    """
+@contextlib.contextmanager
+def failures_published() -> Iterator[None]:
+    """Publish an exception to the other processes before a manager's close waits for them."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".probe{jax.process_index()}"
-        probe.write_bytes(bytes(4096))
-        probe.unlink()
-        need_bytes -= sum(
-            sum(files.file_sizes(workdir / name).values())
-            for name in ("checkpoints", "best", "model")
-        )
-        free = shutil.disk_usage(workdir).free
-    except OSError as error:
-        raise InputError(
-            f"{workdir}: cannot be written to ({error.strerror}); choose another --workdir"
-        ) from None
-    if free < need_bytes:
-        raise InputError(
-            f"{workdir}: {free / 1e6:.0f} MB free, but checkpoints need {need_bytes / 1e6:.0f} MB; "
-            "make room or choose another --workdir"
-        )
+        yield
+    except BaseException as error:
+        process_group.publish(error)
+        raise
 
 
 def make_manager(workdir: Path, *, keep: int) -> CheckpointManager:
@@ -140,7 +136,7 @@ def save_checkpoint(
     """Save under the state's step. Call it before the next batch is drawn.
 
     Args:
-        manager: As `make_manager` gives it.
+        manager: Made by `make_manager`.
         state: The training state.
         resumables: `data`, the data iterator, and `log`, the open log window.
 
@@ -150,7 +146,7 @@ def save_checkpoint(
     items = {name: ocp.args.JsonSave(part.get_state()) for name, part in resumables.items()}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), **items)
     finish_saving(manager)
-    with _told_if_not_written(manager):
+    with _errors_as_input_errors(manager):
         manager.save(int(state["step"]), args=args)
     if not jax.process_index():
         manager.note_when_saved()
@@ -162,15 +158,15 @@ def finish_saving(manager: CheckpointManager) -> None:
     Raises:
         InputError: It cannot be written.
     """
-    with _told_if_not_written(manager):
+    with _errors_as_input_errors(manager):
         manager.wait_until_finished()
         manager.join_noter()
         if not jax.process_index():
-            _note_files(Path(manager.directory).parent)
+            note_files(Path(manager.directory).parent)
 
 
 @contextlib.contextmanager
-def _told_if_not_written(manager: ocp.CheckpointManager) -> Iterator[None]:
+def _errors_as_input_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
@@ -190,28 +186,6 @@ def _not_written(manager: ocp.CheckpointManager, error: Exception) -> Exception:
     return refusal
 
 
-def _note_files(workdir: Path) -> None:
-    """Keeps the checksums of all checkpoints' files in `WORKDIR/checkpoints.json`.
-
-    What reads a checkpoint finds damage late, or not at all; these find it before.
-    """
-    with _noting:
-        noted = _noted_files(workdir)
-        steps = {str(step): workdir / "checkpoints" / str(step) for step in find_steps(workdir)}
-        if steps.keys() != noted.keys():
-            noted = {
-                step: noted.get(step) or files.checksums(folder) for step, folder in steps.items()
-            }
-            write_file(workdir / "checkpoints.json", json.dumps(noted).encode())
-
-
-def _noted_files(workdir: Path) -> dict[str, dict[str, int]]:
-    try:
-        return json.loads((workdir / "checkpoints.json").read_text())
-    except (FileNotFoundError, ValueError):  # nothing is known then
-        return {}
-
-
 def restore_newest(
     workdir: Path, abstract_state: dict, resumables: dict[str, Resumable], *, keep: int
 ) -> tuple[CheckpointManager, dict | None]:
@@ -226,14 +200,15 @@ def restore_newest(
         keep: How many of the newest checkpoints stay, from now on.
 
     Returns:
-        The manager; and the state, None where there is no checkpoint yet.
+        The manager; and the state, None if there is no checkpoint yet.
 
     Raises:
         InputError: There are checkpoints, and all are damaged; or the newest is whole and still
             cannot be restored.
     """
     damaged = []
-    # Who deletes checkpoints/ starts from the beginning; an earlier start may have emptied it.
+    # If checkpoints/ was deleted, the run starts from the beginning. If it is empty, an earlier
+    # start may have moved damaged checkpoints.
     emptied = (workdir / "checkpoints").is_dir() and not find_steps(workdir)
     moved_before = [*(workdir / "damaged").glob("*")] if emptied else []
     while True:
@@ -249,8 +224,9 @@ def restore_newest(
         if step is None:
             break
         try:
-            is_whole = _check_files_in_all(workdir, step)
-            return manager, _restore_in_all(manager, step, abstract_state, resumables)
+            is_whole = check_files_on_all_processes(workdir, step)
+            state = _restore_on_all_processes(manager, step, abstract_state, resumables)
+            return manager, state
         except Exception as error:  # Orbax raises bare ones
             if not _may_be_damage(error):
                 raise
@@ -277,50 +253,17 @@ def restore_newest(
     return manager, None
 
 
-def _check_files(workdir: Path, step: int) -> bool:
-    """Whether a checkpoint's files are known to be as they were written; False: nothing is noted.
+def _restore_on_all_processes(
+    manager: CheckpointManager,
+    step: int,
+    abstract_state: dict,
+    resumables: dict[str, Resumable],
+) -> dict:
+    """Restore a checkpoint on all processes, so that all continue from it or none does.
 
     Raises:
-        ValueError: Some are not.
-    """
-    expected = _noted_files(workdir).get(str(step))
-    if expected is None:  # the run was killed before it could note them
-        return False
-    found = files.checksums(workdir / "checkpoints" / str(step))
-    if wrong := [name for name, checksum in expected.items() if found.get(name) != checksum]:
-        raise ValueError(
-            f"{len(wrong)} of {len(expected)} files are missing or changed: {wrong[0]}"
-        )
-    return True
-
-
-def _check_files_in_all(workdir: Path, step: int) -> bool:
-    """Check a checkpoint's files in all processes, so that all restore it or none does.
-
-    Returns:
-        Whether all processes know its files to be as they were written.
-
-    Raises:
-        ValueError: In some process, they are not.
-    """
-    is_whole, reason = False, None
-    try:
-        is_whole = _check_files(workdir, step)
-    except (ValueError, OSError) as error:
-        reason = one_line(error, 200)
-    found = collectives.gather([is_whole, reason])
-    for _, reason in found:
-        if reason is not None:
-            raise ValueError(reason)
-    return all(is_whole for is_whole, _ in found)
-
-
-def _restore_in_all(manager, step: int, abstract_state: dict, resumables: dict) -> dict:
-    """Restore a checkpoint in all processes, so that all continue from it or none does.
-
-    Raises:
-        ValueError: It cannot be restored in some process.
-        InputError: It cannot be restored in this process alone.
+        ValueError: It cannot be restored on some process.
+        InputError: It cannot be restored on this process, but on others.
     """
     state, failure = None, None
     try:
@@ -350,9 +293,14 @@ def _may_be_damage(error: Exception) -> bool:
     return jax.process_count() == 1 or not exits.is_of_runtime(error)
 
 
-def _restore(manager, step: int, abstract_state: dict, resumables: dict[str, Resumable]) -> dict:
+def _restore(
+    manager: CheckpointManager,
+    step: int,
+    abstract_state: dict,
+    resumables: dict[str, Resumable],
+) -> dict:
     folder = Path(manager.directory) / str(step)
-    # Older checkpoints have no log window: theirs starts empty.
+    # Older checkpoints have no log window; it starts empty.
     names = [name for name in resumables if name != "log" or (folder / name).exists()]
     items = {name: ocp.args.JsonRestore() for name in names}
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), **items)
@@ -362,83 +310,39 @@ def _restore(manager, step: int, abstract_state: dict, resumables: dict[str, Res
     return restored.state
 
 
-def starts_over(workdir: Path) -> bool:
-    """Whether the checkpoints of an earlier run were deleted, but not its other outputs."""
-    return not find_steps(workdir) and any((workdir / name).exists() for name in LATE_OUTPUTS)
-
-
-def tidy_outputs(workdir: Path) -> None:
-    """Remove what a killed run left half-written; move aside what does not belong to this run.
-
-    If the checkpoints of an earlier run were deleted, its outputs are moved to `WORKDIR/previous`:
-    the new run must not add to that run's metrics, nor its models compete with that run's best one.
-    A run that was killed before its first checkpoint keeps its files, as it writes the same again.
-    All processes call this.
-
-    Args:
-        workdir: The run's folder.
-
-    Raises:
-        InputError: The outputs cannot be moved.
-    """
-    collectives.barrier("outputs")  # others may still read weights from `best/`
-    collectives.raise_on_all_processes(_tidy_outputs, workdir)
-
-
-def _tidy_outputs(workdir: Path) -> None:
-    if jax.process_index():
-        return
-    for name in ("best", "model"):
-        atomic.recover(workdir / name, model_card.CARD_NAME)
-    if not starts_over(workdir):
-        return
-    target = _free_path(workdir / "previous")
-    try:
-        target.mkdir()
-        for name in OUTPUTS:  # the late ones last: a move that is interrupted is completed later
-            if (workdir / name).exists():
-                (workdir / name).rename(target / name)
-    except OSError as error:
-        raise InputError(
-            f"{workdir}: the outputs of an earlier run cannot be moved to {target} "
-            f"({error.strerror}); choose another --workdir"
-        ) from None
-    log.info("%s: no checkpoint; the outputs of the earlier run are now in %s", workdir, target)
-
-
-def _free_path(path: Path) -> Path:
-    """Return the path with as many `_again` appended as it takes for nothing to be there."""
+def free_path(path: Path) -> Path:
+    """Return the path, with `_again` appended until nothing has that name."""
     while path.exists():
         path = path.with_name(f"{path.name}_again")
     return path
 
 
 def _move_aside(workdir: Path, step: int) -> Path:
-    place = _free_path(workdir / "damaged" / f"{step}")
+    target = free_path(workdir / "damaged" / f"{step}")
     collectives.barrier(f"damaged {step}")
     if not jax.process_index():
-        place.parent.mkdir(exist_ok=True)
-        (workdir / "checkpoints" / str(step)).rename(place)
+        target.parent.mkdir(exist_ok=True)
+        (workdir / "checkpoints" / str(step)).rename(target)
     collectives.barrier(f"moved {step}")
-    return place
+    return target
 
 
 def restore_params(workdir: Path, step: int, abstract_params: Params) -> Params:
-    """Restores the weights alone out of a training checkpoint, for evaluation.
+    """Restore only the weights of a training checkpoint, for evaluation.
 
     Args:
         workdir: The run's folder.
-        step: Which checkpoint.
+        step: The step of the checkpoint.
         abstract_params: Shapes, dtypes and shardings of the weights.
 
     Returns:
-        The weights' average where the run keeps one, or else the weights.
+        The average of the weights if the run keeps one, else the weights.
 
     Raises:
         InputError: The checkpoint is damaged.
     """
     try:
-        _check_files(workdir, step)
+        check_files(workdir, step)
     except ValueError as error:
         raise InputError(
             f"{workdir}: the checkpoint of step {step} is damaged ({error}); train on, which goes "
@@ -456,14 +360,8 @@ def restore_params(workdir: Path, step: int, abstract_params: Params) -> Params:
     return restored[name]
 
 
-def find_steps(workdir: Path) -> list[int]:
-    """The steps of a run's complete checkpoints, in order."""
-    folder = workdir / "checkpoints"
-    return sorted(ocp.utils.checkpoint_steps(folder.resolve())) if folder.is_dir() else []
-
-
 def newest_step(workdir: Path) -> int:
-    """The newest complete checkpoint of a run.
+    """Return the step of a run's newest complete checkpoint.
 
     Raises:
         InputError: There is none.

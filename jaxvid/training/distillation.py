@@ -1,74 +1,90 @@
 """The teacher of a distillation: any model folder, in bfloat16."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxvid.config import differences
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
-from jaxvid.models import Params, abstract_model, family_of, make_model_config
+from jaxvid.models import ModelConfig, Params, abstract_model, family_of, make_model_config
 from jaxvid.storage import model_card, model_folder
 from jaxvid.storage.preprocessing import read_preprocessing
 from jaxvid.training.steps import Teacher
 
 
-def load_teacher(config, labels: list[str], mesh) -> tuple[Teacher | None, Params | None]:
-    """Loads `config.distill.teacher`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Knowledge distillation.
+
+    Attributes:
+        teacher: The teacher's model folder; empty: no distillation.
+        weight: Weight of the distillation loss, 0 to 1.
+        temperature: Divides the logits of teacher and student.
+
+    Raises:
+        InputError: A field has an impossible value.
+    """
+
+    teacher: str = ""
+    weight: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.weight <= 1:
+            raise InputError(f"distill.weight={self.weight}: must be 0 to 1")
+        if self.temperature <= 0:
+            raise InputError(f"distill.temperature={self.temperature}: must be above 0")
+
+
+def load_teacher(
+    distill: DistillConfig, student: ModelConfig, labels: list[str], mesh: Mesh
+) -> tuple[Teacher | None, Params | None]:
+    """Load the teacher.
 
     Args:
-        config: A whole config; its `distill` names the folder, the weight and the temperature.
-        labels: The data's classes, in order.
-        mesh: The teacher's weights are laid over it as the student's are.
+        distill: Names the folder, the weight and the temperature.
+        student: The student's config.
+        labels: The data's class labels, in order.
+        mesh: The teacher's weights are sharded over it by the same rules as the student's.
 
     Returns:
-        The teacher and its weights in bfloat16; None twice where there is none.
+        The teacher and its weights in bfloat16; `(None, None)` without distillation.
 
     Raises:
         InputError: It is not a model folder; its preprocessing differs from the student's; or its
             class labels or their order differ from the data's.
     """
-    distill = config.distill
     if not distill.teacher:
         return None, None
     card = model_card.load_card(distill.teacher)
     model_config = make_model_config(**{**card["config"], "dtype": "bfloat16"})
     names = ("num_classes", "num_frames", "image_size")
-    found = differences(
+    changed = differences(
         {name: getattr(model_config, name) for name in names},
-        {name: config.model[name] for name in names},
+        {name: getattr(student, name) for name in names},
         there="in the teacher",
         here="in the config",
     )
-    if found:
+    if changed:
         raise InputError(
             f"distill.teacher={distill.teacher} has other clips or classes: "
-            f"{'; '.join(found.values())}"
+            f"{'; '.join(changed.values())}"
         )
     model_card.check_labels(card["labels"], labels, distill.teacher)
-    how = read_preprocessing(card, Path(distill.teacher) / "model.json")
+    preprocessing = read_preprocessing(card, Path(distill.teacher) / "model.json")
     graphdef, abstract = abstract_model(model_config)
     abstract = sharding.with_sharding(abstract, mesh, family_of(model_config).tensor_axis)
     params = model_folder.load_params(distill.teacher, abstract)
     halve = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree))
     teacher = Teacher(
         graphdef=graphdef,
-        mean=how["mean"],
-        std=how["std"],
+        mean=preprocessing.mean,
+        std=preprocessing.std,
         weight=distill.weight,
         temperature=distill.temperature,
     )
     return teacher, halve(params)
-
-
-def check_distill(distill) -> None:
-    """Refuses a config's `distill` that has an impossible value.
-
-    Raises:
-        InputError: Names the field, its value and what is possible.
-    """
-    if not 0 <= distill.weight <= 1:
-        raise InputError(f"distill.weight={distill.weight}: must be 0 to 1")
-    if distill.temperature <= 0:
-        raise InputError(f"distill.temperature={distill.temperature}: must be above 0")

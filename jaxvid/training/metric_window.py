@@ -10,7 +10,7 @@ MIN_ROWS = 10  # training rows of a run, if it has as many steps
 
 
 def sum_metrics(batches: list[dict]) -> dict[str, np.ndarray]:
-    """Adds up the sums and counts of several steps on the host, in float64 and int64."""
+    """Sum the metrics of several steps on the host, in float64 and int64."""
     host = jax.device_get(batches)
     return {
         name: sum(
@@ -57,8 +57,8 @@ class NonFiniteLossError(Exception):
     """A step's loss or gradient is not finite.
 
     Attributes:
-        step: Which one.
-        ids: Its videos.
+        step: The step.
+        ids: The ids of its videos.
     """
 
     def __init__(self, step: int, ids: list[str]):
@@ -90,7 +90,7 @@ class MetricWindow:
         """Fetch all but the newest `leave` steps.
 
         Raises:
-            NotFiniteError: A step's loss or gradient is not finite.
+            NonFiniteLossError: A step's loss or gradient is not finite.
         """
         while len(self._waiting) > leave:
             step, metrics, ids = self._waiting.popleft()
@@ -102,7 +102,7 @@ class MetricWindow:
             self._count += 1
 
     def take(self) -> tuple[dict[str, np.ndarray], int]:
-        """Return the sums and the number of their steps, and start anew."""
+        """Return the sums and the number of their steps, and reset both."""
         taken = self._sums, self._count
         self._sums, self._count = {}, 0
         return taken

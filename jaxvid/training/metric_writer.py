@@ -1,10 +1,11 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, the log and the progress bar."""
+"""Writes metrics to metrics.jsonl and TensorBoard."""
 
 import contextlib
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,8 +23,8 @@ class MetricWriter:
 
     Args:
         workdir: The run's folder.
-        step: Where the run starts. What an earlier, killed run wrote for later steps is dropped,
-            so that the file tells one story.
+        step: The step that the run starts or continues at. Rows of later steps are those of an
+            earlier start that was killed; they are dropped.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -32,24 +33,24 @@ class MetricWriter:
             return
         path = workdir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
+        lines = [line for line in lines if _step_of(line) <= step]
         folder = workdir / "tensorboard"
-        with _told_if_not_written(path):
+        with disk_errors_as_input_errors(path):
             partial = path.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept))
+            partial.write_text("".join(f"{line}\n" for line in lines))
             partial.replace(path)
             folder.mkdir(exist_ok=True)
-            # tensorboardX's SummaryWriter hangs for ever once its thread has met a full disk.
+            # tensorboardX's SummaryWriter hangs for ever once its thread has failed to write.
             self._files = path.open("a"), EventsWriter(str(folder / "events"))
-        start = SessionLog(status=SessionLog.START)  # hides what is there of later steps
+        start = SessionLog(status=SessionLog.START)  # hides events of later steps
         self._write_event(step=step + 1, session_log=start)
 
     def write(self, step: int, scalars: dict[str, float | None]) -> None:
-        """Writes one line of scalars; None: there is no such number."""
+        """Write one line of scalars; None: there is no value."""
         if self._files is None:
             return
         lines = self._files[0]
-        with _told_if_not_written(lines.name):
+        with disk_errors_as_input_errors(lines.name):
             lines.write(json.dumps({"step": step, **scalars}) + "\n")
             lines.flush()
         for name, value in scalars.items():
@@ -57,12 +58,12 @@ class MetricWriter:
                 self._write_event(step=step, summary=summary.scalar(name, value))
 
     def write_classes(self, step: int, names: list[str], accuracies: np.ndarray) -> None:
-        """Writes each class's accuracy, in percent, to TensorBoard; above 50 a histogram.
+        """Write the accuracy of each class to TensorBoard, or a histogram of more than 50 classes.
 
         Args:
-            step: When.
-            names: Of the classes.
-            accuracies: `(num_classes,)`; nan: the class has no videos.
+            step: The training step.
+            names: Names of the classes.
+            accuracies: `(num_classes,)` in percent; nan: the class has no videos.
         """
         known = np.isfinite(accuracies)
         if len(names) > MAX_CLASS_SCALARS:
@@ -75,29 +76,30 @@ class MetricWriter:
             self._write_event(step=step, summary=scalar)
 
     def write_clips(self, step: int, video: np.ndarray) -> None:
-        """Writes clips `(b, t, h, w, c)` uint8 to TensorBoard, each a row of its frames."""
+        """Write clips `(b, t, h, w, c)` uint8 to TensorBoard, as one row of frames per clip."""
         b, t, h, w, c = video.shape
         rows = video.transpose(0, 2, 1, 3, 4).reshape(b * h, t * w, c)  # (b h) (t w) c
         image = summary.image("train/clips", rows, dataformats="HWC")
         self._write_event(step=step, summary=image)
 
-    def _write_event(self, **fields) -> None:
+    def _write_event(self, **fields: Any) -> None:
         if self._files is None:
             return
         events = self._files[1]
-        with _told_if_not_written("tensorboard/"):
+        with disk_errors_as_input_errors("tensorboard/"):
             events.write_event(Event(wall_time=time.time(), **fields))
             events.flush()
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         for file in self._files or ():
-            with contextlib.suppress(OSError):  # what was not written is told already
+            with contextlib.suppress(OSError):  # the error was raised when it was written
                 file.close()
 
 
 @contextlib.contextmanager
-def _told_if_not_written(path: str | Path) -> Iterator[None]:
+def disk_errors_as_input_errors(path: str | Path) -> Iterator[None]:
+    """Raise an InputError that names the file if it cannot be written."""
     try:
         yield
     except OSError as error:
@@ -108,7 +110,7 @@ def _told_if_not_written(path: str | Path) -> Iterator[None]:
 
 
 def last_evaluation(workdir: Path) -> int:
-    """The newest step whose validation stands in `WORKDIR/metrics.jsonl`; 0: there is none."""
+    """Return the newest step with validation metrics in `WORKDIR/metrics.jsonl`; 0: none."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines if _step_of(line) < float("inf")]

@@ -1,51 +1,89 @@
-"""Learning-rate schedules and optimisers from a config."""
+"""Learning-rate schedules and optimizers."""
 
+import dataclasses
 from collections.abc import Iterable
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from jaxvid.errors import InputError
+from jaxvid.models import Params
 from jaxvid.models.family import MATRIX_LEAVES, Family
 
 OPTIONS = {"name": ("adamw", "sgd"), "decay": ("kernels", "released"), "freeze": ("", "backbone")}
 
 
-def check_optimizer(optimizer) -> None:
-    """Refuses a config's `optimizer` that has an impossible value.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its learning-rate schedule.
+
+    Attributes:
+        name: `adamw`, or `sgd`: Nesterov momentum, weight decay added to the gradient.
+        learning_rate: Peak, at `reference_batch_size`.
+        reference_batch_size: Learning rates are scaled by the batch size over this.
+        warmup_start_rate: Learning rate at step 0, at `reference_batch_size`.
+        warmup_epochs: Length of the linear warm-up.
+        weight_decay: Strength of the weight decay.
+        decay: Weights that decay: `kernels`, or `released`: all but the heads' biases.
+        b1: Decay rate of AdamW's first moment.
+        b2: Decay rate of AdamW's second moment.
+        momentum: Momentum of SGD.
+        clip_norm: Maximum of the global gradient norm; 0: no clipping.
+        layer_decay: Learning rate of a block relative to that of the block above it.
+        freeze: `backbone` to train the temporal and classification heads only, or empty.
 
     Raises:
-        InputError: Names the field, its value and what is possible.
+        InputError: A field has an impossible value.
     """
-    for name, valid in OPTIONS.items():
-        if optimizer[name] not in valid:
-            known = ", ".join(map(repr, valid))
-            raise InputError(f"optimizer.{name}={optimizer[name]!r}: there are {known}")
-    for name in ("learning_rate", "reference_batch_size", "layer_decay"):
-        if optimizer[name] <= 0:
-            raise InputError(f"optimizer.{name}={optimizer[name]}: must be above 0")
-    for name in ("warmup_start_rate", "weight_decay", "clip_norm"):
-        if optimizer[name] < 0:
-            raise InputError(f"optimizer.{name}={optimizer[name]}: must not be below 0")
+
+    name: str = "adamw"
+    learning_rate: float = 1e-4
+    reference_batch_size: int = 64
+    warmup_start_rate: float = 0.0
+    warmup_epochs: float = 0.0
+    weight_decay: float = 0.0
+    decay: str = "kernels"
+    b1: float = 0.9
+    b2: float = 0.999
+    momentum: float = 0.9
+    clip_norm: float = 0.0
+    layer_decay: float = 1.0
+    freeze: str = ""
+
+    def __post_init__(self):
+        for name, valid in OPTIONS.items():
+            if getattr(self, name) not in valid:
+                known = ", ".join(map(repr, valid))
+                raise InputError(f"optimizer.{name}={getattr(self, name)!r}: there are {known}")
+        for name in ("learning_rate", "reference_batch_size", "layer_decay"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"optimizer.{name}={getattr(self, name)}: must be above 0")
+        for name in ("warmup_start_rate", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise InputError(f"optimizer.{name}={getattr(self, name)}: must not be below 0")
 
 
 def make_schedule(
-    optimizer, *, batch_size: int, total_steps: int, steps_per_epoch: float
+    optimizer: OptimizerConfig, *, batch_size: int, total_steps: int, steps_per_epoch: float
 ) -> optax.Schedule:
-    """A half cosine from the peak to 0 over all steps, whose beginning is a linear warm-up.
+    """Make a cosine decay from the peak to 0 over all steps, with linear warm-up.
 
-    The warm-up ends at the cosine's value there, as in the recipes of arXiv:2106.05968. Rates are
-    the config's times `batch_size / reference_batch_size` (Goyal et al., arXiv:1706.02677).
+    The warm-up ends at the value of the cosine at its last step, as in the recipes of
+    arXiv:2106.05968. Learning rates are scaled by `batch_size / reference_batch_size` (Goyal et
+    al., arXiv:1706.02677).
 
     Args:
-        optimizer: The config's `optimizer`: `learning_rate`, `warmup_start_rate`, `warmup_epochs`,
-            `reference_batch_size`.
-        batch_size: Clips of a step.
-        total_steps: Length of the training.
-        steps_per_epoch: Length of an epoch; need not be whole.
+        optimizer: Gives the learning rates and the length of the warm-up.
+        batch_size: Clips per step.
+        total_steps: Number of training steps.
+        steps_per_epoch: Number of steps per epoch; may be fractional.
+
+    Returns:
+        A function from the step to the learning rate.
 
     Raises:
-        InputError: The warm-up does not fit into the training.
+        InputError: The warm-up is longer than the training.
     """
     warmup_steps = optimizer.warmup_epochs * steps_per_epoch
     if not 0 <= warmup_steps < total_steps:
@@ -56,10 +94,10 @@ def make_schedule(
     scale = batch_size / optimizer.reference_batch_size
     peak, start = scale * optimizer.learning_rate, scale * optimizer.warmup_start_rate
 
-    def cosine(step):
+    def cosine(step: jax.typing.ArrayLike) -> jax.Array:
         return peak * 0.5 * (1 + jnp.cos(jnp.pi * step / total_steps))
 
-    def schedule(step):
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         if not warmup_steps:
             return cosine(step)
         warm = start + (cosine(warmup_steps) - start) * step / warmup_steps
@@ -68,41 +106,43 @@ def make_schedule(
     return schedule
 
 
-def describe_rate(optimizer, batch_size: int) -> str:
-    """The peak learning rate in use, and why: for the log."""
+def describe_rate(optimizer: OptimizerConfig, batch_size: int) -> str:
+    """Describe the peak learning rate and how it was scaled, for the log."""
     reference = optimizer.reference_batch_size
     rate = optimizer.learning_rate * batch_size / reference
     return (
-        f"learning rate {rate:.4g}: {optimizer.learning_rate:.4g} at a batch of {reference}, "
-        f"times {batch_size}/{reference}"
+        f"learning rate {rate:.4g} ({optimizer.learning_rate:.4g} at batch size {reference}, "
+        f"scaled by {batch_size}/{reference})"
     )
 
 
-def frozen_names(optimizer, names: Iterable[str], family: Family) -> frozenset[str]:
-    """Return the weights that `optimizer.freeze` excludes from training."""
+def frozen_names(
+    optimizer: OptimizerConfig, names: Iterable[str], family: Family
+) -> frozenset[str]:
+    """Return the names of the weights that `optimizer.freeze` excludes from training."""
     if not optimizer.freeze:
         return frozenset()
     return frozenset(name for name in names if not name.startswith(family.head))
 
 
 def make_optimizer(
-    optimizer, schedule: optax.Schedule, family: Family
+    optimizer: OptimizerConfig, schedule: optax.Schedule, family: Family
 ) -> optax.GradientTransformation:
-    """AdamW, or SGD with Nesterov's momentum and coupled weight decay.
+    """Make AdamW, or SGD with Nesterov momentum and coupled weight decay.
 
-    Coupled: the decay is added to the gradient and passes through the momentum, as in PyTorch's
-    SGD. Gradients are clipped before that; layers' learning rates are scaled after it.
+    Coupled means that the decay is added to the gradient and passes through the momentum, as in
+    PyTorch's SGD. Gradients are clipped first. Learning rates of layers are scaled last.
 
     Args:
-        optimizer: The config's `optimizer`.
+        optimizer: Names the optimizer and its hyperparameters.
         schedule: Learning rate by step.
         family: The network's family.
     """
 
-    def decays(params):
+    def decays(params: Params) -> dict[str, bool]:
         return {name: _decays(name, optimizer.decay, family) for name in params}
 
-    def scale_layers(updates, params=None):
+    def scale_layers(updates: Params, params: Params | None = None) -> Params:
         del params
         layers = {name: _layer(name, family) for name in updates}
         top = 1 + max((layer for layer in layers.values() if layer is not None), default=0)

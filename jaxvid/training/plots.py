@@ -12,14 +12,14 @@ from jaxvid.training import optim
 
 
 def draw_curves(metrics: Path, output: Path) -> None:
-    """Draws loss, top-1 accuracy and learning rate over steps.
+    """Plot loss, top-1 accuracy and learning rate over steps.
 
     Args:
         metrics: A run's `metrics.jsonl`.
-        output: The PNG file.
+        output: The PNG file to write.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
 
@@ -48,25 +48,28 @@ def draw_curves(metrics: Path, output: Path) -> None:
     save_figure(figure, output)
 
 
-def draw_schedule(config, workdir: str | Path) -> Path:
-    """Draws a config's learning rate over epochs, without training.
+def draw_schedule(
+    optimizer: optim.OptimizerConfig, workdir: str | Path, *, batch_size: int, num_epochs: float
+) -> Path:
+    """Plot the learning rate over epochs, without training.
 
     Args:
-        config: A locked config.
-        workdir: Gets `schedule.png`.
+        optimizer: The optimizer and its schedule.
+        workdir: Folder of the plot, `schedule.png`.
+        batch_size: Clips per step, which learning rates are scaled by.
+        num_epochs: Length of the training.
 
     Returns:
-        The picture's path.
+        The path of the plot.
 
     Raises:
-        InputError: The schedule is impossible, or the folder cannot be written.
+        InputError: The warm-up is longer than the training, or the folder cannot be written.
     """
-    optim.check_optimizer(config.optimizer)
     per_epoch = 100  # steps; the curve over epochs is the same for any number
-    total = max(1, round(config.num_epochs * per_epoch))
+    total = max(1, round(num_epochs * per_epoch))
     schedule = optim.make_schedule(
-        config.optimizer,
-        batch_size=config.batch_size,
+        optimizer,
+        batch_size=batch_size,
         total_steps=total,
         steps_per_epoch=per_epoch,
     )
@@ -74,7 +77,7 @@ def draw_schedule(config, workdir: str | Path) -> Path:
     figure = Figure(figsize=(6.5, 3.4), layout="constrained", dpi=130)
     axes = figure.subplots()
     axes.plot(np.arange(total + 1) / per_epoch, rates, color=VAL, lw=1.8)
-    axes.set_title(optim.describe_rate(config.optimizer, config.batch_size), color=INK, fontsize=10)
+    axes.set_title(optim.describe_rate(optimizer, batch_size), color=INK, fontsize=10)
     axes.set_xlabel("epoch")
     axes.set_ylabel("learning rate")
     style_axes(axes)

@@ -1,34 +1,38 @@
-"""What a run was made of: versions, devices, code and data."""
+"""Run metadata: versions, devices, code and data of each start of a run."""
 
 import datetime
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxvid.atomic import write_file
 from jaxvid.data.fingerprints import describe_videos
 from jaxvid.distributed import collectives
 from jaxvid.errors import InputError
 from jaxvid.logs import log
+from jaxvid.models import Params
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
 
 
 def describe_run(
-    mesh, records: dict[str, Sequence], left_out: dict[str, int] | None = None
-) -> dict:
-    """The facts of one start of a run, for its workdir.
+    mesh: Mesh, records: dict[str, Sequence], left_out: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """Return the metadata of one start of a run.
 
     Args:
-        mesh: As `sharding.make_mesh` gives it.
+        mesh: The device mesh.
         records: Split → its videos.
-        left_out: Why training videos were left out → how many.
+        left_out: Reason why training videos were left out → their number.
     """
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -39,19 +43,43 @@ def describe_run(
         "processes": jax.process_count(),
         "mesh": dict(mesh.shape),
         "revision": _revision(),
-        "data": {split: describe_videos(found) for split, found in records.items()},
+        "data": {split: describe_videos(videos) for split, videos in records.items()},
         "left_out": left_out or {},
     }
 
 
-def check_same_videos(described) -> None:
-    """Refuses processes that have other videos, or other labels, than the first.
+def log_network(
+    name: str, abstract_params: Params, records: dict[str, Sequence], mesh: Mesh
+) -> None:
+    """Log the sizes of the network, of the data and of the mesh.
 
     Args:
-        described: Of `describe_videos`, or a tree of these.
+        name: The network's name.
+        abstract_params: Shapes of its weights.
+        records: Split → its videos.
+        mesh: The device mesh.
+    """
+    log.info(
+        "%s: %.2f M parameters, %d training and %d validation videos, mesh %s",
+        name,
+        sum(math.prod(leaf.shape) for leaf in abstract_params.values()) / 1e6,
+        len(records["train"]),
+        len(records["val"]),
+        ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+    )
+
+
+def check_same_videos(described: dict[str, Any]) -> None:
+    """Refuse processes whose videos or labels differ from those of the first process.
+
+    Args:
+        described: What `describe_videos` returns; or a dict of such.
+
+    Raises:
+        InputError: Names the process.
     """
     first, *others = collectives.gather(described)
-    if odd := [process for process, found in enumerate(others, 1) if found != first]:
+    if odd := [process for process, other in enumerate(others, 1) if other != first]:
         raise InputError(
             f"process {odd[0]} has other videos than process 0, or other labels; give all of them "
             "the same lists"
@@ -59,7 +87,7 @@ def check_same_videos(described) -> None:
 
 
 def last_start(workdir: Path) -> dict | None:
-    """Return the facts of the last start in `WORKDIR/starts.jsonl`; None: there was none."""
+    """Return the metadata of the last start in `WORKDIR/starts.jsonl`; None: there is none."""
     path = workdir / "starts.jsonl"
     lines = _read_starts(path)
     return json.loads(lines[-1]) if lines else None
@@ -71,20 +99,23 @@ def _read_starts(path: Path) -> list[str]:
     return [line for line in text.split("\n") if line]
 
 
-def record_start(workdir: Path, facts: dict) -> None:
-    """Adds a start of the run to `WORKDIR/starts.jsonl` (on the first process).
+def record_start(workdir: Path, facts: dict[str, Any]) -> None:
+    """Append a start of the run to `WORKDIR/starts.jsonl` (on the first process).
+
+    Args:
+        workdir: The run's folder.
+        facts: What `describe_run` returns.
 
     Raises:
-        InputError: An earlier start had other training videos, so that their order, and with it
-            what the run computes, would be another; or other labels. Or another process has other
-            videos.
+        InputError: The training videos or their labels differ from those of an earlier start, so
+            that the run would not be continued; or those of another process differ.
     """
     check_same_videos(facts["data"])
     path = workdir / "starts.jsonl"
     lines = _read_starts(path)
     last = last_start(workdir) or facts
     now, before = facts["data"]["train"], last["data"]["train"]
-    # What began before labels were noted has none to compare.
+    # Starts of older versions have no fingerprint of the labels.
     changed = [name for name in before if before[name] != now[name]]
     if changed == ["labels_sha256"]:
         raise InputError(
@@ -111,7 +142,7 @@ def record_start(workdir: Path, facts: dict) -> None:
 
 
 def _revision() -> str | None:
-    """The commit of this code, `+` behind it where files differ; None outside a repository."""
+    """Return the commit of this code, with `+` if files differ; None outside a repository."""
     root = Path(__file__).parents[2]
     git = ["git", "-C", str(root)]
     try:

@@ -43,8 +43,12 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
-        then = "stopping; all before it is saved" if self._at_once else self._consequence
-        with contextlib.suppress(RuntimeError):  # it came while a line was being written
+        then = (
+            "stopping; everything before the evaluation is saved"
+            if self._at_once
+            else self._consequence
+        )
+        with contextlib.suppress(RuntimeError):  # the signal interrupted the log
             log.info("%s: %s", signal.Signals(number).name, then)
         if not _swallows_exceptions(frame):
             self.check()
@@ -69,7 +73,7 @@ class StopSignals:
         return call
 
     def finish_run(self) -> None:
-        """Say from now on that a signal does not stop the run: its last outputs are written."""
+        """Log from now on that a signal does not stop the run, as it writes its last outputs."""
         self._consequence = "the run ends as soon as its outputs are written"
 
     @property

@@ -9,20 +9,20 @@ import jax
 from jaxvid.atomic import write_file
 from jaxvid.errors import InputError
 from jaxvid.logs import log
-from jaxvid.training.metric_writer import _told_if_not_written
+from jaxvid.training.metric_writer import disk_errors_as_input_errors
 
 
 class SkippedVideos:
     """Counts the training videos that cannot be decoded and lists them in `WORKDIR/skipped.jsonl`.
 
-    The list is that of the whole run; those that an earlier start has met do not count against the
-    allowed share, for they may have been restored since.
+    The file lists the videos of all starts of the run. Those of earlier starts do not count against
+    the allowed share, as they may have been restored since.
 
     Args:
         workdir: The run's folder.
-        num_videos: Videos that are listed for training.
-        max_share: Of them, how many may fail before the run stops; 1: any but all.
-        lost: Ids of videos that are no longer in the list: they do not count.
+        num_videos: Number of training videos.
+        max_share: Share of them that may fail before the run stops; 1: all but one.
+        lost: Ids of videos that are no longer listed, which are not counted.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class SkippedVideos:
         self._path, self._lost = workdir / "skipped.jsonl", set(lost)
         self._num_videos, self._max_share = num_videos - len(lost), max_share
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-        # The last line may be that of a run that was killed while it wrote.
+        # The last line is incomplete if a run was killed while it wrote.
         lines = text[: text.rfind("\n") + 1]
         if lines != text and not jax.process_index():
             write_file(self._path, lines.encode())
@@ -39,7 +39,7 @@ class SkippedVideos:
         self._failed: set[str] = set()
 
     def note(self, failures: list[tuple[str, str]]) -> None:
-        """Notes failures, each an id and a reason; each video is told and listed once.
+        """Count failures, each an id and a reason; log and list each video once.
 
         Raises:
             InputError: More than the allowed share has failed.
@@ -53,7 +53,10 @@ class SkippedVideos:
             if jax.process_index():
                 continue
             log.warning("skipped: %s", error)
-            with _told_if_not_written(self._path), self._path.open("a", encoding="utf-8") as file:
+            with (
+                disk_errors_as_input_errors(self._path),
+                self._path.open("a", encoding="utf-8") as file,
+            ):
                 file.write(json.dumps({"id": id_, "error": error}) + "\n")
         count, total = len(self._failed), self._num_videos
         if count and count == total:
@@ -87,7 +90,7 @@ def read_skipped(workdir: Path) -> set[str]:
     """
     path = workdir / "skipped.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    try:  # the last line may be that of a run that was killed while it wrote
+    try:  # without the last line, which is incomplete if a run was killed while it wrote
         return {json.loads(line)["id"] for line in text.split("\n")[:-1]}
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: is damaged; delete it") from None

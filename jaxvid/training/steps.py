@@ -1,32 +1,40 @@
-"""The pure functions that run on the device: init_state, train_step, eval_step."""
+"""The pure functions of training that run on the device."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
-from jaxvid.models import Params, build_model, merge_params, split_params
+from jaxvid.distributed import sharding
+from jaxvid.errors import InputError
+from jaxvid.models import ModelConfig, Params, build_model, merge_params, split_params
 from jaxvid.storage.eval_step import normalize
 from jaxvid.training import batch_augmentation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a training step does to clips, labels and weights, beside the optimiser's part.
+    """What a training step does to clips, labels and weights beside the optimizer's update.
 
     Attributes:
-        seed: With the step number it gives the key of all that is random.
+        seed: Seed of the random numbers; each step folds its number into the key.
         mean: Subtracted from pixels in [0, 1].
-        std: Divides them.
-        label_smoothing: ε of the loss.
-        mixup_alpha: alpha of mixup; 0: off.
-        cutmix_alpha: alpha of cutmix; 0: off. One of the two is used.
+        std: Divides them afterwards.
+        label_smoothing: ε, the share of the uniform distribution in the labels.
+        mixup_alpha: Mixup draws from Beta(alpha, alpha); 0: off.
+        cutmix_alpha: CutMix draws from Beta(alpha, alpha); 0: off. Excludes mixup.
         erase_prob: Probability that a box of a clip is erased.
-        accumulate_steps: Parts of the batch that are computed one after the other.
-        ema_decay: Of the average of the weights; 0: none is kept.
-        frozen: Names of weights that stay as they are and get no gradient.
+        accumulate_steps: Gradient accumulation: parts of a batch.
+        ema_decay: Decay of the exponential moving average of the weights; 0: no average.
+        frozen: Names of weights that are not trained.
+
+    Raises:
+        InputError: A field has an impossible value.
     """
 
     seed: int
@@ -40,21 +48,28 @@ class Recipe:
     ema_decay: float = 0.0
     frozen: frozenset[str] = frozenset()
 
+    def __post_init__(self):
+        if self.mixup_alpha and self.cutmix_alpha:
+            values = f"mixup_alpha={self.mixup_alpha}, cutmix_alpha={self.cutmix_alpha}"
+            raise InputError(f"{values}: only one can be used")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay={self.ema_decay}: must be at least 0 and below 1")
+
     def trainable(self, params: Params) -> Params:
-        """Those of the weights that learn."""
+        """Return the weights that are trained."""
         return {name: leaf for name, leaf in params.items() if name not in self.frozen}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A network whose logits are imitated (Hinton et al., arXiv:1503.02531).
+    """The teacher of a distillation (Hinton et al., arXiv:1503.02531).
 
     Attributes:
-        graphdef: Its structure; its weights are an argument of the step.
-        mean: What it wants subtracted from pixels in [0, 1].
-        std: What it wants them divided by.
-        weight: Of its part of the loss; the labels have the rest.
-        temperature: T divides both networks' logits; the divergence is multiplied by T².
+        graphdef: Structure of the network; its weights are an argument of the step.
+        mean: Its preprocessing subtracts this from pixels in [0, 1].
+        std: Its preprocessing divides them by this.
+        weight: Weight of the distillation loss; the loss of the labels has the rest.
+        temperature: T divides the logits of both networks; the divergence is multiplied by T².
     """
 
     graphdef: nnx.GraphDef
@@ -65,18 +80,22 @@ class Teacher:
 
 
 def init_state(
-    model_config, optimizer: optax.GradientTransformation, recipe: Recipe, *, seed: int
+    model_config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+    *,
+    seed: int,
 ) -> dict:
-    """A fresh training state.
+    """Make a fresh training state.
 
     Args:
         model_config: The network's config.
-        optimizer: Gives the optimiser's part of the state.
-        recipe: Says which weights learn, and whether an average is kept.
+        optimizer: Makes the optimizer's part of the state.
+        recipe: Which weights are trained, and whether their average is kept.
         seed: Seed of the weights.
 
     Returns:
-        `{"params", "opt_state", "step"}`, and `"ema"` where there is an average: a tree of arrays.
+        A tree of arrays: `{"params", "opt_state", "step"}`, and `"ema"` if an average is kept.
     """
     _, params = split_params(build_model(model_config, nnx.Rngs(seed)))
     opt_state = optimizer.init(recipe.trainable(params))
@@ -85,40 +104,39 @@ def init_state(
 
 
 def eval_params(state: dict) -> Params:
-    """The weights that are evaluated and kept: the average where there is one."""
+    """Return the weights that are evaluated and exported: the average if there is one."""
     return state.get("ema", state["params"])
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float) -> jax.Array:
-    """Label-smoothed cross-entropy of each clip: `(1-ε)·nll + ε·mean(-log p)`.
+    """Return the cross-entropy of each clip with smoothed labels.
 
     Args:
         logits: `(b, num_classes)`.
         labels: `(b,)` integers.
-        smoothing: ε, the share of the loss that goes to the uniform distribution.
+        smoothing: ε; labels become `(1-ε)·one_hot + ε/num_classes`.
 
     Returns:
         `(b,)` losses, in nats.
     """
-    log_p = jax.nn.log_softmax(logits)
-    nll = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
-    return (1 - smoothing) * nll - smoothing * log_p.mean(axis=-1)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
 
 
 def divergence(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
-    """`T² · KL(teacher / T ‖ student / T)` of each clip.
+    """Return the distillation loss `T² · KL(teacher / T ‖ student / T)` of each clip.
 
     Args:
-        logits: The student's, `(b, num_classes)`.
-        teacher_logits: Likewise.
+        logits: The student's logits `(b, num_classes)`.
+        teacher_logits: The teacher's logits `(b, num_classes)`.
         temperature: T.
 
     Returns:
-        `(b,)`, in nats; its gradient does not shrink with T.
+        `(b,)` losses, in nats; the factor T² keeps the size of the gradient independent of T.
     """
-    log_p = jax.nn.log_softmax(logits / temperature)
-    log_q = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
-    return temperature**2 * (jnp.exp(log_q) * (log_q - log_p)).sum(axis=-1)
+    log_student = jax.nn.log_softmax(logits / temperature)
+    log_teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
+    return temperature**2 * optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
 
 
 def train_step(
@@ -131,17 +149,17 @@ def train_step(
     recipe: Recipe,
     teacher: Teacher | None = None,
 ) -> tuple[dict, dict[str, jax.Array]]:
-    """One optimiser step on a batch.
+    """Update the training state on one batch.
 
     Args:
-        state: As `init_state` gives it.
+        state: Made by `init_state`.
         batch: `video` `(b, t, h, w, c)` uint8, `label` `(b,)` and `mask` `(b,)`; clips whose mask
-            is False count nowhere.
+            is False are ignored.
         teacher_params: The teacher's weights; given with `teacher`.
         graphdef: The network's structure.
         optimizer: The one that made `state`.
         recipe: What is done to clips, labels and weights.
-        teacher: Whose logits are imitated; None: nobody's.
+        teacher: The teacher of a distillation; None: no distillation.
 
     Returns:
         The new state, and sums over the batch: `loss`, `top1`, `count`; and `grad_norm`.
@@ -160,9 +178,9 @@ def train_step(
             losses = part["share"] * losses + (1 - part["share"]) * others
         if teacher is not None:
             video = ((video * recipe.std + recipe.mean) - teacher.mean) / teacher.std
-            wanted = jax.lax.stop_gradient(merge_params(teacher.graphdef, teacher_params)(video))
-            imitation = divergence(logits, wanted, teacher.temperature)
-            losses = (1 - teacher.weight) * losses + teacher.weight * imitation
+            targets = jax.lax.stop_gradient(merge_params(teacher.graphdef, teacher_params)(video))
+            distillation = divergence(logits, targets, teacher.temperature)
+            losses = (1 - teacher.weight) * losses + teacher.weight * distillation
         top1 = ((logits.argmax(-1) == label) & part["mask"]).sum()
         return jnp.where(part["mask"], losses, 0).sum() / count, top1
 
@@ -176,13 +194,10 @@ def train_step(
         "step": state["step"] + 1,
     }
     if recipe.ema_decay:
-        # Young averages follow faster, or they would keep the initial weights for long.
+        # Early averages decay faster, or they would keep the initial weights for long.
         step = new_state["step"].astype(jnp.float32)
-        keep = jnp.minimum(recipe.ema_decay, (1 + step) / (10 + step))
-        new_state["ema"] = {
-            name: keep * state["ema"][name] + (1 - keep) * leaf
-            for name, leaf in new_state["params"].items()
-        }
+        decay = jnp.minimum(recipe.ema_decay, (1 + step) / (10 + step))
+        new_state["ema"] = optax.incremental_update(new_state["params"], state["ema"], 1 - decay)
     metrics = {
         "loss": loss * count,
         "top1": top1,
@@ -192,12 +207,32 @@ def train_step(
     return new_state, metrics
 
 
+def jit_train_step(
+    abstract_state: dict, mesh: Mesh, teacher_params: Params | None, **options
+) -> Callable[[dict, dict[str, jax.Array]], tuple[dict, dict[str, jax.Array]]]:
+    """Make the jitted `train_step`; it donates the state.
+
+    Args:
+        abstract_state: Shapes, dtypes and shardings of the training state.
+        mesh: The device mesh.
+        teacher_params: The teacher's weights.
+        **options: Keyword arguments of `train_step`.
+    """
+    state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    step = jax.jit(
+        functools.partial(train_step, **options),
+        donate_argnums=0,
+        out_shardings=(state_sharding, sharding.replicated(mesh)),
+    )
+    return functools.partial(step, teacher_params=teacher_params)
+
+
 def _mix(batch: dict, key: jax.Array, recipe: Recipe) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Normalises, erases and mixes the clips of a batch.
+    """Normalize, erase and mix the clips of a batch.
 
     Returns:
-        The key for what comes after it; and arrays with an entry a clip: `video`, `label`, `mask`
-        and, where clips are mixed, `other` (the partner's label) and `share` (of the clip itself).
+        The key for the network; and arrays with one entry per clip: `video`, `label`, `mask` and,
+        if clips are mixed, `other` (the partner's label) and `share` (the weight of `label`).
     """
     random = recipe.erase_prob or recipe.mixup_alpha or recipe.cutmix_alpha
     key, erase_key, mix_key = jax.random.split(key, 3) if random else (key,) * 3
@@ -214,16 +249,18 @@ def _mix(batch: dict, key: jax.Array, recipe: Recipe) -> tuple[jax.Array, dict[s
     return key, {
         "video": video,
         "label": label,
-        "mask": mask & mask[other],  # a clip mixed with one that is missing is missing too
+        "mask": mask & mask[other],  # a clip that is mixed with a masked one is masked
         "other": label[other],
         "share": jnp.full(label.shape, share),
     }
 
 
-def _accumulate(grad_fn, params: Params, clips: dict, key: jax.Array, num_parts: int):
-    """The sums over `num_parts` parts of a batch of what `grad_fn` gives for each.
+def _accumulate(
+    grad_fn: Callable, params: Params, clips: dict, key: jax.Array, num_parts: int
+) -> tuple:
+    """Return the sums of the results of `grad_fn` over `num_parts` parts of a batch.
 
-    Every part takes its clips from all over the batch, so that all devices have a share of it.
+    The clips of each part are spread over the batch, so that every device has a share of it.
     """
     if num_parts == 1:
         return grad_fn(params, clips, key)
@@ -232,7 +269,7 @@ def _accumulate(grad_fn, params: Params, clips: dict, key: jax.Array, num_parts:
         for name, x in clips.items()
     }
 
-    def add(total, part_and_key):
+    def add(total: tuple, part_and_key: tuple) -> tuple[tuple, None]:
         return jax.tree.map(jnp.add, total, grad_fn(params, *part_and_key)), None
 
     keys = jax.random.split(key, num_parts)

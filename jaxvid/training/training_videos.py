@@ -1,8 +1,8 @@
 """The training videos of a run, in the order of its first start.
 
-The order of the batches depends on the number of the videos and on their places. A run that is
-continued with a shorter list therefore keeps the places of the videos that are gone: they fail as
-broken videos do, and all others come when they would have come.
+The order of the batches depends on the number of videos and on their positions. A run that is
+continued with a shorter list therefore keeps the positions of missing videos. They fail like broken
+videos, and all other videos are drawn in the same order as before.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxvid.data.pipeline import stored_id
 from jaxvid.data.records import LostVideo, Selection
 from jaxvid.data.sources import VideoDataset
 from jaxvid.errors import InputError, printable
-from jaxvid.training import checkpoint, run_metadata
+from jaxvid.training import outputs, run_metadata
 from jaxvid.training.skipped_videos import read_skipped
 
 FILE = "training_videos.json.gz"
@@ -37,13 +37,13 @@ def align(workdir: Path, data: VideoDataset) -> tuple[VideoDataset, tuple[str, .
         data: The data as it is now.
 
     Returns:
-        The data with a `LostVideo` in the place of each video that is gone, and the ids of those.
+        The data, with a `LostVideo` at the position of each missing video; and the ids of those.
 
     Raises:
-        InputError: Other videos are gone, or there are new ones.
+        InputError: Other videos are missing, or there are new ones.
     """
     first, records = _load(workdir), data.records["train"]
-    if first is None or checkpoint.starts_over(workdir):
+    if first is None or outputs.starts_over(workdir):
         return data, ()
     now = {record.id: i for i, record in enumerate(records)}
     if list(now) == first["ids"] or len(now) < len(records):
@@ -63,11 +63,11 @@ def align(workdir: Path, data: VideoDataset) -> tuple[VideoDataset, tuple[str, .
             f"{'; '.join(problems)}; restore the list or choose another --workdir"
         )
     pairs = zip(first["ids"], first["labels"], strict=True)
-    places = [now[id_] if id_ in now else LostVideo(id_, label) for id_, label in pairs]
+    videos = [now[id_] if id_ in now else LostVideo(id_, label) for id_, label in pairs]
     notes = []
     if lost:
         notes.append(
-            f"{len(lost)} of the run's {len(places)} training videos are no longer in the list, "
+            f"{len(lost)} of the run's {len(videos)} training videos are no longer in the list, "
             f"{lost[0]} first; their places in the batches stay empty"
         )
     if returned:
@@ -77,7 +77,7 @@ def align(workdir: Path, data: VideoDataset) -> tuple[VideoDataset, tuple[str, .
         )
     data = dataclasses.replace(
         data,
-        records={**data.records, "train": Selection(records, places)},
+        records={**data.records, "train": Selection(records, videos)},
         notes=(*data.notes, *map(printable, notes)),
     )
     return data, tuple(lost)
@@ -97,22 +97,22 @@ def save(workdir: Path, data: VideoDataset) -> None:
     numbered = isinstance(records, PackRecords) and not records.has_ids
     if jax.process_index() or numbered or _load(workdir) is not None:
         return
-    found = {
+    listed = {
         "ids": [record.id for record in records],
         "labels": [int(record.label) for record in records],
         "left_out": list(data.left_out),
     }
-    write_file(workdir / FILE, gzip.compress(json.dumps(found).encode(), mtime=0))
+    write_file(workdir / FILE, gzip.compress(json.dumps(listed).encode(), mtime=0))
 
 
 def _load(workdir: Path) -> dict | None:
-    """Read the first start's list; None: there is none, or it is not that of the last start."""
+    """Read the list of the first start; None: there is none, or it is of another run."""
     last = run_metadata.last_start(workdir)
     try:
-        found = json.loads(gzip.decompress((workdir / FILE).read_bytes()))
+        first = json.loads(gzip.decompress((workdir / FILE).read_bytes()))
         same = last is not None and last["data"]["train"]["sha256"] == fingerprints.digest(
-            found["ids"]
+            first["ids"]
         )
-        return found if same and len(found["labels"]) == len(found["ids"]) else None
+        return first if same and len(first["labels"]) == len(first["ids"]) else None
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -1,4 +1,4 @@
-"""Signals, stalls, traces and late metrics of a training run."""
+"""A watchdog for stages of training that block."""
 
 import contextlib
 import threading
@@ -9,10 +9,10 @@ from jaxvid.logs import log
 
 
 class Watchdog:
-    """Logs, while a stage lasts too long, which one it is and what it waits for.
+    """Logs a stage that blocks, and what it waits for.
 
     Args:
-        seconds: How long a stage may last before that; each further line takes twice as long.
+        seconds: Duration of a stage after which it is logged, doubled after each line.
 
     Attributes:
         waited: Stage → seconds spent in it.
@@ -28,11 +28,11 @@ class Watchdog:
 
     @contextlib.contextmanager
     def stage(self, name: str, describe: Callable[[], str] = str) -> Iterator[None]:
-        """Marks what the caller does.
+        """Mark a stage.
 
         Args:
-            name: The stage's, for the log.
-            describe: Tells, during a stall, what is waited for.
+            name: The name of the stage.
+            describe: Called while the stage blocks; describes what it waits for.
         """
         start = time.monotonic()
         self._current = [name, describe, start, self._limit]
@@ -43,7 +43,7 @@ class Watchdog:
             self.waited[name] = self.waited.get(name, 0.0) + time.monotonic() - start
 
     def share(self, name: str) -> float:
-        """The share of the time since the last call for this stage that was spent in it."""
+        """Return the share of time spent in a stage since the last call for it."""
         now, waited = time.monotonic(), self.waited.get(name, 0.0)
         before, since = self._shared.get(name, (0.0, self._began))
         self._shared[name] = (waited, now)
@@ -59,6 +59,6 @@ class Watchdog:
                 log.warning("waiting for %s since %.0f s %s", name, passed, describe())
 
     def close(self) -> None:
-        """Ends the watch."""
+        """Stop the thread."""
         self._done.set()
         self._thread.join()

@@ -1,5 +1,6 @@
 """Conversion between PyTorch checkpoints and model folders."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -18,7 +19,7 @@ from jaxvid import atomic
 from jaxvid.errors import InputError
 from jaxvid.models import PRESETS, abstract_model, make_model_config, split_params
 from jaxvid.storage import model_card, model_folder
-from jaxvid.storage.preprocessing import CLIP_FIELDS, PIXEL_FIELDS
+from jaxvid.storage.preprocessing import Preprocessing
 from jaxvid.train import train
 from tests import goldens
 from tests.golden.synthetic import synthetic_param
@@ -215,7 +216,8 @@ def test_image_models_start_video_models(name, suffix, tmp_path, capsys):
 def test_converted_folders_are_fine_tuned_and_predict(name, tmp_path, motion_folder, clips):
     path, folder = save(tmp_path / "in.pth", name, state_dict(name)), tmp_path / "model"
     assert convert(name, path, folder) == 0
-    assert {*model_card.load_card(folder)["preprocessing"]} == {*CLIP_FIELDS, *PIXEL_FIELDS}
+    fields = {field.name for field in dataclasses.fields(Preprocessing)}
+    assert {*model_card.load_card(folder)["preprocessing"]} == fields
     views = {"stam_8": (1, 1), "xvit_k400": (1, 3), "xvit_ssv2": (2, 3)}[name]
     classifier = jaxvid.Classifier(folder)
     assert (classifier.spec.num_clips, classifier.spec.num_crops) == views

@@ -122,9 +122,9 @@ def prepare() -> None:
         code, message, _ = capture(torch_to_flax.main, arguments, folder)
         assert code == 0, message
         hostile_folders.build_good(Path(folder) / "good")
-        from jaxvid.storage.preprocessing import load_model_and_spec
+        from jaxvid.storage.preprocessing import load_model_and_preprocessing
 
-        load_model_and_spec(Path(folder) / "good")
+        load_model_and_preprocessing(Path(folder) / "good")
 
 
 @pytest.mark.full

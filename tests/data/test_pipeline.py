@@ -17,6 +17,7 @@ from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip, t
 from jaxvid.data.pipeline import make_eval_iter, make_train_iter, split_batch
 from jaxvid.data.sources import Record, open_dataset, read_list
 from jaxvid.errors import InputError
+from jaxvid.experiment import resolve
 
 SPEC = ClipSpec(num_frames=8, short_side=72, crop=64, train_short_side=(72, 72))
 
@@ -327,16 +328,15 @@ def test_paths_may_hold_spaces_and_any_script(tmp_path):
 
 
 def test_folders_are_refused_with_the_way_out(config, motion_folder):
-    with config.unlocked():
-        assert len(open_dataset(config.data, 8, ("val",)).labels) == 8
-        with pytest.raises(InputError, match="set --config.model.num_classes=8"):
-            open_dataset(config.data, 9, ("val",))
-        config.data.folder = str(motion_folder / "nothing")
-        with pytest.raises(InputError, match="a data folder holds train.csv"):
-            open_dataset(config.data, 8, ("val",))
-        config.data.source = "kinetics"
-        with pytest.raises(InputError, match="data.source='kinetics': there are 'motion'"):
-            open_dataset(config.data, 8, ("val",))
+    data = resolve(config).dataset
+    assert len(open_dataset(data, 8, ("val",)).labels) == 8
+    with pytest.raises(InputError, match="set --config.model.num_classes=8"):
+        open_dataset(data, 9, ("val",))
+    data = dataclasses.replace(data, folder=str(motion_folder / "nothing"))
+    with pytest.raises(InputError, match="a data folder holds train.csv"):
+        open_dataset(data, 8, ("val",))
+    with pytest.raises(InputError, match="data.source='kinetics': there are 'motion'"):
+        dataclasses.replace(data, source="kinetics")
 
 
 def test_clips_are_mirrored_with_the_configs_probability(records, monkeypatch):

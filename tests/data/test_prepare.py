@@ -1,5 +1,6 @@
 """A pack holds what the videos hold, whatever happened on the way, and says what broke."""
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -14,7 +15,6 @@ import av
 import h5py
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
 from jaxvid.data import check, prepare
@@ -22,7 +22,7 @@ from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.pack_reader import PackRecords
 from jaxvid.data.formats.pack_writer import Part, Settings, plan
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
-from jaxvid.data.sources import Record, open_dataset
+from jaxvid.data.sources import DatasetConfig, Record, open_dataset
 from jaxvid.data.synthetic_motion import write_clip
 from jaxvid.errors import InputError
 from tests.data.test_video_reader import rgb_of, write_colour
@@ -76,8 +76,7 @@ def contents(output: Path) -> dict[str, bytes]:
 
 def open_pack(output: Path, kind: str, splits=("train", "val"), num_classes=3):
     source = {"arrayrecord": "pack", "h5": "xvit_h5"}[kind]
-    data = ConfigDict({"source": source, "folder": str(output), "prefix": "", "missing": "error"})
-    data.update(skip_broken=False, color_matrix="auto")
+    data = DatasetConfig(source=source, folder=str(output))
     return open_dataset(data, num_classes, splits)
 
 
@@ -438,10 +437,9 @@ def test_packs_are_converted_by_the_color_matrix_that_is_asked_for(tmp_path):
         np.testing.assert_allclose(
             frame, np.broadcast_to(rgb_of(yuv, standard, False), frame.shape), atol=5
         )
-    data = ConfigDict({"source": "pack", "folder": str(tmp_path / "tagged"), "prefix": ""})
-    data.update(missing="error", skip_broken=False, color_matrix="tagged")
+    data = DatasetConfig(source="pack", folder=str(tmp_path / "tagged"), color_matrix="tagged")
     assert open_dataset(data, 1, ("val",)).notes == ()
-    data.color_matrix = "bt601"
+    data = dataclasses.replace(data, color_matrix="bt601")
     [note] = open_dataset(data, 1, ("val",)).notes
     assert "prepare it again with --color_matrix bt601" in note
     with pytest.raises(InputError, match="color_matrix='bt2020': there are 'tagged' and 'bt601'"):

@@ -12,7 +12,6 @@ import h5py
 import numpy as np
 import pytest
 import simplejpeg
-from ml_collections import ConfigDict
 
 from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.data.formats.pack_reader import PackRecords
@@ -20,7 +19,7 @@ from jaxvid.data.formats.pack_writer import Settings
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.pipeline import make_eval_iter, split_batch
 from jaxvid.data.prepare import prepare
-from jaxvid.data.sources import Record, open_dataset, read_list
+from jaxvid.data.sources import DatasetConfig, Record, open_dataset, read_list
 from jaxvid.data.synthetic_motion import write_clip
 from jaxvid.errors import InputError
 
@@ -30,7 +29,7 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8).repea
 def section(source, folder, prefix=""):
     fields = {"source": source, "folder": str(folder), "prefix": prefix, "missing": "error"}
     fields |= {"skip_broken": False, "color_matrix": "auto"}
-    return ConfigDict(fields)
+    return DatasetConfig(**fields)
 
 
 def write(path: Path, text: str = "x") -> Path:

@@ -48,9 +48,8 @@ def fail(config=None):
         noting_load = lambda folder: (note(), load(folder))[1]
         model_card.load_card = model_folder.load_card = noting_load
     elif how == "fields":
-        config.unlock()
-        config.optimizer.extra = 1
-        del config.optimizer["name"]
+        config["optimizer"]["extra"] = 1
+        del config["optimizer"]["name"]
     elif how == "defect":
         raise ZeroDivisionError("a defect")
     else:

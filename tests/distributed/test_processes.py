@@ -301,11 +301,11 @@ def test_processes_with_other_configs_or_other_videos_are_refused(config, monkey
     other = config.copy_and_resolve_references().unlock()
     other.data.folder, other.data.num_threads = "elsewhere", 7
     gathered(monkeypatch, other.to_dict())
-    run_config.check_same_everywhere(config)
+    run_config.check_same_everywhere(config.to_dict())
     other.model.width = 32
     gathered(monkeypatch, config.to_dict(), other.to_dict())
     with pytest.raises(InputError, match="model.width is 16 in process 0, 32 in process 2; start"):
-        run_config.check_same_everywhere(config)
+        run_config.check_same_everywhere(config.to_dict())
     facts = {"data": {"train": {"videos": 3, "sha256": "a"}}}
     gathered(monkeypatch, {"train": {"videos": 3, "sha256": "b"}})
     from jaxvid.training import run_metadata
@@ -321,7 +321,7 @@ def test_processes_whose_configs_have_other_fields_are_refused(config, monkeypat
     del other["mixup_alpha"]
     gathered(monkeypatch, other.to_dict())
     with pytest.raises(InputError) as refusal:
-        run_config.check_same_everywhere(config)
+        run_config.check_same_everywhere(config.to_dict())
     assert str(refusal.value) == (
         "data.extra: missing in process 0, 7 in process 1; "
         f"mixup_alpha: {config.mixup_alpha} in process 0, missing in process 1; "
@@ -332,7 +332,7 @@ def test_processes_whose_configs_have_other_fields_are_refused(config, monkeypat
 def test_a_checkpoint_that_one_process_finds_damaged_is_damaged_for_all(monkeypatch, tmp_path):
     gathered(monkeypatch, [False, "1 of 3 files are missing or changed: d/0"])
     with pytest.raises(ValueError, match="1 of 3 files are missing"):
-        checkpoint._check_files_in_all(tmp_path, 3)
+        checkpoint.check_files_on_all_processes(tmp_path, 3)
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
 from jaxvid.distributed import setup, sharding
 from jaxvid.errors import InputError
@@ -21,7 +20,7 @@ MIXTURES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 2, 2)]
 
 
 def make_mesh(data, fsdp, tensor):
-    return sharding.make_mesh(ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor}))
+    return sharding.make_mesh(sharding.MeshShape(data=data, fsdp=fsdp, tensor=tensor))
 
 
 def train(mesh, put, drop_path=0.0, **options):

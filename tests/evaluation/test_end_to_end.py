@@ -19,9 +19,10 @@ from configs import stam_16_k400, xvit_k600, xvit_ssv2
 from convert import torch_to_flax
 from convert.torch_reference import build_reference
 from jaxvid import evaluate
-from jaxvid.data.clips.clip import load_eval_views, make_spec
+from jaxvid.data.clips.clip import load_eval_views
 from jaxvid.data.sources import open_dataset
 from jaxvid.distributed.sharding import AXES
+from jaxvid.experiment import resolve
 from jaxvid.models import abstract_model, family_of, make_model_config
 from jaxvid.storage import model_card, model_folder
 from tests import goldens
@@ -173,8 +174,9 @@ def test_full_size_probabilities_equal_the_original(name, tmp_path, monkeypatch)
 
 def make_views(config) -> list[dict]:
     """Load the evaluation views of each validation video of a config."""
-    spec = make_spec(config, num_clips=config.eval.num_clips, num_crops=config.eval.num_crops)
-    data = open_dataset(config.data, config.model.num_classes, ("val",))
+    experiment = resolve(config)
+    spec = experiment.preprocessing.spec
+    data = open_dataset(experiment.dataset, config.model.num_classes, ("val",))
     return [load_eval_views(record, spec) for record in data.records["val"]]
 
 

@@ -14,14 +14,15 @@ import pytest
 from configs import common, xvit_k600
 from jaxvid import evaluate, logs, progress
 from jaxvid.data import pipeline
-from jaxvid.data.clips.clip import load_eval_views, make_spec
+from jaxvid.data.clips.clip import load_eval_views
 from jaxvid.data.formats.pack_writer import Settings
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.prepare import prepare
 from jaxvid.data.sources import Record, open_dataset
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
-from jaxvid.evaluation import loop, protocol, summary
+from jaxvid.evaluation import loop, summary
+from jaxvid.experiment import resolve
 from jaxvid.models import create_model, split_params
 from jaxvid.storage import eval_step, model_folder
 from jaxvid.train import train
@@ -63,11 +64,14 @@ def run(config, source="folder", folder=None):
     graphdef, params = split_params(Colour())
     config = config.copy_and_resolve_references().unlock()
     config.data.update(source=source, folder=str(folder or config.data.folder))
-    mesh = sharding.make_mesh(config.mesh)
-    records = open_dataset(config.data, 4, ("val",)).records["val"]
-    step = loop.make_eval_step(config, graphdef, mesh)
-    results = loop.evaluate_params(params, records, config, eval_step=step, mesh=mesh)
-    return results, summary.make_report(results, config, checkpoint="stub")
+    experiment = resolve(config)
+    mesh, protocol = sharding.make_mesh(experiment.mesh), experiment.protocol
+    records = open_dataset(experiment.dataset, 4, ("val",)).records["val"]
+    step = loop.make_eval_step(protocol, graphdef, mesh)
+    results = loop.evaluate_params(
+        params, records, protocol, eval_step=step, loader=experiment.loader, mesh=mesh
+    )
+    return results, summary.make_report(results, protocol, data="colours", checkpoint="stub")
 
 
 @pytest.mark.parametrize(
@@ -356,9 +360,7 @@ def test_evaluation_crops_equal_the_original(name):
     class Video:
         open = Reader
 
-    config = xvit_k600.get_config()
-    views = {"num_clips": config.eval.num_clips, "num_crops": config.eval.num_crops}
-    released = make_spec(config, **views)
+    released = resolve(xvit_k600.get_config()).preprocessing.spec
     assert (released.short_side, released.crop) == (224, 224)
     sizes = {"num_frames": len(clip), "short_side": int(size), "crop": int(size)}
     views = load_eval_views(Video(), dataclasses.replace(released, **sizes))["video"]
@@ -551,7 +553,7 @@ def test_comparison_of_equal_evaluations(folder, tiny_model, tmp_path):
 def test_unknown_dtype_is_refused(folder):
     config = make_config(folder, dtype="float16")
     with pytest.raises(InputError, match="eval.dtype='float16': there are 'float32' and 'bfloat1"):
-        protocol.check_protocol(config, sharding.make_mesh(config.mesh))
+        resolve(config)
 
 
 def test_unknown_score_is_refused(folder):
@@ -559,7 +561,7 @@ def test_unknown_score_is_refused(folder):
     with pytest.raises(
         InputError, match="eval.score='max': there are 'logits' and 'probabilities'"
     ):
-        protocol.check_protocol(config, sharding.make_mesh(config.mesh))
+        resolve(config)
     assert jax.device_count() == 8
 
 
@@ -580,9 +582,15 @@ def test_running_accuracy_counts_failed_videos_as_wrong(folder, monkeypatch):
 
     monkeypatch.setattr(pipeline, "load_eval_views", load)
     monkeypatch.setattr(logs.RunProgress, "advance", lambda _, count, text: messages.append(text))
-    config = make_config(folder)
+    experiment = resolve(make_config(folder))
     records = [Record(Path(name), label) for name, label in (("broken.mp4", 0), ("a.mp4", 0))]
-    mesh = sharding.make_mesh(config.mesh)
-    results = loop.evaluate_params({}, records, config, eval_step=eval_step, mesh=mesh)
+    results = loop.evaluate_params(
+        {},
+        records,
+        experiment.protocol,
+        eval_step=eval_step,
+        loader=experiment.loader,
+        mesh=sharding.make_mesh(experiment.mesh),
+    )
     assert results.hits(1).tolist() == [False, True]
     assert messages == ["top-1 50.00 %"]

@@ -12,6 +12,7 @@ from PIL import Image
 from jaxvid import evaluate
 from jaxvid.data.sources import Record, read_list
 from jaxvid.evaluation import html_report, summary
+from jaxvid.experiment import resolve
 from tests.evaluation.test_metrics import results
 
 HOSTILE = [
@@ -31,7 +32,10 @@ def numbers_of(page: str) -> dict:
 
 def save(folder, config, evaluated, labels, records=None):
     """Write the page of some results; return it and its JSON."""
-    result = summary.make_report(evaluated, config, checkpoint="checkpoints/</script>")
+    protocol = resolve(config).protocol
+    result = summary.make_report(
+        evaluated, protocol, data=config.data.folder, checkpoint="checkpoints/</script>"
+    )
     result |= {"weights_sha256": "0123456789abcdef" * 4}
     records = records or [Record(folder / "missing.mp4", 0)] * len(evaluated.ids)
     html_report.save_page(folder / "eval.html", result, evaluated, labels, records)
@@ -204,7 +208,9 @@ def test_learning_curves(tmp_path, config):
 
 def test_save_report_writes_the_page(tmp_path, config, motion_folder):
     evaluated = results([[0, 9], [3, 0]], [0, 0])
-    result = summary.make_report(evaluated, config, checkpoint="x") | {"weights_sha256": "0" * 64}
+    protocol = resolve(config).protocol
+    result = summary.make_report(evaluated, protocol, data="x", checkpoint="x")
+    result["weights_sha256"] = "0" * 64
     records = read_list(motion_folder / "val.csv", 8)[:2]
     evaluate.save_report(tmp_path, result, evaluated, ["a", "b"], records)
     data = numbers_of((tmp_path / "eval.html").read_text(encoding="utf-8"))

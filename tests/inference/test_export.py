@@ -18,7 +18,7 @@ import jaxvid
 from jaxvid import export
 from jaxvid.models import make_model_config, split_params
 from jaxvid.storage import eval_step
-from jaxvid.storage.preprocessing import load_model_and_spec
+from jaxvid.storage.preprocessing import load_model_and_preprocessing
 
 PREPROCESSING = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.25, "std": 0.5}
 LABELS = [f"class {i}" for i in range(5)]
@@ -81,7 +81,8 @@ def test_exported_program_matches_the_model_without_jaxvid(folder, tmp_path, cap
 
 
 def test_program_is_lowered_for_both_platforms(folder):
-    _, model, spec = load_model_and_spec(folder)
+    _, model, preprocessing = load_model_and_preprocessing(folder)
+    spec = preprocessing.spec
     data = export.export_stablehlo(model, spec, mean=0.0, std=1.0)
     program = jax_export.deserialize(bytearray(data))
     assert program.platforms == ("cpu", "cuda")

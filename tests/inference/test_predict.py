@@ -19,9 +19,9 @@ from jaxvid.data.clips.clip import ClipSpec, load_eval_views
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.synthetic_motion import LABELS
 from jaxvid.errors import InputError
+from jaxvid.experiment import resolve
 from jaxvid.predict import expand, main, predict
 from jaxvid.storage import eval_step, model_card
-from jaxvid.storage.preprocessing import make_preprocessing
 from jaxvid.train import train
 from tests.conftest import shrunk_config
 
@@ -113,7 +113,7 @@ def test_views_are_summed_and_default_to_the_model_card(folders, clips, tmp_path
 
 
 def test_preprocessing_written_by_training_is_read(folders, clips, tmp_path):
-    preprocessing = make_preprocessing(motion_config.get_config())
+    preprocessing = resolve(motion_config.get_config()).preprocessing.to_json()
     assert preprocessing.items() >= PREPROCESSING.items()
     model = jaxvid.load_model(folders / "xvit")
     jaxvid.save_model(model, tmp_path / "m", preprocessing=preprocessing)

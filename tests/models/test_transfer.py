@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from ml_collections import ConfigDict
 
 import jaxvid
 from jaxvid.distributed import sharding
@@ -282,7 +281,7 @@ def test_a_new_class_head_keeps_the_features(folder, options, folders):
 
 
 def test_transferred_weights_get_the_sharding_of_the_initial_weights(folders):
-    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 4, "tensor": 1}))
+    mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=4, tensor=1))
     options = {**STAM, "num_classes": 4, "num_frames": 11, "image_size": 48}
     fresh = random_network(options, seed=2)[1]
     fresh = jax.device_put(

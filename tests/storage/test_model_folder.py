@@ -17,7 +17,7 @@ from jaxvid.errors import InputError
 from jaxvid.models import make_model_config, split_params
 from jaxvid.storage import model_card, model_folder
 from jaxvid.storage.model_card import check_labels
-from jaxvid.training.distillation import load_teacher
+from jaxvid.training.distillation import DistillConfig, load_teacher
 
 TINY = {"width": 16, "depth": 1, "image_size": 32}
 SAVE = """
@@ -226,10 +226,8 @@ def test_huge_network_is_refused_by_every_reader(best, config, capsys):
         model_card.check_same_model(best, student)
     with pytest.raises(InputError, match=message):
         finetune.get_config(f"{best},{config.data.folder}")
-    with config.unlocked():
-        config.distill.teacher = str(best)
     with pytest.raises(InputError, match=message):
-        load_teacher(config, [], None)
+        load_teacher(DistillConfig(teacher=str(best)), student, [], None)
     assert flax_to_torch.main(["--input", str(best), "--output", str(best / "a.pth")]) == 2
     assert re.search(message, capsys.readouterr().err)
 

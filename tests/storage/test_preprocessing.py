@@ -1,5 +1,6 @@
 """Unusable model folders give one-line errors."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -7,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import jaxvid
 from jaxvid.errors import InputError
+from jaxvid.experiment import resolve
 from jaxvid.predict import main
 from jaxvid.storage import model_card
-from jaxvid.storage.preprocessing import read_preprocessing, resolve_color_matrix
+from jaxvid.storage.preprocessing import Preprocessing, read_preprocessing
 
 
 @pytest.fixture
@@ -117,11 +118,23 @@ def test_folders_without_color_matrix_get_that_of_the_original_program(damaged, 
     card = model_card.load_card(damaged)
     card["preprocessing"].pop("color_matrix", None)
     card["provenance"] = {"kind": kind} if kind else {}
-    assert read_preprocessing(card, damaged / "model.json")["color_matrix"] == matrix
+    assert read_preprocessing(card, damaged / "model.json").color_matrix == matrix
 
 
-def test_resolving_the_color_matrix_does_not_modify_the_config():
-    config = ConfigDict({"data": {"color_matrix": "auto"}}).lock()
-    resolved = resolve_color_matrix(config, {"color_matrix": "bt601"})
-    assert (resolved.data.color_matrix, config.data.color_matrix) == ("bt601", "auto")
-    assert resolved.is_locked
+def test_the_card_decides_the_color_matrix_unless_the_config_does(config):
+    experiment = resolve(config)
+    assert experiment.preprocessing.color_matrix == "tagged"
+    resolved = experiment.with_color_matrix("bt601")
+    assert resolved.dataset.color_matrix == "bt601"
+    assert resolved.preprocessing.color_matrix == resolved.train_clips.color_matrix == "bt601"
+    assert resolved.with_color_matrix("tagged") == resolved
+    assert experiment.dataset.color_matrix == "auto"
+
+
+def test_preprocessing_survives_json():
+    preprocessing = Preprocessing(num_frames=8, crop=64, short_side=72, mean=0.5, std=0.25)
+    stored = json.loads(json.dumps(preprocessing.to_json()))
+    assert Preprocessing.from_json(stored) == preprocessing
+    assert preprocessing.spec.short_side == 72
+    with pytest.raises(InputError, match="short_side=32 is below the crop of 64 px"):
+        dataclasses.replace(preprocessing, short_side=32)

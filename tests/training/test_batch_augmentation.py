@@ -1,4 +1,4 @@
-"""Random erasing, mixup and cutmix."""
+"""Random erasing, mixup and CutMix."""
 
 import functools
 
@@ -29,7 +29,7 @@ def erased() -> np.ndarray:
     return np.concatenate([np.asarray(erase_jit(numbered(), key, 1.0)) == 0 for key in keys])
 
 
-def test_erased_boxes_are_whole_and_the_same_in_all_frames_and_channels(erased):
+def test_erased_boxes_are_the_same_in_all_frames_and_channels(erased):
     assert (erased == erased[:, :1, :, :, :1]).all()
     boxes = erased[:, 0, :, :, 0]
     rows, columns = boxes.any(axis=2), boxes.any(axis=1)
@@ -38,7 +38,7 @@ def test_erased_boxes_are_whole_and_the_same_in_all_frames_and_channels(erased):
         assert (np.abs(np.diff(np.pad(edge, ((0, 0), (1, 1))).astype(int))).sum(axis=1) == 2).all()
 
 
-def test_erased_boxes_have_the_sizes_shapes_and_places_asked_for(erased):
+def test_erased_boxes_have_the_requested_sizes_and_aspects(erased):
     boxes = erased[:, 0, :, :, 0]
     heights, widths = boxes.any(axis=2).sum(axis=1), boxes.any(axis=1).sum(axis=1)
     share = heights * widths / (H * W)
@@ -59,7 +59,7 @@ def test_erased_boxes_have_the_sizes_shapes_and_places_asked_for(erased):
     np.testing.assert_allclose(columns, columns[::-1], atol=0.06)
 
 
-def test_erasing_happens_with_its_probability_and_touches_nothing_else():
+def test_erasing_has_its_probability():
     video, count = numbered(), 0
     for key in jax.random.split(jax.random.key(1), 100):
         result = np.asarray(erase_jit(video, key, 0.3))
@@ -103,7 +103,7 @@ def test_erased_boxes_lie_anywhere_inside_the_frame():
     assert {left for _, left in corners} == set(range(W // 2 + 1))
 
 
-def test_erasing_follows_its_key():
+def test_erasing_depends_on_its_key():
     first, again, other = (erase_jit(numbered(), jax.random.key(seed), 1.0) for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
@@ -118,7 +118,7 @@ def test_alpha_zero_changes_nothing(mix):
 
 
 @pytest.mark.parametrize("mix", [mixup, cutmix])
-def test_mixing_follows_its_key(mix):
+def test_mixing_depends_on_its_key(mix):
     first, again, other = (mix_jit[mix](numbered(), jax.random.key(i), ALPHA) for i in (0, 0, 1))
     for x, same in zip(first, again, strict=True):
         np.testing.assert_array_equal(x, same)
@@ -128,7 +128,7 @@ def test_mixing_follows_its_key(mix):
 
 
 @pytest.mark.parametrize("function", [erase, lambda *x: mixup(*x, ALPHA), lambda *x: cutmix(*x, 1)])
-def test_the_dtype_stays(function):
+def test_the_dtype_is_kept(function):
     video = jax.ShapeDtypeStruct((B, T, H, W, 3), jnp.bfloat16)
     result = jax.tree.leaves(jax.eval_shape(function, video, jax.random.key(0)))[0]
     assert (result.dtype, result.shape) == (video.dtype, video.shape)
@@ -142,7 +142,7 @@ def test_mixup_is_the_weighted_sum_of_the_partners():
     np.testing.assert_allclose(mixed, expected, rtol=1e-6)
 
 
-def test_mixups_lam_follows_the_beta_distribution():
+def test_mixup_lambda_follows_the_beta_distribution():
     keys = jax.random.split(jax.random.key(0), 1000)
     lam = np.array([mix_jit[mixup](numbered(), key, ALPHA)[2] for key in keys])
     assert abs(lam.mean() - 0.5) < 0.05  # σ / √1000 = 0.012
@@ -151,7 +151,7 @@ def test_mixups_lam_follows_the_beta_distribution():
     assert 0.99 < lam.max() <= 1
 
 
-def test_cutmixs_lam_is_the_share_of_own_pixels_of_one_box():
+def test_cutmix_lambda_is_the_share_of_own_pixels():
     video = numbered()
     lams, shares = [], np.zeros((H, W))
     for key in jax.random.split(jax.random.key(0), 200):
@@ -180,7 +180,7 @@ def test_cutmixs_lam_is_the_share_of_own_pixels_of_one_box():
         ((0.999, 0.25), range(24, 32), range(1, 20)),
     ],
 )
-def test_cutmixs_box_is_centred_on_its_draw_and_cut_off_at_the_edges(
+def test_cutmix_boxes_are_centred_on_their_draw_and_cut_off_at_the_edges(
     draws, rows, columns, monkeypatch
 ):
     monkeypatch.setattr(jax.random, "beta", lambda *_: jnp.float32(1 - 0.48**2))  # 15 × 19 pixels

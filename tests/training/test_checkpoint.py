@@ -1,4 +1,4 @@
-"""Model folders come back as they were, and bad ones are refused."""
+"""Model folders and checkpoints: saving, restoring, and refusing damaged ones."""
 
 import json
 import shutil
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from ml_collections import ConfigDict
 
 import jaxvid
 from jaxvid import atomic
@@ -19,7 +18,7 @@ from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
 from jaxvid.models import FAMILIES, abstract_model, make_model_config, split_params
 from jaxvid.storage import model_card, model_folder
-from jaxvid.training import checkpoint, run_config
+from jaxvid.training import checkpoint, outputs, run_config
 
 TINY = {"width": 16, "depth": 1, "image_size": 32}
 
@@ -31,7 +30,7 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def test_a_model_folder_comes_back_bit_by_bit(folder):
+def test_model_folders_are_restored_bit_by_bit(folder):
     expected = split_params(jaxvid.create_model("xvit_tiny", **TINY, seed=3))[1]
     model = jaxvid.load_model(folder)
     params = split_params(model)[1]
@@ -47,7 +46,7 @@ def test_a_model_folder_comes_back_bit_by_bit(folder):
     np.testing.assert_array_equal(model(video), jaxvid.load_model(folder)(video))
 
 
-def test_saving_replaces_a_model_folder_and_nothing_else(folder, tmp_path):
+def test_saving_replaces_model_folders_only(folder, tmp_path):
     other = jaxvid.create_model("xvit_tiny", **TINY, seed=4)
     before = model_folder.fingerprint(split_params(jaxvid.load_model(folder))[1])
     jaxvid.save_model(other, folder)
@@ -58,7 +57,7 @@ def test_saving_replaces_a_model_folder_and_nothing_else(folder, tmp_path):
         jaxvid.save_model(other, tmp_path / "mine")
 
 
-def test_fingerprints_tell_weights_apart():
+def test_fingerprints_differ_for_different_weights():
     params = {"a": np.zeros(3, np.float32), "b": np.ones(2, np.float32)}
     changed = {**params, "b": np.array([1, 1.0000001], np.float32)}
     assert model_folder.fingerprint(params) == model_folder.fingerprint(
@@ -117,15 +116,15 @@ def test_damaged_model_folders_are_refused(folder, tmp_path):
         jaxvid.load_model(tmp_path / "nowhere")
 
 
-def test_another_network_is_refused_field_by_field(folder):
+def test_a_different_network_is_refused_with_the_differences(folder):
     other = make_model_config("xvit_tiny", **TINY, dropout=0.3, remat=True)
     model_card.check_same_model(folder, other)
     with pytest.raises(InputError, match="depth: 1 in the folder, 2 in the config"):
         model_card.check_same_model(folder, make_model_config("xvit_tiny", **{**TINY, "depth": 2}))
 
 
-def test_weights_load_onto_any_sharding(folder):
-    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 4, "tensor": 1}))
+def test_weights_are_loaded_with_any_sharding(folder):
+    mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=4, tensor=1))
     _, abstract = abstract_model(make_model_config("xvit_tiny", **TINY))
     abstract = sharding.with_sharding(abstract, mesh, FAMILIES["xvit"].tensor_axis)
     params = model_folder.load_params(folder, abstract)
@@ -137,45 +136,45 @@ def test_weights_load_onto_any_sharding(folder):
     )
 
 
-def test_a_full_or_read_only_disk_is_noticed_at_the_start(tmp_path, monkeypatch):
-    checkpoint.check_writable(tmp_path / "new", 1000)
+def test_a_full_or_read_only_disk_is_refused_at_the_start(tmp_path, monkeypatch):
+    outputs.check_writable(tmp_path / "new", 1000)
     assert not list((tmp_path / "new").iterdir())
     with pytest.raises(InputError, match="cannot be written to .*choose another --workdir"):
-        checkpoint.check_writable(Path("/proc/jaxvid"), 1000)
+        outputs.check_writable(Path("/proc/jaxvid"), 1000)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written to"):
-        checkpoint.check_writable(tmp_path / "file", 1000)
+        outputs.check_writable(tmp_path / "file", 1000)
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match="1 MB free, but checkpoints need 2 MB"):
-        checkpoint.check_writable(tmp_path, 2 * 10**6)
-    checkpoint.check_writable(tmp_path, 10**6)  # it just fits
+        outputs.check_writable(tmp_path, 2 * 10**6)
+    outputs.check_writable(tmp_path, 10**6)  # it just fits
     for name in ("checkpoints", "best", "model"):  # what is there will be replaced
         workdir = tmp_path / "runs" / name
         (workdir / name).mkdir(parents=True)
         (workdir / name / "weights").write_bytes(bytes(1_100_000))
-        checkpoint.check_writable(workdir, 2 * 10**6)
-    checkpoint.check_writable(tmp_path / "a" / "b", 1000)
+        outputs.check_writable(workdir, 2 * 10**6)
+    outputs.check_writable(tmp_path / "a" / "b", 1000)
 
 
-def test_a_run_without_checkpoints_is_named(tmp_path):
+def test_a_run_without_checkpoints_is_refused(tmp_path):
     assert checkpoint.find_steps(tmp_path) == []
     with pytest.raises(InputError, match="holds no checkpoint"):
         checkpoint.newest_step(tmp_path)
 
 
 def test_configs_are_compared_field_by_field(tmp_path):
-    config = ConfigDict({"seed": 0, "model": {"width": 64, "blocks": (1, 2)}})
+    config = {"seed": 0, "model": {"width": 64, "blocks": (1, 2)}}
     assert run_config.compare_config(tmp_path, config) == {}
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert run_config.compare_config(tmp_path, config) == {}
-    config.model.width = 32
+    config["model"]["width"] = 32
     found = run_config.compare_config(tmp_path, config)
     assert found == {"model.width": "model.width: 64 before, 32 now"}
-    config.model.width = 64
-    config.data = ConfigDict({"color_matrix": "auto"})  # config.json is of a time without it
+    config["model"]["width"] = 64
+    config["data"] = {"color_matrix": "auto"}  # an older config.json lacks it
     assert run_config.compare_config(tmp_path, config) == {}
-    config.data.color_matrix = "bt601"
+    config["data"]["color_matrix"] = "bt601"
     found = run_config.compare_config(tmp_path, config)
     assert found == {"data.color_matrix": "data.color_matrix: 'tagged' before, 'bt601' now"}
     (tmp_path / "config.json").write_text("{")
@@ -218,10 +217,10 @@ ABSTRACT = {
 }
 
 
-def test_closing_a_manager_in_the_middle_of_a_save_leaves_no_thread(tmp_path, monkeypatch):
+def test_closing_a_manager_during_a_save_leaves_no_thread(tmp_path, monkeypatch):
     """A daemon thread would go on while the interpreter shuts down, and abort it."""
     noters: list[threading.Thread] = []
-    note_files = checkpoint._note_files
+    note_files = checkpoint.note_files
 
     def note_late(workdir):
         noters.append(threading.current_thread())
@@ -229,7 +228,7 @@ def test_closing_a_manager_in_the_middle_of_a_save_leaves_no_thread(tmp_path, mo
             time.sleep(0.3)
         note_files(workdir)
 
-    monkeypatch.setattr(checkpoint, "_note_files", note_late)
+    monkeypatch.setattr(checkpoint, "note_files", note_late)
     manager = checkpoint.make_manager(tmp_path, keep=2)
     checkpoint.save_checkpoint(manager, {"step": np.int32(1)}, counters(1, 2))
     manager.close()
@@ -256,7 +255,7 @@ def test_a_checkpoint_keeps_the_log_window_and_older_ones_have_none(tmp_path):
 def test_outputs_of_a_run_without_checkpoints_are_moved_aside(tmp_path, lines):
     for name in ("metrics.jsonl", "config.json", "mine.txt", "log.txt"):
         (tmp_path / name).write_text(name)
-    checkpoint.tidy_outputs(tmp_path)  # of a run that was killed before its first checkpoint
+    outputs.tidy_outputs(tmp_path)  # of a run that was killed before its first checkpoint
     assert (tmp_path / "metrics.jsonl").exists()
     assert not lines
     for folder in ("previous", "previous_again"):
@@ -264,11 +263,11 @@ def test_outputs_of_a_run_without_checkpoints_are_moved_aside(tmp_path, lines):
         (tmp_path / "best").mkdir()
         (tmp_path / "best" / "model.json").write_text(folder)
         (tmp_path / "checkpoints" / "2").mkdir(parents=True)
-        checkpoint.tidy_outputs(tmp_path)
+        outputs.tidy_outputs(tmp_path)
         assert (tmp_path / "metrics.jsonl").exists()
         shutil.rmtree(tmp_path / "checkpoints")
-        checkpoint.tidy_outputs(tmp_path)
-        checkpoint.tidy_outputs(tmp_path)
+        outputs.tidy_outputs(tmp_path)
+        outputs.tidy_outputs(tmp_path)
         assert (tmp_path / folder / "metrics.jsonl").read_text() == folder
         assert (tmp_path / folder / "best" / "model.json").read_text() == folder
     names = {path.name for path in tmp_path.iterdir()}
@@ -400,7 +399,7 @@ def test_a_save_that_fails_names_the_checkpoints_there_are(tmp_path, monkeypatch
     manager.close()
 
 
-def test_a_continued_run_keeps_as_many_checkpoints_as_a_new_one(tmp_path):
+def test_a_resumed_run_keeps_as_many_checkpoints_as_a_new_one(tmp_path):
     save_steps(tmp_path, 1, 2)
     manager, state = checkpoint.restore_newest(
         tmp_path, abstract(tiny_state(0)), counters(0, 0), keep=2
@@ -412,7 +411,7 @@ def test_a_continued_run_keeps_as_many_checkpoints_as_a_new_one(tmp_path):
     assert checkpoint.find_steps(tmp_path) == [2, 3]
 
 
-def test_checkpoints_that_are_damaged_before_the_next_save_are_found_out(tmp_path):
+def test_damage_of_checkpoints_before_the_next_save_is_detected(tmp_path):
     save_steps(tmp_path, 2)
     damage(tmp_path, 2)
     save_steps(tmp_path, 3)
@@ -433,7 +432,7 @@ def test_half_written_models_without_checkpoints_are_removed(tmp_path):
     halves = [atomic.staging_dir(tmp_path / name) for name in ("best", "model")]
     for half in halves:
         half.mkdir()
-    checkpoint.tidy_outputs(tmp_path)
+    outputs.tidy_outputs(tmp_path)
     assert not any(half.exists() for half in halves)
 
 
@@ -453,11 +452,11 @@ def test_all_outputs_of_a_run_whose_checkpoints_were_deleted_are_moved_aside(tmp
                 (workdir / name).write_text("{}")
         return workdir
 
-    assert not checkpoint.starts_over(make(tmp_path / "early", early))
+    assert not outputs.starts_over(make(tmp_path / "early", early))
     for name in late:
-        assert checkpoint.starts_over(make(tmp_path / f"only {name}", [name])), name
+        assert outputs.starts_over(make(tmp_path / f"only {name}", [name])), name
     run = make(tmp_path / "run", early | late)
-    checkpoint.tidy_outputs(run)
+    outputs.tidy_outputs(run)
     assert [path.name for path in run.iterdir()] == ["previous"]
     assert {path.name for path in (run / "previous").iterdir()} == early | late
 

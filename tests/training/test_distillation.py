@@ -1,4 +1,4 @@
-"""Teachers that do not fit are refused by name; how one teaches is tested in test_steps.py."""
+"""Loading of teachers; the distillation loss is tested in test_steps.py."""
 
 import re
 
@@ -8,7 +8,8 @@ import jaxvid
 from jaxvid.data.synthetic_motion import LABELS
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
-from jaxvid.training.distillation import check_distill, load_teacher
+from jaxvid.experiment import resolve
+from jaxvid.training.distillation import DistillConfig, load_teacher
 from tests.conftest import shrunk_config
 
 HOW = {"num_frames": 8, "crop": 64, "short_side": 72, "sampling": "segments"}
@@ -22,22 +23,23 @@ def teach(motion_folder, tmp_path):
     def load(labels=None, how=HOW, **options):
         model = jaxvid.create_model("stam_tiny", width=16, depth=1, **options)
         jaxvid.save_model(model, tmp_path / "teacher", preprocessing=how, labels=labels)
-        config = shrunk_config(motion_folder).unlock()
-        config.distill.update(teacher=str(tmp_path / "teacher"), weight=0.5)
-        return load_teacher(config.lock(), list(LABELS), sharding.make_mesh(config.mesh))
+        experiment = resolve(shrunk_config(motion_folder))
+        distill = DistillConfig(teacher=str(tmp_path / "teacher"), weight=0.5)
+        mesh = sharding.make_mesh(experiment.mesh)
+        return load_teacher(distill, experiment.model, list(LABELS), mesh)
 
     return load
 
 
 @pytest.mark.parametrize("labels", [LABELS, None, [str(i) for i in range(8)]])
-def test_a_teacher_of_the_same_classes_is_loaded(teach, labels):
+def test_a_teacher_with_the_same_classes_is_loaded(teach, labels):
     teacher, params = teach(labels and list(labels))
     assert (teacher.mean, teacher.std, teacher.weight) == (0.25, 0.75, 0.5)
     assert {str(leaf.dtype) for leaf in params.values()} == {"bfloat16"}
 
 
-def test_no_teacher_is_none(config):
-    assert load_teacher(config, [], None) == (None, None)
+def test_without_a_teacher_nothing_is_loaded():
+    assert load_teacher(DistillConfig(), None, [], None) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -57,15 +59,13 @@ def test_no_teacher_is_none(config):
         ({"how": {"mean": 0.5}}, "model.json: preprocessing has no num_frames; export the model"),
     ],
 )
-def test_other_teachers_are_refused(teach, options, message):
+def test_unsuitable_teachers_are_refused(teach, options, message):
     with pytest.raises(InputError, match=message) as error:
         teach(**options)
     assert "\n" not in str(error.value)
 
 
-def test_impossible_values_are_refused(config):
+def test_impossible_values_are_refused():
     for name, value in (("weight", 1.5), ("temperature", 0.0)):
-        other = config.copy_and_resolve_references().unlock()
-        other.distill[name] = value
         with pytest.raises(InputError, match=re.escape(f"distill.{name}={value}: must be ")):
-            check_distill(other.distill)
+            DistillConfig(**{name: value})

@@ -1,4 +1,4 @@
-"""Sums are exact, files tell one story."""
+"""Metric rows, TensorBoard events and skipped videos, also after a kill."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def test_a_row_has_means_over_clips_and_over_steps():
     assert describe_row(row) == "no video of these steps can be decoded"
 
 
-def test_a_continued_run_drops_what_was_written_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_drops_rows_after_its_checkpoint(tmp_path):
     writer = MetricWriter(tmp_path, 0)
     for step in (10, 20, 30):
         writer.write(step, {"loss": step / 10})
@@ -64,7 +64,7 @@ def test_a_continued_run_drops_what_was_written_after_its_checkpoint(tmp_path):
     assert len(list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))) >= 1
 
 
-def test_skipped_videos_are_listed_once_and_survive_a_kill(tmp_path):
+def test_skipped_videos_are_listed_once_even_after_a_kill(tmp_path):
     path = tmp_path / "skipped.jsonl"
     skipped = SkippedVideos(tmp_path, num_videos=4, max_share=0.5)
     skipped.note([("b", "b is broken"), ("ä", "ä is broken")])
@@ -83,7 +83,7 @@ def test_skipped_videos_are_listed_once_and_survive_a_kill(tmp_path):
     assert listed == ["b", "ä", "c", "d"]
 
 
-def test_a_run_that_skips_any_share_stops_when_all_videos_fail(tmp_path):
+def test_a_run_stops_when_all_videos_fail(tmp_path):
     """Videos that are no longer in the list do not count."""
     assert SkippedVideos(tmp_path, num_videos=4, max_share=0.0).summary() == ""
     skipped = SkippedVideos(tmp_path, num_videos=4, max_share=1.0, lost=["d"])
@@ -117,14 +117,14 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     writer.close()
 
 
-def test_the_last_evaluation_is_found_also_after_a_kill(tmp_path):
+def test_the_last_evaluation_is_read_even_after_a_kill(tmp_path):
     assert last_evaluation(tmp_path) == 0
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 4, "val/top1": 1.0}\n{"step": 6, "train/loss": 1.0}\n{"step": 8, "v')
     assert last_evaluation(tmp_path) == 4
 
 
-def test_tensorboard_gets_scalars_classes_and_clips(tmp_path):
+def test_tensorboard_events_hold_scalars_classes_and_clips(tmp_path):
     writer = MetricWriter(tmp_path, 0)
     writer.write(1, {"val/loss": None, "val/top1": 50.0})
     writer.write_classes(1, ["red", "blue"], np.array([50.0, np.nan]))

@@ -1,4 +1,4 @@
-"""Pictures are drawn at few and many classes."""
+"""Training curves and confusion matrices."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Fingerprints of data: what changes them, and what a run refuses by them."""
+"""Fingerprints of the data, and the starts of a run."""
 
 import dataclasses
 import hashlib
@@ -25,13 +25,13 @@ def videos(tmp_path):
 
 
 def start(workdir, records):
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    mesh = sharding.make_mesh(sharding.MeshShape())
     run_metadata.record_start(
         workdir, run_metadata.describe_run(mesh, {"train": records, "val": []})
     )
 
 
-def test_ids_labels_and_files_each_have_a_fingerprint(videos):
+def test_ids_labels_and_files_have_fingerprints(videos):
     first, second = videos
     relabelled = [first, dataclasses.replace(second, label=0)]
     assert fingerprints.fingerprint(relabelled) == fingerprints.fingerprint(videos)
@@ -50,7 +50,7 @@ def test_ids_labels_and_files_each_have_a_fingerprint(videos):
     assert len({files, changed, longer, fingerprints.fingerprint_files(videos)}) == 4
 
 
-def test_a_pack_has_the_fingerprints_of_its_list_and_of_its_own_files(motion_folder, tmp_path):
+def test_a_pack_has_fingerprints_of_its_list_and_its_files(motion_folder, tmp_path):
     prepare([motion_folder], tmp_path / "pack", Settings(), workers=1)
     packed = PackRecords(str(tmp_path / "pack"), "val", is_folder=True)
     listed = read_list(motion_folder / "val.csv", 8)
@@ -71,7 +71,7 @@ def test_a_run_refuses_relabelled_training_videos(videos, tmp_path):
         start(tmp_path, videos[:1])
 
 
-def test_a_run_that_began_before_labels_were_noted_goes_on(videos, tmp_path):
+def test_starts_without_label_fingerprints_are_accepted(videos, tmp_path):
     start(tmp_path, videos)
     path = tmp_path / "starts.jsonl"
     facts = json.loads(path.read_text())
@@ -92,7 +92,7 @@ def test_processes_with_other_labels_are_refused(videos, monkeypatch):
         run_metadata.check_same_videos(fingerprints.describe_videos(videos))
 
 
-def test_names_that_are_not_utf8_have_a_fingerprint_and_starts_are_noted(tmp_path, monkeypatch):
+def test_file_names_that_are_not_utf8_have_a_fingerprint(tmp_path, monkeypatch):
     odd = os.fsdecode(b"caf\xe9.mp4")
     found = {
         fingerprints.fingerprint([Record(tmp_path / name, 0, name)])
@@ -106,6 +106,6 @@ def test_names_that_are_not_utf8_have_a_fingerprint_and_starts_are_noted(tmp_pat
     assert [line["command"] for line in facts] == [["main.py", odd]] * 2
 
 
-def test_a_start_that_cannot_be_noted_is_one_line(videos, tmp_path):
+def test_a_start_that_cannot_be_recorded_is_one_line(videos, tmp_path):
     with pytest.raises(InputError, match="starts.jsonl cannot be written"):
         start(tmp_path / "a", videos)

@@ -1,4 +1,4 @@
-"""The device-side functions: the loss, exact masked sums, and that a step learns."""
+"""The training and evaluation steps on the device."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ class Stub(nnx.Module):
         return jnp.concatenate([pixel, jnp.full((len(video), 1), 0.5)], axis=1) + self.bias[...]
 
 
-def test_cross_entropy_is_the_recipes_formula():
+def test_cross_entropy_follows_the_formula():
     logits = np.random.default_rng(0).normal(size=(4, 5))
     labels, smoothing = np.array([0, 4, 2, 2]), 0.3
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -84,7 +84,7 @@ def test_eval_step_sums_the_logits_of_the_views():
     np.testing.assert_allclose(found["probabilities"], exp / exp.sum(1, keepdims=True), rtol=1e-5)
 
 
-def test_eval_step_averages_probabilities_if_told_so():
+def test_eval_step_averages_probabilities():
     views = [[[255, 0, 0], [0, 102, 0]]]
     found = stub_scores(views, score="probabilities")
     logits = np.array([[1, 0, 0, 0.5], [0, 0.4, 0, 0.5]])
@@ -106,7 +106,7 @@ def make_step(config, optimizer, seed, **options):
     return jax.jit(init)(), jax.jit(step, compiler_options=QUICK), graphdef
 
 
-def test_train_step_learns_a_batch_and_leaves_metrics_as_sums():
+def test_train_step_fits_a_batch_and_returns_sums():
     rng = np.random.default_rng(0)
     batch = {
         "video": rng.integers(0, 255, (8, 8, 32, 32, 3), np.uint8),
@@ -154,7 +154,7 @@ def test_dropout_keys_follow_seed_and_step():
     assert len({*losses(0), *losses(1)}) == 4
 
 
-def test_the_released_recipe_follows_the_originals_trajectory(monkeypatch):
+def test_the_released_recipe_reproduces_the_original_training(monkeypatch):
     """Five steps of XViT's recipe: its schedule, optimiser and loss; mixup's draws are given."""
     golden = goldens.load("tiny/xvit_tiny_train_trajectory")
     model_config = dataclasses.replace(xvit_config(golden), dropout=0.0)
@@ -230,7 +230,7 @@ def test_accumulation_equals_the_large_batch(options):
     assert sums["count"] <= 7  # one is masked, and with mixing its partner
 
 
-def test_averages_follow_the_weights():
+def test_ema_follows_the_weights():
     config = make_model_config("xvit_tiny", **TINY)
     state, step, _ = make_step(config, optax.sgd(0.1), 0, ema_decay=0.5)
     average = jax.device_get(state["params"])
@@ -243,7 +243,7 @@ def test_averages_follow_the_weights():
     assert distance(state["params"], state["ema"]) > 1e-4
 
 
-def test_frozen_weights_stay_and_have_no_moments():
+def test_frozen_weights_are_constant_and_have_no_moments():
     config = make_model_config("xvit_tiny", **TINY)
     names = abstract_model(config)[1]
     frozen = frozenset(name for name in names if name.startswith("base_model."))
@@ -259,7 +259,7 @@ def tree_paths(tree):
     return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
-def test_divergence_is_the_formula():
+def test_divergence_follows_the_formula():
     rng = np.random.default_rng(0)
     logits, wanted, t = rng.normal(size=(3, 5)), rng.normal(size=(3, 5)), 2.5
 
@@ -272,7 +272,7 @@ def test_divergence_is_the_formula():
     np.testing.assert_allclose(divergence(wanted, wanted, t), 0, atol=1e-5)
 
 
-def test_a_student_imitates_its_teacher():
+def test_distillation_loss_falls():
     """With all weight on the teacher, labels do not matter, and the divergence falls."""
     config = make_model_config("xvit_tiny", **TINY)
     graphdef, _ = abstract_model(config)
@@ -395,7 +395,7 @@ def test_a_linear_step_is_the_masked_mean_gradient():
     )
 
 
-def test_a_linear_step_without_clips_changes_nothing():
+def test_a_linear_step_on_masked_clips_changes_nothing():
     recipe, batch = Recipe(seed=0), linear_batch()
     batch["mask"] = np.zeros(5, bool)
     state = linear_state(recipe)
@@ -407,9 +407,7 @@ def test_a_linear_step_without_clips_changes_nothing():
 @pytest.mark.parametrize(
     ("kind", "erased"), [("mixup", 0.25), ("cutmix", 0.0), ("mixup", 0.0), ("", 0.25)]
 )
-def test_a_linear_step_mixes_labels_and_skips_what_is_mixed_with_a_missing_clip(
-    kind, erased, monkeypatch
-):
+def test_a_linear_step_mixes_labels_and_masks_partners_of_masked_clips(kind, erased, monkeypatch):
     """Of 5 clips, the second is missing; the first is mixed with it, and so it does not count."""
     order, share, calls = np.array([1, 2, 3, 0, 4]), 0.3, []
     batch = linear_batch()
@@ -443,7 +441,7 @@ def test_a_linear_step_mixes_labels_and_skips_what_is_mixed_with_a_missing_clip(
     check_step(found, state, batch, targets, video, scale=scale, smoothing=0.1)
 
 
-def test_a_linear_step_keeps_an_average_that_follows_faster_at_first():
+def test_a_linear_step_updates_the_ema_with_warm_up():
     recipe = Recipe(seed=0, ema_decay=0.5)
     state = linear_state(recipe)
     for step in (7, 8, 9):  # (1 + 8) / (10 + 8) is one half
@@ -457,7 +455,7 @@ def test_a_linear_step_keeps_an_average_that_follows_faster_at_first():
     assert eval_params({"params": "weights"}) == "weights"
 
 
-def test_a_linear_step_leaves_frozen_weights_alone():
+def test_a_linear_step_does_not_change_frozen_weights():
     recipe = Recipe(seed=0, frozen=frozenset({"bias"}))
     optimizer = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1, momentum=0.9))
     state = linear_state(recipe, optimizer)
@@ -470,7 +468,7 @@ def test_a_linear_step_leaves_frozen_weights_alone():
     assert metrics["grad_norm"] == pytest.approx(np.linalg.norm(grad), rel=1e-5)
 
 
-def test_a_linear_step_of_a_student_weighs_labels_and_teacher():
+def test_a_linear_step_weights_the_losses_of_labels_and_teacher():
     """The teacher gets the same clips in its own normalisation."""
     teacher_graph, teacher_params = split_params(Linear(nnx.Rngs(9)))
     teacher = Teacher(graphdef=teacher_graph, mean=0.2, std=0.3, weight=0.7, temperature=2.0)
@@ -488,7 +486,7 @@ def test_a_linear_step_of_a_student_weighs_labels_and_teacher():
     assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_accumulation_takes_each_part_from_all_over_the_batch():
+def test_accumulation_spreads_each_part_over_the_batch():
     def grad_fn(params, clips, key):
         return {"product": params * jnp.prod(clips["x"]), "draw": jax.random.uniform(key)}
 
@@ -519,7 +517,7 @@ def linear_of(model, video):
     return video.mean(axis=(1, 2, 3)) @ model.kernel[...] + model.bias[None]
 
 
-def test_a_fresh_state_has_the_seeds_weights_and_moments_of_those_that_learn(monkeypatch):
+def test_a_fresh_state_has_moments_of_trained_weights_only(monkeypatch):
     monkeypatch.setattr("jaxvid.training.steps.build_model", lambda config, rngs: config(rngs))
     optimizer = optax.sgd(0.1, momentum=0.9)
     state = init_state(Linear, optimizer, Recipe(seed=0), seed=5)

@@ -1,4 +1,4 @@
-"""The programs from end to end, on real clips: train, interrupt, continue, evaluate."""
+"""Training and evaluation end to end on video files: interrupt, resume, evaluate."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def run(motion_folder, tmp_path_factory):
     return workdir, config, train(config, workdir)
 
 
-def test_a_run_leaves_everything_that_it_promises(run):
+def test_training_writes_all_outputs(run):
     workdir, config, result = run
     report = json.loads((workdir / "eval.json").read_text())
     assert result.items() <= report.items()
@@ -72,7 +72,7 @@ def test_a_run_leaves_everything_that_it_promises(run):
     assert checkpoint.find_steps(workdir) == [9, 12]  # checkpoint_keep
 
 
-def test_two_epochs_and_two_more_end_in_the_bits_of_four(run, tmp_path):
+def test_resumed_training_is_bit_identical(run, tmp_path):
     workdir, config, result = run
     assert train(config, tmp_path / "w", stop_step=6) is None
     assert not (tmp_path / "w" / "model").exists()
@@ -88,7 +88,7 @@ def test_two_epochs_and_two_more_end_in_the_bits_of_four(run, tmp_path):
     assert losses(rows) == losses(whole)
 
 
-def test_a_stop_between_epochs_of_the_log_changes_nothing(run, tmp_path):
+def test_stops_within_a_log_window_change_nothing(run, tmp_path):
     workdir, config, _ = run
     for step in (1, 5):
         train(config, tmp_path / "w", stop_step=step)
@@ -96,7 +96,7 @@ def test_a_stop_between_epochs_of_the_log_changes_nothing(run, tmp_path):
     assert weights(tmp_path / "w") == weights(workdir)
 
 
-def test_a_signal_saves_and_stops_and_the_next_start_continues(run, tmp_path):
+def test_a_signal_saves_and_stops_and_the_run_can_be_resumed(run, tmp_path):
     workdir, config, _ = run
     timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
@@ -122,7 +122,7 @@ def test_a_signal_saves_and_stops_and_the_next_start_continues(run, tmp_path):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_stops_at_awkward_moments_change_no_output(run, tmp_path, monkeypatch, several):
+def test_signals_at_any_moment_change_no_output(run, tmp_path, monkeypatch, several):
     """Between two rows, in an evaluation, in the last step, and in the last evaluation.
 
     While the final report is written, a signal changes nothing. With `several`, the loop learns of
@@ -173,7 +173,7 @@ def test_stops_at_awkward_moments_change_no_output(run, tmp_path, monkeypatch, s
     check_same_outputs(tmp_path / "w", workdir)
 
 
-def test_a_run_without_its_checkpoints_begins_its_own_record(run, tmp_path, monkeypatch):
+def test_outputs_of_a_run_with_deleted_checkpoints_are_moved_aside(run, tmp_path, monkeypatch):
     workdir, config, _ = run
     shutil.copytree(workdir, tmp_path / "w")
     shutil.rmtree(tmp_path / "w" / "checkpoints")
@@ -194,7 +194,7 @@ def test_a_run_without_its_checkpoints_begins_its_own_record(run, tmp_path, monk
     )
 
 
-def test_a_finished_run_is_not_trained_again(run):
+def test_a_finished_run_is_only_evaluated_again(run):
     workdir, config, result = run
     before = weights(workdir)
     again = train(config, workdir)
@@ -204,7 +204,7 @@ def test_a_finished_run_is_not_trained_again(run):
     assert sum("val/top1" in row and row["step"] == 12 for row in rows) == 1
 
 
-def test_another_config_is_refused_with_the_difference(run):
+def test_a_changed_config_is_refused_with_the_differences(run):
     workdir, config, _ = run
     other = config.copy_and_resolve_references().unlock()
     other.seed = 7
@@ -213,7 +213,7 @@ def test_another_config_is_refused_with_the_difference(run):
         train(other.lock(), workdir)
 
 
-def test_how_it_runs_may_change(run, tmp_path):
+def test_mesh_and_logging_may_change_between_starts(run, tmp_path):
     """Threads, logging and the mesh change no result beyond float error."""
     workdir, config, _ = run
     train(config, tmp_path / "w", stop_step=6)
@@ -229,7 +229,7 @@ def test_how_it_runs_may_change(run, tmp_path):
 
 
 @pytest.mark.parametrize(("batch_size", "mesh"), [(8, (8, 1, 1)), (40, (2, 4, 1)), (1, (1, 1, 8))])
-def test_eval_mode_counts_exactly_whatever_the_batches_and_devices(run, tmp_path, batch_size, mesh):
+def test_accuracy_does_not_depend_on_batch_size_and_mesh(run, tmp_path, batch_size, mesh):
     workdir, config, result = run
     other = config.copy_and_resolve_references().unlock()
     other.eval.batch_size = batch_size
@@ -242,7 +242,7 @@ def test_eval_mode_counts_exactly_whatever_the_batches_and_devices(run, tmp_path
     assert json.loads((tmp_path / "eval.json").read_text())["checkpoint"] == other.init_from
 
 
-def test_eval_mode_takes_the_newest_checkpoint_of_the_workdir(run):
+def test_eval_mode_loads_the_newest_checkpoint(run):
     workdir, config, result = run
     found = evaluate.evaluate(config, workdir)
     assert found["top1"] == result["top1"]
@@ -250,12 +250,12 @@ def test_eval_mode_takes_the_newest_checkpoint_of_the_workdir(run):
     assert found["checkpoint"].endswith("checkpoints/12")
 
 
-def test_eval_mode_refuses_another_model_or_other_preprocessing(run, tmp_path):
+def test_eval_mode_refuses_a_changed_model_or_preprocessing(run, tmp_path):
     workdir, config, _ = run
     for section, field, value in (("model", "shift", "none"), ("data", "mean", 0.0)):
         other = config.copy_and_resolve_references().unlock()
         other[section][field] = value
-        with pytest.raises(InputError, match=f"holds another model: {section}.{field} was"):
+        with pytest.raises(InputError, match=f"holds another model: {section}.{field}: "):
             evaluate.evaluate(other.lock(), workdir)
     other = config.copy_and_resolve_references().unlock()
     other.init_from, other.data.std = str(workdir / "model"), 0.25
@@ -263,7 +263,7 @@ def test_eval_mode_refuses_another_model_or_other_preprocessing(run, tmp_path):
         evaluate.evaluate(other.lock(), tmp_path)
 
 
-def test_eval_mode_needs_no_training_list(run, motion_folder, tmp_path):
+def test_eval_mode_needs_no_training_videos(run, motion_folder, tmp_path):
     workdir, config, result = run
     folder = shutil.copytree(motion_folder, tmp_path / "data")
     (folder / "train.csv").unlink()
@@ -273,7 +273,7 @@ def test_eval_mode_needs_no_training_list(run, motion_folder, tmp_path):
     assert evaluate.evaluate(other.lock(), tmp_path / "w")["top1"] == result["top1"]
 
 
-def test_weights_that_are_not_finite_are_not_evaluated(run, tmp_path):
+def test_non_finite_weights_are_refused(run, tmp_path):
     workdir, config, _ = run
     model = jaxvid.load_model(workdir / "model")
     model.consensus.cls_token[...] = np.nan
@@ -286,7 +286,7 @@ def test_weights_that_are_not_finite_are_not_evaluated(run, tmp_path):
     assert not (tmp_path / "w" / "eval.json").exists()
 
 
-def test_more_views_are_summed(run, tmp_path):
+def test_evaluation_with_several_views(run, tmp_path):
     workdir, config, _ = run
     other = config.copy_and_resolve_references().unlock()
     other.eval.update({"num_clips": 2, "num_crops": 3})
@@ -296,7 +296,7 @@ def test_more_views_are_summed(run, tmp_path):
     assert (found["protocol"]["num_clips"], found["protocol"]["num_crops"]) == (2, 3)
 
 
-def test_init_from_starts_training_at_those_weights(run, tmp_path):
+def test_init_from_sets_the_initial_weights(run, tmp_path):
     workdir, config, result = run
     other = config.copy_and_resolve_references().unlock()
     other.init_from = str(workdir / "model")
@@ -305,7 +305,7 @@ def test_init_from_starts_training_at_those_weights(run, tmp_path):
     assert weights(tmp_path / "w") == result["weights_sha256"]
 
 
-def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
+def test_invalid_configs_are_refused_before_anything_is_written(config, tmp_path):
     cases = {
         "num_crops=2: there are 1, 3": ("eval", "num_crops", 2),
         "batch_size=3 must be a positive multiple": ("", "batch_size", 3),
@@ -328,7 +328,7 @@ def test_bad_settings_are_refused_before_anything_is_written(config, tmp_path):
         assert not (tmp_path / "w" / "metrics.jsonl").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
+def test_a_non_finite_loss_stops_the_run(config, tmp_path):
     other = config.copy_and_resolve_references().unlock()
     other.optimizer.update({"learning_rate": 1e30, "warmup_epochs": 0.0})
     with pytest.raises(InputError, match="not finite at step .*videos .*is none; begin .*lower"):
@@ -346,7 +346,7 @@ def main_py(*arguments) -> subprocess.CompletedProcess:
     )
 
 
-def test_help_is_quick_and_says_how():
+def test_help_is_quick():
     done = main_py("--help")
     assert done.returncode == 0
     assert "--mode eval" in done.stdout
@@ -377,7 +377,7 @@ MOTION = ("--config", "configs/motion.py", "--workdir")
         (("--config", "configs/common.py", "--workdir", "w"), "has no get_config()"),
     ],
 )
-def test_bad_command_lines_are_one_line(arguments, message):
+def test_invalid_command_lines_are_one_line(arguments, message):
     done = main_py(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
@@ -393,7 +393,7 @@ def test_bad_command_lines_are_one_line(arguments, message):
         (lambda folder: (folder / "val" / "00001.mp4").write_bytes(b""), "00001.mp4 is empty"),
     ],
 )
-def test_bad_data_is_one_line_and_exit_code_2(motion_folder, run, tmp_path, change, message):
+def test_invalid_data_is_one_line_and_exit_code_2(motion_folder, run, tmp_path, change, message):
     workdir, _, _ = run
     folder = shutil.copytree(motion_folder, tmp_path / "data")
     change(folder)
@@ -444,7 +444,7 @@ def test_broken_videos_are_skipped_in_training_and_wrong_in_evaluation(with_brok
         train(config.lock(), tmp_path / "strict")
 
 
-def test_a_run_goes_on_without_broken_and_missing_videos_in_the_same_order(with_broken, tmp_path):
+def test_skip_broken_keeps_the_order_of_the_other_videos(with_broken, tmp_path):
     for split in ("train", "val"):
         path = with_broken / f"{split}.csv"
         path.write_text(f"none.mp4 0\n{path.read_text()}")
@@ -472,7 +472,7 @@ def test_a_run_goes_on_without_broken_and_missing_videos_in_the_same_order(with_
     assert "1 of the run's 49 training videos are no longer in the list, broken.mp4 first" in log
 
 
-def test_mixing_and_erasing_train_and_continue_to_the_same_bits(motion_folder, tmp_path):
+def test_resumed_training_with_mixup_and_erasing_is_bit_identical(motion_folder, tmp_path):
     config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
     config.update(mixup_alpha=0.4, erase_prob=0.5)
     config.lock()
@@ -500,7 +500,7 @@ def damage_arrays(folder: Path, damage) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run, tmp_path, damage):
+def test_a_damaged_checkpoint_is_moved_and_the_previous_one_restored(run, tmp_path, damage):
     workdir, config, _ = run
     train(config, tmp_path / "w", stop_step=6)
     assert checkpoint.find_steps(tmp_path / "w") == [3, 6]
@@ -513,7 +513,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run, tmp_path
     assert "step 3 of 12, continued" in log
 
 
-def test_a_checkpoint_that_is_whole_is_never_set_aside(run, tmp_path, monkeypatch):
+def test_an_undamaged_checkpoint_is_never_moved(run, tmp_path, monkeypatch):
     _, config, _ = run
     train(config, tmp_path / "w", stop_step=2)
 
@@ -527,7 +527,7 @@ def test_a_checkpoint_that_is_whole_is_never_set_aside(run, tmp_path, monkeypatc
     assert not (tmp_path / "w" / "damaged").exists()
 
 
-def test_an_evaluation_that_was_interrupted_is_made_up_for(run, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_is_repeated(run, tmp_path, monkeypatch):
     """And meanwhile the checkpoint's files are noted, although no later save did it."""
     workdir, config, _ = run
 
@@ -552,7 +552,7 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(run, tmp_path, monkey
     assert weights(tmp_path / "w") == weights(workdir)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run, tmp_path):
+def test_a_run_with_only_damaged_checkpoints_is_refused(run, tmp_path):
     _, config, _ = run
     train(config, tmp_path / "w", stop_step=2)
     damage_arrays(tmp_path / "w" / "checkpoints" / "2", truncate)
@@ -608,7 +608,7 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(run, tmp_path):
     assert weights(tmp_path / "w") == weights(workdir)
 
 
-def test_the_best_model_is_kept_and_every_start_told(run):
+def test_the_best_model_is_kept_and_every_start_recorded(run):
     workdir, _, _ = run
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     best = max(row["val/top1"] for row in rows if "val/top1" in row)
@@ -621,7 +621,7 @@ def test_the_best_model_is_kept_and_every_start_told(run):
     assert starts[0]["data"] == starts[-1]["data"]
 
 
-def test_the_average_is_what_is_evaluated_and_kept(motion_folder, tmp_path):
+def test_the_averaged_weights_are_evaluated_and_exported(motion_folder, tmp_path):
     config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
     config.update(ema_decay=0.9, accumulate_steps=2)
     result = train(config.lock(), tmp_path / "w")
@@ -630,7 +630,7 @@ def test_the_average_is_what_is_evaluated_and_kept(motion_folder, tmp_path):
     assert found["loss"] == result["loss"]
 
 
-def test_a_teacher_is_imitated_and_a_misfit_refused(run, motion_folder, tmp_path):
+def test_distillation_trains_and_refuses_an_unsuitable_teacher(run, motion_folder, tmp_path):
     workdir, _, _ = run
     config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
     config.distill.update(teacher=str(workdir / "model"), weight=1.0, temperature=2.0)
@@ -640,18 +640,18 @@ def test_a_teacher_is_imitated_and_a_misfit_refused(run, motion_folder, tmp_path
     assert 0 < losses[-1] < 2  # a divergence from a teacher that knows little yet
     other = config.copy_and_resolve_references().unlock()
     other.model.image_size = 48
-    with pytest.raises(InputError, match="image_size: 64 in the folder, 48 in the config"):
+    with pytest.raises(InputError, match="image_size: 64 in the teacher, 48 in the config"):
         train(other.lock(), tmp_path / "x")
 
 
-def test_a_trace_is_written(motion_folder, tmp_path):
+def test_a_profiler_trace_is_written(motion_folder, tmp_path):
     train(shrunk_config(motion_folder, num_epochs=1.0), tmp_path / "w", profile_steps=(1, 2))
     assert list((tmp_path / "w" / "profile").rglob("*.xplane.pb"))
     with pytest.raises(InputError, match="profile of the steps 1 to 9: the run goes from 3 to 3"):
         train(shrunk_config(motion_folder, 1.0), tmp_path / "w", profile_steps=(1, 9))
 
 
-def test_the_schedule_is_drawn_without_data(tmp_path):
+def test_schedule_mode_needs_no_data(tmp_path):
     done = main_py(*MOTION, tmp_path / "s", "--mode", "schedule")
     assert done.returncode == 0, done.stderr
     with Image.open(done.stdout.strip()) as picture:

@@ -1,4 +1,4 @@
-"""A run that is continued with a shorter list keeps the places of the videos that are gone."""
+"""Changes of the list of training videos between two starts of a run."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def start(workdir, videos, left_out=()):
     data, lost = training_videos.align(
         workdir, VideoDataset({"train": videos, "val": []}, [], left_out)
     )
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    mesh = sharding.make_mesh(sharding.MeshShape())
     run_metadata.record_start(workdir, run_metadata.describe_run(mesh, data.records))
     training_videos.save(workdir, data)
     return data, lost
@@ -46,7 +46,7 @@ def skip(workdir, *videos):
     skipped.note([(training_videos.stored_id(video.id), "broken") for video in videos])
 
 
-def test_videos_that_were_skipped_may_be_left_out_and_keep_their_places(videos, tmp_path):
+def test_skipped_videos_may_be_removed_from_the_list(videos, tmp_path):
     workdir = tmp_path / "w"
     assert start(workdir, videos)[0].notes == ()
     skip(workdir, *videos[1:])
@@ -65,7 +65,7 @@ def test_videos_that_were_skipped_may_be_left_out_and_keep_their_places(videos, 
     assert len({json.dumps(json.loads(line)["data"]) for line in starts}) == 1
 
 
-def test_other_changes_of_the_list_are_refused_by_name(videos, tmp_path):
+def test_other_changes_of_the_list_are_refused(videos, tmp_path):
     workdir = tmp_path / "w"
     start(workdir, videos)
     skip(workdir, videos[1])
@@ -81,13 +81,13 @@ def test_other_changes_of_the_list_are_refused_by_name(videos, tmp_path):
     assert len((workdir / "starts.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_list_in_another_order_is_put_into_the_first_one(videos, tmp_path):
+def test_a_reordered_list_is_restored_to_the_first_order(videos, tmp_path):
     start(tmp_path / "w", videos)
     data, lost = start(tmp_path / "w", videos[::-1])
     assert ([record.id for record in data.records["train"]], lost) == (list(NAMES), ())
 
 
-def test_what_the_first_start_left_out_stays_out_and_more_may_go_missing(videos, tmp_path):
+def test_videos_left_out_by_the_first_start_stay_out(videos, tmp_path):
     workdir = tmp_path / "w"
     start(workdir, videos[:3], left_out=(NAMES[3],))
     data, lost = start(workdir, videos)
@@ -98,7 +98,7 @@ def test_what_the_first_start_left_out_stays_out_and_more_may_go_missing(videos,
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "gone", "text"])
-def test_a_damaged_list_of_the_first_start_changes_nothing(videos, tmp_path, damage):
+def test_a_damaged_list_of_the_first_start_is_ignored(videos, tmp_path, damage):
     workdir, path = tmp_path / "w", tmp_path / "w" / training_videos.FILE
     start(workdir, videos)
     skip(workdir, videos[1])
@@ -144,7 +144,7 @@ def batches_of(records, count=4):
 
 
 @pytest.mark.parametrize("source", ["folder", "pack"])
-def test_batches_stay_the_same_when_broken_videos_are_taken_out(folder, tmp_path, source):
+def test_batches_do_not_change_when_broken_videos_are_removed(folder, tmp_path, source):
     """Of a list and of a pack; and those that are gone are never looked for."""
     place = folder / "pack" if source == "pack" else folder
     records = open_dataset(section(source, place), 2, ("train",)).records["train"]
@@ -168,7 +168,7 @@ def test_batches_stay_the_same_when_broken_videos_are_taken_out(folder, tmp_path
 
 
 @pytest.mark.parametrize("source", ["folder", "pack"])
-def test_skip_broken_leaves_out_what_is_known_to_be_broken(folder, tmp_path, source):
+def test_skip_broken_leaves_out_videos_known_to_be_broken(folder, tmp_path, source):
     """Missing files of a list, and videos that a pack holds without frames; in training alone."""
     if source == "pack":
         place, gone = folder / "pack", ["1.mp4", "4.mp4"]

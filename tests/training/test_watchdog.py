@@ -1,4 +1,4 @@
-"""What watches over a run: stalls are told while they last, losses read late but exactly."""
+"""Stalls, late metrics, signals and traces of a training run."""
 
 import gc
 import json
@@ -19,7 +19,7 @@ from jaxvid.training.signals import StopSignals
 from jaxvid.training.watchdog import Watchdog
 
 
-def test_a_stall_is_told_with_what_it_waits_for_and_again_at_twice_the_time(lines):
+def test_a_stall_is_logged_with_its_cause_and_again_at_twice_the_time(lines):
     stalls = Watchdog(0.1)
     with stalls.stage("input", lambda: "reading a.mp4"):
         time.sleep(0.5)
@@ -58,7 +58,7 @@ def test_late_metrics_are_read_in_order_and_summed_once():
     assert late.take() == ({}, 0)
 
 
-def test_sums_that_went_through_a_checkpoint_are_bit_identical():
+def test_restored_sums_are_bit_identical():
     losses = np.random.default_rng(0).uniform(0, 3, 20)
     whole = MetricWindow()
     for step, loss in enumerate(losses, 1):
@@ -78,7 +78,7 @@ def test_sums_that_went_through_a_checkpoint_are_bit_identical():
         assert late.get_state() == {"steps": 0, "sums": {}}
 
 
-def test_a_loss_that_is_not_finite_names_its_step_and_its_videos():
+def test_a_non_finite_loss_names_its_step_and_videos():
     late = MetricWindow()
     late.add(1, sums(), ["a.mp4"])
     late.add(2, sums(loss=np.nan), ["b.mp4"])
@@ -95,8 +95,8 @@ class Video:
         self.id = id_
 
 
-def test_starts_are_noted_and_other_training_videos_refused(tmp_path):
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+def test_starts_are_recorded_and_other_training_videos_refused(tmp_path):
+    mesh = sharding.make_mesh(sharding.MeshShape())
     videos = {"train": [Video("a"), Video("b")], "val": [Video("c")]}
     for _ in range(2):
         run_metadata.record_start(tmp_path, run_metadata.describe_run(mesh, videos))
@@ -115,7 +115,7 @@ def test_starts_are_noted_and_other_training_videos_refused(tmp_path):
     assert len((tmp_path / "starts.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_signal_is_noted_or_ends_at_once_what_can_be_done_again():
+def test_a_signal_is_recorded_or_ends_an_evaluation_at_once():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as signals:
         signal.raise_signal(signal.SIGTERM)
@@ -130,7 +130,7 @@ def test_a_signal_is_noted_or_ends_at_once_what_can_be_done_again():
         assert stop.value.code == 128 + signal.SIGINT
 
 
-def test_a_signal_that_a_finalizer_would_swallow_acts_at_the_next_check():
+def test_a_signal_during_a_finalizer_acts_at_the_next_check():
     def collect(phase, _):
         if phase == "start" and not raised:
             raised.append(True)
@@ -151,7 +151,7 @@ def test_a_signal_that_a_finalizer_would_swallow_acts_at_the_next_check():
     assert not calls
 
 
-def test_handlers_that_python_did_not_install_do_not_break_the_restoring():
+def test_handlers_not_installed_by_python_are_left_alone():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as signals:
         signals._before[signal.SIGTERM] = None  # as `signal.signal` returns for such a handler
@@ -162,7 +162,7 @@ def test_handlers_that_python_did_not_install_do_not_break_the_restoring():
     ("start", "traced"),
     [(0, ["start 3", "stop 5"]), (4, ["start 4", "stop 5"]), (5, []), (9, [])],
 )
-def test_a_trace_covers_what_is_left_of_its_steps(start, traced, tmp_path, monkeypatch, lines):
+def test_a_trace_covers_the_remaining_steps(start, traced, tmp_path, monkeypatch, lines):
     events = []
     step = start
     monkeypatch.setattr(jax.profiler, "start_trace", lambda _: events.append(f"start {step}"))
@@ -182,7 +182,7 @@ def test_a_trace_covers_what_is_left_of_its_steps(start, traced, tmp_path, monke
     assert [said in line for line in lines] == [True]
 
 
-def test_a_run_that_stops_inside_a_trace_closes_it(tmp_path, monkeypatch):
+def test_a_run_that_stops_during_a_trace_closes_it(tmp_path, monkeypatch):
     events = []
     monkeypatch.setattr(jax.profiler, "start_trace", events.append)
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))

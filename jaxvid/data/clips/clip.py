@@ -97,34 +97,6 @@ class ClipSpec:
         return np.uint16 if self.resize == "torch_bilinear" else np.uint8
 
 
-def make_spec(config, *, num_clips: int = 1, num_crops: int = 1) -> ClipSpec:
-    """The clips of a config.
-
-    Raises:
-        InputError: A field of `data` or `eval` has an impossible value.
-    """
-    data = config.data
-    low = data.short_side
-    return ClipSpec(
-        num_frames=config.model.num_frames,
-        crop=config.model.image_size,
-        short_side=config.eval.short_side,
-        sampling=data.sampling,
-        sampling_rate=data.sampling_rate,
-        by_time=data.by_time,
-        resize=data.resize,
-        color_matrix="tagged" if data.color_matrix == "auto" else data.color_matrix,
-        num_clips=num_clips,
-        num_crops=num_crops,
-        train_crop=data.train_crop,
-        train_short_side=(low, max(low, data.short_side_max)),
-        flip_prob=data.flip_prob,
-        augment=data.augment,
-        randaugment_layers=data.randaugment_layers,
-        randaugment_magnitude=data.randaugment_magnitude,
-    )
-
-
 def load_train_clip(
     record: Record, rng: np.random.Generator, spec: ClipSpec
 ) -> dict[str, np.ndarray]:

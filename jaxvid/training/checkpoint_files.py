@@ -1,0 +1,86 @@
+"""The files of a run's checkpoints: their steps and checksums."""
+
+import json
+import threading
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+
+from jaxvid import files
+from jaxvid.atomic import write_file
+from jaxvid.distributed import collectives
+from jaxvid.errors import one_line
+
+_noting = threading.Lock()
+
+
+def find_steps(workdir: Path) -> list[int]:
+    """Return the steps of a run's complete checkpoints, in order."""
+    folder = workdir / "checkpoints"
+    return sorted(ocp.utils.checkpoint_steps(folder.resolve())) if folder.is_dir() else []
+
+
+def note_files(workdir: Path) -> None:
+    """Write the checksums of all checkpoints' files to `WORKDIR/checkpoints.json`.
+
+    They show damage before a checkpoint is restored. Orbax notices it late, or not at all.
+    """
+    with _noting:
+        noted = _noted_files(workdir)
+        steps = {str(step): workdir / "checkpoints" / str(step) for step in find_steps(workdir)}
+        if steps.keys() != noted.keys():
+            noted = {
+                step: noted.get(step) or files.checksums(folder) for step, folder in steps.items()
+            }
+            write_file(workdir / "checkpoints.json", json.dumps(noted).encode())
+
+
+def _noted_files(workdir: Path) -> dict[str, dict[str, int]]:
+    try:
+        return json.loads((workdir / "checkpoints.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def check_files(workdir: Path, step: int) -> bool:
+    """Compare a checkpoint's files with their checksums.
+
+    Returns:
+        True if all are as they were written; False if there are no checksums.
+
+    Raises:
+        ValueError: Some files are missing or changed.
+    """
+    expected = _noted_files(workdir).get(str(step))
+    if expected is None:  # the run was killed before it wrote them
+        return False
+    actual = files.checksums(workdir / "checkpoints" / str(step))
+    if wrong := [name for name, checksum in expected.items() if actual.get(name) != checksum]:
+        raise ValueError(
+            f"{len(wrong)} of {len(expected)} files are missing or changed: {wrong[0]}"
+        )
+    return True
+
+
+def check_files_on_all_processes(workdir: Path, step: int) -> bool:
+    """Compare a checkpoint's files with their checksums on all processes.
+
+    All processes get the same result, so that all restore the checkpoint or none does.
+
+    Returns:
+        True if the files are as they were written on all processes; False if a process has no
+        checksums.
+
+    Raises:
+        ValueError: Some files are missing or changed on some process.
+    """
+    is_whole, reason = False, None
+    try:
+        is_whole = check_files(workdir, step)
+    except (ValueError, OSError) as error:
+        reason = one_line(error, 200)
+    checks = collectives.gather([is_whole, reason])
+    for _, reason in checks:
+        if reason is not None:
+            raise ValueError(reason)
+    return all(is_whole for is_whole, _ in checks)

@@ -1,0 +1,36 @@
+"""The state that a training starts from."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxvid.models import ModelConfig
+from jaxvid.storage import model_folder
+
+
+def make_initial_state(
+    init: Callable[[], dict], abstract_state: dict, model_config: ModelConfig, init_from: str
+) -> tuple[dict, list[str]]:
+    """Make a fresh training state, with the weights of a model folder if one is named.
+
+    Args:
+        init: Makes the state, see `steps.init_state`.
+        abstract_state: Shapes, dtypes and shardings of the state.
+        model_config: The network's config.
+        init_from: The model folder; or empty.
+
+    Returns:
+        The state; and what was loaded, as lines for the log.
+
+    Raises:
+        InputError: The folder is damaged or its weights do not fit the network.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    state = jax.jit(init, out_shardings=shardings)()
+    if not init_from:
+        return state, []
+    state["params"], notes = model_folder.load_init(init_from, model_config, state["params"])
+    if "ema" in state:
+        state["ema"] = jax.tree.map(jnp.copy, state["params"])
+    return state, notes

@@ -1,0 +1,122 @@
+"""The outputs of a run: room for them, and those of earlier runs in the same workdir."""
+
+import math
+import shutil
+from pathlib import Path
+
+import jax
+
+from jaxvid import atomic, files
+from jaxvid.distributed import collectives
+from jaxvid.errors import InputError
+from jaxvid.logs import log
+from jaxvid.storage import model_card
+from jaxvid.training import checkpoint
+
+# Outputs that a run only has once it has saved a checkpoint.
+LATE_OUTPUTS = (
+    *("best", "model", "eval.json", "eval_videos.csv", "eval.html", "comparison.json"),
+    *("confusion.png", "checkpoints.json"),
+)
+OUTPUTS = (
+    *("metrics.jsonl", "tensorboard", "curves.png", "profile", "skipped.jsonl"),
+    *("config.json", "starts.jsonl", "training_videos.json.gz", *LATE_OUTPUTS),
+)
+
+
+def check_writable(workdir: Path, need_bytes: int) -> None:
+    """Check, before any work is done, that its results can be written.
+
+    Args:
+        workdir: The folder, which is created.
+        need_bytes: Size of all checkpoints and model folders, including those of an earlier start.
+
+    Raises:
+        InputError: The folder cannot be written or its disk has less room than that.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".probe{jax.process_index()}"
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+        need_bytes -= sum(
+            sum(files.file_sizes(workdir / name).values())
+            for name in ("checkpoints", "best", "model")
+        )
+        free = shutil.disk_usage(workdir).free
+    except OSError as error:
+        raise InputError(
+            f"{workdir}: cannot be written to ({error.strerror}); choose another --workdir"
+        ) from None
+    if free < need_bytes:
+        raise InputError(
+            f"{workdir}: {free / 1e6:.0f} MB free, but checkpoints need {need_bytes / 1e6:.0f} MB; "
+            "make room or choose another --workdir"
+        )
+
+
+def check_room(workdir: Path, abstract_state: dict, *, keep: int) -> None:
+    """Check that the checkpoints and model folders of a run can be written.
+
+    Args:
+        workdir: The run's folder.
+        abstract_state: Shapes of the training state.
+        keep: How many checkpoints are kept.
+
+    Raises:
+        InputError: The folder cannot be written, or its disk has too little room.
+    """
+    state_bytes, weight_bytes = map(num_bytes, (abstract_state, abstract_state["params"]))
+    # One more checkpoint while the oldest is still there, two model folders, one while it is saved.
+    check_writable(workdir, state_bytes * (keep + 1) + 3 * weight_bytes + 10**6)
+
+
+def num_bytes(tree: dict) -> int:
+    """Return the size of a tree of arrays or shapes, at four bytes per number."""
+    return sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(tree))
+
+
+def starts_over(workdir: Path) -> bool:
+    """Whether the checkpoints of an earlier run were deleted, but not its other outputs."""
+    return not checkpoint.find_steps(workdir) and any(
+        (workdir / name).exists() for name in LATE_OUTPUTS
+    )
+
+
+def tidy_outputs(workdir: Path) -> None:
+    """Remove what a killed run left half-written; move aside what does not belong to this run.
+
+    If the checkpoints of an earlier run were deleted, its outputs are moved to `WORKDIR/previous`:
+    the new run must not add to that run's metrics, nor its models compete with that run's best one.
+    A run that was killed before its first checkpoint keeps its files, as it writes the same again.
+    All processes call this.
+
+    Args:
+        workdir: The run's folder.
+
+    Raises:
+        InputError: The outputs cannot be moved.
+    """
+    collectives.barrier("outputs")  # others may still read weights from `best/`
+    collectives.raise_on_all_processes(_tidy_outputs, workdir)
+
+
+def _tidy_outputs(workdir: Path) -> None:
+    if jax.process_index():
+        return
+    for name in ("best", "model"):
+        atomic.recover(workdir / name, model_card.CARD_NAME)
+    if not starts_over(workdir):
+        return
+    target = checkpoint.free_path(workdir / "previous")
+    try:
+        target.mkdir()
+        for name in OUTPUTS:  # the late ones last: a move that is interrupted is completed later
+            if (workdir / name).exists():
+                (workdir / name).rename(target / name)
+    except OSError as error:
+        raise InputError(
+            f"{workdir}: the outputs of an earlier run cannot be moved to {target} "
+            f"({error.strerror}); choose another --workdir"
+        ) from None
+    log.info("%s: no checkpoint; the outputs of the earlier run are now in %s", workdir, target)

@@ -1,0 +1,98 @@
+"""Evaluation during training: the row of the step, and the best model."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jaxvid.logs import log
+from jaxvid.models import Params
+from jaxvid.storage import model_folder
+from jaxvid.training import checkpoint, plots
+from jaxvid.training.metric_writer import MetricWriter
+from jaxvid.training.signals import StopSignals
+from jaxvid.training.steps import eval_params
+from jaxvid.training.watchdog import Watchdog
+
+
+class Results(Protocol):
+    """The results of an evaluation."""
+
+    def per_class(self) -> np.ndarray:
+        """Return the accuracy of each class, in percent."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Validation:
+    """Evaluates the weights during training, and keeps the best ones in `WORKDIR/best`.
+
+    Attributes:
+        workdir: The run's folder.
+        labels: Names of the classes.
+        evaluate: Evaluates weights.
+        make_report: Makes the report of the results and, by keyword, `checkpoint`.
+        describe: Describes a report in one line.
+        make_card: Makes the model card of, by keyword, `provenance`.
+        manager: Saves checkpoints.
+        writer: Writes the accuracies.
+        signals: End an evaluation as soon as one is received.
+        stalls: Logs a checkpoint that blocks.
+        best: The highest top-1 accuracy so far, in percent; -1: there is none.
+        evaluated: The step of the newest evaluation; 0: there is none.
+        results: The results of the last evaluation of this start.
+        report: Their report.
+    """
+
+    workdir: Path
+    labels: list[str]
+    evaluate: Callable[[Params], Results]
+    make_report: Callable[..., dict[str, Any]]
+    describe: Callable[[dict[str, Any]], str]
+    make_card: Callable[..., dict[str, Any]]
+    manager: checkpoint.CheckpointManager
+    writer: MetricWriter
+    signals: StopSignals
+    stalls: Watchdog
+    best: float
+    evaluated: int
+    results: Results | None = None
+    report: dict[str, Any] | None = None
+
+    def run(self, state: dict, step: int) -> None:
+        """Evaluate a training state, write the row of its step and keep the best weights."""
+        with self.signals.end_at_once():
+            self.results = self.evaluate(eval_params(state))
+        self.report = self.make_report(self.results, checkpoint=f"step {step}")
+        if self.report["top1"] > self.best:
+            self.best = self.report["top1"]
+            # Without a checkpoint, the next start would take the model for an earlier run's.
+            with self.stalls.stage("the checkpoint"):
+                checkpoint.finish_saving(self.manager)
+            self.save_model(self.workdir / "best", state)
+        if step != self.evaluated:  # an evaluation that is repeated has its row already
+            self.evaluated = step
+            scalars = {f"val/{name}": self.report[name] for name in ("top1", "top5", "loss")}
+            self.writer.write(step, scalars)
+            self.writer.write_classes(step, self.labels, self.results.per_class())
+        if not jax.process_index():
+            plots.draw_curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
+        log.info("step %d: validation %s", step, self.describe(self.report))
+        self.stalls.share("input")  # the next share leaves out the time of the evaluation
+
+    def save_model(self, folder: Path, state: dict) -> None:
+        """Save the weights that were evaluated as a model folder.
+
+        Args:
+            folder: The folder; an existing model folder is replaced.
+            state: The training state of the last evaluation.
+        """
+        provenance = {
+            "workdir": str(self.workdir),
+            "step": int(state["step"]),
+            "top1": self.report["top1"],
+        }
+        card = self.make_card(provenance=provenance)
+        model_folder.save_model_folder(folder, eval_params(state), card)
