@@ -244,7 +244,11 @@ def _restore(
     notes = []
     if state is None:
         state, notes = make_initial_state(
-            run.init, run.abstract_state, run.experiment.model, run.experiment.init_from
+            run.init,
+            run.abstract_state,
+            run.experiment.model,
+            run.experiment.init_from,
+            run.data.labels,
         )
     step, total = int(state["step"]), run.milestones.total
     trace = profiler.ProfilerTrace(profile_steps, workdir / "profile", start=step, total=total)

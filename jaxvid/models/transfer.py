@@ -96,6 +96,20 @@ def plan_transfer(
     return plan
 
 
+def reinitialise_head(family: Family, plan: TransferPlan, reason: str) -> None:
+    """Change a plan so that the class head keeps its initial weights.
+
+    Args:
+        family: The family of both networks.
+        plan: The result of `plan_transfer`.
+        reason: Why, for the log.
+    """
+    for name in [name for name in plan.loaded if name.startswith(family.class_heads)]:
+        plan.loaded.remove(name)
+        head = name.rpartition(".")[0]
+        plan.reinitialised.setdefault(f"{head}: {reason}", []).append(name)
+
+
 def transfer_params(
     family: Family,
     plan: TransferPlan,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxvid import atomic
@@ -149,9 +150,6 @@ def check_labels(
 ) -> None:
     """Refuse a model folder whose classes differ from those of the data, or are ordered otherwise.
 
-    If either side has no names, or only class numbers as names, it is accepted. Case and
-    underscores are ignored.
-
     Args:
         card_labels: Class names in the `model.json`; None: unknown.
         data_labels: Class names of the data; None: unknown.
@@ -160,33 +158,44 @@ def check_labels(
     Raises:
         InputError: The message names the first difference.
     """
-    model_names, data_names = (
-        [str(label) for label in labels or ()] for labels in (card_labels, data_labels)
-    )
-    if any(names == [str(i) for i in range(len(names))] for names in (model_names, data_names)):
+    if not (difference := describe_label_difference(card_labels, data_labels)):
         return
-    if len(model_names) != len(data_names):
-        raise InputError(
-            f"{folder} has {len(model_names)} classes, but the data has {len(data_names)}; name "
-            "another folder"
-        )
-    plain = [
-        [name.replace("_", " ").strip().casefold() for name in names]
-        for names in (model_names, data_names)
-    ]
-    if plain[0] == plain[1]:
-        return
-    first = next(i for i, (a, b) in enumerate(zip(*plain, strict=True)) if a != b)
     remedy = "name a folder with the data's classes, or correct the data's labels.txt"
-    if sorted(plain[0]) == sorted(plain[1]):
+    if sorted(_plain(card_labels)) == sorted(_plain(data_labels)):
         remedy = (
             "the names are the same in another order: reorder the data's labels.txt, and the class "
             "numbers in its lists, to match model.json"
         )
-    raise InputError(
-        f"{folder} has other classes: class {first} is {model_names[first]!r} in the model, "
-        f"{data_names[first]!r} in the data; {remedy}"
+    raise InputError(f"{folder} has other classes: {difference}; {remedy}")
+
+
+def describe_label_difference(
+    card_labels: list | None, data_labels: Sequence[str] | None
+) -> str | None:
+    """Describe the first difference between the classes of a model and of a data set.
+
+    Case and underscores are ignored. If either side has no names, or only class numbers as names,
+    the difference is unknown.
+
+    Returns:
+        The difference; None: there is none, or it is unknown.
+    """
+    model_names, data_names = (
+        [str(label) for label in labels or ()] for labels in (card_labels, data_labels)
     )
+    if any(names == [str(i) for i in range(len(names))] for names in (model_names, data_names)):
+        return None
+    if len(model_names) != len(data_names):
+        return f"{len(model_names)} in the model, {len(data_names)} in the data"
+    pairs = zip(_plain(model_names), _plain(data_names), strict=True)
+    for i, (model_name, data_name) in enumerate(pairs):
+        if model_name != data_name:
+            return f"class {i} is {model_names[i]!r} in the model, {data_names[i]!r} in the data"
+    return None
+
+
+def _plain(labels: Sequence) -> list[str]:
+    return [str(label).replace("_", " ").strip().casefold() for label in labels]
 
 
 def check_same_model(folder: str | Path, model_config: ModelConfig) -> None:

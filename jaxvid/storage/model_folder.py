@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -35,6 +36,7 @@ from jaxvid.storage.model_card import (
     CARD_NAME,
     FORMAT_VERSION,
     RATE_FIELDS,
+    describe_label_difference,
     load_card,
     make_card,
     model_differences,
@@ -156,7 +158,10 @@ def _restore(path: Path, abstract_params: Params) -> Params:
 
 
 def load_init(
-    folder: str | Path, model_config: ModelConfig, fresh: Params
+    folder: str | Path,
+    model_config: ModelConfig,
+    fresh: Params,
+    labels: Sequence[str] | None = None,
 ) -> tuple[Params, list[str]]:
     """Load the weights of a model folder into a network that may differ from it.
 
@@ -167,6 +172,8 @@ def load_init(
         folder: The model folder.
         model_config: The new network's config.
         fresh: The new network's initial weights.
+        labels: Class names of the data. If they differ from the folder's, or are in another order,
+            the class head is reinitialised; None: they are not compared.
 
     Returns:
         Weights with the names, shapes and shardings of `fresh`; and log lines that say which
@@ -175,7 +182,8 @@ def load_init(
     Raises:
         InputError: The folder is damaged, or the networks are not compatible; names every reason.
     """
-    source = make_model_config(**load_card(folder)["config"])
+    card = load_card(folder)
+    source = make_model_config(**card["config"])
     family, source_family = family_of(model_config), family_of(source)
     if source_family is not family:
         raise InputError(
@@ -184,6 +192,8 @@ def load_init(
         )
     source_params = abstract_model(source)[1]
     plan = transfer.plan_transfer(family, source_params, fresh)
+    if difference := describe_label_difference(card["labels"], labels):
+        transfer.reinitialise_head(family, plan, f"other classes: {difference}")
     sizes = (*SIZE_FIELDS, *(embedding.field for embedding in family.frame_embeddings.values()))
     differences = model_differences(dataclasses.asdict(source), model_config, RATE_FIELDS + sizes)
     # The shape of a kernel does not depend on its number of heads, but the meaning of its columns

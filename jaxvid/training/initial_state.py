@@ -1,6 +1,6 @@
 """The state that a training starts from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,11 @@ from jaxvid.storage import model_folder
 
 
 def make_initial_state(
-    init: Callable[[], dict], abstract_state: dict, model_config: ModelConfig, init_from: str
+    init: Callable[[], dict],
+    abstract_state: dict,
+    model_config: ModelConfig,
+    init_from: str,
+    labels: Sequence[str],
 ) -> tuple[dict, list[str]]:
     """Make a fresh training state, with the weights of a model folder if one is named.
 
@@ -19,6 +23,7 @@ def make_initial_state(
         abstract_state: Shapes, dtypes and shardings of the state.
         model_config: The network's config.
         init_from: The model folder; or empty.
+        labels: Class names of the data.
 
     Returns:
         The state; and what was loaded, as lines for the log.
@@ -30,7 +35,9 @@ def make_initial_state(
     state = jax.jit(init, out_shardings=shardings)()
     if not init_from:
         return state, []
-    state["params"], notes = model_folder.load_init(init_from, model_config, state["params"])
+    state["params"], notes = model_folder.load_init(
+        init_from, model_config, state["params"], labels
+    )
     if "ema" in state:
         state["ema"] = jax.tree.map(jnp.copy, state["params"])
     return state, notes

@@ -280,6 +280,27 @@ def test_a_new_class_head_keeps_the_features(folder, options, folders):
         np.testing.assert_array_equal(found[name], features)
 
 
+@pytest.mark.parametrize(("family", "options"), [("xvit", XVIT), ("stam", STAM)])
+def test_class_head_is_loaded_only_for_the_same_classes_in_the_same_order(
+    family, options, tmp_path
+):
+    """A head whose classes are permuted would be silently wrong."""
+    names = [*"abcdefgh"]
+    source = merge_params(*random_network(options, seed=1))
+    jaxvid.save_model(source, tmp_path / "m", labels=names)
+    config, fresh = make_model_config(**options), random_network(options, seed=2)[1]
+    for labels, reason in (
+        (names, None),
+        ([str(i) for i in range(8)], None),  # no names to compare
+        (names[::-1], "other classes: class 0 is 'a' in the model, 'h' in the data"),
+    ):
+        params, lines = model_folder.load_init(tmp_path / "m", config, fresh, labels)
+        kept = [name for name in params if np.array_equal(params[name], fresh[name])]
+        assert len(kept) == (2 if reason else 0)
+        assert all(name.startswith(FAMILIES[family].class_heads) for name in kept)
+        assert any(reason in line for line in lines) if reason else True
+
+
 def test_transferred_weights_get_the_sharding_of_the_initial_weights(folders):
     mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=4, tensor=1))
     options = {**STAM, "num_classes": 4, "num_frames": 11, "image_size": 48}
