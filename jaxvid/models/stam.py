@@ -184,7 +184,7 @@ class STAM(ImageViT):
         linear_init, pos_init, _ = INITS[config.init]
         linear = functools.partial(_linear, config, rngs=rngs)
         self.init_embeddings(config, pos_init, rngs=rngs)
-        self.init_blocks(EPS, linear, lambda _: _frame_attention(config, rngs), rngs=rngs)
+        self.init_blocks(EPS, linear, lambda _: _spatial_attention(config, rngs), rngs=rngs)
         if config.aggregator == "transformer":
             self.aggregate = Aggregator(config, rngs=rngs)
         self.head = nnx.Linear(config.width, config.num_classes, kernel_init=linear_init, rngs=rngs)
@@ -248,7 +248,7 @@ def _linear(cfg: STAMConfig, fan_in: int, fan_out: int, *, rngs: nnx.Rngs) -> nn
     return nnx.Linear(fan_in, fan_out, kernel_init=INITS[cfg.init][0], dtype=cfg.dtype, rngs=rngs)
 
 
-def _frame_attention(cfg: STAMConfig, rngs: nnx.Rngs) -> SelfAttention:
+def _spatial_attention(cfg: STAMConfig, rngs: nnx.Rngs) -> SelfAttention:
     qkv = _linear(cfg, cfg.width, 3 * cfg.width, rngs=rngs)
     return SelfAttention(cfg.heads, qkv, _linear(cfg, cfg.width, cfg.width, rngs=rngs))
 
