@@ -134,7 +134,7 @@ def xvit_views(record, *, exact: bool) -> np.ndarray:
     """XViT's three test crops `(v t h w c)`: unrounded as uint16 pixels, or rounded to uint8."""
     views = np.empty((3, NUM_FRAMES, CROP, CROP, 3), np.uint16 if exact else np.uint8)
     with record.open() as reader:
-        for t, frame in reader.iter_frames(wanted_of(reader.num_frames)):
+        for t, frame in reader.enumerate_frames(wanted_of(reader.num_frames)):
             frame = transforms.resize_bilinear(frame[None], CROP, exact=exact)
             for v, crop in enumerate(transforms.eval_crops(frame, CROP, 3)):
                 views[v, t] = crop[0]

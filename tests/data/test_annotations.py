@@ -160,7 +160,7 @@ def test_only_check_takes_a_list_without_labels(tmp_path, kind):
     assert (report["videos"], report["broken"]) == (len(videos), [])
     [records] = check.gather([tmp_path], labelled=False)[0].values()
     assert {record.label for record in records} == {NO_LABEL}
-    message = "is not 'path label'" if kind == "paths" else "has no label.*: leave the list out"
+    message = "is not 'path label'" if kind == "paths" else "has no label.*: remove the list"
     for labels in ("", "x\n"):
         if labels:
             write(tmp_path / "labels.txt", labels)
@@ -196,8 +196,8 @@ def test_one_labelled_line_makes_the_others_wrong(tmp_path):
         (HEADER + "zumba,a,1,2,train\n" + "x" * 140_000 + ",b,1,2,train\n", "list.csv:3: the line"),
         (HEADER + '"' + "x\n" * 140_000, "list.csv:.*: is no line of a table: field larger"),
         ("a.mp4" + " " * 9000 + "\n", "list.csv:1: .* is not 'path label'"),  # within seconds
-        ("x" + "a" * 2**20, "list.csv: its first line has over 1048576 bytes"),
-        ("clips\\a.mp4,0\n", r"list.csv:1: .*does not exist \(write / between folders\); restore"),
+        ("x" + "a" * 2**20, "list.csv: the first line has over 1048576 bytes"),
+        ("clips\\a.mp4,0\n", r"list.csv:1: .*does not exist \(separate folders with /\); restore"),
     ],
 )
 def test_absurd_lines_are_refused_with_their_number(tmp_path, text, message):
@@ -212,8 +212,8 @@ def test_absurd_lines_are_refused_with_their_number(tmp_path, text, message):
     ("data", "message"),
     [
         ("a.mp4 0\n".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
-        ("a.mp4 0\n".encode("utf-16-be"), "not text: it holds null bytes"),
-        (bytes(1000), "not text: it holds null bytes"),
+        ("a.mp4 0\n".encode("utf-16-be"), "not text: it contains null bytes"),
+        (bytes(1000), "not text: it contains null bytes"),
     ],
 )
 def test_what_is_no_utf8_text_is_refused(tmp_path, data, message):
@@ -260,7 +260,7 @@ def test_a_list_whose_files_are_missing_is_not_read_to_the_end(tmp_path, monkeyp
     monkeypatch.setattr(records, "file_state", lambda path: looked.append(path) or "is not there")
     with pytest.raises(InputError, match="list.csv:1: .*; and 15995 more .the rest of the list"):
         read_list(write(tmp_path / "list.csv", lines), 1)
-    assert len(looked) == records.FILES_TOGETHER
+    assert len(looked) == records.CHECK_FILES
 
 
 def test_kinetics_videos_are_found_by_one_listing_of_each_folder(tmp_path, monkeypatch):

@@ -444,7 +444,7 @@ def test_packs_are_converted_by_the_color_matrix_that_is_asked_for(tmp_path):
     data.color_matrix = "bt601"
     [note] = open_dataset(data, 1, ("val",)).notes
     assert "prepare it again with --color_matrix bt601" in note
-    with pytest.raises(InputError, match="color_matrix='bt2020': there are 'tagged' and 'bt601'"):
+    with pytest.raises(InputError, match="color_matrix='bt2020': must be one of 'tagged', 'bt601'"):
         Settings(color_matrix="bt2020")
     # A pack that an older version began is continued.
     path = tmp_path / "tagged" / ".parts" / "settings.json"
@@ -509,10 +509,16 @@ def test_names_of_files_differ_and_stay_in_the_folder(ids, names):
         (["--frames", "0"], "--frames 0: must be 'all' or a number"),
         (["--quality", "0"], "quality=0: must be 1 to 100"),
         (["--frames_per_record", "0"], "frames_per_record=0: must be 1 to 1000000"),
-        (["--frames_per_record", "3"], "was begun with another frames_per_record; name another"),
-        (["--format", "zip"], "format='zip': there are 'arrayrecord' and 'h5'"),
+        (
+            ["--frames_per_record", "3"],
+            "was started with different settings (frames_per_record); choose",
+        ),
+        (["--format", "zip"], "format='zip': must be one of 'arrayrecord', 'h5'"),
         (["--input", "nothing.csv"], "nothing.csv does not exist"),
-        (["--short_side", "128"], "was begun with another short_side; name another folder"),
+        (
+            ["--short_side", "128"],
+            "was started with different settings (short_side); choose another",
+        ),
     ],
 )
 def test_unusable_input_is_refused(folder, pack, capsys, monkeypatch, args, message):
@@ -532,12 +538,12 @@ def test_unusable_input_is_refused(folder, pack, capsys, monkeypatch, args, mess
 def test_other_folders_and_running_jobs_are_left_alone(folder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(InputError, match="mine holds something else"):
+    with pytest.raises(InputError, match="mine is not empty and is not a pack"):
         prepare.prepare([folder], tmp_path / "mine", Settings(), workers=1)
     prepare.prepare([folder], tmp_path / "pack", Settings(), workers=1)
     with open(tmp_path / "pack" / ".parts" / "lock.0-of-1.partial", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another prepare writes it"):
+        with pytest.raises(InputError, match="another prepare is writing it"):
             prepare.prepare([folder], tmp_path / "pack", Settings(), workers=1)
 
 

@@ -96,11 +96,11 @@ def test_a_prefix_replaces_the_lists_folder(clips):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.mp4 0\na.mp4 1\n", "list.csv:2: 'a.mp4' is in line 1 already"),
+        ("a.mp4 0\na.mp4 1\n", "list.csv:2: 'a.mp4' is already in line 1"),
         ("a.mp4 0\nb c.mp4 one\n", "list.csv:2: 'b c.mp4 one' is not 'path label'"),
         ("a.mp4 1.0\n", "is not 'path label'"),
         ("a.mp4 ²\n", "is not 'path label'"),
-        ("path label\n", "list.csv is empty; it needs one line for each video"),
+        ("path label\n", "list.csv is empty; it needs one line per video"),
         ("a.mp4 0\npath label\n", "list.csv:2: 'path label' is not"),
         ("loop.mp4 0\n", "list.csv:1: .*loop.mp4 cannot be read .*symbolic links"),
         ("sub 0\n", "list.csv:1: .*sub is not a file"),
@@ -116,7 +116,9 @@ def test_bad_lines_are_refused(clips, text, message):
 
 def test_missing_files_are_named_at_once_or_kept(clips):
     path = write(clips / "list.csv", "a.mp4 0\n" + "".join(f"no{i}.mp4 1\n" for i in range(8)))
-    with pytest.raises(InputError, match=r"list.csv:2: .*no0.mp4 .*no4.mp4 .*3 more \(8 in all\)"):
+    with pytest.raises(
+        InputError, match=r"list.csv:2: .*no0.mp4 .*no4.mp4 .*3 more \(8 in total\)"
+    ):
         read_list(path, 4)
     assert len(read_list(path, 4, missing="keep")) == 9
 
@@ -258,7 +260,7 @@ def test_xvit_something(tmp_path, single):
         ("x 6\n", "val_videofolder.txt:1: 'x 6' is not 'name,num_frames,label'"),
         ("x 6 one\n", "is not 'name,num_frames,label'"),
         ("x 6 2\n", "label 2 is out of range"),
-        ("x 6 0\nx 6 1\n", "val_videofolder.txt:2: 'x' is in line 1 already"),
+        ("x 6 0\nx 6 1\n", "val_videofolder.txt:2: 'x' is already in line 1"),
         ("y 6 0\n", "val_videofolder.txt:1: .*y.h5 does not exist"),
     ],
 )
@@ -418,9 +420,9 @@ def test_packs_give_records(pack):
         assert abs(reader.get_frames(np.array([4, 0])) - expected).mean() < 12
     with pytest.raises(IndexError):
         records[3]
-    with pytest.raises(InputError, match="2 names, but model.num_classes=3"):
+    with pytest.raises(InputError, match="the data has 2 classes, but model.num_classes=3"):
         open_dataset(section("pack", pack), 3, ("val",))
-    with pytest.raises(InputError, match="no split 'train' in it, only .*val"):
+    with pytest.raises(InputError, match="has no split 'train', only .*val"):
         open_dataset(section("pack", pack), 2, ("train",))
 
 
@@ -499,7 +501,7 @@ def test_damage_reaches_no_further_than_its_record(copy):
         (
             "0.mp4,1",
             "0.mp4,0",
-            "record 0 .* is '0.mp4', label 1, 4 of 5 .* its table says '0.mp4', label 0",
+            "record 0 .* is '0.mp4', label 1, 4 of 5 .* the index says '0.mp4', label 0",
         ),
         ("1.mp4,0", "3.mp4,0", "record 2 of split 'val' is '1.mp4'"),
         ("0.mp4,1,5", "0.mp4,1,6", "record 0 of split 'val' is '0.mp4', label 1, 4 of 5 frames"),
@@ -628,7 +630,7 @@ def test_damaged_packs_are_refused(copy):
 
 
 def test_unknown_sources_are_refused(tmp_path):
-    with pytest.raises(InputError, match="data.source='web': there are 'motion', 'folder', "):
+    with pytest.raises(InputError, match="data.source='web': must be one of 'motion', 'folder', "):
         open_dataset(section("web", tmp_path), 2, ("val",))
 
 
@@ -643,7 +645,10 @@ def test_packs_without_names_of_their_classes_are_refused(copy, text):
     assert "\n" not in message
     if text in (None, "", "\n\n"):
         state = "does not exist" if text is None else "names 0 classes"
-        assert f"label.labels.txt: {state}, and the data has 2; write the name of each" in message
+        assert (
+            f"label.labels.txt: {state}, and the data has 2; write one class name per line"
+            in message
+        )
 
 
 def test_h5_packs_without_names_of_their_classes_are_refused(pack, tmp_path):
