@@ -52,7 +52,7 @@ def told(workdir: Path) -> str:
 
 
 def wait_for(run: subprocess.Popen, condition) -> None:
-    """Returns as soon as a condition holds, while the run still goes on."""
+    """Return as soon as a condition holds, while the run still goes on."""
     until = time.monotonic() + 120
     while not condition():
         assert run.poll() is None, "the run ended before it was killed"

@@ -358,7 +358,7 @@ BUSY_FACTOR = 5  # other work on the machine, the second lane included
 
 
 def is_guarded(process: subprocess.Popen) -> bool:
-    """Whether the handlers are installed: Python itself has none for SIGTERM.
+    """Return whether the handlers are installed: Python itself has none for SIGTERM.
 
     What comes before is the interpreter's start, in which no line of the project has run.
     """

@@ -31,12 +31,12 @@ TEXTURES = ("stripes", "halves", "spot")
 
 
 def render_scene(rng: np.random.Generator, pair: int) -> np.ndarray:
-    """Renders one scene; played backwards it belongs to the pair's other class.
+    """Render one scene; played backwards it belongs to the pair's other class.
 
     A bright textured shape moves over a dark textured background that stands still.
 
     Args:
-        rng: Where shape, texture, colours, start, speed and noise come from.
+        rng: Where shape, texture, colors, start, speed and noise come from.
         pair: Index of the pair of classes; the scene's label is `2 * pair`.
 
     Returns:
@@ -104,12 +104,12 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     for _ in range(4):
         fx, fy, phase = rng.uniform(-25, 25), rng.uniform(-25, 25), rng.uniform(0, 2 * np.pi)
         waves += np.sin(fx * columns + fy * rows + phase)[..., None] / 4
-    colour, contrast = rng.uniform(20, 60, 3), rng.uniform(5, 25, 3)
-    return (colour + waves * contrast).astype(np.float32)
+    color, contrast = rng.uniform(20, 60, 3), rng.uniform(5, 25, 3)
+    return (color + waves * contrast).astype(np.float32)
 
 
 def write_clip(path: Path, frames: np.ndarray) -> None:
-    """Writes `(t, h, w, c)` uint8 frames as an H.264 .mp4 file.
+    """Write `(t, h, w, c)` uint8 frames as an H.264 .mp4 file.
 
     The quantiser is the same for every kind of frame, so that a frame's quality does not tell its
     place in the clip.
@@ -130,7 +130,7 @@ def write_clip(path: Path, frames: np.ndarray) -> None:
 
 
 def _write_pair(folder: Path, split: str, scene: int, seed: int) -> None:
-    """Writes scene `scene` of a split forwards and backwards."""
+    """Write scene `scene` of a split forwards and backwards."""
     rng = np.random.default_rng([seed, ("train", "val").index(split), scene])
     frames = render_scene(rng, pair=scene % 4)
     write_clip(folder / split / f"{2 * scene:05d}.mp4", frames)
@@ -138,7 +138,7 @@ def _write_pair(folder: Path, split: str, scene: int, seed: int) -> None:
 
 
 def make_motion(folder: str | Path, *, num_train: int, num_val: int, seed: int) -> None:
-    """Writes the data set into `folder`, unless it is there already.
+    """Write the data set into `folder`, unless it is there already.
 
     The folder appears complete or not at all: clips are written beside it under another name.
 

@@ -37,7 +37,7 @@ def make_mesh(mesh) -> Mesh:
     if min(sizes) < 1 or math.prod(sizes) != devices:
         asked = ", ".join(f"mesh.{axis}={mesh[axis]}" for axis in AXES)
         raise InputError(
-            f"{asked}: does not fit {devices} devices; "
+            f"{asked}: cannot be laid over {devices} devices; "
             "the product of the sizes must be that number (one size may be -1)"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))

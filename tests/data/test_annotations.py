@@ -84,7 +84,7 @@ def test_kinetics_names_its_validation_list_otherwise(tmp_path):
 
 def test_a_short_kinetics_row_is_refused_by_its_line(tmp_path):
     write(tmp_path / "train.csv", HEADER + "zumba,a,1,11,train\n\nzumba,b\n")
-    with pytest.raises(InputError, match="train.csv:4: its times are not whole seconds"):
+    with pytest.raises(InputError, match="train.csv:4: time_start and time_end are not"):
         read(tmp_path, "train")
 
 
@@ -106,7 +106,7 @@ def test_endless_brackets_are_refused(tmp_path):
     write(tmp_path / "labels.json", "[" * 100_000)
     with pytest.raises(InputError, match="labels.json: must be a list of names"):
         read_labels(tmp_path)
-    with pytest.raises(InputError, match="train.json: is no list of entries"):
+    with pytest.raises(InputError, match="train.json: is not a list of entries"):
         read_split(tmp_path, "train", ["x"], "", "error")
 
 
@@ -194,7 +194,7 @@ def test_one_labelled_line_makes_the_others_wrong(tmp_path):
         ("a.mp4 0\n" + "x" * 200_000 + ",1\n", "list.csv:2: the line has 200002 characters"),
         ('a.mp4 0\n"' + "x" * 200_000 + '",1\n', "list.csv:2: the line has 200004 characters"),
         (HEADER + "zumba,a,1,2,train\n" + "x" * 140_000 + ",b,1,2,train\n", "list.csv:3: the line"),
-        (HEADER + '"' + "x\n" * 140_000, "list.csv:.*: is no line of a table: field larger"),
+        (HEADER + '"' + "x\n" * 140_000, "list.csv:.*: is not valid CSV: field larger"),
         ("a.mp4" + " " * 9000 + "\n", "list.csv:1: .* is not 'path label'"),  # within seconds
         ("x" + "a" * 2**20, "list.csv: the first line has over 1048576 bytes"),
         ("clips\\a.mp4,0\n", r"list.csv:1: .*does not exist \(separate folders with /\); restore"),
@@ -303,10 +303,10 @@ def test_a_class_folder_scan_counts_what_it_skips(tmp_path):
 def test_classes_need_names_that_are_one_line(tmp_path, name):
     write(tmp_path / name / "1.mp4")
     with pytest.raises(
-        InputError, match="has a name that holds a line break or a control"
+        InputError, match="has a name that contains a line break or a control"
     ) as error:
         read_class_folders(tmp_path, ("train",))
     assert "\n" not in str(error.value)
     write(tmp_path / "labels.json", json.dumps([name]))
-    with pytest.raises(InputError, match="labels.json: the name of class 0 holds a line break"):
+    with pytest.raises(InputError, match="labels.json: the name of class 0 contains a line break"):
         read_labels(tmp_path)

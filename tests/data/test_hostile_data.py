@@ -234,7 +234,7 @@ def make_cases() -> dict[str, tuple]:
 
 
 def replace(path: Path, content) -> None:
-    """Puts bytes, or what a function makes, in the place of a file or folder."""
+    """Put bytes, or what a function makes, in the place of a file or folder."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     path.write_bytes(content) if isinstance(content, bytes) else content(path)
 
@@ -244,7 +244,7 @@ def mutate_file(path: Path, seed: int) -> None:
 
 
 def make_sound(folder: Path) -> None:
-    """Makes a sound folder of each kind."""
+    """Make a sound folder of each kind."""
     for kind in ("list", "something", "classes"):
         (folder / kind).mkdir(parents=True)
     for name in ("list/a.mp4", "list/b.mp4", "something/1.mp4", "something/2.mp4"):
@@ -269,7 +269,7 @@ def peak_bytes() -> int:
 
 
 def open_everything(kind: str, folder: Path) -> list[str]:
-    """Opens a folder as training and `jaxvid.data.check` do; returns what was refused, and how."""
+    """Open a folder as training and `jaxvid.data.check` do; returns what was refused, and how."""
     refused, data = [], section(SOURCES[kind], folder)
     for missing in ("error", "keep"):
         data.missing = missing
@@ -378,7 +378,7 @@ COMMANDS += ("labels.txt: noise", "train.json: brackets", "class b'a\\nb'", "vid
 
 
 def run_command(sound: Path, folder: Path, name: str, program: str) -> None:
-    """Runs a program on a hostile folder; it must end by itself in a line and without traceback."""
+    """Run a program on a hostile folder; it must end by itself in a line and without traceback."""
     kind, change = make_cases()[name]
     folder = Path(shutil.copytree(sound / kind, folder))
     change(folder)

@@ -506,7 +506,7 @@ def test_names_of_files_differ_and_stay_in_the_folder(ids, names):
     [
         (["--shard", "2/2"], "--shard 2/2: must be i/n"),
         (["--shard", "x"], "--shard x: must be i/n"),
-        (["--frames", "0"], "--frames 0: must be 'all' or a number"),
+        (["--frames", "0"], "--frames 0: must be 'all' or a positive number"),
         (["--quality", "0"], "quality=0: must be 1 to 100"),
         (["--frames_per_record", "0"], "frames_per_record=0: must be 1 to 1000000"),
         (

@@ -182,7 +182,7 @@ def test_official_something_lists(tmp_path):
     with pytest.raises(InputError, match="validation.json:1: has no label, as in a test list"):
         open_dataset(data, 2, ("val",))
     write(path, '[{"template": "Holding [something]"}]')
-    with pytest.raises(InputError, match="is no list of entries"):
+    with pytest.raises(InputError, match="is not a list of entries"):
         open_dataset(data, 2, ("val",))
 
 
@@ -211,7 +211,7 @@ def test_class_folders_that_loop_or_are_missing_are_refused(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "a").symlink_to("a")
     for folder in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(InputError, match="cannot be read .*; there must be .*CLASS/"):
+        with pytest.raises(InputError, match="cannot be read .*; expected .*CLASS/"):
             open_dataset(section("class_folders", folder), 1, ("train", "val"))
 
 
@@ -255,8 +255,8 @@ def test_xvit_something(tmp_path, single):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("../x 6 0\n", "val_videofolder.txt:1: '../x' leads out of .*seq_h5"),
-        ("/etc/x 6 0\n", "leads out of"),
+        ("../x 6 0\n", "val_videofolder.txt:1: '../x' points out of .*seq_h5"),
+        ("/etc/x 6 0\n", "points out of"),
         ("x 6\n", "val_videofolder.txt:1: 'x 6' is not 'name,num_frames,label'"),
         ("x 6 one\n", "is not 'name,num_frames,label'"),
         ("x 6 2\n", "label 2 is out of range"),
@@ -320,14 +320,14 @@ def lie_outside(file, folder):
         (lambda file, _: file.__setitem__("x", h5py.SoftLink("/y")), "'x' is a link; copy"),
         (lie_virtually, "its data lies in other files"),
         (lie_outside, "its data lies in other files"),
-        (lambda file, _: file.create_dataset("x", (2**40,), "u1", chunks=(9,)), "are no video"),
-        (lambda file, _: file.create_dataset("x", (2, 2**40), "u1", chunks=(1, 9)), "no video"),
+        (lambda file, _: file.create_dataset("x", (2**40,), "u1", chunks=(9,)), "are not a video"),
+        (lambda file, _: file.create_dataset("x", (2, 2**40), "u1", chunks=(1, 9)), "not a video"),
         (lambda file, _: file.create_dataset("x", (2**19, 2**10), "u1", chunks=(2**19, 2**10)),
-         "are no video"),
-        (lambda file, _: file.create_dataset("x", (2,), "V2000000000", chunks=(1,)), "no video"),
+         "are not a video"),
+        (lambda file, _: file.create_dataset("x", (2,), "V2000000000", chunks=(1,)), "not a video"),
         (lambda file, _: file.create_dataset("x", data=7), "no data set 'x' in it"),
         (lambda file, _: file.create_dataset("x", data=h5py.Empty("u1")), "no data set 'x' in it"),
-        (lambda file, _: file.create_dataset("x", (0, 5), "u1"), "no frame in it"),
+        (lambda file, _: file.create_dataset("x", (0, 5), "u1"), "no frames in it"),
         (lambda file, _: file.create_group("x"), "no data set 'x' in it"),
         (lambda file, _: file.create_dataset("x", (3,), "f8"), "frame 0 of 3 cannot be decoded"),
         (lambda file, _: file.create_dataset("x", (3, 4), "i4"), "frame 0 of 3 cannot be decoded"),
@@ -527,15 +527,15 @@ def test_tables_that_cannot_be_right_are_refused(copy):
     sound = path.read_text()
     for text, message in (
         (sound.replace("1.mp4,0", "1.mp4,x"), "val_index.csv: is damaged"),
-        (sound.replace("1.mp4,0", "1.mp4,2"), "is damaged .a label outside 0 to 1"),
-        (sound.replace("15.0", "nan"), "is damaged .a frame rate that is none"),
-        (sound.replace(",2,4,0", ",3,4,0"), "is damaged .records that do not follow each other"),
-        (sound.replace("1.mp4,0,5", "1.mp4,0,-1"), "is damaged .a number of frames that is none"),
+        (sound.replace("1.mp4,0", "1.mp4,2"), "is damaged .label is out of range: 0 to 1"),
+        (sound.replace("15.0", "nan"), "is damaged .fps is out of range: 0 to 1000"),
+        (sound.replace(",2,4,0", ",3,4,0"), "is damaged .records are not contiguous"),
+        (sound.replace("1.mp4,0,5", "1.mp4,0,-1"), "is damaged .num_frames is out of range"),
         (sound + "3.mp4,0,5,15.0,6,4,0\n", "lists 8 records, the pack holds 6"),
         (sound + "3.mp4,0,5\n", "is damaged"),
-        (sound.splitlines()[0] + "\n", "no video in it"),
-        ("", "no video in it"),
-        ("id,label,num_frames,fps\n0.mp4,1,5,15.0\n", "is of an older layout; run prepare again"),
+        (sound.splitlines()[0] + "\n", "lists no readable video"),
+        ("", "lists no readable video"),
+        ("id,label,num_frames,fps\n0.mp4,1,5,15.0\n", "has an older layout; run prepare again"),
         (None, "val_index.csv does not exist; run prepare again"),
     ):
         path.unlink() if text is None else path.write_text(text)

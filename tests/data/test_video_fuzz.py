@@ -42,7 +42,7 @@ def h264(tmp_path_factory):
 
 
 def damage(source, path, position: int, kind: str):
-    """Copies a video with one packet damaged: the middle of its data, or the length before it."""
+    """Copy a video with one packet damaged: the middle of its data, or the length before it."""
     with av.open(str(source)) as video:
         packet = [p for p in video.demux(video=0) if p.size][position]
     data = bytearray(source.read_bytes())

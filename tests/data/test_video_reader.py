@@ -92,7 +92,7 @@ def decode_all_of(path) -> np.ndarray:
 
 
 def cut_without_decoding(source, path, start: int):
-    """Copies a video's packets from the `start`-th on: it begins between key frames."""
+    """Copy a video's packets from the `start`-th on: it begins between key frames."""
     with av.open(str(source)) as video, av.open(str(path), "w") as copy:
         stream = copy.add_stream_from_template(video.streams.video[0])
         for packet in [p for p in video.demux(video=0) if p.size][start:]:
@@ -140,10 +140,10 @@ EXACT = (
 )
 
 
-@pytest.mark.parametrize("kept_bytes", [video_reader.KEPT_BYTES, 0])
+@pytest.mark.parametrize("max_bytes", [video_reader.MAX_PACKET_BYTES, 0])
 @pytest.mark.parametrize("name", EXACT.split())
-def test_frames_by_index_are_exact(videos, name, kept_bytes, monkeypatch):
-    monkeypatch.setattr(video_reader, "KEPT_BYTES", kept_bytes)  # with 0 it seeks in the file
+def test_frames_by_index_are_exact(videos, name, max_bytes, monkeypatch):
+    monkeypatch.setattr(video_reader, "MAX_PACKET_BYTES", max_bytes)  # with 0 it seeks in the file
     expected = decode_everything(videos[name])
     rng = np.random.default_rng(0)
     with VideoFile(videos[name]) as video:
@@ -162,10 +162,10 @@ def outcome(frames) -> np.ndarray | str:
         return str(error)
 
 
-@pytest.mark.parametrize("kept_bytes", [video_reader.KEPT_BYTES, 0])
+@pytest.mark.parametrize("max_bytes", [video_reader.MAX_PACKET_BYTES, 0])
 @pytest.mark.parametrize("name", [*EXACT.split(), "open_cut"])
-def test_frames_in_order_are_those_by_index(videos, name, kept_bytes, monkeypatch):
-    monkeypatch.setattr(video_reader, "KEPT_BYTES", kept_bytes)
+def test_frames_in_order_are_those_by_index(videos, name, max_bytes, monkeypatch):
+    monkeypatch.setattr(video_reader, "MAX_PACKET_BYTES", max_bytes)
     with VideoFile(videos[name]) as video:
         for first, step in ((0, 1), (video.num_frames // 3, 4)):
             indices = np.arange(first, video.num_frames, step)
@@ -222,8 +222,8 @@ def test_every_kind_that_a_folder_scan_finds_is_decoded_exactly(suffix, tmp_path
     path = write_video(tmp_path / f"video{suffix}", frames=12, **KINDS[suffix])
     expected = decode_everything(path)
     assert len(expected) == 12
-    for kept_bytes in (video_reader.KEPT_BYTES, 0):
-        monkeypatch.setattr(video_reader, "KEPT_BYTES", kept_bytes)
+    for max_bytes in (video_reader.MAX_PACKET_BYTES, 0):
+        monkeypatch.setattr(video_reader, "MAX_PACKET_BYTES", max_bytes)
         with VideoFile(path) as video:
             assert video.num_frames == 12 == video.count_readable()
             for indices in (np.arange(12), np.array([11, 3, 3, 0])):

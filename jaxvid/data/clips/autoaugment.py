@@ -42,7 +42,7 @@ AUTOAUGMENT_V0 = (
 
 
 def autoaugment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Applies one random sub-policy of `AUTOAUGMENT_V0` to a clip.
+    """Apply one random sub-policy of `AUTOAUGMENT_V0` to a clip.
 
     Args:
         frames: `(t, h, w, c)` uint8 RGB.
@@ -61,7 +61,7 @@ def autoaugment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def randaugment(
     frames: np.ndarray, rng: np.random.Generator, *, num_layers: int, magnitude: float
 ) -> np.ndarray:
-    """Applies random operations of equal strength to a clip (Cubuk et al., arXiv:1909.13719).
+    """Apply random operations of equal strength to a clip (Cubuk et al., arXiv:1909.13719).
 
     Args:
         frames: `(t, h, w, c)` uint8 RGB.
@@ -86,7 +86,7 @@ def randaugment(
 def apply_operation(
     frames: np.ndarray, name: str, level: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Applies the operation `name` of the tables at a level from 0 to 10.
+    """Apply the operation `name` of the tables at a level from 0 to 10.
 
     The levels mean what they mean in the TPU EfficientNet program: a higher level shears, rotates,
     shifts and brightens more, but solarizes and posterizes less.

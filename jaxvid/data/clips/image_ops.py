@@ -32,13 +32,13 @@ def solarize(frames: np.ndarray, threshold: int) -> np.ndarray:
 
 
 def solarize_add(frames: np.ndarray, addition: int) -> np.ndarray:
-    """Adds to the values below 128, up to 255."""
+    """Add to the values below 128, up to 255."""
     values = np.arange(256)
     return _look_up(frames, np.where(values < 128, np.minimum(values + addition, 255), values))
 
 
 def posterize(frames: np.ndarray, bits: int) -> np.ndarray:
-    """Keeps the `bits` highest of the 8 bits; with 0 all is black."""
+    """Keep the `bits` highest of the 8 bits; with 0 all is black."""
     return frames & np.uint8(0xFF00 >> bits & 0xFF)
 
 
@@ -55,7 +55,7 @@ def contrast(frames: np.ndarray, factor: float) -> np.ndarray:
 
 
 def autocontrast(frames: np.ndarray) -> np.ndarray:
-    """Stretches each channel of each frame to all values from 0 to 255."""
+    """Stretch each channel of each frame to all values from 0 to 255."""
     low = frames.min(axis=1).min(axis=1)[..., None].astype(int)  # (t c 1)
     high = frames.max(axis=1).max(axis=1)[..., None].astype(int)
     scale = 255.0 / np.maximum(high - low, 1)
@@ -65,7 +65,7 @@ def autocontrast(frames: np.ndarray) -> np.ndarray:
 
 
 def equalize(frames: np.ndarray) -> np.ndarray:
-    """Makes the values of each channel of each frame about equally frequent."""
+    """Make the values of each channel of each frame about equally frequent."""
     counts = [
         [cv2.calcHist([frame], [c], None, [256], [0, 256]) for c in range(3)] for frame in frames
     ]
@@ -82,11 +82,11 @@ def equalize(frames: np.ndarray) -> np.ndarray:
 
 
 def color(frames: np.ndarray, factor: float) -> np.ndarray:
-    """From grey (0) over the same (1) to more colourful."""
+    """From grey (0) over the same (1) to more colorful."""
     result = np.empty_like(frames, order="C")
-    for frame, coloured in zip(frames, result, strict=True):
+    for frame, colored in zip(frames, result, strict=True):
         grey = cv2.cvtColor(_luma(frame), cv2.COLOR_GRAY2RGB)
-        cv2.addWeighted(frame, factor, grey, 1 - factor, _TRUNCATE, coloured)
+        cv2.addWeighted(frame, factor, grey, 1 - factor, _TRUNCATE, colored)
     return result
 
 
@@ -105,7 +105,7 @@ def sharpness(frames: np.ndarray, factor: float) -> np.ndarray:
 
 
 def shear_x(frames: np.ndarray, factor: float, interpolation: int) -> np.ndarray:
-    """Moves each row to the left by `factor` times its distance from the top.
+    """Move each row to the left by `factor` times its distance from the top.
 
     Args:
         frames: `(t, h, w, c)` uint8.
@@ -119,25 +119,25 @@ def shear_x(frames: np.ndarray, factor: float, interpolation: int) -> np.ndarray
 
 
 def shear_y(frames: np.ndarray, factor: float, interpolation: int) -> np.ndarray:
-    """Moves each column up by `factor` times its distance from the left; see `shear_x`."""
+    """Move each column up by `factor` times its distance from the left; see `shear_x`."""
     shifts = factor * (np.arange(frames.shape[2]) + 0.5)
     return _shift(frames, shifts, interpolation, columns=True)
 
 
 def translate_x(frames: np.ndarray, share: float, interpolation: int) -> np.ndarray:
-    """Moves everything to the left by a share of the width; see `shear_x`."""
+    """Move everything to the left by a share of the width; see `shear_x`."""
     _, h, w, _ = frames.shape
     return _shift(frames, np.full(h, share * w), interpolation)
 
 
 def translate_y(frames: np.ndarray, share: float, interpolation: int) -> np.ndarray:
-    """Moves everything up by a share of the height; see `shear_x`."""
+    """Move everything up by a share of the height; see `shear_x`."""
     _, h, w, _ = frames.shape
     return _shift(frames, np.full(w, share * h), interpolation, columns=True)
 
 
 def rotate(frames: np.ndarray, degrees: float, interpolation: int) -> np.ndarray:
-    """Turns counter-clockwise around the centre; see `shear_x`."""
+    """Turn counter-clockwise around the centre; see `shear_x`."""
     _, h, w, _ = frames.shape
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     right = (w - cos * w + sin * h) / 2
@@ -174,7 +174,7 @@ def rotate(frames: np.ndarray, degrees: float, interpolation: int) -> np.ndarray
 def _shift(
     frames: np.ndarray, shifts: np.ndarray, interpolation: int, *, columns: bool = False
 ) -> np.ndarray:
-    """Moves each row to the left by its number of pixels in `shifts`, or each column up.
+    """Move each row to the left by its number of pixels in `shifts`, or each column up.
 
     The pixels of a row all come from between two others at the same fraction of the way, so that
     one small filter makes them.
@@ -219,7 +219,7 @@ def _kernel(d: float, interpolation: int) -> np.ndarray:
 
 
 def _look_up(frames: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    """Replaces each value by the one in its table.
+    """Replace each value by the one in its table.
 
     Args:
         frames: `(t, h, w, c)` uint8.

@@ -100,7 +100,7 @@ def random_crop(frames: np.ndarray, size: int, rng: np.random.Generator) -> np.n
 def random_flip(
     frames: np.ndarray, rng: np.random.Generator, probability: float = 0.5
 ) -> np.ndarray:
-    """Mirrors the whole clip left to right, with the given probability."""
+    """Mirror the whole clip left to right, with the given probability."""
     if rng.random() >= probability:
         return frames
     return np.stack([cv2.flip(frame, 1) for frame in frames])
