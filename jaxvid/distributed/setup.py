@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -77,13 +78,6 @@ def init_processes(
         method, reason = "k8s", "JOB_COMPLETION_INDEX"
     else:
         return
-    message = (
-        f"waiting for the other processes ({reason} is set); use --num_processes 1 to run alone"
-    )
-    notice = threading.Timer(
-        *(LOG_SECONDS, print), args=(message,), kwargs={"file": sys.stderr, "flush": True}
-    )
-    notice.start()
     # The service would swallow a SIGTERM that is received before training begins.
     jax.config.update("jax_enable_preemption_service", False)
     initialize = functools.partial(
@@ -95,7 +89,8 @@ def init_processes(
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
     try:
-        jax_runtime.join(initialize, join_seconds)
+        with _log_long_wait(reason):
+            jax_runtime.join(initialize, join_seconds)
     except InputError:
         raise
     except (RuntimeError, ValueError, ImportError, KeyError) as error:
@@ -105,11 +100,24 @@ def init_processes(
             f"joining the processes failed ({cause}{need}); set --coordinator, --num_processes and "
             "--process_id, or only --num_processes 1 to run alone"
         ) from None
-    finally:
-        notice.cancel()
     if not shares_devices:
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
             jax.config.update(name, os.environ.get("JAX_LOCAL_DEVICE_IDS") or "all")
+
+
+@contextlib.contextmanager
+def _log_long_wait(reason: str) -> Iterator[None]:
+    """Print a line if the body takes longer than `LOG_SECONDS`."""
+    message = (
+        f"waiting for the other processes ({reason} is set); use --num_processes 1 to run alone"
+    )
+    options = {"file": sys.stderr, "flush": True}
+    timer = threading.Timer(LOG_SECONDS, print, args=(message,), kwargs=options)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def use_compilation_cache() -> None:
