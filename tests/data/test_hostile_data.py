@@ -1,4 +1,4 @@
-"""Hostile lists, label files, class folders, packs and HDF5 packings end in one line, in time."""
+"""Hostile data folders, packs and HDF5 files are refused in one line, within bounds."""
 
 import concurrent.futures
 import json
@@ -313,7 +313,7 @@ def names_file(line: str, folder: Path) -> bool:
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-def test_hostile_files_end_in_one_line_in_time_and_within_bounds(tmp_path):
+def test_hostile_files_are_refused_in_one_line_within_time_and_memory(tmp_path):
     make_sound(tmp_path / "sound")
     names, problems, num_refused = list(make_cases()), [], 0
     assert len(names) >= 250
@@ -363,7 +363,7 @@ def read_a_million(folder: Path, kind: str) -> tuple[str, float, float]:
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["list", "kinetics"])
-def test_a_million_missing_files_are_told_in_seconds(tmp_path, kind):
+def test_a_million_missing_files_are_reported_in_seconds(tmp_path, kind):
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         message, seconds, extra = pool.submit(read_a_million, tmp_path, kind).result(timeout=250)
@@ -397,7 +397,7 @@ def run_command(sound: Path, folder: Path, name: str, program: str) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("program", ["check", "prepare"])
-def test_programs_end_in_one_line(tmp_path, program):
+def test_programs_refuse_hostile_files_in_one_line(tmp_path, program):
     make_sound(tmp_path / "sound")
     for i, name in enumerate(COMMANDS):
         run_command(tmp_path / "sound", tmp_path / str(i), name, program)

@@ -1,4 +1,4 @@
-"""Every layout gives the same kind of record, and a wrong one is refused in one line."""
+"""All data sources return the same kind of records, and invalid data is refused in one line."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def clips(tmp_path):
         '﻿a.mp4,0\nb c.mp4, 1\n"d,e.mp4",2\n影é.mp4\t3\n\n',
     ],
 )
-def test_lists_come_in_many_forms(clips, text):
+def test_list_formats(clips, text):
     records = read_list(write(clips / "list.csv", text), 4)
     assert [record.id for record in records] == ["a.mp4", "b c.mp4", "d,e.mp4", "影é.mp4"]
     assert [record.label for record in records] == [0, 1, 2, 3]
@@ -76,14 +76,14 @@ def test_lists_come_in_many_forms(clips, text):
     assert pickle.loads(pickle.dumps(records))[3].id == "影é.mp4"
 
 
-def test_a_number_sign_and_unusual_line_ends_are_parts_of_names(clips):
+def test_file_names_may_contain_number_signs_and_unicode_separators(clips):
     for name in ("#1.mp4", "a\x85b.mp4", "a\u2028b.mp4"):
         write(clips / name)
     text = "#1.mp4 0\na\x85b.mp4 1\na\u2028b.mp4 2\n"
     assert [r.label for r in read_list(write(clips / "list.csv", text), 4)] == [0, 1, 2]
 
 
-def test_a_prefix_replaces_the_lists_folder(clips):
+def test_prefix_replaces_the_folder_of_the_list(clips):
     write(clips / "lists" / "val.csv", "a.mp4 0\n")
     write(clips / "lists" / "labels.txt", "only\n")
     folder = clips / "lists"
@@ -106,7 +106,7 @@ def test_a_prefix_replaces_the_lists_folder(clips):
         ("sub 0\n", "list.csv:1: .*sub is not a file"),
     ],
 )
-def test_bad_lines_are_refused(clips, text, message):
+def test_malformed_lines_are_refused(clips, text, message):
     (clips / "loop.mp4").symlink_to("loop.mp4")
     (clips / "sub").mkdir()
     with pytest.raises(InputError, match=message) as error:
@@ -114,7 +114,7 @@ def test_bad_lines_are_refused(clips, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_missing_files_are_named_at_once_or_kept(clips):
+def test_missing_files_are_refused_together_or_kept(clips):
     path = write(clips / "list.csv", "a.mp4 0\n" + "".join(f"no{i}.mp4 1\n" for i in range(8)))
     with pytest.raises(
         InputError, match=r"list.csv:2: .*no0.mp4 .*no4.mp4 .*3 more \(8 in total\)"
@@ -137,13 +137,13 @@ def test_labels_may_be_json(clips, names):
 
 
 @pytest.mark.parametrize("names", ['{"x": 1, "y": 2}', '{"x": "one"}', "[1, 2]", "{", "3"])
-def test_bad_labels_are_refused(clips, names):
+def test_malformed_label_files_are_refused(clips, names):
     write(clips / "labels.json", names)
     with pytest.raises(InputError, match="labels.json: must be a list of names or map"):
         open_dataset(section("folder", clips), 2, ("val",))
 
 
-def test_two_classes_of_one_name_are_refused(clips):
+def test_duplicate_class_names_are_refused(clips):
     write(clips / "labels.txt", "x\nx\n")
     with pytest.raises(InputError, match="labels.txt: 'x' is named twice"):
         open_dataset(section("folder", clips), 2, ("val",))
@@ -195,8 +195,8 @@ def test_class_folders(tmp_path):
     write(tmp_path / "train/a/notes.txt")
     data = open_dataset(section("class_folders", tmp_path), 2, ("train", "val"))
     assert data.labels == ["a", "b"]
-    found = [(record.id, record.label) for record in data.records["train"]]
-    assert found == [("a/1.avi", 0), ("a/2.MP4", 0), ("b/1.mp4", 1)]
+    listed = [(record.id, record.label) for record in data.records["train"]]
+    assert listed == [("a/1.avi", 0), ("a/2.MP4", 0), ("b/1.mp4", 1)]
     # `val` alone has one class; the other split tells that there are two.
     alone = open_dataset(section("class_folders", tmp_path), 2, ("val",))
     assert [record.label for record in alone.records["val"]] == [1]
@@ -264,7 +264,7 @@ def test_xvit_something(tmp_path, single):
         ("y 6 0\n", "val_videofolder.txt:1: .*y.h5 does not exist"),
     ],
 )
-def test_bad_xvit_lists_are_refused(tmp_path, line, message):
+def test_malformed_xvit_lists_are_refused(tmp_path, line, message):
     write(tmp_path / "val_videofolder.txt", line)
     write_frames(tmp_path / "seq_h5/x.h5", "x")
     with pytest.raises(InputError, match=message):
@@ -336,7 +336,7 @@ def lie_outside(file, folder):
         (lambda file, _: file.create_dataset("x", (3,), [("a", "i4")]), "frame 0 of 3 cannot be"),
     ],
 )  # fmt: skip
-def test_h5_data_sets_that_are_no_video_of_this_file_are_refused(tmp_path, make, message):
+def test_invalid_h5_data_sets_are_refused(tmp_path, make, message):
     write(tmp_path / "val_videofolder.txt", "x 3 0\n")
     (tmp_path / "seq_h5").mkdir()
     with h5py.File(tmp_path / "seq_h5" / "x.h5", "w") as file:
@@ -347,7 +347,7 @@ def test_h5_data_sets_that_are_no_video_of_this_file_are_refused(tmp_path, make,
     assert "\n" not in str(error.value)
 
 
-def test_h5_pipes_are_never_waited_for(tmp_path):
+def test_h5_pipes_do_not_block(tmp_path):
     write(tmp_path / "val_videofolder.txt", "x 3 0\n")
     (tmp_path / "seq_h5").mkdir()
     os.mkfifo(tmp_path / "seq_h5" / "x.h5")
@@ -359,7 +359,7 @@ def test_h5_pipes_are_never_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("rate", ["nan", "inf", "-inf", "1e999", "x"])
-def test_frame_rates_that_are_none_are_refused(tmp_path, rate):
+def test_invalid_frame_rates_are_refused(tmp_path, rate):
     write(tmp_path / "annotations" / "val.txt", "x,3,0\n")
     write(tmp_path / "annotations" / "val_fps.txt", f"x,{rate}\n")
     with pytest.raises(InputError, match="val_fps.txt:1: 'x,.*' is not 'name,fps'"):
@@ -408,7 +408,7 @@ def copy(pack, tmp_path):
     return tmp_path
 
 
-def test_packs_give_records(pack):
+def test_packs_are_read_as_records(pack):
     data = open_dataset(section("pack", pack), 2, ("val",))
     assert data.labels == ["a", "b, c"]
     records = pickle.loads(pickle.dumps(data.records["val"]))
@@ -442,18 +442,18 @@ def test_tfds_finds_a_pack_by_name(copy, monkeypatch):
 
 
 def frames_of(records, index) -> dict[int, np.ndarray | str]:
-    """The frames of a record, each read by itself, or why it cannot be."""
-    found = {}
+    """Return frame number → frame or decode error, reading each frame separately."""
+    frames = {}
     with records[index].open() as reader:
         for i in range(reader.num_frames):
             try:
-                found[i] = reader.get_frames([i])[0]
+                frames[i] = reader.get_frames([i])[0]
             except DecodeError as error:
-                found[i] = str(error)
-    return found
+                frames[i] = str(error)
+    return frames
 
 
-def test_a_flipped_byte_is_noticed_and_never_gives_a_wrong_frame_or_label(copy):
+def test_flipped_bytes_never_yield_wrong_frames_or_labels(copy):
     path = copy / "jaxvid-val.array_record-00000-of-00002"
     sound = path.read_bytes()
     expected = frames_of(open_dataset(section("pack", copy), 2, ("val",)).records["val"], 0)
@@ -472,7 +472,7 @@ def test_a_flipped_byte_is_noticed_and_never_gives_a_wrong_frame_or_label(copy):
     assert not any("\n" in reason for reason in reasons)
 
 
-def test_damage_reaches_no_further_than_its_record(copy):
+def test_damage_affects_only_its_record(copy):
     path = copy / "jaxvid-val.array_record-00000-of-00002"
     data = bytearray(path.read_bytes())
     records = open_dataset(section("pack", copy), 2, ("val",)).records["val"]
@@ -496,7 +496,7 @@ def test_damage_reaches_no_further_than_its_record(copy):
 
 
 @pytest.mark.parametrize(
-    ("found", "replaced", "message"),
+    ("text", "replacement", "message"),
     [
         (
             "0.mp4,1",
@@ -512,9 +512,9 @@ def test_damage_reaches_no_further_than_its_record(copy):
         ),
     ],
 )
-def test_a_table_that_tells_something_else_is_noticed(copy, found, replaced, message):
+def test_an_index_that_differs_from_the_records_is_a_decode_error(copy, text, replacement, message):
     path = copy / "val_index.csv"
-    path.write_text(path.read_text().replace(found, replaced))
+    path.write_text(path.read_text().replace(text, replacement))
     records = open_dataset(section("pack", copy), 2, ("val",)).records["val"]
     [reason] = [
         frame for i in (0, 1) for frame in frames_of(records, i).values() if isinstance(frame, str)
@@ -522,7 +522,7 @@ def test_a_table_that_tells_something_else_is_noticed(copy, found, replaced, mes
     assert re.search(message, reason)
 
 
-def test_tables_that_cannot_be_right_are_refused(copy):
+def test_invalid_index_files_are_refused(copy):
     path = copy / "val_index.csv"
     sound = path.read_text()
     for text, message in (
@@ -546,7 +546,7 @@ def test_tables_that_cannot_be_right_are_refused(copy):
 
 @pytest.fixture
 def foreign(tmp_path):
-    """What another program wrote with TFDS: a record a video, without ids; the second damaged."""
+    """Return a TFDS data set of another program, without ids; the second record is damaged."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
@@ -584,7 +584,7 @@ def foreign(tmp_path):
     return tmp_path
 
 
-def test_a_damaged_record_of_another_tfds_set_is_masked_and_each_is_read_once(foreign, monkeypatch):
+def test_damaged_records_of_other_tfds_sets_are_masked(foreign, monkeypatch):
     records = open_dataset(section("pack", foreign), 2, ("val",)).records["val"]
     read, function = [], PackRecords.read
     monkeypatch.setattr(
@@ -635,7 +635,7 @@ def test_unknown_sources_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "", "\n\n", "a\n", "a\nb, c\nd\n", "a\na\n"])
-def test_packs_without_names_of_their_classes_are_refused(copy, text):
+def test_packs_without_class_names_are_refused(copy, text):
     """TFDS would number the classes."""
     path = copy / "label.labels.txt"
     path.unlink() if text is None else path.write_text(text)
@@ -651,7 +651,7 @@ def test_packs_without_names_of_their_classes_are_refused(copy, text):
         )
 
 
-def test_h5_packs_without_names_of_their_classes_are_refused(pack, tmp_path):
+def test_h5_packs_without_class_names_are_refused(pack, tmp_path):
     prepare([pack.parent / "val.csv"], tmp_path / "h5", Settings("h5"), workers=1)
     assert open_dataset(section("xvit_h5", tmp_path / "h5"), 2, ("val",)).labels == ["a", "b, c"]
     (tmp_path / "h5" / "labels.txt").unlink()
@@ -665,7 +665,7 @@ def test_h5_packs_without_names_of_their_classes_are_refused(pack, tmp_path):
     "name", ["dataset_info.json", "features.json", "label.labels.txt", "val_index.csv"]
 )
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop"])
-def test_metadata_that_are_no_files_are_refused_and_never_waited_for(copy, name, kind):
+def test_metadata_that_are_not_regular_files_are_refused_without_blocking(copy, name, kind):
     path = copy / name
     path.unlink()
     {
@@ -699,7 +699,7 @@ def test_metadata_that_are_no_files_are_refused_and_never_waited_for(copy, name,
         {"numBytes": "many"},
     ],
 )
-def test_splits_that_are_described_wrongly_are_refused(copy, change):
+def test_invalid_split_metadata_is_refused(copy, change):
     path = copy / "dataset_info.json"
     described = json.loads(path.read_text())
     described["splits"][0] |= change
@@ -710,7 +710,7 @@ def test_splits_that_are_described_wrongly_are_refused(copy, change):
     assert str(copy) in str(error.value)
 
 
-def test_numbers_of_a_table_that_overflow_are_refused(copy):
+def test_overflowing_numbers_in_an_index_are_refused(copy):
     path = copy / "val_index.csv"
     sound = path.read_text()
     for number in ("9223372036854775807", "9" * 400, "1e999", "4611686018427387904"):
