@@ -134,7 +134,7 @@ def xvit_views(record: PackedVideo, *, exact: bool) -> np.ndarray:
     """Load XViT's three test crops `(v t h w c)`, unrounded as uint16 or rounded to uint8."""
     views = np.empty((3, NUM_FRAMES, CROP, CROP, 3), np.uint16 if exact else np.uint8)
     with record.open() as reader:
-        for t, frame in reader.iter_frames(clip_indices(reader.num_frames)):
+        for t, frame in reader.enumerate_frames(clip_indices(reader.num_frames)):
             frame = transforms.resize_bilinear(frame[None], CROP, exact=exact)
             for v, crop in enumerate(transforms.eval_crops(frame, CROP, 3)):
                 views[v, t] = crop[0]

@@ -6,17 +6,23 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from jaxvid.errors import InputError
 
 
-def write_file(path: Path, data: bytes) -> Path:
-    """Writes a file, whole or not at all, and the folders that it lies in.
+def write_file(path: Path, data: bytes, *, writer: str = "") -> Path:
+    """Write a file atomically, and create its parent folders.
+
+    Args:
+        path: The file.
+        data: Its contents.
+        writer: Name that distinguishes processes that may write the file at the same time.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{writer and f'.{writer}'}.partial")
     try:
         # Replacing /dev/null would remove the device.
         if path.exists() and not (path.is_file() or path.is_dir()):
@@ -28,29 +34,29 @@ def write_file(path: Path, data: bytes) -> Path:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise InputError(
-            f"{path} cannot be written ({error.strerror}); name another or make room"
+            f"{path} cannot be written ({error.strerror}); name another file or free disk space"
         ) from None
     return path
 
 
-def write_json(path: Path, value) -> Path:
-    """Writes JSON that people can read. Names of files that are not UTF-8 come back as they were.
+def write_json(path: Path, value: Any) -> Path:
+    """Write indented JSON atomically. File names that are not UTF-8 survive the round trip.
 
     Raises:
-        InputError: It cannot be written.
-        ValueError: A number in it is not finite.
+        InputError: The file cannot be written.
+        ValueError: A number is not finite.
     """
     return write_file(path, format_json(value))
 
 
-def format_json(value) -> bytes:
+def format_json(value: Any) -> bytes:
     """Format a value as indented JSON in UTF-8; file names that are not UTF-8 are escaped.
 
     Raises:
-        ValueError: A number in it is not finite.
+        ValueError: A number is not finite.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # Python has their bytes as lone surrogates, and JSON escapes for these.
+    # Python represents their bytes as lone surrogates, which JSON can escape.
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -59,12 +65,13 @@ def check_output(option: str, path: Path) -> None:
 
     Args:
         option: The command-line option that names the file.
-        path: The file. An existing one is left as it is.
+        path: The file. An existing file is not changed.
 
     Raises:
-        InputError: Its folder cannot be made or written to, or it exists and is not a regular file.
+        InputError: The parent folder cannot be created or written to, or the path exists and is
+            not a regular file.
     """
-    probe = path.with_name(f".{path.name}.probing")  # as long a name as that of `write_file`
+    probe = path.with_name(f".{path.name}.probing")  # as long as the temporary name of `write_file`
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -75,20 +82,24 @@ def check_output(option: str, path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(
-            f"{option}: {path} cannot be written ({error.strerror}); name another"
+            f"{option}: {path} cannot be written ({error.strerror}); name another file"
         ) from None
 
 
 def staging_dir(folder: Path) -> Path:
-    """Where a folder is written before it appears."""
+    """Return the folder to write to before `commit`."""
     return folder.parent / f".{folder.name}.partial"
 
 
 def commit(folder: Path, mark: str) -> None:
-    """Puts what was written in the place of the folder, if there is one.
+    """Replace a folder by its staging folder.
+
+    Args:
+        folder: The folder, which need not exist.
+        mark: File without which a folder does not count as complete. It is deleted first.
 
     Raises:
-        OSError: It cannot be moved; `tidy` then brings the old one back.
+        OSError: A folder cannot be moved; `recover` then restores the old one.
     """
     if folder.exists():
         folder.rename(_backup_dir(folder))
@@ -97,22 +108,21 @@ def commit(folder: Path, mark: str) -> None:
 
 
 def recover(folder: Path, mark: str) -> None:
-    """Puts back a folder that was moved aside for a new one that never came; removes the rest."""
-    aside = _backup_dir(folder)
-    if resolve(folder, mark) == aside:
+    """Restore the backup if a `commit` was interrupted; remove staging folder and backup."""
+    backup = _backup_dir(folder)
+    if resolve(folder, mark) == backup:
         with contextlib.suppress(OSError):
-            aside.rename(folder)
+            backup.rename(folder)
     if folder.exists():
-        _remove(aside, mark)
+        _remove(backup, mark)
     shutil.rmtree(staging_dir(folder), ignore_errors=True)
 
 
 def resolve(folder: str | Path, mark: str) -> Path:
-    """Where a folder is to be read: as it is named, or aside if it was left there."""
-    aside = _backup_dir(
-        Path(os.path.realpath(folder))
-    )  # Path.resolve raises where links form a loop
-    return aside if not Path(folder).exists() and (aside / mark).is_file() else Path(folder)
+    """Return the backup of a folder if a `commit` was interrupted, otherwise the folder."""
+    # Not Path.resolve, which raises an exception if links form a loop.
+    backup = _backup_dir(Path(os.path.realpath(folder)))
+    return backup if not Path(folder).exists() and (backup / mark).is_file() else Path(folder)
 
 
 def _backup_dir(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The command line of programs that take a config."""
+"""Command-line parsing of programs with a config."""
 
 import difflib
 import inspect
@@ -15,13 +15,13 @@ from ml_collections import ConfigDict, config_flags
 from jaxvid.config import RENAMED_FIELDS
 from jaxvid.errors import InputError
 
-LAUNCHERS = ("SLURM_STEP", "OMPI_", "PMI_", "JOB_COMPLETION_INDEX")  # of environment variables
+LAUNCHERS = ("SLURM_STEP", "OMPI_", "PMI_", "JOB_COMPLETION_INDEX")  # environment variables
 
 
 def define_config() -> flags.FlagHolder:
-    """Defines `--config FILE.py[:VARIANT]` and its overrides `--config.FIELD=VALUE`."""
+    """Define `--config FILE.py[:VARIANT]` and its overrides `--config.FIELD=VALUE`."""
     return config_flags.DEFINE_config_file(
-        "config", None, "Config file; --config.FIELD=VALUE overrides a field.", lock_config=True
+        "config", None, "Config file. --config.FIELD=VALUE overrides a field.", lock_config=True
     )
 
 
@@ -39,12 +39,12 @@ def parse_flags(
         argv: The arguments, the program's name first.
         doc: What `--help` shows before the flags.
         module: The module whose flags `--help` shows.
-        needed: Required flags and a placeholder for their value, e.g. `{"workdir": "FOLDER"}`.
+        needed: Required flags, and placeholders for their values, e.g. `{"workdir": "FOLDER"}`.
         end_other_processes: Called with the distributed flags and the error message if this is one
             of several processes, so that the others do not wait for it.
 
     Returns:
-        The positional arguments: the program's name.
+        The positional arguments, i.e. the program's name.
     """
     if {"--help", "-h"} & {*argv}:
         print(doc + flags.FLAGS.module_help(module))
@@ -78,7 +78,7 @@ def _distributed_flags(argv: list[str]) -> dict[str, str]:
 
 
 def _check_config(argv: list[str]) -> None:
-    """Refuses a config file that is not there and overrides of fields that it does not have."""
+    """Refuse config files and overridden fields that do not exist."""
     pairs = zip(argv, [*argv[1:], ""], strict=True)
     values = [
         argument.partition("=")[2] or after
@@ -90,11 +90,11 @@ def _check_config(argv: list[str]) -> None:
     file, _, variant = values[-1].partition(":")
     if not Path(file).is_file():
         files = sorted(path for path in Path("configs").glob("*.py") if path.stem != "common")
-        there = ", ".join(map(str, files))
-        raise ValueError(f"--config: {file} does not exist; there are {there or 'no configs'}")
+        available = ", ".join(map(str, files))
+        raise ValueError(f"--config: {file} does not exist; there are {available or 'no configs'}")
     get_config = runpy.run_path(file).get("get_config")
     if get_config is None:
-        raise ValueError(f"--config: {file} is no config: it has no get_config()")
+        raise ValueError(f"--config: {file} is not a config; it has no get_config()")
     config = get_config(variant) if variant else get_config()
     for argument in argv:
         if argument.startswith("--config."):
@@ -103,7 +103,7 @@ def _check_config(argv: list[str]) -> None:
 
 def _check_field(config: ConfigDict, name: str) -> None:
     if name == "model.name":
-        raise ValueError("--config.model.name: a config is made for one model; take another config")
+        raise ValueError("--config.model.name: cannot be changed; use the config of that model")
     if name in RENAMED_FIELDS:
         raise ValueError(f"--config.{name} was renamed to --config.{RENAMED_FIELDS[name]}")
     section = config
@@ -120,30 +120,30 @@ def _check_field(config: ConfigDict, name: str) -> None:
 
 
 def parse_range(name: str) -> tuple[int, int] | None:
-    """The value `START:STOP` of a flag, two whole numbers; None where it is not given.
+    """Return the two numbers of a flag `START:STOP`; None if the flag is not set.
 
     Raises:
-        InputError: It is something else.
+        InputError: The value is malformed.
     """
     text = flags.FLAGS[name].value
     if text is None:
         return None
     start, _, stop = text.partition(":")
     if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
-        raise InputError(f"--{name}={text}: must be START:STOP, two step numbers, as in 10:20")
+        raise InputError(f"--{name}={text}: must be START:STOP, two step numbers, e.g. 10:20")
     return int(start), int(stop)
 
 
 def hide_unfinished_saves() -> None:
-    """Keeps quiet what Orbax leaves when a save fails: tasks of an event loop that is closed.
+    """Silence warnings about tasks of a closed event loop, which Orbax leaves when a save fails.
 
-    The failure itself is raised, and told in one line.
+    The failure itself is raised and printed as one line.
     """
 
-    def tell(unraisable) -> None:
+    def report(unraisable: sys.UnraisableHookArgs) -> None:
         if inspect.iscoroutine(unraisable.object) or "loop is closed" in str(unraisable.exc_value):
             return
         sys.__unraisablehook__(unraisable)
 
-    sys.unraisablehook = tell
+    sys.unraisablehook = report
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

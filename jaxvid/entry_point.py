@@ -3,30 +3,30 @@
 A program's module begins with
 
     if __name__ == "__main__":
-        guard.run("jaxvid.predict")  # never returns
+        entry_point.run("jaxvid.predict")  # never returns
 
-so that everything below, the slow imports included, happens inside `run`. This module therefore
-imports nothing but the standard library. Importing a program as a library installs nothing.
+so that the slow imports below happen inside `run`. Therefore this module imports only the standard
+library. Importing a program as a library installs nothing.
 
 | event | stderr | exit code |
 |---|---|---|
 | SIGINT, SIGTERM | one line | 130, 143 |
-| stdout or stderr is a pipe that nobody reads (`| head`) | nothing | 141, as from SIGPIPE |
+| stdout or stderr is a closed pipe (`| head`) | nothing | 141, as from SIGPIPE |
 | stdout cannot be written (`> /dev/full`) | one line | 2 |
 | memory is exhausted, or an OSError is not handled | one line | 2 |
 | another exception: a defect of the program | traceback | 1 |
 
 A closed stdin, stdout or stderr is replaced by /dev/null.
 
-**Signals.** A signal ends the process at once, without unwinding: nothing is raised, and no
-`finally` block and no exit handler runs. A KeyboardInterrupt would be lost in JAX's
-garbage-collection callback, would wait for XLA's compiler, and has crashed C++ extensions while it
-unwound through them. Outputs therefore have to appear whole or not at all, and what is written of
-them before (`.NAME.partial`) is replaced by the next run. The Python handler runs in the main
-thread between two bytecodes. A second thread, which the C-level handler wakes
-(`signal.set_wakeup_fd`), does the same while the main thread is in a long C call; neither can run
-while a C function holds the GIL. Code that installs its own handlers must also take the wake-up
-descriptor away (`signal.set_wakeup_fd(-1)`) and put it back when it restores the handlers.
+**Signals.** A signal ends the process at once, without unwinding: no exception is raised, and no
+`finally` block or exit handler runs. A KeyboardInterrupt would be lost in JAX's garbage-collection
+callback, would wait for XLA's compiler, and has crashed C++ extensions that it passed through.
+Therefore outputs must be written atomically. The next run replaces unfinished files
+(`.NAME.partial`). The Python handler runs in the main thread between two bytecodes. While the main
+thread is in a long C call, a second thread, which the C-level handler wakes up
+(`signal.set_wakeup_fd`), does the same. Neither can run while a C function holds the GIL. Code that
+installs its own handlers must also remove the wake-up descriptor (`signal.set_wakeup_fd(-1)`), and
+set it again when it restores the handlers.
 
 **Address-space limits.** C++ libraries abort when a thread cannot be started or memory cannot be
 mapped. Under `ulimit -v` or `ulimit -d` the program therefore runs in a child process, and a crash
@@ -47,6 +47,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple, NoReturn
 
 from jaxvid.errors import InputError, memory_problem, one_line
@@ -61,11 +62,11 @@ def run(module: str, hint: str = "") -> NoReturn:
 
     Args:
         module: Name of the module.
-        hint: Ends the line that is printed after a signal, e.g. "; run the same command again".
+        hint: End of the line that is printed after a signal, e.g. "; run the same command again".
     """
     global _process
     _open_closed_descriptors()
-    # After a forced end, the tracker of `multiprocessing` tidies up and would write about it.
+    # After a forced end, the resource tracker of `multiprocessing` cleans up and would warn.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     supervisor = _supervise() if _memory_limits() else _Supervisor()
     for name in ("stdout", "stderr"):
@@ -88,9 +89,9 @@ def run(module: str, hint: str = "") -> NoReturn:
 
 
 def describe(error: Exception) -> tuple[int, str]:
-    """Return the exit code of an exception that no program has caught, and its line on stderr.
+    """Return the exit code and the stderr line of an exception that no program has caught.
 
-    Code 1 is a defect of the program. An empty line is not printed.
+    Code 1 means a defect of the program. An empty line is not printed.
     """
     if isinstance(error, BrokenPipeError):
         return PIPE_STATUS, ""
@@ -116,7 +117,7 @@ def exit_now(status: int) -> NoReturn:
 
 
 def stderr_fd() -> int:
-    """Return the descriptor of the true stderr; under a supervisor, 2 is held back."""
+    """Return the descriptor of the real stderr; under a supervisor, descriptor 2 is buffered."""
     return 2 if _process is None else _process.supervisor.stderr_fd
 
 
@@ -124,7 +125,7 @@ class _Supervisor(NamedTuple):
     """Descriptors that connect a program with the process that supervises it, if any.
 
     Attributes:
-        stderr_fd: The true stderr.
+        stderr_fd: The real stderr.
         parent_fd: Becomes readable when the supervising process has died.
         ended_fd: A byte is written to it when the program ends by itself.
     """
@@ -135,11 +136,11 @@ class _Supervisor(NamedTuple):
 
 
 class _Process:
-    """What this process knows of its end.
+    """Signal handling and exit of this process.
 
     Attributes:
-        status: The program's exit status; None: not known yet.
-        supervisor: Connects it with the process that supervises it.
+        status: Exit code of the program; None: not known yet.
+        supervisor: Connection to the supervising process.
     """
 
     def __init__(self, hint: str, supervisor: _Supervisor):
@@ -159,7 +160,7 @@ class _Process:
             signal.signal(number, self._handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `_supervise` blocks them
 
-    def _handle(self, number: int, _) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         self._stop(number)
 
     def _wait(self, read_fd: int) -> None:
@@ -190,14 +191,14 @@ class _Process:
     def _leave(self) -> None:
         """End the process after all other exit handlers.
 
-        The interpreter's own teardown is left out: daemon threads of C++ libraries may abort it.
+        The interpreter's teardown is skipped, because daemon threads of C++ libraries may abort it.
         """
         self.flush()
         if self.status is not None:
             self.end(self.status)
 
     def end(self, status: int) -> NoReturn:
-        """End the process at once; the supervisor learns that it has not crashed."""
+        """End the process at once, and notify the supervisor that it has not crashed."""
         if self.supervisor.ended_fd is not None:
             os.write(self.supervisor.ended_fd, b".")
         os._exit(status)
@@ -209,7 +210,7 @@ class _Process:
                 print(line, file=sys.stderr, flush=True)
 
     def flush(self) -> None:
-        """Write what stdout still holds; failing that, change the exit status."""
+        """Flush stdout; if that fails, change the exit code."""
         try:
             sys.stdout.flush()
         except SystemExit:
@@ -226,16 +227,16 @@ _process: _Process | None = None
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block SIGINT and SIGTERM in this thread; threads and processes that it starts inherit that.
+    """Block SIGINT and SIGTERM in this thread and in the threads and processes that it starts.
 
-    Otherwise a signal during a worker's first tenths of a second, before it calls
-    `ignore_signals`, would end it with a traceback, and the parent would hang: `multiprocessing`
-    goes on writing to the pipe of a worker that has died. Other threads of this process still take
-    signals, and the handlers run as soon as the main thread executes Python code.
+    Otherwise, a signal before a starting worker calls `ignore_signals` would end the worker with a
+    traceback, and the parent would hang, because `multiprocessing` continues to write to the pipe
+    of a dead worker. Other threads of this process still receive signals, and the handlers run as
+    soon as the main thread executes Python code.
     """
     from multiprocessing import resource_tracker  # takes longer to import than this module
 
-    resource_tracker.ensure_running()  # it unblocks signals when it starts
+    resource_tracker.ensure_running()  # starting it would unblock signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -253,11 +254,11 @@ def ignore_signals() -> None:
 
 
 def _kill_workers() -> None:
-    """Kill the worker processes of `multiprocessing`, those included that are just being started.
+    """Kill the worker processes of `multiprocessing`, including those that are being started.
 
-    Its resource tracker stays, and removes shared memory.
+    The resource tracker continues, and removes shared memory.
     """
-    with contextlib.suppress(OSError):  # no /proc: they end by themselves
+    with contextlib.suppress(OSError):  # without /proc, they end by themselves
         for file in glob.glob("/proc/self/task/*/children"):
             for child in Path(file).read_text().split():
                 if b"multiprocessing.spawn" in Path(f"/proc/{child}/cmdline").read_bytes():
@@ -268,7 +269,7 @@ def _kill_workers() -> None:
 
 
 class _Stream(io.TextIOWrapper):
-    """Stdout or stderr. Errors of writing name it, and no character is impossible."""
+    """Stdout or stderr, with write errors that name the stream, and support for any character."""
 
     label = "stdout"
 
@@ -281,14 +282,14 @@ class _Stream(io.TextIOWrapper):
             super().flush()
 
     @contextlib.contextmanager
-    def _explained(self):
+    def _explained(self) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError:
             raise SystemExit(PIPE_STATUS) from None
         except OSError as error:
             raise InputError(
-                f"{self.label}: cannot be written ({error.strerror}); redirect it to another place"
+                f"{self.label}: cannot be written ({error.strerror}); redirect it to another file"
             ) from None
 
 
@@ -305,7 +306,7 @@ def _replace_stream(name: str) -> None:
 def _open_closed_descriptors() -> None:
     """Open /dev/null in place of a closed standard stream.
 
-    The next file to be opened would otherwise get its number, and messages would be written to it.
+    Otherwise, the next opened file would get its number, and messages would be written to it.
     """
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -322,7 +323,7 @@ def _open_closed_descriptors() -> None:
 
 
 def _memory_limits() -> list[str]:
-    """The limits that are set, for messages."""
+    """Return the limits that are set, for messages."""
     kinds = {"ulimit -v": resource.RLIMIT_AS, "ulimit -d": resource.RLIMIT_DATA}
     limits = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
     return [
@@ -333,10 +334,10 @@ def _memory_limits() -> list[str]:
 
 
 def _supervise() -> _Supervisor:
-    """Continue in a child process, and turn a crash of it into one line.
+    """Continue in a child process, and report a crash of it in one line.
 
-    What C++ libraries write to the child's stderr is kept back until it has ended, and dropped if
-    it has crashed or ended with one line of its own.
+    Output of C++ libraries to the child's stderr is buffered until the child has ended. It is
+    dropped if the child has crashed or has printed its own error line.
 
     Returns:
         In the child; the parent never returns.
@@ -349,7 +350,7 @@ def _supervise() -> _Supervisor:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until either process has its handlers
     child = os.fork()
     if not child:
-        os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
+        os.setpgid(0, 0)  # Ctrl-C signals only the parent, which forwards it once
         os.close(alive_fd)
         stderr_fd = os.dup(2)
         sys.stderr = open(stderr_fd, "w", buffering=1)  # noqa: SIM115

@@ -14,7 +14,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class InputError(ValueError):
-    """Bad input. The message is one line for the user: what, where, and the way out.
+    """Invalid input. The message is one line: the location, the problem and what to do.
 
     The programs print it without a traceback and exit with `EXIT_CODE`.
     """
@@ -23,10 +23,10 @@ class InputError(ValueError):
 
 
 def memory_problem(error: BaseException | None) -> str | None:
-    """Return the line that says that memory or threads are exhausted; None if nothing does.
+    """Return the line of an error message that reports exhausted memory or threads, or None.
 
     Args:
-        error: An exception; those that caused it are searched too.
+        error: An exception; its causes are searched too.
     """
     while error is not None:
         if isinstance(error, MemoryError):
@@ -40,19 +40,19 @@ def memory_problem(error: BaseException | None) -> str | None:
 
 
 def one_line(error: object, length: int = 160) -> str:
-    """The first line of an error's text, shortened."""
+    """Return the first line of an error's text, truncated."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:length]
 
 
 def short_repr(value: object) -> str:
-    """The `repr` of an untrusted value, shortened to one line of at most about 100 characters."""
+    """Return the `repr` of an untrusted value in one line of at most 100 characters."""
     shorten = reprlib.Repr()
     shorten.maxstring = shorten.maxother = shorten.maxlong = 60
     shorten.maxlevel = shorten.maxdict = shorten.maxlist = shorten.maxtuple = 2
     try:
         text = shorten.repr(value)
-    except (RecursionError, ValueError):  # an int of more digits than Python prints
+    except (RecursionError, ValueError):  # e.g. an int with more digits than Python prints
         text = f"a {type(value).__name__}"
     return one_line(text, 100)
 
@@ -61,6 +61,6 @@ def printable(text: object) -> str:
     """Escape line breaks, control characters and the bytes of a file name that are not UTF-8.
 
     Returns:
-        Text that is one line in a terminal and that every UTF-8 stream takes.
+        Text that is one line in a terminal and valid UTF-8.
     """
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))

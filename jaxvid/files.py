@@ -1,4 +1,4 @@
-"""Reading files that may be anything, writing files whole or not at all, and lock files."""
+"""Checked reading of untrusted files, sizes and checksums of folders, and free disk space."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from jaxvid.errors import InputError, one_line
 
-KINDS = {  # of what is not a regular file
+KINDS = {  # names of other file types
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
     stat.S_IFCHR: "a device",
@@ -20,11 +20,11 @@ KINDS = {  # of what is not a regular file
 
 
 def check_regular(path: str | Path, max_bytes: int) -> None:
-    """Refuse to read what could block for ever or fill the memory, without opening it.
+    """Refuse files that could block forever or exhaust the memory, without opening them.
 
     Args:
         path: The file.
-        max_bytes: The largest size that is read.
+        max_bytes: Largest size that is read.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -42,8 +42,7 @@ def check_regular(path: str | Path, max_bytes: int) -> None:
         raise InputError(f"{path}: is {kind}, not a regular file; name another file")
     if status.st_size > max_bytes:
         raise InputError(
-            f"{path}: is larger than {max_bytes / 1e6:.0f} MB, the most that is read; name another "
-            "file"
+            f"{path}: is larger than the limit of {max_bytes / 1e6:.0f} MB; name another file"
         )
 
 
@@ -52,7 +51,7 @@ def open_regular(path: Path, max_bytes: int = sys.maxsize) -> BinaryIO:
 
     Raises:
         FileNotFoundError: There is no such file.
-        InputError: As `check_regular`, or it cannot be opened.
+        InputError: As in `check_regular`, or the file cannot be opened.
     """
     check_regular(path, max_bytes)
     try:
@@ -66,11 +65,11 @@ def open_regular(path: Path, max_bytes: int = sys.maxsize) -> BinaryIO:
 
 
 def read_limited(path: Path, max_bytes: int) -> bytes:
-    """Read a regular file whole, after `check_regular`.
+    """Read a regular file after `check_regular`.
 
     Raises:
         FileNotFoundError: There is no such file.
-        InputError: As `open_regular`, or it cannot be read.
+        InputError: As in `open_regular`, or the file cannot be read.
     """
     with open_regular(path, max_bytes) as file:
         try:
@@ -82,7 +81,7 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Size in bytes of every file below a folder."""
+    """Return the size in bytes of every file below a folder."""
     return {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
@@ -91,15 +90,15 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def scan_sizes(folder: Path, *, max_files: int) -> dict[str, int]:
-    """Size in bytes of every file below an untrusted folder.
+    """Return the size in bytes of every file below an untrusted folder.
 
-    Links to files are followed, since download caches consist of them; links to folders are not.
+    Links to files are followed, because download caches use them. Links to folders are not.
 
     Raises:
         InputError: There are more than `max_files` files and folders; or one of them is a FIFO, a
             socket, a device or a broken link, or cannot be read.
     """
-    found, left, count = {}, [folder] if folder.is_dir() else [], 0
+    sizes, left, count = {}, [folder] if folder.is_dir() else [], 0
     try:
         while left:
             with os.scandir(left.pop()) as entries:
@@ -114,54 +113,56 @@ def scan_sizes(folder: Path, *, max_files: int) -> dict[str, int]:
                     status = entry.stat()
                     if not stat.S_ISREG(status.st_mode):
                         raise InputError(f"{path} is not a regular file; copy the folder again")
-                    found[str(path.relative_to(folder))] = status.st_size
+                    sizes[str(path.relative_to(folder))] = status.st_size
     except OSError as error:
         name = error.filename if error.filename is not None else folder
         raise InputError(
             f"{name} cannot be read ({one_line(error.strerror)}); copy the folder again"
         ) from None
-    return found
+    return sizes
 
 
 def checksums(folder: Path) -> dict[str, int]:
-    """CRC-32 of every file below a folder."""
-    found = {}
+    """Return the CRC-32 of every file below a folder."""
+    sums = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         checksum = 0
         with path.open("rb") as file:
             while block := file.read(2**24):
                 checksum = zlib.crc32(block, checksum)
-        found[str(path.relative_to(folder))] = checksum
-    return found
+        sums[str(path.relative_to(folder))] = checksum
+    return sums
 
 
-def check_files(folder: Path, expected: dict, found: dict, what: str) -> None:
-    """Refuses a folder whose files are not as they were written.
+def check_files(
+    folder: Path, expected: dict[str, int], actual: dict[str, int], problem: str
+) -> None:
+    """Refuse a folder whose files differ from those that were written.
 
     Args:
-        folder: For the message.
-        expected: File → its size, or its checksum, when it was written.
-        found: Likewise, now.
-        what: What is wrong with a file where they differ.
+        folder: The folder, for the message.
+        expected: File → its size or checksum when it was written.
+        actual: File → its size or checksum now.
+        problem: What is wrong with a file if they differ, e.g. `are missing`.
 
     Raises:
-        InputError: Names the first such file.
+        InputError: Files differ; the message names the first one.
     """
-    if wrong := [name for name, value in expected.items() if found.get(name) != value]:
+    if wrong := [name for name, value in expected.items() if actual.get(name) != value]:
         raise InputError(
-            f"{folder} is damaged: {len(wrong)} of {len(expected)} files {what} "
+            f"{folder} is damaged: {len(wrong)} of {len(expected)} files {problem} "
             f"({one_line(wrong[0])}); copy or export the model again"
         )
 
 
 def check_room(folder: Path, need_bytes: int) -> None:
-    """Refuses to write a folder where the disk has no room for it.
+    """Refuse to write a folder if the disk has not enough free space.
 
     Raises:
-        InputError: Says how much there is.
+        InputError: The message has the free and the required space.
     """
-    place = next(parent for parent in folder.parents if parent.exists())
-    free = shutil.disk_usage(place).free
+    parent = next(parent for parent in folder.parents if parent.exists())
+    free = shutil.disk_usage(parent).free
     if free < need_bytes:
         raise InputError(
             f"{folder} cannot be written ({free / 1e6:.0f} MB free, {need_bytes / 1e6:.0f} MB "

@@ -13,7 +13,7 @@ class LockedError(Exception):
     """Another process holds a lock.
 
     Attributes:
-        holder: Its number and its machine, as far as they are known.
+        holder: Process id and machine of the holder, if known.
     """
 
     def __init__(self, holder: str):
@@ -23,17 +23,17 @@ class LockedError(Exception):
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Hold a lock while the body runs. The system releases it if the process dies in any way.
+    """Hold a lock while the body runs. The system releases it if the process dies.
 
     Args:
-        path: A file that is made for the lock, names the holder, and is removed at the end.
+        path: The lock file. It is created, names the holder, and is removed at the end.
 
     Yields:
-        Whether the lock is held; False: the file system has no locks.
+        Whether the lock is held; False: the file system does not support locks.
 
     Raises:
         LockedError: Another process holds the lock.
-        OSError: The file cannot be made.
+        OSError: The file cannot be created.
     """
     file = _lock_file(path)
     try:
@@ -46,12 +46,12 @@ def locked(path: Path) -> Iterator[bool]:
 
 
 def _lock_file(path: Path) -> TextIO | None:
-    """Open and lock a file; None: the file system has no locks."""
+    """Open and lock a file; None: the file system does not support locks."""
     while True:
         file = path.open("a+", encoding="utf-8", errors="replace")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last holder may have removed it since it was opened.
+            # The previous holder may have removed the file since it was opened.
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {platform.node()}")

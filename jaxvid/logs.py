@@ -1,4 +1,4 @@
-"""The project's log: on the console and in `WORKDIR/log.txt`; and the progress bar of a run."""
+"""Logging to the console and to `WORKDIR/log.txt`, and the progress bar of a run."""
 
 import contextlib
 import logging
@@ -15,10 +15,10 @@ log = logging.getLogger("jaxvid")
 
 
 def setup_logging(workdir: Path) -> None:
-    """Sends the `jaxvid` log to the console and `WORKDIR/log.txt`.
+    """Send the `jaxvid` log to the console and `WORKDIR/log.txt`.
 
-    Progress is logged as `debug`: the file gets it always, the console where there is no bar. Of
-    other processes than the first, warnings alone are told, on their consoles.
+    Progress has the level `debug`. The file always gets it, the console only if there is no
+    progress bar. Processes other than the first log only warnings, to their consoles.
     """
     for handler in log.handlers[:]:
         log.removeHandler(handler)
@@ -33,7 +33,7 @@ def setup_logging(workdir: Path) -> None:
         return
     file = logging.FileHandler(workdir / "log.txt", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    file.handleError = lambda _: None  # a full disk is told by what cannot do without it
+    file.handleError = lambda _: None  # a full disk is reported by the writers of other files
     console = logging.Handler(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
     console.emit = _write_to_console
     log.addHandler(file)
@@ -41,17 +41,22 @@ def setup_logging(workdir: Path) -> None:
 
 
 def _write_to_console(record: logging.LogRecord) -> None:
-    """Print a line; a console that is gone must not end a run, as log.txt has everything."""
+    """Print a line; a closed console must not end a run, because log.txt has all lines."""
     with contextlib.suppress(SystemExit, InputError, OSError):
         tqdm.write(record.getMessage(), file=sys.stderr)
 
 
 class RunProgress(progress.Progress):
-    """Of the first process, a bar; `lines=True`: lines in the log too.
+    """Progress with a bar in the first process only.
 
-    Arguments: `jaxvid.progress.Progress`.
+    Args:
+        total: As in `jaxvid.progress.Progress`.
+        done: As in `Progress`.
+        unit: As in `Progress`.
+        title: As in `Progress`.
+        lines: Whether progress lines are logged.
     """
 
     def __init__(self, total: int, *, done: int = 0, unit: str, title: str, lines: bool = False):
-        bar, tell = not jax.process_index(), log.debug if lines else None
-        super().__init__(total, title=title, unit=unit, done=done, bar=bar, tell=tell)
+        bar, write_line = not jax.process_index(), log.debug if lines else None
+        super().__init__(total, title=title, unit=unit, done=done, bar=bar, write_line=write_line)

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, whole lines in a log."""
+"""Progress of long operations: a bar on a terminal, lines in a log."""
 
 import sys
 import time
@@ -6,28 +6,28 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-LINE_SECONDS = 10.0  # from one line to the next
+LINE_SECONDS = 10.0  # between two lines
 
 
 def to_stderr(line: str) -> None:
-    """Prints a line, unless a terminal shows the bar."""
+    """Print a line, unless a terminal shows the bar."""
     if not sys.stderr.isatty():
         print(line, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """Items done, items a second and the time left.
+    """Number of finished items, items per second and remaining time.
 
     Args:
         total: Number of items.
-        title: What is being done.
-        unit: What an item is, in the singular.
-        done: Items that an earlier run did.
-        bar: Whether a terminal shows a bar.
-        tell: Gets a line every `LINE_SECONDS`; None: no lines.
+        title: Name of the operation.
+        unit: Name of an item, in the singular.
+        done: Items that an earlier run finished.
+        bar: Whether to show a bar on a terminal.
+        write_line: Function that gets a line every `LINE_SECONDS`; None: no lines.
 
     Attributes:
-        done: Items done so far.
+        done: Number of finished items.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Progress:
         unit: str,
         done: int = 0,
         bar: bool = True,
-        tell: Callable[[str], None] | None = to_stderr,
+        write_line: Callable[[str], None] | None = to_stderr,
     ):
-        self._total, self._title, self._unit, self._tell = total, title, unit, tell
+        self._total, self._title, self._unit, self._write_line = total, title, unit, write_line
         self.done = self._start_count = done
-        self._start = self._told = time.monotonic()
+        self._start = self._last_line = time.monotonic()
         self._bar = tqdm(
             total=total,
             initial=done,
@@ -54,26 +54,27 @@ class Progress:
         )
 
     def advance(self, count: int, note: str = "") -> None:
-        """Counts items as done; `note` is shown behind the numbers."""
+        """Count finished items; `note` is shown after the numbers."""
         self.done += count
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count)
         now = time.monotonic()
-        if self._tell is not None and now - self._told >= LINE_SECONDS:
-            self._told = now
+        if self._write_line is not None and now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
             line = f"{self._title}: {self.done}/{self._total} {self._unit}s, {self.rate():.1f}/s"
-            self._tell(", ".join(part for part in (line, f"{self.time_left()} left", note) if part))
+            parts = (line, f"{self.time_left()} left", note)
+            self._write_line(", ".join(part for part in parts if part))
 
     def rate(self) -> float:
-        """Items a second since the start of this run."""
+        """Return the items per second since the start of this run."""
         return (self.done - self._start_count) / max(time.monotonic() - self._start, 1e-9)
 
     def time_left(self) -> str:
-        """Minutes and seconds at that rate."""
+        """Return the remaining time at that rate."""
         rate = self.rate()
         return tqdm.format_interval((self._total - self.done) / rate) if rate else "?"
 
     def close(self) -> None:
-        """Clears the bar."""
+        """Remove the bar."""
         self._bar.close()

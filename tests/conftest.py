@@ -1,4 +1,4 @@
-"""Eight fake CPU devices, so that sharded code runs everywhere; ranks never promote silently."""
+"""Shared fixtures. Tests run on eight fake CPU devices, without implicit rank promotion."""
 
 import logging
 import os
@@ -20,15 +20,15 @@ from jaxvid.logs import log
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# For programs of which other things are asked than the last digits: compiles twice as fast.
+# Compiler options for tests that do not need exact results: compiles twice as fast.
 QUICK = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment(tmp_path_factory):
-    """Grain's workers want absl flags that have been parsed; the user's cache stays as it is.
+    """Mark absl flags as parsed, which Grain's workers need, and use a temporary compilation cache.
 
-    Compiled programs are kept for this run of the tests, in a folder that its workers share.
+    The workers of one test run share the cache.
     """
     flags.FLAGS.mark_as_parsed()
     cache = str(tmp_path_factory.getbasetemp().parent / "xla")
@@ -39,14 +39,14 @@ def _environment(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def motion_folder(tmp_path_factory):
-    """A small set of motion clips: 48 for training, 24 for validation."""
+    """Return a small motion data set: 48 training clips, 24 validation clips."""
     folder = tmp_path_factory.mktemp("data") / "motion"
     make_motion(folder, num_train=48, num_val=24, seed=0)
     return folder
 
 
 def shrunk_config(folder, num_epochs: float = 2.0):
-    """The demo's config on the small clips, shrunk to a few steps of 16 clips."""
+    """Return the demo's config with a smaller model and a few steps of 16 clips."""
     config = motion_config.get_config().unlock()
     config.data.source = "folder"
     config.data.folder = str(folder)
@@ -64,36 +64,36 @@ def shrunk_config(folder, num_epochs: float = 2.0):
 
 @pytest.fixture
 def lines():
-    """The lines that are logged."""
-    found = []
+    """Yield a list of the lines that are logged."""
+    messages = []
     handler, level = logging.Handler(), log.level
-    handler.emit = lambda record: found.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    yield found
+    yield messages
     log.removeHandler(handler)
     log.setLevel(level)
 
 
 @pytest.fixture
 def config(motion_folder):
-    """A config of two epochs."""
+    """Return a config of two epochs."""
     return shrunk_config(motion_folder)
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Folder of the model folders of two tiny networks, `xvit` and `stam`."""
+    """Return a folder with the model folders `xvit` and `stam` of two tiny networks."""
     folder = tmp_path_factory.mktemp("models")
-    how = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
+    preprocessing = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
     for name, sampling in (("xvit", "segments"), ("stam", "uniform_10s")):
         model = jaxvid.create_model(f"{name}_tiny", width=16, depth=2)
-        how["sampling"] = sampling
-        jaxvid.save_model(model, folder / name, preprocessing=how, labels=list(LABELS))
+        preprocessing["sampling"] = sampling
+        jaxvid.save_model(model, folder / name, preprocessing=preprocessing, labels=list(LABELS))
     return folder
 
 
 @pytest.fixture(scope="session")
 def clips(motion_folder):
-    """The paths of 24 motion clips."""
+    """Return the paths of 24 motion clips."""
     return sorted(map(str, (motion_folder / "val").glob("*.mp4")))

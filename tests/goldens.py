@@ -1,4 +1,4 @@
-"""Reads tests/golden: numbers that the original PyTorch programs produced on synthetic weights."""
+"""Access to tests/golden: results of the original PyTorch programs with synthetic weights."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent / "golden"
 
 
 def load(name: str) -> dict:
-    """A golden's arrays, with `config` and `manifest` decoded and `clip` drawn."""
+    """Return the arrays of a golden, with decoded `config` and `manifest` and the drawn `clip`."""
     with np.load(FOLDER / f"{name}.npz") as arrays:
         golden = dict(arrays)
     for key in ("config", "manifest"):
@@ -24,7 +24,7 @@ def load(name: str) -> dict:
 
 
 def params(abstract: dict, seed: int) -> dict:
-    """Synthetic weights for every weight in `abstract`, in our layout."""
+    """Return synthetic values of all weights in `abstract`, in jaxvid's layout."""
     return {
         name: rules.from_torch(
             name,
@@ -35,13 +35,13 @@ def params(abstract: dict, seed: int) -> dict:
 
 
 def assert_forward(golden: dict, graphdef, params: dict, get_vit) -> None:
-    """Logits and every recorded block within 1e-5 of the original program's.
+    """Check logits and recorded blocks against the original program to 1e-5.
 
     Args:
-        golden: As `load` gives it.
-        graphdef: The network's structure.
-        params: Its weights.
-        get_vit: Network → the part that holds `embed` and `blocks`.
+        golden: The result of `load`.
+        graphdef: Structure of the network.
+        params: Weights of the network.
+        get_vit: Function from the network to its part with `embed` and `blocks`.
     """
 
     @jax.jit
@@ -59,27 +59,27 @@ def assert_forward(golden: dict, graphdef, params: dict, get_vit) -> None:
 
 
 def assert_samples(golden: dict, kind: str, arrays: dict) -> None:
-    """Norms and samples within 1e-4 relative of the original program's.
+    """Check norms and samples against the original program to a relative 1e-4.
 
     Args:
-        golden: As `load` gives it.
+        golden: The result of `load`.
         kind: `grad` (gradients) or `final` (weights after training).
-        arrays: One for each weight, under our names.
+        arrays: One array per weight, under jaxvid's names.
     """
     for key, array in arrays.items():
         array = rules.to_torch(key, np.asarray(array)).astype(np.float64).ravel()
         norm = golden[f"{kind}_norm/{rules.torch_key(key)}"]
         np.testing.assert_allclose(np.linalg.norm(array), norm, rtol=1e-4, err_msg=key)
         sample = golden[f"{kind}_sample/{rules.torch_key(key)}"]
-        places = np.linspace(0, array.size - 1, len(sample)).astype(int)
+        positions = np.linspace(0, array.size - 1, len(sample)).astype(int)
         # Relative to the larger of the samples and the array's root mean square: single entries
         # can be zero.
         scale = max(np.abs(sample).max(), norm / np.sqrt(array.size))
-        np.testing.assert_allclose(array[places], sample, rtol=0, atol=1e-4 * scale, err_msg=key)
+        np.testing.assert_allclose(array[positions], sample, rtol=0, atol=1e-4 * scale, err_msg=key)
 
 
 def assert_blocks(golden: dict, blocks: list) -> None:
-    """Every recorded block's class token and token mean within 1e-5 of the original program's."""
+    """Check class token and token mean of recorded blocks against the original to 1e-5."""
     recorded = {int(key.split("/")[1]) for key in golden if key.startswith("block/")}
     assert {0, len(blocks) - 1} <= recorded
     for i in recorded:

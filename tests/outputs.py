@@ -24,12 +24,12 @@ def measured(report: dict) -> dict:
 
 def rows(workdir: Path) -> list[str]:
     """Return the lines of `metrics.jsonl` without the fields that depend on time."""
-    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [json.dumps({k: v for k, v in row.items() if k not in TIMES}) for row in found]
+    parsed = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [json.dumps({k: v for k, v in row.items() if k not in TIMES}) for row in parsed]
 
 
 def check_same_outputs(workdir: Path, expected: Path) -> None:
-    """Check that two finished runs left the same files with the same numbers."""
+    """Check that two finished runs have the same files with the same numbers."""
     assert rows(workdir) == rows(expected)
     reports = [json.loads((folder / "eval.json").read_text()) for folder in (workdir, expected)]
     assert measured(reports[0]) == measured(reports[1])

@@ -1,4 +1,4 @@
-"""Every program on tiny input, as a command line: for tests of how programs end."""
+"""Command lines of all programs with tiny inputs, for tests of signals and exit codes."""
 
 import dataclasses
 import json
@@ -28,13 +28,13 @@ MAIN = [
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A program and how its outputs are checked.
+    """A program and its outputs.
 
     Attributes:
-        arguments: Of the Python interpreter. `{out}` is an empty folder, `{data}` the videos,
-            `{model}` a model folder, `{pth}` a converted one.
-        outputs: Files and folders below `{out}` that appear whole or not at all.
-        logs: Pattern of the lines that it writes to stderr while it works.
+        arguments: Arguments of the Python interpreter. `{out}` is an empty folder, `{data}` the
+            data folder, `{model}` a model folder, `{pth}` a converted one.
+        outputs: Files and folders below `{out}` that are written atomically.
+        logs: Pattern of the lines that it writes to stderr while it runs.
     """
 
     arguments: list[str]
@@ -87,20 +87,20 @@ PROGRAMS = {
 
 
 def make_inputs(folder: Path, data: Path) -> dict[str, Path]:
-    """Write what the programs read: a model folder and its conversion.
+    """Write the inputs of the programs: a model folder and its conversion.
 
     Args:
-        folder: Where to.
-        data: A folder of motion clips.
+        folder: Folder of the inputs.
+        data: Folder of motion clips.
 
     Returns:
         The values of `{data}`, `{model}` and `{pth}`.
     """
-    how = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
+    preprocessing = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
     labels = (data / "labels.txt").read_text().split("\n")[:8]
     model = jaxvid.create_model("xvit_tiny", num_classes=8)
-    how["sampling"] = "segments"
-    jaxvid.save_model(model, folder / "model", preprocessing=how, labels=labels)
+    preprocessing["sampling"] = "segments"
+    jaxvid.save_model(model, folder / "model", preprocessing=preprocessing, labels=labels)
     arguments = ["--input", str(folder / "model"), "--output", str(folder / "in.pth")]
     assert flax_to_torch.main(arguments) == 0
     return {"data": data, "model": folder / "model", "pth": folder / "in.pth"}
@@ -114,9 +114,9 @@ def start(
     Args:
         name: The program.
         out: Folder for its outputs.
-        inputs: As `make_inputs` gives it.
-        shell: How Bash runs it, e.g. `ulimit -v 1000; exec "$@"`.
-        **options: Of `Popen`. By default stderr is a pipe and stdout dropped.
+        inputs: The result of `make_inputs`.
+        shell: Bash script that runs it, e.g. `ulimit -v 1000; exec "$@"`.
+        **options: Options of `Popen`. By default, stderr is a pipe and stdout is discarded.
     """
     arguments = [text.format(out=out, **inputs) for text in PROGRAMS[name].arguments]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -127,7 +127,7 @@ def start(
 
 
 def check_outputs(name: str, out: Path) -> None:
-    """Fail if an output is there, but not whole."""
+    """Fail if an output exists but is incomplete."""
     for path in (out / output for output in PROGRAMS[name].outputs):
         if not path.exists():
             continue
@@ -148,7 +148,7 @@ def check_outputs(name: str, out: Path) -> None:
 
 
 def list_files(out: Path) -> set[str]:
-    """The files that programs leave in a folder, without those whose names have numbers."""
+    """Return the files that programs leave in a folder, except those with numbered names."""
     return {
         str(path.relative_to(out))
         for path in out.rglob("*")

@@ -1,4 +1,4 @@
-"""A run that is stopped again and again ends as if nothing had happened (in the marked suite)."""
+"""Runs that are stopped or killed repeatedly equal uninterrupted runs (marked `full`)."""
 
 import collections
 import concurrent.futures
@@ -40,19 +40,19 @@ def start(workdir: Path, data: Path, fields: dict = FIELDS) -> subprocess.Popen:
     flags = "--xla_backend_optimization_level=0"  # compiles twice as fast
     environment = os.environ | {"XLA_FLAGS": flags}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    with open(f"{workdir}.txt", "a") as told:
+    with open(f"{workdir}.txt", "a") as output:
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=told, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
 
 
-def told(workdir: Path) -> str:
+def output_of(workdir: Path) -> str:
     path = Path(f"{workdir}.txt")
     return path.read_text() if path.exists() else ""
 
 
 def wait_for(run: subprocess.Popen, condition) -> None:
-    """Returns as soon as a condition holds, while the run still goes on."""
+    """Return as soon as a condition holds, while the run still goes on."""
     until = time.monotonic() + 120
     while not condition():
         assert run.poll() is None, "the run ended before it was killed"
@@ -73,22 +73,22 @@ def numbers(workdir: Path) -> list[tuple]:
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
-def test_a_run_that_is_killed_at_random_ends_in_the_same_bits(motion_folder, tmp_path):
+def test_randomly_killed_runs_are_bit_identical(motion_folder, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole, motion_folder).wait(timeout=300) == 0, told(whole)
+    assert start(whole, motion_folder).wait(timeout=300) == 0, output_of(whole)
 
     def newest() -> int:
         return max(checkpoint.find_steps(killed), default=0)
 
     rng, reached = np.random.default_rng(0), 0
     for moment in [*(["start", "steps", "save", "save"] * 3)[:9], "model"]:
-        started = told(killed).count("first step")
+        started = output_of(killed).count("first step")
         run = start(killed, motion_folder)
         try:
             if moment == "start":
                 time.sleep(rng.uniform(0, 5))
             elif moment == "steps":
-                wait_for(run, lambda: told(killed).count("first step") > started)  # noqa: B023
+                wait_for(run, lambda: output_of(killed).count("first step") > started)  # noqa: B023
                 time.sleep(rng.uniform(0, 1.5))
             elif moment == "save":
                 wait_for(run, lambda: newest() > reached)  # noqa: B023
@@ -104,7 +104,7 @@ def test_a_run_that_is_killed_at_random_ends_in_the_same_bits(motion_folder, tmp
         assert newest() >= reached + (moment == "save")
         reached = newest()
     assert reached == STEPS
-    assert start(killed, motion_folder).wait(timeout=300) == 0, told(killed)
+    assert start(killed, motion_folder).wait(timeout=300) == 0, output_of(killed)
 
     reports = [json.loads((folder / "eval.json").read_text()) for folder in (whole, killed)]
     for name in ("weights_sha256", "top1", "loss", "num_videos"):
@@ -123,7 +123,7 @@ def test_a_run_that_is_killed_at_random_ends_in_the_same_bits(motion_folder, tmp
 
 def in_loop(workdir: Path) -> int:
     """Return how many starts of a run have reached the training loop."""
-    return told(workdir).count("M parameters, ")
+    return output_of(workdir).count("M parameters, ")
 
 
 def wait_for_signal(run: subprocess.Popen, workdir: Path, starts: int, rng, seconds) -> None:
@@ -139,7 +139,7 @@ def wait_for_signal(run: subprocess.Popen, workdir: Path, starts: int, rng, seco
     from_loop = rng.integers(2)
     until = time.monotonic() + HANG_SECONDS
     while from_loop and in_loop(workdir) == starts and run.poll() is None:
-        assert time.monotonic() < until, told(workdir)
+        assert time.monotonic() < until, output_of(workdir)
         time.sleep(0.01)
     with contextlib.suppress(subprocess.TimeoutExpired):
         run.wait(timeout=rng.uniform(0, seconds[from_loop]))
@@ -181,14 +181,14 @@ def interrupt_runs(
             finally:
                 run.kill()
                 run.wait()
-            assert code in ends, f"{code}: {told(workdir)}"
+            assert code in ends, f"{code}: {output_of(workdir)}"
             if len(ends) > 1:
                 codes[signal.Signals(number).name, code] += 1
             if (workdir / "eval.json").exists():
                 report = json.loads((workdir / "eval.json").read_text())
                 assert report["weights_sha256"] == expected["weights_sha256"]
         check_same_outputs(workdir, whole)
-        assert not [word for word in CRASHES if word in told(workdir)], told(workdir)
+        assert not [word for word in CRASHES if word in output_of(workdir)], output_of(workdir)
     return codes
 
 
@@ -198,15 +198,13 @@ def interrupt_runs(
     ("kinds", "count"),
     [((signal.SIGKILL,), NUM_KILLS), ((signal.SIGTERM, signal.SIGINT), NUM_SIGNALS)],
 )
-def test_runs_that_are_stopped_at_random_moments_lose_nothing(
-    motion_folder, tmp_path, kinds, count
-):
+def test_randomly_stopped_runs_lose_nothing(motion_folder, tmp_path, kinds, count):
     for name in ("whole", "again"):  # the second run finds the compiled programs in the cache
         began = time.monotonic()
         run = start(tmp_path / name, motion_folder, SHORT_FIELDS)
         wait_for(run, lambda: in_loop(tmp_path / name))  # noqa: B023
         loop = time.monotonic()
-        assert run.wait(timeout=600) == 0, told(tmp_path / name)
+        assert run.wait(timeout=600) == 0, output_of(tmp_path / name)
         seconds = time.monotonic() - began, time.monotonic() - loop
     check_same_outputs(tmp_path / "again", tmp_path / "whole")
     numbers = [kinds[i % len(kinds)] for i in range(count)]

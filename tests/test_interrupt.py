@@ -110,7 +110,7 @@ def start(tmp_path):
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_a_signal_ends_a_program_wherever_it_is(start, body):
+def test_signals_end_every_program(start, body):
     for number, line in ((signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")):
         process = start(BODIES[body])
         process.send_signal(number)
@@ -145,7 +145,7 @@ def test_signals_are_blocked_in_workers_until_they_ignore_them(start):
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
-def test_ctrl_c_while_workers_start_saves_and_stops(motion_folder, tmp_path):
+def test_ctrl_c_during_worker_start_saves_and_stops(motion_folder, tmp_path):
     """Ctrl-C signals the workers too. One that died of it made the parent hang."""
     rng = np.random.default_rng(0)
     for count in range(8):
@@ -177,7 +177,7 @@ def test_ctrl_c_while_workers_start_saves_and_stops(motion_folder, tmp_path):
         assert process.returncode == 130, output
 
 
-def test_training_saves_for_as_long_as_it_needs(start):
+def test_training_is_not_killed_while_it_saves(start):
     """While `StopSignals` is active, `entry_point` ignores signals."""
     body = """
         import hashlib, sys, time
@@ -207,14 +207,14 @@ def test_training_saves_for_as_long_as_it_needs(start):
     assert process.returncode == 143
 
 
-def test_a_program_as_a_library_installs_nothing():
+def test_importing_a_program_installs_no_handlers():
     handlers = "[*map(signal.getsignal, (2, 15))]"
     code = f"import signal; a = {handlers}; from jaxvid.data import check; print(a == {handlers})"
     done = run([sys.executable, "-c", code])
     assert done.stdout == "True\n"
 
 
-def test_predict_is_interrupted_while_it_imports_jax():
+def test_predict_can_be_interrupted_while_importing_jax():
     command = [sys.executable, "-m", "jaxvid.predict", "a.mp4", "--model=there_is_none"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_until_guarded(process)
@@ -281,7 +281,7 @@ LIMITED = "ulimit -v 2000000; {}"
         (MANY_LINES, "ulimit -v 2000000; {} | head -1", (141, "")),
     ],
 )  # fmt: skip
-def test_what_goes_wrong_outside_is_at_most_one_line(run_body, body, shell, expected):
+def test_external_errors_are_at_most_one_line(run_body, body, shell, expected):
     done = run_body(body, shell)
     if expected is None:  # the reader may end before or after the line
         expected = (done.returncode, "")
@@ -292,7 +292,7 @@ def test_what_goes_wrong_outside_is_at_most_one_line(run_body, body, shell, expe
     assert done.stderr.count("\n") == bool(line)
 
 
-def test_a_defect_keeps_its_traceback(run_body):
+def test_defects_print_a_traceback(run_body):
     for shell in ("{}", LIMITED):
         done = run_body("raise ValueError('a defect')", shell)
         assert done.returncode == 1
@@ -324,7 +324,7 @@ def test_signals_under_an_address_space_limit(tmp_path, number, to_group):
     assert (process.returncode, stdout, stderr) == (9, "noted\n", "")
 
 
-def test_a_killed_supervisor_takes_the_program_with_it(tmp_path):
+def test_the_program_ends_with_its_supervisor(tmp_path):
     (tmp_path / "program.py").write_text(
         "import os, time\n\n\ndef main():\n    print(os.getpid(), flush=True)\n"
         "    time.sleep(300)\n"
@@ -339,7 +339,7 @@ def test_a_killed_supervisor_takes_the_program_with_it(tmp_path):
     process.communicate(timeout=WAIT_SECONDS)  # ends when the child has closed its stdout
 
 
-def test_there_is_no_compilation_cache_without_a_home_directory(monkeypatch):
+def test_no_compilation_cache_without_a_home_directory(monkeypatch):
     for name in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)  # has no passwd entry
@@ -358,7 +358,7 @@ BUSY_FACTOR = 5  # other work on the machine, the second lane included
 
 
 def is_guarded(process: subprocess.Popen) -> bool:
-    """Whether the handlers are installed: Python itself has none for SIGTERM.
+    """Return whether the handlers are installed: Python itself has none for SIGTERM.
 
     What comes before is the interpreter's start, in which no line of the project has run.
     """
@@ -458,12 +458,12 @@ def test_signals_at_random_moments(name, inputs, tmp_path):
             _, stderr = process.communicate()
         assert process.returncode == 0, stderr
         programs.check_outputs(name, out)
-        found, expected = (
+        files, expected = (
             # Orbax draws the names of its files, and a run that was stopped keeps another step.
             {path for path in programs.list_files(folder) if "checkpoints/" not in str(path)}
             for folder in (out, whole)
         )
-        assert found == expected
+        assert files == expected
 
     with concurrent.futures.ThreadPoolExecutor(2) as lanes:
         list(lanes.map(interrupt_one_by_one, range(2)))

@@ -1,4 +1,4 @@
-"""A bar on a terminal, whole lines everywhere else."""
+"""Progress: a bar on a terminal, complete lines elsewhere."""
 
 import io
 import sys
@@ -26,7 +26,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_rate_and_time_left_are_this_runs(clock):
+def test_rate_and_remaining_time_exclude_earlier_runs(clock):
     bar = progress.Progress(100, done=20, unit="clip", title="training")
     assert bar.time_left() == "?"
     clock[0] += 4
@@ -35,7 +35,7 @@ def test_rate_and_time_left_are_this_runs(clock):
     bar.close()
 
 
-def test_a_log_gets_a_whole_line_now_and_then(clock, monkeypatch):
+def test_logs_get_complete_lines_at_intervals(clock, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Stream(terminal=False))
     bar = progress.Progress(9000, title="writing clips", unit="clip")
     for _ in range(50):  # 25 s
@@ -49,7 +49,7 @@ def test_a_log_gets_a_whole_line_now_and_then(clock, monkeypatch):
     assert sys.stderr.getvalue().endswith("\n")
 
 
-def test_a_terminal_gets_a_bar_that_is_cleared(clock, monkeypatch):
+def test_terminals_get_a_bar_that_is_removed(clock, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Stream(terminal=True))
     bar = check.Progress(4, "reading")
     clock[0] += 60
@@ -66,7 +66,7 @@ def test_a_terminal_gets_a_bar_that_is_cleared(clock, monkeypatch):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_lines_go_to_the_log_that_asks_for_them(clock, monkeypatch, terminal):
+def test_progress_lines_are_logged_on_request(clock, monkeypatch, terminal):
     monkeypatch.setattr(sys, "stderr", Stream(terminal))
     lines = []
     monkeypatch.setattr(logs.log, "debug", lines.append)

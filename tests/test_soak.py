@@ -1,4 +1,4 @@
-"""Memory stays flat over a long run, and nothing is left behind (in the marked suite)."""
+"""Long runs have constant memory and leave nothing behind (marked `full`)."""
 
 import contextlib
 import gc
@@ -55,7 +55,7 @@ def resident_bytes(pid: int) -> int:
 @pytest.mark.full
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_memory_is_flat_over_2000_batches(num_workers):
+def test_memory_is_constant_over_2000_batches(num_workers):
     before = {*SHARED_MEMORY.iterdir()}
     spec = ClipSpec(num_frames=16, crop=224, short_side=256, train_short_side=(256, 256))
     batches = make_train_iter(
@@ -82,7 +82,7 @@ def test_memory_is_flat_over_2000_batches(num_workers):
 
 @pytest.mark.full
 @pytest.mark.timeout(300)
-def test_an_interrupt_leaves_no_process_and_no_shared_memory(motion_folder, tmp_path):
+def test_interrupts_leave_no_process_and_no_shared_memory(motion_folder, tmp_path):
     before = {*SHARED_MEMORY.iterdir()}
     command = [sys.executable, "main.py", "--config", "configs/motion.py", "--workdir", tmp_path]
     options = [f"--config.data.folder={motion_folder}", "--config.data.source=folder"]

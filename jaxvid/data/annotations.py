@@ -1,4 +1,4 @@
-"""Lists of video files, class folders, and the names of classes."""
+"""Annotations: lists of video files, class folders and class names."""
 
 import collections
 import functools
@@ -35,20 +35,20 @@ _LABEL_HEADERS = ("label", "labels", "class", "class_id", "target")
 _LABEL_FILES = ("labels.txt", "labels.json")
 
 
-# ------------------------------------------------------------------ names of classes
+# ------------------------------------------------------------------ class names
 
 
 def read_labels(folder: Path) -> tuple[list[str], str]:
-    """Reads the names of a data folder's classes, in order.
+    """Read the class names of a data folder, in the order of the labels.
 
-    They are in `labels.txt` (a name a line), in `labels.json` (a list, or name → index as
-    Something-Something has it), or else the sorted names in the columns of Kinetics' lists.
+    They come from `labels.txt` (one name per line), from `labels.json` (a list, or name → index as
+    in Something-Something), or from the label column of Kinetics lists, sorted.
 
     Returns:
-        The names, and the file that they come from.
+        The names, and the file or files that they come from.
 
     Raises:
-        InputError: There is none of these, or one is malformed.
+        InputError: There is no such file, or it is malformed.
     """
     path = next((folder / name for name in _LABEL_FILES if os.path.lexists(folder / name)), None)
     kinetics = [path for path in sorted(folder.glob("*.csv")) if is_kinetics(path)]
@@ -65,56 +65,58 @@ def read_labels(folder: Path) -> tuple[list[str], str]:
         while not labels[-1]:
             labels.pop()
     if "" in labels:
-        raise InputError(f"{path}: class {labels.index('')} has no name; a line is empty")
+        raise InputError(
+            f"{path}: class {labels.index('')} has no name; remove the empty line or add the name"
+        )
     if len(labels) > MAX_CLASSES:
-        raise InputError(f"{path}: names {len(labels)} classes; at most {MAX_CLASSES} are possible")
+        raise InputError(f"{path}: names {len(labels)} classes; the maximum is {MAX_CLASSES}")
     for i, name in enumerate(labels):
         if problem := name_problem(name):
             raise InputError(f"{path}: the name of class {i} {problem}; correct it")
     twice = [name for name, count in collections.Counter(labels).items() if count > 1]
     if twice:
-        raise InputError(f"{path}: {twice[0]!r} is named twice; a class needs a name of its own")
+        raise InputError(f"{path}: {twice[0]!r} is named twice; class names must be unique")
     return labels, str(path)
 
 
 def _read_labels_json(path: Path) -> list[str]:
     text = read_text(path, max_bytes=MAX_JSON_BYTES)
     try:
-        found = json.loads(text)
-        if isinstance(found, dict):
-            places = {int(str(index)): str(name) for name, index in found.items()}
-            found = [places[i] for i in range(len(found))]
-        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-            raise ValueError("neither is what it holds")
+        labels = json.loads(text)
+        if isinstance(labels, dict):
+            by_index = {int(str(index)): str(name) for name, index in labels.items()}
+            labels = [by_index[i] for i in range(len(labels))]
+        if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
+            raise ValueError("it is neither")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
             f"{path}: must be a list of names or map each name to its index from 0 ({error})"
         ) from None
-    return found
+    return labels
 
 
 def name_problem(name: str) -> str:
-    """What makes a class's name unusable; empty: nothing does.
+    """Return why a class name is invalid; empty if it is valid.
 
-    Names are written to text files of a line each, to JSON and to pages in UTF-8.
+    Names are written to text files with one name per line, to JSON and to HTML, in UTF-8.
     """
     if len(name) > MAX_CLASS_NAME:
-        return f"has {len(name)} characters; at most {MAX_CLASS_NAME} are possible"
+        return f"has {len(name)} characters (the maximum is {MAX_CLASS_NAME})"
     if any("\ud800" <= c <= "\udfff" for c in name):
         return "is not UTF-8"
-    return "" if printable(name) == name else "holds a line break or a control character"
+    return "" if printable(name) == name else "contains a line break or a control character"
 
 
 def names_classes(folder: Path) -> bool:
-    """Whether a folder has a file that names the classes, readable or not."""
+    """Return whether a folder has a file of class names, even if it cannot be read."""
     return any(os.path.lexists(folder / name) for name in _LABEL_FILES)
 
 
 def read_labels_or_numbers(folder: Path, count: int) -> tuple[list[str], str]:
-    """The names of the classes, or their numbers where nothing names them.
+    """Return the class names and the file that they come from; without a file, the label numbers.
 
     Raises:
-        InputError: The file of names is malformed, or was there and is missing.
+        InputError: The file of class names is malformed, or is missing from a pack that had one.
     """
     if names_classes(folder):
         return read_labels(folder)
@@ -130,28 +132,28 @@ def read_labels_or_numbers(folder: Path, count: int) -> tuple[list[str], str]:
 
 
 def find_split(folder: Path, split: str) -> Path:
-    """A split's list, whether it is there or not.
+    """Return the path of a split's list, which need not exist.
 
-    It is `SPLIT.csv`, or as Kinetics (`validate.csv`) and Something-Something (`SPLIT.json`,
-    `something-something-v2-SPLIT.json`) name theirs.
+    It is `SPLIT.csv`, or the name in Kinetics (`validate.csv`) or Something-Something
+    (`SPLIT.json`, `something-something-v2-SPLIT.json`).
     """
     names = ("val", "validate", "validation") if split == "val" else (split,)
     forms = ("{}.csv", "something-something-v2-{}.json", "{}.json")
-    found = [folder / form.format(name) for form in forms for name in names]
-    return next((path for path in found if os.path.lexists(path)), found[0])
+    candidates = [folder / form.format(name) for form in forms for name in names]
+    return next((path for path in candidates if os.path.lexists(path)), candidates[0])
 
 
 def read_split(
     folder: Path, split: str, labels: list[str], prefix: str, missing: str
 ) -> list[Record]:
-    """Reads a split's list of any kind."""
+    """Read the list of a split, in any format."""
     return read_records(find_split(folder, split), labels, prefix=prefix, missing=missing)
 
 
 def read_records(
     path: Path, labels: list[str] | None, *, prefix: str, missing: str, labelled: bool = True
 ) -> list[Record]:
-    """Reads a list of any kind; `labels` None: nothing names the classes. Else as `read_list`."""
+    """Read a list in any format; `labels` None: unnamed classes. See `read_list` for the rest."""
     options = {"prefix": prefix, "missing": missing, "labelled": labelled}
     if path.suffix == ".json":
         return read_something_list(path, labels, **options)
@@ -168,18 +170,18 @@ def read_list(
     missing: str = "error",
     labelled: bool = True,
 ) -> list[Record]:
-    """Reads a list of videos: `path label` or `path,label` a line, with or without a header.
+    """Read a list of videos with lines `path label` or `path,label`, and optionally a header.
 
     Args:
         path: The list.
-        num_classes: Every label must lie below it; None: any may be.
-        prefix: The folder that the paths are relative to; empty: the list's own.
-        missing: `error`, or `keep` to leave missing files to whoever opens them.
-        labelled: Whether every video must have a label; else all lines may be paths alone.
+        num_classes: Labels must be below it; None: any label is valid.
+        prefix: Folder that the paths are relative to; empty: the list's folder.
+        missing: `error`, or `keep` to leave missing files to the decoder.
+        labelled: Whether labels are required; otherwise, all lines may be paths without labels.
 
     Raises:
-        InputError: The list is missing or empty, a line is malformed, its label out of range, its
-            path listed before, its video missing or empty; the message names the line.
+        InputError: The list is missing or empty, a line is malformed or repeats an earlier path, a
+            label is out of range, or a video is missing or empty. The message has the line number.
     """
     base, records = Path(prefix) if prefix else path.parent, RecordList(path, missing)
     lines_read = enumerate(read_lines(path, names=True), 1)
@@ -208,7 +210,7 @@ def read_list(
 
 
 def is_label(text: str) -> bool:
-    """Whether it is a number from 0 that a class can have."""
+    """Return whether a text is a valid label, a number from 0."""
     digits = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_CLASSES))
     return digits and int(text) < MAX_CLASSES
 
@@ -219,20 +221,19 @@ def is_label(text: str) -> bool:
 def read_class_folders(
     folder: Path, splits: tuple[str, ...], skipped: Skipped | None = None
 ) -> tuple[list[str], dict]:
-    """Reads `FOLDER/SPLIT/CLASS/*.mp4`, or `FOLDER/CLASS/*.mp4` where one split is asked for.
+    """Read `FOLDER/SPLIT/CLASS/*.mp4`, or `FOLDER/CLASS/*.mp4` for a single split.
 
     Args:
-        folder: The folder.
-        splits: Which splits to read.
-        skipped: Counts what is in the folders of these splits and is not listed.
+        folder: The data folder.
+        splits: Splits to read.
+        skipped: Counts the entries in the folders of these splits that are not listed.
 
     Returns:
-        The names of the classes (those in `labels.txt` or `labels.json`, or those of the folders,
-        sorted), and split → records.
+        The class names (from `labels.txt` or `labels.json`, otherwise the sorted names of the
+        folders), and split → records.
 
     Raises:
-        InputError: A folder is missing or not readable, or holds no video; a class has no name, or
-            one that is not UTF-8 or holds a line break.
+        InputError: A folder is missing, unreadable or without videos, or a class name is invalid.
     """
     skipped = Skipped() if skipped is None else skipped
     roots = {split: folder / split for split in splits}
@@ -240,7 +241,7 @@ def read_class_folders(
         roots = {splits[0]: folder}
     others = [folder / name for name in SPLITS if os.path.isdir(folder / name)]
     trees = {root: _list_classes(root, skipped) for root in {**dict.fromkeys(roots.values())}}
-    if folder not in trees:  # all splits tell the classes, whichever is asked for
+    if folder not in trees:  # the classes are those of all splits, not only of the requested ones
         rest = (root for root in others if root not in trees)
         trees |= {root: _list_classes(root, Skipped()) for root in rest}
     names = sorted({name for tree in trees.values() for name in tree})
@@ -250,24 +251,27 @@ def read_class_folders(
                 f"{folder}: the class folder {os.fsencode(name)!r} has a name that {problem}; "
                 "rename it"
             )
-    labels, where = read_labels(folder) if names_classes(folder) else (names, folder)
+    labels, labels_file = read_labels(folder) if names_classes(folder) else (names, folder)
     if unknown := sorted(set(names) - set(labels)):
-        raise InputError(f"{folder}: the folder {unknown[0]!r} is not a class in {where}")
-    records, places = {}, {name: i for i, name in enumerate(labels)}
+        raise InputError(
+            f"{folder}: the folder {unknown[0]!r} is not a class in {labels_file}; add the class "
+            "or rename the folder"
+        )
+    records, label_of = {}, {name: i for i, name in enumerate(labels)}
     for split, root in roots.items():
         records[split] = [
-            Record(root / name / video, places[name], f"{name}/{video}")
+            Record(root / name / video, label_of[name], f"{name}/{video}")
             for name in sorted(trees[root])
             for video in trees[root][name]
         ]
         if not records[split]:
             left_out = f" (skipped: {skipped})" if str(skipped) else ""
-            raise InputError(f"{root}: no CLASS/*.mp4 in it{left_out}")
+            raise InputError(f"{root}: contains no CLASS/*.mp4{left_out}")
     return labels, records
 
 
 def _list_classes(root: Path, skipped: Skipped) -> dict[str, list[str]]:
-    """Class → its videos, sorted."""
+    """Return class → its videos, sorted."""
     classes = {}
     try:
         for name in sorted(os.listdir(root)):
@@ -279,7 +283,7 @@ def _list_classes(root: Path, skipped: Skipped) -> dict[str, list[str]]:
                 skipped.add(BESIDE)
     except OSError as error:
         raise InputError(
-            f"{error.filename} cannot be read ({error.strerror}); there must be {root}/CLASS/*.mp4"
+            f"{error.filename} cannot be read ({error.strerror}); expected {root}/CLASS/*.mp4"
         ) from None
     return classes
 

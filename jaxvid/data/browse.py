@@ -1,4 +1,4 @@
-"""Shows what the network sees: augmented training clips and evaluation views, as one picture.
+"""Draw augmented training clips and evaluation views, as the network sees them, in one image.
 
 python -m jaxvid.data.browse --config configs/motion.py --output sheet.png [--config.FIELD=VALUE]
 """
@@ -23,19 +23,20 @@ from jaxvid.atomic import write_file
 from jaxvid.data.clips import transforms
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.video_reader import DecodeError
-from jaxvid.data.sources import Record, open_dataset
+from jaxvid.data.protocols import VideoRecord
+from jaxvid.data.sources import open_dataset
 from jaxvid.errors import InputError
 from jaxvid.experiment import Config, resolve
 
-SHOWN_FRAMES = 8  # of a clip, evenly chosen
+SHOWN_FRAMES = 8  # per clip, evenly spaced
 
 CONFIG = cli.define_config()
-OUTPUT = flags.DEFINE_string("output", None, "The PNG file.")
-COUNT = flags.DEFINE_integer("count", 4, "Videos of each split.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "PNG file to write.")
+COUNT = flags.DEFINE_integer("count", 4, "Number of videos per split.", lower_bound=1)
 
 
 def draw_sheet(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], output: Path) -> None:
-    """Draws clips as rows of frames.
+    """Draw clips as rows of frames.
 
     Args:
         rows: Title, clip `(t, h, w, c)` uint8 and the numbers of its frames `(t,)`.
@@ -46,12 +47,13 @@ def draw_sheet(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], output: Path)
     for line, (title, clip, indices) in zip(
         figure.subplots(len(rows), columns, squeeze=False), rows, strict=True
     ):
-        places = np.linspace(0, len(clip) - 1, columns).round().astype(int)
-        for axes, place in zip(line, places, strict=True):
-            axes.imshow(clip[place])
+        for axes, t in zip(
+            line, np.linspace(0, len(clip) - 1, columns).round().astype(int), strict=True
+        ):
+            axes.imshow(clip[t])
             axes.set_xticks([])
             axes.set_yticks([])
-            axes.set_xlabel(f"frame {indices[place]}", fontsize=7)
+            axes.set_xlabel(f"frame {indices[t]}", fontsize=7)
         line[0].set_title(title, loc="left", fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format=output.suffix.lstrip(".") or "png")
@@ -59,7 +61,7 @@ def draw_sheet(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], output: Path)
 
 
 def make_rows(config: Config, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """The first videos of both splits, as training and as evaluation see them.
+    """Load clips of videos of both splits, as training and evaluation do.
 
     Raises:
         InputError: The data cannot be opened, or none of the videos can be decoded.
@@ -83,21 +85,21 @@ def make_rows(config: Config, count: int) -> list[tuple[str, np.ndarray, np.ndar
 
 
 def _rows_of(
-    record: Record, split: str, spec: ClipSpec, rng: np.random.Generator, title: str
-) -> list:
+    record: VideoRecord, split: str, spec: ClipSpec, rng: np.random.Generator, title: str
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
     if split == "train":
         clip = load_train_clip(record, rng, spec)
         return [(title, clip["video"], clip["indices"])]
     views = load_eval_views(record, spec)
     indices = np.repeat(views["indices"], spec.num_crops, axis=0)
     return [
-        (f"{title}, view {v}", transforms.to_uint8(clip), places)
-        for v, (clip, places) in enumerate(zip(views["video"], indices, strict=True))
+        (f"{title}, view {v}", transforms.to_uint8(clip), numbers)
+        for v, (clip, numbers) in enumerate(zip(views["video"], indices, strict=True))
     ]
 
 
-def run(_) -> None:
-    """The command line; bad input becomes one line and exit code 2."""
+def run(_: list[str]) -> None:
+    """Draw the sheet; invalid input is one line and exit code 2."""
     output = Path(OUTPUT.value)
     try:
         rows = make_rows(CONFIG.value, COUNT.value)
@@ -109,7 +111,7 @@ def run(_) -> None:
 
 
 def main() -> None:
-    """Parses the flags and draws the sheet."""
+    """Run the command line of this module."""
     needed = {"output": "FILE.png"}
     parse = functools.partial(cli.parse_flags, doc=__doc__, module=__name__, needed=needed)
     app.run(run, flags_parser=parse)

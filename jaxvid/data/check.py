@@ -1,9 +1,8 @@
-"""Reads every frame of every video of a list and says what is broken or odd.
+"""Decode every frame of every video of a data set, and report broken and unusual videos.
 
     python -m jaxvid.data.check LIST_OR_FOLDER [--json OUT]
 
-Ends with status 0 where every video can be read, 3 where some cannot, 2 where the input is
-unusable.
+Exit codes: 0 all videos can be read, 2 invalid input, 3 some videos are broken.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -41,25 +40,25 @@ from jaxvid.data.records import MAX_LIST_BYTES, Record, file_state
 from jaxvid.errors import InputError, printable
 from jaxvid.files import check_regular
 
-SOME_BROKEN = 3  # exit status
-MAX_SECONDS = 3600.0  # for one video, however long
-CLIP_FRAMES = 16  # a video with fewer is too short for a clip
-CHUNK_BYTES = 128 * 2**20  # of decoded frames that are held at once
+SOME_BROKEN = 3  # exit code
+MAX_SECONDS = 3600.0  # of decoding per video
+CLIP_FRAMES = 16  # a video with fewer frames is reported as short
+CHUNK_BYTES = 128 * 2**20  # decoded frames in memory at a time
 
 
 @dataclasses.dataclass
 class Finding:
-    """What is known of a video after reading it.
+    """Result of reading a video.
 
     Attributes:
-        id: Its id.
-        split: Its list.
-        num_frames: Frames in it; 0: it cannot be opened.
-        fps: Frames a second; None: unknown.
-        odd: What is unusual, though it can be read.
-        broken: Why it cannot be read; None: it can.
-        readable: Frames that can be read.
-        size: Of the file in bytes; -1: there is none.
+        id: Id of the video.
+        split: Split of the video.
+        num_frames: Number of frames; 0: the video cannot be opened.
+        fps: Frames per second; None: unknown.
+        odd: Unusual properties of a readable video.
+        broken: Decode error; None: the video can be read.
+        readable: Number of frames that can be read.
+        size: Size of the file in bytes; -1: the file does not exist.
     """
 
     id: str
@@ -79,37 +78,42 @@ def gather(
     labelled: bool = True,
     skipped: Skipped | None = None,
 ) -> tuple[dict[str, list[Record]], list[str]]:
-    """Finds the videos of lists and folders, whether the files are there or not.
+    """List the videos of lists and folders; their files need not exist.
 
     Args:
-        paths: Lists, named after their splits, or folders: those with lists in them (`train.csv`,
-            `val.csv`, `test.csv`, or the official ones), and those with a folder a class.
-        prefix: What paths in lists are relative to; empty: the list's folder.
-        labelled: Whether every video must have a label.
-        skipped: Counts what is in class folders and is not listed.
+        paths: Lists, named after their splits, or folders with lists (`train.csv`, `val.csv`,
+            `test.csv`, or official lists) or with class folders.
+        prefix: Folder that paths in lists are relative to; empty: the list's folder.
+        labelled: Whether labels are required.
+        skipped: Counts the entries of class folders that are not listed.
 
     Returns:
-        Split → records, and the names of the classes; their numbers where nothing names them.
+        Split → records, and the class names, or the label numbers if there are no names.
 
     Raises:
-        InputError: A list or folder is missing, malformed or empty; two are of the same split.
+        InputError: A list or folder is missing, malformed or empty, or a split occurs twice.
     """
-    records, names, where = {}, None, None
+    records, names, names_path = {}, None, None
     for path in map(Path, paths):
-        found, labels = _gather_one(path, prefix, labelled, skipped)
-        for split in found:
+        new_records, labels = _gather_one(path, prefix, labelled, skipped)
+        for split in new_records:
             if split in records:
                 raise InputError(f"{path}: split {split!r} is given twice; rename one of the lists")
-        records.update(found)
+        records.update(new_records)
         if labels is not None and names is not None and labels != names:
-            raise InputError(f"{path}: its classes are named otherwise than {where}'s")
+            raise InputError(
+                f"{path}: the class names differ from those of {names_path}; use the same "
+                "labels.txt"
+            )
         if labels is not None:
-            names, where = labels, path
+            names, names_path = labels, path
     highest = max(record.label for split in records.values() for record in split)
     if names is None:
         names = [str(i) for i in range(highest + 1)]
     elif highest >= len(names):
-        raise InputError(f"{where}: label {highest} is out of range: there are {len(names)} names")
+        raise InputError(
+            f"{names_path}: label {highest} is out of range: there are {len(names)} class names"
+        )
     return records, names
 
 
@@ -117,12 +121,12 @@ def _gather_one(
     path: Path, prefix: str, labelled: bool, skipped: Skipped | None
 ) -> tuple[dict[str, list[Record]], list[str] | None]:
     if not os.path.isdir(path):
-        with contextlib.suppress(FileNotFoundError):  # reported by who reads it
+        with contextlib.suppress(FileNotFoundError):  # reported when the list is read
             check_regular(path, MAX_LIST_BYTES)
         folder, lists = path.parent, {_split_of(path): path}
     else:
-        folder, found = path, {split: find_split(path, split) for split in SPLITS}
-        lists = {split: file for split, file in found.items() if os.path.lexists(file)}
+        folder, candidates = path, {split: find_split(path, split) for split in SPLITS}
+        lists = {split: file for split, file in candidates.items() if os.path.lexists(file)}
     if not lists:
         splits = tuple(split for split in SPLITS if os.path.isdir(path / split))
         labels, records = read_class_folders(path, splits or ("train",), skipped)
@@ -134,7 +138,7 @@ def _gather_one(
 
 
 def note_skipped(skipped: Skipped) -> None:
-    """Print one line about what a scan of class folders left out, if it left out anything."""
+    """Print one line about the files that a scan of class folders skipped, if any."""
     if left_out := str(skipped):
         print(f"skipped in class folders: {left_out}", file=sys.stderr)
 
@@ -142,7 +146,7 @@ def note_skipped(skipped: Skipped) -> None:
 def _split_of(path: Path) -> str:
     split = path.stem.removeprefix("something-something-v2-")
     if not split.isidentifier():
-        raise InputError(f"{path}: its name is its split's, in letters; rename it to train.csv")
+        raise InputError(f"{path}: the file name must be that of a split; rename it to train.csv")
     return "val" if split in ("validate", "validation") else split
 
 
@@ -153,17 +157,17 @@ def examine(
     num: int = 0,
     color_matrix: str = "tagged",
 ) -> Finding:
-    """Reads a video to the end.
+    """Read a video to the end.
 
     Args:
         record: The video.
-        split: Its list.
-        use: Is called with its frames `(t, h, w, c)` uint8, some at a time, in order.
-        num: Frames to read, evenly spaced; 0: all.
-        color_matrix: Of their conversion to RGB, as `decode.Video` has it.
+        split: Its split.
+        use: Function that gets the frames `(t, h, w, c)` uint8, some at a time, in order.
+        num: Number of evenly spaced frames to read; 0: all.
+        color_matrix: Conversion to RGB, as in `VideoFile`.
 
     Returns:
-        What was found. If it is broken, what `use` was given is not all of it.
+        The result. If the video is broken, `use` did not get all frames.
     """
     finding = Finding(record.id, split)
     if state := file_state(record.path):
@@ -185,7 +189,7 @@ def examine(
                 use(frames)
         except DecodeError as error:
             finding.broken = str(error)
-            with contextlib.suppress(DecodeError):  # no time left to count
+            with contextlib.suppress(DecodeError):  # a timeout
                 finding.readable = 0
                 finding.readable = reader.count_readable()
         short = [f"shorter than a clip of {CLIP_FRAMES} frames"]
@@ -194,15 +198,15 @@ def examine(
 
 
 def spread(length: int, num: int) -> np.ndarray:
-    """The frames to read: all, or `num` of them, evenly spaced, where there are more."""
+    """Return the numbers of the frames to read: all, or at most `num`, evenly spaced."""
     if not num or num >= length:
         return np.arange(length)
     return np.rint(np.linspace(0, length - 1, num)).astype(int)
 
 
 def iter_frames(reader: VideoFile, indices: np.ndarray) -> Iterator[np.ndarray]:
-    """Reads frames as many at a time as `CHUNK_BYTES` hold: all at once, unless they are large."""
-    if len(indices) < reader.num_frames and reader.times is not None:  # what lies between is left
+    """Read frames in chunks of at most `CHUNK_BYTES`."""
+    if len(indices) < reader.num_frames and reader.times is not None:  # seek to the frames
         step = max(1, CHUNK_BYTES // reader.get_frames(indices[:1]).nbytes)
         for start in range(0, len(indices), step):
             yield reader.get_frames(indices[start : start + step])
@@ -217,7 +221,7 @@ def iter_frames(reader: VideoFile, indices: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def map_in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """Calls a function in threads; yields results in order, a few calls ahead of what is taken."""
+    """Call a function in threads; yield the results in order, with a bounded look-ahead."""
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         queue = collections.deque()
         try:
@@ -232,28 +236,28 @@ def map_in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
 
 
 class Progress:
-    """Videos done, and the bytes that were read or written for them.
+    """Progress in videos and bytes.
 
     Args:
         total: Number of videos.
-        title: What is being done.
+        title: Name of the activity.
     """
 
     def __init__(self, total: int, title: str):
         self._progress, self._bytes = progress.Progress(total, title=title, unit="video"), 0
 
     def advance(self, num_bytes: int) -> None:
-        """Counts a video."""
+        """Count a video of `num_bytes` bytes."""
         self._bytes += max(num_bytes, 0)
         self._progress.advance(1, f"{self._bytes / 1e6:.1f} MB")
 
     def close(self) -> None:
-        """Clears the bar."""
+        """Clear the bar."""
         self._progress.close()
 
 
 def make_report(findings: Sequence[Finding], seconds: float) -> dict:
-    """What the console and the JSON file say; `seconds` is the time that reading took."""
+    """Return the contents of the report; `seconds` is the time for reading."""
     broken = [
         {"id": f.id, "split": f.split, "reason": f.broken, "readable": f.readable,
          "num_frames": f.num_frames}
@@ -277,9 +281,11 @@ def make_report(findings: Sequence[Finding], seconds: float) -> dict:
 
 
 def print_report(report: dict, done: str) -> None:
-    """Prints a report of `make_report`; `done`: what was done with the readable videos.
+    """Print a report of `make_report`.
 
-    Every video is one line: what is odd in a name is escaped.
+    Args:
+        report: The report. Each video is one line; special characters in names are escaped.
+        done: What was done with the readable videos, e.g. `packed`.
     """
     for row in report["broken"]:
         print(f"broken: {printable(row['reason'])}")
@@ -293,23 +299,23 @@ def print_report(report: dict, done: str) -> None:
 
 
 def check(paths: Sequence[str | Path], workers: int, prefix: str = "") -> dict:
-    """Reads every video of lists and folders.
+    """Read every video of lists and folders.
 
     Args:
-        paths: As `gather`.
-        workers: Threads.
-        prefix: As `gather`.
+        paths: As in `gather`.
+        workers: Number of threads.
+        prefix: As in `gather`.
 
     Returns:
-        The report.
+        The report of `make_report`.
 
     Raises:
-        InputError: As `gather`.
+        InputError: As in `gather`.
     """
     skipped = Skipped()
     records, _ = gather(paths, prefix, labelled=False, skipped=skipped)
     note_skipped(skipped)
-    items = [(record, split) for split, found in records.items() for record in found]
+    items = [(record, split) for split, videos in records.items() for record in videos]
     start, findings = time.monotonic(), []
     with contextlib.closing(Progress(len(items), "reading")) as bar:
         for finding in map_in_order(lambda item: examine(*item, lambda _: None), items, workers):
@@ -319,12 +325,16 @@ def check(paths: Sequence[str | Path], workers: int, prefix: str = "") -> dict:
 
 
 def main() -> None:
-    """The command line of this module."""
+    """Run the command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("input", nargs="+", metavar="LIST_OR_FOLDER")
-    parser.add_argument("--prefix", default="", help="what paths in lists are relative to")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="file to write the report to")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
+    parser.add_argument("input", nargs="+", metavar="LIST_OR_FOLDER", help="lists or data folders")
+    parser.add_argument(
+        "--prefix", default="", help="folder of the paths in lists (default: the list's folder)"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the report to this file")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="number of threads (default: CPUs)"
+    )
     args = parser.parse_args()
     try:
         if args.json:

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jaxvid.data.formats.pack_reader import PackRecords, TfdsVideo
+from jaxvid.data.protocols import VideoRecord
 
 
-def describe_videos(records: Sequence) -> dict:
-    """How many videos a split has, and the fingerprints of their ids and of their labels."""
+def describe_videos(records: Sequence[VideoRecord]) -> dict[str, int | str]:
+    """Return the number of videos of a split, and the fingerprints of their ids and labels."""
     return {
         "videos": len(records),
         "sha256": fingerprint(records),
@@ -18,35 +19,40 @@ def describe_videos(records: Sequence) -> dict:
     }
 
 
-def fingerprint(records: Sequence) -> str:
-    """SHA-256 over the ids of a split's videos, in order."""
+def fingerprint(records: Sequence[VideoRecord]) -> str:
+    """Return the SHA-256 of the ids of a split's videos, in order."""
     return digest(record.id for record in records)
 
 
-def fingerprint_labels(records: Sequence) -> str:
-    """SHA-256 over the labels of a split's videos, in order; of those that no list tells: none."""
+def fingerprint_labels(records: Sequence[VideoRecord]) -> str:
+    """Return the SHA-256 of the labels of a split's videos, in order.
+
+    Labels that are known only after reading the video count as empty.
+    """
     return digest("" if isinstance(record, TfdsVideo) else str(record.label) for record in records)
 
 
-def fingerprint_files(records: Sequence) -> str:
-    """SHA-256 over sizes and times of the files that videos lie in: another where one changed."""
+def fingerprint_files(records: Sequence[VideoRecord]) -> str:
+    """Return the SHA-256 of the sizes and modification times of the files of a split's videos."""
     is_pack = isinstance(records, PackRecords)
     paths = records.paths if is_pack else [record.path for record in records]
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # file systems over a network are slow
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # network file systems are slow
         return digest(pool.map(_describe_file, paths))
 
 
-def _describe_file(path: str | Path) -> str:
+def _describe_file(path: str | Path | None) -> str:
+    if path is None:
+        return ""
     try:
         status = os.stat(path)
-    except (OSError, ValueError):  # who opens it says why
+    except (OSError, ValueError):  # reported when the video is opened
         return ""
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def digest(texts: Iterable[str]) -> str:
-    """Return the SHA-256 of a sequence of texts, which may hold names of files."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of texts, which may contain file names that are not UTF-8."""
+    sha256 = hashlib.sha256()
     for text in texts:
-        found.update(text.encode(errors="surrogateescape") + b"\0")  # as file names are
-    return found.hexdigest()
+        sha256.update(text.encode(errors="surrogateescape") + b"\0")
+    return sha256.hexdigest()

@@ -1,4 +1,4 @@
-"""Video files in folders: which suffixes count as videos, and what a scan leaves out."""
+"""Video files in folders: their suffixes, and counts of other files that scans skip."""
 
 import collections
 import os
@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable
 
 from jaxvid.errors import printable
 
-# Of containers that jaxvid/data/formats/video_reader.py opens (CONTAINERS there).
+# Suffixes of the containers in CONTAINERS of jaxvid/data/formats/video_reader.py.
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2"),
     *(".mkv", ".webm", ".avi", ".divx", ".gif"),
     *(".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".m2ts", ".mts"),
     *(".wmv", ".asf", ".flv", ".f4v", ".ogv", ".mxf", ".rm", ".rmvb", ".dv", ".nut", ".y4m"),
 )
-NAMED_SUFFIXES = 5  # that a line about skipped files names
+NAMED_SUFFIXES = 5  # in a line about skipped files
 
-# Why an entry of a folder is left out.
+# Reasons for skipping an entry of a folder.
 HIDDEN = "hidden"
 OTHER_KIND = "not videos by their suffix"
 SUBFOLDER = "sub-folders"
@@ -25,7 +25,7 @@ BESIDE = "files beside the class folders"
 
 
 class Skipped:
-    """Counts the entries of folders that scans leave out, by the reason."""
+    """Counts the entries of folders that scans skip, by the reason."""
 
     def __init__(self):
         self._reasons, self._suffixes = collections.Counter(), collections.Counter()
@@ -37,7 +37,7 @@ class Skipped:
             self._suffixes[os.path.splitext(name)[1].lower() or "no suffix"] += 1
 
     def __str__(self) -> str:
-        """Return the counts as one line, the most frequent first; empty: nothing was left out."""
+        """Return the counts as one line, the most frequent first; empty if nothing was skipped."""
         suffixes = [f"{suffix} {n}" for suffix, n in _sort(self._suffixes)[:NAMED_SUFFIXES]]
         suffixes += ["…"] if len(self._suffixes) > NAMED_SUFFIXES else []
         named = f" ({', '.join(suffixes)})"
@@ -50,19 +50,19 @@ class Skipped:
 
 
 def _sort(counts: collections.Counter) -> list[tuple[str, int]]:
-    """The most frequent first; the order of a folder's entries depends on the file system."""
+    """Sort by count, then by name: the order of directory entries depends on the file system."""
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def pick_videos(
     entries: Iterable[tuple[str, Callable[[], bool]]], skipped: Skipped | None
 ) -> list[str]:
-    """Choose the video files among the entries of a folder that are not folders.
+    """Select the video files among entries of a folder that are not folders.
 
     Args:
-        entries: Of each, its name and a function that tells whether it is a regular file, or a
-            link to one.
-        skipped: Counts the others; None: nobody asks.
+        entries: The name of each entry, and a function that returns whether it is a regular file
+            or a link to one.
+        skipped: Counts the other entries.
 
     Returns:
         The names of the videos, sorted.

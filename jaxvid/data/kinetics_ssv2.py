@@ -1,4 +1,4 @@
-"""The annotation files that Kinetics and Something-Something are published with."""
+"""Official annotation files of Kinetics and Something-Something."""
 
 import csv
 import json
@@ -21,26 +21,26 @@ from jaxvid.errors import InputError
 
 MAX_JSON_BYTES = 2**28  # of a list
 
-_KINETICS = {"youtube_id", "time_start", "time_end"}  # its columns, with `label` but in test lists
+_KINETICS = {"youtube_id", "time_start", "time_end"}  # columns; all but test lists have `label` too
 
 
 def is_kinetics(path: Path) -> bool:
-    """Whether a list has the columns of an official Kinetics list."""
+    """Return whether a list has the columns of an official Kinetics list."""
     if not os.path.isfile(path):
         return False
     try:
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             header = file.readline(1000)
         return set(next(csv.reader([header], skipinitialspace=True), ())) >= _KINETICS
-    except (OSError, csv.Error):  # who reads it says why
+    except (OSError, csv.Error):  # reported when the list is read
         return False
 
 
 def read_kinetics(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of an official Kinetics list by their columns, each with its line's number.
+    """Yield the line number and the columns of each row of an official Kinetics list.
 
     Raises:
-        InputError: The file is unusable, or a line is no row of a table.
+        InputError: The file cannot be read, or a line is not CSV.
     """
     lines = read_lines(path, names=True)
     for number, line in enumerate(lines, 1):
@@ -50,7 +50,7 @@ def read_kinetics(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: is no line of a table: {error}") from None
+        raise InputError(f"{path}:{reader.line_num}: is not valid CSV: {error}") from None
 
 
 def read_kinetics_list(
@@ -61,34 +61,36 @@ def read_kinetics_list(
     missing: str = "error",
     labelled: bool = True,
 ) -> list[Record]:
-    """Reads an official Kinetics list: columns `label`, `youtube_id`, `time_start`, `time_end`.
+    """Read an official Kinetics list: columns `label`, `youtube_id`, `time_start`, `time_end`.
 
-    A video is `ID_START_END.mp4`, the times in six digits, in the folder, its folder of the split,
-    or in either's folder of the class, whose name may have `_` in the place of spaces.
+    A video is `ID_START_END.mp4`, with times of six digits, in the folder, in the subfolder of the
+    split, or in a subfolder of the class in either of them, whose name may have `_` for spaces.
 
     Args:
         path: The list.
-        labels: The names of the classes.
-        prefix: The folder that holds the videos; empty: the list's own.
-        missing: As `read_list`.
-        labelled: As `read_list`.
+        labels: Names of the classes.
+        prefix: Folder of the videos; empty: the list's folder.
+        missing: As in `read_list`.
+        labelled: As in `read_list`.
 
     Raises:
-        InputError: As `read_list`, and for a class that `labels` does not name.
+        InputError: As in `read_list`, or a class is not in `labels`.
     """
     base, records = Path(prefix) if prefix else path.parent, RecordList(path, missing)
-    listings, places = Listings(), labels and {name: i for i, name in enumerate(labels)}
+    listings, label_of = Listings(), labels and {name: i for i, name in enumerate(labels)}
     for number, row in read_kinetics(path):
         try:
             times = f"{int(row['time_start']):06d}_{int(row['time_end']):06d}"
         except ValueError:
-            raise InputError(f"{path}:{number}: its times are not whole seconds") from None
+            raise InputError(
+                f"{path}:{number}: time_start and time_end are not whole seconds; correct the line"
+            ) from None
         name = f"{row['youtube_id']}_{times}.mp4"
         label = row.get("label")
         classes = ("", label, label.replace(" ", "_")) if label else ("",)
-        found = [os.path.join(base, split, c, name) for split in (path.stem, "") for c in classes]
-        video = Path(next((video for video in found if video in listings), found[0]))
-        label = _find_label(path, number, label, places, labelled)
+        files = [os.path.join(base, split, c, name) for split in (path.stem, "") for c in classes]
+        video = Path(next((file for file in files if file in listings), files[0]))
+        label = _find_label(path, number, label, label_of, labelled)
         records.add(number, Record(video, label, name))
     return records.finish()
 
@@ -101,33 +103,33 @@ def read_something_list(
     missing: str = "error",
     labelled: bool = True,
 ) -> list[Record]:
-    """Reads an official Something-Something list: entries with `id` and `template`.
+    """Read an official Something-Something list: entries with `id` and `template`.
 
-    A video is `ID.webm` or `ID.mp4`, in the folder or its `20bn-something-something-v2`. Arguments:
-    `read_kinetics_list`.
+    A video is `ID.webm` or `ID.mp4`, in the folder or in its `20bn-something-something-v2`.
+    Arguments: `read_kinetics_list`.
 
     Raises:
-        InputError: As `read_list`, and for a class that `labels` does not name.
+        InputError: As in `read_list`, or a class is not in `labels`.
     """
     base, records = Path(prefix) if prefix else path.parent, RecordList(path, missing)
-    places = labels and {_without_brackets(name): i for i, name in enumerate(labels)}
+    label_of = labels and {_without_brackets(name): i for i, name in enumerate(labels)}
     listings, text = Listings(), read_text(path, names=True, max_bytes=MAX_JSON_BYTES)
     try:
         entries = json.loads(text)
         rows = [(str(entry["id"]), entry.get("template")) for entry in entries]
         rows = [(name, label and _without_brackets(label)) for name, label in rows]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise InputError(f"{path}: is no list of entries with 'id' and 'template'") from None
+        raise InputError(f"{path}: is not a list of entries with 'id' and 'template'") from None
     for number, (name, template) in enumerate(rows, start=1):
         try:
             name.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError:
             raise InputError(f"{path}:{number}: {name!r} is not UTF-8; correct the id") from None
         folders = (base, base / "20bn-something-something-v2")
-        ends = (".webm", ".mp4")
-        found = [os.path.join(place, f"{name}{end}") for place in folders for end in ends]
-        video = Path(next((video for video in found if video in listings), found[0]))
-        label = _find_label(path, number, template, places, labelled)
+        suffixes = (".webm", ".mp4")
+        files = [os.path.join(folder, name + suffix) for folder in folders for suffix in suffixes]
+        video = Path(next((file for file in files if file in listings), files[0]))
+        label = _find_label(path, number, template, label_of, labelled)
         records.add(number, Record(video, label, name))
     return records.finish()
 
@@ -137,13 +139,16 @@ def _without_brackets(template: str) -> str:
 
 
 def _find_label(
-    path: Path, number: int, name: str | None, places: dict[str, int] | None, labelled: bool
+    path: Path, number: int, name: str | None, label_of: dict[str, int] | None, labelled: bool
 ) -> int:
-    """The place of a class; `NO_LABEL` where none is named and none is needed."""
-    if not labelled and (not name or places is None):
+    """Return the label of a class; `NO_LABEL` if there is none and none is required."""
+    if not labelled and (not name or label_of is None):
         return NO_LABEL
     if not name:
         raise InputError(f"{path}:{number}: {HAS_NO_LABEL}")
-    if name not in (places or ()):
-        raise InputError(f"{path}:{number}: {name!r} is not a class in labels.txt or labels.json")
-    return places[name]
+    if name not in (label_of or ()):
+        raise InputError(
+            f"{path}:{number}: {name!r} is not a class in labels.txt or labels.json; add it or "
+            "correct the line"
+        )
+    return label_of[name]

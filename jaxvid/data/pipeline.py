@@ -1,15 +1,16 @@
 """The Grain chain: records → decoded, cropped, batched uint8 clips.
 
-Every random choice comes from the generator that Grain derives from (seed, position), so batches do
-not depend on the number of threads, workers or restarts. A video that cannot be decoded keeps its
-place in its batch, masked, with the reason: nothing is swapped for it.
+All random choices come from the generator that Grain derives from the seed and the position.
+Therefore batches do not depend on the number of threads, workers or restarts. A video that cannot
+be decoded is masked in its batch, with the reason. It is not replaced by another video.
 """
 
 import dataclasses
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import cv2
 import grain
@@ -18,10 +19,12 @@ import numpy as np
 from jaxvid import entry_point
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.video_reader import DecodeError
-from jaxvid.data.sources import Record
+from jaxvid.data.protocols import VideoRecord
 
-_loading: dict[int, tuple[str, float]] = {}  # thread → its video, and since when
-TEXT_BYTES = 512  # of a video's id, and of the reason why it failed, in a batch
+_loading: dict[int, tuple[str, float]] = {}  # thread → id of its video, and the start time
+TEXT_BYTES = 512  # length of ids and decode errors in a batch
+
+Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class LoaderConfig:
 
 
 def make_train_iter(
-    records: Sequence[Record],
+    records: Sequence[VideoRecord],
     *,
     spec: ClipSpec,
     batch_size: int,
@@ -47,38 +50,37 @@ def make_train_iter(
     num_workers: int = 0,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
-    """An endless, reshuffled, checkpointable stream of training batches.
+    """Return an endless, reshuffled, checkpointable iterator of training batches.
 
     Args:
         records: Labelled videos.
-        spec: How clips are made.
-        batch_size: Clips in a batch of this process.
-        seed: Decides order, frames and crops.
-        num_threads: Threads that decode, in each worker.
-        num_workers: Worker processes; 0: none, threads alone.
-        shard: `(index, count)` of this process among all: it makes that part of each batch.
+        spec: Sampling, sizes and augmentation of the clips.
+        batch_size: Clips per batch of this process.
+        seed: Seed of order, frames and crops.
+        num_threads: Decoding threads per worker.
+        num_workers: Worker processes; 0: threads only.
+        shard: `(index, count)`: this process makes part `index` of `count` of each global batch.
 
     Returns:
-        An iterator over `{"video": (b, t, h, w, c) uint8, "label": (b,) int32, "mask": (b,) bool,
-        "padded": (b,) bool, "indices": (b, t) int32, "id": (b, bytes), "error": (b, bytes)}`; the
-        mask is False, the video zeros and the error told for what cannot be decoded.
+        An iterator of `{"video": (b, t, h, w, c) uint8, "label": (b,) int32, "mask": (b,) bool,
+        "padded": (b,) bool, "indices": (b, t) int32, "id": (b, bytes), "error": (b, bytes)}`. For
+        a video that cannot be decoded, the mask is False, the video is zero, and `error` is the
+        reason.
     """
     zeros = {
         "video": np.zeros((spec.num_frames, spec.crop, spec.crop, 3), np.uint8),
         "indices": np.zeros(spec.num_frames, np.int32),
     }
 
-    def load(record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def load(record: VideoRecord, rng: np.random.Generator) -> Batch:
         return _example(record, lambda: load_train_clip(record, rng, spec), zeros)
 
-    # Loading comes before the shard, so that a clip's draw is that of its place in the stream:
-    # together, the processes make the same batches whatever their number.
     dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat().random_map(load)
-    return _to_iter(_Shard(dataset, batch_size, shard).batch(batch_size), num_threads, num_workers)
+    return _to_iter(dataset, batch_size, shard, num_threads, num_workers)
 
 
 def make_eval_iter(
-    records: Sequence[Record],
+    records: Sequence[VideoRecord],
     *,
     spec: ClipSpec,
     batch_size: int,
@@ -86,14 +88,14 @@ def make_eval_iter(
     num_workers: int = 0,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
-    """Every video once, in order; what fills the last batch is masked.
+    """Return an iterator that yields every video once, in order.
 
-    All shards give the same number of batches. Arguments as in `make_train_iter`.
+    All shards have the same number of batches. The last batch is padded with masked entries, whose
+    `id` is empty. Arguments: `make_train_iter`.
 
     Returns:
-        An iterator over what `make_train_iter` gives, with `video` `(b, v, t, h, w, c)` of
-        `spec.eval_dtype` and `released` `(b,)` bool, as `load_eval_views`; what fills the last
-        batch has an empty `id`.
+        An iterator of batches as in `make_train_iter`, but with `video` `(b, v, t, h, w, c)` of
+        `spec.eval_dtype` and `released` `(b,)` bool from `load_eval_views`.
     """
     count = -(-len(records) // (batch_size * shard[1])) * batch_size * shard[1]
     views, t, size = spec.num_clips * spec.num_crops, spec.num_frames, spec.crop
@@ -103,36 +105,27 @@ def make_eval_iter(
         "released": np.bool_(False),
     }
 
-    def load(index: int) -> dict[str, np.ndarray]:
+    def load(index: int) -> Batch:
         if index >= len(records):
             return _example(None, None, zeros)
         record = records[index]
         return _example(record, lambda: load_eval_views(record, spec), zeros)
 
-    dataset = _Shard(grain.MapDataset.range(count).map(load), batch_size, shard)
-    return _to_iter(dataset.batch(batch_size), num_threads, num_workers)
+    dataset = grain.MapDataset.range(count).map(load)
+    return _to_iter(dataset, batch_size, shard, num_threads, num_workers)
 
 
-class _Shard(grain.MapDataset):
-    """Of every batch of `count · size` examples the `size` that process `index` makes."""
+def _example(record: VideoRecord | None, load: Callable[[], Batch] | None, zeros: Batch) -> Batch:
+    """Load a clip and add the other fields of a batch.
 
-    def __init__(self, parent: grain.MapDataset, size: int, shard: tuple[int, int]):
-        super().__init__(parent)
-        self._size, (self._index, self._count) = size, shard
-
-    def __len__(self) -> int:
-        return len(self._parent) // self._count
-
-    def __getitem__(self, i: int):
-        batch, row = divmod(i, self._size)
-        return self._parent[(batch * self._count + self._index) * self._size + row]
-
-
-def _example(record: Record | None, load, zeros: dict) -> dict[str, np.ndarray]:
-    """What `load` gives, with all that a batch needs; zeros for no record and for a broken one."""
+    Args:
+        record: The video; None: padding of the last batch.
+        load: Returns the clip.
+        zeros: The clip if there is no record or it cannot be decoded.
+    """
     example = {**zeros, "padded": np.bool_(False)}
     error = ""
-    cv2.setNumThreads(0)  # clips are made in parallel, not the parts of a frame
+    cv2.setNumThreads(0)  # clips are already processed in parallel
     if record is not None:
         thread = threading.get_ident()
         _loading[thread] = (record.id, time.monotonic())
@@ -152,21 +145,21 @@ def _example(record: Record | None, load, zeros: dict) -> dict[str, np.ndarray]:
 
 
 def describe_decoding() -> str:
-    """The videos that this process's threads are at, the slowest first: for the log of a stall."""
-    found = sorted(_loading.copy().values(), key=lambda entry: entry[1])
+    """Describe the videos that this process is decoding, the slowest first, for stall warnings."""
+    videos = sorted(_loading.copy().values(), key=lambda entry: entry[1])
     now = time.monotonic()
-    return "; ".join(f"reading {id_} for {now - start:.0f} s" for id_, start in found)
+    return "; ".join(f"reading {id_} for {now - start:.0f} s" for id_, start in videos)
 
 
 def _text(text: str) -> np.ndarray:
-    """A string as an array that can be batched and shared between processes."""
-    encoded = text.encode(errors="surrogateescape")  # as names of files are
-    # The end of a long path tells more.
+    """Return a string as an array that can be batched and shared between processes."""
+    encoded = text.encode(errors="surrogateescape")  # may be a file name that is not UTF-8
+    # The end of a long path is more specific than its beginning.
     return np.frombuffer(encoded[-TEXT_BYTES:].ljust(TEXT_BYTES, b"\0"), np.uint8)
 
 
-def split_batch(batch: dict) -> tuple[dict, list[str], list[str]]:
-    """What the device needs of a batch, and its ids and errors, empty where there is none."""
+def split_batch(batch: Batch) -> tuple[Batch, list[str], list[str]]:
+    """Split a batch into the arrays for the device, the ids, and the decode errors or ``."""
     arrays = {name: batch[name] for name in ("video", "label", "mask")}
     ids = [_read_id(row) for row in batch["id"]]
     errors = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in batch["error"]]
@@ -178,13 +171,26 @@ def _read_id(row: np.ndarray) -> str:
 
 
 def stored_id(id_: str) -> str:
-    """Return an id as `split_batch` gives it: long ones are cut."""
+    """Return an id as `split_batch` returns it: long ids are truncated."""
     return _read_id(_text(id_))
 
 
-def _to_iter(dataset: grain.MapDataset, num_threads: int, num_workers: int):
-    # The batch comes before the workers, so that their number does not change what is in it. The
-    # buffer counts batches and is bounded: Grain's default would hold 500 of them.
+def _to_iter(
+    dataset: grain.MapDataset,
+    batch_size: int,
+    shard: tuple[int, int],
+    num_threads: int,
+    num_workers: int,
+) -> "grain.DatasetIterator | _WorkerIterator":
+    """Batch the examples, select this process's part of each global batch, and start reading.
+
+    Random maps come before the shard: the draw of an example depends on its position in the global
+    stream, so any number of processes makes the same global batches. Batching comes before the
+    workers, so that their number does not change the batches.
+    """
+    index, count = shard
+    dataset = dataset.batch(batch_size)[index::count]
+    # Grain's default buffer would hold 500 batches.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 2)
     iter_dataset = dataset.to_iter_dataset(options)
     if num_workers:
@@ -197,7 +203,7 @@ def _to_iter(dataset: grain.MapDataset, num_threads: int, num_workers: int):
 
 
 class _WorkerIterator:
-    """A Grain iterator whose worker processes start, at the first draw, with signals blocked."""
+    """A Grain iterator whose worker processes start with signals blocked, at the first `next`."""
 
     def __init__(self, iterator: grain.DatasetIterator):
         self._iterator, self._started = iterator, False
@@ -205,21 +211,22 @@ class _WorkerIterator:
     def __iter__(self) -> "_WorkerIterator":
         return self
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> Batch:
         if self._started:
             return next(self._iterator)
         self._started = True
         with entry_point.signals_blocked():
             return next(self._iterator)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._iterator, name)
 
 
-def _outlive_signals(*_) -> None:
-    """Makes a worker end with its parent alone.
+def _outlive_signals(*_: object) -> None:
+    """Make a worker process end only when its parent ends.
 
-    Ctrl-C and cluster managers signal every process of a group; the run needs its workers to save.
+    Ctrl-C and cluster managers signal every process of a group. The run needs its workers until it
+    has saved its state.
     """
     entry_point.ignore_signals()
 

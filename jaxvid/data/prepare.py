@@ -1,10 +1,10 @@
-"""Decodes videos once and packs their frames as JPEG pictures, which are fast to read in any order.
+"""Convert videos to a pack: a data set of JPEG frames with fast random access.
 
     python -m jaxvid.data.prepare --input LIST_OR_FOLDER --output DIR [--format h5]
 
-Killed at any time, it continues when it is run again, and the pack is the same byte for byte. With
-`--shard 0/8` to `--shard 7/8` eight jobs share the work; the last one finishes the pack. Ends with
-status 0, 3 where videos were broken and left out, 2 where the input is unusable.
+A run that was killed continues when it is started again, and the pack is identical to that of an
+uninterrupted run. With `--shard 0/8` to `--shard 7/8`, eight jobs share the work, and the last one
+completes the pack. Exit codes: 0 success, 2 invalid input, 3 some videos are broken and left out.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jaxvid.atomic import format_json
+from jaxvid.atomic import format_json, write_file
 from jaxvid.data.check import (
     SOME_BROKEN,
     Finding,
@@ -36,44 +36,38 @@ from jaxvid.data.check import (
     print_report,
 )
 from jaxvid.data.folder_scan import Skipped
-from jaxvid.data.formats import pack_writer
+from jaxvid.data.formats import pack_writer, tfds_api
 from jaxvid.data.formats.pack_index import format_table, list_videos, table_path
 from jaxvid.data.formats.pack_writer import Clip, Part, Settings, encode, plan
 from jaxvid.data.formats.xvit_hdf5 import write_h5
 from jaxvid.errors import InputError, printable
 from jaxvid.locks import LockedError, locked
 
-# ------------------------------------------------------------------ what goes to disk
+# ------------------------------------------------------------------ files
 
 
-def _write_atomically(path: Path, text: str | bytes) -> None:
-    """Write a file, whole or not at all; names of files in a text need not be UTF-8."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _write_text(path: Path, text: str) -> None:
+    """Write a text atomically; file names in it need not be UTF-8."""
+    write_file(path, text.encode("utf-8", "surrogateescape"), writer=str(os.getpid()))
 
 
 def _write_part(
     part: Part, clips: Iterator[Clip], output: Path, settings: Settings, labels: list[str], tag: str
 ) -> None:
-    """Writes a part's files under other names, renames them, and then says that it is complete."""
-    start, kept, findings, files = time.monotonic(), [], [], {}
+    """Write the files of a part under temporary names, rename them, and write its state file."""
+    start, rows, findings, files = time.monotonic(), [], [], {}
     partials = output / ".parts"
 
     def usable() -> Iterator[tuple[str, Clip]]:
         for name, clip in zip(part.names, clips, strict=True):
             findings.append(clip.finding)
             uneven = int(clip.times is not None)
-            # A broken video has no frames, and stays listed: what reads the pack must count it.
-            kept.append([name, clip.finding.id, clip.label, len(clip.jpegs), clip.fps, uneven])
+            # Broken videos stay listed, without frames: evaluation must count them.
+            rows.append([name, clip.finding.id, clip.label, len(clip.jpegs), clip.fps, uneven])
             if clip.jpegs:
                 yield name, clip
 
-    def place(partial: Path, name: str) -> None:
+    def commit(partial: Path, name: str) -> None:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         files[name] = partial.stat().st_size
@@ -88,26 +82,27 @@ def _write_part(
         name = pack_writer.array_record_name(part.split, part.number, part.count)
         partial = partials / f"{name}{tag}"
         pack_writer.write_array_record(partial, examples, labels)
-        place(partial, name)
+        commit(partial, name)
     else:
         (output / "seq_h5" / part.split).mkdir(parents=True, exist_ok=True)
         for name, clip in usable():
             partial = partials / f"{part.split}-{part.number}.h5{tag}"
             write_h5(partial, name, clip.jpegs)
-            place(partial, f"seq_h5/{part.split}/{name}.h5")
+            commit(partial, f"seq_h5/{part.split}/{name}.h5")
     state = {
-        "kept": kept,
+        "kept": rows,
         "findings": [dataclasses.asdict(finding) for finding in findings],
         "files": files,
         "seconds": time.monotonic() - start,
     }
-    _write_atomically(part.state_path(output), json.dumps(state))
+    _write_text(part.state_path(output), json.dumps(state))
 
 
 def _load_state(part: Part, output: Path) -> dict | None:
-    """What a complete part holds; None for one that is to be done, or done again.
+    """Return the state of a complete part; None if it must be written.
 
-    A part is done again where a file of it is gone, or a broken video has changed since.
+    A complete part is written again if one of its files is missing, or if a broken video has
+    changed since.
     """
     try:
         state = json.loads(part.state_path(output).read_text())
@@ -123,35 +118,36 @@ def _load_state(part: Part, output: Path) -> dict | None:
 
 
 def _claim(output: Path, settings: dict) -> None:
-    """Makes the folder; refuses one that holds something else.
+    """Create the output folder, or check that it has an unfinished pack with the same settings.
 
     Raises:
-        InputError: It does.
+        InputError: The folder contains something else.
     """
     parts = output / ".parts"
     if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is not a folder; name another")
+        raise InputError(f"{output} is not a folder; choose another one")
     if not parts.exists() and output.exists() and any(output.iterdir()):
-        raise InputError(f"{output} holds something else; name another folder")
+        raise InputError(f"{output} is not empty and is not a pack; choose another folder")
     parts.mkdir(parents=True, exist_ok=True)
     path = parts / "settings.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
-        found = {"color_matrix": "tagged"} | found  # older versions knew no other
-        names = [name for name in settings if found.get(name) != settings[name]]
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+        before = {"color_matrix": "tagged"} | before  # the only one of older versions
+        names = [name for name in settings if before.get(name) != settings[name]]
     except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{path}: is damaged; delete {output} and prepare it again") from None
-    if found != settings:
+    if before != settings:
         raise InputError(
-            f"{output} was begun with another {', '.join(names)}; name another folder, or delete it"
+            f"{output} was started with different settings ({', '.join(names)}); choose another "
+            "folder or delete it"
         )
-    _write_atomically(path, json.dumps(settings, ensure_ascii=False))
+    _write_text(path, json.dumps(settings, ensure_ascii=False))
 
 
 def _finish(
     output: Path, parts: list[Part], states: list[dict], labels: list[str], settings: Settings
 ) -> None:
-    """Writes what describes the whole pack; always the same for the same parts."""
+    """Write the metadata of the whole pack, which depends on the parts only."""
     lengths, sizes, rows = {}, {}, {}
     for part, state in zip(parts, states, strict=True):
         listed = list_videos([row[1:] for row in state["kept"]], settings.frames_per_record)
@@ -159,26 +155,26 @@ def _finish(
         sizes[part.split] = sizes.get(part.split, 0) + sum(state["files"].values())
         rows.setdefault(part.split, []).extend(state["kept"])
     if settings.format == "arrayrecord":
-        for split, found in rows.items():
-            listed = list_videos([row[1:] for row in found], settings.frames_per_record)
-            _write_atomically(table_path(output, split), format_table(listed))
+        for split, split_rows in rows.items():
+            listed = list_videos([row[1:] for row in split_rows], settings.frames_per_record)
+            _write_text(table_path(output, split), format_table(listed))
         try:
-            pack_writer.write_metadata(output, labels, lengths, sizes)
+            tfds_api.write_metadata(output, labels, lengths, sizes)
         except OSError:
             for name in pack_writer.METADATA:
                 (output / name).unlink(missing_ok=True)
             raise
         return
     (output / "annotations").mkdir(exist_ok=True)
-    (output / "annotation").mkdir(exist_ok=True)  # where the original looks for frame rates
-    for split, listed in rows.items():
-        found = [row for row in listed if row[3]]  # its readers know of no video without frames
-        lines = "".join(f"{name},{frames},{label}\n" for name, _, label, frames, *_ in found)
-        rates = "".join(f"{row[0]},{row[4]}\n" for row in found)
-        _write_atomically(output / "annotations" / f"{split}.txt", lines)
-        _write_atomically(output / "annotations" / f"{split}_fps.txt", rates)
-        _write_atomically(output / "annotation" / f"{split}_fps.txt", rates)
-    _write_atomically(output / "labels.txt", "".join(f"{label}\n" for label in labels))
+    (output / "annotation").mkdir(exist_ok=True)  # the original reads frame rates from this folder
+    for split, split_rows in rows.items():
+        usable = [row for row in split_rows if row[3]]  # the original expects frames in all videos
+        lines = "".join(f"{name},{frames},{label}\n" for name, _, label, frames, *_ in usable)
+        rates = "".join(f"{row[0]},{row[4]}\n" for row in usable)
+        _write_text(output / "annotations" / f"{split}.txt", lines)
+        _write_text(output / "annotations" / f"{split}_fps.txt", rates)
+        _write_text(output / "annotation" / f"{split}_fps.txt", rates)
+    _write_text(output / "labels.txt", "".join(f"{label}\n" for label in labels))
 
 
 # ------------------------------------------------------------------ the program
@@ -193,32 +189,32 @@ def prepare(
     shard: tuple[int, int] = (0, 1),
     prefix: str = "",
 ) -> dict:
-    """Packs the videos of lists and folders, or continues to.
+    """Pack the videos of lists and folders, or continue a pack.
 
     Args:
-        inputs: As `check.gather`.
-        output: The folder to write.
-        settings: How.
-        workers: Threads.
+        inputs: Lists and folders, as in `check.gather`.
+        output: Folder of the pack.
+        settings: Settings of the pack.
+        workers: Number of threads.
         shard: `(index, count)` of this job among those that share the work.
-        prefix: As `check.gather`.
+        prefix: Folder that paths in lists are relative to, as in `check.gather`.
 
     Returns:
-        The report of `check.make_report`, with `complete`, whether the pack is finished, and
-        `packed_bytes`. It is about all videos, or, before the pack is finished, this job's.
+        The report of `check.make_report`, with `packed_bytes`, `settings` and `complete`, whether
+        the pack is finished. It covers all videos if the pack is finished, else those of this job.
 
     Raises:
-        InputError: The input is unusable, or the folder cannot be written.
+        InputError: The input is invalid, or the folder cannot be written.
     """
     output, skipped = Path(output), Skipped()
     records, labels = gather(inputs, prefix, skipped=skipped)
     note_skipped(skipped)
     for name in labels:
-        if name != name.strip():  # files with a name a line lose the spaces
+        if name != name.strip():  # labels.txt cannot represent the spaces
             raise InputError(f"the class {name!r} begins or ends with a space; rename it")
     if labels == [str(i) for i in range(len(labels))]:
-        print("no labels.txt names the classes: the pack numbers them", file=sys.stderr)
-    lines = [[split, r.id, r.label] for split, found in records.items() for r in found]
+        print("no labels.txt: classes are named by their numbers", file=sys.stderr)
+    lines = [[split, r.id, r.label] for split, videos in records.items() for r in videos]
     listed = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
     parts = plan(records, settings)
     mine, tag = parts[shard[0] :: shard[1]], f".{shard[0]}-of-{shard[1]}.partial"
@@ -233,16 +229,19 @@ def prepare(
                     partial.unlink(missing_ok=True)
     except LockedError as error:
         raise InputError(
-            f"{output}: another prepare writes it ({error.holder}); wait for it"
+            f"{output}: another prepare is writing it ({error.holder}); wait until it has finished"
         ) from None
     except OSError as error:
         raise InputError(
-            f"{error.filename or output}: cannot be written ({error.strerror or error}); mend that "
-            "and run the same command again: what is complete is kept"
+            f"{error.filename or output}: cannot be written ({error.strerror or error}); correct "
+            "that and run the same command again to continue"
         ) from None
 
 
-def _do_parts(mine, output, settings, labels, tag, workers) -> None:
+def _do_parts(
+    mine: list[Part], output: Path, settings: Settings, labels: list[str], tag: str, workers: int
+) -> None:
+    """Write the parts of this job that are not complete."""
     todo = [part for part in mine if _load_state(part, output) is None]
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} parts are complete", file=sys.stderr)
@@ -264,8 +263,10 @@ def _do_parts(mine, output, settings, labels, tag, workers) -> None:
             progress.close()
 
 
-def _conclude(parts, mine, output, labels, settings) -> dict:
-    """Finishes the pack where all its parts are complete, and reports."""
+def _conclude(
+    parts: list[Part], mine: list[Part], output: Path, labels: list[str], settings: Settings
+) -> dict:
+    """Finish the pack if all its parts are complete, and return the report."""
     states = [_load_state(part, output) for part in parts]
     complete = None not in states
     shown = states if complete else [_load_state(part, output) for part in mine]
@@ -281,29 +282,37 @@ def _conclude(parts, mine, output, labels, settings) -> dict:
             for partial in (output / folder).glob("*.partial"):  # of jobs that were killed
                 partial.unlink(missing_ok=True)
         _finish(output, parts, states, labels, settings)
-        _write_atomically(output / "report.json", format_json(report))
+        write_file(output / "report.json", format_json(report), writer=str(os.getpid()))
     return report
 
 
 def main() -> None:
-    """The command line of this module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input", nargs="+", required=True, metavar="LIST_OR_FOLDER")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--prefix", default="", help="what paths in lists are relative to")
-    parser.add_argument("--format", default="arrayrecord", help="arrayrecord or h5")
-    parser.add_argument("--short_side", type=int, default=256, help="pixels; 0: as it is")
-    parser.add_argument("--frames", default="all", help="of a video: all, or so many")
-    parser.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 100")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
-    parser.add_argument("--shard", default="0/1", help="i/n: this job of n, from 0")
-    parser.add_argument("--clips_per_file", type=int, default=0)
-    parser.add_argument("--frames_per_record", type=int, default=Settings.frames_per_record)
-    parser.add_argument(
+    """Run the command line of this module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="LIST_OR_FOLDER", help="lists or data folders")
+    add("--output", required=True, metavar="DIR", help="folder of the pack")
+    add("--prefix", default="", help="folder of the paths in lists; empty: the list's folder")
+    add("--format", default="arrayrecord", help="arrayrecord or h5")
+    add("--short_side", type=int, default=256, help="of the frames, in pixels; 0: unchanged")
+    add("--frames", default="all", help="evenly spaced frames per video, or all")
+    add("--quality", type=int, default=90, help="JPEG quality, 1 to 100")
+    add("--workers", type=int, default=os.cpu_count(), help="number of threads")
+    add("--shard", default="0/1", help="i/n: index of this job and number of jobs")
+    add("--clips_per_file", type=int, default=0, help="videos per ArrayRecord file; 0: automatic")
+    add(
+        "--frames_per_record",
+        type=int,
+        default=Settings.frames_per_record,
+        help="frames that are read together",
+    )
+    add(
         "--color_matrix",
         default="tagged",
-        help="tagged: convert to RGB by the matrix that the file names (default); bt601: by BT.601 "
-        "whatever it names, for converted STAM weights",
+        help="conversion to RGB: tagged (by the matrix in the file), or bt601 (always BT.601, for "
+        "converted STAM weights)",
     )
     args = parser.parse_args()
     try:
@@ -311,7 +320,7 @@ def main() -> None:
         if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
             raise InputError(f"--shard {args.shard}: must be i/n, from 0/n to (n-1)/n")
         if args.frames != "all" and (not args.frames.isdecimal() or not int(args.frames)):
-            raise InputError(f"--frames {args.frames}: must be 'all' or a number")
+            raise InputError(f"--frames {args.frames}: must be 'all' or a positive number")
         frames = 0 if args.frames == "all" else int(args.frames)
         settings = Settings(
             args.format,
@@ -337,5 +346,5 @@ def main() -> None:
     if report["complete"]:
         print(f"{args.output}: complete")
     else:
-        print(f"{args.output}: this job is done; the last of the others completes it")
+        print(f"{args.output}: this job is done; the last of the other jobs completes the pack")
     parser.exit(SOME_BROKEN if report["broken"] else 0)

@@ -1,4 +1,4 @@
-"""A labelled video file, and what every kind of list of them needs."""
+"""Records of labelled videos, and helpers to read lists of them."""
 
 import concurrent.futures
 import csv
@@ -11,17 +11,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
+from jaxvid.data.protocols import VideoRecord
 from jaxvid.errors import InputError, printable
 from jaxvid.files import check_regular
 
-NO_LABEL = -1  # of a video in a list without labels
-MAX_LIST_BYTES, MAX_LINES, MAX_LINE = 2**30, 20_000_000, 10_000  # of a text file
-HEAD_BYTES = 2**20  # by which it is known whether a file is text
-FILES_TOGETHER, CHUNK_FILES = 16_000, 1000  # that are looked for, in all threads and in one
-MAX_MISSING, NAMED_MISSING = 1000, 5  # after which a list is not read on; that a message names
+NO_LABEL = -1  # label of videos in lists without labels
+MAX_LIST_BYTES, MAX_LINES, MAX_LINE = 2**30, 20_000_000, 10_000  # of a text file; characters
+HEAD_BYTES = 2**20  # read first, to recognize files that are not text
+CHECK_FILES, CHUNK_FILES = 16_000, 1000  # checked for existence at a time, and per task of a thread
+MAX_MISSING = 1000  # missing files after which a list is not read further
+NAMED_MISSING = 5  # missing files that the error message names
 HAS_NO_LABEL = (
-    "has no label, as in a test list; training, evaluation and packs need one, only "
-    "jaxvid.data.check does not: leave the list out"
+    "has no label, as in a test list; training, evaluation and packs need labels, only "
+    "jaxvid.data.check does not: remove the list"
 )
 
 
@@ -31,8 +33,8 @@ class Record:
 
     Attributes:
         path: The file.
-        label: Its class, or `NO_LABEL`.
-        id: Its path as the list has it.
+        label: Index of its class, or `NO_LABEL`.
+        id: Its path as written in the list.
     """
 
     path: Path
@@ -44,27 +46,32 @@ class Record:
             object.__setattr__(self, "id", str(self.path))
 
     def open(self) -> VideoFile:
-        """Opens the video.
+        """Open the video.
 
         Raises:
-            DecodeError: The file is missing, is no video, or holds no frame.
+            DecodeError: The file is missing, is not a video, or has no frames.
         """
         return VideoFile(self.path)
 
 
 @dataclasses.dataclass(frozen=True)
 class LostVideo:
-    """A training video of an earlier start of a run that the list no longer has.
+    """A training video that was listed when the run started and is not listed any more.
 
-    It keeps its place in the order, and fails when it is opened.
+    It keeps its position in the order of the videos. Opening it fails.
 
     Attributes:
-        id: As the list had it.
-        label: Its class.
+        id: Its id in the earlier list.
+        label: Index of its class.
     """
 
     id: str
     label: int
+
+    @property
+    def path(self) -> None:
+        """No file."""
+        return None
 
     def open(self) -> VideoFile:
         """Fail.
@@ -72,34 +79,34 @@ class LostVideo:
         Raises:
             DecodeError: Always.
         """
-        raise DecodeError(f"{self.id}: no longer in the training list; its place stays empty")
+        raise DecodeError(f"{self.id}: no longer in the training list; skipped")
 
 
-class Selection(Sequence):
-    """Some videos of a sequence, in another order, and perhaps videos that it does not have.
+class Selection(Sequence[VideoRecord]):
+    """Videos of a sequence in another order, and `LostVideo`s between them.
 
     Args:
         records: The videos.
-        places: Of each video of the selection its index in `records`, or a video.
+        items: For each video of the selection, its index in `records`, or a `LostVideo`.
     """
 
-    def __init__(self, records: Sequence, places: Sequence[int | LostVideo]):
-        self.records, self._places = records, places
+    def __init__(self, records: Sequence[VideoRecord], items: Sequence[int | LostVideo]):
+        self.records, self._items = records, items
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._items)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> "VideoRecord | Selection":
         if isinstance(index, slice):
-            return Selection(self.records, self._places[index])
-        place = self._places[index]
-        return place if isinstance(place, LostVideo) else self.records[place]
+            return Selection(self.records, self._items[index])
+        item = self._items[index]
+        return item if isinstance(item, LostVideo) else self.records[item]
 
 
 def split_line(line: str) -> tuple[str, str]:
-    """A line's path, which may hold separators or be quoted, and its last field."""
+    """Return a line's path, which may be quoted or contain separators, and its last field."""
     text = line.strip()
-    # No regular expression: they take cubic time on a long line of separators.
+    # Without regular expressions: they take cubic time on a long line of separators.
     label = text.split(None)[-1].rpartition(",")[2] if text else ""
     before = text.removesuffix(label) if label else ""
     if not before:
@@ -115,98 +122,105 @@ def check_line(path: Path, number: int, line: str) -> None:
     """Refuse a line that is longer than any path and label."""
     if len(line) > MAX_LINE:
         raise InputError(
-            f"{path}:{number}: the line has {len(line)} characters, at most {MAX_LINE} are "
-            "possible; is a quotation mark or a line break missing?"
+            f"{path}:{number}: the line has {len(line)} characters, the maximum is {MAX_LINE}; "
+            "is a quotation mark or a line break missing?"
         )
 
 
 class RecordList:
-    """Collects the videos of a list; refuses it once too many of its files are missing.
+    """Collects the records of a list and checks that their files exist.
 
     Args:
         path: The list.
-        missing: `error`, or `keep` to leave missing files to whoever opens them.
+        missing: `error`, or `keep` to leave missing files to the decoder.
     """
 
     def __init__(self, path: Path, missing: str):
         self._path, self._checks = path, missing != "keep"
-        self._records, self._lines = [], {}  # id → line
-        self._num_checked, self._bad = 0, []  # index and state of those that are missing
+        self._records: list[VideoRecord] = []
+        self._lines: dict[str, int] = {}  # id → line number
+        self._num_checked = 0
+        self._missing: list[tuple[int, str]] = []  # index and state of each missing file
 
-    def add(self, number: int, record) -> None:
+    def add(self, number: int, record: VideoRecord) -> None:
         """Add the video of line `number`.
 
         Raises:
-            InputError: Its id is that of an earlier line, or a thousand files are missing.
+            InputError: The id is that of an earlier line, or `MAX_MISSING` files are missing.
         """
         if (line := self._lines.get(record.id)) is not None:
             raise InputError(
-                f"{self._path}:{number}: {record.id!r} is in line {line} already; delete one of "
-                "the two"
+                f"{self._path}:{number}: {record.id!r} is already in line {line}; delete one of "
+                "the two lines"
             )
         self._lines[record.id] = number
         self._records.append(record)
-        if len(self._records) - self._num_checked == FILES_TOGETHER:
+        if len(self._records) - self._num_checked == CHECK_FILES:
             self._check()
 
     def finish(self) -> list:
-        """Return the videos.
+        """Return the records.
 
         Raises:
-            InputError: The list has no line, or names the first files that are missing.
+            InputError: The list is empty, or files are missing; the message names the first ones.
         """
         if not self._records:
-            raise InputError(f"{self._path} is empty; it needs one line for each video")
+            raise InputError(f"{self._path} is empty; it needs one line per video")
         self._check()
-        if self._bad:
-            self._refuse(f"{len(self._bad)} in all")
+        if self._missing:
+            self._refuse(f"{len(self._missing)} in total")
         return self._records
 
     def _check(self) -> None:
-        """Look for the files that were not looked for yet."""
+        """Check the files that were added since the last call."""
         if self._checks:
             start, self._num_checked = self._num_checked, len(self._records)
-            self._bad += [(start + i, state) for i, state in find_missing(self._records[start:])]
-            if len(self._bad) >= MAX_MISSING:
+            new = self._records[start:]
+            self._missing += [(start + i, state) for i, state in find_missing(new)]
+            if len(self._missing) >= MAX_MISSING:
                 self._refuse("the rest of the list was not read")
 
     def _refuse(self, total: str) -> None:
         numbers = list(self._lines.values())
         named = [
             f"{self._path}:{numbers[i]}: {self._records[i].path} {state}{_hint(self._records[i])}"
-            for i, state in self._bad[:NAMED_MISSING]
+            for i, state in self._missing[:NAMED_MISSING]
         ]
-        more = len(self._bad) - NAMED_MISSING
+        more = len(self._missing) - NAMED_MISSING
         rest = f"; and {more} more ({total})" if more > 0 else ""
-        them = "it or delete the line" if len(self._bad) == 1 else "them or delete the lines"
+        them = "it or delete the line" if len(self._missing) == 1 else "them or delete the lines"
         raise InputError(f"{printable('; '.join(named))}{rest}; restore {them}")
 
 
-def _hint(record: Record) -> str:
-    return " (write / between folders)" if "\\" in record.id else ""
+def _hint(record: VideoRecord) -> str:
+    return " (separate folders with /)" if "\\" in record.id else ""
 
 
-def find_missing(records: Sequence) -> Iterator[tuple[int, str]]:
-    """Find the files of a list that cannot be opened, without opening any.
+def find_missing(records: Sequence[VideoRecord]) -> Iterator[tuple[int, str]]:
+    """Find the files of a list that are missing or empty, without opening any.
 
     Yields:
-        The index of each, and what is wrong with it.
+        The index of each, and its `file_state`.
     """
 
-    def look(start: int) -> list[tuple[int, str]]:
+    def check_chunk(start: int) -> list[tuple[int, str]]:
         chunk = records[start : start + CHUNK_FILES]
-        states = ((start + i, file_state(record.path)) for i, record in enumerate(chunk))
+        states = (
+            (start + i, file_state(record.path))
+            for i, record in enumerate(chunk)
+            if record.path is not None
+        )
         return [(i, state) for i, state in states if state]
 
-    # In threads: file systems over a network are slow. Some at a time: a call of its own for each
-    # of a million files takes gigabytes.
+    # In threads, because network file systems are slow. In chunks, because one task per file takes
+    # gigabytes for a million files.
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        for found in pool.map(look, range(0, len(records), CHUNK_FILES)):
-            yield from found
+        for missing in pool.map(check_chunk, range(0, len(records), CHUNK_FILES)):
+            yield from missing
 
 
 class Listings:
-    """Which files exist, by one listing of each folder instead of a look-up of each file."""
+    """Existence of files, from one listing per folder instead of one look-up per file."""
 
     def __init__(self):
         self._names = functools.cache(self._list)
@@ -215,20 +229,20 @@ class Listings:
     def _list(folder: str) -> frozenset[str] | None:
         try:
             return frozenset(os.listdir(folder))
-        except PermissionError:  # its files may still be opened
+        except PermissionError:  # its files may still be readable
             return None
         except (OSError, ValueError):
             return frozenset()
 
     def __contains__(self, path: str) -> bool:
-        """Return whether a path exists; a broken link does, as far as a listing tells."""
+        """Return whether a path exists; listings cannot tell broken links from files."""
         folder, name = os.path.split(path)
         names = self._names(folder)
         return os.path.exists(path) if names is None else name in names
 
 
 def file_state(path: Path) -> str:
-    """What is wrong with a file, without opening it; nothing: an empty string."""
+    """Return what is wrong with a file, without opening it; empty if nothing is."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -243,24 +257,25 @@ def file_state(path: Path) -> str:
 
 
 def read_lines(path: Path, *, names: bool = False) -> list[str]:
-    """The lines of a text file; arguments and errors as in `read_text`."""
+    """Return the lines of a text file. Arguments and errors: `read_text`."""
     text = read_text(path, names=names)
     if text.count("\n") > MAX_LINES:
         raise InputError(f"{path}: has more than {MAX_LINES} lines; split the list")
-    return text.removesuffix("\n").split("\n")  # other characters that end lines may be in names
+    # No `splitlines`: file names may contain other line separators of Unicode.
+    return text.removesuffix("\n").split("\n")
 
 
 def read_text(path: Path, *, names: bool = False, max_bytes: int = MAX_LIST_BYTES) -> str:
-    """A text file, with or without a byte-order mark; lines may be ended in any system's way.
+    """Read a text file, with or without a byte-order mark, with the line ends of any system.
 
     Args:
-        path: A regular file; anything else could block for ever.
-        names: Whether it holds names of files, which need not be UTF-8: their bytes become
+        path: A regular file; others are refused, because reading them could block forever.
+        names: Whether it contains file names, which need not be UTF-8. Their bytes become
             surrogates, as everywhere in Python.
-        max_bytes: The largest size that is read.
+        max_bytes: Largest size that is read.
 
     Raises:
-        InputError: It is missing, not readable, no UTF-8 text, too large, or empty.
+        InputError: The file is missing, unreadable, not UTF-8 text, too large or empty.
     """
     errors = "surrogateescape" if names else "strict"
     try:
@@ -270,7 +285,7 @@ def read_text(path: Path, *, names: bool = False, max_bytes: int = MAX_LIST_BYTE
         text = Path(path).read_text(encoding="utf-8-sig", errors=errors)
     except FileNotFoundError:
         raise InputError(
-            f"{path} does not exist; a data folder holds train.csv, val.csv and labels.txt "
+            f"{path} does not exist; a data folder has train.csv, val.csv and labels.txt "
             "(--config.data.folder)"
         ) from None
     except UnicodeDecodeError as error:
@@ -279,19 +294,19 @@ def read_text(path: Path, *, names: bool = False, max_bytes: int = MAX_LIST_BYTE
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if not text.strip():
-        raise InputError(f"{path} is empty; it needs one line for each entry")
+        raise InputError(f"{path} is empty; it needs one line per entry")
     return text
 
 
 def _check_head(path: Path, head: bytes) -> None:
-    """Refuse what is not UTF-8 text by its beginning."""
-    utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
-    # A null character in one of many paths is refused with its line.
-    if utf16 or head.count(0) > len(head) / 4:
-        what = "UTF-16 text" if utf16 else "not text: it holds null bytes"
-        raise InputError(f"{path}: cannot be read: {what}; save it as UTF-8")
+    """Refuse a file whose first bytes are not UTF-8 text."""
+    is_utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
+    # Single null characters are refused later, with their line number.
+    if is_utf16 or head.count(0) > len(head) / 4:
+        kind = "UTF-16 text" if is_utf16 else "not text: it contains null bytes"
+        raise InputError(f"{path}: cannot be read: {kind}; save it as UTF-8")
     is_json = Path(path).suffix == ".json"
     if len(head) == HEAD_BYTES and not is_json and not {*b"\r\n"} & {*head}:
         raise InputError(
-            f"{path}: its first line has over {HEAD_BYTES} bytes; expected one entry per line"
+            f"{path}: the first line has over {HEAD_BYTES} bytes; expected one entry per line"
         )

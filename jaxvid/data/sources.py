@@ -1,12 +1,11 @@
-"""What lists videos. A source is a sequence of records; opening them is left to the pipeline."""
+"""Data sources: what `data.source` of a config opens. Each gives the records of its splits."""
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jaxvid.data.annotations import (
-    Record,
     find_split,
     read_class_folders,
     read_labels,
@@ -17,13 +16,12 @@ from jaxvid.data.annotations import (
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.pack_reader import PackRecords, read_color_matrix
 from jaxvid.data.formats.xvit_hdf5 import read_xvit_list
-from jaxvid.data.records import Selection, find_missing
+from jaxvid.data.protocols import VideoRecord
+from jaxvid.data.records import Record, Selection, find_missing
 from jaxvid.data.synthetic_motion import make_motion
 from jaxvid.errors import InputError, printable
 
 __all__ = ["SOURCES", "Record", "VideoDataset", "open_dataset", "read_list"]
-
-SOURCES = ("motion", "folder", "class_folders", "xvit_h5", "pack", "tfds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,7 @@ class DatasetConfig:
     """Where videos and their labels come from.
 
     Attributes:
-        source: One of `SOURCES`.
+        source: A key of `SOURCES`.
         folder: The folder of the data, or the name of a TFDS data set.
         prefix: Directory of the paths in lists; empty: the list's directory.
         missing: Missing files in lists: `error`, or `keep`: they count as decode errors.
@@ -54,8 +52,8 @@ class DatasetConfig:
 
     def __post_init__(self):
         if self.source not in SOURCES:
-            names = ", ".join(repr(name) for name in SOURCES[:-1])
-            raise InputError(f"data.source={self.source!r}: there are {names} and {SOURCES[-1]!r}")
+            names = ", ".join(map(repr, SOURCES))
+            raise InputError(f"data.source={self.source!r}: must be one of {names}")
         if self.source == "motion" and self.motion is None:
             raise InputError("data.source='motion': needs data.motion; use configs/motion.py")
 
@@ -70,14 +68,14 @@ class VideoDataset:
     """Labelled videos and the names of their classes.
 
     Attributes:
-        records: Split (`train`, `val`) → its records, each with `id`, `label` and `open()`.
-        labels: The names of the classes, in order.
-        left_out: Ids of training videos that are listed, are known to be broken or missing, and
-            were left out because of `data.skip_broken`.
+        records: Split (`train`, `val`) → its videos.
+        labels: Names of the classes, in the order of their indices.
+        left_out: Ids of listed training videos that are missing or known to be broken and were
+            left out because of `data.skip_broken`.
         notes: Lines for the log.
     """
 
-    records: dict[str, Sequence]
+    records: dict[str, Sequence[VideoRecord]]
     labels: list[str]
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -92,57 +90,127 @@ def open_dataset(data: DatasetConfig, num_classes: int, splits: tuple[str, ...])
         splits: Names of the splits to read.
 
     Raises:
-        InputError: A list or file is missing or empty, a line is malformed, a label out of range.
+        InputError: The source is unknown, a list or file is missing or empty, a line is malformed,
+            a label is out of range, or the number of classes differs.
     """
-    folder, skipped = Path(data.folder), Skipped()
-    missing = "keep" if data.skip_broken else data.missing
-    if data.source == "motion":
-        make_motion(folder, **data.motion)
-    if data.source in ("motion", "folder"):
-        labels, where = read_labels(folder)
-        _check_labels(labels, where, num_classes)
-        records = {
-            split: read_split(folder, split, labels, data.prefix, missing) for split in splits
-        }
-    elif data.source == "class_folders":
-        labels, records = read_class_folders(folder, splits, skipped)
-        _check_labels(labels, f"{folder}'s class folders", num_classes)
-    elif data.source == "xvit_h5":
-        labels, where = read_labels_or_numbers(folder, num_classes)
-        _check_labels(labels, where, num_classes)
-        records = {split: read_xvit_list(folder, split, num_classes, missing) for split in splits}
-    else:
-        is_folder = data.source == "pack"
-        records = {split: PackRecords(data.folder, split, is_folder=is_folder) for split in splits}
-        labels = records[splits[0]].labels
-        _check_labels(labels, data.folder, num_classes)
-    notes = [f"{folder}: skipped {skipped}"] if str(skipped) else []
-    used = data.used_color_matrix
-    packed = read_color_matrix(folder) if data.source in ("pack", "xvit_h5") else None
-    if packed not in (None, used):
-        notes.append(
-            f"{folder} was packed with color_matrix={packed}, but data.color_matrix is {used}; set "
-            f"--config.data.color_matrix={packed} or prepare it again with --color_matrix {used}"
-        )
-    left_out = ()
-    if data.skip_broken and "train" in records:
-        records["train"], left_out = _leave_out(records["train"], data.folder)
+    dataset = SOURCES[data.source](data, num_classes, splits)
+    check_num_classes(dataset.labels, data.folder, num_classes)
+    notes, left_out = list(dataset.notes), ()
+    if data.skip_broken and "train" in splits:
+        training, left_out = _leave_out(dataset.records["train"], data.folder)
+        dataset.records["train"] = training
         if left_out:
             notes.append(
-                f"data.skip_broken: {len(left_out)} of {len(left_out) + len(records['train'])} "
-                f"training videos are missing or broken and left out, {left_out[0]} first"
+                f"data.skip_broken: {len(left_out)} of {len(left_out) + len(training)} training "
+                f"videos are missing or broken and left out, {left_out[0]} first"
             )
-    return VideoDataset(records, labels, left_out, tuple(map(printable, notes)))
+    return dataclasses.replace(dataset, left_out=left_out, notes=tuple(map(printable, notes)))
 
 
-def _leave_out(records: Sequence, folder: str) -> tuple[Sequence, tuple[str, ...]]:
-    """Leave out what is known to be missing or broken without opening any video.
+# ------------------------------------------------------------------ the sources
+
+
+def _open_lists(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
+    """Read `SPLIT.csv` and `labels.txt`, or the official lists of Kinetics and SSv2."""
+    folder = Path(data.folder)
+    labels, labels_file = read_labels(folder)
+    check_num_classes(labels, labels_file, num_classes)  # before lists are read: they may be long
+    missing = missing_policy(data)
+    records = {split: read_split(folder, split, labels, data.prefix, missing) for split in splits}
+    return VideoDataset(records, labels)
+
+
+def _open_motion(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
+    """Write the synthetic motion clips into the data folder if they do not exist yet."""
+    make_motion(Path(data.folder), **data.motion)
+    return _open_lists(data, num_classes, splits)
+
+
+def _open_class_folders(
+    data: DatasetConfig, num_classes: int, splits: tuple[str, ...]
+) -> VideoDataset:
+    """Read `SPLIT/CLASS/*.mp4`."""
+    folder, skipped = Path(data.folder), Skipped()
+    labels, records = read_class_folders(folder, splits, skipped)
+    check_num_classes(labels, f"{folder}, class folders", num_classes)
+    notes = (f"{folder}: skipped {skipped}",) if str(skipped) else ()
+    return VideoDataset(records, labels, notes=notes)
+
+
+def _open_xvit_h5(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
+    """Read the HDF5 files of the original XViT program."""
+    folder = Path(data.folder)
+    labels, labels_file = read_labels_or_numbers(folder, num_classes)
+    check_num_classes(labels, labels_file, num_classes)
+    missing = missing_policy(data)
+    records = {split: read_xvit_list(folder, split, num_classes, missing) for split in splits}
+    return VideoDataset(records, labels, notes=_compare_color_matrix(data))
+
+
+def _open_pack(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
+    """Read a folder that `jaxvid.data.prepare` wrote."""
+    records = {split: PackRecords(data.folder, split, is_folder=True) for split in splits}
+    return VideoDataset(records, records[splits[0]].labels, notes=_compare_color_matrix(data))
+
+
+def _open_tfds(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
+    """Open a TFDS data set of ArrayRecord files by its name."""
+    records = {split: PackRecords(data.folder, split, is_folder=False) for split in splits}
+    return VideoDataset(records, records[splits[0]].labels)
+
+
+# A source is a function of the data config, the number of classes and the splits. To add one,
+# write such a function and add it here. See CONTRIBUTING.md.
+SOURCES: dict[str, Callable[[DatasetConfig, int, tuple[str, ...]], VideoDataset]] = {
+    "motion": _open_motion,
+    "folder": _open_lists,
+    "class_folders": _open_class_folders,
+    "xvit_h5": _open_xvit_h5,
+    "pack": _open_pack,
+    "tfds": _open_tfds,
+}
+
+
+def missing_policy(data: DatasetConfig) -> str:
+    """Return `error` or `keep`: whether missing files are refused when a list is read."""
+    return "keep" if data.skip_broken else data.missing
+
+
+def check_num_classes(labels: Sequence[str], labels_file: str, num_classes: int) -> None:
+    """Refuse class names whose number is not that of the model's classes.
+
+    Raises:
+        InputError: The numbers differ.
+    """
+    if len(labels) != num_classes:
+        raise InputError(
+            f"{labels_file}: the data has {len(labels)} classes, but model.num_classes="
+            f"{num_classes}; set --config.model.num_classes={len(labels)}"
+        )
+
+
+def _compare_color_matrix(data: DatasetConfig) -> tuple[str, ...]:
+    """Return a note if a pack was made with another `color_matrix` than the config has."""
+    used = data.used_color_matrix
+    packed = read_color_matrix(data.folder)
+    if packed in (None, used):
+        return ()
+    return (
+        f"{data.folder} was packed with color_matrix={packed}, but data.color_matrix is {used}; "
+        f"set --config.data.color_matrix={packed} or prepare it again with --color_matrix {used}",
+    )
+
+
+def _leave_out(
+    records: Sequence[VideoRecord], folder: str
+) -> tuple[Sequence[VideoRecord], tuple[str, ...]]:
+    """Leave out videos that are known to be missing or broken, without opening any video.
 
     Returns:
         The other videos, in order, and the ids of those that are left out.
 
     Raises:
-        InputError: None would be left.
+        InputError: No video is left.
     """
     if isinstance(records, PackRecords):
         bad = set(records.find_broken())
@@ -152,15 +220,17 @@ def _leave_out(records: Sequence, folder: str) -> tuple[Sequence, tuple[str, ...
         return records, ()
     good = [i for i in range(len(records)) if i not in bad]
     if not good:
-        raise InputError(f"{folder}: all {len(bad)} training videos are missing or broken")
+        raise InputError(
+            f"{folder}: all {len(bad)} training videos are missing or broken; restore them"
+        )
     return Selection(records, good), tuple(records[i].id for i in sorted(bad))
 
 
 def guess_source(folder: Path) -> tuple[str, int]:
-    """Which of `SOURCES` a folder is, and the number of its classes.
+    """Return the source of a data folder and the number of its classes.
 
     Raises:
-        InputError: It is none of them.
+        InputError: The folder has none of the known layouts.
     """
     if os.path.isfile(folder / "dataset_info.json"):
         return "pack", len(PackRecords(str(folder), "train", is_folder=True).labels)
@@ -169,13 +239,6 @@ def guess_source(folder: Path) -> tuple[str, int]:
     if os.path.isdir(folder / "train"):
         return "class_folders", len(read_class_folders(folder, ("train",))[0])
     raise InputError(
-        f"{folder}: has no train.csv, no train/CLASS/*.mp4, and is no pack; give it one of these"
+        f"{folder}: unknown layout; expected train.csv, train/CLASS/*.mp4 or a pack "
+        "(dataset_info.json)"
     )
-
-
-def _check_labels(labels: list[str], where: object, num_classes: int) -> None:
-    if len(labels) != num_classes:
-        raise InputError(
-            f"{where}: {len(labels)} names, but model.num_classes={num_classes}; "
-            f"set --config.model.num_classes={len(labels)}"
-        )

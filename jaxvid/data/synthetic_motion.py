@@ -1,10 +1,10 @@
-"""The embedded data set: H.264 clips whose class is their motion, and nothing but their motion.
+"""Synthetic data set of H.264 clips whose class depends on their motion only.
 
     python -m jaxvid.data.synthetic_motion --output data/motion
 
-Eight classes in four pairs. The clips of a pair are one scene played forwards and backwards, so the
-two show the same frames: neither a single frame nor the unordered set of frames tells which of the
-two it is, and a model that is blind to time reaches 50 % at best.
+There are eight classes in four pairs. The two clips of a pair are one scene, played forwards and
+backwards. They have the same set of frames, so a model without temporal information reaches at most
+50 % accuracy.
 """
 
 import argparse
@@ -24,20 +24,19 @@ from jaxvid.progress import Progress
 
 LABELS = ("left", "right", "up", "down", "growing", "shrinking", "clockwise", "counter-clockwise")
 SIZE = 72  # px; height and width of a clip
-NUM_FRAMES = 17  # eight segments of two frames and the frame that ends them
+NUM_FRAMES = 17  # eight segments of two frames, and the final frame
 FPS = 15
 SHAPES = ("disc", "square", "triangle", "star", "bar", "cross")
 TEXTURES = ("stripes", "halves", "spot")
 
 
 def render_scene(rng: np.random.Generator, pair: int) -> np.ndarray:
-    """Renders one scene; played backwards it belongs to the pair's other class.
-
-    A bright textured shape moves over a dark textured background that stands still.
+    """Render a scene: a bright textured shape moving over a dark textured background.
 
     Args:
-        rng: Where shape, texture, colours, start, speed and noise come from.
-        pair: Index of the pair of classes; the scene's label is `2 * pair`.
+        rng: Draws shape, texture, colors, start, speed and noise.
+        pair: Index of the pair of classes. The label of the scene is `2 * pair`, played backwards
+            `2 * pair + 1`.
 
     Returns:
         `(t, h, w, c)` uint8, RGB.
@@ -54,7 +53,7 @@ def render_scene(rng: np.random.Generator, pair: int) -> np.ndarray:
         x, y = (x + along, y + across) if LABELS[2 * pair] == "left" else (x + across, y + along)
     elif LABELS[2 * pair] == "growing":
         radius = rng.uniform(12, 18) * np.exp(rng.uniform(0.35, 0.6) * time)
-    else:  # on screen y points down, so a growing angle turns clockwise
+    else:  # the y axis points down, so an increasing angle is a clockwise rotation
         radius = radius + rng.uniform(7, 12)
         angle = angle + np.deg2rad(rng.uniform(60, 110)) * time
 
@@ -72,7 +71,7 @@ def render_scene(rng: np.random.Generator, pair: int) -> np.ndarray:
 
 
 def _distance(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """A random shape as a function that is below 1 inside it; `u v` in units of its radius."""
+    """Return the level of a random shape, below 1 inside it; `u` and `v` in units of its radius."""
     kind = rng.choice(SHAPES)
     if kind == "disc":
         return np.hypot(u, v)
@@ -88,7 +87,7 @@ def _distance(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndar
 
 
 def _texture(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """A random texture in [0, 1] that moves with the shape."""
+    """Return a random texture in [0, 1] that moves with the shape."""
     kind = rng.choice(TEXTURES)
     if kind == "stripes":
         return 0.5 + 0.5 * np.sin(rng.uniform(2, 4) * u + rng.uniform(0, 2 * np.pi))
@@ -98,27 +97,27 @@ def _texture(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarr
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """A dark random texture `(h, w, c)`."""
+    """Return a dark random texture `(h, w, c)`."""
     rows, columns = np.mgrid[:SIZE, :SIZE].astype(np.float32) / SIZE
     waves = np.zeros((SIZE, SIZE, 1), np.float32)
     for _ in range(4):
         fx, fy, phase = rng.uniform(-25, 25), rng.uniform(-25, 25), rng.uniform(0, 2 * np.pi)
         waves += np.sin(fx * columns + fy * rows + phase)[..., None] / 4
-    colour, contrast = rng.uniform(20, 60, 3), rng.uniform(5, 25, 3)
-    return (colour + waves * contrast).astype(np.float32)
+    color, contrast = rng.uniform(20, 60, 3), rng.uniform(5, 25, 3)
+    return (color + waves * contrast).astype(np.float32)
 
 
 def write_clip(path: Path, frames: np.ndarray) -> None:
-    """Writes `(t, h, w, c)` uint8 frames as an H.264 .mp4 file.
+    """Write `(t, h, w, c)` uint8 frames as an H.264 .mp4 file.
 
-    The quantiser is the same for every kind of frame, so that a frame's quality does not tell its
-    place in the clip.
+    All frame types have the same quantizer. Otherwise the quality of a frame would depend on its
+    position in the clip.
     """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1  # clips are written in parallel
+        stream.codec_context.thread_count = 1  # clips are already written in parallel
         stream.options = {
             "preset": "superfast",
             "qp": "20",
@@ -130,7 +129,7 @@ def write_clip(path: Path, frames: np.ndarray) -> None:
 
 
 def _write_pair(folder: Path, split: str, scene: int, seed: int) -> None:
-    """Writes scene `scene` of a split forwards and backwards."""
+    """Write scene `scene` of a split forwards and backwards."""
     rng = np.random.default_rng([seed, ("train", "val").index(split), scene])
     frames = render_scene(rng, pair=scene % 4)
     write_clip(folder / split / f"{2 * scene:05d}.mp4", frames)
@@ -138,18 +137,16 @@ def _write_pair(folder: Path, split: str, scene: int, seed: int) -> None:
 
 
 def make_motion(folder: str | Path, *, num_train: int, num_val: int, seed: int) -> None:
-    """Writes the data set into `folder`, unless it is there already.
-
-    The folder appears complete or not at all: clips are written beside it under another name.
+    """Write the data set into `folder` atomically, unless it exists.
 
     Args:
-        folder: Gets `train/`, `val/`, `train.csv`, `val.csv` (`path label`) and `labels.txt`.
-        num_train: Training clips, a multiple of 8.
-        num_val: Validation clips, a multiple of 8; their scenes are others.
-        seed: Decides every clip.
+        folder: Folder for `train/`, `val/`, `train.csv`, `val.csv` (`path label`) and `labels.txt`.
+        num_train: Number of training clips, a multiple of 8.
+        num_val: Number of validation clips of other scenes, a multiple of 8.
+        seed: Seed of all clips.
 
     Raises:
-        InputError: The folder holds something else, or a number is not a multiple of 8.
+        InputError: The folder contains something else, or a number is not a multiple of 8.
     """
     folder = Path(folder)
     settings = {"num_train": num_train, "num_val": num_val, "seed": seed, "version": 1}
@@ -172,8 +169,8 @@ def make_motion(folder: str | Path, *, num_train: int, num_val: int, seed: int) 
 
 def _make_locked(folder: Path, settings: dict) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # The lock makes concurrent runs wait for one data set instead of writing it twice; the kernel
-    # frees it when its holder dies.
+    # Concurrent runs wait for the lock instead of writing the data set twice. The kernel releases
+    # it when its holder dies.
     with open(folder.parent / f".{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.exists():
@@ -191,12 +188,12 @@ def _make_locked(folder: Path, settings: dict) -> None:
 
 def _check_same(folder: Path, settings: dict) -> None:
     try:
-        found = json.loads((folder / "motion.json").read_text())
+        existing = json.loads((folder / "motion.json").read_text())
     except (OSError, ValueError):
-        found = "something else"
-    if found != settings:
+        existing = "something else"
+    if existing != settings:
         raise InputError(
-            f"{folder} holds {found}, not the motion clips {settings}: "
+            f"{folder} contains {existing}, not the motion clips {settings}; "
             "delete it or name another folder"
         )
 
@@ -236,12 +233,14 @@ def _write_all(folder: Path, settings: dict) -> None:
 
 
 def main() -> None:
-    """The command line of this module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--train", type=int, default=4000, help="training clips")
-    parser.add_argument("--val", type=int, default=512, help="validation clips")
-    parser.add_argument("--seed", type=int, default=0)
+    """Run the command line of this module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output", required=True, help="folder of the data set")
+    parser.add_argument("--train", type=int, default=4000, help="number of training clips")
+    parser.add_argument("--val", type=int, default=512, help="number of validation clips")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all clips")
     args = parser.parse_args()
     try:
         make_motion(args.output, num_train=args.train, num_val=args.val, seed=args.seed)

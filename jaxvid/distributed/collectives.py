@@ -1,7 +1,8 @@
-"""Exchanges between the processes of a run."""
+"""Collective operations between the processes of a run."""
 
 import math
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +14,32 @@ from jax.sharding import PartitionSpec as P
 from jaxvid.distributed import process_group
 from jaxvid.errors import InputError
 
+Result = TypeVar("Result")
 _any = jax.jit(jnp.any)
 
 
-def gather(value, seconds: float = math.inf) -> list:
-    """Return every process's value; all processes must call it.
+def gather(value: Any, seconds: float = math.inf) -> list:
+    """Return the values of all processes. A collective: all processes must call it.
 
     Args:
-        value: A tree that JSON can hold.
-        seconds: How long to wait for the others.
+        value: A value that JSON can represent.
+        seconds: Timeout for the other processes.
 
     Raises:
-        processes.PeerError: Another process failed.
-        TimeoutError: Another process did not come in time.
+        process_group.PeerError: Another process failed.
+        TimeoutError: Another process did not call it in time.
     """
     peers = process_group.current()
     return peers.exchange(value, seconds) if peers else [value]
 
 
-def raise_on_all_processes(function: Callable, *args):
-    """Call a function; raise its InputError in any process on all of them, so that none waits.
+def raise_on_all_processes(function: Callable[..., Result], *args: Any) -> Result:
+    """Call a function. If it raises an InputError in any process, raise one in all processes.
+
+    Otherwise the other processes would wait forever. All processes must call it.
 
     Raises:
-        InputError: This process's own, or a `PeerError` of another.
+        InputError: The function's, or a `PeerError` with that of another process.
     """
     result = refusal = None
     try:
@@ -52,7 +56,7 @@ def raise_on_all_processes(function: Callable, *args):
 
 
 def any_process(flag: bool, mesh: Mesh) -> jax.Array | np.bool_:
-    """Whether `flag` holds in some process: a scalar that is computed while the caller goes on."""
+    """Return whether `flag` is True in any process, as a scalar that is computed asynchronously."""
     if jax.process_count() == 1:
         return np.bool_(flag)
     process_group.current().reach()
@@ -63,21 +67,21 @@ def any_process(flag: bool, mesh: Mesh) -> jax.Array | np.bool_:
 
 
 def barrier(name: str) -> None:
-    """Return once every process is here.
+    """Wait until all processes have reached this barrier.
 
     Args:
-        name: Of this point of the program.
+        name: Name of the barrier.
 
     Raises:
-        processes.PeerError: Another process failed.
-        RuntimeError: Another process is at another point.
+        process_group.PeerError: Another process failed.
+        RuntimeError: Another process waits at another barrier.
     """
     if len(names := {*gather(name)}) > 1:
-        raise RuntimeError(f"the processes wait for each other at different points: {names}")
+        raise RuntimeError(f"the processes wait at different barriers: {names}")
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole array, also where other processes hold parts of it; all must call it."""
+    """Return a global array on the host. All processes must call it."""
     if jax.process_count() == 1 or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,4 +1,4 @@
-"""Descriptions and exit codes of errors, for processes that end together."""
+"""Descriptions and exit codes of exceptions, for processes that end together."""
 
 import atexit
 import contextlib
@@ -15,7 +15,7 @@ COLLECTIVE_LIBRARIES = ("Gloo", "NCCL", "RCCL")
 
 
 def is_of_runtime(error: BaseException | None) -> bool:
-    """Whether an error comes from JAX's runtime: another process may be its cause."""
+    """Return whether an exception comes from JAX's runtime, possibly caused by another process."""
     while error is not None:
         # XLA also raises ValueErrors: "UNKNOWN: Gloo AllGather failed".
         in_collective = any(library in str(error) for library in COLLECTIVE_LIBRARIES)
@@ -26,7 +26,7 @@ def is_of_runtime(error: BaseException | None) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """Return what the other processes are told of an error, in one line."""
+    """Return one line about an exception for the other processes."""
     match error:
         case InputError():
             return str(error)
@@ -36,18 +36,18 @@ def describe(error: BaseException) -> str:
             return f"ended with exit code {exit_code(error)}"
         case Exception() if entry_point.describe(error)[0] == InputError.EXIT_CODE:
             return entry_point.describe(error)[1].removeprefix("error: ")
-    return f"{type(error).__name__}: {one_line(error)}; its own output has the traceback"
+    return f"{type(error).__name__}: {one_line(error)}; see the traceback in its output"
 
 
 def report(error: BaseException) -> str:
-    """Return what this process prints of an error where its main thread cannot."""
+    """Return the message or traceback to print if the main thread cannot print it."""
     if isinstance(error, Exception) and exit_code(error) == 1:
         return "".join(traceback.format_exception(error))
     return f"error: {describe(error)}\n"
 
 
 def exit_code(error: BaseException) -> int:
-    """Return the exit code of a process that ends with an error."""
+    """Return the exit code of a process that ends with an exception."""
     match error:
         case KeyboardInterrupt():
             return 130
@@ -59,16 +59,16 @@ def exit_code(error: BaseException) -> int:
 
 
 def end_now(code: int) -> None:
-    """End the process at once, without its exit handlers: they would wait for the others."""
+    """End the process at once, without exit handlers, which would wait for the other processes."""
     for child in multiprocessing.active_children():
         child.kill()
     for stream in (sys.stdout, sys.stderr):
-        # The streams of `entry_point` raise SystemExit where a pipe is closed.
+        # The streams of `entry_point` raise SystemExit if a pipe is closed.
         with contextlib.suppress(OSError, ValueError, SystemExit):
             stream.flush()
     entry_point.exit_now(code)
 
 
 def end_at_exit(code: int) -> None:
-    """End the process with a code once the interpreter exits, before other exit handlers."""
+    """End the process with `code` when the interpreter exits, before other exit handlers."""
     atexit.register(end_now, code)

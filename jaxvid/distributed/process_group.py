@@ -1,26 +1,25 @@
-"""Processes of one run: joining, exchanging values, and ending together when one of them fails.
+"""Processes of one run: exchanging values, and ending together when one of them fails.
 
-Values go through the key-value store that JAX's distributed runtime keeps in process 0, so that an
-exchange needs no device. Every process writes a sign of life there each second. A process that
-fails writes the cause before it ends. All others read it and end with that line, also where their
-main thread waits in a device collective or in an Orbax barrier.
+Values are exchanged through the key-value store of JAX's distributed runtime in process 0, without
+devices. Every process writes a heartbeat to the store each second. A process that fails writes the
+cause before it ends. All others read it and end with that line, even if their main thread waits in
+a device collective or an Orbax barrier.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import jax
-from jax._src import distributed
-from jax._src.lib import _jax
 
 from jaxvid import entry_point
+from jaxvid.distributed import jax_runtime
 from jaxvid.distributed.exits import (
     describe,
     end_at_exit,
@@ -29,23 +28,23 @@ from jaxvid.distributed.exits import (
     is_of_runtime,
     report,
 )
-from jaxvid.distributed.relay import Relay
-from jaxvid.distributed.store import JaxStore, Store
+from jaxvid.distributed.heartbeat import Clock, Heartbeat
+from jaxvid.distributed.store import Store
 from jaxvid.errors import InputError
 
-JOIN_SECONDS = 300.0  # how long the processes of a run wait for each other at start-up
-BEAT_SECONDS = 1.0  # between two signs of life
-LOST_SECONDS = 30.0  # without a sign of life for so long, a process is lost
-HUNG_SECONDS = 1800.0  # how long the others wait for a process that lives but does not come
-GRACE_SECONDS = 5.0  # for the main thread to end the process by itself
+JOIN_SECONDS = 300.0  # timeout for all processes of a run to start
+BEAT_SECONDS = 1.0  # between two heartbeats
+LOST_SECONDS = 30.0  # without a heartbeat, after which a process is lost
+HUNG_SECONDS = 1800.0  # without progress, after which a process that is alive counts as hung
+GRACE_SECONDS = 5.0  # for the main thread to end the process
 
 
 class PeerError(InputError):
     """Another process of the run failed.
 
     Args:
-        process: Its index.
-        cause: Why, in one line.
+        process: Index of the process.
+        cause: The cause, in one line.
     """
 
     def __init__(self, process: int, cause: str):
@@ -54,13 +53,11 @@ class PeerError(InputError):
 
 
 def current() -> "ProcessGroup | None":
-    """Return the processes of this run; None: this one is alone."""
+    """Return the processes of this run; None: this process runs alone."""
     global _current
-    if _current is None and distributed.global_state.client is not None:
-        state = distributed.global_state
-        lost = _relay.lost if _relay else None
+    if _current is None and (connection := jax_runtime.connection()):
         _current = ProcessGroup(
-            JaxStore(state.client), state.process_id, state.num_processes, lost=lost
+            connection.store, connection.index, connection.count, lost=connection.lost
         )
         _current.start()
     return _current
@@ -68,7 +65,7 @@ def current() -> "ProcessGroup | None":
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """End all processes of the run if the body raises in one of them; wait for all at its end.
+    """End all processes of the run if the body raises in one of them; otherwise wait for all.
 
     Raises:
         PeerError: Another process failed.
@@ -81,7 +78,7 @@ def failing_together() -> Iterator[None]:
     try:
         try:
             yield
-        except SystemExit as error:  # usually, all processes stop
+        except SystemExit as error:  # usually raised in all processes
             stop = error
         peers.leave()
     except BaseException as error:
@@ -94,140 +91,27 @@ def failing_together() -> Iterator[None]:
 
 
 def publish(error: BaseException | None) -> None:
-    """Tell the other processes of the run that this one fails.
+    """Publish a failure of this process to the other processes of the run.
 
-    For `finally` clauses that wait for something to which the others may not come.
+    For `finally` clauses with a collective that the other processes may not reach.
 
     Args:
-        error: What is being raised; None and SystemExit: nothing failed.
+        error: The exception that is being raised; None and SystemExit are not failures.
     """
     if error is not None and not isinstance(error, SystemExit) and (peers := current()):
         peers.publish(error)
 
 
-# ------------------------------------------------------------------ JAX's distributed runtime
-
-
-class _Joining:
-    """What `join` waits for, and the relay of this process.
-
-    Args:
-        make: JAX's constructor of a distributed client.
-    """
-
-    def __init__(self, make: Callable):
-        self._make = make
-        self.relay: Relay | None = None
-        self.missing = "the launcher"
-        self.given_up = False
-
-    def make_client(self, address: str, process: int, *args, **options):
-        """Make JAX's distributed client; in all processes but the first, behind a relay."""
-        count = distributed.global_state.num_processes
-        others = f"process {1 - process}" if count == 2 else f"one of the {count - 1} others"
-        if process:
-            self.missing, self.relay = f"process 0 at {address}", Relay(address)
-            while not self.relay.finds_coordinator():
-                if self.given_up:
-                    raise ConnectionError(address)
-                time.sleep(0.2)
-            address = self.relay.address
-        self.missing = others
-        return self._make(address, process, *args, **options)
-
-
-def join(initialize: Callable[[], None], seconds: float) -> None:
-    """Join the other processes of the run.
-
-    JAX's call waits in C++ and aborts the process when its time is over. It runs in another
-    thread, so that signals are handled and the end of the time is reported in one line.
-
-    Args:
-        initialize: Calls `jax.distributed.initialize`.
-        seconds: How long to wait for the other processes.
-
-    Raises:
-        InputError: Some did not come in time.
-        Exception: Whatever `initialize` raises.
-    """
-    global _relay
-    make, errors = _jax.get_distributed_runtime_client, []
-    joining, until = _Joining(make), time.monotonic() + seconds
-
-    def run() -> None:
-        try:
-            initialize()
-        except BaseException as error:
-            errors.append(error)
-
-    _jax.get_distributed_runtime_client = joining.make_client
-    try:
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            if time.monotonic() > until:
-                raise InputError(
-                    f"{joining.missing} did not join within {seconds:.0f} s; start all processes "
-                    "with the same --coordinator within --join_seconds"
-                )
-            thread.join(0.1)
-    except BaseException as error:
-        joining.given_up = True
-        end_at_exit(exit_code(error))  # the thread cannot be stopped
-        raise
-    finally:
-        _jax.get_distributed_runtime_client = make
-    if errors:
-        raise errors[0]
-    _relay = joining.relay
-
-
 # ------------------------------------------------------------------ the processes of this run
 
 
-@dataclasses.dataclass
-class _Signs:
-    """Signs of life of another process.
-
-    Attributes:
-        beat: Number of the last one.
-        reached: How many common points the process has come to.
-        silent: Seconds without a new beat.
-        behind: Seconds for which this process has been ahead and the other has not moved on.
-    """
-
-    beat: int = 0
-    reached: int = 0
-    silent: float = 0.0
-    behind: float = 0.0
-
-    def update(self, beat: int, reached: int, own_reached: int, passed: float) -> None:
-        """Take what the store holds now, `passed` seconds after the last call."""
-        waiting = reached == self.reached and reached < own_reached
-        self.silent = self.silent + passed if beat == self.beat else 0.0
-        self.behind = self.behind + passed if waiting else 0.0
-        self.beat, self.reached = beat, reached
-
-
-class _Clock:
-    """Measures time without the time for which this process was suspended."""
-
-    def __init__(self):
-        self._last = time.monotonic()
-
-    def tick(self) -> float:
-        """Return the seconds since the last call, at most two beats."""
-        before, self._last = self._last, time.monotonic()
-        return min(self._last - before, 2 * BEAT_SECONDS)
-
-
 class ProcessGroup:
-    """The processes of this run, as one of them sees them.
+    """The processes of this run, from the view of one of them.
 
     Args:
-        store: What they share.
-        index: Of this process.
-        count: How many there are.
+        store: The store that they share.
+        index: Index of this process.
+        count: Number of processes.
         lost: Set once the connection to process 0 is broken; None: it cannot break.
     """
 
@@ -237,38 +121,37 @@ class ProcessGroup:
         self.index, self.count = index, count
         self._store, self._lost = store, lost or threading.Event()
         self._rounds = self._reached = self._beats = 0
-        self._states: dict[str, str] = {}  # what the store held at the last beat
-        self._signs = {other: _Signs() for other in range(count) if other != index}
-        self._clock, self._contact = _Clock(), True
+        self._others = {other: Heartbeat() for other in range(count) if other != index}
+        self._clock, self._contact = Clock(2 * BEAT_SECONDS), True
         self._left = threading.Event()  # set once all processes have left
         self._failed = threading.Event()
         self._failure: PeerError | None = None
-        self._own: BaseException | None = None  # this process's failure, and what is printed of it
-        self._report = ""
+        self._own: BaseException | None = None  # failure of this process
+        self._report = ""  # message or traceback of it
         self._lock, self._reporter = threading.Lock(), ""
-        self._code: int | None = None  # set once the main thread has nothing to do but to end
+        self._code: int | None = None  # exit code, set once the main thread only has to end
 
     def start(self) -> None:
-        """Start the threads that give signs of life and look for those of the others."""
-        for target in (self._beat_on, self._watch):
+        """Start the threads that write heartbeats and watch those of the others."""
+        for target in (self._beat_until_left, self._watch):
             threading.Thread(target=target, daemon=True).start()
 
     # -------------------------------------------------------------- exchanges
 
     def reach(self) -> None:
-        """Count a point that all processes come to."""
+        """Count a synchronization point that all processes reach."""
         self._reached += 1
 
-    def exchange(self, value, seconds: float = math.inf) -> list:
-        """Return every process's value; all processes must call it.
+    def exchange(self, value: Any, seconds: float = math.inf) -> list:
+        """Return the values of all processes. A collective: all processes must call it.
 
         Args:
-            value: A tree that JSON can hold.
-            seconds: How long to wait for the others.
+            value: A value that JSON can represent.
+            seconds: Timeout for the other processes.
 
         Raises:
             PeerError: Another process failed.
-            TimeoutError: Another process did not come in time.
+            TimeoutError: Another process did not call it in time.
         """
         until = time.monotonic() + seconds
         self.reach()
@@ -280,15 +163,15 @@ class ProcessGroup:
                 json.loads(self._wait_for(f"jaxvid/value/{number}/{process}", until))
                 for process in range(self.count)
             ]
-            if number:  # all have sent this value, and so have read the one before it
+            if number:  # all processes have sent this value, so all have read the previous one
                 self._store.delete(f"jaxvid/value/{number - 1}/{self.index}")
         return values
 
     def leave(self) -> None:
-        """Wait until all processes have done their work.
+        """Wait until all processes have finished.
 
-        Process 0 also waits until the others know it: the store ends with it, and to the others
-        that would look like a failure.
+        Process 0 also waits until the others know that. The store ends with process 0, which would
+        look like a failure to the others.
 
         Raises:
             PeerError: Another process failed.
@@ -312,12 +195,12 @@ class ProcessGroup:
         return text
 
     def _check(self) -> None:
-        """Raise the failure that ends the run, if there is one."""
+        """Raise the failure of the run, if any."""
         if self._failure is not None:
             raise self._as_error(self._failure)
 
     def _is_own(self, failure: PeerError) -> bool:
-        """Whether it is an error of this process; the others may only have lost sight of it."""
+        """Return whether this process failed, and did not only lose contact with the others."""
         return failure.process == self.index and self._own is not None
 
     def _as_error(self, failure: PeerError) -> InputError:
@@ -328,7 +211,7 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def _failure_first(self) -> Iterator[None]:
-        """Where the store cannot be reached, raise why once that is known."""
+        """If the store cannot be reached, wait for the failure that caused it, and raise that."""
         try:
             yield
         except jax.errors.JaxRuntimeError:
@@ -339,7 +222,7 @@ class ProcessGroup:
     # -------------------------------------------------------------- failures
 
     def _fail(self, process: int, cause: str) -> PeerError:
-        """Note the first failure of the run, and return it."""
+        """Record a failure unless there is one already; return the first failure of the run."""
         with self._lock:
             if self._failure is None:
                 self._failure = PeerError(process, cause)
@@ -347,7 +230,7 @@ class ProcessGroup:
         return self._failure
 
     def publish(self, error: BaseException) -> PeerError:
-        """Tell the other processes that this one fails, unless it fails because of another.
+        """Publish a failure of this process, unless another process caused it.
 
         Returns:
             The failure that ends the run.
@@ -361,26 +244,26 @@ class ProcessGroup:
             self._own = self._own or error
             failure = self._fail(self.index, describe(error))
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._tell()
+            self._write_failure()
         return failure
 
-    def _tell(self) -> None:
-        """Write the failure for the others, and that this process knows it."""
+    def _write_failure(self) -> None:
+        """Write the failure to the store, and that this process knows it."""
         failure = json.dumps([self._failure.process, self._failure.cause])
         self._store.set_first("jaxvid/state/failure", failure)
         self._store.set(f"jaxvid/state/knows/{self.index}", "")
 
     def end_together(self, error: BaseException) -> BaseException:
-        """Publish a failure, and have this process end within seconds, whatever its threads do.
+        """Publish a failure and end this process within seconds, whatever its threads do.
 
-        Process 0 waits until the others know, for they read it from process 0.
+        Process 0 waits until the others know the failure, because they read it from process 0.
 
         Returns:
-            What to raise: this process's own error, or the failure of the other that caused it.
+            The exception to raise: `error`, or the failure of another process that caused it.
         """
         failure = self.publish(error)
         if not self._claim("main"):
-            threading.Event().wait()  # the watch has reported it, and is ending the process
+            threading.Event().wait()  # `_watch` has reported it and is ending the process
         caused = is_of_runtime(error) and error is not self._own
         until = time.monotonic() + 2 * GRACE_SECONDS
         while not self.index and time.monotonic() < until and not self._all_know():
@@ -390,26 +273,26 @@ class ProcessGroup:
         return self._as_error(failure) if caused else error
 
     def _all_know(self) -> bool:
-        """Whether all other processes that live know of the failure."""
+        """Return whether all other processes know the failure, except the one that failed."""
         states = self._store.list("jaxvid/state/")
-        others = self._signs.keys() - {self._failure.process}
+        others = self._others.keys() - {self._failure.process}
         return all(f"jaxvid/state/knows/{process}" in states for process in others)
 
     def _claim(self, reporter: str) -> bool:
-        """Whether this thread is the one that reports the failure."""
+        """Return whether `reporter`, `main` or `watch`, is the thread that reports the failure."""
         with self._lock:
             self._reporter = self._reporter or reporter
             return self._reporter == reporter
 
     # -------------------------------------------------------------- threads
 
-    def _beat_on(self) -> None:
+    def _beat_until_left(self) -> None:
         while not self._left.wait(BEAT_SECONDS):
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self.beat()
 
     def beat(self) -> None:
-        """Give a sign of life, and look for those of the others."""
+        """Write a heartbeat, and check those of the others."""
         self._beats += 1
         own = json.dumps([self._beats, self._reached])
         self._store.set(f"jaxvid/state/alive/{self.index}", own)
@@ -417,30 +300,30 @@ class ProcessGroup:
         self._contact = True
         if failure := states.get("jaxvid/state/failure"):
             self._fail(*json.loads(failure))
-        for process, signs in self._signs.items():
+        for process, heartbeat in self._others.items():
             if (left := states.get(f"jaxvid/state/left/{process}")) is not None:
                 if int(left) < self._reached:
                     self._fail(process, "ended before the others were done")
                 continue
             alive = json.loads(states.get(f"jaxvid/state/alive/{process}", "[0, 0]"))
-            signs.update(*alive, self._reached, passed)
-            if signs.silent > LOST_SECONDS:
-                self._fail(process, _silence(LOST_SECONDS))
-            elif signs.behind > HUNG_SECONDS:
-                self._fail(process, f"has kept the others waiting for {HUNG_SECONDS:.0f} s")
+            heartbeat.update(*alive, self._reached, passed)
+            if heartbeat.silent > LOST_SECONDS:
+                self._fail(process, _describe_silence(LOST_SECONDS))
+            elif heartbeat.behind > HUNG_SECONDS:
+                self._fail(process, f"has blocked the others for {HUNG_SECONDS:.0f} s")
         if self._failure is not None:
-            self._tell()
+            self._write_failure()
 
     def _watch(self) -> None:
-        """Notice the loss of process 0, and end this process where its main thread does not."""
-        clock, silent = _Clock(), 0.0
+        """Detect the loss of process 0, and end this process if its main thread does not."""
+        clock, silent = Clock(2 * BEAT_SECONDS), 0.0
         while not self._left.wait(BEAT_SECONDS / 4):
             passed, silent = clock.tick(), 0.0 if self._contact else silent
             silent, self._contact = silent + passed, False
             if self._lost.is_set():
-                self._fail(0, "its connection broke; it was killed or cannot be reached")
+                self._fail(0, "lost connection; it was killed or cannot be reached")
             elif silent > LOST_SECONDS:
-                self._fail(0, _silence(LOST_SECONDS))
+                self._fail(0, _describe_silence(LOST_SECONDS))
             if self._failed.is_set():
                 self._end()
                 return
@@ -459,13 +342,12 @@ class ProcessGroup:
             until = time.monotonic() + 3 * GRACE_SECONDS
             while self._code is None and time.monotonic() < until:
                 time.sleep(0.05)
-            time.sleep(GRACE_SECONDS)  # for the line or the traceback
+            time.sleep(GRACE_SECONDS)  # while the main thread prints the error
         end_now(InputError.EXIT_CODE if self._code is None else self._code)
 
 
 _current: ProcessGroup | None = None
-_relay: Relay | None = None
 
 
-def _silence(seconds: float) -> str:
-    return f"no sign of life for {seconds:.0f} s; it was killed or hangs"
+def _describe_silence(seconds: float) -> str:
+    return f"no heartbeat for {seconds:.0f} s; it was killed or hangs"

@@ -9,8 +9,8 @@ import threading
 class Relay:
     """A local relay to the coordinator in process 0.
 
-    JAX's client aborts its process with a stack dump as soon as its connection to the coordinator
-    breaks. The relay keeps the client's end open, so that the loss can be reported in one line.
+    JAX's client aborts the process with a stack dump as soon as the connection to the coordinator
+    breaks. The relay keeps the client's connection open, so that the loss is reported in one line.
 
     Args:
         coordinator: `HOST:PORT`.
@@ -33,13 +33,13 @@ class Relay:
         threading.Thread(target=self._serve, daemon=True).start()
 
     def finds_coordinator(self) -> bool:
-        """Whether the coordinator answers a connection.
+        """Return whether the coordinator answers a connection.
 
-        It is not enough that the kernel accepts one: it does so while the process is being killed.
+        An accepted connection is not enough: the kernel accepts connections of a dying process.
         """
         try:
             with socket.create_connection(self._target, timeout=5) as probe:
-                return bool(probe.recv(1))  # gRPC's server speaks first
+                return bool(probe.recv(1))  # gRPC's server sends first
         except OSError:
             return False
 
@@ -68,14 +68,14 @@ class Relay:
 
     def _receive(self, client: socket.socket, remote: socket.socket) -> None:
         _copy(remote, client)
-        if self.finds_coordinator():  # it closed this connection only
+        if self.finds_coordinator():  # the coordinator closed only this connection
             _shut(client)
         else:
             self.lost.set()
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> bool:
-    """Copy until one end breaks; return whether the source came to its end."""
+    """Copy until one connection breaks; return whether the source reached its end."""
     with contextlib.suppress(OSError):
         while block := source.recv(2**16):
             sink.sendall(block)

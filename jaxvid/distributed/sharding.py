@@ -1,8 +1,9 @@
-"""Processes, the device mesh, and the one rule that gives every leaf of the state its sharding."""
+"""Device mesh and sharding rules for batches and the training state."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxvid.errors import InputError
 
+Tree = Any  # a pytree
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
@@ -32,7 +34,7 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape) -> Mesh:
-    """Make a mesh ('data', 'fsdp', 'tensor') over all devices.
+    """Return a mesh ('data', 'fsdp', 'tensor') over all devices.
 
     Raises:
         InputError: The product of the sizes is not the number of devices.
@@ -47,18 +49,18 @@ def make_mesh(shape: MeshShape) -> Mesh:
         asked = ", ".join(f"mesh.{axis}={getattr(shape, axis)}" for axis in AXES)
         raise InputError(
             f"{asked}: cannot be laid over {devices} devices; "
-            "the sizes must multiply to that number (one may be -1)"
+            "the product of the sizes must be that number (one size may be -1)"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches are cut along their first axis over 'data' and 'fsdp'."""
+    """Return the sharding of batches: the first axis over 'data' and 'fsdp'."""
     return NamedSharding(mesh, BATCH)
 
 
 def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
-    """Refuses a global batch size that the mesh cannot cut evenly."""
+    """Refuse a global batch size that is not divisible by the mesh axes 'data' and 'fsdp'."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size < 1 or batch_size % parts:
         raise InputError(
@@ -67,15 +69,16 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Return the sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
-def state_sharding(abstract_state, mesh: Mesh, tensor_axis: Mapping[str, int]):
+def state_sharding(abstract_state: Tree, mesh: Mesh, tensor_axis: Mapping[str, int]) -> Tree:
     """Return the sharding of every leaf of the state, or of any tree whose dict keys name weights.
 
-    A matrix in `tensor_axis` is cut over 'tensor'. The longest other axis of a leaf that is
-    divisible is cut over 'fsdp'. The optimiser's moments follow their weights.
+    A matrix in `tensor_axis` is sharded over 'tensor'. The longest of the other axes whose size is
+    divisible is sharded over 'fsdp'. The moments of the optimizer have the sharding of their
+    weights.
 
     Args:
         abstract_state: Tree of arrays or shapes.
@@ -86,7 +89,7 @@ def state_sharding(abstract_state, mesh: Mesh, tensor_axis: Mapping[str, int]):
         The same tree with a `NamedSharding` at each leaf.
     """
 
-    def rule(path, leaf) -> NamedSharding:
+    def rule(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         spec = [None] * leaf.ndim
         name = str(getattr(path[-1], "key", "")) if path else ""
         axis = tensor_axis.get(".".join(name.split(".")[-2:]))
@@ -104,17 +107,17 @@ def state_sharding(abstract_state, mesh: Mesh, tensor_axis: Mapping[str, int]):
     return jax.tree_util.tree_map_with_path(rule, abstract_state)
 
 
-def with_sharding(abstract_tree, mesh: Mesh, tensor_axis: Mapping[str, int]):
-    """Return the same tree of shapes, each with its sharding from `state_sharding`."""
+def with_sharding(abstract_tree: Tree, mesh: Mesh, tensor_axis: Mapping[str, int]) -> Tree:
+    """Add the shardings of `state_sharding` to a tree of shapes."""
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_tree,
         state_sharding(abstract_tree, mesh, tensor_axis),
     )
 
 
 def to_global_arrays(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's part of a batch on its devices as part of the global arrays."""
+    """Make global arrays from this process's part of a batch."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, array)
@@ -123,21 +126,22 @@ def to_global_arrays(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.
 
 
 def batch_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """Which part of every global batch this process makes.
+    """Return the part of every global batch that this process loads.
 
     Returns:
-        `(index, count)`: part `index` of `count` equal ones. Processes that share their rows, where
-        'tensor' spans several, get the same part.
+        `(index, count)`: part `index` of `count` equal parts. If 'tensor' spans several processes,
+        these load the same part.
 
     Raises:
-        InputError: The process's devices hold rows that are not one such part.
+        InputError: The rows of the process's devices are not one such part.
     """
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    rows = sorted({row for (place,) in places for row in range(batch_size)[place]})
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = sorted({row for (rows,) in slices for row in range(batch_size)[rows]})
     size = len(rows)
     if rows[-1] - rows[0] + 1 != size or batch_size % size or rows[0] % size:
         raise InputError(
-            f"mesh {dict(mesh.shape)}: process {jax.process_index()} would hold scattered clips of "
-            "a batch; let mesh.fsdp · mesh.tensor be a multiple or a divisor of its devices"
+            f"mesh {dict(mesh.shape)}: process {jax.process_index()} would hold non-contiguous "
+            "rows of a batch; make mesh.fsdp · mesh.tensor a multiple or a divisor of the number "
+            "of its devices"
         )
     return rows[0] // size, batch_size // size

@@ -1,4 +1,4 @@
-"""The lists that people have, in their odder forms, mean what they say or are refused."""
+"""Annotation lists in all their formats, and errors in them."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_quotes_and_blank_lines_in_lists(tmp_path, text):
 
 
 @pytest.mark.parametrize("label", ["9" * 5000, "1000000"])
-def test_absurd_labels_are_refused(tmp_path, label):
+def test_labels_out_of_range_are_refused(tmp_path, label):
     with pytest.raises(InputError, match="list.csv:1: .* is not 'path label'"):
         read_list(write(tmp_path / "list.csv", f"a.mp4 {label}\n"), None, missing="keep")
 
@@ -67,13 +67,13 @@ def test_a_null_character_in_a_path_is_refused(tmp_path):
         '"label","youtube_id","time_start","time_end","split","is_cc"\n"zumba","é_a",1,11,"train",0\n',
     ],
 )
-def test_kinetics_lists_in_every_dialect(tmp_path, text):
+def test_kinetics_list_formats(tmp_path, text):
     write(tmp_path / "train.csv", text)
     write(tmp_path / "train" / "é_a_000001_000011.mp4")
     assert read(tmp_path, "train") == [("train/é_a_000001_000011.mp4", 0)]
 
 
-def test_kinetics_names_its_validation_list_otherwise(tmp_path):
+def test_kinetics_validation_list_names(tmp_path):
     write(tmp_path / "validate.csv", HEADER + "zumba,a,1,11,validate\n")
     write(tmp_path / "validate" / "a_000001_000011.mp4")
     assert read(tmp_path, "val") == [("validate/a_000001_000011.mp4", 0)]
@@ -82,15 +82,15 @@ def test_kinetics_names_its_validation_list_otherwise(tmp_path):
     assert list(check.gather([tmp_path / "validate.csv"])[0]) == ["val"]
 
 
-def test_a_short_kinetics_row_is_refused_by_its_line(tmp_path):
+def test_incomplete_kinetics_rows_are_refused_with_the_line_number(tmp_path):
     write(tmp_path / "train.csv", HEADER + "zumba,a,1,11,train\n\nzumba,b\n")
-    with pytest.raises(InputError, match="train.csv:4: its times are not whole seconds"):
+    with pytest.raises(InputError, match="train.csv:4: time_start and time_end are not"):
         read(tmp_path, "train")
 
 
 @pytest.mark.parametrize("name", ["train.json", "something-something-v2-train.json"])
 @pytest.mark.parametrize("template", ["Holding something", "Holding [something]"])
-def test_something_lists_under_both_names(tmp_path, name, template):
+def test_something_something_list_names(tmp_path, name, template):
     write(tmp_path / "labels.json", json.dumps({template: "0"}))
     write(tmp_path / name, "\ufeff" + json.dumps([ENTRY], indent=1).replace("\n", "\r\n"))
     write(tmp_path / "20bn-something-something-v2" / "7.webm")
@@ -101,12 +101,12 @@ def test_something_lists_under_both_names(tmp_path, name, template):
         assert [record.id for record in records["train"]] == ["7"]
 
 
-def test_endless_brackets_are_refused(tmp_path):
+def test_deeply_nested_json_is_refused(tmp_path):
     write(tmp_path / "train.json", "[" * 100_000)
     write(tmp_path / "labels.json", "[" * 100_000)
     with pytest.raises(InputError, match="labels.json: must be a list of names"):
         read_labels(tmp_path)
-    with pytest.raises(InputError, match="train.json: is no list of entries"):
+    with pytest.raises(InputError, match="train.json: is not a list of entries"):
         read_split(tmp_path, "train", ["x"], "", "error")
 
 
@@ -118,7 +118,7 @@ def test_endless_brackets_are_refused(tmp_path):
         ("labels.txt", "x\n\ny\n", "labels.txt: class 1 has no name"),
     ],
 )
-def test_bad_names_of_classes_are_refused(tmp_path, name, text, message):
+def test_invalid_class_names_are_refused(tmp_path, name, text, message):
     write(tmp_path / name, text)
     with pytest.raises(InputError, match=message):
         read_labels(tmp_path)
@@ -150,7 +150,7 @@ UNLABELLED = {
 
 
 @pytest.mark.parametrize("kind", UNLABELLED)
-def test_only_check_takes_a_list_without_labels(tmp_path, kind):
+def test_only_check_accepts_lists_without_labels(tmp_path, kind):
     name, text, videos = UNLABELLED[kind]
     write(tmp_path / name, text)
     for video in videos:
@@ -160,7 +160,7 @@ def test_only_check_takes_a_list_without_labels(tmp_path, kind):
     assert (report["videos"], report["broken"]) == (len(videos), [])
     [records] = check.gather([tmp_path], labelled=False)[0].values()
     assert {record.label for record in records} == {NO_LABEL}
-    message = "is not 'path label'" if kind == "paths" else "has no label.*: leave the list out"
+    message = "is not 'path label'" if kind == "paths" else "has no label.*: remove the list"
     for labels in ("", "x\n"):
         if labels:
             write(tmp_path / "labels.txt", labels)
@@ -169,7 +169,7 @@ def test_only_check_takes_a_list_without_labels(tmp_path, kind):
         assert "\n" not in str(error.value)
 
 
-def test_a_test_list_without_labels_does_not_disturb_the_others(tmp_path):
+def test_a_test_list_without_labels_does_not_affect_other_splits(tmp_path):
     write(tmp_path / "train.csv", HEADER + "zumba,a,1,11,train\n")
     write(tmp_path / "train" / "a_000001_000011.mp4")
     write(tmp_path / "test.csv", "youtube_id,time_start,time_end,split\nb,1,11,test\n")
@@ -179,7 +179,7 @@ def test_a_test_list_without_labels_does_not_disturb_the_others(tmp_path):
     assert [len(records[split]) for split in ("train", "test")] == [1, 1]
 
 
-def test_one_labelled_line_makes_the_others_wrong(tmp_path):
+def test_lists_with_some_labels_need_all_labels(tmp_path):
     write(tmp_path / "test.csv", "a.mp4\nb.mp4 0\n")
     with pytest.raises(InputError, match="test.csv:1: 'a.mp4' is not 'path label'"):
         check.check([tmp_path], workers=1)
@@ -194,13 +194,13 @@ def test_one_labelled_line_makes_the_others_wrong(tmp_path):
         ("a.mp4 0\n" + "x" * 200_000 + ",1\n", "list.csv:2: the line has 200002 characters"),
         ('a.mp4 0\n"' + "x" * 200_000 + '",1\n', "list.csv:2: the line has 200004 characters"),
         (HEADER + "zumba,a,1,2,train\n" + "x" * 140_000 + ",b,1,2,train\n", "list.csv:3: the line"),
-        (HEADER + '"' + "x\n" * 140_000, "list.csv:.*: is no line of a table: field larger"),
+        (HEADER + '"' + "x\n" * 140_000, "list.csv:.*: is not valid CSV: field larger"),
         ("a.mp4" + " " * 9000 + "\n", "list.csv:1: .* is not 'path label'"),  # within seconds
-        ("x" + "a" * 2**20, "list.csv: its first line has over 1048576 bytes"),
-        ("clips\\a.mp4,0\n", r"list.csv:1: .*does not exist \(write / between folders\); restore"),
+        ("x" + "a" * 2**20, "list.csv: the first line has over 1048576 bytes"),
+        ("clips\\a.mp4,0\n", r"list.csv:1: .*does not exist \(separate folders with /\); restore"),
     ],
 )
-def test_absurd_lines_are_refused_with_their_number(tmp_path, text, message):
+def test_invalid_lines_are_refused_with_their_number(tmp_path, text, message):
     write(tmp_path / "a.mp4")
     path = write(tmp_path / "list.csv", text)
     with pytest.raises(InputError, match=message) as error:
@@ -212,17 +212,17 @@ def test_absurd_lines_are_refused_with_their_number(tmp_path, text, message):
     ("data", "message"),
     [
         ("a.mp4 0\n".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
-        ("a.mp4 0\n".encode("utf-16-be"), "not text: it holds null bytes"),
-        (bytes(1000), "not text: it holds null bytes"),
+        ("a.mp4 0\n".encode("utf-16-be"), "not text: it contains null bytes"),
+        (bytes(1000), "not text: it contains null bytes"),
     ],
 )
-def test_what_is_no_utf8_text_is_refused(tmp_path, data, message):
+def test_files_that_are_not_utf8_text_are_refused(tmp_path, data, message):
     (tmp_path / "list.csv").write_bytes(data)
     with pytest.raises(InputError, match=f"list.csv: cannot be read: {message}"):
         read_list(tmp_path / "list.csv", 1)
 
 
-def test_names_of_files_in_lists_need_not_be_utf8_but_those_of_classes_do(tmp_path):
+def test_file_names_need_not_be_utf8_but_class_names_must(tmp_path):
     name = os.fsdecode(b"caf\xe9, 1.mp4")
     write(tmp_path / name)
     (tmp_path / "list.csv").write_bytes(b"caf\xe9, 1.mp4 0\n")
@@ -238,7 +238,7 @@ def test_names_of_files_in_lists_need_not_be_utf8_but_those_of_classes_do(tmp_pa
 
 @pytest.mark.parametrize("name", ["train.csv", "labels.txt", "labels.json", "train.json"])
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link"])
-def test_lists_that_are_no_files_are_refused_and_never_waited_for(tmp_path, name, kind):
+def test_lists_that_are_not_regular_files_are_refused_without_blocking(tmp_path, name, kind):
     path = tmp_path / name
     {
         "pipe": os.mkfifo,
@@ -254,16 +254,16 @@ def test_lists_that_are_no_files_are_refused_and_never_waited_for(tmp_path, name
             check.gather([path])
 
 
-def test_a_list_whose_files_are_missing_is_not_read_to_the_end(tmp_path, monkeypatch):
+def test_reading_stops_after_too_many_missing_files(tmp_path, monkeypatch):
     lines = "".join(f"clips/{i}.mp4 0\n" for i in range(50_000))
     looked = []
     monkeypatch.setattr(records, "file_state", lambda path: looked.append(path) or "is not there")
     with pytest.raises(InputError, match="list.csv:1: .*; and 15995 more .the rest of the list"):
         read_list(write(tmp_path / "list.csv", lines), 1)
-    assert len(looked) == records.FILES_TOGETHER
+    assert len(looked) == records.CHECK_FILES
 
 
-def test_kinetics_videos_are_found_by_one_listing_of_each_folder(tmp_path, monkeypatch):
+def test_kinetics_folders_are_listed_once(tmp_path, monkeypatch):
     rows = "".join(f"zumba,{i},1,11,train\n" for i in range(50))
     write(tmp_path / "train.csv", HEADER + rows)
     for i in range(50):
@@ -275,7 +275,7 @@ def test_kinetics_videos_are_found_by_one_listing_of_each_folder(tmp_path, monke
     assert len(listed) == len(set(listed)) == 2  # train and train/zumba
 
 
-def test_a_class_folder_scan_counts_what_it_skips(tmp_path):
+def test_class_folder_scans_count_skipped_files(tmp_path):
     names = ("a/1.mp4", "a/2.GIF", "a/3.ts", "a/notes.txt", "a/x.json", "a/README", "a/.hid.mp4")
     for name in (*names, "a/sub/4.mp4", ".git/5.mp4", "readme.md", "labels.txt"):
         write(tmp_path / name, "a" if name == "labels.txt" else "x")
@@ -283,8 +283,8 @@ def test_a_class_folder_scan_counts_what_it_skips(tmp_path):
     (tmp_path / "a" / "loop.mp4").symlink_to("loop.mp4")
     os.mkfifo(tmp_path / "a" / "pipe.mp4")
     skipped = Skipped()
-    _, found = read_class_folders(tmp_path, ("train",), skipped)
-    assert [record.id for record in found["train"]] == ["a/1.mp4", "a/2.GIF", "a/3.ts"]
+    _, records = read_class_folders(tmp_path, ("train",), skipped)
+    assert [record.id for record in records["train"]] == ["a/1.mp4", "a/2.GIF", "a/3.ts"]
     text = str(skipped)
     for part in (
         "3 not videos by their suffix (.json 1, .txt 1, no suffix 1)",
@@ -300,13 +300,13 @@ def test_a_class_folder_scan_counts_what_it_skips(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m"])
-def test_classes_need_names_that_are_one_line(tmp_path, name):
+def test_class_names_must_be_one_line(tmp_path, name):
     write(tmp_path / name / "1.mp4")
     with pytest.raises(
-        InputError, match="has a name that holds a line break or a control"
+        InputError, match="has a name that contains a line break or a control"
     ) as error:
         read_class_folders(tmp_path, ("train",))
     assert "\n" not in str(error.value)
     write(tmp_path / "labels.json", json.dumps([name]))
-    with pytest.raises(InputError, match="labels.json: the name of class 0 holds a line break"):
+    with pytest.raises(InputError, match="labels.json: the name of class 0 contains a line break"):
         read_labels(tmp_path)

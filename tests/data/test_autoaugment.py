@@ -72,7 +72,7 @@ def table(function):
         ),
     ],
 )
-def test_operations_on_values_are_exactly_pillows(size, ours, pillows):
+def test_value_operations_equal_pillow(size, ours, pillows):
     clip = natural(*size)
     before = clip.copy()
     np.testing.assert_array_equal(ours(clip), by_frame(clip, pillows))
@@ -81,7 +81,7 @@ def test_operations_on_values_are_exactly_pillows(size, ours, pillows):
 
 @pytest.mark.parametrize("factor", [level / 10 * 1.8 + 0.1 for level in range(11)])
 @pytest.mark.parametrize("name", ["color", "sharpness"])
-def test_blends_with_a_picture_are_pillows_within_one_level(name, factor):
+def test_blends_equal_pillow_within_one_level(name, factor):
     rng, pillows = np.random.default_rng(0), getattr(ImageEnhance, name.title())
     for clip in (natural(61, 83), rng.integers(0, 256, (3, 61, 83, 3), np.uint8)):
         expected = by_frame(clip, lambda image: pillows(image).enhance(factor))
@@ -93,7 +93,7 @@ def test_blends_with_a_picture_are_pillows_within_one_level(name, factor):
 
 @pytest.mark.parametrize("values", [[90], [7, 8], [0, 255], [0, 0, 0, 200], range(256)])
 @pytest.mark.parametrize("name", ["autocontrast", "equalize"])
-def test_histograms_with_few_values_are_pillows(name, values):
+def test_histograms_with_few_values_equal_pillow(name, values):
     clip = np.resize(np.array(values, np.uint8), (2, 23, 29, 3))
     expected = by_frame(clip, getattr(ImageOps, name))
     np.testing.assert_array_equal(getattr(image_ops, name)(clip), expected)
@@ -134,7 +134,7 @@ GEOMETRIC = {
 @pytest.mark.parametrize("interpolation", [LINEAR, CUBIC])
 @pytest.mark.parametrize("share", [-1.0, -0.37, 0.0, 0.2, 0.9])
 @pytest.mark.parametrize("name", GEOMETRIC)
-def test_geometric_operations_are_pillows_within_two_levels(name, share, interpolation, size):
+def test_geometric_operations_equal_pillow_within_two_levels(name, share, interpolation, size):
     argument = share * {"rotate": 30, "translate_x": 0.45, "translate_y": 0.45}.get(name, 0.3)
     noise = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
     for clip in (natural(*size), noise):
@@ -153,7 +153,7 @@ def test_geometric_operations_are_pillows_within_two_levels(name, share, interpo
             assert (difference > 0).mean() < 0.01  # or Pillow's kernel would not be matched
 
 
-def test_the_policies_have_the_published_ones_counts_and_sums():
+def test_policies_match_the_published_ones():
     assert len(autoaugment.AUTOAUGMENT_V0) == 25
     operations = [operation for policy in autoaugment.AUTOAUGMENT_V0 for operation in policy]
     assert len(operations) == 50
@@ -214,7 +214,7 @@ def calls(monkeypatch) -> list:
         ("translate_y", 2, {(s * 0.09, i) for s in (-1, 1) for i in (LINEAR, CUBIC)}),
     ],
 )
-def test_levels_stand_for_their_arguments(calls, name, level, expected):
+def test_levels_map_to_arguments(calls, name, level, expected):
     rng = np.random.default_rng(0)
     for _ in range(40):
         autoaugment.apply_operation(np.zeros((1, 4, 4, 3), np.uint8), name, level, rng)
@@ -248,7 +248,7 @@ def test_randaugment_applies_every_operation_equally_often(calls):
     assert {arguments for name, arguments in calls if name == "posterize"} == {(3,)}
 
 
-def test_randaugments_magnitude_is_checked():
+def test_randaugment_magnitude_is_validated():
     for magnitude in (11, 10.01, -0.01):
         with pytest.raises(ValueError, match=f"from 0 to 10, not {magnitude}"):
             autoaugment.randaugment(
@@ -267,7 +267,7 @@ AUGMENTATIONS = {
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_a_clip_that_stands_still_stays_so(name):
+def test_all_frames_of_a_clip_are_augmented_alike(name):
     clip = np.repeat(natural(24, 31, 1), 4, axis=0)
     before, changed = clip.copy(), 0
     for seed in range(50):
@@ -280,7 +280,7 @@ def test_a_clip_that_stands_still_stays_so(name):
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_the_seed_decides(name):
+def test_augmentation_depends_on_the_seed(name):
     clip = natural(24, 31)
     runs = [[AUGMENTATIONS[name](clip, np.random.default_rng(s)) for s in range(8)] for _ in "12"]
     np.testing.assert_array_equal(*runs)
@@ -288,7 +288,7 @@ def test_the_seed_decides(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_operations_take_views(name):
+def test_operations_accept_array_views(name):
     """Crops, mirrored clips and turned ones are not contiguous."""
     mirrored = natural(30, 41)[:, 3:27, 4:35][:, :, ::-1]
     for clip in (mirrored, mirrored.swapaxes(1, 2)):

@@ -28,7 +28,7 @@ def test_rows_are_training_clips_and_views(motion_folder):
     assert (rows[2][1] != rows[3][1]).any()  # another crop, other pixels
 
 
-def test_unrounded_views_are_drawn_in_whole_grey_levels(motion_folder):
+def test_uint16_views_are_drawn_as_uint8(motion_folder):
     config = shrunk_config(motion_folder).unlock()
     titles, views = [], []
     for resize in ("pil_bilinear", "torch_bilinear"):

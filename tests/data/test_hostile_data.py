@@ -1,4 +1,4 @@
-"""Hostile lists, label files, class folders, packs and HDF5 packings end in one line, in time."""
+"""Hostile data folders, packs and HDF5 files are refused in one line, within bounds."""
 
 import concurrent.futures
 import json
@@ -234,7 +234,7 @@ def make_cases() -> dict[str, tuple]:
 
 
 def replace(path: Path, content) -> None:
-    """Puts bytes, or what a function makes, in the place of a file or folder."""
+    """Put bytes, or what a function makes, in the place of a file or folder."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     path.write_bytes(content) if isinstance(content, bytes) else content(path)
 
@@ -244,7 +244,7 @@ def mutate_file(path: Path, seed: int) -> None:
 
 
 def make_sound(folder: Path) -> None:
-    """Makes a sound folder of each kind."""
+    """Make a sound folder of each kind."""
     for kind in ("list", "something", "classes"):
         (folder / kind).mkdir(parents=True)
     for name in ("list/a.mp4", "list/b.mp4", "something/1.mp4", "something/2.mp4"):
@@ -269,7 +269,7 @@ def peak_bytes() -> int:
 
 
 def open_everything(kind: str, folder: Path) -> list[str]:
-    """Opens a folder as training and `jaxvid.data.check` do; returns what was refused, and how."""
+    """Open a folder as training and `jaxvid.data.check` do; returns what was refused, and how."""
     refused, data = [], section(SOURCES[kind], folder)
     for missing in ("error", "keep"):
         data.missing = missing
@@ -313,7 +313,7 @@ def names_file(line: str, folder: Path) -> bool:
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-def test_hostile_files_end_in_one_line_in_time_and_within_bounds(tmp_path):
+def test_hostile_files_are_refused_in_one_line_within_time_and_memory(tmp_path):
     make_sound(tmp_path / "sound")
     names, problems, num_refused = list(make_cases()), [], 0
     assert len(names) >= 250
@@ -363,7 +363,7 @@ def read_a_million(folder: Path, kind: str) -> tuple[str, float, float]:
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["list", "kinetics"])
-def test_a_million_missing_files_are_told_in_seconds(tmp_path, kind):
+def test_a_million_missing_files_are_reported_in_seconds(tmp_path, kind):
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         message, seconds, extra = pool.submit(read_a_million, tmp_path, kind).result(timeout=250)
@@ -378,7 +378,7 @@ COMMANDS += ("labels.txt: noise", "train.json: brackets", "class b'a\\nb'", "vid
 
 
 def run_command(sound: Path, folder: Path, name: str, program: str) -> None:
-    """Runs a program on a hostile folder; it must end by itself in a line and without traceback."""
+    """Run a program on a hostile folder; it must end by itself in a line and without traceback."""
     kind, change = make_cases()[name]
     folder = Path(shutil.copytree(sound / kind, folder))
     change(folder)
@@ -397,7 +397,7 @@ def run_command(sound: Path, folder: Path, name: str, program: str) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("program", ["check", "prepare"])
-def test_programs_end_in_one_line(tmp_path, program):
+def test_programs_refuse_hostile_files_in_one_line(tmp_path, program):
     make_sound(tmp_path / "sound")
     for i, name in enumerate(COMMANDS):
         run_command(tmp_path / "sound", tmp_path / str(i), name, program)

@@ -1,4 +1,4 @@
-"""Batches are functions of the seed and the position alone, and evaluation misses nothing."""
+"""Batches depend on seed and position only, and evaluation yields every video once."""
 
 import dataclasses
 import multiprocessing
@@ -52,8 +52,8 @@ def test_batches_do_not_depend_on_threads_or_workers(records):
     assert_equal(train_batches(records, 8, num_workers=2), expected)
 
 
-def test_workers_outlive_signals_but_not_their_parent(records, tmp_path):
-    """Ctrl-C reaches every process of a terminal; the run still needs its batches to save."""
+def test_workers_ignore_signals_and_end_with_their_parent(records, tmp_path):
+    """Ctrl-C signals every process of a terminal; the run needs batches until it has saved."""
     batches = make_train_iter(
         records, spec=SPEC, batch_size=8, seed=0, num_threads=1, num_workers=1
     )
@@ -88,7 +88,7 @@ def test_workers_outlive_signals_but_not_their_parent(records, tmp_path):
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -108,17 +108,17 @@ def seen(batches) -> list[int]:
 
 @pytest.fixture
 def numbered(records, monkeypatch):
-    """Records whose clips are their own number."""
-    places = {record.path: i for i, record in enumerate(records)}
+    """Records whose clips are their own index."""
+    numbers = {record.path: i for i, record in enumerate(records)}
 
     def load(record, rng, spec):
-        return {"video": np.int32(places[record.path]), "indices": 0, "padded": False}
+        return {"video": np.int32(numbers[record.path]), "indices": 0, "padded": False}
 
     monkeypatch.setattr(pipeline, "load_train_clip", load)
     return records
 
 
-def test_an_epoch_shows_every_clip_once(numbered):
+def test_an_epoch_contains_every_clip_once(numbered):
     assert seen(train_batches(numbered, 6)) == list(range(48))
     assert seen(train_batches(numbered, 6, skip=6)) == list(range(48))
 
@@ -128,7 +128,7 @@ def test_shards_are_disjoint_and_complete(numbered):
     assert sorted(sum((seen(shard) for shard in shards), [])) == list(range(48))
 
 
-def test_each_process_makes_its_consecutive_rows_of_every_batch(numbered):
+def test_each_process_loads_consecutive_rows_of_every_batch(numbered):
     whole = train_batches(numbered, 5, batch_size=12)
     parts = [train_batches(numbered, 5, batch_size=4, shard=(i, 3)) for i in range(3)]
     for i, batch in enumerate(whole):
@@ -136,7 +136,7 @@ def test_each_process_makes_its_consecutive_rows_of_every_batch(numbered):
         np.testing.assert_array_equal(rows, batch["video"])
 
 
-def test_each_process_evaluates_its_consecutive_rows_of_every_batch(motion_folder, monkeypatch):
+def test_each_process_evaluates_consecutive_rows_of_every_batch(motion_folder, monkeypatch):
     records = read_list(motion_folder / "val.csv", 8)
 
     def load(record, spec):
@@ -153,7 +153,7 @@ def test_each_process_evaluates_its_consecutive_rows_of_every_batch(motion_folde
     ]
 
 
-def test_the_iterators_state_resumes_in_the_middle_of_an_epoch(records):
+def test_iterator_state_resumes_in_the_middle_of_an_epoch(records):
     settings = {"spec": SPEC, "batch_size": 8, "seed": 0, "num_threads": 2}
     batches = make_train_iter(records, **settings)
     for _ in range(4):
@@ -168,7 +168,7 @@ def test_the_iterators_state_resumes_in_the_middle_of_an_epoch(records):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_any_number_of_processes_continues_with_the_same_clips(records, processes):
+def test_resumed_batches_do_not_depend_on_the_number_of_processes(records, processes):
     settings = {"spec": SPEC, "seed": 0, "num_threads": 2}
     batches = make_train_iter(records, batch_size=8, **settings)
     for _ in range(7):  # into the second epoch
@@ -183,8 +183,10 @@ def test_any_number_of_processes_continues_with_the_same_clips(records, processe
         resumed.set_state(state)
         clips += list(next(resumed)["video"])
         resumed.close()
-    found, wanted = (sorted(clip.tobytes() for clip in part) for part in (clips, expected["video"]))
-    assert found == wanted
+    resumed, uninterrupted = (
+        sorted(clip.tobytes() for clip in part) for part in (clips, expected["video"])
+    )
+    assert resumed == uninterrupted
 
 
 @pytest.mark.parametrize(("batch_size", "processes"), [(5, 1), (8, 1), (64, 1), (5, 2), (7, 3)])
@@ -199,17 +201,17 @@ def test_evaluation_counts_every_video_once(motion_folder, batch_size, processes
             num_threads=2,
             shard=(shard, processes),
         )
-        found = list(batches)
-        lengths.add(len(found))
-        for batch in found:
+        batches = list(batches)
+        lengths.add(len(batches))
+        for batch in batches:
             assert batch["video"].shape == (batch_size, 1, 8, 64, 64, 3)
             assert not batch["video"][~batch["mask"]].any()
             labels += batch["label"][batch["mask"]].tolist()
-    assert len(lengths) == 1  # processes that step together need the same number of steps
+    assert len(lengths) == 1  # processes run the same number of collective steps
     assert sorted(labels) == sorted(record.label for record in records)
 
 
-def test_views_are_clips_of_crops(motion_folder):
+def test_views_are_ordered_by_clip_and_crop(motion_folder):
     path = motion_folder / "val" / "00000.mp4"
     spec = dataclasses.replace(SPEC, short_side=80, num_clips=3, num_crops=3)
     views = load_eval_views(path, spec)
@@ -222,20 +224,20 @@ def test_views_are_clips_of_crops(motion_folder):
     assert load_eval_views(path, long)["padded"]
 
 
-def test_an_undecodable_video_keeps_its_place_masked_with_the_reason(records, tmp_path):
+def test_undecodable_videos_are_masked_in_place_with_the_reason(records, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_text("hello")
-    found = 0
+    num_broken = 0
     for batch in train_batches([*records[:15], Record(broken, 3)], 2):
         arrays, ids, errors = split_batch(batch)
         assert sorted(arrays) == ["label", "mask", "video"]
         np.testing.assert_array_equal(arrays["mask"], [not error for error in errors])
         for i in np.flatnonzero(~arrays["mask"]):
-            found += 1
+            num_broken += 1
             assert not arrays["video"][i].any()
             assert ids[i] == str(broken)
             assert "broken.mp4: cannot be decoded" in errors[i]
-    assert found == 1
+    assert num_broken == 1
     batches = make_eval_iter(
         [Record(broken, 3), records[0]], spec=SPEC, batch_size=3, num_threads=1
     )
@@ -252,25 +254,25 @@ def test_an_undecodable_video_keeps_its_place_masked_with_the_reason(records, tm
     [
         (
             {"sampling": "sparse"},
-            "sampling='sparse': there are 'segments', 'dense_stride', 'uniform_10s'",
+            "sampling='sparse': must be one of 'segments', 'dense_stride', 'uniform_10s'",
         ),
-        ({"num_clips": 4}, "num_clips=4: sampling='segments' gives 1 to 3"),
-        ({"num_crops": 2}, "num_crops=2: there are 1, 3"),
-        ({"short_side": 32}, "short_side=32 is below the crop of 64 px"),
-        ({"augment": "auto"}, "augment='auto': there are '', 'autoaugment', 'randaugment'"),
+        ({"num_clips": 4}, "num_clips=4: must be 1 to 3 with sampling='segments'"),
+        ({"num_crops": 2}, "num_crops=2: must be one of 1, 3"),
+        ({"short_side": 32}, "short_side=32 is smaller than the crop of 64 px"),
+        ({"augment": "auto"}, "augment='auto': must be one of '', 'autoaugment', 'randaugment'"),
     ],
 )
-def test_impossible_clips_are_refused(options, message):
+def test_invalid_clip_specs_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(SPEC, **options)
 
 
-def test_the_short_side_is_drawn_between_its_bounds(records, monkeypatch):
+def test_training_short_side_is_drawn_between_its_bounds(records, monkeypatch):
     sizes, plain = set(), transforms.resize_short_side
 
-    def resize(frames, short_side):
+    def resize(frames, short_side, *, exact):
         sizes.add(short_side)
-        return plain(frames, short_side)
+        return plain(frames, short_side, exact=exact)
 
     monkeypatch.setattr(transforms, "resize_short_side", resize)
     spec, rng = dataclasses.replace(SPEC, train_short_side=(64, 67)), np.random.default_rng(0)
@@ -279,7 +281,7 @@ def test_the_short_side_is_drawn_between_its_bounds(records, monkeypatch):
     assert sizes - {SPEC.short_side} == {64, 65, 66, 67}  # a closed iterator may still finish
 
 
-def test_every_recipe_gives_clips_of_the_asked_size(records):
+def test_all_augmentations_return_clips_of_the_crop_size(records):
     recipes = [
         {
             "sampling": "dense_stride",
@@ -312,7 +314,7 @@ def test_every_recipe_gives_clips_of_the_asked_size(records):
         ("a.mp4 0\nempty.mp4 0\n", "list.csv:2: .*empty.mp4 is empty"),
     ],
 )
-def test_bad_lists_are_refused_by_line(tmp_path, lines, message):
+def test_malformed_lists_are_refused_with_the_line_number(tmp_path, lines, message):
     (tmp_path / "a.mp4").write_text("x")
     (tmp_path / "empty.mp4").write_text("")
     (tmp_path / "list.csv").write_text(lines)
@@ -320,26 +322,26 @@ def test_bad_lists_are_refused_by_line(tmp_path, lines, message):
         read_list(tmp_path / "list.csv", 8)
 
 
-def test_paths_may_hold_spaces_and_any_script(tmp_path):
+def test_paths_may_contain_spaces_and_unicode(tmp_path):
     (tmp_path / "Ein Vidéo 影.mp4").write_text("x")
     (tmp_path / "list.csv").write_text("Ein Vidéo 影.mp4 3\r\n", encoding="utf-8")
     [record] = read_list(tmp_path / "list.csv", 8)
     assert record == Record(Path(tmp_path / "Ein Vidéo 影.mp4"), 3)
 
 
-def test_folders_are_refused_with_the_way_out(config, motion_folder):
+def test_invalid_data_folders_are_refused(config, motion_folder):
     data = resolve(config).dataset
     assert len(open_dataset(data, 8, ("val",)).labels) == 8
     with pytest.raises(InputError, match="set --config.model.num_classes=8"):
         open_dataset(data, 9, ("val",))
     data = dataclasses.replace(data, folder=str(motion_folder / "nothing"))
-    with pytest.raises(InputError, match="a data folder holds train.csv"):
+    with pytest.raises(InputError, match="a data folder has train.csv"):
         open_dataset(data, 8, ("val",))
-    with pytest.raises(InputError, match="data.source='kinetics': there are 'motion'"):
+    with pytest.raises(InputError, match="data.source='kinetics': must be one of 'motion'"):
         dataclasses.replace(data, source="kinetics")
 
 
-def test_clips_are_mirrored_with_the_configs_probability(records, monkeypatch):
+def test_clips_are_mirrored_with_flip_prob(records, monkeypatch):
     seen = []
 
     def flip(frames, rng, probability):

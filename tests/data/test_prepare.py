@@ -1,4 +1,4 @@
-"""A pack holds what the videos hold, whatever happened on the way, and says what broke."""
+"""Packs: contents, interrupted and sharded runs, broken videos and the command line."""
 
 import dataclasses
 import fcntl
@@ -84,7 +84,7 @@ def command(*args) -> list[str]:
     return [sys.executable, "-m", "jaxvid.data.prepare", *map(str, args)]
 
 
-def test_a_pack_holds_what_the_videos_hold(folder, pack):
+def test_packs_have_the_frames_of_the_videos(folder, pack):
     output, kind, report = pack
     data = open_pack(output, kind)
     assert data.labels == ["x", "y", "z z"]
@@ -97,13 +97,13 @@ def test_a_pack_holds_what_the_videos_hold(folder, pack):
             assert reader.num_frames == video.num_frames == (12 if i == 4 else 17)
             assert reader.fps == video.fps
             indices = np.array([3, 0, 11, 3])
-            found, expected = reader.get_frames(indices), video.get_frames(indices)
-        assert found.shape == expected.shape
-        assert abs(found.astype(int) - expected).mean() < 2.5
+            frames, expected = reader.get_frames(indices), video.get_frames(indices)
+        assert frames.shape == expected.shape
+        assert abs(frames.astype(int) - expected).mean() < 2.5
     assert data.records["val"][0].label == 2
 
 
-def test_both_formats_hold_the_same_pictures(folder, tmp_path):
+def test_both_formats_have_the_same_frames(folder, tmp_path):
     frames = []
     for kind, settings in SETTINGS.items():
         prepare.prepare([folder / "val.csv"], tmp_path / kind, settings, workers=1)
@@ -114,7 +114,7 @@ def test_both_formats_hold_the_same_pictures(folder, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 17, 1000])
-def test_records_of_any_size_hold_the_frames_that_were_packed(folder, pack, tmp_path, size):
+def test_records_of_any_size_have_the_packed_frames(folder, pack, tmp_path, size):
     output, kind, _ = pack
     settings = Settings(frames_per_record=size)
     prepare.prepare([folder / "val.csv"], tmp_path / "pack", settings, workers=1)
@@ -131,7 +131,7 @@ def test_records_of_any_size_hold_the_frames_that_were_packed(folder, pack, tmp_
             np.testing.assert_array_equal(reader.get_frames(mixed), frames[mixed])
 
 
-def test_only_records_with_wanted_frames_are_read(folder, tmp_path, monkeypatch):
+def test_only_records_with_requested_frames_are_read(folder, tmp_path, monkeypatch):
     prepare.prepare(
         [folder / "val.csv"], tmp_path / "pack", Settings(frames_per_record=4), workers=1
     )
@@ -162,7 +162,7 @@ def write_uneven(path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [3, 100])
-def test_a_variable_frame_rate_is_kept(folder, tmp_path, size):
+def test_variable_frame_rates_are_stored(folder, tmp_path, size):
     write_uneven(tmp_path / "uneven.mp4")
     make_clip(tmp_path / "even.mp4", 0, num_frames=40)
     (tmp_path / "val.csv").write_text("even.mp4 0\nuneven.mp4 0\n")
@@ -191,7 +191,7 @@ def test_a_variable_frame_rate_is_kept(folder, tmp_path, size):
                 np.testing.assert_array_equal(*clips)
 
 
-def test_tfds_opens_a_pack(folder, tmp_path):
+def test_tfds_reads_packs(folder, tmp_path):
     import tensorflow_datasets as tfds
 
     prepare.prepare(
@@ -210,7 +210,7 @@ def test_tfds_opens_a_pack(folder, tmp_path):
     assert "tensorflow" not in sys.modules
 
 
-def test_the_original_program_opens_h5_packs(folder, tmp_path):
+def test_the_original_program_reads_h5_packs(folder, tmp_path):
     prepare.prepare([folder / "val.csv"], tmp_path, Settings("h5"), workers=1)
     rates = dict(
         line.split(",") for line in (tmp_path / "annotation" / "val_fps.txt").read_text().split()
@@ -232,7 +232,7 @@ def test_running_again_does_nothing(folder, pack):
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 
-def test_jobs_that_share_the_work_make_the_same_pack(folder, pack, tmp_path):
+def test_sharded_jobs_write_the_same_pack(folder, pack, tmp_path):
     output, kind, _ = pack
     for i in (1, 0):
         report = prepare.prepare(
@@ -260,12 +260,12 @@ prepare.main()
 """
 
 
-@pytest.mark.parametrize("places", [[("encode", 2), ("encode", 6)], [("replace", 3)] * 3])
-def test_a_killed_run_continues_to_the_same_bytes(folder, pack, tmp_path, places):
+@pytest.mark.parametrize("crashes", [[("encode", 2), ("encode", 6)], [("replace", 3)] * 3])
+def test_a_killed_run_continues_to_an_identical_pack(folder, pack, tmp_path, crashes):
     output, kind, _ = pack
     args = ["--input", folder, "--output", tmp_path / "pack", "--format", kind, "--workers", "1"]
-    for place in places:
-        script = [sys.executable, "-c", KILLED, *map(str, place)]
+    for crash in crashes:
+        script = [sys.executable, "-c", KILLED, *map(str, crash)]
         job = subprocess.run(
             [*script, *map(str, args), "--clips_per_file", "3"],
             cwd=REPO,
@@ -279,7 +279,7 @@ def test_a_killed_run_continues_to_the_same_bytes(folder, pack, tmp_path, places
     assert not list((tmp_path / "pack").rglob("*.partial"))
 
 
-def test_an_exception_anywhere_leaves_nothing_half_written(folder, pack, tmp_path, monkeypatch):
+def test_exceptions_leave_no_partial_files(folder, pack, tmp_path, monkeypatch):
     output, kind, _ = pack
     encode, calls = prepare.encode, []
 
@@ -299,7 +299,7 @@ def test_an_exception_anywhere_leaves_nothing_half_written(folder, pack, tmp_pat
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(folder, tmp_path, kind):
+def test_a_full_disk_is_one_error_line_without_partial_files(folder, tmp_path, kind):
     args = command("--input", folder, "--output", tmp_path / "pack", "--format", kind)
     limited = ["prlimit", "--fsize=20000", *args]  # bytes of a file
     job = subprocess.run(limited, cwd=REPO, capture_output=True, text=True, check=False)
@@ -359,7 +359,7 @@ def test_broken_videos_have_no_frames_and_stay_listed(mixed, tmp_path, capsys, m
                 record.open()
 
 
-def test_what_is_odd_about_a_file_is_told(tmp_path):
+def test_check_reports_unusual_files(tmp_path):
     make_clip(tmp_path / "a.mkv", 0)  # Matroska does not say how many frames it holds
     (tmp_path / "val.csv").write_text("a.mkv 0\n")
     [odd] = check.check([tmp_path / "val.csv"], workers=1)["odd"]
@@ -367,7 +367,7 @@ def test_what_is_odd_about_a_file_is_told(tmp_path):
     assert odd["what"] == ["header claims 0 frames, there are 17"]
 
 
-def test_mended_videos_are_packed_when_it_is_run_again(mixed, tmp_path):
+def test_repaired_videos_are_packed_by_the_next_run(mixed, tmp_path):
     prepare.prepare([mixed], tmp_path / "pack", Settings(), workers=2)
     for i, name in enumerate(("missing", "damaged", "empty", "text")):
         make_clip(tmp_path / f"{name}.mp4", 5 + i, num_frames=20)
@@ -389,10 +389,10 @@ def test_check_reports_the_same_without_writing(mixed, tmp_path, capsys, monkeyp
         check.main()
     assert status.value.code == 3
     assert "2 of 6 videos can be read" in capsys.readouterr().out
-    found = json.loads((tmp_path / "out.json").read_text())
+    report = json.loads((tmp_path / "out.json").read_text())
     packed = prepare.prepare([mixed], tmp_path / "pack", Settings(), workers=2)
     for name in ("videos", "readable", "frames", "bytes", "broken", "odd"):
-        assert found[name] == packed[name]
+        assert report[name] == packed[name]
     mixed.write_text("sound.mp4 0\n")
     with pytest.raises(SystemExit) as status:
         check.main()
@@ -406,7 +406,7 @@ def test_check_reports_the_same_without_writing(mixed, tmp_path, capsys, monkeyp
 # ------------------------------------------------------------------ settings
 
 
-def test_frames_are_scaled_down_and_thinned(tmp_path):
+def test_frames_are_scaled_down_and_subsampled(tmp_path):
     make_clip(tmp_path / "wide.mp4", 0, size=(64, 96))
     make_clip(tmp_path / "small.mp4", 0, size=(16, 24))
     (tmp_path / "val.csv").write_text("wide.mp4 0\nsmall.mp4 0\n")
@@ -423,7 +423,7 @@ def test_frames_are_scaled_down_and_thinned(tmp_path):
         assert reader.get_frames([0]).shape == (1, 16, 24, 3)  # never enlarged
 
 
-def test_packs_are_converted_by_the_color_matrix_that_is_asked_for(tmp_path):
+def test_packs_use_the_requested_color_matrix(tmp_path):
     yuv, tagged = (81, 90, 200), {"qp": "1", "x264-params": "colormatrix=bt709"}
     write_colour(tmp_path / "colour.mp4", yuv, "yuv420p", tagged)
     (tmp_path / "val.csv").write_text("colour.mp4 0\n")
@@ -442,7 +442,7 @@ def test_packs_are_converted_by_the_color_matrix_that_is_asked_for(tmp_path):
     data = dataclasses.replace(data, color_matrix="bt601")
     [note] = open_dataset(data, 1, ("val",)).notes
     assert "prepare it again with --color_matrix bt601" in note
-    with pytest.raises(InputError, match="color_matrix='bt2020': there are 'tagged' and 'bt601'"):
+    with pytest.raises(InputError, match="color_matrix='bt2020': must be one of 'tagged', 'bt601'"):
         Settings(color_matrix="bt2020")
     # A pack that an older version began is continued.
     path = tmp_path / "tagged" / ".parts" / "settings.json"
@@ -464,7 +464,7 @@ def test_class_folders_are_packed(folder, tmp_path):
     assert [(r.id, r.label) for r in data.records["train"]] == [("a_1", 0), ("b_1", 1)]
 
 
-def test_a_prefix_is_what_paths_are_relative_to(folder, tmp_path):
+def test_paths_are_relative_to_the_prefix(folder, tmp_path):
     (tmp_path / "val.csv").write_text("1.mp4 0\n")
     make_clip(tmp_path / "videos" / "1.mp4", 0)
     prefix = str(tmp_path / "videos")
@@ -475,7 +475,7 @@ def test_a_prefix_is_what_paths_are_relative_to(folder, tmp_path):
     assert report["readable"] == 1
 
 
-def test_large_lists_do_not_make_more_files_than_a_process_can_open():
+def test_the_number_of_files_of_large_lists_is_limited():
     for count, expected in ((1, 1), (65, 2), (240_000, 256)):
         records = [Record(Path(f"{i}.mp4"), 0) for i in range(count)]
         parts = plan({"train": records}, Settings())
@@ -492,7 +492,7 @@ def test_large_lists_do_not_make_more_files_than_a_process_can_open():
         (["影.mp4"], ["影"]),
     ],
 )
-def test_names_of_files_differ_and_stay_in_the_folder(ids, names):
+def test_file_names_are_unique_and_stay_in_the_folder(ids, names):
     records = [Record(Path(name), 0, name) for name in ids]
     [part] = plan({"train": records}, Settings("h5"))
     assert isinstance(part, Part)
@@ -504,16 +504,22 @@ def test_names_of_files_differ_and_stay_in_the_folder(ids, names):
     [
         (["--shard", "2/2"], "--shard 2/2: must be i/n"),
         (["--shard", "x"], "--shard x: must be i/n"),
-        (["--frames", "0"], "--frames 0: must be 'all' or a number"),
+        (["--frames", "0"], "--frames 0: must be 'all' or a positive number"),
         (["--quality", "0"], "quality=0: must be 1 to 100"),
         (["--frames_per_record", "0"], "frames_per_record=0: must be 1 to 1000000"),
-        (["--frames_per_record", "3"], "was begun with another frames_per_record; name another"),
-        (["--format", "zip"], "format='zip': there are 'arrayrecord' and 'h5'"),
+        (
+            ["--frames_per_record", "3"],
+            "was started with different settings (frames_per_record); choose",
+        ),
+        (["--format", "zip"], "format='zip': must be one of 'arrayrecord', 'h5'"),
         (["--input", "nothing.csv"], "nothing.csv does not exist"),
-        (["--short_side", "128"], "was begun with another short_side; name another folder"),
+        (
+            ["--short_side", "128"],
+            "was started with different settings (short_side); choose another",
+        ),
     ],
 )
-def test_unusable_input_is_refused(folder, pack, capsys, monkeypatch, args, message):
+def test_invalid_arguments_are_refused(folder, pack, capsys, monkeypatch, args, message):
     output, kind, _ = pack
     before = contents(output)
     base = ["--input", str(folder), "--output", str(output), "--format", kind]
@@ -527,15 +533,15 @@ def test_unusable_input_is_refused(folder, pack, capsys, monkeypatch, args, mess
     assert contents(output) == before
 
 
-def test_other_folders_and_running_jobs_are_left_alone(folder, tmp_path):
+def test_other_folders_and_running_jobs_are_not_modified(folder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(InputError, match="mine holds something else"):
+    with pytest.raises(InputError, match="mine is not empty and is not a pack"):
         prepare.prepare([folder], tmp_path / "mine", Settings(), workers=1)
     prepare.prepare([folder], tmp_path / "pack", Settings(), workers=1)
     with open(tmp_path / "pack" / ".parts" / "lock.0-of-1.partial", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another prepare writes it"):
+        with pytest.raises(InputError, match="another prepare is writing it"):
             prepare.prepare([folder], tmp_path / "pack", Settings(), workers=1)
 
 
@@ -573,7 +579,7 @@ def run_main(module, monkeypatch, capsys, *args) -> tuple[int, str, str]:
     return status.value.code, *capsys.readouterr()
 
 
-def test_check_reports_odd_names_in_a_line_each(odd_names, tmp_path, capsys, monkeypatch):
+def test_check_reports_unusual_names_on_one_line_each(odd_names, tmp_path, capsys, monkeypatch):
     code, out, err = run_main(
         check, monkeypatch, capsys, odd_names, "--json", tmp_path / "out.json"
     )
@@ -588,9 +594,7 @@ def test_check_reports_odd_names_in_a_line_each(odd_names, tmp_path, capsys, mon
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_odd_names_are_packed_under_the_ids_that_the_videos_have(
-    odd_names, tmp_path, capsys, monkeypatch, kind
-):
+def test_unusual_names_keep_their_ids_in_packs(odd_names, tmp_path, capsys, monkeypatch, kind):
     args = ["--input", odd_names, "--output", tmp_path / "pack", "--format", kind]
     code, out, err = run_main(prepare, monkeypatch, capsys, *args)
     assert code == 3
@@ -610,7 +614,7 @@ def test_odd_names_are_packed_under_the_ids_that_the_videos_have(
                 assert reader.get_frames([16]).shape == (1, 40, 56, 3)
 
 
-def test_check_looks_whether_it_can_write_before_it_reads(tmp_path, capsys, monkeypatch):
+def test_check_tests_its_output_path_before_reading(tmp_path, capsys, monkeypatch):
     make_clip(tmp_path / "train.mp4", 0)
     (tmp_path / "train.csv").write_text("train.mp4\n")
     precious = tmp_path / "out.json"
@@ -641,14 +645,14 @@ def test_check_looks_whether_it_can_write_before_it_reads(tmp_path, capsys, monk
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_classes_that_a_pack_cannot_keep_are_refused(tmp_path):
+def test_class_names_that_a_pack_cannot_represent_are_refused(tmp_path):
     make_clip(tmp_path / "train" / " x" / "1.mp4", 0)
     with pytest.raises(InputError, match="the class ' x' begins or ends with a space; rename it"):
         prepare.prepare([tmp_path], tmp_path / "pack", Settings(), workers=1)
     assert not (tmp_path / "pack").exists()
 
 
-def test_a_damaged_state_of_a_pack_is_one_line_or_done_again(folder, tmp_path):
+def test_damaged_state_files_are_refused_or_rewritten(folder, tmp_path):
     prepare.prepare([folder / "val.csv"], tmp_path / "pack", Settings(), workers=1)
     [state] = (tmp_path / "pack" / ".parts").glob("val-*.json")
     whole = state.read_text()

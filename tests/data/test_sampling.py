@@ -1,4 +1,4 @@
-"""Frame indices equal the original programs', exactly."""
+"""Frame indices equal those of the original programs exactly."""
 
 import contextlib
 import json
@@ -10,14 +10,14 @@ import pytest
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views
 from jaxvid.data.clips.sampling import (
     SAMPLINGS,
-    dense_indices,
+    dense_stride_indices,
     frames_at_times,
     in_released_subset,
     is_padded,
     make_indices,
     max_views,
-    rate_indices,
     segment_indices,
+    uniform_10s_indices,
 )
 from tests import goldens
 
@@ -42,8 +42,8 @@ def test_training_draws_cover_each_segment_with_both_ends():
         assert drawn[-1] < length
 
 
-def test_the_demo_clips_are_sampled_symmetrically_in_time():
-    """Or the set of sampled frames would tell a clip from its reversal."""
+def test_motion_clips_are_sampled_symmetrically_in_time():
+    """Otherwise the set of sampled frames would distinguish a clip from its reversal."""
     middle = segment_indices(17, 8, view=0)
     np.testing.assert_array_equal(16 - middle[::-1], middle)
 
@@ -54,7 +54,7 @@ CASES = json.loads((goldens.FOLDER / "data/sampling_and_schedule.json").read_tex
 def test_dense_views_equal_the_original():
     assert len(CASES["kinetics"]) == 160
     for case in CASES["kinetics"]:
-        found = dense_indices(
+        indices = dense_stride_indices(
             case["num_video_frames"],
             case["num_frames"],
             sampling_rate=case["sampling_rate"],
@@ -62,14 +62,14 @@ def test_dense_views_equal_the_original():
             view=case["view"],
             num_views=case["num_views"],
         )
-        assert found.tolist() == case["indices"], case
+        assert indices.tolist() == case["indices"], case
 
 
-def test_dense_clips_equal_the_original_where_rounding_decides():
+def test_dense_stride_equals_the_original_in_rounding():
     cases = json.loads((goldens.FOLDER / "data/dense_sampling_multiview.json").read_text())
     assert len(cases) == 500
     for case in cases:
-        found = dense_indices(
+        indices = dense_stride_indices(
             case["length"],
             16,
             sampling_rate=16,
@@ -77,29 +77,31 @@ def test_dense_clips_equal_the_original_where_rounding_decides():
             view=case["view"],
             num_views=case["num_views"],
         )
-        assert found.tolist() == case["indices"], case
+        assert indices.tolist() == case["indices"], case
 
 
-def test_rate_sampling_equals_the_original_where_that_keeps_the_video():
-    """It drops what is shorter than 10 s, even by a frame that it would not have looked at."""
+def test_uniform_10s_equals_the_original_for_videos_that_it_keeps():
+    """The original drops videos shorter than 10 s, even if only an unsampled frame is missing."""
     dropped = []
     for case in CASES["stam"]:
         length, t, fps = case["num_video_frames"], case["num_frames"], case["fps"]
-        found = rate_indices(length, t, fps=fps)
+        indices = uniform_10s_indices(length, t, fps=fps)
         padded = is_padded("uniform_10s", length, t, sampling_rate=0, fps=fps)
         if case["indices"] is None:
             dropped.append(length)
-            assert found.tolist() == [min(i, length - 1) for i in rate_indices(300, t, fps=fps)]
+            assert indices.tolist() == [
+                min(i, length - 1) for i in uniform_10s_indices(300, t, fps=fps)
+            ]
             assert not in_released_subset(length, t, fps=fps)
             assert padded == (length == 90)
         else:
-            assert found.tolist() == case["indices"], case
+            assert indices.tolist() == case["indices"], case
             assert not padded
             assert in_released_subset(length, t, fps=fps)
     assert sorted(dropped) == [90] * 4 + [299] * 4
 
 
-def test_the_released_subset_assumes_30_frames_per_second_where_the_rate_is_unknown():
+def test_released_subset_assumes_30_frames_per_second_if_the_rate_is_unknown():
     assert in_released_subset(300, 16, fps=None)
     assert not in_released_subset(299, 16, fps=None)
 
@@ -123,7 +125,7 @@ def test_training_draws_stay_inside_and_move(sampling):
 def test_views_spread_over_a_long_video():
     for sampling in ("dense_stride", "uniform_10s"):
         firsts = [
-            make_indices(sampling, 1000, 8, sampling_rate=4, fps=30.0, view=v, num_views=4)[0]
+            make_indices(sampling, 1000, 8, sampling_rate=4, fps=30.0, view=(v, 4))[0]
             for v in range(4)
         ]
         assert firsts[0] == 0
@@ -131,25 +133,24 @@ def test_views_spread_over_a_long_video():
         assert firsts[1] > 100
 
 
-def test_an_unknown_sampling_is_refused():
-    with pytest.raises(
-        ValueError, match="sampling='sparse' is not one of segments, dense_stride, uniform_10s"
-    ):
+def test_unknown_sampling_is_refused():
+    names = "'segments', 'dense_stride', 'uniform_10s'"
+    with pytest.raises(ValueError, match=f"sampling='sparse': must be one of {names}"):
         make_indices("sparse", 10, 8, sampling_rate=1, fps=None)
 
 
-def test_by_time_a_slow_half_is_not_sampled_twice_as_often():
+def test_sampling_by_time_is_uniform_with_a_variable_frame_rate():
     times = np.concatenate([np.arange(50) / 10, 5 + np.arange(150) / 30])  # 10 s, 200 frames
-    even = np.arange(8) * 25  # of 20 frames a second
-    found = frames_at_times(even, times, fps=20.0)
-    np.testing.assert_allclose(times[found], even / 20, atol=0.1)
+    even = np.arange(8) * 25  # at 20 frames per second
+    indices = frames_at_times(even, times, fps=20.0)
+    np.testing.assert_allclose(times[indices], even / 20, atol=0.1)
     constant = np.arange(200) / 20
     np.testing.assert_array_equal(frames_at_times(even, constant, fps=20.0), even)
 
 
 @pytest.mark.parametrize(("count", "seconds", "padded"), [(100, 10.0, False), (150, 3.0, True)])
-def test_by_time_a_clip_is_padded_where_the_time_ends(count, seconds, padded):
-    """Of 128 frames of 30 a second; by their numbers it would be the other way round."""
+def test_padding_by_time_depends_on_duration(count, seconds, padded):
+    """The clip spans 128 frames at 30 frames/s. By frame number, padding would be the opposite."""
     times = np.linspace(0, seconds, count)
 
     reader = types.SimpleNamespace(
@@ -170,7 +171,7 @@ def test_by_time_a_clip_is_padded_where_the_time_ends(count, seconds, padded):
 
 
 class Extreme:
-    """A generator whose uniform draws are all their least or their greatest value."""
+    """A generator whose uniform draws are always their lowest or highest value."""
 
     def __init__(self, greatest: bool):
         self._greatest = greatest
@@ -180,7 +181,7 @@ class Extreme:
 
 
 @pytest.mark.parametrize("sampling", ["dense_stride", "uniform_10s"])
-def test_training_clips_start_anywhere_that_leaves_room_for_them(sampling):
+def test_training_clips_start_anywhere_in_the_video(sampling):
     options = {"sampling_rate": 16, "fps": 30.0}
     start = make_indices(sampling, 700, 8, **options)
     assert start[0] == 0
@@ -194,23 +195,25 @@ def test_training_clips_start_anywhere_that_leaves_room_for_them(sampling):
     assert short.tolist() == make_indices(sampling, 50, 8, **options).tolist()
 
 
-def test_views_of_rate_sampling_start_at_their_share_of_what_is_left():
-    left = 999 - rate_indices(1000, 8, fps=25.0)[-1]
-    firsts = [rate_indices(1000, 8, fps=25.0, view=v, num_views=5)[0] for v in range(5)]
+def test_views_of_uniform_10s_start_at_equal_distances():
+    left = 999 - uniform_10s_indices(1000, 8, fps=25.0)[-1]
+    firsts = [uniform_10s_indices(1000, 8, fps=25.0, view=v, num_views=5)[0] for v in range(5)]
     assert firsts == [left * v // 5 for v in range(5)]
 
 
 def test_indices_of_the_first_view_are_the_default():
     for sampling in SAMPLINGS:
         options = {"sampling_rate": 4, "fps": 25.0}
-        first = make_indices(sampling, 400, 8, **options, view=0, num_views=1)
+        first = make_indices(sampling, 400, 8, **options, view=(0, 1))
         assert make_indices(sampling, 400, 8, **options).tolist() == first.tolist()
         assert first.dtype.kind == "i"
-    views = [make_indices("segments", 17, 8, sampling_rate=1, fps=None, view=v) for v in range(3)]
+    views = [
+        make_indices("segments", 17, 8, sampling_rate=1, fps=None, view=(v, 3)) for v in range(3)
+    ]
     expected = [segment_indices(17, 8, view=v) for v in range(3)]
     np.testing.assert_array_equal(views, expected)
     np.testing.assert_array_equal(segment_indices(17, 8), expected[0])
-    assert dense_indices(400, 8, sampling_rate=4, fps=30.0)[0] == 0
+    assert dense_stride_indices(400, 8, sampling_rate=4, fps=30.0)[0] == 0
 
 
 def test_only_segments_have_a_limited_number_of_views():
@@ -222,8 +225,10 @@ def test_only_segments_have_a_limited_number_of_views():
 
 
 def test_clips_of_one_or_two_frames_are_the_ends_of_the_window():
-    assert dense_indices(100, 1, sampling_rate=16, fps=30.0, view=1, num_views=2).tolist() == [42]
-    assert dense_indices(100, 2, sampling_rate=16, fps=30.0).tolist() == [0, 31]
+    assert dense_stride_indices(
+        100, 1, sampling_rate=16, fps=30.0, view=1, num_views=2
+    ).tolist() == [42]
+    assert dense_stride_indices(100, 2, sampling_rate=16, fps=30.0).tolist() == [0, 31]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +249,7 @@ def test_a_video_with_one_frame_too_few_is_padded(sampling, fps, needed):
         assert padded == (length < needed)
 
 
-def test_an_unknown_frame_rate_counts_as_30():
+def test_unknown_frame_rate_counts_as_30():
     for sampling in ("dense_stride", "uniform_10s"):
         unknown, known = (
             make_indices(sampling, 900, 8, sampling_rate=16, fps=fps) for fps in (None, 30.0)
@@ -252,8 +257,8 @@ def test_an_unknown_frame_rate_counts_as_30():
         assert unknown.tolist() == known.tolist()
 
 
-def test_by_time_the_frame_on_show_is_taken_also_at_the_ends():
+def test_sampling_by_time_selects_the_frame_that_is_shown():
     times = np.array([3.0, 3.5, 5.0])
-    # The middle of the frames' second: 0.5, 3.5 (just as a frame begins), 4.5, 9.5.
-    found = frames_at_times(np.array([0, 3, 4, 9]), times, fps=1.0)
-    assert found.tolist() == [0, 1, 1, 2]
+    # Times at the middle of each frame: 0.5, 3.5 (exactly where a frame begins), 4.5, 9.5.
+    indices = frames_at_times(np.array([0, 3, 4, 9]), times, fps=1.0)
+    assert indices.tolist() == [0, 1, 1, 2]

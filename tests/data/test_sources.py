@@ -1,4 +1,4 @@
-"""Every layout gives the same kind of record, and a wrong one is refused in one line."""
+"""All data sources return the same kind of records, and invalid data is refused in one line."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def clips(tmp_path):
         '﻿a.mp4,0\nb c.mp4, 1\n"d,e.mp4",2\n影é.mp4\t3\n\n',
     ],
 )
-def test_lists_come_in_many_forms(clips, text):
+def test_list_formats(clips, text):
     records = read_list(write(clips / "list.csv", text), 4)
     assert [record.id for record in records] == ["a.mp4", "b c.mp4", "d,e.mp4", "影é.mp4"]
     assert [record.label for record in records] == [0, 1, 2, 3]
@@ -75,14 +75,14 @@ def test_lists_come_in_many_forms(clips, text):
     assert pickle.loads(pickle.dumps(records))[3].id == "影é.mp4"
 
 
-def test_a_number_sign_and_unusual_line_ends_are_parts_of_names(clips):
+def test_file_names_may_contain_number_signs_and_unicode_separators(clips):
     for name in ("#1.mp4", "a\x85b.mp4", "a\u2028b.mp4"):
         write(clips / name)
     text = "#1.mp4 0\na\x85b.mp4 1\na\u2028b.mp4 2\n"
     assert [r.label for r in read_list(write(clips / "list.csv", text), 4)] == [0, 1, 2]
 
 
-def test_a_prefix_replaces_the_lists_folder(clips):
+def test_prefix_replaces_the_folder_of_the_list(clips):
     write(clips / "lists" / "val.csv", "a.mp4 0\n")
     write(clips / "lists" / "labels.txt", "only\n")
     folder = clips / "lists"
@@ -95,17 +95,17 @@ def test_a_prefix_replaces_the_lists_folder(clips):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.mp4 0\na.mp4 1\n", "list.csv:2: 'a.mp4' is in line 1 already"),
+        ("a.mp4 0\na.mp4 1\n", "list.csv:2: 'a.mp4' is already in line 1"),
         ("a.mp4 0\nb c.mp4 one\n", "list.csv:2: 'b c.mp4 one' is not 'path label'"),
         ("a.mp4 1.0\n", "is not 'path label'"),
         ("a.mp4 ²\n", "is not 'path label'"),
-        ("path label\n", "list.csv is empty; it needs one line for each video"),
+        ("path label\n", "list.csv is empty; it needs one line per video"),
         ("a.mp4 0\npath label\n", "list.csv:2: 'path label' is not"),
         ("loop.mp4 0\n", "list.csv:1: .*loop.mp4 cannot be read .*symbolic links"),
         ("sub 0\n", "list.csv:1: .*sub is not a file"),
     ],
 )
-def test_bad_lines_are_refused(clips, text, message):
+def test_malformed_lines_are_refused(clips, text, message):
     (clips / "loop.mp4").symlink_to("loop.mp4")
     (clips / "sub").mkdir()
     with pytest.raises(InputError, match=message) as error:
@@ -113,9 +113,11 @@ def test_bad_lines_are_refused(clips, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_missing_files_are_named_at_once_or_kept(clips):
+def test_missing_files_are_refused_together_or_kept(clips):
     path = write(clips / "list.csv", "a.mp4 0\n" + "".join(f"no{i}.mp4 1\n" for i in range(8)))
-    with pytest.raises(InputError, match=r"list.csv:2: .*no0.mp4 .*no4.mp4 .*3 more \(8 in all\)"):
+    with pytest.raises(
+        InputError, match=r"list.csv:2: .*no0.mp4 .*no4.mp4 .*3 more \(8 in total\)"
+    ):
         read_list(path, 4)
     assert len(read_list(path, 4, missing="keep")) == 9
 
@@ -134,13 +136,13 @@ def test_labels_may_be_json(clips, names):
 
 
 @pytest.mark.parametrize("names", ['{"x": 1, "y": 2}', '{"x": "one"}', "[1, 2]", "{", "3"])
-def test_bad_labels_are_refused(clips, names):
+def test_malformed_label_files_are_refused(clips, names):
     write(clips / "labels.json", names)
     with pytest.raises(InputError, match="labels.json: must be a list of names or map"):
         open_dataset(section("folder", clips), 2, ("val",))
 
 
-def test_two_classes_of_one_name_are_refused(clips):
+def test_duplicate_class_names_are_refused(clips):
     write(clips / "labels.txt", "x\nx\n")
     with pytest.raises(InputError, match="labels.txt: 'x' is named twice"):
         open_dataset(section("folder", clips), 2, ("val",))
@@ -179,7 +181,7 @@ def test_official_something_lists(tmp_path):
     with pytest.raises(InputError, match="validation.json:1: has no label, as in a test list"):
         open_dataset(data, 2, ("val",))
     write(path, '[{"template": "Holding [something]"}]')
-    with pytest.raises(InputError, match="is no list of entries"):
+    with pytest.raises(InputError, match="is not a list of entries"):
         open_dataset(data, 2, ("val",))
 
 
@@ -192,8 +194,8 @@ def test_class_folders(tmp_path):
     write(tmp_path / "train/a/notes.txt")
     data = open_dataset(section("class_folders", tmp_path), 2, ("train", "val"))
     assert data.labels == ["a", "b"]
-    found = [(record.id, record.label) for record in data.records["train"]]
-    assert found == [("a/1.avi", 0), ("a/2.MP4", 0), ("b/1.mp4", 1)]
+    listed = [(record.id, record.label) for record in data.records["train"]]
+    assert listed == [("a/1.avi", 0), ("a/2.MP4", 0), ("b/1.mp4", 1)]
     # `val` alone has one class; the other split tells that there are two.
     alone = open_dataset(section("class_folders", tmp_path), 2, ("val",))
     assert [record.label for record in alone.records["val"]] == [1]
@@ -208,7 +210,7 @@ def test_class_folders_that_loop_or_are_missing_are_refused(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "a").symlink_to("a")
     for folder in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(InputError, match="cannot be read .*; there must be .*CLASS/"):
+        with pytest.raises(InputError, match="cannot be read .*; expected .*CLASS/"):
             open_dataset(section("class_folders", folder), 1, ("train", "val"))
 
 
@@ -252,16 +254,16 @@ def test_xvit_something(tmp_path, single):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("../x 6 0\n", "val_videofolder.txt:1: '../x' leads out of .*seq_h5"),
-        ("/etc/x 6 0\n", "leads out of"),
+        ("../x 6 0\n", "val_videofolder.txt:1: '../x' points out of .*seq_h5"),
+        ("/etc/x 6 0\n", "points out of"),
         ("x 6\n", "val_videofolder.txt:1: 'x 6' is not 'name,num_frames,label'"),
         ("x 6 one\n", "is not 'name,num_frames,label'"),
         ("x 6 2\n", "label 2 is out of range"),
-        ("x 6 0\nx 6 1\n", "val_videofolder.txt:2: 'x' is in line 1 already"),
+        ("x 6 0\nx 6 1\n", "val_videofolder.txt:2: 'x' is already in line 1"),
         ("y 6 0\n", "val_videofolder.txt:1: .*y.h5 does not exist"),
     ],
 )
-def test_bad_xvit_lists_are_refused(tmp_path, line, message):
+def test_malformed_xvit_lists_are_refused(tmp_path, line, message):
     write(tmp_path / "val_videofolder.txt", line)
     write_frames(tmp_path / "seq_h5/x.h5", "x")
     with pytest.raises(InputError, match=message):
@@ -317,14 +319,14 @@ def lie_outside(file, folder):
         (lambda file, _: file.__setitem__("x", h5py.SoftLink("/y")), "'x' is a link; copy"),
         (lie_virtually, "its data lies in other files"),
         (lie_outside, "its data lies in other files"),
-        (lambda file, _: file.create_dataset("x", (2**40,), "u1", chunks=(9,)), "are no video"),
-        (lambda file, _: file.create_dataset("x", (2, 2**40), "u1", chunks=(1, 9)), "no video"),
+        (lambda file, _: file.create_dataset("x", (2**40,), "u1", chunks=(9,)), "are not a video"),
+        (lambda file, _: file.create_dataset("x", (2, 2**40), "u1", chunks=(1, 9)), "not a video"),
         (lambda file, _: file.create_dataset("x", (2**19, 2**10), "u1", chunks=(2**19, 2**10)),
-         "are no video"),
-        (lambda file, _: file.create_dataset("x", (2,), "V2000000000", chunks=(1,)), "no video"),
+         "are not a video"),
+        (lambda file, _: file.create_dataset("x", (2,), "V2000000000", chunks=(1,)), "not a video"),
         (lambda file, _: file.create_dataset("x", data=7), "no data set 'x' in it"),
         (lambda file, _: file.create_dataset("x", data=h5py.Empty("u1")), "no data set 'x' in it"),
-        (lambda file, _: file.create_dataset("x", (0, 5), "u1"), "no frame in it"),
+        (lambda file, _: file.create_dataset("x", (0, 5), "u1"), "no frames in it"),
         (lambda file, _: file.create_group("x"), "no data set 'x' in it"),
         (lambda file, _: file.create_dataset("x", (3,), "f8"), "frame 0 of 3 cannot be decoded"),
         (lambda file, _: file.create_dataset("x", (3, 4), "i4"), "frame 0 of 3 cannot be decoded"),
@@ -333,7 +335,7 @@ def lie_outside(file, folder):
         (lambda file, _: file.create_dataset("x", (3,), [("a", "i4")]), "frame 0 of 3 cannot be"),
     ],
 )  # fmt: skip
-def test_h5_data_sets_that_are_no_video_of_this_file_are_refused(tmp_path, make, message):
+def test_invalid_h5_data_sets_are_refused(tmp_path, make, message):
     write(tmp_path / "val_videofolder.txt", "x 3 0\n")
     (tmp_path / "seq_h5").mkdir()
     with h5py.File(tmp_path / "seq_h5" / "x.h5", "w") as file:
@@ -344,7 +346,7 @@ def test_h5_data_sets_that_are_no_video_of_this_file_are_refused(tmp_path, make,
     assert "\n" not in str(error.value)
 
 
-def test_h5_pipes_are_never_waited_for(tmp_path):
+def test_h5_pipes_do_not_block(tmp_path):
     write(tmp_path / "val_videofolder.txt", "x 3 0\n")
     (tmp_path / "seq_h5").mkdir()
     os.mkfifo(tmp_path / "seq_h5" / "x.h5")
@@ -356,7 +358,7 @@ def test_h5_pipes_are_never_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("rate", ["nan", "inf", "-inf", "1e999", "x"])
-def test_frame_rates_that_are_none_are_refused(tmp_path, rate):
+def test_invalid_frame_rates_are_refused(tmp_path, rate):
     write(tmp_path / "annotations" / "val.txt", "x,3,0\n")
     write(tmp_path / "annotations" / "val_fps.txt", f"x,{rate}\n")
     with pytest.raises(InputError, match="val_fps.txt:1: 'x,.*' is not 'name,fps'"):
@@ -405,7 +407,7 @@ def copy(pack, tmp_path):
     return tmp_path
 
 
-def test_packs_give_records(pack):
+def test_packs_are_read_as_records(pack):
     data = open_dataset(section("pack", pack), 2, ("val",))
     assert data.labels == ["a", "b, c"]
     records = pickle.loads(pickle.dumps(data.records["val"]))
@@ -417,9 +419,9 @@ def test_packs_give_records(pack):
         assert abs(reader.get_frames(np.array([4, 0])) - expected).mean() < 12
     with pytest.raises(IndexError):
         records[3]
-    with pytest.raises(InputError, match="2 names, but model.num_classes=3"):
+    with pytest.raises(InputError, match="the data has 2 classes, but model.num_classes=3"):
         open_dataset(section("pack", pack), 3, ("val",))
-    with pytest.raises(InputError, match="no split 'train' in it, only .*val"):
+    with pytest.raises(InputError, match="has no split 'train', only .*val"):
         open_dataset(section("pack", pack), 2, ("train",))
 
 
@@ -439,18 +441,18 @@ def test_tfds_finds_a_pack_by_name(copy, monkeypatch):
 
 
 def frames_of(records, index) -> dict[int, np.ndarray | str]:
-    """The frames of a record, each read by itself, or why it cannot be."""
-    found = {}
+    """Return frame number → frame or decode error, reading each frame separately."""
+    frames = {}
     with records[index].open() as reader:
         for i in range(reader.num_frames):
             try:
-                found[i] = reader.get_frames([i])[0]
+                frames[i] = reader.get_frames([i])[0]
             except DecodeError as error:
-                found[i] = str(error)
-    return found
+                frames[i] = str(error)
+    return frames
 
 
-def test_a_flipped_byte_is_noticed_and_never_gives_a_wrong_frame_or_label(copy):
+def test_flipped_bytes_never_yield_wrong_frames_or_labels(copy):
     path = copy / "jaxvid-val.array_record-00000-of-00002"
     sound = path.read_bytes()
     expected = frames_of(open_dataset(section("pack", copy), 2, ("val",)).records["val"], 0)
@@ -469,7 +471,7 @@ def test_a_flipped_byte_is_noticed_and_never_gives_a_wrong_frame_or_label(copy):
     assert not any("\n" in reason for reason in reasons)
 
 
-def test_damage_reaches_no_further_than_its_record(copy):
+def test_damage_affects_only_its_record(copy):
     path = copy / "jaxvid-val.array_record-00000-of-00002"
     data = bytearray(path.read_bytes())
     records = open_dataset(section("pack", copy), 2, ("val",)).records["val"]
@@ -493,12 +495,12 @@ def test_damage_reaches_no_further_than_its_record(copy):
 
 
 @pytest.mark.parametrize(
-    ("found", "replaced", "message"),
+    ("text", "replacement", "message"),
     [
         (
             "0.mp4,1",
             "0.mp4,0",
-            "record 0 .* is '0.mp4', label 1, 4 of 5 .* its table says '0.mp4', label 0",
+            "record 0 .* is '0.mp4', label 1, 4 of 5 .* the index says '0.mp4', label 0",
         ),
         ("1.mp4,0", "3.mp4,0", "record 2 of split 'val' is '1.mp4'"),
         ("0.mp4,1,5", "0.mp4,1,6", "record 0 of split 'val' is '0.mp4', label 1, 4 of 5 frames"),
@@ -509,9 +511,9 @@ def test_damage_reaches_no_further_than_its_record(copy):
         ),
     ],
 )
-def test_a_table_that_tells_something_else_is_noticed(copy, found, replaced, message):
+def test_an_index_that_differs_from_the_records_is_a_decode_error(copy, text, replacement, message):
     path = copy / "val_index.csv"
-    path.write_text(path.read_text().replace(found, replaced))
+    path.write_text(path.read_text().replace(text, replacement))
     records = open_dataset(section("pack", copy), 2, ("val",)).records["val"]
     [reason] = [
         frame for i in (0, 1) for frame in frames_of(records, i).values() if isinstance(frame, str)
@@ -519,20 +521,20 @@ def test_a_table_that_tells_something_else_is_noticed(copy, found, replaced, mes
     assert re.search(message, reason)
 
 
-def test_tables_that_cannot_be_right_are_refused(copy):
+def test_invalid_index_files_are_refused(copy):
     path = copy / "val_index.csv"
     sound = path.read_text()
     for text, message in (
         (sound.replace("1.mp4,0", "1.mp4,x"), "val_index.csv: is damaged"),
-        (sound.replace("1.mp4,0", "1.mp4,2"), "is damaged .a label outside 0 to 1"),
-        (sound.replace("15.0", "nan"), "is damaged .a frame rate that is none"),
-        (sound.replace(",2,4,0", ",3,4,0"), "is damaged .records that do not follow each other"),
-        (sound.replace("1.mp4,0,5", "1.mp4,0,-1"), "is damaged .a number of frames that is none"),
+        (sound.replace("1.mp4,0", "1.mp4,2"), "is damaged .label is out of range: 0 to 1"),
+        (sound.replace("15.0", "nan"), "is damaged .fps is out of range: 0 to 1000"),
+        (sound.replace(",2,4,0", ",3,4,0"), "is damaged .records are not contiguous"),
+        (sound.replace("1.mp4,0,5", "1.mp4,0,-1"), "is damaged .num_frames is out of range"),
         (sound + "3.mp4,0,5,15.0,6,4,0\n", "lists 8 records, the pack holds 6"),
         (sound + "3.mp4,0,5\n", "is damaged"),
-        (sound.splitlines()[0] + "\n", "no video in it"),
-        ("", "no video in it"),
-        ("id,label,num_frames,fps\n0.mp4,1,5,15.0\n", "is of an older layout; run prepare again"),
+        (sound.splitlines()[0] + "\n", "lists no readable video"),
+        ("", "lists no readable video"),
+        ("id,label,num_frames,fps\n0.mp4,1,5,15.0\n", "has an older layout; run prepare again"),
         (None, "val_index.csv does not exist; run prepare again"),
     ):
         path.unlink() if text is None else path.write_text(text)
@@ -543,7 +545,7 @@ def test_tables_that_cannot_be_right_are_refused(copy):
 
 @pytest.fixture
 def foreign(tmp_path):
-    """What another program wrote with TFDS: a record a video, without ids; the second damaged."""
+    """Return a TFDS data set of another program, without ids; the second record is damaged."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
@@ -581,7 +583,7 @@ def foreign(tmp_path):
     return tmp_path
 
 
-def test_a_damaged_record_of_another_tfds_set_is_masked_and_each_is_read_once(foreign, monkeypatch):
+def test_damaged_records_of_other_tfds_sets_are_masked(foreign, monkeypatch):
     records = open_dataset(section("pack", foreign), 2, ("val",)).records["val"]
     read, function = [], PackRecords.read
     monkeypatch.setattr(
@@ -627,12 +629,12 @@ def test_damaged_packs_are_refused(copy):
 
 
 def test_unknown_sources_are_refused(tmp_path):
-    with pytest.raises(InputError, match="data.source='web': there are 'motion', 'folder', "):
+    with pytest.raises(InputError, match="data.source='web': must be one of 'motion', 'folder', "):
         open_dataset(section("web", tmp_path), 2, ("val",))
 
 
 @pytest.mark.parametrize("text", [None, "", "\n\n", "a\n", "a\nb, c\nd\n", "a\na\n"])
-def test_packs_without_names_of_their_classes_are_refused(copy, text):
+def test_packs_without_class_names_are_refused(copy, text):
     """TFDS would number the classes."""
     path = copy / "label.labels.txt"
     path.unlink() if text is None else path.write_text(text)
@@ -642,10 +644,13 @@ def test_packs_without_names_of_their_classes_are_refused(copy, text):
     assert "\n" not in message
     if text in (None, "", "\n\n"):
         state = "does not exist" if text is None else "names 0 classes"
-        assert f"label.labels.txt: {state}, and the data has 2; write the name of each" in message
+        assert (
+            f"label.labels.txt: {state}, and the data has 2; write one class name per line"
+            in message
+        )
 
 
-def test_h5_packs_without_names_of_their_classes_are_refused(pack, tmp_path):
+def test_h5_packs_without_class_names_are_refused(pack, tmp_path):
     prepare([pack.parent / "val.csv"], tmp_path / "h5", Settings("h5"), workers=1)
     assert open_dataset(section("xvit_h5", tmp_path / "h5"), 2, ("val",)).labels == ["a", "b, c"]
     (tmp_path / "h5" / "labels.txt").unlink()
@@ -659,7 +664,7 @@ def test_h5_packs_without_names_of_their_classes_are_refused(pack, tmp_path):
     "name", ["dataset_info.json", "features.json", "label.labels.txt", "val_index.csv"]
 )
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop"])
-def test_metadata_that_are_no_files_are_refused_and_never_waited_for(copy, name, kind):
+def test_metadata_that_are_not_regular_files_are_refused_without_blocking(copy, name, kind):
     path = copy / name
     path.unlink()
     {
@@ -693,7 +698,7 @@ def test_metadata_that_are_no_files_are_refused_and_never_waited_for(copy, name,
         {"numBytes": "many"},
     ],
 )
-def test_splits_that_are_described_wrongly_are_refused(copy, change):
+def test_invalid_split_metadata_is_refused(copy, change):
     path = copy / "dataset_info.json"
     described = json.loads(path.read_text())
     described["splits"][0] |= change
@@ -704,7 +709,7 @@ def test_splits_that_are_described_wrongly_are_refused(copy, change):
     assert str(copy) in str(error.value)
 
 
-def test_numbers_of_a_table_that_overflow_are_refused(copy):
+def test_overflowing_numbers_in_an_index_are_refused(copy):
     path = copy / "val_index.csv"
     sound = path.read_text()
     for number in ("9223372036854775807", "9" * 400, "1e999", "4611686018427387904"):

@@ -1,4 +1,4 @@
-"""The motion clips are what they claim: real H.264, and their class is their motion alone."""
+"""The synthetic motion clips are H.264 videos whose class depends on their motion only."""
 
 import av
 import numpy as np
@@ -20,7 +20,7 @@ def brightness(frames: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_scenes_show_the_motion_of_their_label(seed):
+def test_scenes_have_the_motion_of_their_label(seed):
     rows, columns = np.mgrid[: synthetic_motion.SIZE, : synthetic_motion.SIZE]
 
     def centre(frames, axis):
@@ -76,7 +76,7 @@ def test_the_same_seed_gives_the_same_bytes_and_splits_differ(motion_folder, tmp
     assert (motion_folder / "val/00003.mp4").read_bytes() != expected
 
 
-def test_an_interrupted_generation_is_redone(tmp_path, monkeypatch):
+def test_interrupted_generation_is_repeated(tmp_path, monkeypatch):
     folder = tmp_path / "motion"
     calls = []
 

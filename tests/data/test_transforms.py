@@ -31,7 +31,7 @@ def frames(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (32, 32), (33, 200), (9, 13)])
-def test_resize_keeps_the_aspect_and_is_pillows(height, width):
+def test_resize_keeps_the_aspect_ratio_and_equals_pillow(height, width):
     clip = frames(height, width)
     resized = resize_short_side(clip, 24)
     assert min(resized.shape[1:3]) == 24
@@ -45,7 +45,7 @@ def test_resize_keeps_the_aspect_and_is_pillows(height, width):
 
 
 @pytest.mark.parametrize("resize_to", [resize_short_side, resize_bilinear])
-def test_resize_leaves_the_right_size_alone(resize_to):
+def test_resize_to_the_same_size_is_the_identity(resize_to):
     clip = frames(24, 50)
     assert resize_to(clip, 24) is clip
 
@@ -56,7 +56,7 @@ def test_the_goldens_are_all_tested():
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_three_crops_are_the_originals(name):
+def test_three_crops_equal_the_original(name):
     """Within a grey level where they are rounded to uint8, else within 0.003 of one."""
     with np.load(FOLDER / "data" / "spatial_crops.npz") as arrays:
         seed = int(arrays[f"{name}_seed"])
@@ -82,7 +82,7 @@ def test_bilinear_resize_floors_the_longer_side(source, expected):
     assert resize_bilinear(frames(*source), 24).shape == (2, *expected, 3)
 
 
-def test_random_crops_take_one_place_a_clip_and_reach_every_edge():
+def test_random_crops_have_one_position_per_clip_and_reach_every_edge():
     clip, rng = frames(10, 12), np.random.default_rng(0)
     corners = set()
     for _ in range(300):
@@ -130,7 +130,7 @@ def test_multi_scale_sizes_are_at_most_one_step_apart():
         (223, {223, 195, 167, 147}),  # 224 would not fit
     ],
 )
-def test_multi_scale_sizes_near_the_crops_become_the_crops(short_side, sides):
+def test_multi_scale_sizes_close_to_the_crop_become_the_crop(short_side, sides):
     assert {side for pair in multi_scale_sizes(short_side, 224) for side in pair} == sides
 
 
@@ -138,7 +138,7 @@ def test_multi_scale_sizes_of_frames_as_small_as_the_crop():
     assert {side for pair in multi_scale_sizes(10, 10) for side in pair} == {10, 7, 6}  # 8: 10
 
 
-def test_multi_scale_crops_start_at_13_places():
+def test_multi_scale_crops_start_at_13_positions():
     clip, rng = frames(40, 56), np.random.default_rng(0)
     corners = {}
     for _ in range(3000):
@@ -157,7 +157,7 @@ def test_multi_scale_crops_start_at_13_places():
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 56), (56, 40), (9, 12), (33, 35)])
-def test_multi_scale_crops_are_pillows_resizes_of_the_frames(height, width):
+def test_multi_scale_crops_equal_resizing_with_pillow(height, width):
     """Exactly where a side shrinks, else within a grey level; also if frames are below the crop."""
     clip = np.random.default_rng(1).integers(0, 256, (2, height, width, 3)).astype(np.uint8)
     candidates = []
@@ -180,7 +180,7 @@ def test_resize_takes_height_then_width():
 
 
 @pytest.mark.parametrize("size", [(40, 60), (33, 60), (40, 56)])
-def test_frames_are_enlarged_by_opencv_unless_pillow_is_asked_for(size):
+def test_frames_are_enlarged_by_opencv_unless_exact(size):
     clip = np.random.default_rng(0).integers(0, 256, (2, 33, 56, 3), np.uint8)
     height, width = size
     enlarged = [cv2.resize(frame, (width, height)) for frame in clip]
@@ -196,7 +196,7 @@ def test_frames_are_enlarged_by_opencv_unless_pillow_is_asked_for(size):
     assert (short != resize_short_side(clip, 40, exact=True)).any()
 
 
-def test_evaluation_looks_at_one_crop_or_three():
+def test_evaluation_supports_one_or_three_crops():
     assert set(NUM_CROPS) == {1, 3}
     for num_crops in NUM_CROPS:
         assert len(eval_crops(frames(9, 13), 8, num_crops)) == num_crops

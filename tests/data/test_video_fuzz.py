@@ -1,4 +1,4 @@
-"""Damaged video files end in right frames or in a `DecodeError`, in time, never in a crash."""
+"""Damaged video files yield correct frames or a `DecodeError`, in bounded time, without crashes."""
 
 import collections
 import concurrent.futures
@@ -42,7 +42,7 @@ def h264(tmp_path_factory):
 
 
 def damage(source, path, position: int, kind: str):
-    """Copies a video with one packet damaged: the middle of its data, or the length before it."""
+    """Copy a video with one packet damaged: the middle of its data, or the length before it."""
     with av.open(str(source)) as video:
         packet = [p for p in video.demux(video=0) if p.size][position]
     data = bytearray(source.read_bytes())
@@ -59,7 +59,7 @@ def damage(source, path, position: int, kind: str):
 @pytest.mark.parametrize(
     ("position", "kind"), [(0, "data"), (5, "length"), (13, "length"), (24, "data"), (30, "length")]
 )
-def test_damage_reaches_the_next_key_frame_and_no_further(h264, tmp_path, position, kind):
+def test_damage_affects_frames_up_to_the_next_key_frame(h264, tmp_path, position, kind):
     """What comes is right, and what is damaged does not come."""
     path = damage(h264, tmp_path / "bad.mp4", position, kind)
     expected, start = decode_everything(h264), position // 12 * 12
@@ -78,7 +78,7 @@ def test_damage_reaches_the_next_key_frame_and_no_further(h264, tmp_path, positi
         assert f"frame {i} is damaged; {readable} of 40 can be read" in line
 
 
-def test_a_truncated_video_gives_what_it_holds_or_an_error(tmp_path):
+def test_truncated_videos_yield_their_frames_or_an_error(tmp_path):
     """Cut at every tenth: the frames that come are right, and no cut goes unnoticed."""
     source = write_video(tmp_path / "whole.mkv", options={"bf": "3", "g": "12"})
     whole, expected = source.read_bytes(), decode_everything(source)
@@ -148,7 +148,7 @@ def run_case(folder: Path, case: int) -> tuple[str, float]:
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-def test_mutated_files_end_in_frames_or_a_decode_error(tmp_path):
+def test_mutated_files_yield_frames_or_a_decode_error(tmp_path):
     for name, settings in CLIPS.items():
         write_video(tmp_path / name, **settings)
     # A crash of a process breaks the pool; the cases before it say where to look.

@@ -1,4 +1,4 @@
-"""Frames by index are the frames that decoding everything gives, bit by bit."""
+"""Frames by index are bit-identical to those of decoding the whole file."""
 
 import functools
 import os
@@ -92,7 +92,7 @@ def decode_all_of(path) -> np.ndarray:
 
 
 def cut_without_decoding(source, path, start: int):
-    """Copies a video's packets from the `start`-th on: it begins between key frames."""
+    """Copy a video's packets from the `start`-th on: it begins between key frames."""
     with av.open(str(source)) as video, av.open(str(path), "w") as copy:
         stream = copy.add_stream_from_template(video.streams.video[0])
         for packet in [p for p in video.demux(video=0) if p.size][start:]:
@@ -140,10 +140,10 @@ EXACT = (
 )
 
 
-@pytest.mark.parametrize("kept_bytes", [video_reader.KEPT_BYTES, 0])
+@pytest.mark.parametrize("max_bytes", [video_reader.MAX_PACKET_BYTES, 0])
 @pytest.mark.parametrize("name", EXACT.split())
-def test_frames_by_index_are_exact(videos, name, kept_bytes, monkeypatch):
-    monkeypatch.setattr(video_reader, "KEPT_BYTES", kept_bytes)  # with 0 it seeks in the file
+def test_frames_by_index_are_exact(videos, name, max_bytes, monkeypatch):
+    monkeypatch.setattr(video_reader, "MAX_PACKET_BYTES", max_bytes)  # with 0 it seeks in the file
     expected = decode_everything(videos[name])
     rng = np.random.default_rng(0)
     with VideoFile(videos[name]) as video:
@@ -162,22 +162,22 @@ def outcome(frames) -> np.ndarray | str:
         return str(error)
 
 
-@pytest.mark.parametrize("kept_bytes", [video_reader.KEPT_BYTES, 0])
+@pytest.mark.parametrize("max_bytes", [video_reader.MAX_PACKET_BYTES, 0])
 @pytest.mark.parametrize("name", [*EXACT.split(), "open_cut"])
-def test_frames_in_order_are_those_by_index(videos, name, kept_bytes, monkeypatch):
-    monkeypatch.setattr(video_reader, "KEPT_BYTES", kept_bytes)
+def test_sequential_frames_equal_frames_by_index(videos, name, max_bytes, monkeypatch):
+    monkeypatch.setattr(video_reader, "MAX_PACKET_BYTES", max_bytes)
     with VideoFile(videos[name]) as video:
         for first, step in ((0, 1), (video.num_frames // 3, 4)):
             indices = np.arange(first, video.num_frames, step)
-            found, expected = (
+            frames, expected = (
                 outcome(functools.partial(read, indices))
                 for read in (video.iter_frames, video.get_frames)
             )
-            np.testing.assert_array_equal(found, expected)
+            np.testing.assert_array_equal(frames, expected)
 
 
 @pytest.mark.parametrize("name", ["h264", "one_gop", "open_mkv", "mpeg4_avi", "mpeg4_b_avi"])
-def test_damage_is_found_in_order_as_it_is_by_index(videos, name, tmp_path):
+def test_damage_is_detected_sequentially_and_by_index(videos, name, tmp_path):
     sound, rng, broken = videos[name].read_bytes(), np.random.default_rng(0), 0
     path = tmp_path / videos[name].name
     for _ in range(20):
@@ -188,18 +188,18 @@ def test_damage_is_found_in_order_as_it_is_by_index(videos, name, tmp_path):
         try:
             with VideoFile(path) as video, VideoFile(path) as other:
                 every = np.arange(video.num_frames)
-                found = outcome(functools.partial(video.iter_frames, every))
+                frames = outcome(functools.partial(video.iter_frames, every))
                 expected = outcome(functools.partial(other.get_frames, every))
                 assert video.count_readable() == other.count_readable()
                 assert video.oddities == other.oddities
         except DecodeError:  # it cannot even be opened
             continue
-        broken += isinstance(found, str)
-        np.testing.assert_array_equal(found, expected)
-    assert broken > 0  # encoders give other bytes on other machines: 5 to 19 here
+        broken += isinstance(frames, str)
+        np.testing.assert_array_equal(frames, expected)
+    assert broken > 0  # 5 to 19; encoders differ between machines
 
 
-def test_frames_in_order_are_decoded_once_and_within_the_time(videos, monkeypatch):
+def test_sequential_decoding_is_single_pass_and_bounded_in_time(videos, monkeypatch):
     with VideoFile(videos["mpeg4_b_avi"]) as video:
         assert video.times is None
         starts, packets_from = [], video._packets_from
@@ -218,24 +218,24 @@ def test_frames_in_order_are_decoded_once_and_within_the_time(videos, monkeypatc
 
 
 @pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)
-def test_every_kind_that_a_folder_scan_finds_is_decoded_exactly(suffix, tmp_path, monkeypatch):
+def test_all_listed_suffixes_are_decoded_exactly(suffix, tmp_path, monkeypatch):
     path = write_video(tmp_path / f"video{suffix}", frames=12, **KINDS[suffix])
     expected = decode_everything(path)
     assert len(expected) == 12
-    for kept_bytes in (video_reader.KEPT_BYTES, 0):
-        monkeypatch.setattr(video_reader, "KEPT_BYTES", kept_bytes)
+    for max_bytes in (video_reader.MAX_PACKET_BYTES, 0):
+        monkeypatch.setattr(video_reader, "MAX_PACKET_BYTES", max_bytes)
         with VideoFile(path) as video:
             assert video.num_frames == 12 == video.count_readable()
             for indices in (np.arange(12), np.array([11, 3, 3, 0])):
                 np.testing.assert_array_equal(video.get_frames(indices), expected[indices])
 
 
-def test_indices_outside_the_video_are_a_programming_error(videos):
+def test_indices_outside_of_the_video_raise_an_index_error(videos):
     with VideoFile(videos["h264"]) as video, pytest.raises(IndexError, match="outside 0..39"):
         video.get_frames(np.array([40]))
 
 
-def test_bad_files_are_named_with_a_reason(videos, tmp_path):
+def test_broken_files_are_named_with_a_reason(videos, tmp_path):
     (tmp_path / "text.mp4").write_text("hello")
     (tmp_path / "empty.mp4").write_bytes(b"")
     whole = videos["matroska"].read_bytes()
@@ -259,7 +259,7 @@ def test_bad_files_are_named_with_a_reason(videos, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_skipping_is_what_decodes(videos, monkeypatch):
+def test_frames_are_skipped_only_for_codecs_that_mark_them(videos, monkeypatch):
     """Otherwise the tests of exactness would compare sequential decoding with itself."""
     monkeypatch.setattr(VideoFile, "_decode_all", None)
     for name in ("h264", "one_gop", "matroska", "vfr", "hevc", "av1"):
@@ -267,7 +267,7 @@ def test_skipping_is_what_decodes(videos, monkeypatch):
             assert len(video.get_frames(np.array([3, 9, 19]))) == 3
 
 
-def test_frames_before_an_open_group_of_pictures_are_refused(videos):
+def test_frames_before_the_first_key_frame_are_left_out(videos):
     """Their references were cut off; the frames after it are as in the whole video."""
     with VideoFile(videos["open_cut"]) as video:
         damaged = video.num_frames - video.count_readable()
@@ -369,7 +369,7 @@ def rgb_of(yuv, matrix, full):
         ("colormatrix=YCgCo", "bt601", False, "yuv420p"),  # swscale has no such matrix
     ],
 )
-def test_colours_are_converted_as_tagged(tmp_path, yuv, tags, matrix, full, pix_fmt):
+def test_colors_are_converted_as_tagged(tmp_path, yuv, tags, matrix, full, pix_fmt):
     options = {"qp": "1", "x264-params": tags}
     path = write_colour(tmp_path / "colour.mp4", yuv, pix_fmt, options, full=full)
     frames = decode_all_of(path)
@@ -391,7 +391,7 @@ def test_bt601_ignores_the_matrix_of_the_file(tmp_path, full):
     assert abs(frames - rgb_of(yuv, "bt709", full)).max() > 10
 
 
-def test_odd_sizes(tmp_path):
+def test_odd_frame_sizes(tmp_path):
     yuv = (120, 200, 110)
     frames = decode_all_of(
         write_colour(tmp_path / "odd.avi", yuv, "yuv420p", {"qscale": "1"}, (49, 65), "mpeg4")
@@ -419,7 +419,7 @@ def test_sizes_lengths_and_time_are_bounded(videos, tmp_path, monkeypatch):
         VideoFile(videos["h264"])
 
 
-def test_what_is_no_regular_file_is_refused(videos, tmp_path):
+def test_files_that_are_not_regular_are_refused(videos, tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
@@ -442,7 +442,7 @@ def test_what_is_no_regular_file_is_refused(videos, tmp_path):
         VideoFile("/dev/zero")
 
 
-def test_names_are_no_addresses(videos, tmp_path, monkeypatch):
+def test_file_names_are_not_parsed_as_urls(videos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("12:30.mp4", "a|b %03d.mp4", "-"):
         (tmp_path / name).write_bytes(videos["h264"].read_bytes())

@@ -1,4 +1,4 @@
-"""A failure in one of two processes ends both within a minute, with one line each."""
+"""A failure in one of two processes ends both within a minute, with one error line each."""
 
 import contextlib
 import os
@@ -17,19 +17,19 @@ import jaxvid
 from jaxvid.data.synthetic_motion import LABELS
 from jaxvid.errors import InputError
 from jaxvid.storage.model_card import load_card
-from tests.distributed.test_processes import ROOT, started, told
+from tests.distributed.test_processes import ROOT, read_output, started
 
 LIMIT = 60  # seconds from the failure to the end of the last process
-SECONDS = 400  # for two processes that are compiled for on a busy machine
+SECONDS = 400  # timeout of two processes that compile on a busy machine
 pytestmark = pytest.mark.timeout(2 * SECONDS)
 
-# The program of both processes. The process `who` fails in the way `how` when it comes to `when`.
+# The program of both processes. Process `who` fails with `failure` at the phase `when`.
 FAILING = f"""
 import os, resource, runpy, signal, sys, time
 from pathlib import Path
 
 sys.path.insert(0, {str(ROOT)!r})
-when, how, who, stamp = sys.argv.pop(1).split(",")
+when, failure, who, stamp = sys.argv.pop(1).split(",")
 from jaxvid.distributed import collectives, process_group
 from jaxvid.evaluation import loop
 from jaxvid.storage import model_card, model_folder
@@ -40,20 +40,20 @@ def note():
 
 def fail(config=None):
     note()
-    if how == "full":
+    if failure == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
-    elif how == "elsewhere":
+    elif failure == "elsewhere":
         os.chdir(Path(stamp).parent / "elsewhere")
         load = model_card.load_card
         noting_load = lambda folder: (note(), load(folder))[1]
         model_card.load_card = model_folder.load_card = noting_load
-    elif how == "fields":
+    elif failure == "fields":
         config["optimizer"]["extra"] = 1
         del config["optimizer"]["name"]
-    elif how == "defect":
+    elif failure == "defect":
         raise ZeroDivisionError("a defect")
     else:
-        os.kill(os.getpid(), getattr(signal, how))
+        os.kill(os.getpid(), getattr(signal, failure))
 
 def failing(function, call):
     calls = []
@@ -77,29 +77,29 @@ elif when == "model":
     model_folder.save_model_folder = failing(model_folder.save_model_folder, 1)
 runpy.run_path({str(ROOT / "main.py")!r}, run_name="__main__")
 """
-OPTIONS = {"processes": 2, "devices": 2, "mesh": (1, 4)}  # weights span both
+OPTIONS = {"processes": 2, "devices": 2, "mesh": (1, 4)}  # weights are sharded over both
 
 
 def lines(workdir: Path, process: int) -> list[str]:
-    """What a process printed, without the log and what C++ libraries print."""
+    """Return the output of a process without the log and the output of C++ libraries."""
     log = re.compile(r"^(\[Gloo\]|[IWEF]\d{4} |\S+: .*parameters)")
-    return [line for line in told(workdir, process).splitlines() if not log.match(line)]
+    return [line for line in read_output(workdir, process).splitlines() if not log.match(line)]
 
 
-def fail(workdir: Path, when: str, how: str, who: int, **options) -> list[int]:
+def fail(workdir: Path, when: str, failure: str, who: int, **options) -> list[int]:
     """Run two processes of which one fails; check that both end in time, and return their codes."""
     stamp = workdir.parent / "stamp"
-    program = ("-c", FAILING, f"{when},{how},{who},{stamp}")
+    program = ("-c", FAILING, f"{when},{failure},{who},{stamp}")
     with started(workdir, **OPTIONS | options, program=program) as runs:
         other = runs[1 - who]
         code = other.wait(timeout=SECONDS)
         took = time.time() - float(stamp.read_text())
-        if how == "SIGSTOP":
+        if failure == "SIGSTOP":
             runs[who].send_signal(signal.SIGCONT)
         runs[who].wait(timeout=LIMIT)
-        print(f"{when} {how} {who}: the other ended after {took:.1f} s")
+        print(f"{when} {failure} {who}: the other ended after {took:.1f} s")
         assert took < LIMIT
-        assert code == InputError.EXIT_CODE, told(workdir, 1 - who)
+        assert code == InputError.EXIT_CODE, read_output(workdir, 1 - who)
         return [run.returncode for run in runs]
 
 
@@ -227,8 +227,8 @@ def pair(program: str, *arguments: object) -> Iterator[list[subprocess.Popen]]:
 @pytest.mark.parametrize(
     ("killed", "cause"),
     [
-        (0, "its connection broke; it was killed or cannot be reached"),
-        (1, "no sign of life for 10 s; it was killed or hangs"),
+        (0, "lost connection; it was killed or cannot be reached"),
+        (1, "no heartbeat for 10 s; it was killed or hangs"),
     ],
 )
 def test_a_killed_process_ends_the_other_with_one_line(killed, cause):
@@ -242,8 +242,8 @@ def test_a_killed_process_ends_the_other_with_one_line(killed, cause):
     assert time.monotonic() - begun < LIMIT
 
 
-def test_a_checkpoint_that_one_process_cannot_write_ends_both(tmp_path):
-    """Orbax has the error wait at a barrier, to which the other process does not come."""
+def test_a_failed_save_in_one_process_ends_both(tmp_path):
+    """In Orbax, the failing process waits at a barrier that the other process does not reach."""
     with pair(SAVING, tmp_path) as runs:
         outputs = [run.communicate(timeout=SECONDS)[0] for run in runs]
     assert [run.returncode for run in runs] == [InputError.EXIT_CODE] * 2
@@ -253,8 +253,8 @@ def test_a_checkpoint_that_one_process_cannot_write_ends_both(tmp_path):
 
 
 @pytest.mark.full
-def test_a_checkpoint_that_one_process_cannot_restore_ends_both(tmp_path):
-    """The other process restores it, or waits for this one inside Orbax."""
+def test_a_failed_restore_in_one_process_ends_both(tmp_path):
+    """The other process restores the checkpoint, or waits for the failed one inside Orbax."""
     begun = time.monotonic()
     with pair(RESTORING, tmp_path) as runs:
         outputs = [run.communicate(timeout=SECONDS)[0] for run in runs]
@@ -269,36 +269,36 @@ def test_a_checkpoint_that_one_process_cannot_restore_ends_both(tmp_path):
 
 @pytest.mark.full
 @pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP", "defect"])
+@pytest.mark.parametrize("failure", ["SIGKILL", "SIGSTOP", "defect"])
 @pytest.mark.parametrize("when", ["training", "evaluation"])
-def test_a_process_that_is_gone_ends_the_other(when, how, who, motion_folder, tmp_path):
+def test_a_failed_process_ends_the_other(when, failure, who, motion_folder, tmp_path):
     workdir = tmp_path / "w"
-    found = fail(workdir, when, how, who, data__folder=motion_folder)
+    codes = fail(workdir, when, failure, who, data__folder=motion_folder)
     expected = {"SIGKILL": -signal.SIGKILL, "SIGSTOP": InputError.EXIT_CODE, "defect": 1}
-    assert found[who] == expected[how], told(workdir, who)
+    assert codes[who] == expected[failure], read_output(workdir, who)
     *_, line = lines(workdir, 1 - who)
     assert line.startswith(f"error: process {who}: ")
-    assert told(workdir, 1 - who).count("error: ") == 1
-    assert "Traceback" not in told(workdir, 1 - who)
-    if how == "defect":
-        assert "ZeroDivisionError: a defect; its own output has the traceback" in line
-        assert told(workdir, who).count("Traceback") == 1
-        assert told(workdir, who).rstrip().endswith("ZeroDivisionError: a defect")
+    assert read_output(workdir, 1 - who).count("error: ") == 1
+    assert "Traceback" not in read_output(workdir, 1 - who)
+    if failure == "defect":
+        assert "ZeroDivisionError: a defect; see the traceback in its output" in line
+        assert read_output(workdir, who).count("Traceback") == 1
+        assert read_output(workdir, who).rstrip().endswith("ZeroDivisionError: a defect")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("who", [0, 1])
 @pytest.mark.parametrize("when", ["checkpoint", "model"])
-def test_a_save_that_fails_in_one_process_ends_both(when, who, motion_folder, tmp_path):
+def test_a_full_disk_of_one_process_ends_both(when, who, motion_folder, tmp_path):
     workdir = tmp_path / "w"
-    found = fail(
+    codes = fail(
         workdir, when, "full", who, data__folder=motion_folder, checkpoint_every_epochs=1.0
     )
-    assert found == [InputError.EXIT_CODE] * 2
+    assert codes == [InputError.EXIT_CODE] * 2
     for process in (0, 1):
         *_, line = lines(workdir, process)
-        assert told(workdir, process).count("error: ") == 1, told(workdir, process)
-        assert "Traceback" not in told(workdir, process)
+        assert read_output(workdir, process).count("error: ") == 1, read_output(workdir, process)
+        assert "Traceback" not in read_output(workdir, process)
         assert "cannot be written" in line
         assert line.startswith("error: " if process == who else f"error: process {who}: ")
 
@@ -306,27 +306,29 @@ def test_a_save_that_fails_in_one_process_ends_both(when, who, motion_folder, tm
 @pytest.mark.full
 @pytest.mark.parametrize("who", [0, 1])
 @pytest.mark.parametrize("field", ["init_from", "distill__teacher"])
-def test_a_model_that_one_process_lacks_ends_both(field, who, motion_folder, tmp_path, folders):
+def test_a_model_folder_missing_in_one_process_ends_both(
+    field, who, motion_folder, tmp_path, folders
+):
     (tmp_path / "elsewhere").mkdir()
     network = jaxvid.create_model("xvit_tiny", width=16, depth=1, head="mean")
     preprocessing = load_card(folders / "xvit")["preprocessing"]
     jaxvid.save_model(network, tmp_path / "model", preprocessing=preprocessing, labels=list(LABELS))
-    # The process `who` looks for this relative path in another folder.
+    # Process `who` resolves this relative path in another folder.
     workdir, path = tmp_path / "w", os.path.relpath(tmp_path / "model", ROOT)
-    found = fail(workdir, "config", "elsewhere", who, data__folder=motion_folder, **{field: path})
-    assert found == [InputError.EXIT_CODE] * 2
+    codes = fail(workdir, "config", "elsewhere", who, data__folder=motion_folder, **{field: path})
+    assert codes == [InputError.EXIT_CODE] * 2
     for process in (0, 1):
         *_, line = lines(workdir, process)
         assert "does not exist" in line
-        assert told(workdir, process).count("error: ") == 1, told(workdir, process)
+        assert read_output(workdir, process).count("error: ") == 1, read_output(workdir, process)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("who", [0, 1])
-def test_a_config_with_other_fields_ends_both(who, motion_folder, tmp_path):
+def test_different_config_fields_end_both(who, motion_folder, tmp_path):
     workdir = tmp_path / "w"
-    found = fail(workdir, "config", "fields", who, data__folder=motion_folder)
-    assert found == [InputError.EXIT_CODE] * 2
+    codes = fail(workdir, "config", "fields", who, data__folder=motion_folder)
+    assert codes == [InputError.EXIT_CODE] * 2
     for process in (0, 1):
         *_, line = lines(workdir, process)
         extra = ["missing", "1"] if who else ["1", "missing"]
@@ -339,7 +341,7 @@ def test_a_config_with_other_fields_ends_both(who, motion_folder, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.parametrize("who", [0, 1])
-def test_a_process_that_never_comes_is_named(who, motion_folder, tmp_path):
+def test_a_process_that_does_not_join_is_named(who, motion_folder, tmp_path):
     workdir, begun = tmp_path / "w", time.monotonic()
     flags = (["--join_seconds=15"],) * 2
     with started(workdir, **OPTIONS, flags=flags, data__folder=motion_folder) as runs:
@@ -353,7 +355,7 @@ def test_a_process_that_never_comes_is_named(who, motion_folder, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.parametrize("who", [0, 1])
-def test_a_config_file_that_one_process_lacks_ends_both(who, motion_folder, tmp_path):
+def test_a_config_file_missing_in_one_process_ends_both(who, motion_folder, tmp_path):
     workdir, begun = tmp_path / "w", time.monotonic()
     flags: tuple[list[str], list[str]] = ([], [])
     flags[who].append("--config=nowhere.py")
@@ -362,5 +364,5 @@ def test_a_config_file_that_one_process_lacks_ends_both(who, motion_folder, tmp_
     assert time.monotonic() - begun < LIMIT
     for process in (0, 1):
         line, *_ = lines(workdir, process)
-        told_by = "" if process == who else f"process {who}: "
-        assert line.startswith(f"error: {told_by}--config: nowhere.py does not exist")
+        source = "" if process == who else f"process {who}: "
+        assert line.startswith(f"error: {source}--config: nowhere.py does not exist")

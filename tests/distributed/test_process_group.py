@@ -1,4 +1,4 @@
-"""Exchanges and failures of the processes of a run, with a store in memory."""
+"""Exchanges and failures between the processes of a run, with a store in memory."""
 
 import contextlib
 import socket
@@ -8,14 +8,15 @@ import time
 import jax
 import pytest
 
-from jaxvid.distributed import process_group
+from jaxvid.distributed import jax_runtime, process_group
+from jaxvid.distributed.heartbeat import Clock
 from jaxvid.distributed.process_group import PeerError, ProcessGroup
 from jaxvid.distributed.relay import Relay
 from jaxvid.errors import InputError
 
 
 class MemoryStore:
-    """The store of `Peers`, within one process."""
+    """A `Store` within one process."""
 
     def __init__(self):
         self.values: dict[str, str] = {}
@@ -48,7 +49,7 @@ def make_peers(count: int) -> tuple[MemoryStore, list[ProcessGroup]]:
 
 
 def in_threads(*functions) -> list:
-    """What functions that wait for each other return or raise."""
+    """Call functions in threads; return their results or exceptions."""
     results = [None] * len(functions)
 
     def run(i):
@@ -66,27 +67,27 @@ def in_threads(*functions) -> list:
     return results
 
 
-def let_pass(peers: ProcessGroup, monkeypatch, seconds: float) -> None:
-    """Have the next beats of a process come that many seconds after each other."""
+def set_beat_interval(peers: ProcessGroup, monkeypatch, seconds: float) -> None:
+    """Set the time between the next heartbeats of a process."""
     monkeypatch.setattr(peers._clock, "tick", lambda: seconds)
 
 
-def test_every_process_gets_all_values_and_the_store_stays_small():
+def test_exchange_returns_all_values_and_the_store_stays_small():
     store, peers = make_peers(3)
 
     def run(one):
         return [one.exchange([one.index, number, "ü"]) for number in range(50)]
 
-    found = in_threads(*[lambda one=one: run(one) for one in peers])
+    results = in_threads(*[lambda one=one: run(one) for one in peers])
     expected = [[[index, number, "ü"] for index in range(3)] for number in range(50)]
-    assert found == [expected] * 3
-    assert len(store.values) == 3  # the last round alone
+    assert results == [expected] * 3
+    assert len(store.values) == 3  # only the last round
     assert in_threads(*[one.leave for one in peers]) == [None] * 3
 
 
-def test_a_process_without_signs_of_life_is_lost(monkeypatch):
+def test_a_process_without_heartbeats_is_lost(monkeypatch):
     _, (first, second, _) = make_peers(3)
-    let_pass(first, monkeypatch, 2.0)
+    set_beat_interval(first, monkeypatch, 2.0)
     for _ in range(14):
         second.beat()
         first.beat()
@@ -94,29 +95,29 @@ def test_a_process_without_signs_of_life_is_lost(monkeypatch):
     for _ in range(3):
         second.beat()
         first.beat()
-    message = "process 2: no sign of life for 30 s; it was killed or hangs"
+    message = "process 2: no heartbeat for 30 s; it was killed or hangs"
     assert str(first._failure) == message
-    second.beat()  # the others learn of it
+    second.beat()  # reads the failure
     assert str(second._failure) == message
-    with pytest.raises(PeerError, match="process 2: no sign"):
+    with pytest.raises(PeerError, match="process 2: no heartbeat"):
         second.exchange(1)
 
 
-def test_time_in_which_a_process_was_suspended_does_not_count(monkeypatch):
+def test_clock_ignores_time_while_suspended(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    clock = process_group._Clock()
+    clock = Clock(2.0)
     now[0] += 1.5
     assert clock.tick() == 1.5
     now[0] += 1000
-    assert clock.tick() == 2 * process_group.BEAT_SECONDS
+    assert clock.tick() == 2.0
 
 
-def test_a_process_that_lives_but_does_not_come_is_given_up_after_long(monkeypatch):
+def test_a_hung_process_fails_the_run_after_a_timeout(monkeypatch):
     _, (first, second) = make_peers(2)
     monkeypatch.setattr(process_group, "HUNG_SECONDS", 11.0)
-    let_pass(first, monkeypatch, 3.5)
-    for _ in range(5):  # both work, for longer than that
+    set_beat_interval(first, monkeypatch, 3.5)
+    for _ in range(5):  # longer than the timeout, without a synchronization point
         first.beat()
         second.beat()
     first.reach()
@@ -131,21 +132,21 @@ def test_a_process_that_lives_but_does_not_come_is_given_up_after_long(monkeypat
     assert first._failure is None
     second.beat()
     first.beat()
-    assert str(first._failure) == "process 1: has kept the others waiting for 11 s"
+    assert str(first._failure) == "process 1: has blocked the others for 11 s"
 
 
-def test_a_process_that_ends_before_the_others_are_done_is_noticed():
+def test_a_process_that_ends_early_fails_the_run():
     store, (first, second) = make_peers(2)
     first.reach()
     store.set("jaxvid/state/left/1", "1")
     first.beat()
-    assert first._failure is None  # process 0 alone writes the reports
+    assert first._failure is None  # only process 0 writes the reports
     first.reach()
     first.beat()
     assert str(first._failure) == "process 1: ended before the others were done"
 
 
-def test_process_0_stays_until_the_others_know_that_all_are_done():
+def test_process_0_ends_after_the_others():
     store, (first, second) = make_peers(2)
     ended = []
 
@@ -167,20 +168,21 @@ def test_process_0_stays_until_the_others_know_that_all_are_done():
 
 @pytest.fixture
 def ends(monkeypatch):
-    """Exit codes with which the process would have ended."""
+    """Exit codes that the process would have ended with."""
     codes = []
-    monkeypatch.setattr(process_group, "end_at_exit", lambda code: codes.append(("exit", code)))
+    for module in (process_group, jax_runtime):
+        monkeypatch.setattr(module, "end_at_exit", lambda code: codes.append(("exit", code)))
     monkeypatch.setattr(process_group, "end_now", lambda code: codes.append(("now", code)))
     monkeypatch.setattr(process_group, "GRACE_SECONDS", 0.2)
     monkeypatch.setattr(process_group, "BEAT_SECONDS", 0.05)
     return codes
 
 
-DEFECT = "process 1: ZeroDivisionError: division; its own output has the traceback"
+DEFECT = "process 1: ZeroDivisionError: division; see the traceback in its output"
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "message"),
     [
         (InputError("x does not exist"), 2, "process 1: x does not exist"),
         (ZeroDivisionError("division\nby zero"), 1, DEFECT),
@@ -189,21 +191,21 @@ DEFECT = "process 1: ZeroDivisionError: division; its own output has the traceba
         (PeerError(2, "y is damaged"), 2, "process 2: y is damaged"),
     ],
 )
-def test_the_failure_of_a_process_is_told_to_the_others(error, code, told, ends):
+def test_the_failure_of_a_process_is_raised_in_the_others(error, code, message, ends):
     _, (first, second, _) = make_peers(3)
     assert second.end_together(error) is error
     assert ends == [("exit", code)]
     first.beat()
     with pytest.raises(PeerError) as raised:
         first.exchange(0)
-    assert str(raised.value) == told
+    assert str(raised.value) == message
 
 
 def runtime_error() -> Exception:
     return jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: Connection closed by peer")
 
 
-def test_an_error_of_the_runtime_is_reported_by_its_cause(ends, monkeypatch):
+def test_runtime_errors_are_replaced_by_their_cause(ends, monkeypatch):
     _, (first, second) = make_peers(2)
     second.publish(InputError("the disk is full"))
     first.beat()
@@ -216,7 +218,7 @@ def test_an_error_of_the_runtime_is_reported_by_its_cause(ends, monkeypatch):
         raised = first.end_together(error)
     assert str(raised) == "process 1: the disk is full"
     assert ends == [("exit", 2)]
-    # Its own, if no other process fails.
+    # The error itself, if no other process fails.
     monkeypatch.setattr(process_group, "LOST_SECONDS", 0.1)
     _, (alone, _) = make_peers(2)
     error = runtime_error()
@@ -224,17 +226,17 @@ def test_an_error_of_the_runtime_is_reported_by_its_cause(ends, monkeypatch):
     assert ends[1:] == [("exit", 1)]
 
 
-def test_a_failure_in_another_thread_is_raised_in_the_main_thread(ends):
+def test_failures_of_other_threads_are_raised_in_the_main_thread(ends):
     _, (_, second) = make_peers(2)
     second.publish(InputError("the disk is full"))
     with pytest.raises(InputError, match="^the disk is full$"):
         second.exchange(0)
-    # The others ended before this process came to the next exchange.
+    # The other processes ended before this process reached the next exchange.
     assert str(second.end_together(runtime_error())) == "the disk is full"
     assert ends == [("exit", 2)]
 
 
-def test_process_0_ends_once_the_others_know(ends, monkeypatch):
+def test_process_0_ends_once_the_others_know_the_failure(ends, monkeypatch):
     monkeypatch.setattr(process_group, "GRACE_SECONDS", 20)
     _, (first, second, third) = make_peers(3)
     ending = threading.Thread(target=first.end_together, args=(InputError("no"),))
@@ -248,7 +250,7 @@ def test_process_0_ends_once_the_others_know(ends, monkeypatch):
 
 
 def run_watch(peers: ProcessGroup, ends) -> None:
-    """Run a process's watch until it has ended the process."""
+    """Run the watch thread of a process until it ends the process."""
     watch = threading.Thread(target=peers._watch, daemon=True)
     watch.start()
     until = time.monotonic() + 60
@@ -259,7 +261,7 @@ def run_watch(peers: ProcessGroup, ends) -> None:
     watch.join(60)
 
 
-def test_a_process_whose_main_thread_waits_is_ended_with_one_line(ends, capfd):
+def test_a_blocked_process_is_ended_with_one_line(ends, capfd):
     _, (first, second) = make_peers(2)
     second.publish(InputError("the disk is full"))
     first.beat()
@@ -268,31 +270,30 @@ def test_a_process_whose_main_thread_waits_is_ended_with_one_line(ends, capfd):
     assert capfd.readouterr().err == "error: process 1: the disk is full\n"
 
 
-def test_a_failing_process_that_hangs_while_it_ends_reports_its_own_failure(ends, capfd):
+def test_a_failing_process_that_hangs_reports_its_own_failure(ends, capfd):
     _, (_, second) = make_peers(2)
     try:
         _ = 1 // 0
     except ZeroDivisionError as error:
         second.publish(error)
     run_watch(second, ends)
-    told = capfd.readouterr().err
-    assert told.startswith("Traceback (most recent call last):\n")
-    assert told.endswith("ZeroDivisionError: integer division or modulo by zero\n")
+    stderr = capfd.readouterr().err
+    assert stderr.startswith("Traceback (most recent call last):\n")
+    assert stderr.endswith("ZeroDivisionError: integer division or modulo by zero\n")
     assert ends == [("now", 2)]
 
 
-def test_a_process_that_the_others_have_given_up_says_so(ends, capfd):
-    """It was suspended, and continues."""
+def test_a_process_that_was_suspended_for_too_long_ends(ends, capfd):
     _, (first, second) = make_peers(2)
-    first.publish(PeerError(1, "no sign of life for 30 s"))
+    first.publish(PeerError(1, "no heartbeat for 30 s"))
     second.beat()
-    with pytest.raises(PeerError, match="^process 1: no sign of life"):
+    with pytest.raises(PeerError, match="^process 1: no heartbeat"):
         second.exchange(0)
     run_watch(second, ends)
-    assert capfd.readouterr().err == "error: process 1: no sign of life for 30 s\n"
+    assert capfd.readouterr().err == "error: process 1: no heartbeat for 30 s\n"
 
 
-def test_what_the_main_thread_reports_is_not_reported_twice(ends, capfd):
+def test_failures_are_reported_once(ends, capfd):
     _, (_, second) = make_peers(2)
     second.end_together(InputError("no"))
     run_watch(second, ends)
@@ -300,15 +301,15 @@ def test_what_the_main_thread_reports_is_not_reported_twice(ends, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_silence_of_process_0_is_noticed_by_the_others(ends, capfd, monkeypatch):
+def test_the_loss_of_process_0_ends_the_others(ends, capfd, monkeypatch):
     monkeypatch.setattr(process_group, "LOST_SECONDS", 0.5)
     _, (_, second) = make_peers(2)
     run_watch(second, ends)
-    assert capfd.readouterr().err.startswith("error: process 0: no sign of life for ")
+    assert capfd.readouterr().err.startswith("error: process 0: no heartbeat for ")
 
 
 class Coordinator:
-    """A server that greets, as gRPC's does, and says what it is told."""
+    """An echo server that sends a greeting first, as gRPC's server does."""
 
     def __init__(self):
         self._server = socket.create_server(("127.0.0.1", 0))
@@ -357,47 +358,47 @@ def test_the_relay_hides_the_loss_of_the_coordinator_from_the_client():
     relay = Relay(coordinator.address)
     assert relay.finds_coordinator()
     with connect(relay.address) as client:
-        client.sendall(b"there?")
-        assert client.recv(100) == b"there?"
-        coordinator.hang_up()  # it lives, and closes this connection alone
+        client.sendall(b"alive?")
+        assert client.recv(100) == b"alive?"
+        coordinator.hang_up()  # closes only this connection
         assert client.recv(100) == b""
     assert not relay.lost.is_set()
     with connect(relay.address) as client:
         coordinator.close()
         assert relay.lost.wait(20)
         client.settimeout(0.5)
-        for _ in range(3):  # the relay cannot pass them on
-            client.sendall(b"there?")
+        for _ in range(3):  # the relay cannot forward them
+            client.sendall(b"alive?")
             with pytest.raises(TimeoutError):
                 client.recv(100)
 
 
-def test_processes_that_do_not_come_are_named(monkeypatch, ends):
+def test_join_names_the_missing_processes(monkeypatch, ends):
     state = type("State", (), {"num_processes": 2, "process_id": 1, "client": None})
-    monkeypatch.setattr(process_group.distributed, "global_state", state)
+    monkeypatch.setattr(jax_runtime.distributed, "global_state", state)
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    make = process_group._jax.get_distributed_runtime_client
+    make = jax_runtime._jax.get_distributed_runtime_client
 
     def initialize():
-        process_group._jax.get_distributed_runtime_client(address, 1, init_timeout=5)
+        jax_runtime._jax.get_distributed_runtime_client(address, 1, init_timeout=5)
 
     message = f"process 0 at {address} did not join within 0 s; start all processes with the same"
     with pytest.raises(InputError, match=message):
-        process_group.join(initialize, 0.3)
-    assert process_group._jax.get_distributed_runtime_client is make
+        jax_runtime.join(initialize, 0.3)
+    assert jax_runtime._jax.get_distributed_runtime_client is make
     with pytest.raises(InputError, match="the launcher did not join"):
-        process_group.join(lambda: time.sleep(1), 0.3)
+        jax_runtime.join(lambda: time.sleep(1), 0.3)
     assert ends == [("exit", 2)] * 2
 
     def fail():
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        process_group.join(fail, 60)
+        jax_runtime.join(fail, 60)
 
 
-def test_alone_nothing_is_exchanged(monkeypatch):
+def test_a_single_process_has_no_group():
     assert process_group.current() is None
     process_group.publish(ValueError("no"))
     with pytest.raises(ValueError, match="no"), process_group.failing_together():

@@ -1,4 +1,4 @@
-"""Several processes train what one trains, share its checkpoints, and stop and fail together."""
+"""Training with several processes equals that with one, and they stop and fail together."""
 
 import contextlib
 import json
@@ -24,8 +24,8 @@ from jaxvid.training import checkpoint, run_config
 from tests import colours
 
 ROOT = Path(__file__).parents[2]
-# 49 videos in batches of 16: 24 steps. The head, the optimiser and XLA's lowest optimisation level
-# make compiling quick; and Adam would divide a gradient that is rounding noise by its own size.
+# 49 videos in batches of 16: 24 steps. The head, the optimizer and XLA's lowest optimization level
+# make compilation fast. Adam would divide a gradient of rounding noise by its own magnitude.
 FIELDS = {
     **{"data.source": "folder", "data.short_side": 72, "model.width": 16, "model.depth": 1},
     **{"model.head": "mean", "batch_size": 16, "num_epochs": 8.0, "log_steps": 2},
@@ -33,7 +33,7 @@ FIELDS = {
     **{"optimizer.name": "sgd", "optimizer.learning_rate": 0.05, "optimizer.warmup_epochs": 0.67},
 }
 HALF, WHOLE = 12, 24
-SECONDS = 150  # for one command, at most
+SECONDS = 150  # timeout of one command
 
 
 @contextlib.contextmanager
@@ -48,16 +48,16 @@ def started(
     program=("main.py",),
     **fields,
 ) -> Iterator[list[subprocess.Popen]]:
-    """Starts `main.py` in processes that find each other; whatever happens, they are ended.
+    """Start `main.py` in several processes; kill them at the end.
 
     Args:
-        workdir: The run's folder; what process I tells goes to `WORKDIR.I.txt`.
-        processes: How many.
-        devices: In each.
-        mesh: 'data' and 'fsdp'.
-        own: Fields of each process.
-        flags: More flags of each process.
-        program: What Python runs.
+        workdir: The run's folder. The output of process I is written to `WORKDIR.I.txt`.
+        processes: Number of processes.
+        devices: Devices per process.
+        mesh: Sizes of 'data' and 'fsdp'.
+        own: Config fields of each process.
+        flags: Additional flags of each process.
+        program: Arguments of Python.
         **fields: Fields of all, with `__` for the dot.
     """
     with socket.socket() as free:
@@ -79,13 +79,13 @@ def started(
                 command += [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
                 command += [f"--process_id={process}"]
             command += flags[process]
-            with open(f"{workdir}.{process}.txt", "w") as told:
+            with open(f"{workdir}.{process}.txt", "w") as output:
                 runs.append(
                     subprocess.Popen(
                         command,
                         cwd=ROOT,
                         env=environment,
-                        stdout=told,
+                        stdout=output,
                         stderr=subprocess.STDOUT,
                     )
                 )
@@ -97,21 +97,21 @@ def started(
 
 
 def codes(runs: list[subprocess.Popen]) -> list[int]:
-    """The exit codes of processes, once all have ended."""
+    """Wait for processes and return their exit codes."""
     return [run.wait(timeout=SECONDS) for run in runs]
 
 
-def told(workdir: Path, process: int = 0) -> str:
+def read_output(workdir: Path, process: int = 0) -> str:
     return Path(f"{workdir}.{process}.txt").read_text()
 
 
 def train(workdir: Path, **options) -> None:
     with started(workdir, **options) as runs:
-        assert codes(runs) == [0] * len(runs), told(workdir)
+        assert codes(runs) == [0] * len(runs), read_output(workdir)
 
 
 def half_of(workdir: Path, copy: Path) -> Path:
-    """A run as it was at its first checkpoint."""
+    """Copy a run as it was at its first checkpoint."""
     shutil.copytree(workdir, copy)
     shutil.rmtree(copy / "checkpoints" / str(WHOLE))
     shutil.rmtree(copy / "model")
@@ -128,9 +128,9 @@ def weights(workdir: Path) -> dict[str, np.ndarray]:
 
 
 def check_same(workdir: Path, expected: Path) -> None:
-    """Both runs ended in the same: what differs is the order in which float32 numbers are added.
+    """Check that two runs have equal results up to the order of float32 additions.
 
-    Devices add up their parts of the batch's gradient: 1e-5 is some 80 times float32's 1.2e-7.
+    Devices sum the gradients of their parts of a batch. 1e-5 is 80 times float32's epsilon 1.2e-7.
     """
     rows, expected_rows = (lines(folder / "metrics.jsonl") for folder in (workdir, expected))
     assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
@@ -158,7 +158,7 @@ def data(motion_folder, tmp_path_factory):
     for split in ("train", "val"):
         listed = (motion_folder / f"{split}.csv").read_text().splitlines()
         listed = [f"{motion_folder}/{line}" for line in listed]
-        # In the part of a batch that the second process makes.
+        # In the part of the batch that the second process loads.
         listed.insert(5, "broken.mp4 0")
         (folder / f"{split}.csv").write_text("\n".join(listed) + "\n")
     return folder
@@ -172,12 +172,12 @@ def one(data, tmp_path_factory):
     return workdir
 
 
-def test_two_processes_do_what_one_does_and_one_goes_on_with_it(one, data, tmp_path):
+def test_two_processes_equal_one_and_one_continues_their_run(one, data, tmp_path):
     two = tmp_path / "two"
     train(two, processes=2, devices=2, mesh=(2, 2), data__folder=data)
     check_same(two, one)
 
-    # One set of files, in which everything is told once.
+    # One set of files, without duplicate entries.
     assert sorted(path.name for path in two.iterdir()) == sorted(
         path.name for path in one.iterdir()
     )
@@ -202,9 +202,9 @@ def test_two_processes_do_what_one_does_and_one_goes_on_with_it(one, data, tmp_p
             **{"processes": 1, "devices": 4, "mesh": (1, 4), "data__folder": data},
         ) as four,
     ):
-        assert codes(alone + four) == [0, 0], told(half)
+        assert codes(alone + four) == [0, 0], read_output(half)
     for name in ("by_one", "by_four"):
-        assert f"step {HALF} of {WHOLE}, continued" in told(tmp_path / name)
+        assert f"step {HALF} of {WHOLE}, continued" in read_output(tmp_path / name)
         check_same(tmp_path / name, one)
 
 
@@ -233,8 +233,8 @@ runpy.run_path("main.py", run_name="__main__")
 """
 
 
-def test_two_processes_evaluate_each_video_once_and_go_on_after_a_kill(tmp_path):
-    """20 videos in batches of 8, of which the second process has none of the last."""
+def test_two_processes_evaluate_each_video_once_and_continue_after_a_kill(tmp_path):
+    """20 videos in batches of 8: the second process has no video of the last batch."""
     folder, workdir = tmp_path / "data", tmp_path / "w"
     folder.mkdir()
     colours.make_colours(folder)
@@ -244,46 +244,46 @@ def test_two_processes_evaluate_each_video_once_and_go_on_after_a_kill(tmp_path)
     options = {"processes": 2, "devices": 2, "mesh": (2, 2), "init_from": tmp_path / "stub"}
     options |= {f"model__{name}": value for name, value in sizes.items()}
     options |= {"data__mean": 0.0, "data__std": 1.0, "eval__short_side": 32}
-    # Each has its own copy of the videos, and reads it in its own way.
+    # Each process has its own copy of the videos and its own number of threads.
     options["own"] = ({"data.folder": folder}, {"data.folder": copy, "data.num_threads": 1})
     with started(workdir, **options, program=("-c", STUB, "stop", "--mode=eval")) as runs:
-        assert runs[0].wait(timeout=SECONDS) == 9, told(workdir)
+        assert runs[0].wait(timeout=SECONDS) == 9, read_output(workdir)
     assert not (workdir / "eval.json").exists()
     with started(workdir, **options, program=("-c", STUB, "go", "--mode=eval")) as runs:
-        assert codes(runs) == [0, 0], told(workdir)
-    assert "8 of 20 videos were evaluated before" in told(workdir)
+        assert codes(runs) == [0, 0], read_output(workdir)
+    assert "8 of 20 videos were evaluated before" in read_output(workdir)
     assert not (workdir / ".unfinished_eval").exists()
     colours.check_known(workdir)
 
 
-def test_a_signal_to_one_process_stops_both_and_they_go_on(one, data, tmp_path):
-    """In a run that one process began, now with weights that span both."""
+def test_a_signal_to_one_process_stops_both_and_they_resume(one, data, tmp_path):
+    """Continues the run of one process with weights that are sharded over two."""
     workdir = half_of(one, tmp_path / "w")
     options = {"processes": 2, "devices": 2, "mesh": (1, 4), "data__folder": data}
     with started(workdir, **options) as runs:
         until = time.monotonic() + SECONDS
-        while f"step {HALF} of {WHOLE}, continued" not in told(workdir):
+        while f"step {HALF} of {WHOLE}, continued" not in read_output(workdir):
             assert time.monotonic() < until
-            assert [run.poll() for run in runs] == [None, None], told(workdir)
+            assert [run.poll() for run in runs] == [None, None], read_output(workdir)
             time.sleep(0.05)
-        time.sleep(0.5)  # by then the loop has its signal handlers, and compiles the first step
+        time.sleep(0.5)  # until the signal handlers are installed and the first step is compiled
         runs[1].send_signal(signal.SIGTERM)
-        assert codes(runs) == [128 + signal.SIGTERM] * 2, told(workdir)
+        assert codes(runs) == [128 + signal.SIGTERM] * 2, read_output(workdir)
     step = max(checkpoint.find_steps(workdir))
     assert HALF < step < WHOLE
-    assert f"stopped and saved at step {step}" in told(workdir)
+    assert f"stopped and saved at step {step}" in read_output(workdir)
     train(workdir, **options)
-    assert f"step {step} of {WHOLE}, continued" in told(workdir)
+    assert f"step {step} of {WHOLE}, continued" in read_output(workdir)
     check_same(workdir, one)
 
 
-def test_what_one_process_cannot_do_ends_all_with_one_line(data, tmp_path):
+def test_invalid_input_of_one_process_ends_all_with_one_line(data, tmp_path):
     options = {"processes": 2, "devices": 2, "mesh": (2, 2)}
     own = ({}, {"data.folder": tmp_path / "nowhere"})
     with started(tmp_path / "w", **options, own=own, data__folder=data) as runs:
         assert codes(runs) == [InputError.EXIT_CODE] * 2
     errors = [
-        [line for line in told(tmp_path / "w", process).splitlines() if "Gloo" not in line]
+        [line for line in read_output(tmp_path / "w", process).splitlines() if "Gloo" not in line]
         for process in (0, 1)
     ]
     [[first], [second]] = errors
@@ -297,7 +297,7 @@ def gathered(monkeypatch, *values) -> None:
     monkeypatch.setattr(collectives, "gather", lambda value: [value, *values])
 
 
-def test_processes_with_other_configs_or_other_videos_are_refused(config, monkeypatch, tmp_path):
+def test_processes_with_different_configs_or_videos_are_refused(config, monkeypatch, tmp_path):
     other = config.copy_and_resolve_references().unlock()
     other.data.folder, other.data.num_threads = "elsewhere", 7
     gathered(monkeypatch, other.to_dict())
@@ -315,7 +315,7 @@ def test_processes_with_other_configs_or_other_videos_are_refused(config, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_processes_whose_configs_have_other_fields_are_refused(config, monkeypatch):
+def test_processes_with_different_config_fields_are_refused(config, monkeypatch):
     other = config.copy_and_resolve_references().unlock()
     other.data.extra = 7
     del other["mixup_alpha"]
@@ -329,7 +329,7 @@ def test_processes_whose_configs_have_other_fields_are_refused(config, monkeypat
     )
 
 
-def test_a_checkpoint_that_one_process_finds_damaged_is_damaged_for_all(monkeypatch, tmp_path):
+def test_a_checkpoint_damaged_in_one_process_is_refused_in_all(monkeypatch, tmp_path):
     gathered(monkeypatch, [False, "1 of 3 files are missing or changed: d/0"])
     with pytest.raises(ValueError, match="1 of 3 files are missing"):
         checkpoint.check_files_on_all_processes(tmp_path, 3)
@@ -344,7 +344,7 @@ MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
     ("environment", "joined"),
     [
         ({}, None),
-        # A batch script and a shell in an allocation know of its tasks, and run alone.
+        # A batch script or a shell in an allocation runs alone.
         (SLURM, None),
         (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),
         (STEP | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, (4, "slurm", "all")),
@@ -364,7 +364,7 @@ MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
         ),
     ],
 )
-def test_launchers_are_recognised(environment, joined, monkeypatch):
+def test_launchers_are_recognized(environment, joined, monkeypatch):
     for name in [*os.environ]:
         if name.startswith(("SLURM_", "OMPI_", "PMI", "MPI_", "KUBERNETES_", "JOB_", "JAX_LOCAL")):
             monkeypatch.delenv(name)
@@ -381,21 +381,21 @@ def test_launchers_are_recognised(environment, joined, monkeypatch):
     setup.init_processes(None, 1, None)
     assert not calls
     setup.init_processes()
-    found = [(*call, devices.get("jax_cuda_visible_devices", "unset")) for call in calls]
-    assert found == ([joined] if joined else [])
+    calls = [(*call, devices.get("jax_cuda_visible_devices", "unset")) for call in calls]
+    assert calls == ([joined] if joined else [])
 
 
-def test_processes_that_are_told_apart_have_all_devices_even_under_slurm(monkeypatch):
+def test_processes_with_explicit_arguments_have_all_devices_even_under_slurm(monkeypatch):
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **how: calls.append(how))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: calls.append(options))
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     setup.init_processes("host:1", 2, 1)
-    assert [how["cluster_detection_method"] for how in calls] == ["deactivate"]
+    assert [options["cluster_detection_method"] for options in calls] == ["deactivate"]
 
 
-def test_a_launcher_that_lacks_what_it_needs_is_told(monkeypatch):
+def test_missing_packages_of_a_launcher_are_named(monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setenv("PMI_SIZE", "2")
 
@@ -403,14 +403,14 @@ def test_a_launcher_that_lacks_what_it_needs_is_told(monkeypatch):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    message = r"PMI_SIZE is set, which needs the package mpi4py\); give --coordinator.*alone"
+    message = r"PMI_SIZE is set, which needs the package mpi4py\); set --coordinator.*alone"
     with pytest.raises(InputError, match=message):
         setup.init_processes()
 
 
-def test_a_long_wait_for_the_others_is_told(monkeypatch, capfd):
+def test_a_long_wait_for_the_others_is_logged(monkeypatch, capfd):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    monkeypatch.setattr(setup, "TELL_SECONDS", 0.01)
+    monkeypatch.setattr(setup, "LOG_SECONDS", 0.01)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: time.sleep(0.5))
     setup.init_processes("host:1", 2, 1)
     assert "waiting for the other processes (--num_processes is set)" in capfd.readouterr().err

@@ -56,7 +56,7 @@ def train(mesh, put, drop_path=0.0, **options):
 
 
 def all_weights(state):
-    """Weights, and their average where there is one, by name."""
+    """Return the weights and their average, if any, by name."""
     return {f"{kind}.{k}": v for kind in ("params", "ema") for k, v in state.get(kind, {}).items()}
 
 
@@ -75,11 +75,11 @@ def one_device():
     return train_on_one()
 
 
-def check_equal(found, expected):
-    """Losses and weights to 5e-6; what began at 0 and is small, to that of 0.05."""
-    np.testing.assert_allclose(found[1], expected[1], rtol=5e-6)
+def check_equal(result, expected):
+    """Check losses and weights to a relative 5e-6; small weights, to that of a norm of 0.05."""
+    np.testing.assert_allclose(result[1], expected[1], rtol=5e-6)
     worst = max(
-        (np.linalg.norm(found[0][name] - value) / max(np.linalg.norm(value), 0.05), name)
+        (np.linalg.norm(result[0][name] - value) / max(np.linalg.norm(value), 0.05), name)
         for name, value in expected[0].items()
     )
     assert worst[0] <= 5e-6, worst
@@ -95,16 +95,16 @@ def test_mixtures_equal_one_device(sizes, one_device):
     assert kernel.addressable_shards[0].data.size == kernel.size // (fsdp * tensor)
 
 
-def test_a_mixture_draws_and_averages_as_one_device_does():
+def test_sharded_mixup_and_ema_equal_one_device():
     options = {"mixup_alpha": 0.4, "erase_prob": 0.5, "accumulate_steps": 2, "ema_decay": 0.9}
     options["drop_path"] = 0.2
     mesh = make_mesh(2, 2, 2)
-    found = train(mesh, lambda batch: sharding.to_global_arrays(batch, mesh), **options)
-    assert any(name.startswith("ema.") for name in found[0])
-    check_equal(found, train_on_one(**options))
+    result = train(mesh, lambda batch: sharding.to_global_arrays(batch, mesh), **options)
+    assert any(name.startswith("ema.") for name in result[0])
+    check_equal(result, train_on_one(**options))
 
 
-def test_the_rule_cuts_kernels_and_their_moments_alike():
+def test_kernels_and_their_moments_have_the_same_sharding():
     mesh = make_mesh(2, 2, 2)
     leaf = jax.ShapeDtypeStruct
     tree = {
@@ -134,48 +134,48 @@ def test_the_rule_cuts_kernels_and_their_moments_alike():
         ("aggregate.layers.0.linear1.kernel", P("fsdp", "tensor")),
         ("aggregate.layers.0.self_attn.out_proj.kernel", P("tensor", "fsdp")),
         ("aggregate.layers.0.linear2.kernel", P("tensor", "fsdp")),
-        ("head.kernel", P("fsdp", None)),  # no layer of a pair
-        ("blocks.0.attn.qkv.bias", P("fsdp", None)),  # no kernel
+        ("head.kernel", P("fsdp", None)),  # not a layer of a pair
+        ("blocks.0.attn.qkv.bias", P("fsdp", None)),  # not a kernel
     ],
 )
-def test_the_rule_cuts_the_first_of_two_layers_by_outputs_and_the_second_by_inputs(name, spec):
+def test_tensor_parallelism_shards_outputs_of_the_first_layer_and_inputs_of_the_second(name, spec):
     leaf = jax.ShapeDtypeStruct((16, 16), "float32")
-    found = sharding.state_sharding({name: leaf}, make_mesh(2, 2, 2), STAM)[name]
-    assert found.spec == spec
+    shardings = sharding.state_sharding({name: leaf}, make_mesh(2, 2, 2), STAM)
+    assert shardings[name].spec == spec
 
 
 @pytest.mark.parametrize(
     ("shape", "spec"),
     [
-        ((64, 6), P("fsdp", None)),  # 6 outputs cannot be cut by 4, 64 inputs by 2
+        ((64, 6), P("fsdp", None)),  # 6 outputs are not divisible by 4, 64 inputs are by 2
         ((7, 4), P(None, "tensor")),
         ((64,), P("fsdp")),
-        ((2, 4, 8), P(None, None, "fsdp")),  # tensor parallelism is for matrices
-        ((6, 9, 3), P("fsdp", None, None)),  # the longest axis that can be cut
+        ((2, 4, 8), P(None, None, "fsdp")),  # only matrices have a tensor axis
+        ((6, 9, 3), P("fsdp", None, None)),  # the longest divisible axis
         ((1, 2), P(None, "fsdp")),
         ((), P()),
     ],
 )
-def test_the_rule_cuts_the_longest_axis_that_can_be_cut(shape, spec):
+def test_fsdp_shards_the_longest_divisible_axis(shape, spec):
     leaf = jax.ShapeDtypeStruct(shape, "float32")
     found = sharding.state_sharding({"qkv.kernel": leaf}, make_mesh(1, 2, 4), XVIT)
     assert found["qkv.kernel"].spec == spec
 
 
-def test_the_rule_holds_for_trees_without_names():
+def test_trees_without_names_are_sharded():
     mesh, leaf = make_mesh(1, 2, 4), jax.ShapeDtypeStruct((4, 8), "float32")
     for tree in (leaf, [leaf]):
-        [found] = jax.tree.leaves(sharding.state_sharding(tree, mesh, XVIT))
-        assert found.spec == P(None, "fsdp")
-        assert found.mesh == mesh
+        [leaf_sharding] = jax.tree.leaves(sharding.state_sharding(tree, mesh, XVIT))
+        assert leaf_sharding.spec == P(None, "fsdp")
+        assert leaf_sharding.mesh == mesh
 
 
-def test_shapes_get_the_rules_sharding_and_batches_are_cut_by_rows():
+def test_shapes_get_shardings_and_batches_are_sharded_by_rows():
     mesh = make_mesh(2, 2, 2)
     leaf = jax.ShapeDtypeStruct((64, 192), "bfloat16")
-    found = sharding.with_sharding({"b.qkv.kernel": leaf}, mesh, XVIT)["b.qkv.kernel"]
-    assert (found.shape, found.dtype) == (leaf.shape, leaf.dtype)
-    assert (found.sharding.spec, found.sharding.mesh) == (P("fsdp", "tensor"), mesh)
+    sharded = sharding.with_sharding({"b.qkv.kernel": leaf}, mesh, XVIT)["b.qkv.kernel"]
+    assert (sharded.shape, sharded.dtype) == (leaf.shape, leaf.dtype)
+    assert (sharded.sharding.spec, sharded.sharding.mesh) == (P("fsdp", "tensor"), mesh)
     batch = {"label": np.arange(8), "video": np.arange(16.0).reshape(8, 2)}
     arrays = sharding.to_global_arrays(batch, mesh)
     assert arrays.keys() == batch.keys()
@@ -187,11 +187,11 @@ def test_shapes_get_the_rules_sharding_and_batches_are_cut_by_rows():
     assert sharding.replicated(mesh).mesh == mesh
 
 
-def test_meshes_fill_what_is_left_and_refuse_the_rest():
+def test_mesh_size_minus_one_uses_the_remaining_devices():
     assert dict(make_mesh(-1, 2, 1).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     assert dict(make_mesh(1, -1, 1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
     assert dict(make_mesh(2, 4, -1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
-    # What flax's modules need; the other axis types are refused by the class token's concatenation.
+    # Flax modules need Auto axes: concatenating the class token fails with the other types.
     assert make_mesh(2, 2, 2).axis_types == (jax.sharding.AxisType.Auto,) * 3
     assert all(isinstance(size, int) for size in make_mesh(-1, 2, 1).shape.values())
     for sizes in ((3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1), (-1, 0, 1), (-2, 4, -1)):
@@ -200,7 +200,7 @@ def test_meshes_fill_what_is_left_and_refuse_the_rest():
             make_mesh(*sizes)
 
 
-def test_batch_sizes_that_cannot_be_cut_are_refused():
+def test_indivisible_batch_sizes_are_refused():
     mesh = make_mesh(4, 2, 1)
     sharding.check_batch_size("batch_size", 16, mesh)
     sharding.check_batch_size("batch_size", 1, make_mesh(1, 1, 8))
@@ -209,8 +209,8 @@ def test_batch_sizes_that_cannot_be_cut_are_refused():
             sharding.check_batch_size("batch_size", size, mesh)
 
 
-def test_fully_sharded_state_takes_an_eighth_of_the_memory():
-    """A ViT-B training step, as the compiler plans it: the state under fsdp=8 and on each of 8."""
+def test_fsdp_over_eight_devices_takes_an_eighth_of_the_state_memory():
+    """Compares the compiler's memory plan of a ViT-B training step with fsdp=8 and data=8."""
     config = make_model_config("xvit_k400", remat=True)
     optimizer, recipe = optax.adamw(1e-4), steps.Recipe(seed=0)
     graphdef, _ = abstract_model(config)
@@ -227,16 +227,16 @@ def test_fully_sharded_state_takes_an_eighth_of_the_memory():
         step = functools.partial(
             steps.train_step, graphdef=graphdef, optimizer=optimizer, recipe=recipe
         )
-        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
         memory = step.lower(abstract, batch).compile(QUICK).memory_analysis()
-        video = 16 * 224 * 224 * 3  # bytes of one clip, the batch's share of a device
+        video = 16 * 224 * 224 * 3  # bytes of one clip, the part of the batch on a device
         held[fsdp] = memory.argument_size_in_bytes - video
     assert held[8] <= held[1] / 7
     assert held[1] > 3 * 4 * 93e6  # weights and two moments, float32
 
 
-def test_processes_know_their_rows():
+def test_batch_shard_of_one_process_is_the_whole_batch():
     assert sharding.batch_shard(make_mesh(4, 2, 1), 16) == (0, 1)
 
 
@@ -254,7 +254,7 @@ def test_processes_know_their_rows():
         ([(0, 6)], None),  # 16 is not divisible by 6
     ],
 )
-def test_a_process_makes_the_rows_that_its_devices_hold(slices, expected, monkeypatch):
+def test_batch_shard_is_the_rows_of_the_process_devices(slices, expected, monkeypatch):
     def hold(shape):
         assert shape == (16,)
         return {i: (slice(*bounds),) for i, bounds in enumerate(slices)}
@@ -263,16 +263,16 @@ def test_a_process_makes_the_rows_that_its_devices_hold(slices, expected, monkey
     monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: stub)
     mesh = make_mesh(8, 1, 1)
     if expected:
-        found = sharding.batch_shard(mesh, 16)
-        assert found == expected
-        assert all(isinstance(number, int) for number in found)
+        shard = sharding.batch_shard(mesh, 16)
+        assert shard == expected
+        assert all(isinstance(number, int) for number in shard)
     else:
-        with pytest.raises(InputError, match="process 0 would hold scattered clips"):
+        with pytest.raises(InputError, match="process 0 would hold non-contiguous"):
             sharding.batch_shard(mesh, 16)
 
 
-def test_flags_of_processes_must_be_complete(monkeypatch):
-    setup.init_processes()  # nothing says that there are several
+def test_process_flags_must_be_complete(monkeypatch):
+    setup.init_processes()  # the environment has no launcher
     for flags in (("host:1", None, None), (None, 2, 0), ("host:1", 2, 2), ("host:1", 2, -1)):
-        with pytest.raises(InputError, match="all three are needed"):
+        with pytest.raises(InputError, match="all three are required"):
             setup.init_processes(*flags)

@@ -163,8 +163,8 @@ def test_out_of_range_values_are_refused(folders, clips):
     for options, message in (
         ({"batch_size": 0}, "batch_size=0: must be at least 1"),
         ({"num_threads": 0}, "num_threads=0"),
-        ({"num_crops": 2}, "num_crops=2: there are 1, 3"),
-        ({"num_clips": 4}, "num_clips=4: sampling='segments' gives 1 to 3"),
+        ({"num_crops": 2}, "num_crops=2: must be one of 1, 3"),
+        ({"num_clips": 4}, "num_clips=4: must be 1 to 3 with sampling='segments'"),
     ):
         with pytest.raises(InputError, match=message):
             jaxvid.Classifier(folders / "xvit", **options)

@@ -339,7 +339,13 @@ def test_bad_input_gives_one_line_error(seeker, seeker_folder, motion_folder, tm
         (clip, seeker_folder, tmp_path / "folder.mp4", [], "cannot be written"),
         (text, seeker_folder, text, [], "text.mp4 is the video itself; name another"),
         (clip, seeker_folder, output, ["--clip", "3"], "--clip=3: must be 0 to 2"),
-        (clip, seeker_folder, output, ["--clip=3", "--num_clips=5"], "'segments' gives 1 to 3"),
+        (
+            clip,
+            seeker_folder,
+            output,
+            ["--clip=3", "--num_clips=5"],
+            "must be 1 to 3 with sampling",
+        ),
     ]
     for video, folder, path, more, message in cases:
         code = visualize.main([str(video), "--model", str(folder), "--output", str(path), *more])

@@ -73,14 +73,14 @@ def largest(folder: Path) -> Path:
         (lambda f: edit(f, preprocessing={"std": 0}), "preprocessing has std=0, which it cannot"),
         (lambda f: edit(f, preprocessing={"by_time": 1}), "preprocessing has by_time=1, which"),
         (lambda f: edit(f, preprocessing={"num_frames": 8.5}), "preprocessing has num_frames=8.5"),
-        (lambda f: edit(f, preprocessing={"num_crops": 2}), "num_crops=2: there are 1, 3"),
+        (lambda f: edit(f, preprocessing={"num_crops": 2}), "num_crops=2: must be one of 1, 3"),
         (
             lambda f: edit(f, preprocessing=[8]),
             "model.json: preprocessing is .8., expected a dict or null",
         ),
         (lambda f: edit(f, preprocessing={"crop": 65}), "short_side=72|does not fit the network"),
         (lambda f: edit(f, preprocessing={"num_frames": 9}), "9 frames are not divisible"),
-        (lambda f: edit(f, preprocessing={"sampling": "x"}), "sampling='x': there are"),
+        (lambda f: edit(f, preprocessing={"sampling": "x"}), "sampling='x': must be one of"),
     ],
 )
 def test_unusable_folders_give_one_line_errors(damaged, clips, capsys, damage, message):

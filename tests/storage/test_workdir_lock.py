@@ -15,7 +15,7 @@ from jaxvid.evaluate import evaluate
 from jaxvid.locks import LockedError, locked
 from jaxvid.storage.workdir_lock import exclusive
 from jaxvid.train import train
-from tests.distributed.test_processes import ROOT, started, told
+from tests.distributed.test_processes import ROOT, read_output, started
 
 HOLD = """
 import sys, time
@@ -132,8 +132,8 @@ def test_second_command_is_refused(motion_folder, tmp_path):
     options = {"processes": 1, "devices": 1, "mesh": (1, 1), "data__folder": motion_folder}
     workdir = tmp_path / "w"
     with started(workdir, **options, num_epochs=1000.0) as [run]:
-        while "first step" not in told(workdir):
-            assert run.poll() is None, told(workdir)
+        while "first step" not in read_output(workdir):
+            assert run.poll() is None, read_output(workdir)
         for mode in ("train", "eval"):
             command = [sys.executable, "main.py", "--config=configs/motion.py", f"--mode={mode}"]
             done = subprocess.run(

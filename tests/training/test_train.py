@@ -307,11 +307,11 @@ def test_init_from_sets_the_initial_weights(run, tmp_path):
 
 def test_invalid_configs_are_refused_before_anything_is_written(config, tmp_path):
     cases = {
-        "num_crops=2: there are 1, 3": ("eval", "num_crops", 2),
+        "num_crops=2: must be one of 1, 3": ("eval", "num_crops", 2),
         "batch_size=3 must be a positive multiple": ("", "batch_size", 3),
         "eval.batch_size=3 must be": ("eval", "batch_size", 3),
         "cannot be laid over 8 devices": ("mesh", "data", 3),
-        "short_side=32 is below the crop of 64 px": ("eval", "short_side", 32),
+        "short_side=32 is smaller than the crop of 64 px": ("eval", "short_side", 32),
         "log_steps=0: must be above 0": ("", "log_steps", 0),
         "checkpoint_keep=0: must be above 0": ("", "checkpoint_keep", 0),
         "num_epochs=-3.0: must be above 0": ("", "num_epochs", -3.0),

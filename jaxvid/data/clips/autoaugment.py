@@ -1,6 +1,6 @@
 """AutoAugment and RandAugment for clips `(t, h, w, c)` uint8 RGB.
 
-One draw a clip, from the generator handed in, used for all its frames.
+There is one random draw per clip, which applies to all its frames.
 """
 
 from collections.abc import Callable
@@ -42,12 +42,12 @@ AUTOAUGMENT_V0 = (
 
 
 def autoaugment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Applies one random sub-policy of `AUTOAUGMENT_V0` to a clip.
+    """Apply one random sub-policy of `AUTOAUGMENT_V0` to a clip.
 
     Args:
         frames: `(t, h, w, c)` uint8 RGB.
-        rng: Draws the sub-policy, and for each of its operations whether it happens, its sign and
-            its interpolation.
+        rng: Draws the sub-policy, and for each of its operations whether it is applied, its sign
+            and its interpolation.
 
     Returns:
         An array like `frames`.
@@ -61,13 +61,13 @@ def autoaugment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def randaugment(
     frames: np.ndarray, rng: np.random.Generator, *, num_layers: int, magnitude: float
 ) -> np.ndarray:
-    """Applies random operations of equal strength to a clip (Cubuk et al., arXiv:1909.13719).
+    """Apply random operations of equal magnitude to a clip (Cubuk et al., arXiv:1909.13719).
 
     Args:
         frames: `(t, h, w, c)` uint8 RGB.
         rng: Draws the operations, their signs and their interpolations.
-        num_layers: How many operations, one after the other; one may be drawn again.
-        magnitude: Their level, from 0 to 10.
+        num_layers: Number of operations, drawn with replacement.
+        magnitude: Level of the operations, from 0 to 10.
 
     Returns:
         An array like `frames`.
@@ -76,7 +76,7 @@ def randaugment(
         ValueError: The magnitude is out of range.
     """
     if not 0 <= magnitude <= 10:
-        raise ValueError(f"RandAugment's magnitude goes from 0 to 10, not {magnitude}")
+        raise ValueError(f"randaugment_magnitude={magnitude}: must be 0 to 10")
     names = tuple(OPERATIONS)
     for _ in range(num_layers):
         frames = apply_operation(frames, names[rng.integers(len(names))], magnitude, rng)
@@ -86,10 +86,10 @@ def randaugment(
 def apply_operation(
     frames: np.ndarray, name: str, level: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Applies the operation `name` of the tables at a level from 0 to 10.
+    """Apply the operation `name` of `OPERATIONS` at a level from 0 to 10.
 
-    The levels mean what they mean in the TPU EfficientNet program: a higher level shears, rotates,
-    shifts and brightens more, but solarizes and posterizes less.
+    Levels are those of the TPU EfficientNet program: a higher level shears, rotates, shifts and
+    brightens more, but solarizes and posterizes less.
     """
     operation, arguments = OPERATIONS[name]
     return operation(frames, *arguments(level, rng))
@@ -104,7 +104,7 @@ def _enhancement(level: float, rng: np.random.Generator) -> tuple[float]:
 
 
 def _geometry(full: float) -> Callable:
-    """Level → (up to `full`, of either sign; bilinear or bicubic)."""
+    """Return a function from a level to a value up to ±`full` and a random interpolation."""
 
     def arguments(level: float, rng: np.random.Generator) -> tuple[float, int]:
         value = level / 10 * full * rng.choice((-1, 1))
@@ -113,7 +113,7 @@ def _geometry(full: float) -> Callable:
     return arguments
 
 
-# What is drawn from: the operation, and the arguments that a level from 0 to 10 stands for.
+# Name → operation, and function from a level from 0 to 10 to its arguments.
 OPERATIONS: dict[str, tuple[Callable, Callable]] = {
     "autocontrast": (image_ops.autocontrast, _none),
     "equalize": (image_ops.equalize, _none),
@@ -126,8 +126,8 @@ OPERATIONS: dict[str, tuple[Callable, Callable]] = {
     "contrast": (image_ops.contrast, _enhancement),
     "sharpness": (image_ops.sharpness, _enhancement),
     "rotate": (image_ops.rotate, _geometry(30)),  # degrees
-    "shear_x": (image_ops.shear_x, _geometry(0.3)),  # pixels a pixel
+    "shear_x": (image_ops.shear_x, _geometry(0.3)),  # pixels per pixel
     "shear_y": (image_ops.shear_y, _geometry(0.3)),
-    "translate_x": (image_ops.translate_x, _geometry(0.45)),  # of the width
-    "translate_y": (image_ops.translate_y, _geometry(0.45)),  # of the height
+    "translate_x": (image_ops.translate_x, _geometry(0.45)),  # fraction of the width
+    "translate_y": (image_ops.translate_y, _geometry(0.45)),  # fraction of the height
 }

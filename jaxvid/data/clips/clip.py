@@ -1,4 +1,4 @@
-"""Clips out of videos: which frames, at which size, which part of them, and how augmented."""
+"""Clips of videos: sampled, resized, augmented and cropped frames."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,10 +10,11 @@ from jaxvid.data.clips import autoaugment, sampling, transforms
 from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.rgb import COLOR_MATRICES
 from jaxvid.data.formats.video_reader import VideoFile
-from jaxvid.data.sources import Record
+from jaxvid.data.protocols import VideoReader, VideoRecord
+from jaxvid.data.records import Record
 from jaxvid.errors import InputError, short_repr
 
-# Upper bounds of a clip's sizes, far above any use: larger values would fill the memory.
+# Upper bounds, far above any use: larger values would exhaust the memory.
 MAX_SIZES = {
     "num_frames": 4096,
     "crop": 8192,
@@ -25,27 +26,28 @@ MAX_SIZES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipSpec:
-    """How clips are made out of videos.
+    """Sampling, sizes and augmentation of clips.
 
     Attributes:
-        num_frames: Frames a clip.
+        num_frames: Frames per clip.
         crop: Height and width of a clip in pixels.
-        short_side: Evaluation: the frames' shorter side in pixels before cropping.
-        sampling: Which frames: `segments`, `dense` or `rate` (`sampling.make_indices`).
-        sampling_rate: Of `dense`.
-        by_time: Videos with a variable frame rate are sampled by time, not by frame number.
-        resize: `antialiased` (Pillow's bilinear) or `bilinear` (torch's, without).
-        color_matrix: Conversion of video to RGB: `tagged`, by the matrix that the file names, or
-            `bt601` whatever it names. Frames of packs are RGB already.
-        num_clips: Evaluation: clips of a video.
-        num_crops: Evaluation: crops of a clip, 1 or 3.
-        train_crop: `random` (a random place after a random short side) or `multiscale` (XViT on
-            Kinetics).
-        train_short_side: Lowest and highest short side of `random` crops.
-        flip_prob: Probability that a training clip is mirrored.
-        augment: ``, `autoaugment` (v0) or `randaugment`, on whole frames before the crop.
-        randaugment_layers: Operations of `randaugment`.
-        randaugment_magnitude: Its strength, 0 to 10.
+        short_side: Evaluation: shorter side of the frames before the crop, in pixels.
+        sampling: `segments`, `dense_stride` or `uniform_10s`; see `sampling.make_indices`.
+        sampling_rate: For `dense_stride`: distance between two sampled frames at 30 frames/s.
+        by_time: Whether videos with a variable frame rate are sampled by time instead of frame
+            number.
+        resize: `pil_bilinear` (antialiased, as Pillow) or `torch_bilinear` (not antialiased).
+        color_matrix: Conversion of decoded video to RGB: `tagged` (by the matrix in the file) or
+            `bt601` (always BT.601). Frames of packs already are RGB.
+        num_clips: Evaluation: clips per video.
+        num_crops: Evaluation: crops per clip, 1 or 3.
+        train_crop: `random` (a random position after resizing to a random short side) or
+            `multiscale` (XViT on Kinetics).
+        train_short_side: Lowest and highest short side before a `random` crop, in pixels.
+        flip_prob: Probability of mirroring a training clip.
+        augment: ``, `autoaugment` (v0) or `randaugment`, applied to whole frames before the crop.
+        randaugment_layers: Number of operations of `randaugment`.
+        randaugment_magnitude: Magnitude of `randaugment`, 0 to 10.
     """
 
     num_frames: int
@@ -81,30 +83,33 @@ class ClipSpec:
             if getattr(self, name) not in valid:
                 known = ", ".join(repr(option) for option in valid)
                 value = short_repr(getattr(self, name))
-                raise InputError(f"{name}={value}: there are {known}")
+                raise InputError(f"{name}={value}: must be one of {known}")
         most = sampling.max_views(self.sampling) or self.num_clips
         if not 1 <= self.num_clips <= most:
             raise InputError(
-                f"num_clips={self.num_clips}: sampling={self.sampling!r} gives 1 to {max(most, 1)}"
+                f"num_clips={self.num_clips}: must be 1 to {max(most, 1)} with sampling="
+                f"{self.sampling!r}"
             )
         for low in (self.short_side, self.train_short_side[0] or self.crop):
             if low < self.crop:
-                raise InputError(f"short_side={low} is below the crop of {self.crop} px; raise it")
+                raise InputError(
+                    f"short_side={low} is smaller than the crop of {self.crop} px; increase it"
+                )
 
     @property
     def eval_dtype(self) -> type[np.unsignedinteger]:
-        """Pixels of evaluation views: uint8, or uint16 in units of 1 / `FRACTIONS` grey level."""
+        """Type of the pixels of evaluation views: uint8, or uint16 in 1 / `FRACTIONS` levels."""
         return np.uint16 if self.resize == "torch_bilinear" else np.uint8
 
 
 def load_train_clip(
-    record: Record, rng: np.random.Generator, spec: ClipSpec
+    record: VideoRecord, rng: np.random.Generator, spec: ClipSpec
 ) -> dict[str, np.ndarray]:
-    """Decodes and augments one training clip.
+    """Decode and augment one training clip.
 
     Returns:
-        `video` `(t, crop, crop, c)` uint8; `indices` `(t,)`, its frames; `padded`, whether the
-        video is too short for it.
+        `video` `(t, crop, crop, c)` uint8; `indices` `(t,)`, its frame numbers; `padded`, whether
+        the video is too short and frames are repeated.
 
     Raises:
         DecodeError: The video cannot be decoded.
@@ -121,11 +126,8 @@ def load_train_clip(
     if spec.train_crop == "multiscale":
         frames = transforms.multi_scale_crop(frames, spec.crop, rng)
     else:
-        low, high = spec.train_short_side
-        to_short_side = transforms.resize_short_side
-        if spec.resize == "torch_bilinear":
-            to_short_side = transforms.resize_bilinear
-        frames = to_short_side(frames, int(rng.integers(low, high, endpoint=True)))
+        short_side = int(rng.integers(*spec.train_short_side, endpoint=True))
+        frames = _resize(frames, short_side, spec, exact=False)
         frames = transforms.random_crop(frames, spec.crop, rng)
     if spec.flip_prob:
         frames = transforms.random_flip(frames, rng, spec.flip_prob)
@@ -136,13 +138,13 @@ def load_train_clip(
     }
 
 
-def load_eval_views(video: Record | str | Path, spec: ClipSpec) -> dict[str, np.ndarray]:
+def load_eval_views(video: VideoRecord | str | Path, spec: ClipSpec) -> dict[str, np.ndarray]:
     """Decode a video once and cut all its evaluation views.
 
     Returns:
-        `video` `(v, t, crop, crop, c)` of `spec.eval_dtype`, `v = num_clips · num_crops`, the crops
-        of a clip adjacent; `indices` `(num_clips, t)`; `padded`, whether it is too short for its
-        clips; `released`, whether STAM's released evaluation counts it.
+        `video` `(v, t, crop, crop, c)` of `spec.eval_dtype`, `v = num_clips · num_crops`, with
+        adjacent crops of a clip; `indices` `(num_clips, t)`; `padded`, whether the video is too
+        short and frames are repeated; `released`, whether STAM's released evaluation counts it.
 
     Raises:
         DecodeError: The video cannot be decoded.
@@ -152,8 +154,8 @@ def load_eval_views(video: Record | str | Path, spec: ClipSpec) -> dict[str, np.
         indices = np.stack([_indices(reader, spec, view=view) for view in range(spec.num_clips)])
         sizes = (spec.num_clips, spec.num_crops, spec.num_frames, spec.crop, spec.crop, 3)
         views = np.empty(sizes, spec.eval_dtype)
-        for place, frame in _iter_frames(reader, indices.reshape(-1)):
-            clip, t = divmod(place, spec.num_frames)
+        for i, frame in _enumerate_frames(reader, indices.reshape(-1)):
+            clip, t = divmod(i, spec.num_frames)
             frame = resize_eval_frames(frame[None], spec)
             for number, crop in enumerate(cut_eval_crops(frame, spec)):
                 views[clip, number, t] = crop[0]
@@ -172,36 +174,47 @@ def resize_eval_frames(frames: np.ndarray, spec: ClipSpec) -> np.ndarray:
     """Resize frames `(t, h, w, c)` uint8 for evaluation, exactly as the original programs do.
 
     Returns:
-        `(t, h, w, c)` of `spec.eval_dtype` with a shorter side of `spec.short_side`.
+        `(t, h, w, c)` of `spec.eval_dtype` with a shorter side of `spec.short_side` pixels.
     """
+    return _resize(frames, spec.short_side, spec, exact=True)
+
+
+def _resize(frames: np.ndarray, short_side: int, spec: ClipSpec, *, exact: bool) -> np.ndarray:
+    """Resize frames `(t, h, w, c)` to a short side of `short_side` pixels by `spec.resize`."""
     if spec.resize == "torch_bilinear":
-        return transforms.resize_bilinear(frames, spec.short_side, exact=True)
-    return transforms.resize_short_side(frames, spec.short_side, exact=True)
+        return transforms.resize_bilinear(frames, short_side, exact=exact)
+    return transforms.resize_short_side(frames, short_side, exact=exact)
 
 
 def cut_eval_crops(frames: np.ndarray, spec: ClipSpec) -> list[np.ndarray]:
     """Cut `spec.num_crops` crops `(t, crop, crop, c)` from resized frames `(t, h, w, c)`."""
-    # XViT's program rounds half a pixel up; torchvision, which STAM's uses, to the even pixel.
+    # XViT's program rounds half a pixel up. STAM's program uses torchvision, which rounds to even.
     rounding = "up" if spec.resize == "torch_bilinear" else "even"
     return transforms.eval_crops(frames, spec.crop, spec.num_crops, rounding=rounding)
 
 
-def _open(record: Record, spec: ClipSpec) -> VideoFile | JpegFrames:
+def _open(record: VideoRecord, spec: ClipSpec) -> VideoReader:
     reader = record.open()
-    if isinstance(reader, VideoFile):
+    if isinstance(reader, VideoFile):  # other readers return RGB frames without conversion
         reader.color_matrix = spec.color_matrix
     return reader
 
 
-def _iter_frames(reader, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Places in `indices` and their frames `(h, w, c)`, decoded one by one where that is cheap."""
+def _enumerate_frames(reader: VideoReader, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield positions in `indices` and their frames `(h, w, c)`, one at a time if that is cheap."""
     if isinstance(reader, JpegFrames):
-        return reader.iter_frames(indices)
+        return reader.enumerate_frames(indices)
     return enumerate(reader.get_frames(indices))
 
 
-def _indices(reader, spec: ClipSpec, **draw) -> np.ndarray:
-    """The frames of a clip; `draw`: `rng` or `view`."""
+def _indices(
+    reader: VideoReader,
+    spec: ClipSpec,
+    *,
+    rng: np.random.Generator | None = None,
+    view: int = 0,
+) -> np.ndarray:
+    """Return the frame numbers `(t,)` of a training clip (`rng`) or of an evaluation view."""
     length, times = _length(reader, spec)
     indices = sampling.make_indices(
         spec.sampling,
@@ -209,21 +222,24 @@ def _indices(reader, spec: ClipSpec, **draw) -> np.ndarray:
         spec.num_frames,
         sampling_rate=spec.sampling_rate,
         fps=reader.fps,
-        num_views=spec.num_clips,
-        **draw,
+        rng=rng,
+        view=(view, spec.num_clips),
     )
     return indices if times is None else sampling.frames_at_times(indices, times, reader.fps)
 
 
-def _length(reader, spec: ClipSpec) -> tuple[int, np.ndarray | None]:
-    """Frames to sample from, and when each is shown; None: they are sampled by their number."""
+def _length(reader: VideoReader, spec: ClipSpec) -> tuple[int, np.ndarray | None]:
+    """Return the number of frames to sample from, and their times.
+
+    The times are None if frames are sampled by number. Otherwise the number is that of a constant
+    frame rate.
+    """
     if not spec.by_time or reader.times is None or not reader.fps:
         return reader.num_frames, None
-    # As many as a constant rate would have.
     return max(1, round(reader.times[-1] * reader.fps) + 1), reader.times
 
 
-def _is_padded(reader, spec: ClipSpec) -> bool:
+def _is_padded(reader: VideoReader, spec: ClipSpec) -> bool:
     length, _ = _length(reader, spec)
     rates = {"sampling_rate": spec.sampling_rate, "fps": reader.fps}
     return sampling.is_padded(spec.sampling, length, spec.num_frames, **rates)

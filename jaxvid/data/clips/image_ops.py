@@ -1,9 +1,8 @@
-"""Operations on clips `(t, h, w, c)` uint8 RGB that augmentation draws from.
+"""Augmentation operations on clips `(t, h, w, c)` uint8 RGB, equivalent to Pillow on each frame.
 
-They give what Pillow gives for each frame by itself. Tables of values are exactly its; blends with
-another picture and shifts of rows or columns are within one level, and nearly always equal. A
-rotation rounds where Pillow truncates, and its bicubic kernel is OpenCV's (a = -0.75, in Pillow's
-`transform` -1).
+Look-up tables are identical to Pillow's. Blends and shifts of rows or columns are within one level,
+and nearly always equal. Rotations round where Pillow truncates, and their bicubic kernel is that of
+OpenCV (a = -0.75; -1 in Pillow's `transform`).
 """
 
 import itertools
@@ -12,19 +11,19 @@ import math
 import cv2
 import numpy as np
 
-_FILL = 128  # the grey of what comes in from outside the frame
+_FILL = 128  # grey level outside of the frame
 _TRUNCATE = -0.5 + 2**-10  # makes OpenCV, which rounds, truncate as Pillow does
 
 # --- Tables of pixel values -----------------------------------------------------------------------
 
 
 def invert(frames: np.ndarray) -> np.ndarray:
-    """The negative."""
+    """Invert all values."""
     return 255 - frames
 
 
 def solarize(frames: np.ndarray, threshold: int) -> np.ndarray:
-    """The negative of the values from `threshold` on."""
+    """Invert the values that are at least `threshold`."""
     negative = (frames >= threshold).view(np.uint8)
     np.negative(negative, out=negative)  # 1 → 255
     negative ^= frames
@@ -32,30 +31,30 @@ def solarize(frames: np.ndarray, threshold: int) -> np.ndarray:
 
 
 def solarize_add(frames: np.ndarray, addition: int) -> np.ndarray:
-    """Adds to the values below 128, up to 255."""
+    """Add `addition` to the values below 128, with a maximum of 255."""
     values = np.arange(256)
     return _look_up(frames, np.where(values < 128, np.minimum(values + addition, 255), values))
 
 
 def posterize(frames: np.ndarray, bits: int) -> np.ndarray:
-    """Keeps the `bits` highest of the 8 bits; with 0 all is black."""
+    """Keep the `bits` highest of the 8 bits; 0 gives black."""
     return frames & np.uint8(0xFF00 >> bits & 0xFF)
 
 
 def brightness(frames: np.ndarray, factor: float) -> np.ndarray:
-    """From black (0) over the same (1) to brighter."""
+    """Scale the brightness: 0 gives black, 1 leaves the clip unchanged."""
     return _look_up(frames, _blend_table(0, factor))
 
 
 def contrast(frames: np.ndarray, factor: float) -> np.ndarray:
-    """From the grey that is the frame's mean (0) over the same (1) to more contrast."""
+    """Scale the contrast: 0 gives the mean grey of each frame, 1 leaves the clip unchanged."""
     means = [int(_luma(frame).mean(dtype=np.float64) + 0.5) for frame in frames]
     tables = np.stack([_blend_table(mean, factor) for mean in means])
     return _look_up(frames, tables[:, None].repeat(3, axis=1))
 
 
 def autocontrast(frames: np.ndarray) -> np.ndarray:
-    """Stretches each channel of each frame to all values from 0 to 255."""
+    """Stretch each channel of each frame to the range from 0 to 255."""
     low = frames.min(axis=1).min(axis=1)[..., None].astype(int)  # (t c 1)
     high = frames.max(axis=1).max(axis=1)[..., None].astype(int)
     scale = 255.0 / np.maximum(high - low, 1)
@@ -65,7 +64,7 @@ def autocontrast(frames: np.ndarray) -> np.ndarray:
 
 
 def equalize(frames: np.ndarray) -> np.ndarray:
-    """Makes the values of each channel of each frame about equally frequent."""
+    """Equalize the histogram of each channel of each frame."""
     counts = [
         [cv2.calcHist([frame], [c], None, [256], [0, 256]) for c in range(3)] for frame in frames
     ]
@@ -78,20 +77,20 @@ def equalize(frames: np.ndarray) -> np.ndarray:
     return _look_up(frames, np.where(step > 0, tables, np.arange(256)))
 
 
-# --- Blends with another picture ------------------------------------------------------------------
+# --- Blends with another image --------------------------------------------------------------------
 
 
 def color(frames: np.ndarray, factor: float) -> np.ndarray:
-    """From grey (0) over the same (1) to more colourful."""
+    """Scale the saturation: 0 gives grey, 1 leaves the clip unchanged."""
     result = np.empty_like(frames, order="C")
-    for frame, coloured in zip(frames, result, strict=True):
+    for frame, colored in zip(frames, result, strict=True):
         grey = cv2.cvtColor(_luma(frame), cv2.COLOR_GRAY2RGB)
-        cv2.addWeighted(frame, factor, grey, 1 - factor, _TRUNCATE, coloured)
+        cv2.addWeighted(frame, factor, grey, 1 - factor, _TRUNCATE, colored)
     return result
 
 
 def sharpness(frames: np.ndarray, factor: float) -> np.ndarray:
-    """From smoothed over 3 × 3 pixels (0) over the same (1) to sharper; the outer pixels stay."""
+    """Scale the sharpness: 0 smooths over 3 × 3 pixels, 1 is the identity; keep border pixels."""
     kernel = np.float32([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
     result = frames.copy()
     for frame, sharp in zip(frames, result, strict=True):
@@ -101,43 +100,43 @@ def sharpness(frames: np.ndarray, factor: float) -> np.ndarray:
     return result
 
 
-# --- Shears, turns, shifts ------------------------------------------------------------------------
+# --- Shears, rotations, shifts --------------------------------------------------------------------
 
 
 def shear_x(frames: np.ndarray, factor: float, interpolation: int) -> np.ndarray:
-    """Moves each row to the left by `factor` times its distance from the top.
+    """Move each row to the left by `factor` times its distance from the top.
 
     Args:
         frames: `(t, h, w, c)` uint8.
-        factor: Pixels a pixel; negative: to the right.
+        factor: Shift in pixels per row; negative: to the right.
         interpolation: OpenCV's `INTER_LINEAR` or `INTER_CUBIC`.
 
     Returns:
-        An array like `frames`; what comes in from outside is grey.
+        An array like `frames`; pixels from outside of the frame are grey.
     """
     return _shift(frames, factor * (np.arange(frames.shape[1]) + 0.5), interpolation)
 
 
 def shear_y(frames: np.ndarray, factor: float, interpolation: int) -> np.ndarray:
-    """Moves each column up by `factor` times its distance from the left; see `shear_x`."""
+    """Move each column up by `factor` times its distance from the left; see `shear_x`."""
     shifts = factor * (np.arange(frames.shape[2]) + 0.5)
     return _shift(frames, shifts, interpolation, columns=True)
 
 
 def translate_x(frames: np.ndarray, share: float, interpolation: int) -> np.ndarray:
-    """Moves everything to the left by a share of the width; see `shear_x`."""
+    """Move the frame to the left by a fraction of its width; see `shear_x`."""
     _, h, w, _ = frames.shape
     return _shift(frames, np.full(h, share * w), interpolation)
 
 
 def translate_y(frames: np.ndarray, share: float, interpolation: int) -> np.ndarray:
-    """Moves everything up by a share of the height; see `shear_x`."""
+    """Move the frame up by a fraction of its height; see `shear_x`."""
     _, h, w, _ = frames.shape
     return _shift(frames, np.full(w, share * h), interpolation, columns=True)
 
 
 def rotate(frames: np.ndarray, degrees: float, interpolation: int) -> np.ndarray:
-    """Turns counter-clockwise around the centre; see `shear_x`."""
+    """Turn counter-clockwise around the centre; see `shear_x`."""
     _, h, w, _ = frames.shape
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     right = (w - cos * w + sin * h) / 2
@@ -149,8 +148,8 @@ def rotate(frames: np.ndarray, degrees: float, interpolation: int) -> np.ndarray
     from_x, from_y = cos * x - sin * y + right, sin * x + cos * y + down  # (h w)
     outside = (from_x < 0) | (from_x >= w) | (from_y < 0) | (from_y >= h)
     fill, mask = np.full((h, w, 3), _FILL, np.uint8), outside.astype(np.uint8)
-    # The edge is repeated, as far as the kernels reach, and what lies outside is filled thereafter:
-    # OpenCV's own fill would bleed inwards. For OpenCV the first pixel's centre is (0, 0).
+    # Repeat the edge as far as the kernels reach, and fill the outside afterwards: OpenCV's own
+    # fill would bleed inwards. In OpenCV, the centre of the first pixel is (0, 0).
     pad = 3
     right, down = right + (cos - sin - 1) / 2 + pad, down + (sin + cos - 1) / 2 + pad
     matrix = np.array([[cos, -sin, right], [sin, cos, down]])
@@ -174,16 +173,15 @@ def rotate(frames: np.ndarray, degrees: float, interpolation: int) -> np.ndarray
 def _shift(
     frames: np.ndarray, shifts: np.ndarray, interpolation: int, *, columns: bool = False
 ) -> np.ndarray:
-    """Moves each row to the left by its number of pixels in `shifts`, or each column up.
+    """Move each row to the left by its number of pixels in `shifts`, or each column up.
 
-    The pixels of a row all come from between two others at the same fraction of the way, so that
-    one small filter makes them.
+    All pixels of a row have the same fractional offset, so one small filter computes them.
     """
     if not shifts.any():
         return frames
     t, h, w, _ = frames.shape
-    h, w = (w, h) if columns else (h, w)  # of here on: columns are laid down as rows
-    # One more pixel on the left: the first of a row may come from half a pixel outside it.
+    h, w = (w, h) if columns else (h, w)  # below, columns are transposed to rows
+    # One more pixel on the left: the first pixel of a row may come from half a pixel outside.
     rows = np.empty((h, t, w + 1, 3), np.uint8)
     for i, frame in enumerate(frames):
         rows[:, i, 1:] = cv2.transpose(frame) if columns else frame
@@ -192,7 +190,7 @@ def _shift(
     for top, bottom in itertools.pairwise(bounds):
         run, shift = rows[top:bottom], shifts[top]
         whole = math.floor(shift)
-        # What comes from x + ½ + shift is inside where that is at least 0 and below w.
+        # The source x + ½ + shift is inside if it is at least 0 and below w.
         first, end = (min(max(math.ceil(x - 0.5 - shift), 0), w) for x in (0, w))
         moved = cv2.filter2D(
             run.reshape(-1, w + 1, 3),
@@ -211,7 +209,7 @@ def _shift(
 
 
 def _kernel(d: float, interpolation: int) -> np.ndarray:
-    """Pillow's weights `(1, 4)` of the pixels from -1 to 2 for a value `d` behind the pixel 0."""
+    """Return Pillow's weights `(1, 4)` of the pixels -1 to 2 for a value at offset `d`."""
     if interpolation == cv2.INTER_LINEAR:
         return np.float32([[0, 1 - d, d, 0]])
     e = 1 - d
@@ -219,7 +217,7 @@ def _kernel(d: float, interpolation: int) -> np.ndarray:
 
 
 def _look_up(frames: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    """Replaces each value by the one in its table.
+    """Replace each value by the one in its table.
 
     Args:
         frames: `(t, h, w, c)` uint8.
@@ -236,8 +234,8 @@ def _look_up(frames: np.ndarray, tables: np.ndarray) -> np.ndarray:
 
 
 def _luma(frame: np.ndarray) -> np.ndarray:
-    """Pillow's grey `(h, w)` of a frame `(h, w, c)`, both uint8."""
-    # Pillow's weights in units of 2⁻¹⁶: every sum fits into the 24 bits of a float32.
+    """Return the grey image `(h, w)` of a frame `(h, w, c)` as Pillow does, both uint8."""
+    # Pillow's weights are multiples of 2⁻¹⁶: every sum fits into the 24 bits of a float32.
     weights = np.float32([19595, 38470, 7471]) / 2**16
     grey = cv2.transform(frame.astype(np.float32), weights[None])
     grey += np.float32(0.5)
@@ -245,7 +243,7 @@ def _luma(frame: np.ndarray) -> np.ndarray:
 
 
 def _blend_table(start: int, factor: float) -> np.ndarray:
-    """`start + factor · (value - start)` of all values: Pillow's blend, in float32 as there."""
+    """Return `start + factor · (value - start)` for all values, in float32 as Pillow's blend."""
     blended = np.arange(256, dtype=np.float32) - np.float32(start)
     blended = blended * np.float32(factor) + np.float32(start)
     return blended.clip(0, 255).astype(np.uint8)

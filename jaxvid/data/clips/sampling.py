@@ -1,4 +1,4 @@
-"""Which frames of a video make a clip: pure functions of the video's length and a generator."""
+"""Frame sampling: the frame numbers of a clip, as pure functions of the video's length."""
 
 import math
 
@@ -15,53 +15,51 @@ def make_indices(
     sampling_rate: int,
     fps: float | None,
     rng: np.random.Generator | None = None,
-    view: int = 0,
-    num_views: int = 1,
+    view: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
-    """The frames of a clip, sampled the named way; see the functions below.
+    """Return the frame numbers of a clip; see the functions below.
 
     Args:
-        sampling: `segments` (XViT on Something-Something), `dense` (XViT on Kinetics) or `rate`
-            (STAM).
+        sampling: `segments` (XViT on Something-Something), `dense_stride` (XViT on Kinetics) or
+            `uniform_10s` (STAM).
         length: Frames in the video.
         num_frames: Frames in the clip.
-        sampling_rate: Of `dense`: frames from one to the next, at 30 frames a second.
-        fps: The video's frames a second; None: unknown.
-        rng: Training: draws where the clip lies. None: evaluation.
-        view: Evaluation: which of the clips.
-        num_views: Evaluation: of how many.
+        sampling_rate: For `dense_stride`: distance between two sampled frames at 30 frames/s.
+        fps: Frame rate of the video; None: unknown.
+        rng: Training: draws the position of the clip. None: evaluation.
+        view: Evaluation: index of the clip and number of clips.
 
     Returns:
-        `(num_frames,)` indices in [0, length - 1], never falling.
+        `(num_frames,)` indices in [0, length - 1], non-decreasing.
     """
     if sampling == "segments":
-        return segment_indices(length, num_frames, rng=rng, view=view)
-    views = {"fps": fps, "rng": rng, "view": view, "num_views": num_views}
+        return segment_indices(length, num_frames, rng=rng, view=view[0])
+    options = {"fps": fps, "rng": rng, "view": view[0], "num_views": view[1]}
     if sampling == "dense_stride":
-        return dense_indices(length, num_frames, sampling_rate=sampling_rate, **views)
+        return dense_stride_indices(length, num_frames, sampling_rate=sampling_rate, **options)
     if sampling == "uniform_10s":
-        return rate_indices(length, num_frames, **views)
-    raise ValueError(f"sampling={sampling!r} is not one of {', '.join(SAMPLINGS)}")
+        return uniform_10s_indices(length, num_frames, **options)
+    raise ValueError(f"sampling={sampling!r}: must be one of {', '.join(map(repr, SAMPLINGS))}")
 
 
 def max_views(sampling: str) -> int | None:
-    """How many clips of a video evaluation may look at; None: any number."""
+    """Return the largest number of evaluation clips per video; None: unlimited."""
     return 3 if sampling == "segments" else None
 
 
 def segment_indices(
     length: int, num_frames: int, *, rng: np.random.Generator | None = None, view: int = 0
 ) -> np.ndarray:
-    """One frame from each of `num_frames` equal segments of a video (XViT's Something-Something).
+    """Sample one frame of each of `num_frames` equal segments (XViT on Something-Something).
 
     Args:
-        length: Frames in the video; a video shorter than the clip repeats frames.
+        length: Frames in the video; frames of a video shorter than the clip are repeated.
         num_frames: Frames in the clip.
-        rng: Training: draws a frame of each segment, its two ends included.
-        view: Evaluation: 0 takes each segment's middle, 1 its start, 2 its end.
+        rng: Training: draws a frame of each segment, both ends included.
+        view: Evaluation: 0 selects the middle of each segment, 1 its start, 2 its end.
 
     Returns:
-        `(num_frames,)` indices in [0, length - 1], never falling.
+        `(num_frames,)` indices in [0, length - 1], non-decreasing.
     """
     bounds = np.round((length - 1) / num_frames * np.arange(num_frames + 1)).astype(int)
     starts, ends = bounds[:-1], bounds[1:]
@@ -70,7 +68,7 @@ def segment_indices(
     return ((starts + ends) // 2, starts, ends)[view]
 
 
-def dense_indices(
+def dense_stride_indices(
     length: int,
     num_frames: int,
     *,
@@ -80,11 +78,11 @@ def dense_indices(
     view: int = 0,
     num_views: int = 1,
 ) -> np.ndarray:
-    """Frames evenly over a window of fixed duration (XViT's Kinetics).
+    """Sample frames evenly from a window of fixed duration (XViT on Kinetics).
 
-    The window is `num_frames · sampling_rate` frames at 30 frames per second; a video shorter than
-    it repeats its last frame. Training draws the start of the window; view `v` of `V` starts at
-    `v / V` of the frames left beside it. Arguments and result: `make_indices`.
+    The window has `num_frames · sampling_rate` frames at 30 frames/s. In a shorter video, the last
+    frame is repeated. Training draws the start of the window. View `v` of `V` starts at `v / V` of
+    the remaining frames. Arguments and result: `make_indices`.
     """
     window = _window(num_frames, sampling_rate, fps)
     spare = np.float32(max(length - window, 0))
@@ -93,16 +91,16 @@ def dense_indices(
         start = np.float32(rng.uniform(0, spare))
     last = start + np.float32(window) - np.float32(1)
     step = (last - start) / np.float32(max(num_frames - 1, 1))
-    # torch.linspace in float32, from both ends, with fused multiply-adds: the float64 product and
-    # sum are exact, so that each frame number is rounded to float32 only once.
-    places = np.arange(num_frames)
-    rising = np.float64(start) + np.float64(step) * places
-    falling = np.float64(last) - np.float64(step) * (num_frames - 1 - places)
-    indices = np.where(places < max(num_frames // 2, 1), rising, falling).astype(np.float32)
+    # Equals torch.linspace in float32, which starts from both ends and uses fused multiply-adds:
+    # product and sum are exact in float64, so each frame number is rounded to float32 only once.
+    steps = np.arange(num_frames)
+    rising = np.float64(start) + np.float64(step) * steps
+    falling = np.float64(last) - np.float64(step) * (num_frames - 1 - steps)
+    indices = np.where(steps < max(num_frames // 2, 1), rising, falling).astype(np.float32)
     return np.clip(indices, 0, length - 1).astype(int)
 
 
-def rate_indices(
+def uniform_10s_indices(
     length: int,
     num_frames: int,
     *,
@@ -111,11 +109,11 @@ def rate_indices(
     view: int = 0,
     num_views: int = 1,
 ) -> np.ndarray:
-    """The first `num_frames` frames at a tenth of `num_frames` frames a second (STAM): 10 s.
+    """Sample 10 s of video at `num_frames / 10` frames per second (STAM).
 
-    A video shorter than that repeats its last frame. Training draws where the clip starts; view `v`
-    of `V` starts at `v / V` of what is left. Arguments and result: `make_indices`; where `fps` is
-    unknown, 30 is assumed.
+    In a shorter video, the last frame is repeated. Training draws the start of the clip. View `v`
+    of `V` starts at `v / V` of the remaining frames. Without `fps`, 30 frames/s are assumed.
+    Arguments and result: `make_indices`.
     """
     indices = _offsets(num_frames, fps)
     spare = max(length - 1 - indices[-1], 0)
@@ -126,7 +124,7 @@ def rate_indices(
 def is_padded(
     sampling: str, length: int, num_frames: int, *, sampling_rate: int, fps: float | None
 ) -> bool:
-    """Whether a video is too short for its clip and repeats frames to fill it."""
+    """Return whether a video is too short for its clip, so that frames are repeated."""
     if sampling == "segments":
         return length < num_frames
     if sampling == "dense_stride":
@@ -135,40 +133,40 @@ def is_padded(
 
 
 def in_released_subset(length: int, num_frames: int, *, fps: float | None) -> bool:
-    """Whether STAM's released evaluation counts a video.
+    """Return whether STAM's released evaluation counts a video.
 
-    It drops every video with fewer than `num_frames` frames at `num_frames / 10` frames per second,
-    and its published accuracies are over the others.
+    It drops videos with fewer than `num_frames` frames at `num_frames / 10` frames per second. The
+    published accuracies are those of the other videos.
 
     Args:
         length: Frames in the video.
         num_frames: Frames in the clip.
-        fps: The video's frame rate; None: unknown, 30 is assumed.
+        fps: Frame rate of the video; None: unknown, 30 is assumed.
     """
     return math.floor(length * (num_frames / 10) / (fps or 30.0)) >= num_frames
 
 
 def frames_at_times(indices: np.ndarray, times: np.ndarray, fps: float) -> np.ndarray:
-    """Frames of a video with a variable frame rate, by time instead of by number.
+    """Convert frame numbers at a constant frame rate to those of a variable frame rate.
 
     Args:
-        indices: Frame numbers `(t,)` that were meant for a constant `fps`.
-        times: Seconds at which each frame of the video is shown, rising.
-        fps: Frames a second.
+        indices: `(t,)` frame numbers at a constant `fps`.
+        times: Seconds from the first frame to each, non-decreasing.
+        fps: Frames per second.
 
     Returns:
-        `(t,)` numbers of the frames that are shown at those moments.
+        `(t,)` numbers of the frames that are shown at the same times.
     """
     shown = np.searchsorted(times, indices / fps + 0.5 / fps, side="right") - 1
     return np.maximum(shown, 0)
 
 
 def _window(num_frames: int, sampling_rate: int, fps: float | None) -> float:
-    """Frames that a dense clip spans."""
+    """Return the number of frames that a `dense_stride` clip spans."""
     return num_frames * sampling_rate * (fps / 30 if fps else 1)
 
 
 def _offsets(num_frames: int, fps: float | None) -> np.ndarray:
-    """Frames from the first of a rate-sampled clip to each."""
+    """Return the distance in frames from the first frame of a `uniform_10s` clip to each."""
     step = (fps or 30.0) / (num_frames / 10)
     return np.floor(np.arange(num_frames, dtype=np.float32) * np.float32(step)).astype(int)

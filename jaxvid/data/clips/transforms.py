@@ -1,6 +1,6 @@
 """Resizing, cropping and flipping of clips `(t, h, w, c)` uint8.
 
-Random choices are made once per clip, with the generator passed in, and used for all its frames.
+Random choices are made once per clip and apply to all its frames.
 """
 
 import math
@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image
 
 NUM_CROPS = (1, 3)  # values that evaluation supports
-FRACTIONS = 256  # uint16 pixels: units per grey level
+FRACTIONS = 256  # units per grey level of uint16 pixels
 
 _SCALES = (1.0, 0.875, 0.75, 0.66)  # of the multi-scale crop, relative to the shorter side
-# The 13 places of the multi-scale crop, (down, right) in quarters of the free room: the corners,
-# the centres of the edges, the centre, and the four points between the corners and the centre.
-_PLACES = tuple((i, j) for i in (0, 2, 4) for j in (0, 2, 4)) + ((1, 1), (1, 3), (3, 1), (3, 3))
+# The 13 positions of the multi-scale crop, (down, right) in quarters of the free space: corners,
+# centres of the edges, the centre, and the four points between the corners and the centre.
+_POSITIONS = tuple((i, j) for i in (0, 2, 4) for j in (0, 2, 4)) + ((1, 1), (1, 3), (3, 1), (3, 3))
 
 
 def resize(frames: np.ndarray, height: int, width: int, *, exact: bool = False) -> np.ndarray:
@@ -25,8 +25,8 @@ def resize(frames: np.ndarray, height: int, width: int, *, exact: bool = False) 
         frames: `(t, h, w, c)` uint8.
         height: Pixels.
         width: Pixels.
-        exact: Use Pillow for every frame. By default OpenCV enlarges frames: it is five times as
-            fast and within one grey level of Pillow.
+        exact: Whether to use Pillow for enlarging too. By default, OpenCV enlarges frames, which is
+            five times as fast and within one grey level of Pillow.
 
     Returns:
         `(t, height, width, c)` uint8.
@@ -43,9 +43,9 @@ def resize(frames: np.ndarray, height: int, width: int, *, exact: bool = False) 
 
 
 def resize_short_side(frames: np.ndarray, short_side: int, *, exact: bool = False) -> np.ndarray:
-    """Resize to a shorter side of `short_side` pixels, as `resize` does.
+    """Resize to a shorter side of `short_side` pixels with `resize`.
 
-    With `exact`, the result is that of torchvision's `Resize(short_side)` on PIL images.
+    With `exact`, the result equals torchvision's `Resize(short_side)` on PIL images.
     """
     _, h, w, _ = frames.shape
     if min(h, w) == short_side:
@@ -58,16 +58,17 @@ def resize_short_side(frames: np.ndarray, short_side: int, *, exact: bool = Fals
 
 
 def resize_bilinear(frames: np.ndarray, short_side: int, *, exact: bool = False) -> np.ndarray:
-    """Resize as `torch.nn.functional.interpolate` does: bilinear, half-pixel, not antialiased.
+    """Resize as `torch.nn.functional.interpolate`: bilinear, half-pixel, not antialiased.
 
     Args:
         frames: `(t, h, w, c)` uint8.
-        short_side: Pixels of the shorter side; the longer one gets floor(long / short · this).
-        exact: Keep fractions of a grey level, as the original program does, which resizes floats.
+        short_side: Shorter side in pixels. The longer side becomes floor(long / short · this).
+        exact: Whether to keep fractions of a grey level, as the original program, which resizes
+            floats.
 
     Returns:
-        `(t, h, w, c)`: uint8 within one grey level of the same on floats. With `exact` uint16 in
-        units of 1 / `FRACTIONS` grey level, within 0.003 grey levels of the same on floats.
+        `(t, h, w, c)` uint8, within one grey level of resizing floats. With `exact`, uint16 in
+        units of 1 / `FRACTIONS` grey level, within 0.003 grey levels of resizing floats.
     """
     _, h, w, _ = frames.shape
     if exact:
@@ -79,7 +80,7 @@ def resize_bilinear(frames: np.ndarray, short_side: int, *, exact: bool = False)
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
-    """Round frames of `resize_bilinear(..., exact=True)` to whole grey levels, to be drawn."""
+    """Round frames of `resize_bilinear(..., exact=True)` to whole grey levels."""
     if frames.dtype != np.uint16:
         return frames
     return np.rint(frames / FRACTIONS).astype(np.uint8)
@@ -91,7 +92,7 @@ def _resize_opencv(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def random_crop(frames: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A `size` × `size` crop at a uniformly random place; the frames are at least that large."""
+    """Cut a `size` × `size` crop at a random position; frames must be at least that large."""
     _, h, w, _ = frames.shape
     top, left = rng.integers(0, h - size + 1), rng.integers(0, w - size + 1)
     return frames[:, top : top + size, left : left + size]
@@ -100,19 +101,21 @@ def random_crop(frames: np.ndarray, size: int, rng: np.random.Generator) -> np.n
 def random_flip(
     frames: np.ndarray, rng: np.random.Generator, probability: float = 0.5
 ) -> np.ndarray:
-    """Mirrors the whole clip left to right, with the given probability."""
+    """Mirror the whole clip left to right with the given probability."""
     if rng.random() >= probability:
         return frames
     return np.stack([cv2.flip(frame, 1) for frame in frames])
 
 
 def multi_scale_crop(frames: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A crop of random size and shape at one of 13 places, resized (Wang et al., 2015).
+    """Cut a crop of random size and shape at one of 13 positions and resize it.
+
+    Wang et al., "Towards good practices for very deep two-stream ConvNets", 2015.
 
     Args:
         frames: `(t, h, w, c)` uint8 of any size.
         size: Height and width of the result in pixels.
-        rng: Draws the size of the crop, then its place.
+        rng: Draws the size of the crop, then its position.
 
     Returns:
         `(t, size, size, c)` uint8, resized by `resize`.
@@ -120,17 +123,16 @@ def multi_scale_crop(frames: np.ndarray, size: int, rng: np.random.Generator) ->
     _, h, w, _ = frames.shape
     sizes = multi_scale_sizes(min(h, w), size)
     crop_h, crop_w = sizes[rng.integers(len(sizes))]
-    down, right = _PLACES[rng.integers(len(_PLACES))]
+    down, right = _POSITIONS[rng.integers(len(_POSITIONS))]
     top, left = (h - crop_h) // 4 * down, (w - crop_w) // 4 * right
     return resize(frames[:, top : top + crop_h, left : left + crop_w], size, size)
 
 
 def multi_scale_sizes(short_side: int, size: int) -> list[tuple[int, int]]:
-    """The sizes that `multi_scale_crop` draws from.
+    """Return the sizes that `multi_scale_crop` draws from.
 
-    The sides are 1, ⅞, ¾ and 0.66 of the shorter side of the frame; a side within 2 pixels of the
-    result's becomes the result's where the frame is large enough. Height and width are at most one
-    step apart.
+    The sides are 1, ⅞, ¾ and 0.66 of the shorter side of the frame. A side within 2 pixels of
+    `size` becomes `size` if the frame is large enough. Height and width differ by at most one step.
 
     Args:
         short_side: Shorter side of the frame in pixels.
@@ -153,10 +155,10 @@ def eval_crops(
     Args:
         frames: `(t, h, w, c)`, at least `size` high and wide.
         size: Height and width of a crop in pixels.
-        num_crops: 1: the centre. 3: along the longer side the two ends and the centre; the original
-            protocol is that on the result of `resize_bilinear(frames, size)`.
-        rounding: Where the centre crop starts if its offset is half a pixel: `up`, as in XViT's
-            program, or to the `even` pixel, as in torchvision's `CenterCrop`, which STAM uses.
+        num_crops: 1: the centre. 3: both ends and the centre of the longer side; in the original
+            protocol, of frames of `resize_bilinear(frames, size)`.
+        rounding: Rounding of half a pixel in the offset of the centre crop: `up`, as in XViT's
+            program, or `even`, as in torchvision's `CenterCrop`, which STAM uses.
 
     Returns:
         `num_crops` arrays `(t, size, size, c)`; with 3: left, centre, right or top, centre, bottom.
@@ -166,13 +168,13 @@ def eval_crops(
     """
     _, h, w, _ = frames.shape
     if min(h, w) < size:
-        raise ValueError(f"frames of {w} × {h} pixels have no crops of {size} × {size}")
+        raise ValueError(f"frames of {w} × {h} pixels are smaller than the crop {size} × {size}")
     to_int = math.ceil if rounding == "up" else round
     middle = to_int((h - size) / 2), to_int((w - size) / 2)
     if num_crops == 1:
-        places = [middle]
+        corners = [middle]
     elif w >= h:
-        places = [(middle[0], 0), middle, (middle[0], w - size)]
+        corners = [(middle[0], 0), middle, (middle[0], w - size)]
     else:
-        places = [(0, middle[1]), middle, (h - size, middle[1])]
-    return [frames[:, top : top + size, left : left + size] for top, left in places]
+        corners = [(0, middle[1]), middle, (h - size, middle[1])]
+    return [frames[:, top : top + size, left : left + size] for top, left in corners]

@@ -1,10 +1,11 @@
-"""Videos whose frames are JPEG pictures, wherever these come from."""
+"""Reader of videos whose frames are JPEG images in any storage."""
 
 import contextlib
 import ctypes
 import functools
 import importlib
 from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 
 import numpy as np
 
@@ -12,11 +13,11 @@ from jaxvid.data.formats.video_reader import MAX_PIXELS, DecodeError
 from jaxvid.errors import InputError, one_line
 
 
-def import_or_explain(module: str, package: str):
-    """Imports a package.
+def import_or_explain(module: str, package: str) -> ModuleType:
+    """Import a module.
 
     Raises:
-        InputError: It is not installed; the message names the command that mends it.
+        InputError: It is not installed; the message has the `pip` command.
     """
     try:
         return importlib.import_module(module)
@@ -26,10 +27,10 @@ def import_or_explain(module: str, package: str):
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Makes this process keep the memory of one record for the next.
+    """Reuse the memory of a record for the next one.
 
-    glibc gives blocks of megabytes back to the system when they are freed. To be given cleared
-    pages for each record anew takes several times as long as to read it.
+    By default, glibc returns large blocks to the system when they are freed. New pages, which the
+    system clears, take several times as long as reading the record.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
@@ -38,19 +39,20 @@ def keep_freed_memory() -> None:
 
 
 class JpegFrames:
-    """An open video whose frames are JPEG pictures. A context manager, as `decode.Video` is.
+    """An open video whose frames are JPEG images; a `VideoReader`.
 
     Attributes:
         num_frames: Number of frames.
-        fps: Frames a second; None: unknown.
+        fps: Frames per second; None: unknown.
 
     Args:
-        name: Of the video, for errors.
+        name: Name of the video in error messages.
         num_frames: Number of frames.
-        fps: Frames a second; None: unknown.
-        get: Frame number → the bytes of its JPEG picture; is asked in rising order.
-        get_times: Gives `times`; None: there are none.
+        fps: Frames per second; None: unknown.
+        get: Function from a frame number to the bytes of the JPEG image. It is called in ascending
+            order.
         close: Called at the end.
+        get_times: Function that returns `times`; None: the frame rate is constant.
     """
 
     def __init__(
@@ -68,48 +70,50 @@ class JpegFrames:
 
     @functools.cached_property
     def times(self) -> np.ndarray | None:
-        """Seconds to each frame, `(num_frames,)` float64, never falling; None: a constant rate.
+        """Seconds from the first frame to each, `(num_frames,)` float64, non-decreasing.
+
+        None if the frame rate is constant.
 
         Raises:
-            DecodeError: They cannot be read.
+            DecodeError: The times cannot be read.
         """
         return self._get_times() if self._get_times else None
 
     def get_frames(self, indices: Iterable[int]) -> np.ndarray:
-        """Decodes some frames.
+        """Decode frames.
 
         Args:
-            indices: Frame numbers in any order, repeats allowed.
+            indices: Frame numbers in any order, with repetitions.
 
         Returns:
-            `(t, h, w, c)` uint8, RGB, one frame for each index.
+            `(t, h, w, c)` uint8, RGB, one frame per index.
 
         Raises:
-            DecodeError: A picture is damaged, or its size differs from another's.
+            DecodeError: An image is damaged, or the sizes of the images differ.
         """
         indices, frames = list(indices), None
-        for place, frame in self.iter_frames(indices):
+        for position, frame in self.enumerate_frames(indices):
             if frames is None:
                 frames = np.empty((len(indices), *frame.shape), np.uint8)  # (t h w c)
-            frames[place] = frame
+            frames[position] = frame
         return frames
 
-    def iter_frames(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Decodes some frames one by one, so that what is not needed of one never leaves the cache.
+    def enumerate_frames(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Decode frames one at a time, so that a frame stays in the cache while it is cropped.
 
-        Arguments and errors as in `get_frames`.
+        Arguments and errors: `get_frames`.
 
         Yields:
-            A place in `indices`, those of the first frames first, and its frame `(h, w, c)` uint8,
-            which is overwritten by the next one.
+            A position in `indices`, in the order of the frame numbers, and its frame `(h, w, c)`
+            uint8, which the next one overwrites.
         """
         simplejpeg = import_or_explain("simplejpeg", "simplejpeg")
-        wanted = [int(i) for i in indices]
-        if not 0 <= min(wanted) <= max(wanted) < self.num_frames:
-            raise IndexError(f"{self._name}: {wanted} outside 0..{self.num_frames - 1}")
+        numbers = [int(i) for i in indices]
+        if not 0 <= min(numbers) <= max(numbers) < self.num_frames:
+            raise IndexError(f"{self._name}: {numbers} outside 0..{self.num_frames - 1}")
         frame, last = None, None
-        for place in sorted(range(len(wanted)), key=wanted.__getitem__):
-            i = wanted[place]
+        for position in sorted(range(len(numbers)), key=numbers.__getitem__):
+            i = numbers[position]
             if i != last:
                 try:
                     jpeg = self._get(i)
@@ -117,7 +121,7 @@ class JpegFrames:
                     if frame is None and h * w <= MAX_PIXELS:
                         frame = np.empty((h, w, 3), np.uint8)
                     if frame is None or frame.shape[:2] != (h, w):
-                        raise ValueError(f"{w}×{h} is too large or not the size of the others")
+                        raise ValueError(f"{w}×{h} is too large or differs from the other frames")
                     simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=frame)
                 except DecodeError:
                     raise
@@ -127,10 +131,10 @@ class JpegFrames:
                         f"({one_line(error)}); make the pack again or leave the video out"
                     ) from None
                 last = i
-            yield place, frame
+            yield position, frame
 
     def close(self) -> None:
-        """Closes the file behind it."""
+        """Close the underlying file."""
         if self._close:
             self._close()
 

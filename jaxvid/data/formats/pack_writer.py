@@ -1,4 +1,4 @@
-"""What a pack is made of: its settings, its parts, its videos as JPEG pictures, its files."""
+"""Writing packs: settings, division into parts, JPEG encoding and ArrayRecord files."""
 
 import contextlib
 import dataclasses
@@ -9,39 +9,40 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jaxvid.data.annotations import Record
 from jaxvid.data.check import MAX_SECONDS, Finding, examine, spread
 from jaxvid.data.clips.sampling import frames_at_times
+from jaxvid.data.formats import tfds_api
 from jaxvid.data.formats.jpeg_reader import import_or_explain
-from jaxvid.data.formats.pack_reader import encode_id, import_tfds
+from jaxvid.data.formats.pack_reader import encode_id
 from jaxvid.data.formats.rgb import COLOR_MATRICES
 from jaxvid.data.formats.video_reader import VideoFile
+from jaxvid.data.records import Record
 from jaxvid.errors import InputError, one_line
 
-NAME = "jaxvid"  # of the data set that `prepare` writes, as TFDS knows it
-METADATA = ("dataset_info.json", "features.json", "label.labels.txt")  # that TFDS writes
+METADATA = ("dataset_info.json", "features.json", "label.labels.txt")  # files that TFDS writes
 FORMATS = ("arrayrecord", "h5")
-MIN_CLIPS, MAX_FILES = 64, 256  # readers keep every file open, and may open some 1000
+MIN_CLIPS = 64  # videos per file
+MAX_FILES = 256  # per split: readers keep all files open, and a process may open about 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How frames are packed.
+    """Settings of a pack.
 
     Attributes:
-        format: `arrayrecord`, which TFDS opens, or `h5`, which the original XViT program opens.
-        short_side: Frames with a longer shorter side are scaled down to it; 0: none are.
-        frames: Frames a video, evenly spaced; its frame rate is lowered with them. 0: all.
-        quality: Of JPEG, 1 to 100; colour at half the resolution.
-        clips_per_file: Videos of one ArrayRecord file, as many as a killed run does again; 0: 64,
-            or more where a split would need over 256 files.
-        frames_per_record: Frames that are read together. With more, more is read that is not
-            wanted, and less memory is needed: array_record keeps 8 bytes of each record in every
-            process that reads (0.6 GB for 240,000 videos of 300 frames, one a record).
-        color_matrix: Of the conversion to RGB, one of `rgb.COLOR_MATRICES`.
+        format: `arrayrecord`, which TFDS reads, or `h5`, which the original XViT program reads.
+        short_side: Larger frames are scaled down to this short side, in pixels; 0: not scaled.
+        frames: Number of evenly spaced frames per video, at a lower frame rate; 0: all frames.
+        quality: JPEG quality, 1 to 100, with 4:2:0 chroma subsampling.
+        clips_per_file: Videos per ArrayRecord file. A run that was killed repeats at most one file.
+            0: 64, or more if a split would have over 256 files.
+        frames_per_record: Frames that are read together. Larger records read more frames than
+            requested, but take less memory: array_record keeps 8 bytes per record in every reading
+            process (0.6 GB for 240,000 videos of 300 frames with one frame per record).
+        color_matrix: Conversion to RGB, one of `rgb.COLOR_MATRICES`.
 
     Raises:
-        InputError: A value is impossible.
+        InputError: A value is out of range.
     """
 
     format: str = "arrayrecord"
@@ -54,10 +55,11 @@ class Settings:
 
     def __post_init__(self):
         if self.format not in FORMATS:
-            raise InputError(f"format={self.format!r}: there are {FORMATS[0]!r} and {FORMATS[1]!r}")
+            known = ", ".join(map(repr, FORMATS))
+            raise InputError(f"format={self.format!r}: must be one of {known}")
         if self.color_matrix not in COLOR_MATRICES:
-            known = " and ".join(map(repr, COLOR_MATRICES))
-            raise InputError(f"color_matrix={self.color_matrix!r}: there are {known}")
+            known = ", ".join(map(repr, COLOR_MATRICES))
+            raise InputError(f"color_matrix={self.color_matrix!r}: must be one of {known}")
         bounds = {"short_side": (0, 10_000), "frames": (0, 10**6), "quality": (1, 100)}
         bounds |= {"clips_per_file": (0, 10**6), "frames_per_record": (1, 10**6)}
         for name, (low, high) in bounds.items():
@@ -67,14 +69,14 @@ class Settings:
 
 @dataclasses.dataclass
 class Clip:
-    """A video's packed frames.
+    """The encoded frames of a video.
 
     Attributes:
-        finding: What was found while reading it.
-        label: Its class.
-        fps: Of the packed frames; 0: unknown.
+        finding: Result of reading the video.
+        label: Index of its class.
+        fps: Frame rate of the packed frames; 0: unknown.
         jpegs: The frames.
-        times: Seconds at which each of them is shown; None: their rate is constant, or unknown.
+        times: Seconds from the first frame to each; None: the frame rate is constant or unknown.
     """
 
     finding: Finding
@@ -86,14 +88,14 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Videos that are packed together: a file of ArrayRecord, or files of HDF5.
+    """Videos that are packed together, into one ArrayRecord file or one HDF5 file each.
 
     Attributes:
-        split: Their list.
-        number: Among the split's parts.
-        count: Of the split's parts.
+        split: The split of the videos.
+        number: Index of the part in its split.
+        count: Number of parts of the split.
         records: The videos.
-        names: What their files are called, in HDF5.
+        names: Names of the videos' HDF5 files.
     """
 
     split: str
@@ -103,12 +105,12 @@ class Part:
     names: list[str]
 
     def state_path(self, output: Path) -> Path:
-        """The file that says that the part is complete, and what is in it."""
+        """Return the file that describes the part; it exists once the part is complete."""
         return output / ".parts" / f"{self.split}-{self.number:05d}.json"
 
 
 def encode(record: Record, split: str, settings: Settings) -> Clip:
-    """Decodes a video and compresses its frames."""
+    """Decode a video and encode its frames as JPEG."""
     simplejpeg = import_or_explain("simplejpeg", "simplejpeg")
     jpegs = []
 
@@ -130,17 +132,17 @@ def encode(record: Record, split: str, settings: Settings) -> Clip:
 
 
 def _uneven(times: np.ndarray, fps: float) -> np.ndarray | None:
-    """The times, unless whoever samples by them finds the frames that a constant rate has."""
-    places = np.arange(len(times))
-    even = not fps or (
+    """Return the times; None if sampling by time and by frame number give the same frames."""
+    indices = np.arange(len(times))
+    is_even = not fps or (
         round(times[-1] * fps) + 1 == len(times)
-        and np.array_equal(frames_at_times(places, times, fps), places)
+        and np.array_equal(frames_at_times(indices, times, fps), indices)
     )
-    return None if even else times
+    return None if is_even else times
 
 
 def _shrink(frame: np.ndarray, short_side: int) -> np.ndarray:
-    """Scales `(h, w, c)` uint8 down so that its shorter side is `short_side`."""
+    """Scale `(h, w, c)` uint8 down to a shorter side of `short_side` pixels."""
     h, w, _ = frame.shape
     if not short_side or min(h, w) <= short_side:
         return frame
@@ -149,21 +151,21 @@ def _shrink(frame: np.ndarray, short_side: int) -> np.ndarray:
 
 
 def plan(records: dict[str, list[Record]], settings: Settings) -> list[Part]:
-    """Divides the videos into parts, by their places in the lists alone."""
+    """Divide the videos into parts. The division depends on the order of the lists only."""
     parts = []
-    for split, found in records.items():
-        names, size = _make_names(found), settings.clips_per_file
-        size = size or max(MIN_CLIPS, -(-len(found) // MAX_FILES))
-        starts = range(0, len(found), size)
+    for split, videos in records.items():
+        names, size = _make_names(videos), settings.clips_per_file
+        size = size or max(MIN_CLIPS, -(-len(videos) // MAX_FILES))
+        starts = range(0, len(videos), size)
         parts += [
-            Part(split, i, len(starts), found[start : start + size], names[start : start + size])
+            Part(split, i, len(starts), videos[start : start + size], names[start : start + size])
             for i, start in enumerate(starts)
         ]
     return parts
 
 
 def _make_names(records: list[Record]) -> list[str]:
-    """File names that differ: each path's last part if that is enough, or else all of it."""
+    """Return unique file names: base names of the paths if these are unique, else whole paths."""
     paths = [os.path.splitext(record.id)[0] for record in records]
     for names in ([os.path.basename(path) for path in paths], paths):
         names = ["".join(c if c.isalnum() or c in "-_.()" else "_" for c in n) for n in names]
@@ -176,26 +178,8 @@ def _make_names(records: list[Record]) -> list[str]:
 # ------------------------------------------------------------------ ArrayRecord
 
 
-def make_features(labels: Sequence[str]):
-    """What TFDS is told about a record: `Sequence(Text())` keeps the JPEG bytes as they are."""
-    tfds = import_tfds()
-    return tfds.features.FeaturesDict(
-        {
-            "frames": tfds.features.Sequence(tfds.features.Text()),
-            "first": np.int32,  # number of the first one in its video
-            "num_frames": np.int32,  # of the video
-            "fps": np.float32,  # 0: unknown
-            "label": tfds.features.ClassLabel(names=list(labels)),
-            "id": tfds.features.Text(),
-            # Seconds of all frames of the video, as float64 (TFDS would round them to float32): in
-            # the first record of one whose rate is not constant, or else empty.
-            "times": tfds.features.Text(),
-        }
-    )
-
-
 def make_examples(clip: Clip, frames_per_record: int) -> Iterator[dict]:
-    """The records of a video."""
+    """Yield the records of a video as examples of `tfds_api.make_features`."""
     times = b"" if clip.times is None else clip.times.astype("<f8").tobytes()
     for first in range(0, len(clip.jpegs), frames_per_record):
         yield {
@@ -210,29 +194,25 @@ def make_examples(clip: Clip, frames_per_record: int) -> Iterator[dict]:
 
 
 def write_array_record(path: Path, examples: Iterator[dict], labels: Sequence[str]) -> None:
-    """Writes examples of `make_features` to one file, the same bytes each time.
+    """Write examples of `tfds_api.make_features` to one file, the same bytes each time.
 
     Raises:
         OSError: The file cannot be written.
     """
-    import_tfds()
+    tfds_api.import_tfds()  # explains what is missing
     from array_record.python.array_record_module import ArrayRecordWriter
-    from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-    features = make_features(labels)
-    serializer = ExampleSerializer(features.get_serialized_info())
     writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")  # JPEG does not compress
-    protos = (serializer.get_tf_example(features.encode_example(e)) for e in examples)
-    for proto in protos:
+    for record in tfds_api.serialize_examples(examples, labels):
         with _as_os_error():
-            writer.write(proto.SerializeToString(deterministic=True))
+            writer.write(record)
     with _as_os_error():
         writer.close()
 
 
 @contextlib.contextmanager
 def _as_os_error() -> Iterator[None]:
-    """Tells array_record's errors in writing (a full disk) from errors in what is written."""
+    """Turn array_record's errors in writing, e.g. because of a full disk, into OSErrors."""
     try:
         yield
     except RuntimeError as error:
@@ -240,33 +220,5 @@ def _as_os_error() -> Iterator[None]:
 
 
 def array_record_name(split: str, number: int, count: int) -> str:
-    """The name that TFDS expects of a split's file `number` of `count`."""
-    return f"{NAME}-{split}.array_record-{number:05d}-of-{count:05d}"
-
-
-def write_metadata(
-    folder: Path, labels: Sequence[str], lengths: dict[str, list[int]], sizes: dict[str, int]
-) -> None:
-    """Writes what `tfds.builder_from_directory` reads.
-
-    Args:
-        folder: Where the files are.
-        labels: Names of the classes.
-        lengths: Split → number of records of each file.
-        sizes: Split → bytes.
-    """
-    tfds = import_tfds()
-    infos = [
-        tfds.core.SplitInfo(
-            name=split,
-            shard_lengths=lengths[split],
-            num_bytes=sizes[split],
-            filename_template=tfds.core.ShardedFileTemplate(
-                dataset_name=NAME, data_dir=folder, split=split, filetype_suffix="array_record"
-            ),
-        )
-        for split in lengths
-    ]
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder, features=make_features(labels), split_infos=infos, check_data=False
-    )
+    """Return the name that TFDS expects for file `number` of `count` of a split."""
+    return f"{tfds_api.NAME}-{split}.array_record-{number:05d}-of-{count:05d}"

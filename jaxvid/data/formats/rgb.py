@@ -1,14 +1,14 @@
-"""Decoded frames as upright RGB pictures."""
+"""Conversion of decoded frames to upright RGB images."""
 
 import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
-# H.273 numbers of the matrices that swscale has; it refuses frames tagged with any other.
+# H.273 numbers of the matrices that swscale supports; it refuses frames with other tags.
 UNSPECIFIED, MATRICES = 2, (0, 1, 2, 4, 5, 6, 7, 9)
 COLOR_MATRICES = ("tagged", "bt601")
-# Clockwise, by whether x and y are exchanged and then each is flipped; all others are mirrored.
+# (x and y exchanged, x flipped, y flipped) → clockwise rotation; other combinations are mirrored.
 TURNS = {(True, True, False): "90°", (False, True, True): "180°", (True, False, True): "270°"}
 
 
@@ -19,13 +19,13 @@ def to_rgb(
 
     Args:
         frame: A decoded frame.
-        reformatter: One for all frames of a video: its tables are made once.
-        color_matrix: `tagged`: the matrix that the frame names, BT.601 if it names none; `bt601`:
-            BT.601 whatever it names, as programs of the time of the original ones did. The range of
-            values is the one that the frame names.
+        reformatter: The same for all frames of a video, because its tables are made once.
+        color_matrix: `tagged`: the matrix in the frame's tag, BT.601 without a tag; `bt601`: always
+            BT.601, as decoders did when the original programs were written. The value range is that
+            of the frame's tag.
 
     Returns:
-        `(h, w, c)` uint8, and how it was turned; empty: it was upright.
+        `(h, w, c)` uint8, and its rotation; empty if it was upright.
     """
     if color_matrix == "bt601" or frame.colorspace not in MATRICES:
         frame.colorspace = UNSPECIFIED

@@ -1,9 +1,11 @@
-"""Videos as JPEG frames in HDF5 files, as the original XViT program packs them."""
+"""HDF5 files of JPEG frames, as the original XViT program packs videos."""
 
 import dataclasses
 import math
 import os
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from jaxvid.data.records import (
 )
 from jaxvid.errors import InputError, one_line
 
-MAX_READ_BYTES = 2**28  # for one frame: its chunk, or the frame itself
+MAX_READ_BYTES = 2**28  # per frame: the size of its chunk or of the frame itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +30,10 @@ class H5Record:
 
     Attributes:
         path: The file.
-        label: Its class.
+        label: Index of its class.
         id: Its name in the list.
-        key: Of its data set in the file; None: the file's first.
-        fps: Frames a second; None: unknown.
+        key: Key of its data set in the file; None: the first one of the file.
+        fps: Frames per second; None: unknown.
     """
 
     path: Path
@@ -41,16 +43,16 @@ class H5Record:
     fps: float | None = None
 
     def open(self) -> JpegFrames:
-        """Opens the video.
+        """Open the video.
 
         Raises:
-            DecodeError: The file is missing or damaged, the key not in it, or it holds no frame.
+            DecodeError: The file is missing or damaged, or has no such key or no frames.
         """
         h5py = import_or_explain("h5py", "h5py")
-        if (state := file_state(self.path)) and state != "is empty":  # a pipe could block for ever
+        if (state := file_state(self.path)) and state != "is empty":  # a pipe could block forever
             raise DecodeError(f"{self.path} {state}; restore it")
         try:
-            # Many file systems have no locks, and what is only read needs none.
+            # Many file systems have no locks, and reading needs none.
             file = h5py.File(self.path, "r", locking=False)
         except OSError as error:
             raise DecodeError(f"{self.path}: cannot be read ({one_line(error)})") from None
@@ -59,8 +61,8 @@ class H5Record:
 
             def get(i: int) -> bytes:
                 try:
-                    jpeg = frames[i]  # an array of bytes, or a string of them
-                except Exception as error:  # h5py's errors share no base
+                    jpeg = frames[i]  # an array or a string of bytes
+                except Exception as error:  # exceptions of h5py have no common base
                     raise DecodeError(
                         f"{self.path}: frame {i} of {len(frames)} cannot be read "
                         f"({one_line(error)}); make the file again"
@@ -75,43 +77,43 @@ class H5Record:
             file.close()
             raise DecodeError(f"{self.path}: cannot be read ({one_line(error)})") from None
 
-    def _find_frames(self, h5py, file):
-        """Find the data set and check that reading a frame of it is bounded and stays in the file.
+    def _find_frames(self, h5py: ModuleType, file: Any) -> Any:
+        """Return the `h5py.Dataset` of frames, if reading it is bounded and stays in the file.
 
         Raises:
-            DecodeError: There is none, it lies in another file, or its sizes are absurd.
+            DecodeError: It does not exist, lies in another file, or has implausible sizes.
         """
         key = next(iter(file), None) if self.key is None else self.key
-        what = "no data set" if self.key is None else f"no data set {self.key!r}"
+        missing = "no data set" if self.key is None else f"no data set {self.key!r}"
         group, parts = file, [part for part in (key or "").split("/") if part]
-        for part in parts:  # a link, even a broken one, is refused before it is followed
+        for part in parts:  # links are refused before they are followed
             link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
             if link is None:
-                raise DecodeError(f"{self.path}: {what} in it; make the file again")
+                raise DecodeError(f"{self.path}: {missing} in it; make the file again")
             if not isinstance(link, h5py.HardLink):
                 raise DecodeError(f"{self.path}: {key!r} is a link; copy the data into the file")
             group = group[part]
         frames = group
         if not isinstance(frames, h5py.Dataset) or not frames.shape:
-            raise DecodeError(f"{self.path}: {what} in it; make the file again")
+            raise DecodeError(f"{self.path}: {missing} in it; make the file again")
         if frames.is_virtual or frames.external:
             raise DecodeError(f"{self.path}: its data lies in other files; copy it into the file")
         if not frames.shape[0]:
-            raise DecodeError(f"{self.path}: no frame in it; leave the video out")
+            raise DecodeError(f"{self.path}: no frames in it; leave the video out")
         sizes = [frames.shape[1:], *([frames.chunks] if frames.chunks else [])]
         frame_bytes = max(math.prod(size) for size in sizes) * frames.dtype.itemsize
         if frames.shape[0] > MAX_FRAMES or frame_bytes > MAX_READ_BYTES:
             raise DecodeError(
-                f"{self.path}: {frames.shape[0]} frames, of which one takes {frame_bytes} bytes to "
-                "read, are no video; make the file again"
+                f"{self.path}: {frames.shape[0]} frames of up to {frame_bytes} bytes are not a "
+                "video; make the file again"
             )
         return frames
 
 
 def write_h5(path: Path, key: str, jpegs: list[bytes]) -> None:
-    """Writes a video as one data set of JPEG byte strings, the same bytes each time."""
+    """Write a video as one data set of JPEG byte strings, to the same bytes each time."""
     h5py = import_or_explain("h5py", "h5py")
-    # In memory first: HDF5 crashes the process where a disk is full.
+    # In memory first, because HDF5 crashes the process if a disk is full.
     with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
         frames = np.empty(len(jpegs), object)
         frames[:] = [np.frombuffer(jpeg, np.uint8) for jpeg in jpegs]
@@ -123,18 +125,18 @@ def write_h5(path: Path, key: str, jpegs: list[bytes]) -> None:
 def read_xvit_list(
     folder: Path, split: str, num_classes: int | None, missing: str = "error"
 ) -> list[H5Record]:
-    """Reads XViT's packing of Kinetics or of Something-Something, told apart by their lists.
+    """Read the list of a split in XViT's layout of Kinetics or Something-Something.
 
     Kinetics: `annotations/SPLIT.txt` with `name,num_frames,label`, frames in
     `seq_h5/SPLIT/NAME.h5` or `SPLIT/NAME.h5`; `annotations/SPLIT_fps.txt` is optional.
     Something-Something: `SPLIT_videofolder.txt` with `name num_frames label`, frames in
     `seq_h5/NAME.h5` under NAME, or all in `Something-Something-v2-frames.h5`. As in the original,
-    `test` is `val` where it has no list of its own.
+    `test` means `val` if there is no list of `test`.
 
     Raises:
-        InputError: As `read_list`, and for a name that leads out of the folder.
+        InputError: As in `read_list`, or a name points out of the folder.
     """
-    found = [
+    lists = [
         (path, name)
         for name in dict.fromkeys((split, "val" if split == "test" else split))
         for path in (
@@ -143,11 +145,11 @@ def read_xvit_list(
         )
         if os.path.lexists(path)
     ]
-    if not found:
+    if not lists:
         raise InputError(
-            f"{folder}: neither annotations/{split}.txt nor {split}_videofolder.txt is in it"
+            f"{folder}: contains neither annotations/{split}.txt nor {split}_videofolder.txt"
         )
-    path, split = found[0]
+    path, split = lists[0]
     kinetics = path.parent != folder
     packed = folder / "seq_h5" / split if kinetics else folder / "seq_h5"
     if kinetics and not packed.is_dir():
@@ -170,7 +172,7 @@ def read_xvit_list(
                 f"allows 0 to {num_classes - 1}; correct the line or the config"
             )
         if os.path.isabs(name) or ".." in Path(name).parts:
-            raise InputError(f"{path}:{number}: {name!r} leads out of {packed}; correct the line")
+            raise InputError(f"{path}:{number}: {name!r} points out of {packed}; correct the line")
         if kinetics:
             file, key = packed / f"{name}.h5", None
         else:
@@ -180,9 +182,9 @@ def read_xvit_list(
 
 
 def _read_rates(folder: Path, split: str) -> dict[str, float]:
-    """Name → frames a second; the original looks for the file in `annotation`."""
-    for place in ("annotations", "annotation"):
-        path = folder / place / f"{split}_fps.txt"
+    """Return name → frames per second. The original reads the file from `annotation`."""
+    for subfolder in ("annotations", "annotation"):
+        path = folder / subfolder / f"{split}_fps.txt"
         if os.path.lexists(path):
             break
     else:
