@@ -304,7 +304,7 @@ def test_processes_with_different_configs_or_videos_are_refused(config, monkeypa
     run_config.check_same_everywhere(config.to_dict())
     other.model.width = 32
     gathered(monkeypatch, config.to_dict(), other.to_dict())
-    with pytest.raises(InputError, match="model.width is 16 in process 0, 32 in process 2; start"):
+    with pytest.raises(InputError, match="model.width: 16 in process 0, 32 in process 2; start"):
         run_config.check_same_everywhere(config.to_dict())
     facts = {"data": {"train": {"videos": 3, "sha256": "a"}}}
     gathered(monkeypatch, {"train": {"videos": 3, "sha256": "b"}})
