@@ -16,6 +16,7 @@ from jaxvid.data.records import LostVideo, Record
 from jaxvid.data.sources import VideoDataset
 from jaxvid.data.synthetic_motion import LABELS
 from jaxvid.evaluate import evaluate
+from jaxvid.experiment import resolve
 from jaxvid.train import train
 from jaxvid.training import checkpoint
 
@@ -142,7 +143,7 @@ def test_a_custom_source_with_the_wrong_number_of_classes_is_refused(
     with config.unlocked():
         config.data.source, config.data.folder = "arrays", str(arrays)
     with pytest.raises(sources.InputError, match="the data has 7 classes, but model.num_classes=8"):
-        sources.open_dataset(config.data, 8, ("val",))
+        sources.open_dataset(resolve(config).dataset, 8, ("val",))
 
 
 def members(protocol) -> set[str]:

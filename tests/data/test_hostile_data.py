@@ -1,6 +1,7 @@
 """Hostile data folders, packs and HDF5 files are refused in one line, within bounds."""
 
 import concurrent.futures
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -272,9 +273,10 @@ def open_everything(kind: str, folder: Path) -> list[str]:
     """Open a folder as training and `jaxvid.data.check` do; returns what was refused, and how."""
     refused, data = [], section(SOURCES[kind], folder)
     for missing in ("error", "keep"):
-        data.missing = missing
         try:
-            records = open_dataset(data, 2, ("train",)).records["train"]
+            records = open_dataset(
+                dataclasses.replace(data, missing=missing), 2, ("train",)
+            ).records["train"]
         except InputError as error:
             refused.append(str(error))
             continue

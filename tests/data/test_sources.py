@@ -1,5 +1,6 @@
 """All data sources return the same kind of records, and invalid data is refused in one line."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -280,7 +281,7 @@ def test_damaged_h5_files_are_named(tmp_path):
     data = section("xvit_h5", tmp_path)
     with pytest.raises(InputError, match="w.h5 does not exist"):
         open_dataset(data, 1, ("val",))
-    data.missing = "keep"
+    data = dataclasses.replace(data, missing="keep")
     x, y, z, w = open_dataset(data, 1, ("val",)).records["val"]
     for record, message in (
         (x, "x.h5: no data set 'x' in it"),
@@ -351,7 +352,7 @@ def test_h5_pipes_do_not_block(tmp_path):
     (tmp_path / "seq_h5").mkdir()
     os.mkfifo(tmp_path / "seq_h5" / "x.h5")
     data = section("xvit_h5", tmp_path)
-    data.missing = "keep"
+    data = dataclasses.replace(data, missing="keep")
     [record] = open_dataset(data, 1, ("val",)).records["val"]
     with pytest.raises(DecodeError, match="x.h5 is not a file; restore it"):
         record.open()

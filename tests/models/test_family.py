@@ -25,7 +25,7 @@ from jaxvid.models import counts, family, image_vit
 from jaxvid.models.layers import SelfAttention, record_attention
 from jaxvid.storage import model_card, model_folder
 from jaxvid.train import train
-from jaxvid.training.optim import make_optimizer
+from jaxvid.training.optim import OptimizerConfig, make_optimizer
 from jaxvid.visualize import visualize
 from tests.conftest import shrunk_config
 
@@ -108,7 +108,7 @@ def _registered():
 def run(motion_folder, tmp_path_factory):
     """A run of one epoch, sharded over every mesh axis: its config and its workdir."""
     config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
-    config.model = common.model_section("pooled_tiny")
+    config.model = common.default_config("pooled_tiny").model
     config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
     config.optimizer.warmup_epochs = 1 / 3
     workdir = tmp_path_factory.mktemp("pooled") / "run"
@@ -158,8 +158,7 @@ def test_fine_tuning_with_a_frozen_backbone_changes_only_the_head(run, motion_fo
 
 
 def test_layer_decay_scales_each_block():
-    settings = common.train_section().optimizer
-    settings.update(name="sgd", weight_decay=0.0, clip_norm=0.0, layer_decay=0.5, momentum=0.0)
+    settings = OptimizerConfig(name="sgd", learning_rate=1.0, layer_decay=0.5, momentum=0.0)
     config = models.make_model_config("pooled_tiny")
     params = {name: np.ones((), np.float32) for name in models.abstract_model(config)[1]}
     optimizer = make_optimizer(settings, lambda _: 1.0, models.family_of(config))

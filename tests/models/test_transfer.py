@@ -363,7 +363,7 @@ def test_a_shallower_backbone_is_refused(folders, tmp_path):
 )
 def test_another_number_of_heads_is_refused(folder, options, field, folders):
     message = refused(folders / folder, {**options, field: 4})
-    assert f": {field} is 2 there, 4 here; use its values" in message
+    assert f": {field}: 2 in the folder, 4 in the config; use its values" in message
 
 
 def test_another_family_is_refused(folders):

@@ -96,7 +96,7 @@ def test_damaged_model_folders_are_refused(folder, tmp_path):
     cases = {
         "is not a model folder .no .*model.json": lambda copy: (copy / "model.json").unlink(),
         "model.json cannot be read": lambda copy: (copy / "model.json").write_text("{"),
-        "format version 99; this jaxvid reads 1": edit(format_version=99),
+        "format version 99, but this jaxvid reads 1": edit(format_version=99),
         "params is damaged: .* of .* files are missing": lambda copy: shutil.rmtree(
             copy / "params"
         ),

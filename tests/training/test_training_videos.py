@@ -1,5 +1,6 @@
 """Changes of the list of training videos between two starts of a run."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -181,7 +182,7 @@ def test_skip_broken_leaves_out_videos_known_to_be_broken(folder, tmp_path, sour
         data, gone = section("folder", tmp_path, str(folder)), ["none.mp4", "nothing.mp4"]
         with pytest.raises(InputError, match="none.mp4 does not exist"):
             open_dataset(data, 2, ("train",))
-    data.skip_broken = True
+    data = dataclasses.replace(data, skip_broken=True)
     found = open_dataset(data, 2, ("train",))
     ids = [record.id for record in found.records["train"]]
     assert list(found.left_out) == gone
