@@ -422,6 +422,9 @@ class Peers:
     def leave(self) -> None:
         """Wait until all processes have done their work.
 
+        Process 0 also waits until the others know it: the store ends with it, and to the others
+        that would look like a failure.
+
         Raises:
             PeerError: Another process failed.
         """
@@ -430,6 +433,11 @@ class Peers:
             for process in range(self.count):
                 self._wait_for(f"jaxvid/state/left/{process}")
         self._left.set()
+        with contextlib.suppress(jax.errors.JaxRuntimeError, TimeoutError, PeerError):
+            self._store.set(f"jaxvid/state/knows_end/{self.index}", "")
+            for process in range(self.count if not self.index else 0):
+                until = time.monotonic() + LOST_SECONDS
+                self._wait_for(f"jaxvid/state/knows_end/{process}", until)
 
     def _wait_for(self, key: str, until: float = math.inf) -> str:
         while (text := self._store.get(key, BEAT_SECONDS)) is None:

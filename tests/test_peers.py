@@ -144,6 +144,26 @@ def test_a_process_that_ends_before_the_others_are_done_is_noticed():
     assert str(first._failure) == "process 1: ended before the others were done"
 
 
+def test_process_0_stays_until_the_others_know_that_all_are_done():
+    store, (first, second) = make_peers(2)
+    ended = []
+
+    def end(one):
+        one.leave()
+        ended.append(one.index)
+
+    read = store.get
+
+    def read_late(key, seconds):
+        time.sleep(0.3)
+        return read(key, seconds)
+
+    second._store = MemoryStore()
+    second._store.values, second._store.get = store.values, read_late
+    in_threads(lambda: end(first), lambda: end(second))
+    assert ended == [1, 0]
+
+
 @pytest.fixture
 def ends(monkeypatch):
     """Exit codes with which the process would have ended."""

@@ -119,7 +119,7 @@ def test_of_several_processes_the_first_holds_the_lock(tmp_path, monkeypatch):
     class Second:
         index = 1
 
-        def exchange(self, value):
+        def exchange(self, value, seconds):
             return [None, value]
 
     with locked(tmp_path / ".lock"):
