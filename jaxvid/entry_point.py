@@ -71,6 +71,9 @@ def run(module: str, hint: str = "") -> NoReturn:
     supervisor = _supervise() if _memory_limits() else _Supervisor()
     for name in ("stdout", "stderr"):
         _replace_stream(name)
+    if supervisor.parent_fd is not None:
+        # absl enables faulthandler, whose dump belongs to what the supervisor holds back.
+        sys.stderr.reported_fd = 2
     process = _process = _Process(hint, supervisor)
     try:
         process.watch()
@@ -84,6 +87,8 @@ def run(module: str, hint: str = "") -> NoReturn:
         if process.status == 1:
             raise
         process.print_line(line)
+        # Threads and finalizers that fail because the program ends would print tracebacks.
+        sys.unraisablehook = threading.excepthook = lambda _: None
     process.flush()
     sys.exit(process.status)
 
@@ -104,6 +109,9 @@ def describe(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError):
         subject = f"{error.filename}: " if error.filename else ""
         return 2, f"error: {subject}{error.strerror or one_line(error)}; correct that and try again"
+    if type(error).__name__ == "JaxRuntimeError" and (limits := _memory_limits()):
+        # XLA fails in many ways where it cannot allocate memory.
+        return 2, f"error: {one_line(error)}; {'; '.join(limits)}: raise the limit"
     if "getpwuid" in str(error) or "home directory" in str(error):
         return 2, f"error: user {os.getuid()} has no passwd entry ({one_line(error)}); set HOME"
     return 1, ""
@@ -272,6 +280,10 @@ class _Stream(io.TextIOWrapper):
     """Stdout or stderr, with write errors that name the stream, and support for any character."""
 
     label = "stdout"
+    reported_fd: int | None = None  # what `fileno` returns, if not the true descriptor
+
+    def fileno(self) -> int:
+        return super().fileno() if self.reported_fd is None else self.reported_fd
 
     def write(self, text: str) -> int:
         with self._explained():
