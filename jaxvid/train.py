@@ -73,8 +73,7 @@ def train(
         stop_step: Save and return at this step; the next call continues.
         profile_steps: First step of a trace in `WORKDIR/profile`, and the step before which it
             ends. Steps that an earlier start has done are left out.
-        make_batches: Makes the iterator over training batches; takes the arguments of
-            `pipeline.make_train_iter`. Benchmarks measure training through an iterator of theirs.
+        make_batches: As `pipeline.make_train_iter`; benchmarks pass an iterator of theirs.
 
     Returns:
         The contents of `eval.json`; None if the run stopped at `stop_step` before its end.

@@ -250,7 +250,7 @@ def test_randaugment_applies_every_operation_equally_often(calls):
 
 def test_randaugment_magnitude_is_validated():
     for magnitude in (11, 10.01, -0.01):
-        with pytest.raises(ValueError, match=f"from 0 to 10, not {magnitude}"):
+        with pytest.raises(ValueError, match=f"randaugment_magnitude={magnitude}: must be 0 to 10"):
             autoaugment.randaugment(
                 natural(5, 5), np.random.default_rng(0), num_layers=1, magnitude=magnitude
             )

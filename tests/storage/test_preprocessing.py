@@ -136,5 +136,5 @@ def test_preprocessing_survives_json():
     stored = json.loads(json.dumps(preprocessing.to_json()))
     assert Preprocessing.from_json(stored) == preprocessing
     assert preprocessing.spec.short_side == 72
-    with pytest.raises(InputError, match="short_side=32 is below the crop of 64 px"):
+    with pytest.raises(InputError, match="short_side=32 is smaller than the crop of 64 px"):
         dataclasses.replace(preprocessing, short_side=32)
