@@ -140,7 +140,7 @@ def hide_unfinished_saves() -> None:
     The failure itself is raised and printed as one line.
     """
 
-    def report(unraisable: sys.UnraisableHookArgs) -> None:
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
         if inspect.iscoroutine(unraisable.object) or "loop is closed" in str(unraisable.exc_value):
             return
         sys.__unraisablehook__(unraisable)
