@@ -647,7 +647,7 @@ for _name, _message, _data in (
 # ---- labels, beside a whole checkpoint: suffix "labels.txt" or "labels.json"
 for _name, (_build, _message) in SPECIAL.items():
     case(f"labels: {_name}", _message, _build, "labels.txt")
-case("labels: 1 TB", "is larger than 32 MB", sparse(2**40), "labels.txt")
+case("labels: 1 TB", "is larger than the limit of 32 MB", sparse(2**40), "labels.txt")
 for _name, _message, _data in (
     ("binary", "save it as UTF-8", bytes(range(128, 255))),
     ("none", "0 names for 5 classes", b""),

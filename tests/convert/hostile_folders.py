@@ -167,7 +167,11 @@ for _name, (_build, _message) in SPECIAL.items():
 
     _message = "is not a model folder" if "does not exist" in _message else _message
     case(f"model.json: {_name}", _message, _replace)
-case("model.json: 1 TB", "is larger than 32 MB", lambda p: sparse(2**40)(p / "model.json"))
+case(
+    "model.json: 1 TB",
+    "is larger than the limit of 32 MB",
+    lambda p: sparse(2**40)(p / "model.json"),
+)
 for _name, _message, _data in (
     ("empty", "cannot be read", b""),
     ("text", "cannot be read", b"hello"),

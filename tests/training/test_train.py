@@ -373,7 +373,7 @@ MOTION = ("--config", "configs/motion.py", "--workdir")
         ),
         ((*MOTION, "w", "--wrokdir=x"), "Did you mean: workdir"),
         ((*MOTION, "w", "x"), "'x': not a flag"),
-        ((*MOTION, "w", "--config.model.name=xvit_k400"), "made for one model"),
+        ((*MOTION, "w", "--config.model.name=xvit_k400"), "cannot be changed; use the config"),
         (("--config", "configs/common.py", "--workdir", "w"), "has no get_config()"),
     ],
 )
