@@ -74,13 +74,13 @@ TARGETS = {
     "jaxvid/data/clips/autoaugment.py": [
         Target(
             "tests/data/test_autoaugment.py",
-            "published or levels_stand or augment_applies or randaugments or decides",
+            "published or levels_map or augment_applies or magnitude or depends",
         )
     ],
     "jaxvid/data/clips/image_ops.py": [
         Target(
             "tests/data/test_autoaugment.py",
-            "on_values or histograms or equalize or take_views",
+            "value_operations or histograms or equalize or array_views",
             (
                 *("invert", "solarize", "solarize_add", "posterize", "brightness", "contrast"),
                 *("autocontrast", "equalize", "_look_up", "_blend_table"),
@@ -88,12 +88,12 @@ TARGETS = {
         ),
         Target(
             "tests/data/test_autoaugment.py",
-            "blends or take_views",
+            "blends or array_views",
             ("color", "sharpness", "_luma", "_TRUNCATE"),
         ),
         Target(
             "tests/data/test_autoaugment.py",
-            "geometric or take_views",
+            "geometric or array_views",
             (
                 *("shear_x", "shear_y", "translate_x", "translate_y", "rotate", "_shift"),
                 *("_kernel", "_FILL"),
@@ -113,8 +113,8 @@ TARGETS = {
     "jaxvid/training/steps.py": [
         Target(
             "tests/training/test_steps.py",
-            "formula or normalize or eval_step",
-            ("normalize", "cross_entropy", "divergence", "eval_step"),
+            "formula",
+            ("cross_entropy", "divergence"),
         ),
         Target(
             "tests/training/test_steps.py",
@@ -123,25 +123,28 @@ TARGETS = {
             share=True,
         ),
     ],
+    "jaxvid/storage/eval_step.py": [
+        Target("tests/training/test_steps.py", "normalize or eval_step")
+    ],
     "jaxvid/training/optim.py": [Target("tests/training/test_optim.py", share=True)],
     "jaxvid/evaluation/metrics.py": [Target("tests/evaluation/test_metrics.py")],
-    "jaxvid/training/metric_writer.py": [
+    "jaxvid/training/metric_window.py": [
         Target(
             "tests/training/test_metric_writer.py",
             "",
-            (
-                *("sum_metrics", "window_steps", "training_row", "describe_row", "MIN_ROWS"),
-                *("last_evaluation", "_step_of"),
-            ),
+            ("sum_metrics", "window_steps", "training_row", "describe_row", "MIN_ROWS"),
         )
+    ],
+    "jaxvid/training/metric_writer.py": [
+        Target("tests/training/test_metric_writer.py", "", ("last_evaluation", "_step_of"))
     ],
     "jaxvid/distributed/sharding.py": [
         Target(
             "tests/distributed/test_sharding.py",
-            "rule or mesh or batch or rows",
+            "sharding or sharded or mesh or batch or rows",
             (
                 *("make_mesh", "batch_sharding", "check_batch_size", "replicated"),
-                *("state_sharding", "with_sharding", "to_global", "rows_of_process"),
+                *("state_sharding", "with_sharding", "to_global_arrays", "batch_shard"),
             ),
             share=True,
         )
