@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def recover(folder: Path, mark: str) -> None:
             backup.rename(folder)
     if folder.exists():
         _remove(backup, mark)
-    shutil.rmtree(staging_dir(folder), ignore_errors=True)
+    _remove_staging(staging_dir(folder))
 
 
 def resolve(folder: str | Path, mark: str) -> Path:
@@ -133,3 +134,12 @@ def _remove(folder: Path, mark: str) -> None:
     with contextlib.suppress(OSError):
         (folder / mark).unlink()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_staging(folder: Path) -> None:
+    """Remove a staging directory; threads of a failed save may still create files in it."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
