@@ -364,7 +364,7 @@ def _read_labels(path: Path, num_classes: int) -> list[str]:
             f"{path}: cannot be read ({one_line(error)}); save it as UTF-8, one name per line"
         ) from None
     if not isinstance(labels, list):
-        raise InputError(f"{path}: expected a list of names, got a {type(labels).__name__}")
+        raise InputError(f"{path}: expected a list of names, got {type(labels).__name__}")
     if len(labels) != num_classes:
         raise InputError(
             f"{path}: {len(labels)} names for {num_classes} classes; write one per class"

@@ -154,7 +154,7 @@ for _name, _value in (
 ):
     card_case(
         f"preprocessing: {_name[:20]!r}={str(_value)[:20]}",
-        "preprocessing|must be 1 to|: there are|num_clips",
+        "preprocessing|must be 1 to|must be one of|num_clips",
         preprocessing={"+": {_name: _value}},
     )
 
