@@ -417,7 +417,8 @@ def interrupt(name: str, out: Path, inputs, moment: float, number: int) -> tuple
     programs.check_outputs(name, out)
     lines, story = stderr.splitlines(), f"{name}, signal {number} after {moment:.3f} s:\n{stderr}"
     assert "Traceback" not in stderr, story
-    if process.returncode == 0 or "then stopping" in stderr:  # finished, or saved by training
+    # Finished, or saved by training, before an evaluation that the signal interrupts too.
+    if process.returncode == 0 or re.search("then stopping|stopping; all", stderr):
         assert not re.search(r"^(interrupted|terminated)", stderr, re.MULTILINE), story
         assert process.returncode in (0, 128 + number), story
         return "finished" if process.returncode == 0 else "saved", 0.0
