@@ -418,7 +418,7 @@ def interrupt(name: str, out: Path, inputs, moment: float, number: int) -> tuple
     lines, story = stderr.splitlines(), f"{name}, signal {number} after {moment:.3f} s:\n{stderr}"
     assert "Traceback" not in stderr, story
     # Finished, or saved by training, before an evaluation that the signal interrupts too.
-    if process.returncode == 0 or re.search("then stopping|stopping; all", stderr):
+    if process.returncode == 0 or re.search("then stopping|stopping; everything", stderr):
         assert not re.search(r"^(interrupted|terminated)", stderr, re.MULTILINE), story
         assert process.returncode in (0, 128 + number), story
         return "finished" if process.returncode == 0 else "saved", 0.0
