@@ -304,7 +304,7 @@ def print_table(plan: Plan, timed: TimedInput, busy: dict[str, float], work: flo
     print(f"{'':20}" + "{:>8} {:>26} {:>12} {:>11} {:>9} {:>7}".format(*titles))
     for i, side in enumerate(plan.sides):
         median, low, high = 1e3 * np.quantile(seconds[:, i], (0.5, 0.1, 0.9))
-        rate = np.median(1 / seconds[:, i].mean(axis=-1))  # steps a second
+        rate = np.median(1 / seconds[:, i].mean(axis=-1))  # steps per second
         share = waited[:, i].sum() / seconds[:, i].sum()
         spread = f"{median:.1f} ({low:.1f} to {high:.1f})"
         line = f"{side.name:20}{CONFIG.value.batch_size * rate:8.2f} {spread:>26}"

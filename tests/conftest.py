@@ -19,9 +19,6 @@ from jaxvid.logs import log
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compiler options for tests that do not need exact results: compiles twice as fast.
-QUICK = {"xla_backend_optimization_level": 0}
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment(tmp_path_factory):

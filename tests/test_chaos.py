@@ -61,7 +61,7 @@ def wait_for(run: subprocess.Popen, condition) -> None:
 
 
 def numbers(workdir: Path) -> list[tuple]:
-    """Step, name and value of all losses and accuracies, in the order in which they were told."""
+    """Step, name and value of all losses and accuracies, in the order of `metrics.jsonl`."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
         (row["step"], name, value)

@@ -21,7 +21,7 @@ from tests import programs
 ROOT = Path(__file__).parents[1]
 WAIT_SECONDS = 60  # for what takes 2 s at most on a machine that is not busy
 
-# Each is told that it runs by a line on stdout, and would then run for minutes.
+# Each prints a line when it is running, and would then run for minutes.
 BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # one call, without the GIL
 BODIES = {
     "import": "import time\nprint('ready', flush=True)\ntime.sleep(300)",

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import binomtest
+import scipy
 
 NUM_BINS = 15  # of the calibration error
 
@@ -87,7 +87,7 @@ def confidence_interval(hits: np.ndarray) -> tuple[float, float]:
     Returns:
         Lower and upper bound, in percent.
     """
-    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="exact")
+    interval = scipy.stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="exact")
     return 100 * float(interval.low), 100 * float(interval.high)
 
 
@@ -135,7 +135,7 @@ def compare_hits(before: np.ndarray, after: np.ndarray) -> dict:
         "gained": gained,
         "lost": lost,
         "difference": 100 * (gained - lost) / len(before),
-        "p_value": float(binomtest(gained, changed, 0.5).pvalue) if changed else 1.0,
+        "p_value": float(scipy.stats.binomtest(gained, changed, 0.5).pvalue) if changed else 1.0,
     }
 
 

@@ -14,18 +14,17 @@ import numpy as np
 from flax import nnx
 
 from jaxvid.config import differences
-from jaxvid.data.clips.clip import ClipSpec
+from jaxvid.data.clips.clip import ClipSpec, ViewSpec
 from jaxvid.errors import InputError, short_repr
 from jaxvid.models import FAMILIES, make_model_config
 from jaxvid.storage import model_card, model_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Preprocessing:
+class Preprocessing(ViewSpec):
     """How clips are made and normalized when a model is evaluated: `preprocessing` in `model.json`.
 
-    The fields without a description here are those of `ClipSpec`. A field that an older model
-    folder lacks has its default value.
+    A field that an older model folder lacks has its default value.
 
     Attributes:
         mean: Subtracted from pixels in [0, 1].
@@ -35,16 +34,6 @@ class Preprocessing:
         InputError: A field has an impossible value.
     """
 
-    num_frames: int
-    crop: int
-    short_side: int
-    sampling: str = "segments"
-    sampling_rate: int = 16
-    by_time: bool = False
-    resize: str = "pil_bilinear"
-    color_matrix: str = "tagged"
-    num_clips: int = 1
-    num_crops: int = 1
     mean: float
     std: float
 

@@ -200,7 +200,7 @@ def restore_newest(
         keep: How many of the newest checkpoints stay, from now on.
 
     Returns:
-        The manager; and the state, None if there is no checkpoint yet.
+        The manager; and the state, None before the first checkpoint.
 
     Raises:
         InputError: There are checkpoints, and all are damaged; or the newest is whole and still

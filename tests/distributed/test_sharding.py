@@ -13,7 +13,6 @@ from jaxvid.distributed import setup, sharding
 from jaxvid.errors import InputError
 from jaxvid.models import FAMILIES, abstract_model, make_model_config
 from jaxvid.training import steps
-from tests.conftest import QUICK
 
 XVIT, STAM = FAMILIES["xvit"].tensor_axis, FAMILIES["stam"].tensor_axis
 MIXTURES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 2, 2)]
@@ -41,7 +40,6 @@ def train(mesh, put, drop_path=0.0, **options):
         ),
         donate_argnums=0,
         out_shardings=(places, sharding.replicated(mesh)),
-        compiler_options=QUICK,
     )
     rng, losses = np.random.default_rng(0), []
     for _ in range(3):
@@ -229,7 +227,7 @@ def test_fsdp_over_eight_devices_takes_an_eighth_of_the_state_memory():
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
-        memory = step.lower(abstract, batch).compile(QUICK).memory_analysis()
+        memory = step.lower(abstract, batch).compile().memory_analysis()
         video = 16 * 224 * 224 * 3  # bytes of one clip, the part of the batch on a device
         held[fsdp] = memory.argument_size_in_bytes - video
     assert held[8] <= held[1] / 7

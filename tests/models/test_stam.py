@@ -17,7 +17,6 @@ from jaxvid.models import (
 from jaxvid.models.stam import STAMConfig
 from jaxvid.training.steps import cross_entropy
 from tests import goldens
-from tests.conftest import QUICK
 
 GOLDENS = ["tiny/stam_tiny_4f", "tiny/stam_tiny_16f"]
 TINY = {"width": 32, "depth": 2, "heads": 4, "image_size": 32, "temporal_depth": 2}
@@ -93,9 +92,7 @@ def test_released_sizes(name, frames, millions):
 
 def run(model, video, key=None):
     graphdef, params = split_params(model)
-    program = jax.jit(
-        lambda params: merge_params(graphdef, params)(video, key=key), compiler_options=QUICK
-    )
+    program = jax.jit(lambda params: merge_params(graphdef, params)(video, key=key))
     return program(params)
 
 

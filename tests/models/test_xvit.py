@@ -22,7 +22,6 @@ from jaxvid.models.space_time_mixing import shift_time, summarize
 from jaxvid.models.xvit import XViTConfig
 from jaxvid.training.steps import cross_entropy
 from tests import goldens
-from tests.conftest import QUICK
 
 GOLDENS = [f"tiny/xvit_tiny_{name}" for name in ("k600", "ssv2", "48px", "256px")]
 
@@ -90,9 +89,7 @@ def demo_model(variant: str, **overrides):
 
 def run(model, video, key=None) -> jax.Array:
     graphdef, params = split_params(model)
-    program = jax.jit(
-        lambda params: merge_params(graphdef, params)(video, key=key), compiler_options=QUICK
-    )
+    program = jax.jit(lambda params: merge_params(graphdef, params)(video, key=key))
     return program(params)
 
 
@@ -115,7 +112,7 @@ def test_every_weight_gets_a_gradient():
         logits = merge_params(graphdef, params)(clips())
         return cross_entropy(logits, jnp.array([0, 1]), smoothing=0.0).mean()
 
-    for name, grad in jax.jit(jax.grad(loss_fn), compiler_options=QUICK)(params).items():
+    for name, grad in jax.jit(jax.grad(loss_fn))(params).items():
         assert jnp.abs(grad).max() > 0, name
 
 

@@ -32,7 +32,6 @@ from jaxvid.training.steps import (
     train_step,
 )
 from tests import goldens
-from tests.conftest import QUICK
 from tests.models.test_xvit import config_of as xvit_config
 
 TINY = {"width": 16, "depth": 1, "image_size": 32}
@@ -103,7 +102,7 @@ def make_step(config, optimizer, seed, **options):
         recipe=recipe,
     )
     init = functools.partial(init_state, config, optimizer, recipe, seed=0)
-    return jax.jit(init)(), jax.jit(step, compiler_options=QUICK), graphdef
+    return jax.jit(init)(), jax.jit(step), graphdef
 
 
 def test_train_step_fits_a_batch_and_returns_sums():
@@ -282,7 +281,7 @@ def test_distillation_loss_falls():
     recipe, optimizer = Recipe(seed=0), optax.adam(3e-3)
     options = {"graphdef": graphdef, "optimizer": optimizer, "recipe": recipe}
     step = functools.partial(train_step, **options, teacher=teacher)
-    step = jax.jit(step, compiler_options=QUICK)
+    step = jax.jit(step)
     state, batch = init_state(config, optimizer, recipe, seed=0), batch_of(6)
     wanted = merge_params(graphdef, teacher_params)(normalize(batch["video"], 0.25, 0.75))
     logits = merge_params(graphdef, state["params"])(normalize(batch["video"], 0.5, 0.5))

@@ -25,13 +25,13 @@ MAX_SIZES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClipSpec:
-    """Sampling, sizes and augmentation of clips.
+class ViewSpec:
+    """Sampling and sizes of the views of a video, in evaluation.
 
     Attributes:
         num_frames: Frames per clip.
         crop: Height and width of a clip in pixels.
-        short_side: Evaluation: shorter side of the frames before the crop, in pixels.
+        short_side: Shorter side of the frames before the crop, in pixels.
         sampling: `segments`, `dense_stride` or `uniform_10s`; see `sampling.make_indices`.
         sampling_rate: For `dense_stride`: distance between two sampled frames at 30 frames/s.
         by_time: Whether videos with a variable frame rate are sampled by time instead of frame
@@ -39,15 +39,8 @@ class ClipSpec:
         resize: `pil_bilinear` (antialiased, as Pillow) or `torch_bilinear` (not antialiased).
         color_matrix: Conversion of decoded video to RGB: `tagged` (by the matrix in the file) or
             `bt601` (always BT.601). Frames of packs already are RGB.
-        num_clips: Evaluation: clips per video.
-        num_crops: Evaluation: crops per clip, 1 or 3.
-        train_crop: `random` (a random position after resizing to a random short side) or
-            `multiscale` (XViT on Kinetics).
-        train_short_side: Lowest and highest short side before a `random` crop, in pixels.
-        flip_prob: Probability of mirroring a training clip.
-        augment: ``, `autoaugment` (v0) or `randaugment`, applied to whole frames before the crop.
-        randaugment_layers: Number of operations of `randaugment`.
-        randaugment_magnitude: Magnitude of `randaugment`, 0 to 10.
+        num_clips: Clips per video.
+        num_crops: Crops per clip, 1 or 3.
     """
 
     num_frames: int
@@ -60,6 +53,22 @@ class ClipSpec:
     color_matrix: str = "tagged"
     num_clips: int = 1
     num_crops: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipSpec(ViewSpec):
+    """A `ViewSpec` with the augmentation of training clips.
+
+    Attributes:
+        train_crop: `random` (a random position after resizing to a random short side) or
+            `multiscale` (XViT on Kinetics).
+        train_short_side: Lowest and highest short side before a `random` crop, in pixels.
+        flip_prob: Probability of mirroring a training clip.
+        augment: ``, `autoaugment` (v0) or `randaugment`, applied to whole frames before the crop.
+        randaugment_layers: Number of operations of `randaugment`.
+        randaugment_magnitude: Magnitude of `randaugment`, 0 to 10.
+    """
+
     train_crop: str = "random"
     train_short_side: tuple[int, int] = (0, 0)
     flip_prob: float = 0.0

@@ -131,7 +131,7 @@ def read_xvit_list(
     `seq_h5/SPLIT/NAME.h5` or `SPLIT/NAME.h5`; `annotations/SPLIT_fps.txt` is optional.
     Something-Something: `SPLIT_videofolder.txt` with `name num_frames label`, frames in
     `seq_h5/NAME.h5` under NAME, or all in `Something-Something-v2-frames.h5`. As in the original,
-    `test` means `val` if there is no list of `test`.
+    without a list of `test`, `test` means `val`.
 
     Raises:
         InputError: As in `read_list`, or a name points out of the folder.
