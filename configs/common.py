@@ -103,4 +103,4 @@ def check_variant(file: str, variant: str, known: tuple[str, ...]) -> None:
     """Raise a ValueError if a config file does not have a variant."""
     if variant not in known:
         *names, last = map(repr, known)
-        raise ValueError(f"configs/{file}:{variant}: there are {', '.join(names)} and {last}")
+        raise ValueError(f"configs/{file}:{variant}: must be {', '.join(names)} or {last}")

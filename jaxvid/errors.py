@@ -2,6 +2,7 @@
 
 import re
 import reprlib
+from collections.abc import Iterable
 
 MEMORY_WORDS = (  # in messages of Python, glibc, XLA, NumPy and PyTorch
     *("resource_exhausted", "out of memory", "bad_alloc", "cannot allocate", "can't allocate"),
@@ -20,6 +21,18 @@ class InputError(ValueError):
     """
 
     EXIT_CODE = 2
+
+
+def check_option(name: str, value: object, options: Iterable) -> None:
+    """Check that an option has one of its valid values.
+
+    Raises:
+        InputError: Names the option, its value and the valid ones.
+    """
+    options = tuple(options)
+    if value not in options:
+        known = ", ".join(map(repr, options))
+        raise InputError(f"{name}={short_repr(value)}: must be one of {known}")
 
 
 def memory_problem(error: BaseException | None) -> str | None:

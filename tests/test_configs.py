@@ -140,9 +140,9 @@ def test_released_preprocessing_equals_that_of_the_config(name):
 
 
 def test_unknown_variants_are_refused():
-    with pytest.raises(ValueError, match="motion.py:fast: there are '', 'blind' and 'stam'"):
+    with pytest.raises(ValueError, match="motion.py:fast: must be '', 'blind' or 'stam'"):
         importlib.import_module("configs.motion").get_config("fast")
-    with pytest.raises(ValueError, match="xvit_k400.py:fast: there are 'released' and 'paper'"):
+    with pytest.raises(ValueError, match="xvit_k400.py:fast: must be 'released' or 'paper'"):
         importlib.import_module("configs.xvit_k400").get_config("fast")
 
 

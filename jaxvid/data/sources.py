@@ -19,7 +19,7 @@ from jaxvid.data.formats.xvit_hdf5 import read_xvit_list
 from jaxvid.data.protocols import VideoRecord
 from jaxvid.data.records import Record, Selection, find_missing
 from jaxvid.data.synthetic_motion import make_motion
-from jaxvid.errors import InputError, printable
+from jaxvid.errors import InputError, check_option, printable
 
 __all__ = ["SOURCES", "Record", "VideoDataset", "open_dataset", "read_list"]
 
@@ -51,9 +51,7 @@ class DatasetConfig:
     motion: Mapping[str, int] | None = None
 
     def __post_init__(self):
-        if self.source not in SOURCES:
-            names = ", ".join(map(repr, SOURCES))
-            raise InputError(f"data.source={self.source!r}: must be one of {names}")
+        check_option("data.source", self.source, SOURCES)
         if self.source == "motion" and self.motion is None:
             raise InputError("data.source='motion': needs data.motion; use configs/motion.py")
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, check_option
 from jaxvid.storage.preprocessing import Preprocessing
 
 SCORES = {
@@ -35,12 +35,8 @@ class EvalProtocol:
     every_epochs: float = 1.0
 
     def __post_init__(self):
-        if self.score not in SCORES:
-            known = " and ".join(map(repr, SCORES))
-            raise InputError(f"eval.score={self.score!r}: there are {known}")
-        if self.dtype not in DTYPES:
-            known = " and ".join(map(repr, DTYPES))
-            raise InputError(f"eval.dtype={self.dtype!r}: there are {known}")
+        check_option("eval.score", self.score, SCORES)
+        check_option("eval.dtype", self.dtype, DTYPES)
         if self.every_epochs <= 0:
             raise InputError(f"eval.every_epochs={self.every_epochs}: must be above 0")
 

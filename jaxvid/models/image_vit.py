@@ -10,12 +10,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxvid.errors import check_option
 from jaxvid.models.counts import block_multiply_adds, block_params, linear_params
 from jaxvid.models.layers import Block, PatchEmbed, layer_norm, run_blocks
-from jaxvid.models.limits import check_divisible, check_fields, check_options, check_size
+from jaxvid.models.limits import check_divisible, check_fields, check_size
 from jaxvid.models.resize import resize_pos_embed
 
 Initializer = Callable[..., jax.Array]
+# Sizes of the presets for tests and demos.
+TINY = {
+    "num_classes": 8,
+    "num_frames": 8,
+    "image_size": 64,
+    "width": 64,
+    "depth": 3,
+    "heads": 2,
+}
 normal_init = nnx.initializers.truncated_normal(0.02)  # truncated at ±2σ
 
 
@@ -55,7 +65,7 @@ class ImageViTConfig:
     def __post_init__(self):
         check_fields(self)
         check_divisible(self, width="heads", image_size="patch_size")
-        check_options(self, dtype=("float32", "bfloat16"))
+        check_option("dtype", self.dtype, ("float32", "bfloat16"))
         check_size(self)
 
     @property

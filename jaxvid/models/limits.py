@@ -77,18 +77,6 @@ def check_divisible(config: Any, **divisors: str) -> None:
             raise ValueError(f"{name}={value} is not divisible by {divisor}={by}")
 
 
-def check_options(config: Any, **options: tuple[str, ...]) -> None:
-    """Check that config fields have one of their valid values.
-
-    Raises:
-        ValueError: Names the field, its value and the valid ones.
-    """
-    for name, valid in options.items():
-        if getattr(config, name) not in valid:
-            value = short_repr(getattr(config, name))
-            raise ValueError(f"{name}={value} is not one of {', '.join(valid)}")
-
-
 def check_size(config: Any) -> None:
     """Check that a network fits into the memory of some machine.
 

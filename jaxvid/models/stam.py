@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxvid.errors import check_option
 from jaxvid.models.counts import block_multiply_adds, block_params, linear_params
 from jaxvid.models.family import Family, FrameEmbedding, PublishedCost, TorchFormat
 from jaxvid.models.image_vit import (
+    TINY,
     ImageViT,
     ImageViTConfig,
     image_vit_multiply_adds,
@@ -29,7 +31,7 @@ from jaxvid.models.layers import (
     layer_norm,
     record_attention,
 )
-from jaxvid.models.limits import check_divisible, check_options
+from jaxvid.models.limits import check_divisible
 
 EPS = 1e-5
 # Initialisers of the Linear kernels, the image ViT's `pos_embed` and the aggregator's `pos_embed`.
@@ -68,7 +70,8 @@ class STAMConfig(ImageViTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_options(self, aggregator=("transformer", "mean"), init=tuple(INITS))
+        check_option("aggregator", self.aggregator, ("transformer", "mean"))
+        check_option("init", self.init, INITS)
         if self.aggregator == "transformer":
             check_divisible(self, width="temporal_heads")
 
@@ -84,17 +87,12 @@ class STAMConfig(ImageViTConfig):
 PRESETS = {f"stam_{t}": STAMConfig(name=f"stam_{t}", num_frames=t) for t in (8, 16, 32, 64)}
 PRESETS["stam_tiny"] = STAMConfig(
     name="stam_tiny",
-    num_classes=8,
-    num_frames=8,
-    image_size=64,
-    width=64,
-    depth=3,
-    heads=2,
     temporal_depth=2,
     temporal_heads=4,
     temporal_mlp=256,
     dropout=0.0,
     init="small",
+    **TINY,
 )
 
 

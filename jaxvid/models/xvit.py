@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxvid.errors import short_repr
+from jaxvid.errors import check_option, short_repr
 from jaxvid.models.counts import block_multiply_adds, block_params, linear_params
 from jaxvid.models.family import Family, FrameEmbedding, PublishedCost, TorchFormat
 from jaxvid.models.image_vit import (
+    TINY,
     ImageViT,
     ImageViTConfig,
     image_vit_multiply_adds,
@@ -32,7 +33,7 @@ from jaxvid.models.layers import (
     torch_kernel_init,
     torch_linear,
 )
-from jaxvid.models.limits import check_divisible, check_options
+from jaxvid.models.limits import check_divisible
 from jaxvid.models.space_time_mixing import Mixing, MixingAttention
 
 BACKBONE_EPS = 1e-6
@@ -95,12 +96,9 @@ class XViTConfig(ImageViTConfig):
                 f"shift_blocks={short_repr(outside)}: must be 0 to {self.depth - 1} "
                 f"(depth={self.depth})"
             )
-        check_options(
-            self,
-            shift=("both", "keys", "values", "none"),
-            head=("attention", "mean"),
-            init=tuple(INITS),
-        )
+        check_option("shift", self.shift, ("both", "keys", "values", "none"))
+        check_option("head", self.head, ("attention", "mean"))
+        check_option("init", self.init, INITS)
 
     def num_params(self) -> int:
         """Return the number of weights, computed without building the network."""
@@ -120,18 +118,7 @@ PRESETS = {
     "xvit_ssv2": dataclasses.replace(
         _KINETICS, name="xvit_ssv2", num_classes=174, shift_segment=16, shift_div=4
     ),
-    "xvit_tiny": XViTConfig(
-        name="xvit_tiny",
-        num_classes=8,
-        num_frames=8,
-        image_size=64,
-        width=64,
-        depth=3,
-        heads=2,
-        shift_div=4,
-        dropout=0.0,
-        init="small",
-    ),
+    "xvit_tiny": XViTConfig(name="xvit_tiny", shift_div=4, dropout=0.0, init="small", **TINY),
 }
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, check_option
 from jaxvid.models import Params
 from jaxvid.models.family import MATRIX_LEAVES, Family
 
@@ -53,9 +53,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         for name, valid in OPTIONS.items():
-            if getattr(self, name) not in valid:
-                known = ", ".join(map(repr, valid))
-                raise InputError(f"optimizer.{name}={getattr(self, name)!r}: there are {known}")
+            check_option(f"optimizer.{name}", getattr(self, name), valid)
         for name in ("learning_rate", "reference_batch_size", "layer_decay"):
             if getattr(self, name) <= 0:
                 raise InputError(f"optimizer.{name}={getattr(self, name)}: must be above 0")

@@ -23,6 +23,7 @@ class Recipe:
 
     Attributes:
         seed: Seed of the random numbers; each step folds its number into the key.
+        frozen: Names of weights that are not trained.
         mean: Subtracted from pixels in [0, 1].
         std: Divides them afterwards.
         label_smoothing: ε, the share of the uniform distribution in the labels.
@@ -31,13 +32,13 @@ class Recipe:
         erase_prob: Probability that a box of a clip is erased.
         accumulate_steps: Gradient accumulation: parts of a batch.
         ema_decay: Decay of the exponential moving average of the weights; 0: no average.
-        frozen: Names of weights that are not trained.
 
     Raises:
         InputError: A field has an impossible value.
     """
 
     seed: int
+    frozen: frozenset[str] = frozenset()
     mean: float = 0.5
     std: float = 0.5
     label_smoothing: float = 0.0
@@ -46,7 +47,6 @@ class Recipe:
     erase_prob: float = 0.0
     accumulate_steps: int = 1
     ema_decay: float = 0.0
-    frozen: frozenset[str] = frozenset()
 
     def __post_init__(self):
         if self.mixup_alpha and self.cutmix_alpha:

@@ -91,8 +91,8 @@ for _name, _message, _config in (
     ("field of 1 MB", "has no option", {"g" * 10**6: 5}),
     ("field of two lines", "has no option", {"a\nb": 5}),
     ("head as a list", "expected type str", {"head": ["mean"]}),
-    ("unknown dtype", "is not one of", {"dtype": "float8"}),
-    ("init of 1 MB", "is not one of", {"init": "x" * 10**6}),
+    ("unknown dtype", "must be one of", {"dtype": "float8"}),
+    ("init of 1 MB", "must be one of", {"init": "x" * 10**6}),
     ("another width", "does not fit the model", {"width": 32}),
     ("more blocks than there are", "does not fit the model", {"depth": 2}),
 ):

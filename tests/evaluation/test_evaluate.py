@@ -552,14 +552,14 @@ def test_comparison_of_equal_evaluations(folder, tiny_model, tmp_path):
 
 def test_unknown_dtype_is_refused(folder):
     config = make_config(folder, dtype="float16")
-    with pytest.raises(InputError, match="eval.dtype='float16': there are 'float32' and 'bfloat1"):
+    with pytest.raises(InputError, match="eval.dtype='float16': must be one of 'float32', 'bf"):
         resolve(config)
 
 
 def test_unknown_score_is_refused(folder):
     config = make_config(folder, score="max")
     with pytest.raises(
-        InputError, match="eval.score='max': there are 'logits' and 'probabilities'"
+        InputError, match="eval.score='max': must be one of 'logits', 'probabilities'"
     ):
         resolve(config)
     assert jax.device_count() == 8

@@ -156,8 +156,8 @@ def test_small_initial_weights_depend_on_the_width():
         ({"heads": 5}, "width=768 is not divisible by heads=5"),
         ({"temporal_heads": 7}, "width=768 is not divisible by temporal_heads=7"),
         ({"patch_size": 15}, "image_size=224 is not divisible by patch_size=15"),
-        ({"aggregator": "max"}, "aggregator='max' is not one of transformer, mean"),
-        ({"init": "zeros"}, "init='zeros' is not one of released, small"),
+        ({"aggregator": "max"}, "aggregator='max': must be one of 'transformer', 'mean'"),
+        ({"init": "zeros"}, "init='zeros': must be one of 'released', 'small'"),
     ],
 )
 def test_impossible_configs_are_refused_by_name_and_value(overrides, message):

@@ -177,9 +177,9 @@ def test_bfloat16_computes_over_float32_weights():
         ({"temporal_embedding_frames": 3}, "num_frames=8 is not divisible by temporal_emb"),
         ({"shift_div": 1}, "shift_div=1"),
         ({"shift_blocks": (2, 3)}, r"shift_blocks=\[3\]: must be 0 to 2"),
-        ({"head": "max"}, "head='max' is not one of attention, mean"),
-        ({"init": "zeros"}, "init='zeros' is not one of"),
-        ({"dtype": "float64"}, "dtype='float64' is not one of"),
+        ({"head": "max"}, "head='max': must be one of 'attention', 'mean'"),
+        ({"init": "zeros"}, "init='zeros': must be one of"),
+        ({"dtype": "float64"}, "dtype='float64': must be one of"),
         ({"dept": 3}, "no option 'dept'; did you mean 'depth'"),
     ],
 )

@@ -173,9 +173,9 @@ def test_layer_decay_and_freezing_by_block(name):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("name", "lion", "optimizer.name='lion': there are 'adamw', 'sgd'"),
-        ("decay", "all", "optimizer.decay='all': there are 'kernels', 'released'"),
-        ("freeze", "head", "optimizer.freeze='head': there are '', 'backbone'"),
+        ("name", "lion", "optimizer.name='lion': must be one of 'adamw', 'sgd'"),
+        ("decay", "all", "optimizer.decay='all': must be one of 'kernels', 'released'"),
+        ("freeze", "head", "optimizer.freeze='head': must be one of '', 'backbone'"),
         ("learning_rate", 0.0, "optimizer.learning_rate=0.0: must be above 0"),
         ("layer_decay", -1.0, "optimizer.layer_decay=-1.0: must be above 0"),
         ("clip_norm", -1.0, "optimizer.clip_norm=-1.0: must not be below 0"),

@@ -362,7 +362,7 @@ MOTION = ("--config", "configs/motion.py", "--workdir")
         ((), "--config FILE.py is needed"),
         (("--config", "configs/motion.py"), "--workdir FOLDER is needed"),
         (("--config", "configs/none.py", "--workdir", "w"), "configs/none.py does not exist; ther"),
-        (("--config=configs/motion.py:x", "--workdir", "w"), "there are '', 'blind' and 'stam'"),
+        (("--config=configs/motion.py:x", "--workdir", "w"), "must be '', 'blind' or 'stam'"),
         ((*MOTION, "w", "--config.model.dept=1"), "there is --config.model.depth"),
         ((*MOTION, "w", "--config.sed=1"), "there is --config.seed"),
         ((*MOTION, "w", "--config.seed.x=1"), "nothing below .seed"),

@@ -12,7 +12,7 @@ from jaxvid.data.formats.rgb import COLOR_MATRICES
 from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.data.protocols import VideoReader, VideoRecord
 from jaxvid.data.records import Record
-from jaxvid.errors import InputError, short_repr
+from jaxvid.errors import InputError, check_option, short_repr
 
 # Upper bounds, far above any use: larger values would exhaust the memory.
 MAX_SIZES = {
@@ -89,10 +89,7 @@ class ClipSpec(ViewSpec):
             "augment": ("", "autoaugment", "randaugment"),
         }
         for name, valid in options.items():
-            if getattr(self, name) not in valid:
-                known = ", ".join(repr(option) for option in valid)
-                value = short_repr(getattr(self, name))
-                raise InputError(f"{name}={value}: must be one of {known}")
+            check_option(name, getattr(self, name), valid)
         most = sampling.max_views(self.sampling) or self.num_clips
         if not 1 <= self.num_clips <= most:
             raise InputError(

@@ -17,7 +17,7 @@ from jaxvid.data.formats.pack_reader import encode_id
 from jaxvid.data.formats.rgb import COLOR_MATRICES
 from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.data.records import Record
-from jaxvid.errors import InputError, one_line
+from jaxvid.errors import InputError, check_option, one_line
 
 METADATA = ("dataset_info.json", "features.json", "label.labels.txt")  # files that TFDS writes
 FORMATS = ("arrayrecord", "h5")
@@ -54,12 +54,8 @@ class Settings:
     color_matrix: str = "tagged"
 
     def __post_init__(self):
-        if self.format not in FORMATS:
-            known = ", ".join(map(repr, FORMATS))
-            raise InputError(f"format={self.format!r}: must be one of {known}")
-        if self.color_matrix not in COLOR_MATRICES:
-            known = ", ".join(map(repr, COLOR_MATRICES))
-            raise InputError(f"color_matrix={self.color_matrix!r}: must be one of {known}")
+        check_option("format", self.format, FORMATS)
+        check_option("color_matrix", self.color_matrix, COLOR_MATRICES)
         bounds = {"short_side": (0, 10_000), "frames": (0, 10**6), "quality": (1, 100)}
         bounds |= {"clips_per_file": (0, 10**6), "frames_per_record": (1, 10**6)}
         for name, (low, high) in bounds.items():
