@@ -15,7 +15,7 @@ from jaxvid.distributed import collectives, setup, sharding
 from jaxvid.errors import InputError
 from jaxvid.evaluation.comparison import check_shared, compare_tables
 from jaxvid.evaluation.loop import abstract_eval_model, evaluate_params, make_eval_step
-from jaxvid.evaluation.results import read_table, save_report
+from jaxvid.evaluation.outputs import read_table, save_report
 from jaxvid.evaluation.resume import PartialResults
 from jaxvid.evaluation.summary import make_report, summary
 from jaxvid.experiment import Config, Experiment, resolve

@@ -32,8 +32,7 @@ from jaxvid.atomic import write_file, write_json
 from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import InputError
 from jaxvid.models import split_params
-from jaxvid.storage import eval_step
-from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing
+from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing, normalize
 
 FORMATS = ("stablehlo", "safetensors")
 PLATFORMS = ("cpu", "cuda")
@@ -64,7 +63,7 @@ def export_stablehlo(model: nnx.Module, spec: ClipSpec, *, mean: float, std: flo
         )
     (b,) = jax_export.symbolic_shape("b")
     clips = jax.ShapeDtypeStruct(clip_shape(spec, b), jnp.uint8)
-    program = jax.jit(lambda clips: model(eval_step.normalize(clips, mean, std)))
+    program = jax.jit(lambda clips: model(normalize(clips, mean, std)))
     return bytes(jax_export.export(program, platforms=PLATFORMS)(clips).serialize())
 
 

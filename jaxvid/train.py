@@ -19,7 +19,7 @@ from jaxvid.data.pipeline import make_train_iter, stored_id
 from jaxvid.data.sources import VideoDataset, open_dataset
 from jaxvid.distributed import collectives, setup, sharding
 from jaxvid.evaluation.loop import abstract_eval_model, evaluate_params, make_eval_step
-from jaxvid.evaluation.results import save_report
+from jaxvid.evaluation.outputs import save_report
 from jaxvid.evaluation.summary import make_report, summary
 from jaxvid.experiment import Config, Experiment, check_batch_sizes, resolve
 from jaxvid.logs import log

@@ -114,17 +114,26 @@ TARGETS = {
         Target(
             "tests/training/test_steps.py",
             "formula",
-            ("cross_entropy", "divergence"),
+            ("cross_entropy", "distillation_loss"),
         ),
         Target(
             "tests/training/test_steps.py",
             "linear or fresh_state or each_part",
-            ("Recipe", "Teacher", "init_state", "eval_params", "train_step", "_mix", "_accumulate"),
+            (
+                "Recipe",
+                "Teacher",
+                "init_state",
+                "eval_params",
+                "train_step",
+                "_prepare_clips",
+                "_accumulate",
+            ),
             share=True,
         ),
     ],
-    "jaxvid/storage/eval_step.py": [
-        Target("tests/training/test_steps.py", "normalize or eval_step")
+    "jaxvid/storage/eval_step.py": [Target("tests/training/test_steps.py", "eval_step")],
+    "jaxvid/storage/preprocessing.py": [
+        Target("tests/training/test_steps.py", "normalize", ("normalize",))
     ],
     "jaxvid/training/optim.py": [Target("tests/training/test_optim.py", share=True)],
     "jaxvid/evaluation/metrics.py": [Target("tests/evaluation/test_metrics.py")],

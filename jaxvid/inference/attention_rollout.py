@@ -17,8 +17,7 @@ from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.distributed import setup
 from jaxvid.errors import InputError
 from jaxvid.models import family_of
-from jaxvid.storage import eval_step
-from jaxvid.storage.preprocessing import load_model_and_preprocessing
+from jaxvid.storage.preprocessing import load_model_and_preprocessing, normalize
 
 TOP_K = 3  # classes in AttentionRollout.top
 
@@ -121,7 +120,7 @@ def compute_rollout(
         return jax.nn.softmax(model(clip))[0], attention
 
     view = views["video"][clip : clip + 1]
-    view = eval_step.normalize(view, preprocessing.mean, preprocessing.std)
+    view = normalize(view, preprocessing.mean, preprocessing.std)
     probabilities, attention = jax.device_get(run(view))
     if not np.isfinite(probabilities).all():
         raise InputError(f"{folder}: logits are not finite for {video}; train or convert it again")

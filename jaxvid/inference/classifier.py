@@ -30,8 +30,7 @@ from jaxvid.inference.class_timeline import ClassTimeline
 from jaxvid.inference.sliding_windows import gather_clips, plan_windows, prefetch, read_frames
 from jaxvid.models import Params, family_of, merge_params, split_params
 from jaxvid.progress import Progress
-from jaxvid.storage import eval_step
-from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing
+from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing, normalize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +111,7 @@ class Classifier:
         self.labels, self.config = card["labels"], model.config
         self.batch_size, self._num_threads = batch_size, num_threads or os.cpu_count()
         self._normalize = functools.partial(
-            eval_step.normalize, mean=preprocessing.mean, std=preprocessing.std
+            normalize, mean=preprocessing.mean, std=preprocessing.std
         )
         self._shares_frames = family_of(model.config).shares_frames
         self._graphdef, self._params = split_params(model)

@@ -1,23 +1,10 @@
-"""The evaluation step, and the normalization of pixels."""
+"""The evaluation step."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from jaxvid.data.clips.transforms import FRACTIONS
 from jaxvid.models import Params, merge_params
-
-
-def normalize(video: jax.Array, mean: float, std: float) -> jax.Array:
-    """Normalize pixels to float32 `(pixel / 255 - mean) / std` of the same shape.
-
-    Args:
-        video: Pixels as uint8, or as uint16 in units of 1 / `transforms.FRACTIONS`.
-        mean: Subtracted from pixels in [0, 1].
-        std: Divides them afterwards.
-    """
-    white = 255 * FRACTIONS if video.dtype == jnp.uint16 else 255
-    return (video.astype(jnp.float32) / white - mean) / std
+from jaxvid.storage.preprocessing import normalize
 
 
 def eval_step(

@@ -1,7 +1,6 @@
-"""Preprocessing of a model's clips: the one description that all programs share.
+"""Preprocessing of a model's clips, shared by all programs, and the normalization of pixels.
 
-Training writes it into the model card, a converter writes that of the released protocol, and
-evaluation, prediction and export read it.
+Training and the converters write it to the model card; evaluation, prediction and export read it.
 """
 
 import dataclasses
@@ -10,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxvid.config import differences
 from jaxvid.data.clips.clip import ClipSpec, ViewSpec
+from jaxvid.data.clips.transforms import FRACTIONS
 from jaxvid.errors import InputError, short_repr
 from jaxvid.models import FAMILIES, make_model_config
 from jaxvid.storage import model_card, model_folder
@@ -183,3 +184,15 @@ def load_model_and_preprocessing(
 def clip_shape(spec: ClipSpec, *leading: int) -> tuple[int, ...]:
     """Return the shape of clips: `(*leading, t, h, w, c)`."""
     return (*leading, spec.num_frames, spec.crop, spec.crop, 3)
+
+
+def normalize(video: jax.Array, mean: float, std: float) -> jax.Array:
+    """Normalize pixels to float32 `(pixel / 255 - mean) / std` of the same shape.
+
+    Args:
+        video: Pixels as uint8, or as uint16 in units of 1 / `transforms.FRACTIONS`.
+        mean: Subtracted from pixels in [0, 1].
+        std: Divides them afterwards.
+    """
+    white = 255 * FRACTIONS if video.dtype == jnp.uint16 else 255
+    return (video.astype(jnp.float32) / white - mean) / std

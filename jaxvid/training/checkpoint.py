@@ -19,7 +19,7 @@ from jaxvid.training.checkpoint_files import (
     check_files,
     check_files_on_all_processes,
     find_steps,
-    note_files,
+    write_checksums,
 )
 
 RESTORE_SECONDS = 30.0  # a process that cannot restore waits this long for the others
@@ -63,7 +63,7 @@ class CheckpointManager(ocp.CheckpointManager):
     only after a barrier that the others never reach.
     """
 
-    _noter: threading.Thread | None = None
+    _checksum_thread: threading.Thread | None = None
 
     def _wait_for_checkpointers(self) -> None:  # private; as of orbax-checkpoint 0.12
         try:
@@ -72,33 +72,33 @@ class CheckpointManager(ocp.CheckpointManager):
             process_group.publish(_not_written(self, error))
             raise
 
-    def note_when_saved(self) -> None:
+    def write_checksums_in_background(self) -> None:
         """Write the checksums in the background, as the run may be killed before the next save.
 
-        The thread is joined by `join_noter` and `close`. A daemon thread would go on while the
-        interpreter shuts down, and start JAX's backends again after they were torn down.
+        `join_checksum_thread` and `close` join the thread. A daemon thread would keep running while
+        the interpreter shuts down, and could start JAX's backends again after their teardown.
         """
-        self.join_noter()
-        self._noter = threading.Thread(target=self._note, name="checksums")
-        self._noter.start()
+        self.join_checksum_thread()
+        self._checksum_thread = threading.Thread(target=self._note, name="checksums")
+        self._checksum_thread.start()
 
     def _note(self) -> None:
         with contextlib.suppress(Exception):  # raised again by the main thread's wait
             self.wait_until_finished()
-            note_files(Path(self.directory).parent)
+            write_checksums(Path(self.directory).parent)
 
-    def join_noter(self) -> None:
+    def join_checksum_thread(self) -> None:
         """Wait for the checksums of the last save."""
-        if self._noter is not None:
-            self._noter.join()
-            self._noter = None
+        if self._checksum_thread is not None:
+            self._checksum_thread.join()
+            self._checksum_thread = None
 
     def close(self) -> None:
         """Wait for the last save and its checksums, and stop all threads."""
         try:
             super().close()
         finally:
-            self.join_noter()
+            self.join_checksum_thread()
 
     def close_quietly(self) -> None:
         """Close the manager; drop exceptions, so that the one that ends the run propagates."""
@@ -149,7 +149,7 @@ def save_checkpoint(
     with _errors_as_input_errors(manager):
         manager.save(int(state["step"]), args=args)
     if not jax.process_index():
-        manager.note_when_saved()
+        manager.write_checksums_in_background()
 
 
 def finish_saving(manager: CheckpointManager) -> None:
@@ -160,9 +160,9 @@ def finish_saving(manager: CheckpointManager) -> None:
     """
     with _errors_as_input_errors(manager):
         manager.wait_until_finished()
-        manager.join_noter()
+        manager.join_checksum_thread()
         if not jax.process_index():
-            note_files(Path(manager.directory).parent)
+            write_checksums(Path(manager.directory).parent)
 
 
 @contextlib.contextmanager

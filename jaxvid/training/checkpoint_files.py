@@ -20,7 +20,7 @@ def find_steps(workdir: Path) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(folder.resolve())) if folder.is_dir() else []
 
 
-def note_files(workdir: Path) -> None:
+def write_checksums(workdir: Path) -> None:
     """Write the checksums of all checkpoints' files to `WORKDIR/checkpoints.json`.
 
     They show damage before a checkpoint is restored. Orbax notices it late, or not at all.

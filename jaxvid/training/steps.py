@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
 from jaxvid.models import ModelConfig, Params, build_model, merge_params, split_params
-from jaxvid.storage.eval_step import normalize
+from jaxvid.storage.preprocessing import normalize
 from jaxvid.training import batch_augmentation
 
 
@@ -123,7 +123,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float) -> 
     return optax.softmax_cross_entropy(logits, targets)
 
 
-def divergence(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
+def distillation_loss(
+    logits: jax.Array, teacher_logits: jax.Array, temperature: float
+) -> jax.Array:
     """Return the distillation loss `T² · KL(teacher / T ‖ student / T)` of each clip.
 
     Args:
@@ -165,7 +167,7 @@ def train_step(
         The new state, and sums over the batch: `loss`, `top1`, `count`; and `grad_norm`.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state["step"])
-    key, clips = _mix(batch, key, recipe)
+    key, clips = _prepare_clips(batch, key, recipe)
     count = jnp.maximum(clips["mask"].sum(), 1)
     fixed = {name: state["params"][name] for name in recipe.frozen}
 
@@ -179,7 +181,7 @@ def train_step(
         if teacher is not None:
             video = ((video * recipe.std + recipe.mean) - teacher.mean) / teacher.std
             targets = jax.lax.stop_gradient(merge_params(teacher.graphdef, teacher_params)(video))
-            distillation = divergence(logits, targets, teacher.temperature)
+            distillation = distillation_loss(logits, targets, teacher.temperature)
             losses = (1 - teacher.weight) * losses + teacher.weight * distillation
         top1 = ((logits.argmax(-1) == label) & part["mask"]).sum()
         return jnp.where(part["mask"], losses, 0).sum() / count, top1
@@ -227,7 +229,9 @@ def jit_train_step(
     return functools.partial(step, teacher_params=teacher_params)
 
 
-def _mix(batch: dict, key: jax.Array, recipe: Recipe) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _prepare_clips(
+    batch: dict, key: jax.Array, recipe: Recipe
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Normalize, erase and mix the clips of a batch.
 
     Returns:

@@ -24,7 +24,8 @@ from jaxvid.errors import InputError
 from jaxvid.evaluation import loop, summary
 from jaxvid.experiment import resolve
 from jaxvid.models import create_model, split_params
-from jaxvid.storage import eval_step, model_folder
+from jaxvid.storage import model_folder
+from jaxvid.storage.preprocessing import normalize
 from jaxvid.train import train
 from tests.colours import (
     HOW,
@@ -367,7 +368,7 @@ def test_evaluation_crops_equal_the_original(name):
     assert views.shape == expected.shape
     # The originals crop floats normalised with 0.5 and 0.5: a grey level is 2/255.
     atol = 0.003 * 2 / 255
-    np.testing.assert_allclose(eval_step.normalize(views, 0.5, 0.5), expected, rtol=0, atol=atol)
+    np.testing.assert_allclose(normalize(views, 0.5, 0.5), expected, rtol=0, atol=atol)
 
 
 def test_undecodable_validation_set_gives_nulls(motion_folder, tmp_path):
@@ -488,7 +489,7 @@ def test_continued_evaluation_equals_uninterrupted(stub, tmp_path, monkeypatch, 
             "page": "html_report.save_page",
         }[moment]
         with monkeypatch.context() as patch:
-            patch.setattr(f"jaxvid.evaluation.results.{name}", stop)
+            patch.setattr(f"jaxvid.evaluation.outputs.{name}", stop)
             with pytest.raises(KeyboardInterrupt):
                 evaluate.evaluate(stub, stopped)
     evaluate.evaluate(stub, stopped)

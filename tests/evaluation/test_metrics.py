@@ -15,7 +15,7 @@ from jaxvid.distributed import collectives
 from jaxvid.errors import InputError
 from jaxvid.evaluation import metrics
 from jaxvid.evaluation.comparison import check_shared, compare_tables
-from jaxvid.evaluation.results import read_table, write_table
+from jaxvid.evaluation.outputs import read_table, write_table
 from jaxvid.evaluation.resume import PartialResults
 
 

@@ -17,8 +17,7 @@ from safetensors.numpy import load_file
 import jaxvid
 from jaxvid import export
 from jaxvid.models import make_model_config, split_params
-from jaxvid.storage import eval_step
-from jaxvid.storage.preprocessing import load_model_and_preprocessing
+from jaxvid.storage.preprocessing import load_model_and_preprocessing, normalize
 
 PREPROCESSING = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.25, "std": 0.5}
 LABELS = [f"class {i}" for i in range(5)]
@@ -64,7 +63,7 @@ def test_exported_program_matches_the_model_without_jaxvid(folder, tmp_path, cap
     model = jax.jit(jaxvid.load_model(folder))
     for name, batch in clips.items():
         logits = np.load(tmp_path / f"clips.npz.{name}.npy")
-        expected = np.asarray(model(eval_step.normalize(batch, 0.25, 0.5)))
+        expected = np.asarray(model(normalize(batch, 0.25, 0.5)))
         assert logits.shape == expected.shape == (len(batch), 5)
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
         assert np.abs(expected).max() > 0.1

@@ -21,7 +21,8 @@ from jaxvid.data.synthetic_motion import LABELS
 from jaxvid.errors import InputError
 from jaxvid.experiment import resolve
 from jaxvid.predict import expand, main, predict
-from jaxvid.storage import eval_step, model_card
+from jaxvid.storage import model_card
+from jaxvid.storage.preprocessing import normalize
 from jaxvid.train import train
 from tests.conftest import shrunk_config
 
@@ -33,7 +34,7 @@ def logits_of(folder: Path, clip: str, **views) -> np.ndarray:
     fields = dict(model_card.load_card(folder)["preprocessing"])
     mean, std = fields.pop("mean"), fields.pop("std")
     video = load_eval_views(clip, ClipSpec(**fields, **views))["video"]
-    return np.asarray(jaxvid.load_model(folder)(eval_step.normalize(video, mean, std)))
+    return np.asarray(jaxvid.load_model(folder)(normalize(video, mean, std)))
 
 
 def softmax(logits) -> np.ndarray:

@@ -20,7 +20,7 @@ from jaxvid.inference import classifier as classifier_module
 from jaxvid.inference.class_timeline import ClassTimeline
 from jaxvid.inference.sliding_windows import plan_windows, prefetch
 from jaxvid.predict import main
-from jaxvid.storage import eval_step
+from jaxvid.storage.preprocessing import normalize
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_window_probabilities_equal_the_model(folders, long_videos, name, crops,
             frames = reader.get_frames(row)
             margin = {1: (4,), 3: (0, 4, 8)}[crops]
             views = np.stack([frames[:, 4:68, left : left + 64] for left in margin])
-            logits = model(eval_step.normalize(views, 0.5, 0.5)).mean(axis=0)
+            logits = model(normalize(views, 0.5, 0.5)).mean(axis=0)
             np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=1e-5)
     assert np.ptp(np.log(timeline.probabilities), axis=0).max() > 1e-2  # windows differ
     assert timeline.ends[-1] == 30

@@ -219,22 +219,22 @@ ABSTRACT = {
 
 def test_closing_a_manager_during_a_save_leaves_no_thread(tmp_path, monkeypatch):
     """A daemon thread would go on while the interpreter shuts down, and abort it."""
-    noters: list[threading.Thread] = []
-    note_files = checkpoint.note_files
+    threads: list[threading.Thread] = []
+    write_checksums = checkpoint.write_checksums
 
-    def note_late(workdir):
-        noters.append(threading.current_thread())
-        if noters[-1] is not threading.main_thread():
+    def write_late(workdir):
+        threads.append(threading.current_thread())
+        if threads[-1] is not threading.main_thread():
             time.sleep(0.3)
-        note_files(workdir)
+        write_checksums(workdir)
 
-    monkeypatch.setattr(checkpoint, "note_files", note_late)
+    monkeypatch.setattr(checkpoint, "write_checksums", write_late)
     manager = checkpoint.make_manager(tmp_path, keep=2)
     checkpoint.save_checkpoint(manager, {"step": np.int32(1)}, counters(1, 2))
     manager.close()
-    assert noters[-1] is not threading.main_thread()
-    assert not noters[-1].daemon
-    assert not noters[-1].is_alive()
+    assert threads[-1] is not threading.main_thread()
+    assert not threads[-1].daemon
+    assert not threads[-1].is_alive()
     assert [*json.loads((tmp_path / "checkpoints.json").read_text())] == ["1"]
 
 

@@ -19,14 +19,15 @@ from jaxvid.models import (
     merge_params,
     split_params,
 )
-from jaxvid.storage.eval_step import eval_step, normalize
+from jaxvid.storage.eval_step import eval_step
+from jaxvid.storage.preprocessing import normalize
 from jaxvid.training import steps
 from jaxvid.training.optim import make_optimizer, make_schedule
 from jaxvid.training.steps import (
     Recipe,
     Teacher,
     cross_entropy,
-    divergence,
+    distillation_loss,
     eval_params,
     init_state,
     train_step,
@@ -258,7 +259,7 @@ def tree_paths(tree):
     return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
-def test_divergence_follows_the_formula():
+def test_distillation_loss_follows_the_formula():
     rng = np.random.default_rng(0)
     logits, wanted, t = rng.normal(size=(3, 5)), rng.normal(size=(3, 5)), 2.5
 
@@ -267,8 +268,8 @@ def test_divergence_follows_the_formula():
 
     p, q = softmax(wanted / t), softmax(logits / t)
     expected = t * t * (p * np.log(p / q)).sum(1)
-    np.testing.assert_allclose(divergence(logits, wanted, t), expected, rtol=1e-4)
-    np.testing.assert_allclose(divergence(wanted, wanted, t), 0, atol=1e-5)
+    np.testing.assert_allclose(distillation_loss(logits, wanted, t), expected, rtol=1e-4)
+    np.testing.assert_allclose(distillation_loss(wanted, wanted, t), 0, atol=1e-5)
 
 
 def test_distillation_loss_falls():
@@ -285,7 +286,7 @@ def test_distillation_loss_falls():
     state, batch = init_state(config, optimizer, recipe, seed=0), batch_of(6)
     wanted = merge_params(graphdef, teacher_params)(normalize(batch["video"], 0.25, 0.75))
     logits = merge_params(graphdef, state["params"])(normalize(batch["video"], 0.5, 0.5))
-    expected = divergence(logits, wanted, 2.0)[batch["mask"]].sum()
+    expected = distillation_loss(logits, wanted, 2.0)[batch["mask"]].sum()
     losses = []
     for _ in range(60):
         state, sums = step(state, batch, teacher_params)
