@@ -1,4 +1,4 @@
-"""Annotation lists in all their formats, and errors in them."""
+"""Annotation lists: all supported formats, and the errors for invalid lists."""
 
 import json
 import os
@@ -22,12 +22,12 @@ from jaxvid.data.synthetic_motion import write_clip
 from jaxvid.errors import InputError
 from tests.data.test_sources import FRAMES, section, write
 
-HEADER = "label,youtube_id,time_start,time_end,split\n"
-ENTRY = {"id": "7", "label": "holding a cup", "template": "Holding [something]"}
+KINETICS_HEADER = "label,youtube_id,time_start,time_end,split\n"
+SOMETHING_ENTRY = {"id": "7", "label": "holding a cup", "template": "Holding [something]"}
 
 
 def read(folder: Path, split: str) -> list[tuple[str, int]]:
-    """A split's files, relative to the folder, and their labels."""
+    """Return the path, relative to the folder, and the label of each video of a split."""
     records = read_split(folder, split, read_labels(folder)[0], "", "error")
     return [(str(record.path.relative_to(folder)), record.label) for record in records]
 
@@ -61,8 +61,8 @@ def test_a_null_character_in_a_path_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        HEADER + "zumba,é_a,1,11,train\n",
-        "\ufeff" + HEADER.replace("\n", "\r\n") + "zumba,é_a,1,11,train\r\n\r\n",
+        KINETICS_HEADER + "zumba,é_a,1,11,train\n",
+        "\ufeff" + KINETICS_HEADER.replace("\n", "\r\n") + "zumba,é_a,1,11,train\r\n\r\n",
         "label, youtube_id, time_start, time_end, split\nzumba, é_a, 1, 11, train\n",
         '"label","youtube_id","time_start","time_end","split","is_cc"\n"zumba","é_a",1,11,"train",0\n',
     ],
@@ -74,7 +74,7 @@ def test_kinetics_list_formats(tmp_path, text):
 
 
 def test_kinetics_validation_list_names(tmp_path):
-    write(tmp_path / "validate.csv", HEADER + "zumba,a,1,11,validate\n")
+    write(tmp_path / "validate.csv", KINETICS_HEADER + "zumba,a,1,11,validate\n")
     write(tmp_path / "validate" / "a_000001_000011.mp4")
     assert read(tmp_path, "val") == [("validate/a_000001_000011.mp4", 0)]
     records, labels = check.gather([tmp_path])
@@ -83,7 +83,7 @@ def test_kinetics_validation_list_names(tmp_path):
 
 
 def test_incomplete_kinetics_rows_are_refused_with_the_line_number(tmp_path):
-    write(tmp_path / "train.csv", HEADER + "zumba,a,1,11,train\n\nzumba,b\n")
+    write(tmp_path / "train.csv", KINETICS_HEADER + "zumba,a,1,11,train\n\nzumba,b\n")
     with pytest.raises(InputError, match="train.csv:4: time_start and time_end are not"):
         read(tmp_path, "train")
 
@@ -92,10 +92,10 @@ def test_incomplete_kinetics_rows_are_refused_with_the_line_number(tmp_path):
 @pytest.mark.parametrize("template", ["Holding something", "Holding [something]"])
 def test_something_something_list_names(tmp_path, name, template):
     write(tmp_path / "labels.json", json.dumps({template: "0"}))
-    write(tmp_path / name, "\ufeff" + json.dumps([ENTRY], indent=1).replace("\n", "\r\n"))
+    write(tmp_path / name, "\ufeff" + json.dumps([SOMETHING_ENTRY], indent=1).replace("\n", "\r\n"))
     write(tmp_path / "20bn-something-something-v2" / "7.webm")
     assert read(tmp_path, "train") == [("20bn-something-something-v2/7.webm", 0)]
-    for path in (tmp_path, tmp_path / name):  # and not a class folder
+    for path in (tmp_path, tmp_path / name):  # the folder is not read as class folders
         records, labels = check.gather([path])
         assert labels == [template]
         assert [record.id for record in records["train"]] == ["7"]
@@ -170,7 +170,7 @@ def test_only_check_accepts_lists_without_labels(tmp_path, kind):
 
 
 def test_a_test_list_without_labels_does_not_affect_other_splits(tmp_path):
-    write(tmp_path / "train.csv", HEADER + "zumba,a,1,11,train\n")
+    write(tmp_path / "train.csv", KINETICS_HEADER + "zumba,a,1,11,train\n")
     write(tmp_path / "train" / "a_000001_000011.mp4")
     write(tmp_path / "test.csv", "youtube_id,time_start,time_end,split\nb,1,11,test\n")
     assert read(tmp_path, "train") == [("train/a_000001_000011.mp4", 0)]
@@ -185,7 +185,7 @@ def test_lists_with_some_labels_need_all_labels(tmp_path):
         check.check([tmp_path], workers=1)
 
 
-# ------------------------------------------------------------------ hostile lists
+# ------------------------------------------------------------------ invalid lists
 
 
 @pytest.mark.parametrize(
@@ -193,14 +193,17 @@ def test_lists_with_some_labels_need_all_labels(tmp_path):
     [
         ("a.mp4 0\n" + "x" * 200_000 + ",1\n", "list.csv:2: the line has 200002 characters"),
         ('a.mp4 0\n"' + "x" * 200_000 + '",1\n', "list.csv:2: the line has 200004 characters"),
-        (HEADER + "zumba,a,1,2,train\n" + "x" * 140_000 + ",b,1,2,train\n", "list.csv:3: the line"),
-        (HEADER + '"' + "x\n" * 140_000, "list.csv:.*: is not valid CSV: field larger"),
-        ("a.mp4" + " " * 9000 + "\n", "list.csv:1: .* is not 'path label'"),  # within seconds
+        (
+            KINETICS_HEADER + "zumba,a,1,2,train\n" + "x" * 140_000 + ",b,1,2,train\n",
+            "list.csv:3: the line",
+        ),
+        (KINETICS_HEADER + '"' + "x\n" * 140_000, "list.csv:.*: is not valid CSV: field larger"),
+        ("a.mp4" + " " * 9000 + "\n", "list.csv:1: .* is not 'path label'"),  # not in cubic time
         ("x" + "a" * 2**20, "list.csv: the first line has over 1048576 bytes"),
         ("clips\\a.mp4,0\n", r"list.csv:1: .*does not exist \(separate folders with /\); restore"),
     ],
 )
-def test_invalid_lines_are_refused_with_their_number(tmp_path, text, message):
+def test_invalid_lines_are_refused_with_the_line_number(tmp_path, text, message):
     write(tmp_path / "a.mp4")
     path = write(tmp_path / "list.csv", text)
     with pytest.raises(InputError, match=message) as error:
@@ -256,21 +259,31 @@ def test_lists_that_are_not_regular_files_are_refused_without_blocking(tmp_path,
 
 def test_reading_stops_after_too_many_missing_files(tmp_path, monkeypatch):
     lines = "".join(f"clips/{i}.mp4 0\n" for i in range(50_000))
-    looked = []
-    monkeypatch.setattr(records, "file_state", lambda path: looked.append(path) or "is not there")
+    checked = []
+
+    def report_missing(path):
+        checked.append(path)
+        return "does not exist"
+
+    monkeypatch.setattr(records, "file_state", report_missing)
     with pytest.raises(InputError, match="list.csv:1: .*; and 15995 more .the rest of the list"):
         read_list(write(tmp_path / "list.csv", lines), 1)
-    assert len(looked) == records.CHECK_FILES
+    assert len(checked) == records.CHECK_FILES
 
 
 def test_kinetics_folders_are_listed_once(tmp_path, monkeypatch):
     rows = "".join(f"zumba,{i},1,11,train\n" for i in range(50))
-    write(tmp_path / "train.csv", HEADER + rows)
+    write(tmp_path / "train.csv", KINETICS_HEADER + rows)
     for i in range(50):
         write(tmp_path / "train" / "zumba" / f"{i}_000001_000011.mp4")
     listed, listdir = [], os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or listdir(path))
-    monkeypatch.setattr(os.path, "exists", None)
+
+    def log_and_list(path):
+        listed.append(path)
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", log_and_list)
+    monkeypatch.setattr(os.path, "exists", None)  # looking up a single file would raise a TypeError
     assert len(read(tmp_path, "train")) == 50
     assert len(listed) == len(set(listed)) == 2  # train and train/zumba
 
@@ -285,7 +298,7 @@ def test_class_folder_scans_count_skipped_files(tmp_path):
     skipped = Skipped()
     _, records = read_class_folders(tmp_path, ("train",), skipped)
     assert [record.id for record in records["train"]] == ["a/1.mp4", "a/2.GIF", "a/3.ts"]
-    text = str(skipped)
+    summary = str(skipped)
     for part in (
         "3 not videos by their suffix (.json 1, .txt 1, no suffix 1)",
         "3 broken links or not regular files",
@@ -293,14 +306,14 @@ def test_class_folder_scans_count_skipped_files(tmp_path):
         "1 sub-folders",
         "1 files beside the class folders",
     ):
-        assert part in text
+        assert part in summary
     data = section("class_folders", tmp_path)
     [note] = open_dataset(data, 1, ("train",)).notes
-    assert note == f"{tmp_path}: skipped {text}"
+    assert note == f"{tmp_path}: skipped {summary}"
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m"])
-def test_class_names_must_be_one_line(tmp_path, name):
+def test_class_names_with_control_characters_are_refused(tmp_path, name):
     write(tmp_path / name / "1.mp4")
     with pytest.raises(
         InputError, match="has a name that contains a line break or a control"

@@ -1,4 +1,4 @@
-"""AutoAugment, RandAugment and their operations, against Pillow."""
+"""AutoAugment, RandAugment and their operations, compared with Pillow."""
 
 from collections import Counter
 
@@ -10,35 +10,35 @@ from PIL import Image, ImageEnhance, ImageOps
 from jaxvid.data.clips import autoaugment, image_ops
 
 LINEAR, CUBIC = cv2.INTER_LINEAR, cv2.INTER_CUBIC
-PILLOWS = {LINEAR: Image.Resampling.BILINEAR, CUBIC: Image.Resampling.BICUBIC}
-SIZES = [(61, 83), (40, 33), (7, 5)]
-ON_VALUES = ["autocontrast", "equalize", "invert", "posterize", "solarize", "solarize_add"]
-BLENDS = ["brightness", "color", "contrast", "sharpness"]
-MOVES = ["rotate", "shear_x", "shear_y", "translate_x", "translate_y"]
-NAMES = ON_VALUES + BLENDS + MOVES
+PILLOW_FILTERS = {LINEAR: Image.Resampling.BILINEAR, CUBIC: Image.Resampling.BICUBIC}
+SIZES = [(61, 83), (40, 33), (7, 5)]  # height and width
+VALUE_OPERATIONS = ["autocontrast", "equalize", "invert", "posterize", "solarize", "solarize_add"]
+BLEND_OPERATIONS = ["brightness", "color", "contrast", "sharpness"]
+GEOMETRIC_OPERATIONS = ["rotate", "shear_x", "shear_y", "translate_x", "translate_y"]
+NAMES = VALUE_OPERATIONS + BLEND_OPERATIONS + GEOMETRIC_OPERATIONS
 
 
-def natural(height: int, width: int, num_frames: int = 3) -> np.ndarray:
-    """Frames of waves and noise, each of its own brightness; `(t, h, w, c)` uint8."""
+def make_frames(height: int, width: int, num_frames: int = 3) -> np.ndarray:
+    """Return frames `(t, h, w, c)` uint8 of waves and noise, each with a different brightness."""
     rng = np.random.default_rng(height)
     t, y, x, c = np.mgrid[:num_frames, :height, :width, :3]
     waves = 110 + 20 * t + (60 - 15 * t) * np.sin(x / (9 + 5 * c) + y / (13 + 3 * c) + t + c)
     return (waves + rng.normal(0, 6, waves.shape)).clip(0, 255).astype(np.uint8)
 
 
-def by_frame(clip: np.ndarray, function) -> np.ndarray:
-    """What a function of a Pillow image makes of each frame, as ints."""
+def apply_per_frame(clip: np.ndarray, function) -> np.ndarray:
+    """Apply a function of a Pillow image to each frame; return the frames as ints."""
     return np.stack([np.asarray(function(Image.fromarray(frame))) for frame in clip]).astype(int)
 
 
 def table(function):
-    """Pillow's `point` with a function of a value."""
+    """Return a function that maps every value of a Pillow image by `function`."""
     return lambda image: image.point([function(value) for value in range(256)] * 3)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
-    ("ours", "pillows"),
+    ("function", "reference"),
     [
         (image_ops.invert, ImageOps.invert),
         (image_ops.autocontrast, ImageOps.autocontrast),
@@ -61,10 +61,10 @@ def table(function):
         (lambda x: image_ops.posterize(x, 0), table(lambda value: 0)),
         *(
             (
-                lambda x, ours=ours, factor=factor: ours(x, factor),
-                lambda x, pillows=pillows, factor=factor: pillows(x).enhance(factor),
+                lambda x, function=function, factor=factor: function(x, factor),
+                lambda x, reference=reference, factor=factor: reference(x).enhance(factor),
             )
-            for ours, pillows in [
+            for function, reference in [
                 (image_ops.brightness, ImageEnhance.Brightness),
                 (image_ops.contrast, ImageEnhance.Contrast),
             ]
@@ -72,21 +72,22 @@ def table(function):
         ),
     ],
 )
-def test_value_operations_equal_pillow(size, ours, pillows):
-    clip = natural(*size)
+def test_value_operations_equal_pillow(size, function, reference):
+    clip = make_frames(*size)
     before = clip.copy()
-    np.testing.assert_array_equal(ours(clip), by_frame(clip, pillows))
+    np.testing.assert_array_equal(function(clip), apply_per_frame(clip, reference))
     np.testing.assert_array_equal(clip, before)
 
 
 @pytest.mark.parametrize("factor", [level / 10 * 1.8 + 0.1 for level in range(11)])
 @pytest.mark.parametrize("name", ["color", "sharpness"])
 def test_blends_equal_pillow_within_one_level(name, factor):
-    rng, pillows = np.random.default_rng(0), getattr(ImageEnhance, name.title())
-    for clip in (natural(61, 83), rng.integers(0, 256, (3, 61, 83, 3), np.uint8)):
-        expected = by_frame(clip, lambda image: pillows(image).enhance(factor))
+    rng, reference = np.random.default_rng(0), getattr(ImageEnhance, name.title())
+    for clip in (make_frames(61, 83), rng.integers(0, 256, (3, 61, 83, 3), np.uint8)):
+        expected = apply_per_frame(clip, lambda image: reference(image).enhance(factor))
         difference = np.abs(getattr(image_ops, name)(clip, factor) - expected)
-        # At 1.18 some blends are whole numbers, which Pillow's float32 may just miss.
+        # With factor 1.18, some exact results are integers. In float32, Pillow may compute slightly
+        # less and truncate to the next lower level.
         assert difference.max() <= (1 if factor == pytest.approx(1.18) else 0)
         assert (difference > 0).mean() < 0.001
 
@@ -95,26 +96,29 @@ def test_blends_equal_pillow_within_one_level(name, factor):
 @pytest.mark.parametrize("name", ["autocontrast", "equalize"])
 def test_histograms_with_few_values_equal_pillow(name, values):
     clip = np.resize(np.array(values, np.uint8), (2, 23, 29, 3))
-    expected = by_frame(clip, getattr(ImageOps, name))
+    expected = apply_per_frame(clip, getattr(ImageOps, name))
     np.testing.assert_array_equal(getattr(image_ops, name)(clip), expected)
 
 
-def test_equalize_does_not_count_the_brightest_value():
-    """Of 511 pixels one is the brightest: the others fill the 255 steps with two pixels each."""
+def test_equalize_excludes_only_the_highest_value():
+    """510 of the 511 pixels are below the highest value: just enough for steps of two pixels."""
     clip = np.repeat(np.arange(511, dtype=np.uint8)[:, None] % 190, 3, axis=1)
     clip = clip.reshape(1, 7, 73, 3)
     clip[0, 3, 5] = 200
-    expected = by_frame(clip, ImageOps.equalize)
+    expected = apply_per_frame(clip, ImageOps.equalize)
     np.testing.assert_array_equal(image_ops.equalize(clip), expected)
 
 
 def affine(matrix):
-    """(image, argument, interpolation) → Pillow's `transform` by `matrix(argument, w, h)`."""
+    """Return a function of image, argument and interpolation that calls Pillow's `transform`.
+
+    `matrix` returns the coefficients for the argument, the width and the height.
+    """
     return lambda image, argument, interpolation: image.transform(
         image.size,
         Image.Transform.AFFINE,
         matrix(argument, *image.size),
-        resample=PILLOWS[interpolation],
+        resample=PILLOW_FILTERS[interpolation],
         fillcolor=(128, 128, 128),
     )
 
@@ -125,32 +129,35 @@ GEOMETRIC = {
     "translate_x": affine(lambda v, w, h: (1, 0, v * w, 0, 1, 0)),
     "translate_y": affine(lambda v, w, h: (1, 0, 0, 0, 1, v * h)),
     "rotate": lambda image, v, interpolation: image.rotate(
-        v, resample=PILLOWS[interpolation], fillcolor=(128, 128, 128)
+        v, resample=PILLOW_FILTERS[interpolation], fillcolor=(128, 128, 128)
     ),
 }
 
 
 @pytest.mark.parametrize("size", [(61, 83), (80, 57)])
 @pytest.mark.parametrize("interpolation", [LINEAR, CUBIC])
-@pytest.mark.parametrize("share", [-1.0, -0.37, 0.0, 0.2, 0.9])
+@pytest.mark.parametrize("fraction", [-1.0, -0.37, 0.0, 0.2, 0.9])
 @pytest.mark.parametrize("name", GEOMETRIC)
-def test_geometric_operations_equal_pillow_within_two_levels(name, share, interpolation, size):
-    argument = share * {"rotate": 30, "translate_x": 0.45, "translate_y": 0.45}.get(name, 0.3)
+def test_geometric_operations_are_close_to_pillow(name, fraction, interpolation, size):
+    argument = fraction * {"rotate": 30, "translate_x": 0.45, "translate_y": 0.45}.get(name, 0.3)
     noise = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
-    for clip in (natural(*size), noise):
-        ours = getattr(image_ops, name)(clip, argument, interpolation)
-        expected = by_frame(clip, lambda image: GEOMETRIC[name](image, argument, interpolation))
-        difference = np.abs(ours - expected)
-        if name == "rotate" and interpolation == CUBIC:  # the kernels differ, see operations.py
+    for clip in (make_frames(*size), noise):
+        actual = getattr(image_ops, name)(clip, argument, interpolation)
+        expected = apply_per_frame(
+            clip, lambda image: GEOMETRIC[name](image, argument, interpolation)
+        )
+        difference = np.abs(actual - expected)
+        if name == "rotate" and interpolation == CUBIC:
+            # The kernels differ, see image_ops.py. Noise differs too much for a bound.
             assert clip is noise or (difference > 2).mean() < 0.01
         else:
             assert difference.max() <= 1
-        # The same pixels are grey, so the places agree to a fraction of a pixel.
+        # The same pixels are filled with grey, so the positions agree to a fraction of a pixel.
         np.testing.assert_array_equal(
-            (ours == 128).all(axis=(0, 3)), (expected == 128).all(axis=(0, 3))
+            (actual == 128).all(axis=(0, 3)), (expected == 128).all(axis=(0, 3))
         )
         if name != "rotate" and interpolation == CUBIC:
-            assert (difference > 0).mean() < 0.01  # or Pillow's kernel would not be matched
+            assert (difference > 0).mean() < 0.01  # the kernel is that of Pillow
 
 
 def test_policies_match_the_published_ones():
@@ -178,13 +185,20 @@ def test_policies_match_the_published_ones():
 
 @pytest.fixture
 def calls(monkeypatch) -> list:
-    """What `apply_operation` hands to the operations: (name, arguments)."""
+    """Replace the operations by stubs; return the list of their calls, (name, arguments)."""
     calls = []
 
-    def record(name):
-        return lambda frames, *arguments: calls.append((name, arguments)) or frames
+    def make_stub(name):
+        def record_call(frames, *arguments):
+            calls.append((name, arguments))
+            return frames
 
-    operations = {name: (record(name), pair[1]) for name, pair in autoaugment.OPERATIONS.items()}
+        return record_call
+
+    operations = {
+        name: (make_stub(name), level_to_arguments)
+        for name, (_, level_to_arguments) in autoaugment.OPERATIONS.items()
+    }
     monkeypatch.setattr(autoaugment, "OPERATIONS", operations)
     return calls
 
@@ -218,7 +232,7 @@ def test_levels_map_to_arguments(calls, name, level, expected):
     rng = np.random.default_rng(0)
     for _ in range(40):
         autoaugment.apply_operation(np.zeros((1, 4, 4, 3), np.uint8), name, level, rng)
-    assert {called for called, _ in calls} == {name}
+    assert {called_name for called_name, _ in calls} == {name}
     arguments = {tuple(round(x, 9) for x in arguments) for _, arguments in calls}
     assert arguments == {tuple(round(x, 9) for x in arguments) for arguments in expected}
 
@@ -231,20 +245,20 @@ def test_autoaugment_applies_its_operations_with_their_probabilities(calls):
     for policy in autoaugment.AUTOAUGMENT_V0:
         for name, probability, _ in policy:
             expected[name] += probability / 25
-    seen = Counter(name for name, _ in calls)
-    assert set(seen) == {name for name in expected if expected[name]}
-    for name, share in expected.items():
-        assert abs(seen[name] / count - share) < 0.027  # four standard deviations
-    assert abs(len(calls) / count - 29.8 / 25) < 0.04  # likewise
+    counts = Counter(name for name, _ in calls)
+    assert set(counts) == {name for name in expected if expected[name]}
+    for name, frequency in expected.items():
+        assert abs(counts[name] / count - frequency) < 0.027  # four standard deviations
+    assert abs(len(calls) / count - 29.8 / 25) < 0.04  # four standard deviations
 
 
 def test_randaugment_applies_every_operation_equally_often(calls):
     rng = np.random.default_rng(0)
     for _ in range(1000):
         autoaugment.randaugment(np.zeros((1, 4, 4, 3), np.uint8), rng, num_layers=3, magnitude=9)
-    seen = Counter(name for name, _ in calls)
-    assert sorted(seen) == sorted(NAMES)
-    assert max(abs(n - 200) for n in seen.values()) < 56  # four standard deviations
+    counts = Counter(name for name, _ in calls)
+    assert sorted(counts) == sorted(NAMES)
+    assert max(abs(n - 200) for n in counts.values()) < 56  # four standard deviations
     assert {arguments for name, arguments in calls if name == "posterize"} == {(3,)}
 
 
@@ -252,11 +266,11 @@ def test_randaugment_magnitude_is_validated():
     for magnitude in (11, 10.01, -0.01):
         with pytest.raises(ValueError, match=f"randaugment_magnitude={magnitude}: must be 0 to 10"):
             autoaugment.randaugment(
-                natural(5, 5), np.random.default_rng(0), num_layers=1, magnitude=magnitude
+                make_frames(5, 5), np.random.default_rng(0), num_layers=1, magnitude=magnitude
             )
     for magnitude in (0, 0.5, 10):
         autoaugment.randaugment(
-            natural(5, 5), np.random.default_rng(0), num_layers=1, magnitude=magnitude
+            make_frames(5, 5), np.random.default_rng(0), num_layers=1, magnitude=magnitude
         )
 
 
@@ -267,8 +281,8 @@ AUGMENTATIONS = {
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_all_frames_of_a_clip_are_augmented_alike(name):
-    clip = np.repeat(natural(24, 31, 1), 4, axis=0)
+def test_all_frames_of_a_clip_are_augmented_identically(name):
+    clip = np.repeat(make_frames(24, 31, 1), 4, axis=0)
     before, changed = clip.copy(), 0
     for seed in range(50):
         result = AUGMENTATIONS[name](clip, np.random.default_rng(seed))
@@ -281,20 +295,22 @@ def test_all_frames_of_a_clip_are_augmented_alike(name):
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_augmentation_depends_on_the_seed(name):
-    clip = natural(24, 31)
-    runs = [[AUGMENTATIONS[name](clip, np.random.default_rng(s)) for s in range(8)] for _ in "12"]
+    clip = make_frames(24, 31)
+    runs = [
+        [AUGMENTATIONS[name](clip, np.random.default_rng(s)) for s in range(8)] for _ in range(2)
+    ]
     np.testing.assert_array_equal(*runs)
     assert len({result.tobytes() for result in runs[0]}) > 4
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_operations_accept_array_views(name):
-    """Crops, mirrored clips and turned ones are not contiguous."""
-    mirrored = natural(30, 41)[:, 3:27, 4:35][:, :, ::-1]
+    """Arrays of cropped, mirrored or transposed clips are not contiguous."""
+    mirrored = make_frames(30, 41)[:, 3:27, 4:35][:, :, ::-1]
     for clip in (mirrored, mirrored.swapaxes(1, 2)):
         for level in (2, 9):
-            ours, expected = (
+            actual, expected = (
                 autoaugment.apply_operation(x, name, level, np.random.default_rng(0))
                 for x in (clip, np.ascontiguousarray(clip))
             )
-            np.testing.assert_array_equal(ours, expected)
+            np.testing.assert_array_equal(actual, expected)

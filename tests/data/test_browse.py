@@ -13,7 +13,7 @@ from tests.conftest import shrunk_config
 ROOT = Path(__file__).parents[2]
 
 
-def test_rows_are_training_clips_and_views(motion_folder):
+def test_the_sheet_has_training_clips_and_all_evaluation_views(motion_folder):
     config = shrunk_config(motion_folder).unlock()
     config.eval.update({"num_clips": 2, "num_crops": 3})
     config.data.flip_prob = 0.5
@@ -24,8 +24,13 @@ def test_rows_are_training_clips_and_views(motion_folder):
     assert titles[2].startswith("val: val/00000.mp4, ")
     assert titles[7].endswith("view 5")
     assert all(clip.shape == (8, 64, 64, 3) and len(indices) == 8 for _, clip, indices in rows)
-    assert (rows[2][2] != rows[5][2]).any()  # another clip, other frames
-    assert (rows[2][1] != rows[3][1]).any()  # another crop, other pixels
+    views = rows[2:8]  # of the first validation video: 2 clips of 3 crops each
+    _, _, first_clip_indices = views[0]
+    _, _, second_clip_indices = views[3]
+    assert (first_clip_indices != second_clip_indices).any()
+    _, first_crop, _ = views[0]
+    _, second_crop, _ = views[1]
+    assert (first_crop != second_crop).any()
 
 
 def test_uint16_views_are_drawn_as_uint8(motion_folder):
@@ -33,27 +38,30 @@ def test_uint16_views_are_drawn_as_uint8(motion_folder):
     titles, views = [], []
     for resize in ("pil_bilinear", "torch_bilinear"):
         config.data.resize, config.eval.short_side = resize, 64
-        title, clip, _ = make_rows(config, 1)[1]
+        _, (title, view, _) = make_rows(config, 1)  # a training clip and an evaluation view
         titles.append(title)
-        views.append(clip)
+        views.append(view)
     assert titles[0] == titles[1]
     assert all(view.dtype == np.uint8 for view in views)
-    assert 0 < abs(views[0].astype(int) - views[1]).mean() < 3
+    assert 0 < abs(views[0].astype(int) - views[1]).mean() < 3  # the resizing differs slightly
 
 
-def test_the_browse_command(motion_folder, tmp_path):
+def test_browse_command(motion_folder, tmp_path):
     command = [sys.executable, "-m", "jaxvid.data.browse", "--config", "configs/motion.py"]
     data = ["--config.data.source=folder", f"--config.data.folder={motion_folder}"]
     sheet = tmp_path / "new" / "sheet.png"
-    done = subprocess.run(
+    result = subprocess.run(
         [*command, *data, "--output", str(sheet), "--count", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert "2 clips" in done.stdout
+    assert result.returncode == 0, result.stderr
+    assert "2 clips" in result.stdout
     with Image.open(sheet) as picture:
         assert picture.size > (500, 300)
-    done = subprocess.run([*command, *data], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "error: --output FILE.png is needed; see --help\n")
+    result = subprocess.run([*command, *data], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: --output FILE.png is needed; see --help\n",
+    )

@@ -1,4 +1,4 @@
-"""A data source with only what CONTRIBUTING asks for trains and evaluates."""
+"""Custom data sources with only the members that CONTRIBUTING.md requires."""
 
 import dataclasses
 from pathlib import Path
@@ -22,7 +22,7 @@ from jaxvid.training import checkpoint
 
 
 class ArrayReader:
-    """A reader of frames that lie in memory: the members of `VideoReader` and no others."""
+    """A reader of frames in memory, with the members of `VideoReader` and no others."""
 
     fps = 15.0
     times = None
@@ -42,7 +42,7 @@ class ArrayReader:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayRecord:
-    """A record of a `.npy` file: the members of `VideoRecord` and no others."""
+    """A record of a `.npy` file, with the members of `VideoRecord` and no others."""
 
     id: str
     label: int
@@ -56,7 +56,7 @@ class ArrayRecord:
 
 
 def open_arrays(data, num_classes, splits):
-    """Open `FOLDER/SPLIT/NAME.npy`, whose label is the number in NAME modulo the classes."""
+    """Open `FOLDER/SPLIT/NUMBER.npy`; a label is NUMBER modulo the number of classes."""
     return VideoDataset(
         {
             split: [
@@ -70,19 +70,21 @@ def open_arrays(data, num_classes, splits):
 
 
 def open_memory(data, num_classes, splits):
-    """As `open_arrays`, with records that no file holds."""
+    """Open the videos of `open_arrays` as records in memory, which have no file."""
     dataset = open_arrays(data, num_classes, splits)
     return dataclasses.replace(
         dataset,
         records={
-            split: [InMemory(record.id, record.label, np.load(record.path)) for record in records]
+            split: [
+                MemoryRecord(record.id, record.label, np.load(record.path)) for record in records
+            ]
             for split, records in dataset.records.items()
         },
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class InMemory:
+class MemoryRecord:
     id: str
     label: int
     frames: np.ndarray
@@ -94,7 +96,7 @@ class InMemory:
 
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory):
-    """Noise, 16 videos for training and 8 for validation."""
+    """A folder with 16 training videos and 8 validation videos of noise."""
     folder, rng = tmp_path_factory.mktemp("arrays"), np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 8)):
         (folder / split).mkdir()
@@ -120,7 +122,7 @@ def test_a_custom_source_trains_and_evaluates(config, arrays, tmp_path, monkeypa
     assert evaluated["top1"] == trained["top1"]
 
 
-def test_a_custom_source_may_report_decode_errors(config, arrays, tmp_path, monkeypatch):
+def test_decode_errors_of_a_custom_source_are_counted(config, arrays, tmp_path, monkeypatch):
     monkeypatch.setitem(sources.SOURCES, "arrays", open_arrays)
     for path in arrays.glob("*/*.npy"):
         copy = tmp_path / "data" / path.parent.name / path.name
@@ -147,6 +149,7 @@ def test_a_custom_source_with_the_wrong_number_of_classes_is_refused(
 
 
 def members(protocol) -> set[str]:
+    """Return the names of a protocol's attributes, without its methods."""
     return {name for name in vars(protocol) if not name.startswith("_")} - {"open", "get_frames"}
 
 

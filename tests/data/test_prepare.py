@@ -1,4 +1,4 @@
-"""Packs: contents, interrupted and sharded runs, broken videos and the command line."""
+"""Packs of JPEG frames: contents, interrupted and sharded runs, broken videos, command line."""
 
 import dataclasses
 import fcntl
@@ -25,14 +25,15 @@ from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.sources import DatasetConfig, Record, open_dataset
 from jaxvid.data.synthetic_motion import write_clip
 from jaxvid.errors import InputError
-from tests.data.test_video_reader import rgb_of, write_colour
+from tests.data.test_video_reader import write_colour, yuv_to_rgb
 
-NUM = 10
+NUM_VIDEOS = 10
 SETTINGS = {"arrayrecord": Settings(clips_per_file=3), "h5": Settings("h5", clips_per_file=3)}
 REPO = Path(__file__).parents[2]
 
 
 def make_clip(path: Path, seed: int, num_frames: int = 17, size: tuple = (40, 56)) -> None:
+    """Write a wave pattern in a random colour per frame; `size` is the height and the width."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[: size[0], : size[1]]
     colours = rng.uniform(40, 215, (num_frames, 1, 1, 3))
@@ -43,10 +44,13 @@ def make_clip(path: Path, seed: int, num_frames: int = 17, size: tuple = (40, 56
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Ten clips in class folders, one in a subfolder with an odd name, and their list."""
+    """A data folder of ten clips whose paths contain spaces, commas and non-ASCII letters.
+
+    `train.csv` lists all clips, `val.csv` two of them. Clip 4 has 12 frames, the others have 17.
+    """
     folder = tmp_path_factory.mktemp("clips")
     lines = []
-    for i in range(NUM):
+    for i in range(NUM_VIDEOS):
         name = f"sub {i % 3}/影, {i}.mp4"
         make_clip(folder / name, i, num_frames=12 if i == 4 else 17)
         lines.append(f"{name} {i % 3}\n")
@@ -58,7 +62,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def pack(request, folder, tmp_path_factory):
-    """The folder, packed in one go."""
+    """A pack of `folder` in each format: its path, the format, and the report of the run."""
     output = tmp_path_factory.mktemp("packs") / request.param
     report = prepare.prepare([folder], output, SETTINGS[request.param], workers=2)
     assert report["complete"]
@@ -66,7 +70,7 @@ def pack(request, folder, tmp_path_factory):
 
 
 def contents(output: Path) -> dict[str, bytes]:
-    """All files that matter; the report tells the time that packing took."""
+    """Return path → bytes of a pack's files, except state files and report, which contain times."""
     return {
         str(path.relative_to(output)): path.read_bytes()
         for path in output.rglob("*")
@@ -84,12 +88,12 @@ def command(*args) -> list[str]:
     return [sys.executable, "-m", "jaxvid.data.prepare", *map(str, args)]
 
 
-def test_packs_have_the_frames_of_the_videos(folder, pack):
+def test_packs_contain_the_frames_of_the_videos(folder, pack):
     output, kind, report = pack
     data = open_pack(output, kind)
     assert data.labels == ["x", "y", "z z"]
-    assert report["readable"] == report["videos"] == NUM + 2
-    assert [len(data.records[split]) for split in ("train", "val")] == [NUM, 2]
+    assert report["readable"] == report["videos"] == NUM_VIDEOS + 2
+    assert [len(data.records[split]) for split in ("train", "val")] == [NUM_VIDEOS, 2]
     for i, record in enumerate(data.records["train"]):
         assert record.label == i % 3
         assert str(i) in record.id
@@ -103,7 +107,7 @@ def test_packs_have_the_frames_of_the_videos(folder, pack):
     assert data.records["val"][0].label == 2
 
 
-def test_both_formats_have_the_same_frames(folder, tmp_path):
+def test_both_formats_contain_the_same_frames(folder, tmp_path):
     frames = []
     for kind, settings in SETTINGS.items():
         prepare.prepare([folder / "val.csv"], tmp_path / kind, settings, workers=1)
@@ -114,21 +118,21 @@ def test_both_formats_have_the_same_frames(folder, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 17, 1000])
-def test_records_of_any_size_have_the_packed_frames(folder, pack, tmp_path, size):
+def test_frames_do_not_depend_on_the_record_size(folder, pack, tmp_path, size):
     output, kind, _ = pack
     settings = Settings(frames_per_record=size)
     prepare.prepare([folder / "val.csv"], tmp_path / "pack", settings, workers=1)
     [first, second] = open_pack(tmp_path / "pack", "arrayrecord", ("val",)).records["val"]
-    assert second.listed.record == -(-17 // size)
-    others = open_pack(output, kind).records["val"]
-    for record, expected in zip((first, second), others, strict=True):
-        with record.open() as reader, expected.open() as other:
+    assert second.listed.record == -(-17 // size)  # the first video fills the records before it
+    references = open_pack(output, kind).records["val"]
+    for record, reference in zip((first, second), references, strict=True):
+        with record.open() as reader, reference.open() as reference_reader:
             assert reader.num_frames == 17
-            frames = other.get_frames(np.arange(17))
+            frames = reference_reader.get_frames(np.arange(17))
             for i in range(17):
                 np.testing.assert_array_equal(reader.get_frames([i])[0], frames[i])
-            mixed = np.array([16, 0, 5, 4, 5, 16])
-            np.testing.assert_array_equal(reader.get_frames(mixed), frames[mixed])
+            indices = np.array([16, 0, 5, 4, 5, 16])
+            np.testing.assert_array_equal(reader.get_frames(indices), frames[indices])
 
 
 def test_only_records_with_requested_frames_are_read(folder, tmp_path, monkeypatch):
@@ -136,19 +140,22 @@ def test_only_records_with_requested_frames_are_read(folder, tmp_path, monkeypat
         [folder / "val.csv"], tmp_path / "pack", Settings(frames_per_record=4), workers=1
     )
     records = open_pack(tmp_path / "pack", "arrayrecord", ("val",)).records["val"]
-    read, function = [], PackRecords.read
-    monkeypatch.setattr(
-        PackRecords, "read", lambda self, record: read.append(record) or function(self, record)
-    )
+    record_numbers, read = [], PackRecords.read
+
+    def log_and_read(self, record):
+        record_numbers.append(record)
+        return read(self, record)
+
+    monkeypatch.setattr(PackRecords, "read", log_and_read)
     with records[1].open() as reader:
         assert (reader.num_frames, records[1].label) == (17, 1)
-        assert read == []
+        assert record_numbers == []
         reader.get_frames([16, 3, 0, 9, 3])
-    assert read == [5, 7, 9]
+    assert record_numbers == [5, 7, 9]  # the second video has records 5 to 9
 
 
 def write_uneven(path: Path) -> None:
-    """A clip whose frames are shown at uneven times, the last ones ever more slowly."""
+    """Write 40 frames, 33 ms apart in the first half, then at growing intervals."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30, pix_fmt="yuv420p")
         stream.width, stream.height = 32, 32
@@ -162,7 +169,7 @@ def write_uneven(path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [3, 100])
-def test_variable_frame_rates_are_stored(folder, tmp_path, size):
+def test_packs_store_the_times_of_variable_frame_rates(tmp_path, size):
     write_uneven(tmp_path / "uneven.mp4")
     make_clip(tmp_path / "even.mp4", 0, num_frames=40)
     (tmp_path / "val.csv").write_text("even.mp4 0\nuneven.mp4 0\n")
@@ -210,7 +217,7 @@ def test_tfds_reads_packs(folder, tmp_path):
     assert "tensorflow" not in sys.modules
 
 
-def test_the_original_program_reads_h5_packs(folder, tmp_path):
+def test_h5_packs_have_the_layout_of_the_original_program(folder, tmp_path):
     prepare.prepare([folder / "val.csv"], tmp_path, Settings("h5"), workers=1)
     rates = dict(
         line.split(",") for line in (tmp_path / "annotation" / "val_fps.txt").read_text().split()
@@ -224,7 +231,7 @@ def test_the_original_program_reads_h5_packs(folder, tmp_path):
             assert Image.open(io.BytesIO(frames[3])).convert("RGB").size == (56, 40)
 
 
-def test_running_again_does_nothing(folder, pack):
+def test_a_repeated_run_changes_no_files(folder, pack):
     output, kind, report = pack
     before, times = contents(output), {p: p.stat().st_mtime_ns for p in output.rglob("*record-*")}
     assert prepare.prepare([folder], output, SETTINGS[kind], workers=2) == report
@@ -242,30 +249,32 @@ def test_sharded_jobs_write_the_same_pack(folder, pack, tmp_path):
     assert contents(tmp_path / "pack") == contents(output)
 
 
-# Kills its own process at the call of a function, the n-th time.
-KILLED = """
+# Runs prepare and kills its own process at the n-th call of a function.
+# Arguments: name of the function, n, and the arguments of prepare.
+KILLING_SCRIPT = """
 import os, signal, sys
 from jaxvid.data import prepare
-module, name, left = {"encode": prepare, "replace": os}[sys.argv[1]], sys.argv[1], int(sys.argv[2])
+name, remaining = sys.argv[1], int(sys.argv[2])
+module = {"encode": prepare, "replace": os}[name]
 function = getattr(module, name)
-def killing(*args):
-    global left
-    left -= 1
-    if not left:
+def count_and_kill(*args):
+    global remaining
+    remaining -= 1
+    if not remaining:
         os.kill(os.getpid(), signal.SIGKILL)
     return function(*args)
-setattr(module, name, killing)
+setattr(module, name, count_and_kill)
 del sys.argv[1:3]
 prepare.main()
 """
 
 
 @pytest.mark.parametrize("crashes", [[("encode", 2), ("encode", 6)], [("replace", 3)] * 3])
-def test_a_killed_run_continues_to_an_identical_pack(folder, pack, tmp_path, crashes):
+def test_a_killed_run_resumes_to_an_identical_pack(folder, pack, tmp_path, crashes):
     output, kind, _ = pack
     args = ["--input", folder, "--output", tmp_path / "pack", "--format", kind, "--workers", "1"]
     for crash in crashes:
-        script = [sys.executable, "-c", KILLED, *map(str, crash)]
+        script = [sys.executable, "-c", KILLING_SCRIPT, *map(str, crash)]
         job = subprocess.run(
             [*script, *map(str, args), "--clips_per_file", "3"],
             cwd=REPO,
@@ -295,30 +304,31 @@ def test_exceptions_leave_no_partial_files(folder, pack, tmp_path, monkeypatch):
     assert not list((tmp_path / "pack").rglob("*.partial"))
     prepare.prepare([folder], tmp_path / "pack", SETTINGS[kind], workers=1)
     assert contents(tmp_path / "pack") == contents(output)
-    assert len(calls) < 8 + NUM + 2  # what was complete was kept
+    assert len(calls) < 8 + NUM_VIDEOS + 2  # complete parts were not encoded again
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_full_disk_is_one_error_line_without_partial_files(folder, tmp_path, kind):
     args = command("--input", folder, "--output", tmp_path / "pack", "--format", kind)
-    limited = ["prlimit", "--fsize=20000", *args]  # bytes of a file
+    limited = ["prlimit", "--fsize=20000", *args]  # largest file in bytes
     job = subprocess.run(limited, cwd=REPO, capture_output=True, text=True, check=False)
     assert job.returncode == 2
     lines = job.stderr.strip().splitlines()
-    [line] = [line for line in lines if not line.startswith("packing: ")]  # a slow run's progress
+    # Slow runs also print lines of progress.
+    [line] = [line for line in lines if not line.startswith("packing: ")]
     assert "cannot be written (" in line
     assert "too large" in line
     assert not list((tmp_path / "pack").rglob("*.partial"))
     assert not list((tmp_path / "pack").rglob("*record-*"))
 
 
-# ------------------------------------------------------------------ broken and odd videos
+# ------------------------------------------------------------------ broken and unusual videos
 
 
 @pytest.fixture
-def mixed(tmp_path):
-    """A list of sound, damaged, missing, empty and foreign files."""
-    make_clip(tmp_path / "sound.mp4", 0)
+def mixed_list(tmp_path):
+    """A list of intact, short, damaged, missing, empty and non-video files."""
+    make_clip(tmp_path / "intact.mp4", 0)
     make_clip(tmp_path / "short.mp4", 1, num_frames=5)
     make_clip(tmp_path / "damaged.mp4", 2)
     data = bytearray((tmp_path / "damaged.mp4").read_bytes())
@@ -327,13 +337,13 @@ def mixed(tmp_path):
     (tmp_path / "damaged.mp4").write_bytes(data)
     (tmp_path / "empty.mp4").write_text("")
     (tmp_path / "text.mp4").write_text("hello")
-    names = ("sound", "short", "damaged", "missing", "empty", "text")
+    names = ("intact", "short", "damaged", "missing", "empty", "text")
     (tmp_path / "val.csv").write_text("".join(f"{name}.mp4 1\n" for name in names))
     return tmp_path / "val.csv"
 
 
-def test_broken_videos_have_no_frames_and_stay_listed(mixed, tmp_path, capsys, monkeypatch):
-    args = ["prepare", "--input", str(mixed), "--output", str(tmp_path / "pack")]
+def test_broken_videos_stay_listed_without_frames(mixed_list, tmp_path, capsys, monkeypatch):
+    args = ["prepare", "--input", str(mixed_list), "--output", str(tmp_path / "pack")]
     monkeypatch.setattr(sys, "argv", args)
     with pytest.raises(SystemExit) as status:
         prepare.main()
@@ -349,10 +359,11 @@ def test_broken_videos_have_no_frames_and_stay_listed(mixed, tmp_path, capsys, m
     assert "odd: short.mp4: shorter than a clip of 16 frames" in out
     assert "2 of 6 videos packed" in out
     records = open_pack(tmp_path / "pack", "arrayrecord", ("val",), num_classes=2).records["val"]
-    sound = {"sound.mp4", "short.mp4"}
-    assert {record.id for record in records} == {*reasons, *sound}
-    for record in records:  # or an evaluation of the pack would not count what is broken
-        if record.id in sound:
+    readable = {"intact.mp4", "short.mp4"}
+    # Broken videos are listed too, because an evaluation must count them.
+    assert {record.id for record in records} == {*reasons, *readable}
+    for record in records:
+        if record.id in readable:
             record.open()
         else:
             with pytest.raises(DecodeError, match=f"{record.id}: could not be decoded when"):
@@ -360,44 +371,46 @@ def test_broken_videos_have_no_frames_and_stay_listed(mixed, tmp_path, capsys, m
 
 
 def test_check_reports_unusual_files(tmp_path):
-    make_clip(tmp_path / "a.mkv", 0)  # Matroska does not say how many frames it holds
+    make_clip(tmp_path / "a.mkv", 0)  # Matroska headers do not contain the number of frames
     (tmp_path / "val.csv").write_text("a.mkv 0\n")
-    [odd] = check.check([tmp_path / "val.csv"], workers=1)["odd"]
-    assert odd["id"] == "a.mkv"
-    assert odd["what"] == ["header claims 0 frames, there are 17"]
+    [row] = check.check([tmp_path / "val.csv"], workers=1)["odd"]
+    assert row["id"] == "a.mkv"
+    assert row["what"] == ["header claims 0 frames, there are 17"]
 
 
-def test_repaired_videos_are_packed_by_the_next_run(mixed, tmp_path):
-    prepare.prepare([mixed], tmp_path / "pack", Settings(), workers=2)
+def test_repaired_videos_are_packed_by_the_next_run(mixed_list, tmp_path):
+    prepare.prepare([mixed_list], tmp_path / "pack", Settings(), workers=2)
     for i, name in enumerate(("missing", "damaged", "empty", "text")):
         make_clip(tmp_path / f"{name}.mp4", 5 + i, num_frames=20)
-    report = prepare.prepare([mixed], tmp_path / "pack", Settings(), workers=2)
+    report = prepare.prepare([mixed_list], tmp_path / "pack", Settings(), workers=2)
     assert report["readable"] == 6
     assert len(open_pack(tmp_path / "pack", "arrayrecord", ("val",), 2).records["val"]) == 6
 
 
-def test_a_list_of_broken_videos_is_refused(tmp_path, mixed):
-    mixed.write_text("missing.mp4 0\nempty.mp4 0\n")
+def test_a_list_without_readable_videos_is_refused(tmp_path, mixed_list):
+    mixed_list.write_text("missing.mp4 0\nempty.mp4 0\n")
     with pytest.raises(InputError, match="none of 2 videos can be read"):
-        prepare.prepare([mixed], tmp_path / "pack", Settings(), workers=1)
+        prepare.prepare([mixed_list], tmp_path / "pack", Settings(), workers=1)
     assert not (tmp_path / "pack" / "dataset_info.json").exists()
 
 
-def test_check_reports_the_same_without_writing(mixed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["check", str(mixed), "--json", str(tmp_path / "out.json")])
+def test_check_and_prepare_report_the_same(mixed_list, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["check", str(mixed_list), "--json", str(tmp_path / "out.json")]
+    )
     with pytest.raises(SystemExit) as status:
         check.main()
     assert status.value.code == 3
     assert "2 of 6 videos can be read" in capsys.readouterr().out
     report = json.loads((tmp_path / "out.json").read_text())
-    packed = prepare.prepare([mixed], tmp_path / "pack", Settings(), workers=2)
+    packed = prepare.prepare([mixed_list], tmp_path / "pack", Settings(), workers=2)
     for name in ("videos", "readable", "frames", "bytes", "broken", "odd"):
         assert report[name] == packed[name]
-    mixed.write_text("sound.mp4 0\n")
+    mixed_list.write_text("intact.mp4 0\n")
     with pytest.raises(SystemExit) as status:
         check.main()
     assert status.value.code == 0
-    mixed.write_text("sound.mp4 zero\n")
+    mixed_list.write_text("intact.mp4 zero\n")
     with pytest.raises(SystemExit) as status:
         check.main()
     assert status.value.code == 2
@@ -417,15 +430,15 @@ def test_frames_are_scaled_down_and_subsampled(tmp_path):
         frames = reader.get_frames(np.arange(reader.num_frames))
         expected = video.get_frames(np.array([0, 4, 8, 12, 16]))
     assert frames.shape == (5, 32, 48, 3)
-    halves = expected.reshape(5, 32, 2, 48, 2, 3).mean((2, 4))
-    assert abs(frames - halves).mean() < 3
+    downscaled = expected.reshape(5, 32, 2, 48, 2, 3).mean((2, 4))  # means of 2 × 2 pixels
+    assert abs(frames - downscaled).mean() < 3
     with small.open() as reader:
-        assert reader.get_frames([0]).shape == (1, 16, 24, 3)  # never enlarged
+        assert reader.get_frames([0]).shape == (1, 16, 24, 3)  # small frames are not enlarged
 
 
 def test_packs_use_the_requested_color_matrix(tmp_path):
-    yuv, tagged = (81, 90, 200), {"qp": "1", "x264-params": "colormatrix=bt709"}
-    write_colour(tmp_path / "colour.mp4", yuv, "yuv420p", tagged)
+    yuv, options = (81, 90, 200), {"qp": "1", "x264-params": "colormatrix=bt709"}
+    write_colour(tmp_path / "colour.mp4", yuv, "yuv420p", options)
     (tmp_path / "val.csv").write_text("colour.mp4 0\n")
     (tmp_path / "labels.txt").write_text("x\n")
     for matrix, standard in (("tagged", "bt709"), ("bt601", "bt601")):
@@ -435,7 +448,7 @@ def test_packs_use_the_requested_color_matrix(tmp_path):
         with open_pack(output, "arrayrecord", ("val",), 1).records["val"][0].open() as reader:
             frame = reader.get_frames([0])[0]
         np.testing.assert_allclose(
-            frame, np.broadcast_to(rgb_of(yuv, standard, False), frame.shape), atol=5
+            frame, np.broadcast_to(yuv_to_rgb(yuv, standard, full=False), frame.shape), atol=5
         )
     data = DatasetConfig(source="pack", folder=str(tmp_path / "tagged"), color_matrix="tagged")
     assert open_dataset(data, 1, ("val",)).notes == ()
@@ -444,18 +457,18 @@ def test_packs_use_the_requested_color_matrix(tmp_path):
     assert "prepare it again with --color_matrix bt601" in note
     with pytest.raises(InputError, match="color_matrix='bt2020': must be one of 'tagged', 'bt601'"):
         Settings(color_matrix="bt2020")
-    # A pack that an older version began is continued.
+    # A pack of an older version, whose settings do not contain color_matrix, can be resumed.
     path = tmp_path / "tagged" / ".parts" / "settings.json"
     settings = json.loads(path.read_text())
     assert settings.pop("color_matrix") == "tagged"
     path.write_text(json.dumps(settings))
-    again = Settings(quality=100)
-    assert prepare.prepare([tmp_path / "val.csv"], tmp_path / "tagged", again, workers=1)[
-        "complete"
-    ]
+    report = prepare.prepare(
+        [tmp_path / "val.csv"], tmp_path / "tagged", Settings(quality=100), workers=1
+    )
+    assert report["complete"]
 
 
-def test_class_folders_are_packed(folder, tmp_path):
+def test_class_folders_are_packed(tmp_path):
     for name in ("train/a", "train/b", "val/b"):
         make_clip(tmp_path / "tree" / name / "1.mp4", 0)
     prepare.prepare([tmp_path / "tree"], tmp_path / "pack", Settings("h5"), workers=1)
@@ -464,7 +477,7 @@ def test_class_folders_are_packed(folder, tmp_path):
     assert [(r.id, r.label) for r in data.records["train"]] == [("a_1", 0), ("b_1", 1)]
 
 
-def test_paths_are_relative_to_the_prefix(folder, tmp_path):
+def test_paths_are_relative_to_the_prefix(tmp_path):
     (tmp_path / "val.csv").write_text("1.mp4 0\n")
     make_clip(tmp_path / "videos" / "1.mp4", 0)
     prefix = str(tmp_path / "videos")
@@ -475,7 +488,7 @@ def test_paths_are_relative_to_the_prefix(folder, tmp_path):
     assert report["readable"] == 1
 
 
-def test_the_number_of_files_of_large_lists_is_limited():
+def test_the_number_of_files_per_split_is_limited():
     for count, expected in ((1, 1), (65, 2), (240_000, 256)):
         records = [Record(Path(f"{i}.mp4"), 0) for i in range(count)]
         parts = plan({"train": records}, Settings())
@@ -492,7 +505,7 @@ def test_the_number_of_files_of_large_lists_is_limited():
         (["影.mp4"], ["影"]),
     ],
 )
-def test_file_names_are_unique_and_stay_in_the_folder(ids, names):
+def test_names_of_h5_files_are_unique_and_contain_no_folders(ids, names):
     records = [Record(Path(name), 0, name) for name in ids]
     [part] = plan({"train": records}, Settings("h5"))
     assert isinstance(part, Part)
@@ -533,7 +546,7 @@ def test_invalid_arguments_are_refused(folder, pack, capsys, monkeypatch, args, 
     assert contents(output) == before
 
 
-def test_other_folders_and_running_jobs_are_not_modified(folder, tmp_path):
+def test_output_folders_with_other_contents_or_in_use_are_refused(folder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(InputError, match="mine is not empty and is not a pack"):
@@ -545,7 +558,7 @@ def test_other_folders_and_running_jobs_are_not_modified(folder, tmp_path):
             prepare.prepare([folder], tmp_path / "pack", Settings(), workers=1)
 
 
-def test_two_lists_of_a_split_are_refused(tmp_path):
+def test_two_lists_of_the_same_split_are_refused(tmp_path):
     make_clip(tmp_path / "train.mp4", 0)
     (tmp_path / "a").mkdir()
     for name in ("a/train.csv", "train.csv"):
@@ -554,20 +567,20 @@ def test_two_lists_of_a_split_are_refused(tmp_path):
         check.gather([tmp_path / "a/train.csv", tmp_path / "train.csv"])
 
 
-# ------------------------------------------------------------------ names of files
+# ------------------------------------------------------------------ unusual file names
 
-ODD_NAMES = [b"caf\xe9.mp4", b"a\nb.mp4", b"q\"u,o'te.mp4", b"c\rr.mp4", b"\xff\xfe broken.mp4"]
+UNUSUAL_NAMES = [b"caf\xe9.mp4", b"a\nb.mp4", b"q\"u,o'te.mp4", b"c\rr.mp4", b"\xff\xfe broken.mp4"]
 
 
 @pytest.fixture
-def odd_names(tmp_path):
-    """A class folder of videos whose names are not UTF-8, or hold line breaks and quotes."""
+def unusual_names(tmp_path):
+    """A data folder of class `x`, whose names contain line breaks, quotes or non-UTF-8 bytes."""
     source, folder = tmp_path / "plain.mp4", tmp_path / "data" / "train" / "x"
     make_clip(source, 0)
     folder.mkdir(parents=True)
-    for name in ODD_NAMES:
-        sound = source.read_bytes() if b"broken" not in name else b"hello"
-        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(sound)
+    for name in UNUSUAL_NAMES:
+        data = source.read_bytes() if b"broken" not in name else b"hello"
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(data)
     (folder / "notes.txt").write_text("x")
     return tmp_path / "data"
 
@@ -579,48 +592,50 @@ def run_main(module, monkeypatch, capsys, *args) -> tuple[int, str, str]:
     return status.value.code, *capsys.readouterr()
 
 
-def test_check_reports_unusual_names_on_one_line_each(odd_names, tmp_path, capsys, monkeypatch):
+def test_check_reports_unusual_names_on_one_line_each(unusual_names, tmp_path, capsys, monkeypatch):
     code, out, err = run_main(
-        check, monkeypatch, capsys, odd_names, "--json", tmp_path / "out.json"
+        check, monkeypatch, capsys, unusual_names, "--json", tmp_path / "out.json"
     )
     assert code == 3
     assert len(out.splitlines()) == 2
     assert "\\udcff\\udcfe broken.mp4: cannot be decoded" in out
     assert "skipped in class folders: 1 not videos by their suffix (.txt 1)" in err
-    out.encode()  # prints everywhere
+    out.encode()  # raises if it contains surrogates, which cannot be printed
     report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     [row] = report["broken"]
     assert os.fsencode(row["id"]) == b"x/\xff\xfe broken.mp4"
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_unusual_names_keep_their_ids_in_packs(odd_names, tmp_path, capsys, monkeypatch, kind):
-    args = ["--input", odd_names, "--output", tmp_path / "pack", "--format", kind]
+def test_videos_with_unusual_names_are_packed(unusual_names, tmp_path, capsys, monkeypatch, kind):
+    args = ["--input", unusual_names, "--output", tmp_path / "pack", "--format", kind]
     code, out, err = run_main(prepare, monkeypatch, capsys, *args)
     assert code == 3
     assert len(out.splitlines()) == 3
     report = json.loads((tmp_path / "pack" / "report.json").read_text(encoding="utf-8"))
     assert os.fsencode(report["broken"][0]["id"]) == b"x/\xff\xfe broken.mp4"
     packed = open_pack(tmp_path / "pack", kind, ("train",), 1).records["train"]
-    listed = check.gather([odd_names])[0]["train"]
-    if kind == "h5":  # file names are made of letters there
+    listed = check.gather([unusual_names])[0]["train"]
+    if kind == "h5":  # lists only readable videos, by the names of their HDF5 files
         assert len(packed) == len(listed) - 1
     else:
         assert [record.id for record in packed] == [record.id for record in listed]
-        assert {os.fsencode(r.id) for r in packed} == {b"x/" + name for name in ODD_NAMES}
+        assert {os.fsencode(r.id) for r in packed} == {b"x/" + name for name in UNUSUAL_NAMES}
     for record in packed:
         if "broken" not in record.id:
             with record.open() as reader:
                 assert reader.get_frames([16]).shape == (1, 40, 56, 3)
 
 
-def test_check_tests_its_output_path_before_reading(tmp_path, capsys, monkeypatch):
+def test_check_validates_its_output_path_and_replaces_it_only_on_success(
+    tmp_path, capsys, monkeypatch
+):
     make_clip(tmp_path / "train.mp4", 0)
     (tmp_path / "train.csv").write_text("train.mp4\n")
-    precious = tmp_path / "out.json"
-    precious.write_text("precious")
+    output = tmp_path / "out.json"
+    output.write_text("previous report")
     os.mkfifo(tmp_path / "pipe.json")
-    monkeypatch.setattr(check, "examine", None)  # nothing is read
+    monkeypatch.setattr(check, "examine", None)  # reading a video would raise a TypeError
     for name, reason in (
         ("none/../out.json/x.json", "File exists"),
         ("pipe.json", "not a regular file"),
@@ -635,13 +650,13 @@ def test_check_tests_its_output_path_before_reading(tmp_path, capsys, monkeypatc
     def fail(*_):
         raise InputError("the disk is full")
 
-    monkeypatch.setattr(check, "make_report", fail)  # what fails on the way
-    args = [tmp_path / "train.csv", "--json", precious]
+    monkeypatch.setattr(check, "make_report", fail)  # fails after the videos are read
+    args = [tmp_path / "train.csv", "--json", output]
     assert run_main(check, monkeypatch, capsys, *args)[0] == 2
-    assert precious.read_text() == "precious"
+    assert output.read_text() == "previous report"
     monkeypatch.undo()
     assert run_main(check, monkeypatch, capsys, *args)[0] == 0
-    assert json.loads(precious.read_text())["readable"] == 1
+    assert json.loads(output.read_text())["readable"] == 1
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -655,11 +670,11 @@ def test_class_names_that_a_pack_cannot_represent_are_refused(tmp_path):
 def test_damaged_state_files_are_refused_or_rewritten(folder, tmp_path):
     prepare.prepare([folder / "val.csv"], tmp_path / "pack", Settings(), workers=1)
     [state] = (tmp_path / "pack" / ".parts").glob("val-*.json")
-    whole = state.read_text()
-    for text in ("[]", "{", whole.replace('"findings": [', '"findings": [1, ')):
+    intact = state.read_text()
+    for text in ("[]", "{", intact.replace('"findings": [', '"findings": [1, ')):
         state.write_text(text)
         prepare.prepare([folder / "val.csv"], tmp_path / "pack", Settings(), workers=1)
-        assert json.loads(state.read_text())["kept"] == json.loads(whole)["kept"]
+        assert json.loads(state.read_text())["kept"] == json.loads(intact)["kept"]
     (tmp_path / "pack" / ".parts" / "settings.json").write_text("[" * 10_000)
     with pytest.raises(InputError, match="settings.json: is damaged; delete .*pack and prepare"):
         prepare.prepare([folder / "val.csv"], tmp_path / "pack", Settings(), workers=1)

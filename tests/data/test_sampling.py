@@ -1,4 +1,4 @@
-"""Frame indices equal those of the original programs exactly."""
+"""Frame sampling; evaluation indices are identical to those of the original programs."""
 
 import contextlib
 import json
@@ -21,16 +21,17 @@ from jaxvid.data.clips.sampling import (
 )
 from tests import goldens
 
+CASES = json.loads((goldens.FOLDER / "data/sampling_and_schedule.json").read_text())
+
 
 def test_segment_views_equal_the_original():
-    cases = json.loads((goldens.FOLDER / "data/sampling_and_schedule.json").read_text())["ssv2"]
-    assert {case["view"] for case in cases} == {0, 1, 2}
-    for case in cases:
+    assert {case["view"] for case in CASES["ssv2"]} == {0, 1, 2}
+    for case in CASES["ssv2"]:
         indices = segment_indices(case["num_video_frames"], case["num_frames"], view=case["view"])
         assert indices.tolist() == case["indices"], case
 
 
-def test_training_draws_cover_each_segment_with_both_ends():
+def test_training_draws_cover_each_segment_including_both_ends():
     rng = np.random.default_rng(0)
     draws = np.stack([segment_indices(17, 8, rng=rng) for _ in range(300)])  # segments of 2 frames
     for i in range(8):
@@ -48,9 +49,6 @@ def test_motion_clips_are_sampled_symmetrically_in_time():
     np.testing.assert_array_equal(16 - middle[::-1], middle)
 
 
-CASES = json.loads((goldens.FOLDER / "data/sampling_and_schedule.json").read_text())
-
-
 def test_dense_views_equal_the_original():
     assert len(CASES["kinetics"]) == 160
     for case in CASES["kinetics"]:
@@ -65,7 +63,7 @@ def test_dense_views_equal_the_original():
         assert indices.tolist() == case["indices"], case
 
 
-def test_dense_stride_equals_the_original_in_rounding():
+def test_dense_stride_rounds_as_the_original():
     cases = json.loads((goldens.FOLDER / "data/dense_sampling_multiview.json").read_text())
     assert len(cases) == 500
     for case in cases:
@@ -80,7 +78,7 @@ def test_dense_stride_equals_the_original_in_rounding():
         assert indices.tolist() == case["indices"], case
 
 
-def test_uniform_10s_equals_the_original_for_videos_that_it_keeps():
+def test_uniform_10s_equals_the_original_for_videos_that_are_not_dropped():
     """The original drops videos shorter than 10 s, even if only an unsampled frame is missing."""
     dropped = []
     for case in CASES["stam"]:
@@ -107,7 +105,7 @@ def test_released_subset_assumes_30_frames_per_second_if_the_rate_is_unknown():
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_training_draws_stay_inside_and_move(sampling):
+def test_training_draws_are_random_and_in_range(sampling):
     rng = np.random.default_rng(0)
     for length in (1, 3, 100, 700):
         draws = [
@@ -122,7 +120,7 @@ def test_training_draws_stay_inside_and_move(sampling):
         assert length < 700 or len({tuple(indices) for indices in draws}) > 10
 
 
-def test_views_spread_over_a_long_video():
+def test_views_of_a_long_video_are_evenly_spaced():
     for sampling in ("dense_stride", "uniform_10s"):
         firsts = [
             make_indices(sampling, 1000, 8, sampling_rate=4, fps=30.0, view=(v, 4))[0]
@@ -150,9 +148,8 @@ def test_sampling_by_time_is_uniform_with_a_variable_frame_rate():
 
 @pytest.mark.parametrize(("count", "seconds", "padded"), [(100, 10.0, False), (150, 3.0, True)])
 def test_padding_by_time_depends_on_duration(count, seconds, padded):
-    """The clip spans 128 frames at 30 frames/s. By frame number, padding would be the opposite."""
+    """A clip needs 128 frames, 4.3 s. Sampling by frame number gives the opposite results."""
     times = np.linspace(0, seconds, count)
-
     reader = types.SimpleNamespace(
         num_frames=count,
         fps=30.0,
@@ -170,14 +167,14 @@ def test_padding_by_time_depends_on_duration(count, seconds, padded):
             assert padded == (np.diff(times[views["indices"][0]])[-1] == 0)
 
 
-class Extreme:
-    """A generator whose uniform draws are always their lowest or highest value."""
+class ExtremeGenerator:
+    """Random generator whose uniform draws are always the lower or always the upper bound."""
 
-    def __init__(self, greatest: bool):
-        self._greatest = greatest
+    def __init__(self, upper: bool):
+        self._upper = upper
 
     def uniform(self, low, high):
-        return high if self._greatest else low
+        return high if self._upper else low
 
 
 @pytest.mark.parametrize("sampling", ["dense_stride", "uniform_10s"])
@@ -185,23 +182,24 @@ def test_training_clips_start_anywhere_in_the_video(sampling):
     options = {"sampling_rate": 16, "fps": 30.0}
     start = make_indices(sampling, 700, 8, **options)
     assert start[0] == 0
-    least, greatest = (
-        make_indices(sampling, 700, 8, **options, rng=Extreme(value)) for value in (False, True)
+    earliest, latest = (
+        make_indices(sampling, 700, 8, **options, rng=ExtremeGenerator(upper))
+        for upper in (False, True)
     )
-    assert least.tolist() == start.tolist()
-    assert greatest[-1] == 699
-    np.testing.assert_allclose(np.diff(greatest), np.diff(start), atol=1)
-    short = make_indices(sampling, 50, 8, **options, rng=Extreme(True))
+    assert earliest.tolist() == start.tolist()
+    assert latest[-1] == 699
+    np.testing.assert_allclose(np.diff(latest), np.diff(start), atol=1)
+    short = make_indices(sampling, 50, 8, **options, rng=ExtremeGenerator(True))
     assert short.tolist() == make_indices(sampling, 50, 8, **options).tolist()
 
 
 def test_views_of_uniform_10s_start_at_equal_distances():
-    left = 999 - uniform_10s_indices(1000, 8, fps=25.0)[-1]
+    num_remaining = 999 - uniform_10s_indices(1000, 8, fps=25.0)[-1]
     firsts = [uniform_10s_indices(1000, 8, fps=25.0, view=v, num_views=5)[0] for v in range(5)]
-    assert firsts == [left * v // 5 for v in range(5)]
+    assert firsts == [num_remaining * v // 5 for v in range(5)]
 
 
-def test_indices_of_the_first_view_are_the_default():
+def test_the_default_view_is_the_first():
     for sampling in SAMPLINGS:
         options = {"sampling_rate": 4, "fps": 25.0}
         first = make_indices(sampling, 400, 8, **options, view=(0, 1))
@@ -224,7 +222,7 @@ def test_only_segments_have_a_limited_number_of_views():
     }
 
 
-def test_clips_of_one_or_two_frames_are_the_ends_of_the_window():
+def test_clips_of_one_or_two_frames_are_taken_at_the_ends_of_the_window():
     assert dense_stride_indices(
         100, 1, sampling_rate=16, fps=30.0, view=1, num_views=2
     ).tolist() == [42]
@@ -238,7 +236,7 @@ def test_clips_of_one_or_two_frames_are_the_ends_of_the_window():
         ("dense_stride", 30.0, 128),
         ("dense_stride", 15.0, 64),
         ("dense_stride", None, 128),
-        ("uniform_10s", 30.0, 263),  # the last frame has the number ⌊7 · 37.5⌋
+        ("uniform_10s", 30.0, 263),  # the last sampled index is ⌊7 · 37.5⌋ = 262
         ("uniform_10s", None, 263),
         ("uniform_10s", 15.0, 132),
     ],
@@ -257,8 +255,8 @@ def test_unknown_frame_rate_counts_as_30():
         assert unknown.tolist() == known.tolist()
 
 
-def test_sampling_by_time_selects_the_frame_that_is_shown():
+def test_sampling_by_time_selects_the_frames_that_are_shown():
     times = np.array([3.0, 3.5, 5.0])
-    # Times at the middle of each frame: 0.5, 3.5 (exactly where a frame begins), 4.5, 9.5.
+    # The middles of the requested frames are at 0.5, 3.5 (the start of a frame), 4.5 and 9.5 s.
     indices = frames_at_times(np.array([0, 3, 4, 9]), times, fps=1.0)
     assert indices.tolist() == [0, 1, 1, 2]

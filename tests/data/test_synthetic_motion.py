@@ -14,8 +14,8 @@ def scene(pair: int, seed: int = 0) -> np.ndarray:
     return synthetic_motion.render_scene(np.random.default_rng([seed, pair]), pair)
 
 
-def brightness(frames: np.ndarray) -> np.ndarray:
-    """The shape's pixels `(t, h, w)`: brighter than the background."""
+def shape_mask(frames: np.ndarray) -> np.ndarray:
+    """Return a mask `(t, h, w)` of the shape, which is brighter than the background."""
     return (frames.max(axis=-1) > 100).astype(float)
 
 
@@ -23,34 +23,34 @@ def brightness(frames: np.ndarray) -> np.ndarray:
 def test_scenes_have_the_motion_of_their_label(seed):
     rows, columns = np.mgrid[: synthetic_motion.SIZE, : synthetic_motion.SIZE]
 
-    def centre(frames, axis):
-        shape = brightness(frames)
-        return (shape * axis).sum((1, 2)) / shape.sum((1, 2))
+    def centre(frames, coordinates):
+        mask = shape_mask(frames)
+        return (mask * coordinates).sum((1, 2)) / mask.sum((1, 2))
 
     assert synthetic_motion.LABELS[::2] == ("left", "up", "growing", "clockwise")
     assert (np.diff(centre(scene(0, seed), columns)[::4]) < 0).all()  # left
     assert (np.diff(centre(scene(1, seed), rows)[::4]) < 0).all()  # up
-    assert (np.diff(brightness(scene(2, seed)).sum((1, 2))[::4]) > 0).all()  # growing
-    turning = scene(3, seed)
-    middle = tuple(np.array([centre(turning, columns).mean(), centre(turning, rows).mean()]))
-    errors = {}
+    assert (np.diff(shape_mask(scene(2, seed)).sum((1, 2))[::4]) > 0).all()  # growing
+    frames = scene(3, seed)
+    middle = (centre(frames, columns).mean(), centre(frames, rows).mean())
+    errors = {}  # angle → difference between each rotated frame and the next frame
     for angle in (-8, 8):  # degrees; Pillow's positive angles turn counter-clockwise
-        turned = [Image.fromarray(frame).rotate(angle, center=middle) for frame in turning[:-1]]
-        turned = np.stack([np.asarray(frame, float) for frame in turned])
-        errors[angle] = abs(turned - turning[1:]).mean()
+        images = [Image.fromarray(frame).rotate(angle, center=middle) for frame in frames[:-1]]
+        rotated = np.stack([np.asarray(image, float) for image in images])
+        errors[angle] = abs(rotated - frames[1:]).mean()
     assert errors[-8] < errors[8]  # clockwise
 
 
 def test_pairs_are_time_reversals(motion_folder):
-    """Clip 2k+1 shows the frames of clip 2k backwards, up to what the codec loses."""
+    """Clip 2k+1 shows the frames of clip 2k backwards, except for compression errors."""
     for clip in (0, 2, 4, 6):
         with (
             VideoFile(motion_folder / "val" / f"{clip:05d}.mp4") as forwards,
             VideoFile(motion_folder / "val" / f"{clip + 1:05d}.mp4") as backwards,
         ):
             assert forwards.num_frames == backwards.num_frames == synthetic_motion.NUM_FRAMES
-            every = np.arange(synthetic_motion.NUM_FRAMES)
-            a, b = forwards.get_frames(every), backwards.get_frames(every)[::-1]
+            indices = np.arange(synthetic_motion.NUM_FRAMES)
+            a, b = forwards.get_frames(indices), backwards.get_frames(indices)[::-1]
         assert abs(a.astype(float) - b).mean() < 4
         assert abs(a.astype(float) - b).mean() < 0.5 * abs(a[::-1].astype(float) - b).mean()
 
@@ -76,7 +76,7 @@ def test_the_same_seed_gives_the_same_bytes_and_splits_differ(motion_folder, tmp
     assert (motion_folder / "val/00003.mp4").read_bytes() != expected
 
 
-def test_interrupted_generation_is_repeated(tmp_path, monkeypatch):
+def test_interrupted_generation_leaves_no_files_and_can_be_repeated(tmp_path, monkeypatch):
     folder = tmp_path / "motion"
     calls = []
 
@@ -84,7 +84,7 @@ def test_interrupted_generation_is_repeated(tmp_path, monkeypatch):
         calls.append(path)
         if len(calls) > 4:
             raise KeyboardInterrupt
-        path.write_bytes(b"half")
+        path.write_bytes(b"incomplete")
 
     with monkeypatch.context() as patch:
         patch.setattr(synthetic_motion, "write_clip", fail_later)
@@ -96,11 +96,13 @@ def test_interrupted_generation_is_repeated(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["motion"]
     assert len(list(folder.glob("*/*.mp4"))) == 24
     before = (folder / "train.csv").stat().st_mtime_ns
-    synthetic_motion.make_motion(folder, num_train=16, num_val=8, seed=0)  # there already
+    synthetic_motion.make_motion(
+        folder, num_train=16, num_val=8, seed=0
+    )  # already generated: nothing is written
     assert (folder / "train.csv").stat().st_mtime_ns == before
 
 
-def test_other_contents_are_not_overwritten(tmp_path):
+def test_invalid_output_folders_and_numbers_are_refused(tmp_path):
     folder = tmp_path / "motion"
     synthetic_motion.make_motion(folder, num_train=8, num_val=8, seed=0)
     with pytest.raises(InputError, match="delete it or name another folder"):
@@ -114,7 +116,7 @@ def test_other_contents_are_not_overwritten(tmp_path):
         synthetic_motion.make_motion(tmp_path / "new", num_train=12, num_val=8, seed=1)
 
 
-def test_the_command_line(tmp_path, monkeypatch, capsys):
+def test_command_line(tmp_path, monkeypatch, capsys):
     arguments = ["motion", "--output", str(tmp_path / "m"), "--train", "8", "--val", "8"]
     monkeypatch.setattr("sys.argv", arguments)
     synthetic_motion.main()

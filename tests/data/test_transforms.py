@@ -1,4 +1,4 @@
-"""Crops and resizes of whole clips."""
+"""Resizing, cropping and flipping of clips."""
 
 import types
 
@@ -25,7 +25,7 @@ GOLDENS = ["40x60_to_32", "60x40_to_32", "37x53_to_32", "32x32_to_32", "48x85_to
 
 
 def frames(height: int, width: int) -> np.ndarray:
-    """Two frames whose pixels hold their row, their column and their frame's number."""
+    """Return two frames; the channels of a pixel are its row, its column and the frame number."""
     t, y, x = np.mgrid[:2, :height, :width]
     return np.stack([y, x, t], axis=-1).astype(np.uint8)
 
@@ -50,14 +50,14 @@ def test_resize_to_the_same_size_is_the_identity(resize_to):
     assert resize_to(clip, 24) is clip
 
 
-def test_the_goldens_are_all_tested():
+def test_all_goldens_are_tested():
     with np.load(FOLDER / "data" / "spatial_crops.npz") as arrays:
         assert sorted({name.rsplit("_", 1)[0] for name in arrays}) == sorted(GOLDENS)
 
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_three_crops_equal_the_original(name):
-    """Within a grey level where they are rounded to uint8, else within 0.003 of one."""
+    """The tolerance is one grey level if crops are rounded to uint8, otherwise 0.003 levels."""
     with np.load(FOLDER / "data" / "spatial_crops.npz") as arrays:
         seed = int(arrays[f"{name}_seed"])
         expected = [arrays[f"{name}_crop{i}"] for i in range(3)]
@@ -69,7 +69,7 @@ def test_three_crops_equal_the_original(name):
         assert len(crops) == 3
         for crop, golden in zip(crops, expected, strict=True):
             assert crop.dtype == (np.uint16 if exact else np.uint8)
-            # The originals crop floats normalised with 0.5 and 0.5: a grey level is 2/255.
+            # The original crops are normalised with mean 0.5 and std 0.5, so a grey level is 2/255.
             atol = tolerance * 2 / 255
             np.testing.assert_allclose((crop / white - 0.5) / 0.5, golden, rtol=0, atol=atol)
 
@@ -102,11 +102,11 @@ def test_flips_mirror_whole_clips_half_of_the_time():
         count += mirrored
     assert 160 < count < 240  # four standard deviations
     for draw, probability, mirrored in ((0.299, 0.3, True), (0.3, 0.3, False)):
-        rng_of_one = types.SimpleNamespace(random=lambda draw=draw: draw)
-        assert (random_flip(clip, rng_of_one, probability) is not clip) == mirrored
-    for draw, mirrored in ((0.499, True), (0.5, False)):  # the default is one half
-        rng_of_one = types.SimpleNamespace(random=lambda draw=draw: draw)
-        assert (random_flip(clip, rng_of_one) is not clip) == mirrored
+        fixed_rng = types.SimpleNamespace(random=lambda draw=draw: draw)
+        assert (random_flip(clip, fixed_rng, probability) is not clip) == mirrored
+    for draw, mirrored in ((0.499, True), (0.5, False)):  # the default probability is 0.5
+        fixed_rng = types.SimpleNamespace(random=lambda draw=draw: draw)
+        assert (random_flip(clip, fixed_rng) is not clip) == mirrored
     np.testing.assert_array_equal(random_flip(clip, rng, 1.0), clip[:, :, ::-1])
     assert random_flip(clip, rng, 0.0) is clip
 
@@ -125,9 +125,9 @@ def test_multi_scale_sizes_are_at_most_one_step_apart():
         (299, {299, 261, 224, 197}),
         (301, {301, 263, 224, 198}),
         (302, {302, 264, 224, 199}),  # 226 becomes 224
-        (303, {303, 265, 227, 199}),  # 3 pixels are too many
+        (303, {303, 265, 227, 199}),  # 227 differs by more than 2 pixels
         (225, {224, 196, 168, 148}),
-        (223, {223, 195, 167, 147}),  # 224 would not fit
+        (223, {223, 195, 167, 147}),  # frames are too small for 224
     ],
 )
 def test_multi_scale_sizes_close_to_the_crop_become_the_crop(short_side, sides):
@@ -135,7 +135,11 @@ def test_multi_scale_sizes_close_to_the_crop_become_the_crop(short_side, sides):
 
 
 def test_multi_scale_sizes_of_frames_as_small_as_the_crop():
-    assert {side for pair in multi_scale_sizes(10, 10) for side in pair} == {10, 7, 6}  # 8: 10
+    assert {side for pair in multi_scale_sizes(10, 10) for side in pair} == {
+        10,
+        7,
+        6,
+    }  # 8 becomes 10
 
 
 def test_multi_scale_crops_start_at_13_positions():
@@ -145,20 +149,20 @@ def test_multi_scale_crops_start_at_13_positions():
         crop = multi_scale_crop(clip, 26, rng)
         assert crop.shape == (2, 26, 26, 3)
         np.testing.assert_array_equal(crop[0, :, :, :2], crop[1, :, :, :2])
-        # A side of 26 is not resized, so that the pixels still hold their places.
+        # Crops of 26 × 26 pixels are not resized, so their values still are the positions.
         if crop[0, -1, -1, 0] - crop[0, 0, 0, 0] == 25 == crop[0, -1, -1, 1] - crop[0, 0, 0, 1]:
             corner = tuple(int(i) for i in crop[0, 0, 0, :2])
             corners[corner] = corners.get(corner, 0) + 1
     down, right = (40 - 26) // 4, (56 - 26) // 4
-    places = [(0, 0), (0, 4), (4, 0), (4, 4), (0, 2), (2, 0), (4, 2), (2, 4), (2, 2)]
-    places += [(1, 1), (1, 3), (3, 1), (3, 3)]
-    assert sorted(corners) == sorted((y * down, x * right) for y, x in places)
-    assert min(corners.values()) > 5  # about 3000 / 10 / 13 each
+    positions = [(0, 0), (0, 4), (4, 0), (4, 4), (0, 2), (2, 0), (4, 2), (2, 4), (2, 2)]
+    positions += [(1, 1), (1, 3), (3, 1), (3, 3)]
+    assert sorted(corners) == sorted((y * down, x * right) for y, x in positions)
+    assert min(corners.values()) > 5  # mean: 3000 / (10 sizes · 13 positions) = 23
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 56), (56, 40), (9, 12), (33, 35)])
 def test_multi_scale_crops_equal_resizing_with_pillow(height, width):
-    """Exactly where a side shrinks, else within a grey level; also if frames are below the crop."""
+    """Exactly if a side shrinks, otherwise within one grey level; frames may be below the crop."""
     clip = np.random.default_rng(1).integers(0, 256, (2, height, width, 3)).astype(np.uint8)
     candidates = []
     for crop_h, crop_w in multi_scale_sizes(min(height, width), 32):
@@ -172,7 +176,7 @@ def test_multi_scale_crops_equal_resizing_with_pillow(height, width):
     for _ in range(10):
         crop = multi_scale_crop(clip, 32, rng)
         assert crop.shape == (2, 32, 32, 3)
-        assert any(np.abs(crop[1] - expected).max() <= most for expected, most in candidates)
+        assert any(np.abs(crop[1] - expected).max() <= atol for expected, atol in candidates)
 
 
 def test_resize_takes_height_then_width():
@@ -185,12 +189,12 @@ def test_frames_are_enlarged_by_opencv_unless_exact(size):
     height, width = size
     enlarged = [cv2.resize(frame, (width, height)) for frame in clip]
     np.testing.assert_array_equal(resize(clip, height, width), enlarged)
-    pillows = [
+    by_pillow = [
         np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
         for frame in clip
     ]
-    assert (np.stack(pillows) != np.stack(enlarged)).any()
-    np.testing.assert_array_equal(resize(clip, height, width, exact=True), pillows)
+    assert (np.stack(by_pillow) != np.stack(enlarged)).any()
+    np.testing.assert_array_equal(resize(clip, height, width, exact=True), by_pillow)
     short = resize_short_side(clip, 40)
     np.testing.assert_array_equal(short, resize(clip, 40, short.shape[2]))
     assert (short != resize_short_side(clip, 40, exact=True)).any()
