@@ -1,4 +1,4 @@
-"""Hostile data folders, packs and HDF5 files are refused in one line, within bounds."""
+"""Hostile data folders, packs and HDF5 files give one-line errors in bounded time and memory."""
 
 import concurrent.futures
 import dataclasses
@@ -27,11 +27,11 @@ from tests.data.test_sources import FRAMES, section
 from tests.data.test_video_fuzz import mutate
 
 ROOT = Path(__file__).parents[2]
-MAX_CPU_SECONDS = 2.0  # for one case; wall time depends on what else the machine does
-MAX_EXTRA_BYTES = 500e6
-HANGS_SECONDS = 120
+MAX_CPU_SECONDS = 2.0  # per case; wall time would depend on the load of the machine
+MAX_EXTRA_BYTES = 500e6  # peak memory above that before the case
+MAX_WALL_SECONDS = 120  # after this time, a case counts as hanging
 
-# Contents that any of the files of TARGETS may have.
+# Contents that replace those of each file in TARGETS.
 CONTENTS = {
     "nothing": b"",
     "line ends": b"\n\r\n\r\n",
@@ -70,7 +70,8 @@ CONTENTS = {
     "zip": b"PK\x03\x04" + bytes(100),
     "escapes": b"\x1b[2J\x07 0\n",
 }
-# What may lie in the place of any of these files.
+# Name → function that creates something other than a readable file of normal size at a path. These
+# replace each file in TARGETS.
 NODES = {
     "pipe": os.mkfifo,
     "device": lambda path: path.symlink_to("/dev/zero"),
@@ -80,12 +81,12 @@ NODES = {
     "folder": Path.mkdir,
     "loop": lambda path: path.symlink_to(path.name),
     "broken link": lambda path: path.symlink_to("nowhere"),
-    "too long a link": lambda path: path.symlink_to("x" * 4000),
+    "link to a long name": lambda path: path.symlink_to("x" * 4000),
     "memory": lambda path: path.symlink_to("/proc/self/mem"),
     "sparse gigabytes": lambda path: (path.write_bytes(b"a.mp4 0\n"), os.truncate(path, 2**31)),
     "locked": lambda path: (path.write_bytes(b"x"), path.chmod(0)),
 }
-# Files of data folders → the kind of folder (SOURCES).
+# File in a data folder → kind of the folder.
 TARGETS = {
     "train.csv": "list",
     "labels.txt": "list",
@@ -100,7 +101,7 @@ TARGETS = {
     "train_index.csv": "pack",
     "jaxvid-train.array_record-00000-of-00001": "pack",
 }
-SOURCES = {
+SOURCES = {  # kind of folder → `data.source`
     "list": "folder",
     "something": "folder",
     "h5": "xvit_h5",
@@ -108,7 +109,7 @@ SOURCES = {
     "classes": "class_folders",
 }
 KINETICS = b"label,youtube_id,time_start,time_end,split\n"
-LISTS = {  # further contents of train.csv
+LISTS = {  # contents that replace those of train.csv only
     "twice": b"a.mp4 0\na.mp4 1\n",
     "no label": b"a.mp4\n",
     "windows": b"clips\\a.mp4,0\r\nclips\\b.mp4,1\r\n",
@@ -139,11 +140,11 @@ LISTS = {  # further contents of train.csv
     "kinetics twice": KINETICS + b"x,a,1,2,train\n" * 2,
     "kinetics many missing": KINETICS + b"".join(b"x,%d,1,2,train\n" % i for i in range(20_000)),
 }
-MUTATED = 8  # random damages of each file of a pack and of an HDF5 file
+NUM_MUTATIONS = 8  # per file of a pack or of an HDF5 folder
 
 
 def change_json(name, *changes):
-    """A builder that replaces parts of a JSON file, each given by its keys and a value."""
+    """Return a function of a folder that changes a JSON file; a change is `(*keys, value)`."""
 
     def build(folder):
         tree = json.loads((folder / name).read_text())
@@ -158,6 +159,8 @@ def change_json(name, *changes):
 
 
 def make_h5(**options):
+    """Return a function of a folder that replaces a video by an HDF5 data set."""
+
     def build(folder):
         with h5py.File(folder / "seq_h5" / "train" / "a.h5", "w") as file:
             file.create_dataset("x", **options)
@@ -166,6 +169,8 @@ def make_h5(**options):
 
 
 def make_class(name: bytes, video: bytes = b"1.mp4"):
+    """Return a function of a folder that adds a class folder with a video."""
+
     def build(folder):
         path = os.fsencode(folder) + b"/train/" + name
         os.makedirs(path, exist_ok=True)
@@ -176,7 +181,7 @@ def make_class(name: bytes, video: bytes = b"1.mp4"):
 
 
 def make_cases() -> dict[str, tuple]:
-    """Name → kind of folder, and what is done to a sound one."""
+    """Return name → kind of folder, and function that damages an intact folder of this kind."""
     cases = {}
     for target, kind in TARGETS.items():
         for name, data in CONTENTS.items():
@@ -185,7 +190,7 @@ def make_cases() -> dict[str, tuple]:
             cases[f"{target}: {name}"] = kind, lambda f, t=target, m=make: replace(f / t, m)
         cases[f"{target}: missing"] = kind, lambda f, t=target: replace(f / t, lambda _: None)
         if kind in ("pack", "h5"):
-            for seed in range(MUTATED):
+            for seed in range(NUM_MUTATIONS):
                 change = lambda f, t=target, s=seed: mutate_file(f / t, s)  # noqa: E731
                 cases[f"{target}: damage {seed}"] = kind, change
     for name, data in LISTS.items():
@@ -235,17 +240,23 @@ def make_cases() -> dict[str, tuple]:
 
 
 def replace(path: Path, content) -> None:
-    """Put bytes, or what a function makes, in the place of a file or folder."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    """Replace a file or folder by a file of these bytes, or call `content` with its path."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content(path)
 
 
 def mutate_file(path: Path, seed: int) -> None:
     path.write_bytes(mutate(path.read_bytes(), np.random.default_rng([7, seed])))
 
 
-def make_sound(folder: Path) -> None:
-    """Make a sound folder of each kind."""
+def make_intact(folder: Path) -> None:
+    """Make an intact data folder of each kind."""
     for kind in ("list", "something", "classes"):
         (folder / kind).mkdir(parents=True)
     for name in ("list/a.mp4", "list/b.mp4", "something/1.mp4", "something/2.mp4"):
@@ -265,79 +276,81 @@ def make_sound(folder: Path) -> None:
 
 
 def peak_bytes() -> int:
+    """Return the peak resident memory of this process."""
     [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
     return int(line.split()[1]) * 1024
 
 
 def open_everything(kind: str, folder: Path) -> list[str]:
-    """Open a folder as training and `jaxvid.data.check` do; returns what was refused, and how."""
-    refused, data = [], section(SOURCES[kind], folder)
+    """Open a folder as training and `jaxvid.data.check` do; return the error messages."""
+    errors, data = [], section(SOURCES[kind], folder)
     for missing in ("error", "keep"):
         try:
             records = open_dataset(
                 dataclasses.replace(data, missing=missing), 2, ("train",)
             ).records["train"]
         except InputError as error:
-            refused.append(str(error))
+            errors.append(str(error))
             continue
         for record in [records[i] for i in range(min(3, len(records)))]:
             try:
                 with record.open() as reader:
                     reader.get_frames(np.array([0, reader.num_frames - 1]))
             except DecodeError as error:
-                refused.append(str(error))
+                errors.append(str(error))
     if kind in ("list", "something", "classes"):
         try:
             check.gather([folder], labelled=False)
         except InputError as error:
-            refused.append(str(error))
-    return refused
+            errors.append(str(error))
+    return errors
 
 
-def run_case(sound: Path, folder: Path, name: str) -> tuple[list[str], float, float]:
-    """In a process of its own: what was refused, CPU seconds, and bytes above the start."""
+def run_case(intact: Path, folder: Path, name: str) -> tuple[list[str], float, float]:
+    """Run a case in a worker process; return errors, CPU seconds and additional peak bytes."""
     kind, change = make_cases()[name]
-    folder = Path(shutil.copytree(sound / kind, folder))
+    folder = Path(shutil.copytree(intact / kind, folder))
     os.chdir(folder)  # the path of a socket must be short
     change(folder)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak memory
     before, start = peak_bytes(), time.process_time()
-    refused = open_everything(kind, folder)
-    result = refused, time.process_time() - start, peak_bytes() - before
-    os.chdir(sound)
+    errors = open_everything(kind, folder)
+    result = errors, time.process_time() - start, peak_bytes() - before
+    os.chdir(intact)
     shutil.rmtree(folder)
     return result
 
 
-def names_file(line: str, folder: Path) -> bool:
-    return str(folder) in line or line.startswith("/dev/zero: ")  # a list may name that one
+def names_file(message: str, folder: Path) -> bool:
+    """Return whether an error message names a file of the folder, or the device in LISTS."""
+    return str(folder) in message or message.startswith("/dev/zero: ")
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_hostile_files_are_refused_in_one_line_within_time_and_memory(tmp_path):
-    make_sound(tmp_path / "sound")
+    make_intact(tmp_path / "intact")
     names, problems, num_refused = list(make_cases()), [], 0
     assert len(names) >= 250
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool:
-        for kind in SOURCES:  # importing TFDS and h5py takes seconds
+        for kind in SOURCES:  # import TFDS and h5py before the time of cases is measured
             for _ in range(4):
-                pool.submit(open_everything, kind, tmp_path / "sound" / kind).result()
+                pool.submit(open_everything, kind, tmp_path / "intact" / kind).result()
         jobs = {
-            name: pool.submit(run_case, tmp_path / "sound", tmp_path / str(i), name)
+            name: pool.submit(run_case, tmp_path / "intact", tmp_path / str(i), name)
             for i, name in enumerate(names)
         }
         for name, job in jobs.items():
             try:
-                refused, seconds, extra = job.result(timeout=HANGS_SECONDS)
+                errors, seconds, extra = job.result(timeout=MAX_WALL_SECONDS)
             except Exception as error:
                 problems.append(f"{name}: {error!r}")
                 continue
-            num_refused += bool(refused)
-            problems += [f"{name}: {line!r}" for line in refused if "\n" in line]
+            num_refused += bool(errors)
+            problems += [f"{name}: {line!r}" for line in errors if "\n" in line]
             problems += [
-                f"{name}: no file named: {x}" for x in refused if not names_file(x, tmp_path)
+                f"{name}: no file named: {x}" for x in errors if not names_file(x, tmp_path)
             ]
             if seconds > MAX_CPU_SECONDS or extra > MAX_EXTRA_BYTES:
                 problems.append(f"{name}: {seconds:.1f} s, {extra / 1e6:.0f} MB")
@@ -346,15 +359,19 @@ def test_hostile_files_are_refused_in_one_line_within_time_and_memory(tmp_path):
     assert num_refused > len(names) / 2
 
 
-def read_a_million(folder: Path, kind: str) -> tuple[str, float, float]:
-    """In a process of its own: reads a list of a million missing files; error, seconds, bytes."""
-    lines = {
+def read_missing_files(folder: Path, kind: str) -> tuple[str, float, float]:
+    """Read a list of a million missing files in a worker process.
+
+    Returns:
+        The error message, CPU seconds and additional peak memory in bytes.
+    """
+    make_line = {
         "list": lambda i: f"class_{i % 400}/video_{i}.mp4 {i % 2}\n",
         "kinetics": lambda i: f"{'xy'[i % 2]},id{i},1,11,train\n",
     }[kind]
     with open(folder / "train.csv", "w") as file:
         file.write(KINETICS.decode() if kind == "kinetics" else "")
-        file.writelines(map(lines, range(10**6)))
+        file.writelines(map(make_line, range(10**6)))
     (folder / "labels.txt").write_text("x\ny\n")
     Path("/proc/self/clear_refs").write_text("5")
     before, start = peak_bytes(), time.process_time()
@@ -368,38 +385,46 @@ def read_a_million(folder: Path, kind: str) -> tuple[str, float, float]:
 def test_a_million_missing_files_are_reported_in_seconds(tmp_path, kind):
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        message, seconds, extra = pool.submit(read_a_million, tmp_path, kind).result(timeout=250)
+        message, seconds, extra = pool.submit(read_missing_files, tmp_path, kind).result(
+            timeout=250
+        )
     assert "train.csv:" in message
     assert "and 15995 more (the rest of the list was not read)" in message
     assert seconds < 20
     assert extra < MAX_EXTRA_BYTES
 
 
-COMMANDS = ("train.csv: pipe", "train.csv: utf-16", "train.csv: latin-1", "list: windows")
-COMMANDS += ("labels.txt: noise", "train.json: brackets", "class b'a\\nb'", "video b'\\xff.mp4'")
+# Cases that also run with the command-line programs.
+COMMAND_CASES = ("train.csv: pipe", "train.csv: utf-16", "train.csv: latin-1", "list: windows")
+COMMAND_CASES += (
+    "labels.txt: noise",
+    "train.json: brackets",
+    "class b'a\\nb'",
+    "video b'\\xff.mp4'",
+)
 
 
-def run_command(sound: Path, folder: Path, name: str, program: str) -> None:
-    """Run a program on a hostile folder; it must end by itself in a line and without traceback."""
+def run_command(intact: Path, folder: Path, name: str, program: str) -> None:
+    """Check that a program exits with at most one error line, without a traceback."""
     kind, change = make_cases()[name]
-    folder = Path(shutil.copytree(sound / kind, folder))
+    folder = Path(shutil.copytree(intact / kind, folder))
     change(folder)
     command = [sys.executable, "-m", f"jaxvid.data.{program}"]
     outputs = ["--input", folder, "--output", folder.parent / f"{folder.name}-out"]
     command += [folder] if program == "check" else outputs
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=HANGS_SECONDS
+    result = subprocess.run(
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=MAX_WALL_SECONDS
     )
-    assert done.returncode in (0, 2, 3), (name, done.stderr)
-    assert "Traceback" not in done.stderr, (name, done.stderr)
-    if done.returncode == 2:
-        assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1, name
+    assert result.returncode in (0, 2, 3), (name, result.stderr)
+    assert "Traceback" not in result.stderr, (name, result.stderr)
+    if result.returncode == 2:
+        assert sum(line.startswith("error: ") for line in result.stderr.splitlines()) == 1, name
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("program", ["check", "prepare"])
 def test_programs_refuse_hostile_files_in_one_line(tmp_path, program):
-    make_sound(tmp_path / "sound")
-    for i, name in enumerate(COMMANDS):
-        run_command(tmp_path / "sound", tmp_path / str(i), name, program)
+    make_intact(tmp_path / "intact")
+    for i, name in enumerate(COMMAND_CASES):
+        run_command(tmp_path / "intact", tmp_path / str(i), name, program)

@@ -1,4 +1,4 @@
-"""Batches depend on seed and position only, and evaluation yields every video once."""
+"""Batches depend only on the seed and the position; evaluation yields every video once."""
 
 import dataclasses
 import multiprocessing
@@ -38,10 +38,10 @@ def train_batches(records, count, skip=0, **kwargs):
 
 def assert_equal(a, b):
     assert len(a) == len(b)
-    for left, right in zip(a, b, strict=True):
-        assert left.keys() == right.keys()
-        for name in left:
-            np.testing.assert_array_equal(left[name], right[name])
+    for batch_a, batch_b in zip(a, b, strict=True):
+        assert batch_a.keys() == batch_b.keys()
+        for name in batch_a:
+            np.testing.assert_array_equal(batch_a[name], batch_b[name])
 
 
 def test_batches_do_not_depend_on_threads_or_workers(records):
@@ -53,7 +53,7 @@ def test_batches_do_not_depend_on_threads_or_workers(records):
 
 
 def test_workers_ignore_signals_and_end_with_their_parent(records, tmp_path):
-    """Ctrl-C signals every process of a terminal; the run needs batches until it has saved."""
+    """Ctrl-C signals all processes of a terminal, but a run needs its workers until it saved."""
     batches = make_train_iter(
         records, spec=SPEC, batch_size=8, seed=0, num_threads=1, num_workers=1
     )
@@ -95,20 +95,21 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_seeds_and_epochs_differ(records):
+def test_order_differs_between_seeds_and_epochs(records):
     first, second = train_batches(records, 6), train_batches(records, 6, skip=6)
-    other = train_batches(records, 6, seed=1)
-    for batches in (second, other):
+    other_seed = train_batches(records, 6, seed=1)
+    for batches in (second, other_seed):
         assert any((a["label"] != b["label"]).any() for a, b in zip(first, batches, strict=True))
 
 
-def seen(batches) -> list[int]:
+def clip_numbers(batches) -> list[int]:
+    """Return the sorted numbers of the clips in batches of `numbered` records."""
     return sorted(int(i) for batch in batches for i in batch["video"])
 
 
 @pytest.fixture
 def numbered(records, monkeypatch):
-    """Records whose clips are their own index."""
+    """Records for which the pipeline loads their index instead of a clip."""
     numbers = {record.path: i for i, record in enumerate(records)}
 
     def load(record, rng, spec):
@@ -119,20 +120,20 @@ def numbered(records, monkeypatch):
 
 
 def test_an_epoch_contains_every_clip_once(numbered):
-    assert seen(train_batches(numbered, 6)) == list(range(48))
-    assert seen(train_batches(numbered, 6, skip=6)) == list(range(48))
+    assert clip_numbers(train_batches(numbered, 6)) == list(range(48))
+    assert clip_numbers(train_batches(numbered, 6, skip=6)) == list(range(48))
 
 
 def test_shards_are_disjoint_and_complete(numbered):
     shards = [train_batches(numbered, 2, shard=(i, 3)) for i in range(3)]
-    assert sorted(sum((seen(shard) for shard in shards), [])) == list(range(48))
+    assert sorted(sum((clip_numbers(shard) for shard in shards), [])) == list(range(48))
 
 
 def test_each_process_loads_consecutive_rows_of_every_batch(numbered):
-    whole = train_batches(numbered, 5, batch_size=12)
-    parts = [train_batches(numbered, 5, batch_size=4, shard=(i, 3)) for i in range(3)]
-    for i, batch in enumerate(whole):
-        rows = np.concatenate([part[i]["video"] for part in parts])
+    expected = train_batches(numbered, 5, batch_size=12)
+    shards = [train_batches(numbered, 5, batch_size=4, shard=(i, 3)) for i in range(3)]
+    for i, batch in enumerate(expected):
+        rows = np.concatenate([shard[i]["video"] for shard in shards])
         np.testing.assert_array_equal(rows, batch["video"])
 
 
@@ -183,16 +184,14 @@ def test_resumed_batches_do_not_depend_on_the_number_of_processes(records, proce
         resumed.set_state(state)
         clips += list(next(resumed)["video"])
         resumed.close()
-    resumed, uninterrupted = (
-        sorted(clip.tobytes() for clip in part) for part in (clips, expected["video"])
-    )
-    assert resumed == uninterrupted
+    resumed_clips = sorted(clip.tobytes() for clip in clips)
+    assert resumed_clips == sorted(clip.tobytes() for clip in expected["video"])
 
 
 @pytest.mark.parametrize(("batch_size", "processes"), [(5, 1), (8, 1), (64, 1), (5, 2), (7, 3)])
 def test_evaluation_counts_every_video_once(motion_folder, batch_size, processes):
     records = read_list(motion_folder / "val.csv", 8)
-    labels, lengths = [], set()
+    labels, batch_counts = [], set()
     for shard in range(processes):
         batches = make_eval_iter(
             records,
@@ -202,12 +201,12 @@ def test_evaluation_counts_every_video_once(motion_folder, batch_size, processes
             shard=(shard, processes),
         )
         batches = list(batches)
-        lengths.add(len(batches))
+        batch_counts.add(len(batches))
         for batch in batches:
             assert batch["video"].shape == (batch_size, 1, 8, 64, 64, 3)
             assert not batch["video"][~batch["mask"]].any()
             labels += batch["label"][batch["mask"]].tolist()
-    assert len(lengths) == 1  # processes run the same number of collective steps
+    assert len(batch_counts) == 1  # processes run the same number of collective steps
     assert sorted(labels) == sorted(record.label for record in records)
 
 
@@ -217,14 +216,14 @@ def test_views_are_ordered_by_clip_and_crop(motion_folder):
     views = load_eval_views(path, spec)
     assert views["video"].shape == (9, 8, 64, 64, 3)
     assert views["indices"].shape == (3, 8)
-    one = load_eval_views(path, dataclasses.replace(spec, num_clips=1, num_crops=1))
-    np.testing.assert_array_equal(views["video"][1], one["video"][0])  # first clip, centre
-    assert not one["padded"]
-    long = dataclasses.replace(spec, sampling="dense_stride", num_clips=1)
-    assert load_eval_views(path, long)["padded"]
+    single = load_eval_views(path, dataclasses.replace(spec, num_clips=1, num_crops=1))
+    np.testing.assert_array_equal(views["video"][1], single["video"][0])  # first clip, centre crop
+    assert not single["padded"]
+    too_long = dataclasses.replace(spec, sampling="dense_stride", num_clips=1)
+    assert load_eval_views(path, too_long)["padded"]
 
 
-def test_undecodable_videos_are_masked_in_place_with_the_reason(records, tmp_path):
+def test_undecodable_videos_are_masked_with_the_reason(records, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_text("hello")
     num_broken = 0
@@ -268,17 +267,18 @@ def test_invalid_clip_specs_are_refused(options, message):
 
 
 def test_training_short_side_is_drawn_between_its_bounds(records, monkeypatch):
-    sizes, plain = set(), transforms.resize_short_side
+    sizes, original_resize = set(), transforms.resize_short_side
 
     def resize(frames, short_side, *, exact):
         sizes.add(short_side)
-        return plain(frames, short_side, exact=exact)
+        return original_resize(frames, short_side, exact=exact)
 
     monkeypatch.setattr(transforms, "resize_short_side", resize)
     spec, rng = dataclasses.replace(SPEC, train_short_side=(64, 67)), np.random.default_rng(0)
     for _ in range(40):
         load_train_clip(records[0], rng, spec)
-    assert sizes - {SPEC.short_side} == {64, 65, 66, 67}  # a closed iterator may still finish
+    # Threads of iterators that earlier tests closed may still resize frames to SPEC.short_side.
+    assert sizes - {SPEC.short_side} == {64, 65, 66, 67}
 
 
 def test_all_augmentations_return_clips_of_the_crop_size(records):
@@ -342,14 +342,14 @@ def test_invalid_data_folders_are_refused(config, motion_folder):
 
 
 def test_clips_are_mirrored_with_flip_prob(records, monkeypatch):
-    seen = []
+    probabilities = []
 
     def flip(frames, rng, probability):
-        seen.append(probability)
+        probabilities.append(probability)
         return frames
 
     monkeypatch.setattr(transforms, "random_flip", flip)
     for probability in (0.0, 0.3):
         spec = dataclasses.replace(SPEC, flip_prob=probability)
         load_train_clip(records[0], np.random.default_rng(0), spec)
-    assert seen == [0.3]
+    assert probabilities == [0.3]  # no call for 0.0

@@ -1,4 +1,4 @@
-"""All data sources return the same kind of records, and invalid data is refused in one line."""
+"""All data sources return the same kind of records; invalid data gives a one-line error."""
 
 import dataclasses
 import json
@@ -24,22 +24,26 @@ from jaxvid.data.sources import DatasetConfig, Record, open_dataset, read_list
 from jaxvid.data.synthetic_motion import write_clip
 from jaxvid.errors import InputError
 
+# `(t, h, w, c)` uint8, six frames of 4 × 4 squares of 8 × 8 pixels.
 FRAMES = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8).repeat(8, 1).repeat(8, 2)
 
 
 def section(source, folder, prefix=""):
+    """Return the `data` section of a config."""
     fields = {"source": source, "folder": str(folder), "prefix": prefix, "missing": "error"}
     fields |= {"skip_broken": False, "color_matrix": "auto"}
     return DatasetConfig(**fields)
 
 
 def write(path: Path, text: str = "x") -> Path:
+    """Write a text file, creating its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", newline="")
     return path
 
 
 def write_frames(path: Path, key: str, mode: str = "w") -> None:
+    """Write FRAMES as JPEG to the data set `key` of an HDF5 file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, mode) as file:
         jpegs = [simplejpeg.encode_jpeg(frame, quality=95) for frame in FRAMES]
@@ -50,6 +54,7 @@ def write_frames(path: Path, key: str, mode: str = "w") -> None:
 
 @pytest.fixture
 def clips(tmp_path):
+    """A folder of files that may be listed as videos; they contain no video."""
     for name in ("a.mp4", "b c.mp4", "d,e.mp4", "影é.mp4"):
         write(tmp_path / name)
     return tmp_path
@@ -123,7 +128,7 @@ def test_missing_files_are_refused_together_or_kept(clips):
     assert len(read_list(path, 4, missing="keep")) == 9
 
 
-# ------------------------------------------------------------------ names of classes
+# ------------------------------------------------------------------ class names
 
 
 @pytest.mark.parametrize(
@@ -165,7 +170,7 @@ def test_official_kinetics_lists(tmp_path):
         open_dataset(section("folder", tmp_path), 1, ("train",))
 
 
-def test_official_something_lists(tmp_path):
+def test_official_something_something_lists(tmp_path):
     write(tmp_path / "labels.json", '{"Holding something": "1", "Bending something": "0"}')
     path = tmp_path / "something-something-v2-validation.json"
     write(path, '[{"id": "7", "label": "holding a cup", "template": "Holding [something]"}]')
@@ -197,11 +202,11 @@ def test_class_folders(tmp_path):
     assert data.labels == ["a", "b"]
     listed = [(record.id, record.label) for record in data.records["train"]]
     assert listed == [("a/1.avi", 0), ("a/2.MP4", 0), ("b/1.mp4", 1)]
-    # `val` alone has one class; the other split tells that there are two.
-    alone = open_dataset(section("class_folders", tmp_path), 2, ("val",))
-    assert [record.label for record in alone.records["val"]] == [1]
-    flat = open_dataset(section("class_folders", tmp_path / "train"), 2, ("val",))
-    assert len(flat.records["val"]) == 3
+    # `val` contains only class b. The classes are those of all splits.
+    val_only = open_dataset(section("class_folders", tmp_path), 2, ("val",))
+    assert [record.label for record in val_only.records["val"]] == [1]
+    no_splits = open_dataset(section("class_folders", tmp_path / "train"), 2, ("val",))
+    assert len(no_splits.records["val"]) == 3
     write(tmp_path / "labels.txt", "b\n")
     with pytest.raises(InputError, match="the folder 'a' is not a class in .*labels.txt"):
         open_dataset(section("class_folders", tmp_path), 1, ("train",))
@@ -215,12 +220,12 @@ def test_class_folders_that_loop_or_are_missing_are_refused(tmp_path):
             open_dataset(section("class_folders", folder), 1, ("train", "val"))
 
 
-# ------------------------------------------------------------------ XViT's packing
+# ------------------------------------------------------------------ HDF5 files of XViT
 
 
 @pytest.mark.parametrize("packed", ["seq_h5/train", "train"])
 @pytest.mark.parametrize("separator", [",", " "])
-def test_xvit_kinetics(tmp_path, packed, separator):
+def test_xvit_kinetics_layout(tmp_path, packed, separator):
     lines = ("é 1,6,0\n" if separator == "," else "é 1 6 0\n") + f"x{separator}6{separator}2\n"
     write(tmp_path / "annotations" / "train.txt", lines)
     write(tmp_path / "annotation" / "train_fps.txt", f"x{separator}12.5\n")
@@ -234,16 +239,16 @@ def test_xvit_kinetics(tmp_path, packed, separator):
     assert frames.shape == (3, 32, 32, 3)
     assert frames.dtype == np.uint8
     np.testing.assert_array_equal(frames[0], frames[2])
-    assert abs(frames.astype(int) - FRAMES[[5, 0, 5]]).mean() < 25  # JPEG, colour at half
+    assert abs(frames.astype(int) - FRAMES[[5, 0, 5]]).mean() < 25  # JPEG is lossy
     with records[0].open() as reader:
         assert reader.fps is None
 
 
-@pytest.mark.parametrize("single", [False, True])
-def test_xvit_something(tmp_path, single):
+@pytest.mark.parametrize("single_file", [False, True])
+def test_xvit_something_something_layout(tmp_path, single_file):
     write(tmp_path / "val_videofolder.txt", "123 6 1\n45 6 0\n")
     for name, mode in (("123", "w"), ("45", "a")):
-        path = "Something-Something-v2-frames.h5" if single else f"seq_h5/{name}.h5"
+        path = "Something-Something-v2-frames.h5" if single_file else f"seq_h5/{name}.h5"
         write_frames(tmp_path / path, name, mode)
     for split in ("val", "test"):
         records = open_dataset(section("xvit_h5", tmp_path), 2, (split,)).records[split]
@@ -271,7 +276,7 @@ def test_malformed_xvit_lists_are_refused(tmp_path, line, message):
         open_dataset(section("xvit_h5", tmp_path), 2, ("val",))
 
 
-def test_damaged_h5_files_are_named(tmp_path):
+def test_decode_errors_name_damaged_h5_files(tmp_path):
     write(tmp_path / "val_videofolder.txt", "x 6 0\ny 6 0\nz 6 0\nw 6 0\n")
     write_frames(tmp_path / "seq_h5/x.h5", "other")
     write(tmp_path / "seq_h5/y.h5", "no HDF5")
@@ -294,13 +299,13 @@ def test_damaged_h5_files_are_named(tmp_path):
         reader.get_frames([0, 2])
 
 
-def link_out(file, folder):
+def add_external_link(file, folder):
     with h5py.File(folder / "other.h5", "w") as other:
         other["x"] = np.zeros((2, 5), np.uint8)
     file["x"] = h5py.ExternalLink("other.h5", "x")
 
 
-def lie_virtually(file, folder):
+def add_virtual_data_set(file, folder):
     with h5py.File(folder / "other.h5", "w") as other:
         other["x"] = np.zeros((2, 5), np.uint8)
     layout = h5py.VirtualLayout((2, 5), np.uint8)
@@ -308,7 +313,7 @@ def lie_virtually(file, folder):
     file.create_virtual_dataset("x", layout)
 
 
-def lie_outside(file, folder):
+def add_external_storage(file, folder):
     write(folder / "raw.bin", "x" * 10)
     file.create_dataset("x", (2, 5), np.uint8, external=[(str(folder / "raw.bin"), 0, 10)])
 
@@ -316,10 +321,10 @@ def lie_outside(file, folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (link_out, "'x' is a link; copy the data into the file"),
+        (add_external_link, "'x' is a link; copy the data into the file"),
         (lambda file, _: file.__setitem__("x", h5py.SoftLink("/y")), "'x' is a link; copy"),
-        (lie_virtually, "its data lies in other files"),
-        (lie_outside, "its data lies in other files"),
+        (add_virtual_data_set, "its data lies in other files"),
+        (add_external_storage, "its data lies in other files"),
         (lambda file, _: file.create_dataset("x", (2**40,), "u1", chunks=(9,)), "are not a video"),
         (lambda file, _: file.create_dataset("x", (2, 2**40), "u1", chunks=(1, 9)), "not a video"),
         (lambda file, _: file.create_dataset("x", (2**19, 2**10), "u1", chunks=(2**19, 2**10)),
@@ -347,7 +352,7 @@ def test_invalid_h5_data_sets_are_refused(tmp_path, make, message):
     assert "\n" not in str(error.value)
 
 
-def test_h5_pipes_do_not_block(tmp_path):
+def test_pipes_named_as_h5_files_are_refused_without_blocking(tmp_path):
     write(tmp_path / "val_videofolder.txt", "x 3 0\n")
     (tmp_path / "seq_h5").mkdir()
     os.mkfifo(tmp_path / "seq_h5" / "x.h5")
@@ -371,7 +376,7 @@ def test_invalid_frame_rates_are_refused(tmp_path, rate):
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-    """Three clips in two files."""
+    """A pack of three clips of five frames in two ArrayRecord files."""
     folder = tmp_path_factory.mktemp("pack")
     rng = np.random.default_rng(0)
     for i in range(3):
@@ -400,8 +405,8 @@ def test_packs_keep_the_exact_frame_rate(tmp_path):
 
 
 @pytest.fixture
-def copy(pack, tmp_path):
-    """A copy of the pack, to be damaged."""
+def pack_copy(pack, tmp_path):
+    """A copy of the pack that the test may damage."""
     for path in pack.iterdir():
         if path.is_file():
             (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -426,15 +431,15 @@ def test_packs_are_read_as_records(pack):
         open_dataset(section("pack", pack), 2, ("train",))
 
 
-def test_tfds_finds_a_pack_by_name(copy, monkeypatch):
-    home = copy / "home" / "jaxvid" / "1.0.0"
+def test_packs_can_be_opened_by_their_tfds_name(pack_copy, monkeypatch):
+    home = pack_copy / "home" / "jaxvid" / "1.0.0"
     home.mkdir(parents=True)
-    for path in list(copy.iterdir()):
+    for path in list(pack_copy.iterdir()):
         if path.is_file():
             os.rename(path, home / path.name)
     import tensorflow_datasets as tfds
 
-    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(copy / "home"))
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(pack_copy / "home"))
     data = open_dataset(section("tfds", "jaxvid"), 2, ("val",))
     assert [(r.id, r.label) for r in data.records["val"]][2] == ("2.mp4", 1)
     with pytest.raises(InputError, match="nothing_like_it: no readable pack"):
@@ -453,14 +458,14 @@ def frames_of(records, index) -> dict[int, np.ndarray | str]:
     return frames
 
 
-def test_flipped_bytes_never_yield_wrong_frames_or_labels(copy):
-    path = copy / "jaxvid-val.array_record-00000-of-00002"
-    sound = path.read_bytes()
-    expected = frames_of(open_dataset(section("pack", copy), 2, ("val",)).records["val"], 0)
+def test_flipped_bytes_never_yield_wrong_frames_or_labels(pack_copy):
+    path = pack_copy / "jaxvid-val.array_record-00000-of-00002"
+    intact = path.read_bytes()
+    expected = frames_of(open_dataset(section("pack", pack_copy), 2, ("val",)).records["val"], 0)
     reasons = []
-    for position in range(40, len(sound), len(sound) // 60):
-        path.write_bytes(sound[:position] + bytes([sound[position] ^ 8]) + sound[position + 1 :])
-        records = open_dataset(section("pack", copy), 2, ("val",)).records["val"]
+    for position in range(40, len(intact), len(intact) // 60):
+        path.write_bytes(intact[:position] + bytes([intact[position] ^ 8]) + intact[position + 1 :])
+        records = open_dataset(section("pack", pack_copy), 2, ("val",)).records["val"]
         assert (records[0].id, records[0].label) == ("0.mp4", 1)
         for i, frame in frames_of(records, 0).items():
             if isinstance(frame, str):
@@ -472,25 +477,25 @@ def test_flipped_bytes_never_yield_wrong_frames_or_labels(copy):
     assert not any("\n" in reason for reason in reasons)
 
 
-def test_damage_affects_only_its_record(copy):
-    path = copy / "jaxvid-val.array_record-00000-of-00002"
+def test_damage_affects_only_its_record(pack_copy):
+    path = pack_copy / "jaxvid-val.array_record-00000-of-00002"
     data = bytearray(path.read_bytes())
-    records = open_dataset(section("pack", copy), 2, ("val",)).records["val"]
-    sound = [frames_of(records, i) for i in range(3)]
-    [jpeg] = records.read(1)["frames"]  # the last of five frames of the first video
+    records = open_dataset(section("pack", pack_copy), 2, ("val",)).records["val"]
+    intact = [frames_of(records, i) for i in range(3)]
+    [jpeg] = records.read(1)["frames"]  # frame 4 of the first video
     data[data.index(jpeg) + len(jpeg) // 2] ^= 8
     path.write_bytes(data)
-    records = open_dataset(section("pack", copy), 2, ("val",)).records["val"]
+    records = open_dataset(section("pack", pack_copy), 2, ("val",)).records["val"]
     for i in range(3):
         for number, frame in frames_of(records, i).items():
             if (i, number) == (0, 4):
                 assert "record 1 of split 'val' cannot be read" in frame
             else:
-                np.testing.assert_array_equal(frame, sound[i][number])
+                np.testing.assert_array_equal(frame, intact[i][number])
     spec = ClipSpec(num_frames=2, crop=16, short_side=48)
     [batch] = make_eval_iter(records, spec=spec, batch_size=3, num_threads=2)
-    assert batch["mask"].tolist() == [True] * 3  # frames 1 and 3: the damaged one is not wanted
-    spec = ClipSpec(num_frames=8, crop=16, short_side=48)  # more than there are: all are wanted
+    assert batch["mask"].tolist() == [True] * 3  # samples only frames 1 and 3
+    spec = ClipSpec(num_frames=8, crop=16, short_side=48)  # samples all five frames
     [batch] = make_eval_iter(records, spec=spec, batch_size=3, num_threads=2)
     assert batch["mask"].tolist() == [False, True, True]
 
@@ -512,41 +517,43 @@ def test_damage_affects_only_its_record(copy):
         ),
     ],
 )
-def test_an_index_that_differs_from_the_records_is_a_decode_error(copy, text, replacement, message):
-    path = copy / "val_index.csv"
+def test_an_index_that_differs_from_the_records_is_a_decode_error(
+    pack_copy, text, replacement, message
+):
+    path = pack_copy / "val_index.csv"
     path.write_text(path.read_text().replace(text, replacement))
-    records = open_dataset(section("pack", copy), 2, ("val",)).records["val"]
-    [reason] = [
+    records = open_dataset(section("pack", pack_copy), 2, ("val",)).records["val"]
+    reason = next(
         frame for i in (0, 1) for frame in frames_of(records, i).values() if isinstance(frame, str)
-    ][:1]
+    )
     assert re.search(message, reason)
 
 
-def test_invalid_index_files_are_refused(copy):
-    path = copy / "val_index.csv"
-    sound = path.read_text()
+def test_invalid_index_files_are_refused(pack_copy):
+    path = pack_copy / "val_index.csv"
+    intact = path.read_text()
     for text, message in (
-        (sound.replace("1.mp4,0", "1.mp4,x"), "val_index.csv: is damaged"),
-        (sound.replace("1.mp4,0", "1.mp4,2"), "is damaged .label is out of range: 0 to 1"),
-        (sound.replace("15.0", "nan"), "is damaged .fps is out of range: 0 to 1000"),
-        (sound.replace(",2,4,0", ",3,4,0"), "is damaged .records are not contiguous"),
-        (sound.replace("1.mp4,0,5", "1.mp4,0,-1"), "is damaged .num_frames is out of range"),
-        (sound + "3.mp4,0,5,15.0,6,4,0\n", "lists 8 records, the pack holds 6"),
-        (sound + "3.mp4,0,5\n", "is damaged"),
-        (sound.splitlines()[0] + "\n", "lists no readable video"),
+        (intact.replace("1.mp4,0", "1.mp4,x"), "val_index.csv: is damaged"),
+        (intact.replace("1.mp4,0", "1.mp4,2"), "is damaged .label is out of range: 0 to 1"),
+        (intact.replace("15.0", "nan"), "is damaged .fps is out of range: 0 to 1000"),
+        (intact.replace(",2,4,0", ",3,4,0"), "is damaged .records are not contiguous"),
+        (intact.replace("1.mp4,0,5", "1.mp4,0,-1"), "is damaged .num_frames is out of range"),
+        (intact + "3.mp4,0,5,15.0,6,4,0\n", "lists 8 records, the pack holds 6"),
+        (intact + "3.mp4,0,5\n", "is damaged"),
+        (intact.splitlines()[0] + "\n", "lists no readable video"),
         ("", "lists no readable video"),
         ("id,label,num_frames,fps\n0.mp4,1,5,15.0\n", "has an older layout; run prepare again"),
         (None, "val_index.csv does not exist; run prepare again"),
     ):
         path.unlink() if text is None else path.write_text(text)
         with pytest.raises(InputError, match=message) as error:
-            open_dataset(section("pack", copy), 2, ("val",))
+            open_dataset(section("pack", pack_copy), 2, ("val",))
         assert "\n" not in str(error.value)
 
 
 @pytest.fixture
-def foreign(tmp_path):
-    """Return a TFDS data set of another program, without ids; the second record is damaged."""
+def tfds_folder(tmp_path):
+    """A TFDS data set that is not from `prepare`, without ids; its second record is damaged."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
@@ -584,16 +591,19 @@ def foreign(tmp_path):
     return tmp_path
 
 
-def test_damaged_records_of_other_tfds_sets_are_masked(foreign, monkeypatch):
-    records = open_dataset(section("pack", foreign), 2, ("val",)).records["val"]
-    read, function = [], PackRecords.read
-    monkeypatch.setattr(
-        PackRecords, "read", lambda self, record: read.append(record) or function(self, record)
-    )
+def test_damaged_records_of_other_tfds_data_sets_are_masked(tfds_folder, monkeypatch):
+    records = open_dataset(section("pack", tfds_folder), 2, ("val",)).records["val"]
+    record_numbers, read = [], PackRecords.read
+
+    def log_and_read(self, record):
+        record_numbers.append(record)
+        return read(self, record)
+
+    monkeypatch.setattr(PackRecords, "read", log_and_read)
     spec = ClipSpec(num_frames=6, crop=32, short_side=32)
     [batch] = make_eval_iter(records, spec=spec, batch_size=3, num_threads=1)
     _, ids, errors = split_batch(batch)
-    assert sorted(read) == [0, 1, 2]
+    assert sorted(record_numbers) == [0, 1, 2]
     assert batch["mask"].tolist() == [True, False, True]
     assert batch["label"].tolist() == [0, 0, 0]
     assert ids == ["val/0", "val/1", "val/2"]
@@ -605,25 +615,25 @@ def test_damaged_records_of_other_tfds_sets_are_masked(foreign, monkeypatch):
     ]  # fmt: skip
 
 
-def test_damaged_packs_are_refused(copy):
-    data = section("pack", copy)
+def test_damaged_packs_are_refused(pack_copy):
+    data = section("pack", pack_copy)
 
     def refuse(message):
         with pytest.raises(InputError, match=message) as error:
             open_dataset(data, 2, ("val",))
         assert "\n" not in str(error.value)
 
-    info = copy / "dataset_info.json"
-    described = json.loads(info.read_text())
-    info.write_text(json.dumps(described)[:-20])
+    info = pack_copy / "dataset_info.json"
+    metadata = json.loads(info.read_text())
+    info.write_text(json.dumps(metadata)[:-20])
     refuse("no readable pack")
     template = "../{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    described["splits"][0]["filepathTemplate"] = template
-    info.write_text(json.dumps(described))
+    metadata["splits"][0]["filepathTemplate"] = template
+    info.write_text(json.dumps(metadata))
     refuse("lies outside")
-    described["splits"][0]["filepathTemplate"] = template[3:]
-    info.write_text(json.dumps(described))
-    (copy / "jaxvid-val.array_record-00001-of-00002").unlink()
+    metadata["splits"][0]["filepathTemplate"] = template[3:]
+    info.write_text(json.dumps(metadata))
+    (pack_copy / "jaxvid-val.array_record-00001-of-00002").unlink()
     refuse("00001-of-00002 .*do not exist")
     info.unlink()
     refuse("no readable pack .*run jaxvid.data.prepare")
@@ -635,12 +645,12 @@ def test_unknown_sources_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "", "\n\n", "a\n", "a\nb, c\nd\n", "a\na\n"])
-def test_packs_without_class_names_are_refused(copy, text):
-    """TFDS would number the classes."""
-    path = copy / "label.labels.txt"
+def test_packs_without_class_names_are_refused(pack_copy, text):
+    """Without these names, TFDS would name the classes by their numbers."""
+    path = pack_copy / "label.labels.txt"
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(InputError) as error:
-        open_dataset(section("pack", copy), 2, ("val",))
+        open_dataset(section("pack", pack_copy), 2, ("val",))
     message = str(error.value)
     assert "\n" not in message
     if text in (None, "", "\n\n"):
@@ -665,8 +675,8 @@ def test_h5_packs_without_class_names_are_refused(pack, tmp_path):
     "name", ["dataset_info.json", "features.json", "label.labels.txt", "val_index.csv"]
 )
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop"])
-def test_metadata_that_are_not_regular_files_are_refused_without_blocking(copy, name, kind):
-    path = copy / name
+def test_metadata_files_that_are_not_regular_are_refused_without_blocking(pack_copy, name, kind):
+    path = pack_copy / name
     path.unlink()
     {
         "pipe": os.mkfifo,
@@ -675,7 +685,7 @@ def test_metadata_that_are_not_regular_files_are_refused_without_blocking(copy, 
         "loop": lambda path: path.symlink_to(name),
     }[kind](path)
     with pytest.raises(InputError) as error:
-        open_dataset(section("pack", copy), 2, ("val",))
+        open_dataset(section("pack", pack_copy), 2, ("val",))
     assert "\n" not in str(error.value)
     assert name in str(error.value)
 
@@ -699,20 +709,20 @@ def test_metadata_that_are_not_regular_files_are_refused_without_blocking(copy, 
         {"numBytes": "many"},
     ],
 )
-def test_invalid_split_metadata_is_refused(copy, change):
-    path = copy / "dataset_info.json"
-    described = json.loads(path.read_text())
-    described["splits"][0] |= change
-    path.write_text(json.dumps(described))
+def test_invalid_split_metadata_is_refused(pack_copy, change):
+    path = pack_copy / "dataset_info.json"
+    metadata = json.loads(path.read_text())
+    metadata["splits"][0] |= change
+    path.write_text(json.dumps(metadata))
     with pytest.raises(InputError) as error:
-        open_dataset(section("pack", copy), 2, ("val",))
+        open_dataset(section("pack", pack_copy), 2, ("val",))
     assert "\n" not in str(error.value)
-    assert str(copy) in str(error.value)
+    assert str(pack_copy) in str(error.value)
 
 
-def test_overflowing_numbers_in_an_index_are_refused(copy):
-    path = copy / "val_index.csv"
-    sound = path.read_text()
+def test_overflowing_numbers_in_an_index_are_refused(pack_copy):
+    path = pack_copy / "val_index.csv"
+    intact = path.read_text()
     for number in ("9223372036854775807", "9" * 400, "1e999", "4611686018427387904"):
         for old, new in (
             ("0.mp4,1,5,", f"0.mp4,1,{number},"),
@@ -721,8 +731,8 @@ def test_overflowing_numbers_in_an_index_are_refused(copy):
             ("15.0,0,4,", f"15.0,{number},4,"),
             ("15.0,0,4,", f"15.0,0,{number},"),
         ):
-            path.write_text(sound.replace(old, new))
-            assert path.read_text() != sound
+            path.write_text(intact.replace(old, new))
+            assert path.read_text() != intact
             with pytest.raises(InputError, match="val_index.csv: is damaged") as error:
-                open_dataset(section("pack", copy), 2, ("val",))
+                open_dataset(section("pack", pack_copy), 2, ("val",))
             assert "\n" not in str(error.value)

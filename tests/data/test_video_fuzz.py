@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
-from tests.data.test_video_reader import KINDS, decode_everything, write_video
+from tests.data.test_video_reader import SUFFIX_OPTIONS, decode_with_pyav, write_video
 
 NUM_CASES = 10_000
-MAX_SECONDS = 5.0  # a whole clip decodes in milliseconds
-CLIPS = {  # name → how it is written
+MAX_SECONDS = 5.0  # per file; intact clips decode in milliseconds
+CLIPS = {  # file name → arguments of `write_video`
     "h264.mp4": {"options": {"bf": "3", "g": "12"}},
     "fragmented.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
     "h264.mkv": {"options": {"bf": "3", "g": "12", "x264-params": "open-gop=1"}},
@@ -23,26 +23,37 @@ CLIPS = {  # name → how it is written
     "h264.mov": {"options": {"bf": "3", "g": "12"}, "turn": (90,)},
     "mpeg2.ts": {"codec": "mpeg2video", "gop_size": 10},
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8"}, "frames": 15},
-    # One of each other container, and of each codec that the files above do not have.
+    # Containers and codecs that the files above do not cover.
     **{
-        f"kind{suffix}": KINDS[suffix]
+        f"kind{suffix}": SUFFIX_OPTIONS[suffix]
         for suffix in (
             *(".gif", ".mpg", ".m2v", ".vob", ".m2ts", ".wmv", ".asf", ".flv", ".ogv", ".mxf"),
             *(".rm", ".rmvb", ".nut", ".y4m"),
         )
     },
-    "kind.dv": {**KINDS[".dv"], "frames": 2},
+    "kind.dv": {**SUFFIX_OPTIONS[".dv"], "frames": 2},
 }
 
 
 @pytest.fixture(scope="module")
 def h264(tmp_path_factory):
-    """A whole video with key frames at 0, 12, 24 and 36."""
+    """An intact video of 40 frames with key frames at 0, 12, 24 and 36."""
     return write_video(tmp_path_factory.mktemp("video") / "h264.mp4", **CLIPS["h264.mp4"])
 
 
 def damage(source, path, position: int, kind: str):
-    """Copy a video with one packet damaged: the middle of its data, or the length before it."""
+    """Copy a video and damage one of its packets.
+
+    Args:
+        source: The intact MP4 file.
+        path: The copy.
+        position: Index of the packet.
+        kind: `data` to overwrite half of the packet, from a third on; `length` to overwrite its
+            first four bytes, which are the length of the encoded picture.
+
+    Returns:
+        `path`.
+    """
     with av.open(str(source)) as video:
         packet = [p for p in video.demux(video=0) if p.size][position]
     data = bytearray(source.read_bytes())
@@ -55,15 +66,15 @@ def damage(source, path, position: int, kind: str):
     return path
 
 
-# Of a frame between key frames any data at all are a picture, which nobody can tell from the true.
+# Between key frames only lengths are damaged: a decoder may accept any data there as a picture.
 @pytest.mark.parametrize(
     ("position", "kind"), [(0, "data"), (5, "length"), (13, "length"), (24, "data"), (30, "length")]
 )
 def test_damage_affects_frames_up_to_the_next_key_frame(h264, tmp_path, position, kind):
-    """What comes is right, and what is damaged does not come."""
+    """Every frame is either bit-identical to the intact one or raises a DecodeError."""
     path = damage(h264, tmp_path / "bad.mp4", position, kind)
-    expected, start = decode_everything(h264), position // 12 * 12
-    outcomes = {}
+    expected, key_frame = decode_with_pyav(h264), position // 12 * 12
+    errors = {}
     with VideoFile(path) as video:
         readable = video.count_readable()
         assert 28 <= readable < 40
@@ -72,19 +83,19 @@ def test_damage_affects_frames_up_to_the_next_key_frame(h264, tmp_path, position
             try:
                 np.testing.assert_array_equal(video.get_frames(np.array([i]))[0], expected[i])
             except DecodeError as error:
-                outcomes[i] = str(error)
-    assert start <= min(outcomes) <= max(outcomes) < start + 12
-    for i, line in outcomes.items():
-        assert f"frame {i} is damaged; {readable} of 40 can be read" in line
+                errors[i] = str(error)
+    assert key_frame <= min(errors) <= max(errors) < key_frame + 12
+    for i, error in errors.items():
+        assert f"frame {i} is damaged; {readable} of 40 can be read" in error
 
 
 def test_truncated_videos_yield_their_frames_or_an_error(tmp_path):
-    """Cut at every tenth: the frames that come are right, and no cut goes unnoticed."""
-    source = write_video(tmp_path / "whole.mkv", options={"bf": "3", "g": "12"})
-    whole, expected = source.read_bytes(), decode_everything(source)
+    """A video cut at each tenth has fewer frames, the first intact, or raises a DecodeError."""
+    source = write_video(tmp_path / "intact.mkv", options={"bf": "3", "g": "12"})
+    data, expected = source.read_bytes(), decode_with_pyav(source)
     for tenth in range(1, 10):
         path = tmp_path / f"{tenth}.mkv"
-        path.write_bytes(whole[: len(whole) * tenth // 10])
+        path.write_bytes(data[: len(data) * tenth // 10])
         try:
             with VideoFile(path) as video:
                 assert video.num_frames < len(expected)
@@ -95,7 +106,7 @@ def test_truncated_videos_yield_their_frames_or_an_error(tmp_path):
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """One to four damages of one kind; half of them near the start, where the headers are."""
+    """Damage data in one to four places, about half of them in the headers at the start."""
     changed = np.frombuffer(data, np.uint8).copy()
     kind = rng.choice(["flip", "zero", "noise", "splice", "truncate", "delete"])
     for _ in range(rng.integers(1, 5)):
@@ -122,7 +133,7 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def run_case(folder: Path, case: int) -> tuple[str, float]:
-    """In a process of its own: the error of one mutation, or "", and how many seconds it takes."""
+    """Read a mutated file in a worker process; return its decode error, or "", and the seconds."""
     rng = np.random.default_rng([3, case])
     source = folder / list(CLIPS)[case % len(CLIPS)]
     path = folder / f"{case}{source.suffix}"
@@ -151,7 +162,7 @@ def run_case(folder: Path, case: int) -> tuple[str, float]:
 def test_mutated_files_yield_frames_or_a_decode_error(tmp_path):
     for name, settings in CLIPS.items():
         write_video(tmp_path / name, **settings)
-    # A crash of a process breaks the pool; the cases before it say where to look.
+    # A crash of a worker process breaks the pool. The first failure is close to its cause.
     outcomes, failures, slowest = collections.Counter(), [], 0.0
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool:

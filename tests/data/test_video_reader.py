@@ -1,4 +1,4 @@
-"""Frames by index are bit-identical to those of decoding the whole file."""
+"""Frames read by index are bit-identical to those of decoding the whole file."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ from jaxvid.data.folder_scan import VIDEO_SUFFIXES
 from jaxvid.data.formats import video_reader
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 
-VARIABLE = np.arange(40) + np.arange(40) ** 2 // 20  # frame times, in 1/25 s
+VARIABLE_TIMES = np.arange(40) + np.arange(40) ** 2 // 20  # frame times, in 1/25 s
 
 
 def write_video(
@@ -29,10 +29,23 @@ def write_video(
     pix_fmt="yuv420p",
     **settings,
 ):
-    """A video of moving noise with B-frames and several key frames.
+    """Write a video of moving noise at 25 frames/s.
 
-    `times`: of each frame, in 1/25 s. `turn`: arguments of the display matrix. `container`: if it
-    is not that of the name.
+    Args:
+        path: The file.
+        codec: FFmpeg's name of the encoder.
+        frames: Number of frames.
+        size: Height and width in pixels.
+        options: Options of the encoder.
+        times: Timestamp of each frame in 1/25 s.
+        turn: Arguments of PyAV's `set_display_rotation`.
+        container_options: Options of the container format.
+        container: Container format; by default, that of the suffix of `path`.
+        pix_fmt: Pixel format.
+        **settings: Attributes of the codec context.
+
+    Returns:
+        `path`.
     """
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 255, (size[0] * 2, size[1] * 2, 3), np.uint8)
@@ -40,7 +53,7 @@ def write_video(
         stream = file.add_stream(codec, rate=25)
         stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
         stream.options = options or {}
-        stream.codec_context.thread_count = 1  # on a busy machine libvpx's threads may lock up
+        stream.codec_context.thread_count = 1  # libvpx may deadlock with several threads
         for name, value in settings.items():
             setattr(stream.codec_context, name, value)
         if turn:
@@ -55,8 +68,8 @@ def write_video(
     return path
 
 
-# How a small file of each kind that a folder scan finds is written.
-KINDS = {
+# Suffix of videos that a folder scan finds → arguments of `write_video` for such a file.
+SUFFIX_OPTIONS = {
     **dict.fromkeys((".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".m2ts", ".mts", ".f4v"), {}),
     ".qt": {"container": "mov"},
     ".webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8"}},
@@ -81,21 +94,23 @@ KINDS = {
 }
 
 
-def decode_everything(path) -> np.ndarray:
+def decode_with_pyav(path) -> np.ndarray:
+    """Return all frames that FFmpeg decodes, as the reference for `VideoFile`."""
     with av.open(str(path)) as container:
         return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
 
 
-def decode_all_of(path) -> np.ndarray:
+def read_all_frames(path) -> np.ndarray:
+    """Return all frames of a `VideoFile`."""
     with VideoFile(path) as video:
         return video.get_frames(np.arange(video.num_frames))
 
 
-def cut_without_decoding(source, path, start: int):
-    """Copy a video's packets from the `start`-th on: it begins between key frames."""
+def drop_first_packets(source, path, count: int):
+    """Copy a video without its first `count` packets, so that it does not start at a key frame."""
     with av.open(str(source)) as video, av.open(str(path), "w") as copy:
         stream = copy.add_stream_from_template(video.streams.video[0])
-        for packet in [p for p in video.demux(video=0) if p.size][start:]:
+        for packet in [p for p in video.demux(video=0) if p.size][count:]:
             packet.stream = stream
             copy.mux(packet)
     return path
@@ -103,13 +118,14 @@ def cut_without_decoding(source, path, start: int):
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
+    """Name → video file."""
     folder = tmp_path_factory.mktemp("videos")
     closed, open_gops = {"bf": "3", "g": "12"}, {"bf": "3", "g": "12", "x264-params": "open-gop=1"}
-    whole = write_video(folder / "whole.mkv", options=closed)
+    uncut = write_video(folder / "uncut.mkv", options=closed)
     open_mkv = write_video(folder / "open.mkv", options=open_gops)
     return {
         "av1": write_video(folder / "av1.mkv", "libsvtav1", frames=20, options={"preset": "12"}),
-        "cut": cut_without_decoding(whole, folder / "cut.mkv", 5),
+        "cut": drop_first_packets(uncut, folder / "cut.mkv", 5),
         "h264": write_video(folder / "h264.mp4", options=closed),
         "hevc": write_video(
             folder / "hevc.mp4", "libx265", options={"x265-params": "log-level=0:keyint=12"}
@@ -118,7 +134,7 @@ def videos(tmp_path_factory):
         "interlaced": write_video(
             folder / "interlaced.mp4", options={**closed, "x264-params": "tff=1"}
         ),
-        "open_cut": cut_without_decoding(open_mkv, folder / "open_cut.mkv", 5),
+        "open_cut": drop_first_packets(open_mkv, folder / "open_cut.mkv", 5),
         "open_mkv": open_mkv,
         "open_gops": write_video(folder / "open.mp4", options=open_gops),
         "one_gop": write_video(folder / "one.mp4", options={"bf": "3", "g": "250"}),
@@ -126,7 +142,7 @@ def videos(tmp_path_factory):
         "mpeg4_avi": write_video(folder / "mpeg4.avi", codec="mpeg4", gop_size=10),
         "mpeg4_b_avi": write_video(folder / "b.avi", codec="mpeg4", gop_size=10, max_b_frames=2),
         "one_frame": write_video(folder / "frame.mp4", frames=1),
-        "vfr": write_video(folder / "vfr.mp4", options=closed, times=VARIABLE),
+        "vfr": write_video(folder / "vfr.mp4", options=closed, times=VARIABLE_TIMES),
         "vp8": write_video(
             folder / "vp8.webm", "libvpx", options={"auto-alt-ref": "1", "lag-in-frames": "16"}
         ),
@@ -134,6 +150,7 @@ def videos(tmp_path_factory):
     }
 
 
+# Names of `videos` of which all frames can be decoded.
 EXACT = (
     "h264 cut open_gops one_gop matroska mpeg4_avi mpeg4_b_avi one_frame vfr av1 hevc mpeg2 vp8 "
     "vp9 interlaced"
@@ -143,8 +160,8 @@ EXACT = (
 @pytest.mark.parametrize("max_bytes", [video_reader.MAX_PACKET_BYTES, 0])
 @pytest.mark.parametrize("name", EXACT.split())
 def test_frames_by_index_are_exact(videos, name, max_bytes, monkeypatch):
-    monkeypatch.setattr(video_reader, "MAX_PACKET_BYTES", max_bytes)  # with 0 it seeks in the file
-    expected = decode_everything(videos[name])
+    monkeypatch.setattr(video_reader, "MAX_PACKET_BYTES", max_bytes)  # 0: seeks in the file
+    expected = decode_with_pyav(videos[name])
     rng = np.random.default_rng(0)
     with VideoFile(videos[name]) as video:
         assert video.num_frames == len(expected) == video.count_readable()
@@ -155,7 +172,7 @@ def test_frames_by_index_are_exact(videos, name, max_bytes, monkeypatch):
 
 
 def outcome(frames) -> np.ndarray | str:
-    """The frames of a callable, or why there are none."""
+    """Return the frames that a function yields, or its decode error."""
     try:
         return np.stack(list(frames()))
     except DecodeError as error:
@@ -178,35 +195,38 @@ def test_sequential_frames_equal_frames_by_index(videos, name, max_bytes, monkey
 
 @pytest.mark.parametrize("name", ["h264", "one_gop", "open_mkv", "mpeg4_avi", "mpeg4_b_avi"])
 def test_damage_is_detected_sequentially_and_by_index(videos, name, tmp_path):
-    sound, rng, broken = videos[name].read_bytes(), np.random.default_rng(0), 0
+    intact, rng, num_broken = videos[name].read_bytes(), np.random.default_rng(0), 0
     path = tmp_path / videos[name].name
     for _ in range(20):
-        data = bytearray(sound)
+        data = bytearray(intact)
         start = int(rng.integers(len(data) // 8, len(data) * 3 // 4))
         data[start : start + 200] = rng.bytes(200)
         path.write_bytes(data)
         try:
             with VideoFile(path) as video, VideoFile(path) as other:
-                every = np.arange(video.num_frames)
-                frames = outcome(functools.partial(video.iter_frames, every))
-                expected = outcome(functools.partial(other.get_frames, every))
+                indices = np.arange(video.num_frames)
+                frames = outcome(functools.partial(video.iter_frames, indices))
+                expected = outcome(functools.partial(other.get_frames, indices))
                 assert video.count_readable() == other.count_readable()
                 assert video.oddities == other.oddities
-        except DecodeError:  # it cannot even be opened
+        except DecodeError:  # the file cannot be opened
             continue
-        broken += isinstance(frames, str)
+        num_broken += isinstance(frames, str)
         np.testing.assert_array_equal(frames, expected)
-    assert broken > 0  # 5 to 19; encoders differ between machines
+    assert num_broken > 0  # 5 to 19 of 20; encoders differ between machines
 
 
 def test_sequential_decoding_is_single_pass_and_bounded_in_time(videos, monkeypatch):
     with VideoFile(videos["mpeg4_b_avi"]) as video:
         assert video.times is None
         starts, packets_from = [], video._packets_from
-        monkeypatch.setattr(
-            video, "_packets_from", lambda *args: starts.append(args) or packets_from(*args)
-        )
-        monkeypatch.setattr(check, "CHUNK_BYTES", 5 * 48 * 64 * 3)
+
+        def log_and_start(*args):
+            starts.append(args)
+            return packets_from(*args)
+
+        monkeypatch.setattr(video, "_packets_from", log_and_start)
+        monkeypatch.setattr(check, "CHUNK_BYTES", 5 * 48 * 64 * 3)  # five frames
         lengths = [len(chunk) for chunk in check.iter_frames(video, np.arange(40))]
         assert lengths == [5] * 8
         assert len(starts) == 1
@@ -219,8 +239,8 @@ def test_sequential_decoding_is_single_pass_and_bounded_in_time(videos, monkeypa
 
 @pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)
 def test_all_listed_suffixes_are_decoded_exactly(suffix, tmp_path, monkeypatch):
-    path = write_video(tmp_path / f"video{suffix}", frames=12, **KINDS[suffix])
-    expected = decode_everything(path)
+    path = write_video(tmp_path / f"video{suffix}", frames=12, **SUFFIX_OPTIONS[suffix])
+    expected = decode_with_pyav(path)
     assert len(expected) == 12
     for max_bytes in (video_reader.MAX_PACKET_BYTES, 0):
         monkeypatch.setattr(video_reader, "MAX_PACKET_BYTES", max_bytes)
@@ -235,12 +255,11 @@ def test_indices_outside_of_the_video_raise_an_index_error(videos):
         video.get_frames(np.array([40]))
 
 
-def test_broken_files_are_named_with_a_reason(videos, tmp_path):
+def test_decode_errors_name_the_file_and_the_reason(videos, tmp_path):
     (tmp_path / "text.mp4").write_text("hello")
     (tmp_path / "empty.mp4").write_bytes(b"")
-    whole = videos["matroska"].read_bytes()
-    (tmp_path / "header.mkv").write_bytes(whole[:600])
-    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+    (tmp_path / "header.mkv").write_bytes(videos["matroska"].read_bytes()[:600])
+    with av.open(str(tmp_path / "audio.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=44100, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
         frame.sample_rate = 44100
@@ -251,40 +270,40 @@ def test_broken_files_are_named_with_a_reason(videos, tmp_path):
         "text.mp4": "Invalid data",
         "empty.mp4": "Invalid data",
         "header.mkv": "",
-        "sound.mp4": "no video stream",
+        "audio.mp4": "no video stream",
     }
     for name, reason in reasons.items():
         with pytest.raises(DecodeError, match=f"{name}.*{reason}") as error:
-            decode_all_of(tmp_path / name)
+            read_all_frames(tmp_path / name)
         assert "\n" not in str(error.value)
 
 
-def test_frames_are_skipped_only_for_codecs_that_mark_them(videos, monkeypatch):
-    """Otherwise the tests of exactness would compare sequential decoding with itself."""
+def test_frames_by_index_are_read_without_decoding_the_whole_file(videos, monkeypatch):
+    """Otherwise, the tests of random access would compare sequential decoding with itself."""
     monkeypatch.setattr(VideoFile, "_decode_all", None)
     for name in ("h264", "one_gop", "matroska", "vfr", "hevc", "av1"):
         with VideoFile(videos[name]) as video:
             assert len(video.get_frames(np.array([3, 9, 19]))) == 3
 
 
-def test_frames_before_the_first_key_frame_are_left_out(videos):
-    """Their references were cut off; the frames after it are as in the whole video."""
+def test_frames_whose_reference_frames_were_cut_off_are_damaged(videos):
+    """These are the frames shown before the first key frame; all later frames are intact."""
     with VideoFile(videos["open_cut"]) as video:
         damaged = video.num_frames - video.count_readable()
         assert 0 < damaged <= 3
         with pytest.raises(DecodeError, match="frame 0 is damaged; "):
             video.get_frames(np.array([0]))
         rest = video.get_frames(np.arange(damaged, video.num_frames))
-    expected = decode_everything(videos["open_mkv"])
+    expected = decode_with_pyav(videos["open_mkv"])
     np.testing.assert_array_equal(rest, expected[-len(rest) :])
 
 
-def test_times_and_rate(videos, tmp_path):
+def test_frame_times_and_frame_rate(videos, tmp_path):
     with VideoFile(videos["h264"]) as video:
         np.testing.assert_allclose(video.times, np.arange(40) / 25)
         assert (video.fps, video.oddities) == (25, [])
     with VideoFile(videos["vfr"]) as video:
-        np.testing.assert_allclose(video.times, VARIABLE / 25)
+        np.testing.assert_allclose(video.times, VARIABLE_TIMES / 25)
         assert "variable frame rate" in video.oddities
     with VideoFile(videos["matroska"]) as video:
         np.testing.assert_allclose(video.times, np.arange(40) / 25)
@@ -308,7 +327,7 @@ def test_times_and_rate(videos, tmp_path):
     ],
 )
 def test_the_display_matrix_is_applied(tmp_path, turn, filters, oddity):
-    """The filters are those that FFmpeg's program inserts for the same file."""
+    """The `ffmpeg` program inserts the same filters for such a file."""
     path = write_video(tmp_path / "turned.mp4", frames=3, turn=turn)
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0)).reformat(format="rgb24")
@@ -327,28 +346,30 @@ def test_the_display_matrix_is_applied(tmp_path, turn, filters, oddity):
 
 
 def write_colour(path, yuv, pix_fmt, options, size=(48, 64), codec="libx264", full=False):
-    """Frames of one colour, given in 8 bits."""
+    """Write three frames of one colour; `yuv` is its 8-bit value for all pixel formats."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
-        stream.codec_context.color_range = 2 if full else 0
+        stream.codec_context.color_range = 2 if full else 0  # full range or untagged
         for _ in range(3):
             frame = av.VideoFrame(size[1], size[0], pix_fmt)
             for plane, value in zip(frame.planes, yuv, strict=True):
-                deep = "10" in pix_fmt
-                samples = np.full(plane.buffer_size >> deep, value << 2 * deep, "<u2")
-                plane.update(samples.astype("<u2" if deep else np.uint8).tobytes())
+                if "10" in pix_fmt:  # 10 bits in two bytes
+                    samples = np.full(plane.buffer_size // 2, 4 * value, "<u2")
+                else:
+                    samples = np.full(plane.buffer_size, value, np.uint8)
+                plane.update(samples.tobytes())
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
 
 
-def rgb_of(yuv, matrix, full):
-    """The colour by the definitions of ITU-R BT.601 and BT.709."""
+def yuv_to_rgb(yuv, matrix, full):
+    """Convert an 8-bit colour to RGB by the definitions of ITU-R BT.601 or BT.709."""
     kr, kb = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}[matrix]
-    y, cb, cr = (yuv[0], *(c - 128 for c in yuv[1:])) if full else (
-        (yuv[0] - 16) * 255 / 219, *((c - 128) * 255 / 224 for c in yuv[1:])
-    )  # fmt: skip
+    y, cb, cr = yuv[0], yuv[1] - 128, yuv[2] - 128
+    if not full:
+        y, cb, cr = (y - 16) * 255 / 219, cb * 255 / 224, cr * 255 / 224
     r, b = y + 2 * (1 - kr) * cr, y + 2 * (1 - kb) * cb
     return np.clip([r, (y - kr * r - kb * b) / (1 - kr - kb), b], 0, 255)
 
@@ -372,8 +393,8 @@ def rgb_of(yuv, matrix, full):
 def test_colors_are_converted_as_tagged(tmp_path, yuv, tags, matrix, full, pix_fmt):
     options = {"qp": "1", "x264-params": tags}
     path = write_colour(tmp_path / "colour.mp4", yuv, pix_fmt, options, full=full)
-    frames = decode_all_of(path)
-    expected = np.broadcast_to(rgb_of(yuv, matrix, full), frames.shape)
+    frames = read_all_frames(path)
+    expected = np.broadcast_to(yuv_to_rgb(yuv, matrix, full), frames.shape)
     np.testing.assert_allclose(frames, expected, atol=3)
 
 
@@ -386,18 +407,18 @@ def test_bt601_ignores_the_matrix_of_the_file(tmp_path, full):
         frames = video.get_frames(np.arange(video.num_frames))
         in_order = np.stack(list(video.iter_frames(np.arange(video.num_frames))))
     np.testing.assert_array_equal(frames, in_order)
-    expected = np.broadcast_to(rgb_of(yuv, "bt601", full), frames.shape)
+    expected = np.broadcast_to(yuv_to_rgb(yuv, "bt601", full), frames.shape)
     np.testing.assert_allclose(frames, expected, atol=3)
-    assert abs(frames - rgb_of(yuv, "bt709", full)).max() > 10
+    assert abs(frames - yuv_to_rgb(yuv, "bt709", full)).max() > 10
 
 
-def test_odd_frame_sizes(tmp_path):
+def test_frames_with_odd_height_and_width(tmp_path):
     yuv = (120, 200, 110)
-    frames = decode_all_of(
+    frames = read_all_frames(
         write_colour(tmp_path / "odd.avi", yuv, "yuv420p", {"qscale": "1"}, (49, 65), "mpeg4")
     )
     assert frames.shape == (3, 49, 65, 3)
-    expected = np.broadcast_to(rgb_of(yuv, "bt601", False), frames.shape)
+    expected = np.broadcast_to(yuv_to_rgb(yuv, "bt601", False), frames.shape)
     np.testing.assert_allclose(frames, expected, atol=3)
 
 
@@ -433,7 +454,7 @@ def test_files_that_are_not_regular_are_refused(videos, tmp_path):
         "null\0.mp4": "null",
         "list.mp4": "Invalid",
     }
-    if os.geteuid():  # nothing is locked for root
+    if os.geteuid():  # root may read every file
         reasons["locked.mp4"] = "denied"
     for name, reason in reasons.items():
         with pytest.raises(DecodeError, match=reason):
@@ -446,4 +467,4 @@ def test_file_names_are_not_parsed_as_urls(videos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("12:30.mp4", "a|b %03d.mp4", "-"):
         (tmp_path / name).write_bytes(videos["h264"].read_bytes())
-        assert len(decode_all_of(name)) == 40
+        assert len(read_all_frames(name)) == 40
