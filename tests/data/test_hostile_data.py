@@ -334,7 +334,7 @@ def test_hostile_files_are_refused_in_one_line_within_time_and_memory(tmp_path):
     assert len(names) >= 250
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool:
-        for kind in SOURCES:  # import TFDS and h5py before the time of cases is measured
+        for kind in SOURCES:  # workers import TFDS and h5py before cases are timed
             for _ in range(4):
                 pool.submit(open_everything, kind, tmp_path / "intact" / kind).result()
         jobs = {

@@ -574,7 +574,10 @@ UNUSUAL_NAMES = [b"caf\xe9.mp4", b"a\nb.mp4", b"q\"u,o'te.mp4", b"c\rr.mp4", b"\
 
 @pytest.fixture
 def unusual_names(tmp_path):
-    """A data folder of class `x`, whose names contain line breaks, quotes or non-UTF-8 bytes."""
+    """A data folder of one class. File names contain line breaks, quotes and non-UTF-8 bytes.
+
+    The last file is not a video.
+    """
     source, folder = tmp_path / "plain.mp4", tmp_path / "data" / "train" / "x"
     make_clip(source, 0)
     folder.mkdir(parents=True)

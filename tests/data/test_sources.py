@@ -29,7 +29,7 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8).repea
 
 
 def section(source, folder, prefix=""):
-    """Return the `data` section of a config."""
+    """Return the configuration of a data source."""
     fields = {"source": source, "folder": str(folder), "prefix": prefix, "missing": "error"}
     fields |= {"skip_broken": False, "color_matrix": "auto"}
     return DatasetConfig(**fields)
