@@ -120,8 +120,8 @@ def record_start(workdir: Path, facts: dict[str, Any]) -> None:
     if changed == ["labels_sha256"]:
         raise InputError(
             f"{workdir}: the labels of its {before['videos']} training videos have changed "
-            f"(SHA-256 {before['labels_sha256'][:12]} before, {now['labels_sha256'][:12]} now); restore the "
-            "list or choose another --workdir"
+            f"(SHA-256 {before['labels_sha256'][:12]} before, {now['labels_sha256'][:12]} now); "
+            "restore the list or choose another --workdir"
         )
     if changed:
         raise InputError(

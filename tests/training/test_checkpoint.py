@@ -476,5 +476,5 @@ def test_a_background_save_that_fails_is_published_to_the_other_processes(tmp_pa
     [error] = published
     assert isinstance(error, InputError)
     assert isinstance(error.__context__, OSError)
-    assert f"written to {tmp_path}/checkpoints (no space); whole ones" in str(error)
+    assert f"written to {tmp_path}/checkpoints (no space); steps of complete" in str(error)
     assert "steps of complete checkpoints: none; free disk space" in str(error)
