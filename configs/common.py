@@ -27,7 +27,7 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     config.ema_decay = 0.0  # decay of the moving average of weights, which is evaluated; 0: off
     config.log_steps = 50  # training steps per row of metrics.jsonl; at most a tenth of the run
     config.checkpoint_every_epochs = 1.0
-    config.checkpoint_keep = 2  # number of newest checkpoints to keep
+    config.checkpoint_keep = 2  # number of newest checkpoints to keep, beside the best model
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
     config.model = ConfigDict(dataclasses.asdict(make_model_config(model, **model_fields)))
     config.data = _default_data()
@@ -47,7 +47,7 @@ def _default_data() -> ConfigDict:
     data.folder = ""
     data.prefix = ""  # directory of the paths in lists; empty: the list's directory
     data.missing = "error"  # for missing listed files; or keep: they count as decode errors
-    data.skip_broken = False  # leave out broken and missing training videos, however many
+    data.skip_broken = False  # True: train without broken and missing videos, however many
     data.max_failed_share = 0.05  # training stops if a larger share cannot be decoded
     data.stall_seconds = 300.0  # a stage that blocks longer is logged
     data.num_threads = 2  # decoding threads per process, or per worker process

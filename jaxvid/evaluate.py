@@ -36,7 +36,7 @@ COMPARED_FIELDS = (
 def evaluate(
     config: Config, workdir: str | Path, *, compare_with: str | Path | None = None
 ) -> dict:
-    """Evaluate a model folder (`init_from`), or the newest checkpoint of the workdir without one.
+    """Evaluate the model folder `init_from`; if it is empty, the newest checkpoint of the workdir.
 
     An interrupted evaluation is resumed when the same command is run again.
 

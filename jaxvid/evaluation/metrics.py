@@ -54,10 +54,10 @@ class Results:
         return (self.top(k) == self.labels[:, None]).any(axis=1)
 
     def confusion(self) -> np.ndarray:
-        """Return the counts of videos by label and prediction; failed videos are left out.
+        """Return the confusion matrix, without failed videos.
 
         Returns:
-            `(num_classes, num_classes)` integers: rows are labels, columns are predictions.
+            `(num_classes, num_classes)` counts: rows are labels, columns are predictions.
         """
         counts = np.zeros((self.num_classes, self.num_classes), np.int64)
         decoded = ~self.failed
@@ -65,14 +65,14 @@ class Results:
         return counts
 
     def per_class(self) -> np.ndarray:
-        """Return the top-1 accuracy of each class in percent; nan if the class has no videos."""
+        """Return the top-1 accuracy per class in percent, `(num_classes,)`; nan without videos."""
         count = np.bincount(self.labels, minlength=self.num_classes)
         correct = np.bincount(self.labels[self.hits(1)], minlength=self.num_classes)
         with np.errstate(invalid="ignore"):
             return 100 * correct / count
 
     def losses(self) -> np.ndarray:
-        """Return the cross-entropy of each video in nats; nan if the video failed."""
+        """Return the cross-entropy per video in nats, `(n,)`; nan for failed videos."""
         own = self.probabilities[np.arange(len(self.labels)), self.labels].astype(np.float64)
         return np.where(self.failed, np.nan, -np.log(np.maximum(own, 1e-38)))
 

@@ -46,9 +46,8 @@ class PartialResults:
     def _start_over(self) -> None:
         if not jax.process_index():
             shutil.rmtree(self._folder, ignore_errors=True)
-            if next(
-                self._folder.glob("*.npz"), None
-            ):  # it would be read as a result of the new key
+            # A batch that could not be deleted would be read as a result of the new key.
+            if next(self._folder.glob("*.npz"), None):
                 raise InputError(f"{self._folder} cannot be deleted; delete it by hand")
             write_file(self._folder / "key.json", self._key.encode())
 

@@ -95,7 +95,7 @@ def cutmix(
         return video, jnp.arange(len(video)), jnp.ones(())
     _, _, h, w, _ = video.shape
     key_lam, key_permutation, key_place = jax.random.split(key, 3)
-    side = jnp.sqrt(1 - jax.random.beta(key_lam, alpha, alpha))  # of the box / of the frame
+    side = jnp.sqrt(1 - jax.random.beta(key_lam, alpha, alpha))  # of the box, relative to the frame
     permutation = jax.random.permutation(key_permutation, len(video))
     height, width = jnp.floor(side * h).astype(int), jnp.floor(side * w).astype(int)
     down, right = jax.random.uniform(key_place, (2,))  # centre of the box

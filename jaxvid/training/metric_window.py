@@ -6,7 +6,7 @@ from collections import deque
 import jax
 import numpy as np
 
-MIN_ROWS = 10  # training rows that a run writes at least, if it has so many steps
+MIN_ROWS = 10  # minimum number of training rows of a run with at least as many steps
 
 
 def sum_metrics(batches: list[dict]) -> dict[str, np.ndarray]:

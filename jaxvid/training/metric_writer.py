@@ -42,9 +42,8 @@ class MetricWriter:
             folder.mkdir(exist_ok=True)
             # tensorboardX's SummaryWriter hangs for ever once its thread has failed to write.
             self._files = path.open("a"), EventsWriter(str(folder / "events"))
-        start = SessionLog(
-            status=SessionLog.START
-        )  # TensorBoard drops earlier events of later steps
+        # Makes TensorBoard hide the events of later steps that an earlier start wrote.
+        start = SessionLog(status=SessionLog.START)
         self._write_event(step=step + 1, session_log=start)
 
     def write(self, step: int, scalars: dict[str, float | None]) -> None:

@@ -1,4 +1,4 @@
-"""Disk space for the outputs of a run, and outputs of earlier runs in the same workdir."""
+"""Checks of free disk space, and removal of an earlier run's outputs from the workdir."""
 
 import math
 import shutil
@@ -112,9 +112,8 @@ def _tidy_outputs(workdir: Path) -> None:
     target = checkpoint.free_path(workdir / "previous")
     try:
         target.mkdir()
-        for (
-            name
-        ) in OUTPUTS:  # late outputs last, so that the next start completes an interrupted move
+        # LATE_OUTPUTS come last, so that the next start completes an interrupted move.
+        for name in OUTPUTS:
             if (workdir / name).exists():
                 (workdir / name).rename(target / name)
     except OSError as error:
