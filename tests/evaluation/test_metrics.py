@@ -198,7 +198,7 @@ def test_tables_are_read_back_and_compared_by_id(tmp_path):
     with pytest.raises(InputError, match=r"a/eval.json shares no video with the data; name an"):
         check_shared(before, ["v9.mp4"])
     (tmp_path / "a" / "eval.json").write_text('{"num_videos": 5, "protocol": 1}')
-    with pytest.raises(InputError, match="protocol: expected a dict, got 1.*name an eval.json"):
+    with pytest.raises(InputError, match="protocol: expected a dict, got 1.*choose an eval.json"):
         read_table(tmp_path / "a" / "eval.json")
 
 
