@@ -2,14 +2,14 @@
 
 python main.py --config FILE.py --workdir FOLDER                train and evaluate; resumes
 python main.py --config FILE.py --workdir FOLDER --mode eval    evaluate the newest checkpoint
-python main.py --config FILE.py --workdir FOLDER --mode schedule    draw the learning rate
+python main.py --config FILE.py --workdir FOLDER --mode schedule    plot the learning rate
 ... --config.FIELD=VALUE                           override a field; the config file lists them
 ... --mode eval --compare OTHER/eval.json          compare with another evaluation
 ... --profile 10:20                                write a profiler trace of steps 10 to 20
 ... --coordinator HOST:PORT --num_processes N --process_id I     one process of several
 
 Exit codes: 0 done; 2 invalid input, printed as one line; 130 and 143: SIGINT and SIGTERM in any
-process of the run. The state was saved, and the same command continues.
+process of the run. The state was saved; run the same command to resume.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -32,20 +32,22 @@ from jaxvid import cli
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, reports.")
 MODE = flags.DEFINE_enum(
-    *("mode", "train", ["train", "eval", "schedule"]),
+    "mode",
+    "train",
+    ["train", "eval", "schedule"],
     "train (and evaluate; resumes), eval, or schedule: plot the learning rate. Default: train.",
 )
 COMPARE = flags.DEFINE_string(
     "compare",
     None,
-    "Another eval.json: list changed videos and test the difference.",
+    "Another eval.json: list the videos whose result changed, and test the difference.",
 )
-PROFILE = flags.DEFINE_string("profile", None, "START:STOP: training steps of a profiler trace.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
+PROFILE = flags.DEFINE_string("profile", None, "START:STOP: training steps to profile.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 JOIN_SECONDS = flags.DEFINE_float(
-    "join_seconds", 300.0, "Seconds to wait for the other processes at the start."
+    "join_seconds", 300.0, "Seconds to wait for the other processes at the start. Default: 300."
 )
 for _name, _mode in (("compare", "eval"), ("profile", "train")):
     flags.register_multi_flags_validator(
@@ -70,7 +72,9 @@ def run(_) -> None:
 
     try:
         setup.init_processes(
-            *(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
+            COORDINATOR.value,
+            NUM_PROCESSES.value,
+            PROCESS_ID.value,
             join_seconds=JOIN_SECONDS.value,
         )
         with process_group.failing_together():

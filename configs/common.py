@@ -1,4 +1,4 @@
-"""Default values of every config field. A recipe starts from `default_config` and sets its own."""
+"""Default values of every config field. A recipe starts from `default_config` and changes some."""
 
 import dataclasses
 
@@ -17,17 +17,17 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.batch_size = 64  # clips per step, over all devices and processes
-    config.accumulate_steps = 1  # gradient accumulation: parts of a batch
+    config.accumulate_steps = 1  # microbatches per batch, for gradient accumulation; 1: off
     config.num_epochs = 30.0
     config.init_from = ""  # model folder: initial weights in training, weights in evaluation
     config.label_smoothing = 0.0
-    config.mixup_alpha = 0.0  # of Beta(alpha, alpha); 0: off
-    config.cutmix_alpha = 0.0  # of Beta(alpha, alpha); 0: off; excludes mixup
+    config.mixup_alpha = 0.0  # λ is drawn from Beta(alpha, alpha); 0: off
+    config.cutmix_alpha = 0.0  # λ is drawn from Beta(alpha, alpha); 0: off; not with mixup
     config.erase_prob = 0.0  # probability of erasing a box of a training clip
-    config.ema_decay = 0.0  # of the averaged weights, which are then evaluated; 0: off
+    config.ema_decay = 0.0  # decay of the moving average of weights, which is evaluated; 0: off
     config.log_steps = 50  # training steps per row of metrics.jsonl; at most a tenth of the run
     config.checkpoint_every_epochs = 1.0
-    config.checkpoint_keep = 2  # newest checkpoints to keep, beside the best model
+    config.checkpoint_keep = 2  # number of newest checkpoints to keep, beside the best model
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
     config.model = ConfigDict(dataclasses.asdict(make_model_config(model, **model_fields)))
     config.data = _default_data()
@@ -46,15 +46,15 @@ def _default_data() -> ConfigDict:
     data.source = "folder"  # motion, folder, class_folders, xvit_h5, pack or tfds
     data.folder = ""
     data.prefix = ""  # directory of the paths in lists; empty: the list's directory
-    data.missing = "error"  # missing files in lists: error, or keep: they count as decode errors
-    data.skip_broken = False  # train on without broken and missing videos, however many
-    data.max_failed_share = 0.05  # of undecodable training videos, above which training stops
-    data.stall_seconds = 300.0  # a stage that blocks longer is logged with its name
+    data.missing = "error"  # for missing listed files; or keep: they count as decode errors
+    data.skip_broken = False  # True: train without broken and missing videos, however many
+    data.max_failed_share = 0.05  # training stops if a larger share cannot be decoded
+    data.stall_seconds = 300.0  # a stage that blocks longer is logged
     data.num_threads = 2  # decoding threads per process, or per worker process
     data.num_workers = 0  # worker processes; 0: threads only
     data.sampling = "segments"  # or uniform_10s, dense_stride
-    data.sampling_rate = 16  # of dense_stride: frames between two sampled frames, at 30 fps
-    data.by_time = False  # sample by time stamps, for videos with a variable frame rate
+    data.sampling_rate = 16  # of dense_stride: distance between sampled frames, at 30 fps
+    data.by_time = False  # sample by timestamp, for videos with a variable frame rate
     data.resize = "pil_bilinear"  # antialiased, as Pillow; or torch_bilinear, without antialiasing
     data.color_matrix = "auto"  # tagged or bt601; auto: from the model card, else tagged
     data.train_crop = "random"  # or multiscale
@@ -83,19 +83,19 @@ def _default_eval() -> ConfigDict:
 
 def _default_optimizer() -> ConfigDict:
     optimizer = ConfigDict()
-    optimizer.name = "adamw"  # or sgd: Nesterov momentum, weight decay added to the gradient
-    optimizer.learning_rate = 1e-4  # peak, at reference_batch_size
+    optimizer.name = "adamw"  # or sgd, with Nesterov momentum and weight decay in the gradient
+    optimizer.learning_rate = 1e-4  # peak of the cosine, at reference_batch_size
     optimizer.reference_batch_size = 64  # learning rates are scaled by batch_size over this
-    optimizer.warmup_start_rate = 0.0  # learning rate at step 0, at reference_batch_size
+    optimizer.warmup_start_rate = 0.0  # first rate of the warm-up, at reference_batch_size
     optimizer.warmup_epochs = 0.0  # linear warm-up, then a cosine to 0
     optimizer.weight_decay = 0.0
-    optimizer.decay = "kernels"  # weights that decay; or released: all but the heads' biases
-    optimizer.b1 = 0.9  # adamw
-    optimizer.b2 = 0.999  # adamw
-    optimizer.momentum = 0.9  # sgd
+    optimizer.decay = "kernels"  # weight decay of matrices; or released: all but heads' biases
+    optimizer.b1 = 0.9  # of adamw
+    optimizer.b2 = 0.999  # of adamw
+    optimizer.momentum = 0.9  # of sgd
     optimizer.clip_norm = 0.0  # of the global gradient norm; 0: off
-    optimizer.layer_decay = 1.0  # learning rate of a block relative to the block above it
-    optimizer.freeze = ""  # or backbone: train the temporal and classification heads only
+    optimizer.layer_decay = 1.0  # learning rate of a block / that of the next block; 1: off
+    optimizer.freeze = ""  # or backbone: train only the temporal and classification heads
     return optimizer
 
 

@@ -1,13 +1,13 @@
-"""Fine-tunes a converted or trained model folder on your own videos, on one GPU.
+"""Fine-tuning of a converted or trained model on your own videos, on one GPU.
 
     python main.py --config configs/finetune.py:MODEL_FOLDER,DATA_FOLDER --workdir runs/mine
 
-DATA_FOLDER holds `train.csv` and `val.csv` (one `path label` per line) with `labels.txt`, or
+DATA_FOLDER contains `train.csv` and `val.csv` (one `path label` per line) with `labels.txt`, or
 `train/CLASS/*.mp4` and `val/CLASS/*.mp4`, or a pack written by `jaxvid.data.prepare`. The network,
 its preprocessing and evaluation views come from the model folder, the classes from the data.
 
 The recipe suits about a thousand clips: AdamW, 20 epochs, and layer-wise learning-rate decay (Bao
-et al., "BEiT", arXiv:2106.08254). Expected accuracy depends on your classes; not run on a released
+et al., "BEiT", arXiv:2106.08254). The accuracy depends on your classes. Not run on a released
 model. To save memory: `--config.accumulate_steps=4`, `--config.model.remat=true`, or
 `--config.optimizer.freeze=backbone`, which is also faster.
 """
@@ -32,7 +32,8 @@ def get_config(folders: str = "") -> ConfigDict:
     model, _, data = folders.partition(",")
     if not (model and data):
         raise ValueError(
-            "configs/finetune.py: name --config configs/finetune.py:MODEL,DATA folders"
+            "configs/finetune.py: expected two folders; use "
+            "--config configs/finetune.py:MODEL_FOLDER,DATA_FOLDER"
         )
     card = load_card(model)
     preprocessing = read_preprocessing(card, Path(model) / "model.json")
@@ -54,7 +55,7 @@ def get_config(folders: str = "") -> ConfigDict:
     config.data.folder = data
     config.data.num_threads = 8
     config.data.flip_prob = 0.5
-    # Random crops need room, also where a test crop is as large as its frame.
+    # Random crops need a larger frame, even if evaluation crops are as large as the frame.
     config.data.short_side = max(preprocessing.short_side, round(preprocessing.crop * 8 / 7))
     config.data.short_side_max = round(1.25 * config.data.short_side)
 

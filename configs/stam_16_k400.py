@@ -1,6 +1,8 @@
 """STAM-16 on Kinetics-400: the variant `configs/stam_k400.py:16`.
 
-python main.py --config configs/stam_16_k400.py --workdir runs/stam_16 \
+To train it:
+
+    python main.py --config configs/stam_16_k400.py --workdir runs/stam_16 \
         --config.init_from=models/vit
 """
 

@@ -1,12 +1,12 @@
-"""STAM on Kinetics-400: frames over 10 s, an image ViT for each, a transformer over them.
+"""STAM on Kinetics-400: an image ViT for each frame of 10 s, and a transformer over the frames.
 
 Sharir et al., "An Image is Worth 16x16 Words, What is a Video Worth?", 2021, arXiv:2103.13915.
 Published top-1 (1 view, 224 px): 77.5 % with 8 frames, 79.3 % with 16, 79.95 % with 32 and
 80.5 % with 64.
-Its training code was never released. From its authors' answers: AdamW, weight decay 1e-3, 100
-epochs with 10 of warm-up, cosine decay, averaged weights, the learning rates and batch sizes.
-Chosen here: the decay of the average, random crops of 256-pixel frames, flips, and weight decay on
-kernels only.
+The training code was never released. The authors have given these values in answers: AdamW, weight
+decay 1e-3, 100 epochs with 10 of warm-up, cosine decay, averaged weights, the learning rates and
+the batch sizes. These are choices of this recipe: the decay of the average, random crops of
+256-pixel frames, flips, and weight decay on kernels only.
 Not run here: it needs the data and an ImageNet-21k ViT-B/16 to start from.
 
     python convert/torch_to_flax.py --model stam_16 --input vit_b16_in21k.pth --output models/vit

@@ -11,8 +11,8 @@ Not run here: it needs the data and an ImageNet-21k ViT-B/16 to start from.
         --config.data.folder=data/ssv2_packed
 
 `configs/xvit_ssv2.py:paper` has the values of the paper where they differ from the released
-program: learning rate .05 at batch size 128, label smoothing .3. To evaluate the released weights,
-converted:
+program: learning rate 0.05 at batch size 128, and label smoothing 0.3. To evaluate the released
+weights, converted:
 
     python main.py --config configs/xvit_ssv2.py --workdir runs/eval --mode eval \
         --config.init_from=FOLDER

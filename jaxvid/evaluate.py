@@ -25,7 +25,7 @@ from jaxvid.storage import model_card, model_folder, workdir_lock
 from jaxvid.storage.preprocessing import check_preprocessing, default_color_matrix
 from jaxvid.training import checkpoint, outputs, run_config, run_metadata
 
-# Fields of the preprocessing, beside the network's sizes, that accuracies depend on.
+# Preprocessing fields that accuracies depend on, apart from the input size of the network.
 COMPARED_FIELDS = (
     *("data.sampling", "data.sampling_rate", "data.by_time", "data.resize", "data.color_matrix"),
     "eval.short_side",
@@ -36,13 +36,14 @@ COMPARED_FIELDS = (
 def evaluate(
     config: Config, workdir: str | Path, *, compare_with: str | Path | None = None
 ) -> dict:
-    """Evaluate a model folder (`init_from`), or else the newest checkpoint of the workdir.
+    """Evaluate the model folder `init_from`; if it is empty, the newest checkpoint of the workdir.
 
-    An evaluation that was interrupted is continued when the same command is run again.
+    An interrupted evaluation is resumed when the same command is run again.
 
     Args:
         config: A locked config.
-        workdir: Gets `eval.json`, `eval_videos.csv`, `eval.html` and `confusion.png`.
+        workdir: Output directory of `eval.json`, `eval_videos.csv`, `eval.html` and
+            `confusion.png`; without `init_from` also the folder of the run.
         compare_with: Another `eval.json`. The videos whose result changed are listed, and the
             difference is tested for significance.
 
@@ -50,8 +51,8 @@ def evaluate(
         The contents of `eval.json`.
 
     Raises:
-        InputError: There is nothing to evaluate, it does not fit the config or the data, or another
-            run uses the workdir.
+        InputError: There is no model to evaluate, it does not fit the config or the data, or
+            another run uses the workdir.
     """
     experiment, workdir = resolve(config), Path(workdir)
     setup.use_compilation_cache()
@@ -109,8 +110,8 @@ class Weights:
     Attributes:
         params: The weights.
         source: The model folder or the checkpoint that they come from.
-        experiment: The config, with the color matrix of the model card if it says `auto`.
-        card: The model card that names their classes; None: there is none.
+        experiment: The config; a color matrix of `auto` is replaced by that of the model card.
+        card: The model card, which names the classes; None if there is none.
         card_folder: The folder of the card.
     """
 
@@ -149,13 +150,16 @@ def _load_checkpoint(experiment: Experiment, workdir: Path, mesh: Mesh) -> Weigh
     """Load the weights of the newest checkpoint of the workdir."""
     step = checkpoint.newest_step(workdir)
     changed = run_config.compare_config(workdir, experiment.fields)
-    if other := [
+    if model_changes := [
         text
         for name, text in changed.items()
         if name.startswith(("model.", "data.mean", "data.std")) and name != "model.dtype"
     ]:
-        raise InputError(f"{workdir} holds another model: {'; '.join(other)}")
-    folder = workdir / "best"  # a checkpoint does not name its classes
+        raise InputError(
+            f"{workdir} contains a different model ({'; '.join(model_changes)}); change the config "
+            "or choose another --workdir"
+        )
+    folder = workdir / "best"  # its model card names the classes, which a checkpoint does not
     card = model_card.load_card(folder) if model_card.exists(folder) else None
     if card and experiment.dataset.color_matrix == "auto":
         changed.pop("data.color_matrix", None)
@@ -214,7 +218,7 @@ def _resume_key(experiment: Experiment, records: Sequence[Record], sha256: str) 
     return {
         "weights": sha256,
         "videos": fingerprints.describe_videos(records),
-        # Processes may have copies of their own.
+        # Each process may have its own copy of the files.
         "files": sorted({*collectives.gather(fingerprints.fingerprint_files(records))}),
         "model": fields["model"],
         "data": {

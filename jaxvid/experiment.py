@@ -28,24 +28,25 @@ class Experiment:
     """A resolved config.
 
     Attributes:
-        fields: The whole config as a nested dict, which is saved and compared with other runs.
+        fields: The complete config as a nested dict, which is saved and compared with other runs.
         batch_size: Clips per training step, over all devices and processes.
         num_epochs: Length of the training.
-        init_from: Model folder: initial weights in training, weights in evaluation; or empty.
+        init_from: Model folder with the initial weights of a training or the weights to evaluate;
+            empty: none.
         log_steps: Training steps per row of `metrics.jsonl`.
-        stall_seconds: A stage that blocks longer is logged with its name.
+        stall_seconds: Seconds after which a stage that blocks is logged with its name.
         max_failed_share: Share of undecodable training videos above which training stops.
         mesh: Sizes of the device mesh.
         model: The network's config.
-        dataset: Where videos and labels come from.
+        dataset: Source of the videos and labels.
         loader: Threads and processes that decode videos.
-        train_clips: How training clips are made.
-        protocol: How the model is evaluated, with the preprocessing.
-        recipe: What a training step does beside the optimizer's update. Frozen weights are not yet
-            named, as they depend on the network.
+        train_clips: Preprocessing and augmentation of training clips.
+        protocol: The evaluation protocol, including the preprocessing.
+        recipe: Options of the training step. The names of frozen weights are not yet known, as they
+            depend on the network.
         optimizer: The optimizer and its schedule.
-        distill: The teacher, if there is one.
-        checkpoints: When checkpoints are saved.
+        distill: Knowledge distillation; without a teacher it is off.
+        checkpoints: When checkpoints are saved, and how many are kept.
 
     Raises:
         InputError: A field has an impossible value.
@@ -78,7 +79,7 @@ class Experiment:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How clips are made in evaluation."""
+        """The preprocessing of clips in evaluation."""
         return self.protocol.preprocessing
 
     def with_color_matrix(self, color_matrix: str) -> "Experiment":
@@ -98,7 +99,7 @@ def resolve(config: Config) -> Experiment:
     """Turn a config into frozen dataclasses, and check it.
 
     Args:
-        config: A complete config, as `configs/` makes it.
+        config: A complete config, as made by the files in `configs/`.
 
     Raises:
         InputError: A field was renamed or has an impossible value.
@@ -134,7 +135,7 @@ def resolve(config: Config) -> Experiment:
 
 
 def _section(section: ConfigDict, kind: type) -> dict[str, Any]:
-    """Return those fields of a config section that a dataclass has."""
+    """Return the fields of a config section that are also fields of the dataclass `kind`."""
     values = section.to_dict()
     names = [field.name for field in dataclasses.fields(kind)]
     return {name: values[name] for name in names if name in values}

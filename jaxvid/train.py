@@ -64,16 +64,16 @@ def train(
     profile_steps: tuple[int, int] | None = None,
     make_batches: Callable[..., BatchIterator] = make_train_iter,
 ) -> dict | None:
-    """Train or continue training, then evaluate.
+    """Train a model or resume its training, and evaluate it.
 
     Args:
         config: A locked config.
-        workdir: The run's folder. If it holds checkpoints of this config, the newest is continued.
-            The result is bit-identical to that of an uninterrupted run.
-        stop_step: Save and return at this step; the next call continues.
+        workdir: The run's folder. Training resumes from the newest checkpoint that it contains. The
+            result is bit-identical to that of an uninterrupted run.
+        stop_step: Save and return at this step; the next call resumes.
         profile_steps: First step of a trace in `WORKDIR/profile`, and the step before which it
             ends. Steps that an earlier start has done are left out.
-        make_batches: As `pipeline.make_train_iter`; benchmarks pass an iterator of theirs.
+        make_batches: Like `pipeline.make_train_iter`; benchmarks pass their own function.
 
     Returns:
         The contents of `eval.json`; None if the run stopped at `stop_step` before its end.
@@ -81,7 +81,7 @@ def train(
     Raises:
         InputError: The config, the data or the workdir is unusable; another run uses the workdir;
             or the loss is not finite.
-        SystemExit: SIGINT or SIGTERM was received, here or by another process of the run, and the
+        SystemExit: SIGINT or SIGTERM was received, by this or another process of the run, and the
             state was saved; the code is 128 + the signal's number. Once the final evaluation is
             done, the run finishes instead.
     """
@@ -95,14 +95,14 @@ def train(
             state, reason = run_loop(loop, state)
         if reason is not StopReason.FINISHED:
             log.info(
-                "stopped and saved at step %d; the same command continues from there",
+                "stopped and saved at step %d; run the same command to resume",
                 int(state["step"]),
             )
         if reason is StopReason.SIGNAL:
             raise SystemExit(128 + (loop.signals.received or signal.SIGTERM))
         if reason is StopReason.STOP_STEP:
             return None
-        # A signal does not interrupt this: the evaluation is done, and the run ends now.
+        # From now on a signal does not stop the run: only outputs remain to be written.
         loop.signals.finish_run()
         return _write_outputs(run, loop, state)
 
@@ -112,7 +112,7 @@ def train(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run works with, from its config and its data.
+    """The objects of a run that are made from its config and its data.
 
     Attributes:
         experiment: The resolved config.
@@ -123,8 +123,8 @@ class Run:
         data: Training and validation videos.
         lost: Ids of videos of the first start that are no longer listed.
         batches: The training batches of this process.
-        milestones: When something is due.
-        schedule: Learning rate by step.
+        milestones: Steps at which the loop evaluates, saves, logs and stops.
+        schedule: Function from the step to the learning rate.
         train_step: The jitted training step.
     """
 
@@ -225,7 +225,7 @@ def _restore(
     Args:
         run: The run.
         profile_steps: As in `train`.
-        resources: Closes the checkpoint manager, the iterator and the trace.
+        resources: Exit stack that gets the closing of the checkpoint manager, iterator and trace.
 
     Returns:
         The training state, the checkpoint manager, the open log window and the trace.
@@ -266,7 +266,7 @@ def _restore(
     for line in (*run.data.notes, *notes, rate):
         log.info("%s", line)
     if step == total:
-        log.info("trained before, all %d steps; evaluating again", step)
+        log.info("all %d steps are done already; evaluating again", step)
     else:
         log.info("step %d of %d%s", step, total, ", continued" if step else "")
     return state, manager, window, trace
@@ -284,7 +284,7 @@ def _make_loop(
     began: float,
     resources: contextlib.ExitStack,
 ) -> Loop:
-    """Make what the loop works with; `resources` closes the writer, the bar and the watchdog."""
+    """Make the loop's objects; `resources` closes the writer, the progress bar and the watchdog."""
     experiment, workdir, step = run.experiment, run.workdir, int(state["step"])
     writer = metric_writer.MetricWriter(workdir, step)
     resources.callback(writer.close)
@@ -337,11 +337,11 @@ def _make_validation(
     stop_signals: StopSignals,
     stalls: watchdog.Watchdog,
 ) -> Validation:
-    """Make the evaluation during training; all processes call it."""
+    """Make the evaluation during training. All processes must call it."""
     experiment, data = run.experiment, run.data
     graphdef, _ = abstract_eval_model(experiment.model, experiment.protocol)
     eval_step = make_eval_step(experiment.protocol, graphdef, run.mesh)
-    # As the first process reads them: another may see an older file.
+    # All processes use what the first one reads, as another may see an older file.
     best, evaluated = collectives.gather(
         [model_card.best_top1(run.workdir), metric_writer.last_evaluation(run.workdir)]
     )[0]

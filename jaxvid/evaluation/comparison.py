@@ -16,10 +16,10 @@ SIGNIFICANCE_LEVEL = 0.05
 
 
 def check_shared(before: dict, ids: Iterable[str]) -> None:
-    """Refuse to compare with an evaluation of other videos, before anything is evaluated.
+    """Refuse a comparison without shared videos, before anything is evaluated.
 
     Args:
-        before: The other evaluation, from `read_table`.
+        before: The evaluation to compare with, from `read_table`.
         ids: Ids of the videos to evaluate.
 
     Raises:
@@ -39,7 +39,7 @@ def compare_tables(before: dict, after: dict, workdir: Path) -> list[str]:
 
     Args:
         before: The first evaluation, from `read_table`.
-        after: The second one, which shares a video with the first (`check_shared`).
+        after: The second evaluation. It must share a video with the first (see `check_shared`).
         workdir: Output directory.
 
     Returns:
@@ -61,7 +61,7 @@ def compare_tables(before: dict, after: dict, workdir: Path) -> list[str]:
         "still_wrong": still_wrong,
     }
     changes = {name: [shared[i] for i in np.flatnonzero(mask)] for name, mask in masks.items()}
-    # Reports written before the field existed used the matrix named by each file.
+    # Older reports lack the field; their videos were converted with the matrix tagged in each file.
     protocols = [
         {"color_matrix": "tagged"} | translate(side["protocol"]) for side in (before, after)
     ]
@@ -87,7 +87,7 @@ def _describe(comparison: dict, protocol_changes: list[str], path: Path) -> list
     Args:
         comparison: The contents of `comparison.json`.
         protocol_changes: One entry per field of the protocol that differs.
-        path: Where `comparison.json` is.
+        path: Path of `comparison.json`.
     """
     significant = comparison["p_value"] < SIGNIFICANCE_LEVEL
     lines = [

@@ -1,7 +1,7 @@
 """The evaluation report: one self-contained HTML page, `WORKDIR/eval.html`.
 
-The template `html_report.html` gets its numbers as JSON, and its script draws them. The script sets
-names only as text nodes, so no name can become markup.
+The numbers are inserted into the template `html_report.html` as JSON, and its script draws them.
+The script inserts names only as text nodes, so no name can become markup.
 """
 
 import base64
@@ -81,7 +81,7 @@ def make_page(data: dict) -> str:
     Args:
         data: The result of `page_data`, with `curves`.
     """
-    # "</script" and "<!--" are special within a script element, unless they are escaped.
+    # Escape "</script" and "<!--", which would end or change the script element.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -133,11 +133,12 @@ def page_data(result: dict, results: Results, labels: list[str], records: Sequen
 
 def describe_protocol(protocol: dict) -> list[str]:
     """Describe the protocol in an `eval.json`, one line per topic."""
-    clips, crops = protocol["num_clips"], protocol["num_crops"]
-    views = f"{clips} {'clip' if clips == 1 else 'clips'} × {crops} "
+    num_clips, num_crops = protocol["num_clips"], protocol["num_crops"]
+    clips = f"{num_clips} {'clip' if num_clips == 1 else 'clips'}"
+    crops = f"{num_crops} {'crop' if num_crops == 1 else 'crops'}"
     size = protocol["image_size"]
     return [
-        f"{views}{'crop' if crops == 1 else 'crops'} per video",
+        f"{clips} × {crops} per video",
         f"{protocol['num_frames']} frames per clip, "
         + SAMPLINGS[protocol["sampling"]].format(**protocol)
         + (", sampled by timestamp" if protocol["by_time"] else ""),
@@ -189,10 +190,11 @@ def draw_thumbnail(record: Record) -> bytes:
 
 
 def read_curves(path: Path) -> dict[str, list[list[float]]] | None:
-    """Read the learning curves from a `metrics.jsonl`; None if it is missing or empty.
+    """Read the learning curves from a `metrics.jsonl`.
 
     Returns:
-        Name from `CURVES` → steps and values. Curves of more than `MAX_POINTS` points are averaged.
+        Name from `CURVES` → steps and values, averaged to at most `MAX_POINTS` points; or None if
+        the file is missing or has no values.
     """
     if not path.is_file():
         return None
@@ -200,7 +202,7 @@ def read_curves(path: Path) -> dict[str, list[list[float]]] | None:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:  # last line, truncated because the run was killed
+        except ValueError:  # an incomplete last line: the run was killed while it wrote
             continue
         for name in CURVES:
             # The loss is null or nan if no video could be decoded.
@@ -210,7 +212,7 @@ def read_curves(path: Path) -> dict[str, list[list[float]]] | None:
 
 
 def _downsample(points: np.ndarray) -> list[list[float]]:
-    """Average neighbours of `(n, 2)` points to at most `MAX_POINTS`; return steps and values."""
+    """Average neighbouring points `(n, 2)` to at most `MAX_POINTS`; return steps and values."""
     parts = np.array_split(points, min(len(points), MAX_POINTS))
     means = np.array([part.mean(axis=0) for part in parts])  # (n 2)
     return [[float(f"{value:.6g}") for value in column] for column in means.T]

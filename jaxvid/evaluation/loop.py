@@ -1,4 +1,4 @@
-"""The evaluation loop: every video once, over all devices."""
+"""The evaluation loop: every video is evaluated once, and all devices are used."""
 
 import dataclasses
 import functools
@@ -21,10 +21,10 @@ from jaxvid.evaluation.protocol import EvalProtocol
 from jaxvid.evaluation.resume import PartialResults
 from jaxvid.logs import log
 from jaxvid.models import ModelConfig, Params, abstract_model
-from jaxvid.storage import eval_step
+from jaxvid.storage.eval_step import eval_step as classify_batch
 
 EvalStep = Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]]
-BATCHES_AHEAD = 1  # batches that the device computes while the results of one are read
+BATCHES_AHEAD = 1  # batches that the device computes while the results of an earlier one are read
 
 
 def abstract_eval_model(
@@ -35,9 +35,9 @@ def abstract_eval_model(
 
 
 def make_eval_step(protocol: EvalProtocol, graphdef: nnx.GraphDef, mesh: Mesh) -> EvalStep:
-    """Make the jitted `eval_step.eval_step` of a protocol."""
+    """Make the jitted evaluation step of a protocol: `eval_step` in jaxvid/storage/eval_step.py."""
     step = functools.partial(
-        eval_step.eval_step,
+        classify_batch,
         graphdef=graphdef,
         mean=protocol.preprocessing.mean,
         std=protocol.preprocessing.std,
@@ -61,14 +61,15 @@ def evaluate_params(
     Args:
         params: The weights.
         records: Labelled videos.
-        protocol: How clips are made, and the batch size.
+        protocol: The preprocessing of clips, the score and the batch size.
         eval_step: Made by `make_eval_step`.
         loader: Threads and processes that decode videos.
         mesh: Batches are sharded over it.
-        unfinished: Keeps the results of each batch; those of an interrupted run are reused.
+        unfinished: Stores the results of each batch; those of an interrupted run are reused. None:
+            nothing is stored.
 
     Raises:
-        InputError: The network's logits are not finite.
+        InputError: The network's logits are not finite, or results cannot be stored.
     """
     index, count = sharding.batch_shard(mesh, protocol.batch_size)
     collector = _Collector(records, protocol.batch_size, shard_index=index, unfinished=unfinished)
@@ -79,7 +80,7 @@ def evaluate_params(
         shard=(index, count),
         **dataclasses.asdict(loader),
     )
-    running = deque()  # outputs that the device may still compute, and facts about their videos
+    running = deque()  # outputs that the device may still compute, and labels and decode errors
     try:
         for batch in batches:
             arrays = sharding.to_global_arrays({"video": batch["video"]}, mesh)
@@ -95,7 +96,7 @@ def evaluate_params(
 
 
 def _video_facts(batch: dict[str, np.ndarray]) -> list[list]:
-    """Return the labels of a batch's videos, whether they are padded and released, and errors."""
+    """Return four lists about a batch's videos: `label`, `padded`, `released` and decode errors."""
     _, _, errors = split_batch(batch)
     return [*(batch[name].tolist() for name in ("label", "padded", "released")), errors]
 
@@ -107,7 +108,7 @@ class _Collector:
         records: All videos of the evaluation.
         batch_size: Videos per batch, over all processes.
         shard_index: Index of this process's part of each batch.
-        unfinished: Keeps the results of each batch.
+        unfinished: Stores the results of each batch; None: nothing is stored.
 
     Attributes:
         done: Number of videos whose results are known.
@@ -134,32 +135,35 @@ class _Collector:
         )
 
     def add(self, outputs: dict[str, jax.Array], facts: list[list]) -> None:
-        """Add the outputs of `eval_step.eval_step` for a batch; waits for the device.
+        """Add the results of a batch; wait for the device.
 
         Args:
-            outputs: Those of all processes' videos.
-            facts: `_video_facts` of this process's part of the batch.
+            outputs: Outputs of the evaluation step for the videos of all processes.
+            facts: The result of `_video_facts` for this process's part of the batch.
         """
         count = min(self._batch_size, len(self._records) - self.done)
-        # Every process has all scores, but facts about its own videos alone.
+        # Every process has the scores of all videos, but labels and errors only of its own.
         shards = dict(collectives.gather([self._shard_index, facts]))
-        label, padded, released, error = (
+        labels, padded, released, errors = (
             sum((shards[i][k] for i in sorted(shards)), [])[:count] for k in range(4)
         )
         part = {name: np.asarray(array)[:count] for name, array in outputs.items()}
-        part |= {"label": np.array(label), "padded": np.array(padded), "error": error}
+        part |= {"label": np.array(labels), "padded": np.array(padded), "error": errors}
         part["released"] = np.array(released)
-        good = np.array([not error for error in part["error"]])
+        good = np.array([not error for error in errors])
         if not np.isfinite(part["scores"][good]).all():
             raise InputError(
-                "the network gives logits that are not finite: its weights are damaged"
+                "the network's logits are not finite, as its weights are damaged; evaluate another "
+                "checkpoint or model folder"
             )
         for name in ("scores", "probabilities"):
             part[name] = np.where(good[:, None], part[name], 0)
-        for error in filter(None, part["error"]):
+        for error in filter(None, errors):
             log.warning("counts as wrong: %s", error)
         part["hit"] = good & (part["scores"].argmax(axis=1) == part["label"])
-        part["seconds"], self._began = time.monotonic() - self._began, time.monotonic()
+        now = time.monotonic()
+        part["seconds"] = now - self._began
+        self._began = now
         self._parts.append(part)
         if self._unfinished:
             collectives.raise_on_all_processes(self._unfinished.add, part)

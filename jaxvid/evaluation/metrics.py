@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy
 
-NUM_BINS = 15  # of the calibration error
+NUM_BINS = 15  # bins of the reliability diagram and of the calibration error
 
 
 @dataclasses.dataclass
@@ -17,12 +17,12 @@ class Results:
     Attributes:
         ids: The videos' ids.
         labels: `(n,)` integers.
-        scores: `(n, num_classes)` float32, by which classes are ranked. Zeros if decoding failed.
+        scores: `(n, num_classes)` float32; a higher score ranks higher. Zeros if decoding failed.
         probabilities: `(n, num_classes)` float32. Rows sum to 1, or are zeros if decoding failed.
         padded: `(n,)` booleans: the video is shorter than its clips, which repeat frames.
-        released: `(n,)` booleans: counted by the released evaluation of `uniform_10s`.
-        errors: `n` decode errors. Empty strings stand for success.
-        seconds: Wall time, summed over all runs of an interrupted evaluation.
+        released: `(n,)` booleans: STAM's released evaluation, with `uniform_10s`, counts the video.
+        errors: The decode error of each video; an empty string if it was decoded.
+        seconds: Wall time in seconds, summed over all runs of an interrupted evaluation.
     """
 
     ids: list[str]
@@ -45,7 +45,7 @@ class Results:
         return self.scores.shape[1]
 
     def top(self, k: int) -> np.ndarray:
-        """Return the best classes first, `(n, min(k, num_classes))`; -1 for failed videos."""
+        """Return the `k` best classes, best first, `(n, min(k, num_classes))`; -1: failed video."""
         order = np.argsort(-self.scores, axis=1, kind="stable")[:, :k]
         return np.where(self.failed[:, None], -1, order)
 
@@ -54,21 +54,25 @@ class Results:
         return (self.top(k) == self.labels[:, None]).any(axis=1)
 
     def confusion(self) -> np.ndarray:
-        """Return the confusion matrix `(labels, predictions)`: counts without failed videos."""
+        """Return the confusion matrix, without failed videos.
+
+        Returns:
+            `(num_classes, num_classes)` counts: rows are labels, columns are predictions.
+        """
         counts = np.zeros((self.num_classes, self.num_classes), np.int64)
         decoded = ~self.failed
         np.add.at(counts, (self.labels[decoded], self.top(1)[decoded, 0]), 1)
         return counts
 
     def per_class(self) -> np.ndarray:
-        """Return each class's top-1 accuracy in percent `(num_classes,)`; nan without videos."""
+        """Return the top-1 accuracy per class in percent, `(num_classes,)`; nan without videos."""
         count = np.bincount(self.labels, minlength=self.num_classes)
         correct = np.bincount(self.labels[self.hits(1)], minlength=self.num_classes)
         with np.errstate(invalid="ignore"):
             return 100 * correct / count
 
     def losses(self) -> np.ndarray:
-        """Return each video's cross-entropy in nats `(n,)`; nan for failed videos."""
+        """Return the cross-entropy per video in nats, `(n,)`; nan for failed videos."""
         own = self.probabilities[np.arange(len(self.labels)), self.labels].astype(np.float64)
         return np.where(self.failed, np.nan, -np.log(np.maximum(own, 1e-38)))
 
@@ -101,9 +105,9 @@ def calibration(confidences: np.ndarray, hits: np.ndarray) -> tuple[np.ndarray, 
         hits: `(n,)` booleans.
 
     Returns:
-        `(bins, 3)`: mean confidence, accuracy and count of 15 bins of equal width. Confidence and
-        accuracy of empty bins are nan. Second, the expected calibration error in percent; nan
-        without videos.
+        The reliability diagram `(15, 3)`: mean confidence, accuracy (both in [0, 1], nan if the bin
+        is empty) and number of videos of each bin; all bins have the same width. And the expected
+        calibration error in percent, or nan if there are no videos.
     """
     if not len(hits):
         return np.full((NUM_BINS, 3), np.nan), math.nan
@@ -124,9 +128,10 @@ def compare_hits(before: np.ndarray, after: np.ndarray) -> dict:
         after: `(n,)` booleans, the second model's hits.
 
     Returns:
-        `num_videos`; `gained` and `lost`, the videos that only the second or only the first model
-        classifies correctly; `difference`, of top-1 in percent; `p_value`, two-sided, under the
-        hypothesis that both models are equally accurate.
+        `num_videos`; `gained`, the number of videos that only the second model classifies
+        correctly; `lost`, the number that only the first does; `difference`, the second top-1
+        accuracy minus the first, in percentage points; and `p_value`, two-sided, for the hypothesis
+        that both models are equally accurate.
     """
     gained, lost = int((~before & after).sum()), int((before & ~after).sum())
     changed = gained + lost
@@ -142,11 +147,12 @@ def compare_hits(before: np.ndarray, after: np.ndarray) -> dict:
 def order_by_confusion(confusion: Sequence | np.ndarray) -> np.ndarray:
     """Order the classes so that those often confused with each other are adjacent.
 
-    Greedy: start with the most confused class. The next one is confused most often with the
-    classes already ordered, whose weight halves with each step.
+    The algorithm is greedy. It starts with the class that is confused most often, and repeatedly
+    appends the class that is confused most often with the classes before it. The weight of a class
+    in this choice is halved whenever another one is appended.
 
     Args:
-        confusion: `(num_classes, num_classes)` counts.
+        confusion: `(num_classes, num_classes)` counts, from `Results.confusion`.
 
     Returns:
         `(num_classes,)` class indices.

@@ -54,7 +54,7 @@ def save_report(
 
 
 def write_table(path: Path, results: Results, labels: list[str]) -> None:
-    """Write one CSV row per video: label, five best classes, padding and decode error.
+    """Write one CSV row per video, with the columns `COLUMNS`.
 
     Args:
         path: CSV file.
@@ -66,13 +66,13 @@ def write_table(path: Path, results: Results, labels: list[str]) -> None:
     """
     top, correct = results.top(5), results.hits(1)
     table = io.StringIO(newline="")
-    rows = csv.writer(table)
-    rows.writerow(COLUMNS)
+    writer = csv.writer(table)
+    writer.writerow(COLUMNS)
     for i, id_ in enumerate(results.ids):
         best = [] if results.errors[i] else top[i].tolist()
         probabilities = [round(float(results.probabilities[i, c]), 6) for c in best]
         names = [labels[c] for c in best]
-        rows.writerow(
+        writer.writerow(
             [
                 id_,
                 labels[results.labels[i]],
@@ -113,7 +113,7 @@ def read_table(report: str | Path) -> dict:
             raise ValueError(f"protocol: expected a dict, got {contents['protocol']!r}")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise InputError(
-            f"{path}: cannot read it and {table.name} in the same folder ({error}); name an "
+            f"{path}: this file or {table.name} in its folder cannot be read ({error}); choose an "
             "eval.json written by --mode eval"
         ) from None
     return {**contents, "videos": videos, "path": str(path)}

@@ -14,14 +14,14 @@ MAX_NAMED_CLASSES = 40
 def draw_confusion(
     confusion: np.ndarray, labels: list[str], output: Path, *, num_failed: int = 0
 ) -> None:
-    """Draw the confusion matrix, normalised per label.
+    """Draw the confusion matrix, in percent of the videos of each label.
 
     Args:
         confusion: `(num_classes, num_classes)` counts: rows are labels, columns predictions.
         labels: Class names.
         output: PNG file.
-        num_failed: Videos that could not be decoded. The matrix leaves them out, the accuracy in
-            the title counts them as wrong.
+        num_failed: Number of videos that could not be decoded. They are not in the matrix, but
+            count as wrong in the accuracy in the title.
 
     Raises:
         InputError: The file cannot be written.
@@ -50,6 +50,6 @@ def draw_confusion(
     axes.set_ylabel("label")
     num_videos = confusion.sum() + num_failed
     top1 = 100 * np.trace(confusion) / max(num_videos, 1)
-    failed = f", of which {num_failed} failed" if num_failed else ""
+    failed = f" ({num_failed} not decoded)" if num_failed else ""
     axes.set_title(f"top-1 {top1:.1f} % on {num_videos} videos{failed}", color=INK)
     save_figure(figure, output)

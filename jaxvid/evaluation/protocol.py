@@ -18,8 +18,8 @@ class EvalProtocol:
     """How a model is evaluated.
 
     Attributes:
-        preprocessing: How clips are made; it has the number of clips and crops.
-        score: What classes are ranked by, one of `SCORES`.
+        preprocessing: Preprocessing of clips, including the numbers of clips and crops per video.
+        score: Score that classes are ranked by, one of `SCORES`.
         dtype: Compute dtype, one of `DTYPES`; independent of the model's.
         batch_size: Videos per step, over all devices and processes.
         every_epochs: Epochs of training between two evaluations.

@@ -1,4 +1,4 @@
-"""Partial results, from which an interrupted evaluation continues."""
+"""Partial results of an interrupted evaluation, from which it is resumed."""
 
 import io
 import json
@@ -15,10 +15,10 @@ from jaxvid.errors import InputError
 
 
 class PartialResults:
-    """Store evaluated batches on disk, so that an interrupted evaluation can continue.
+    """Stores the results of each batch on disk, so that an interrupted evaluation can be resumed.
 
     Args:
-        folder: Folder for the batches.
+        folder: Folder of the stored batches.
         key: Everything that the results depend on. Batches stored under another key are deleted.
     """
 
@@ -46,7 +46,8 @@ class PartialResults:
     def _start_over(self) -> None:
         if not jax.process_index():
             shutil.rmtree(self._folder, ignore_errors=True)
-            if next(self._folder.glob("*.npz"), None):  # would be read as one of this key
+            # A batch that could not be deleted would be read as a result of the new key.
+            if next(self._folder.glob("*.npz"), None):
                 raise InputError(f"{self._folder} cannot be deleted; delete it by hand")
             write_file(self._folder / "key.json", self._key.encode())
 
@@ -57,7 +58,7 @@ class PartialResults:
             return False
 
     def _read(self, number: int) -> dict | None:
-        """Return a batch; None if it is missing or damaged, so that it is evaluated again."""
+        """Return a batch, or None if it is missing or damaged; it is then evaluated again."""
         try:
             # np.load does not close a damaged file that it opened itself.
             file = io.BytesIO((self._folder / f"{number}.npz").read_bytes())

@@ -12,18 +12,18 @@ from jaxvid.evaluation.protocol import EvalProtocol
 def make_report(results: Results, protocol: EvalProtocol, *, data: str, checkpoint: str) -> dict:
     """Return the contents of `eval.json`.
 
-    Videos that failed count as wrong, except in `released_subset`. The loss and the calibration
-    error are those of the other videos, and None if there are none.
+    Failed videos count as wrong, except in `released_subset`, which leaves them out. The loss and
+    the calibration error are computed from the decoded videos, and are None if there are none.
 
     Args:
         results: The results of all videos.
         protocol: The protocol that they were evaluated with.
         data: The folder of the videos.
-        checkpoint: Names the weights.
+        checkpoint: Description of the weights: a folder, or the training step.
 
     Returns:
-        Accuracies in percent, counts of videos, `protocol`, and more. `seconds` includes those of
-        interrupted runs of the same evaluation.
+        Accuracies in percent, counts of videos, `protocol`, and more. `seconds` includes the time
+        of interrupted runs of the same evaluation.
     """
     hits, good = results.hits(1), ~results.failed
     confidences = results.probabilities.max(axis=1)
@@ -57,7 +57,7 @@ def make_report(results: Results, protocol: EvalProtocol, *, data: str, checkpoi
 
 
 def released_subset(results: Results) -> dict:
-    """Return the accuracies on the videos that the released `uniform_10s` evaluation keeps.
+    """Return the accuracies on the videos that STAM's released evaluation counts (`uniform_10s`).
 
     The published figures are accuracies on these videos.
 
@@ -85,7 +85,7 @@ def summary(result: dict) -> str:
     subset = result["released_subset"]
     if subset and 0 < subset["num_videos"] < result["num_videos"]:
         counts.append(f"top-1 {subset['top1']:.2f} % on the {subset['num_videos']} that the "
-                      "released evaluation keeps")  # fmt: skip
+                      "released evaluation counts")  # fmt: skip
     low, high = result["top1_interval"]
     sizes = [f"{protocol['num_frames']} frames", f"{protocol['image_size']} px", *counts]
     top5 = f", top-5 {result['top5']:.2f} %" if result["num_classes"] > 5 else ""

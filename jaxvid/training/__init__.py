@@ -1,1 +1,1 @@
-"""Training: steps, optimiser, checkpoints, metrics and signals."""
+"""Training: steps, optimizer, checkpoints, metrics and signals."""

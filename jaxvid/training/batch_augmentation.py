@@ -1,6 +1,7 @@
 """Random erasing, mixup and CutMix of normalized clips, on the device.
 
-The functions are pure and can be compiled; `alpha`, `area` and `aspect` must be Python numbers.
+The functions are pure and can be jitted. `alpha`, `area` and `aspect` must be Python numbers, not
+traced arrays.
 """
 
 import math
@@ -19,18 +20,18 @@ def erase(
     area: tuple[float, float] = (0.02, 1 / 3),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> jax.Array:
-    """Set a random box to zero in all frames of a clip (Zhong et al., arXiv:1708.04896).
+    """Set a random box of some clips to zero, in all frames (Zhong et al., arXiv:1708.04896).
 
     Args:
         video: `(b, t, h, w, c)`, normalized.
         key: Random key for the choice of clips and boxes.
         probability: Probability that a clip gets a box.
-        area: Range of the share of the frame that a box covers, drawn uniformly.
-        aspect: Range of height / width of a box; its logarithm is drawn uniformly.
+        area: Range of a box's area, as a share of the frame's area. It is drawn uniformly.
+        aspect: Range of a box's height / width. Its logarithm is drawn uniformly.
 
     Returns:
-        An array like `video`. Ten boxes are drawn per clip, and the first one that fits into the
-        frame is used. If none fits, the clip is unchanged.
+        The clips, like `video`. Ten sizes of boxes are drawn per clip, and the first one that fits
+        into the frame is used. If none fits, the clip is unchanged.
     """
     b, _, h, w, _ = video.shape
     key_boxes, key_places = jax.random.split(key)
@@ -57,7 +58,7 @@ def mixup(video: jax.Array, key: jax.Array, alpha: float) -> tuple[jax.Array, ja
 
     Args:
         video: `(b, t, h, w, c)`, floats.
-        key: Random key for the partners and λ.
+        key: Random key for the permutation and λ.
         alpha: λ is drawn from Beta(alpha, alpha), once per batch; 0: no mixing.
 
     Returns:
@@ -81,22 +82,23 @@ def cutmix(
 
     Args:
         video: `(b, t, h, w, c)`.
-        key: Random key for the partners, λ and the position of the box.
+        key: Random key for the permutation, λ and the position of the box.
         alpha: λ is drawn from Beta(alpha, alpha), once per batch; 0: no mixing.
 
     Returns:
-        The clips; the permutation of the partners, `(b,)` integers; and λ, the share of a clip's
-        own pixels. The box has the frame's aspect ratio and an area of 1 - λ. It is cut off at the
-        edges of the frame, and λ is corrected for that. The loss is mixed as in `mixup`.
+        The clips; the permutation, `(b,)` indices of the clips that the boxes are copied from; and
+        λ, the share of pixels that stay unchanged. The box has the frame's aspect ratio and covers
+        a share 1 - λ of the frame. It is cut off at the edges of the frame, and the returned λ is
+        corrected for that. The loss is mixed as in `mixup`.
     """
     if not alpha:
         return video, jnp.arange(len(video)), jnp.ones(())
     _, _, h, w, _ = video.shape
     key_lam, key_permutation, key_place = jax.random.split(key, 3)
-    side = jnp.sqrt(1 - jax.random.beta(key_lam, alpha, alpha))  # of the box, relative
+    side = jnp.sqrt(1 - jax.random.beta(key_lam, alpha, alpha))  # of the box, relative to the frame
     permutation = jax.random.permutation(key_permutation, len(video))
     height, width = jnp.floor(side * h).astype(int), jnp.floor(side * w).astype(int)
-    down, right = jax.random.uniform(key_place, (2,))  # of the box's centre
+    down, right = jax.random.uniform(key_place, (2,))  # centre of the box
     top = jnp.floor(down * h).astype(int) - height // 2
     left = jnp.floor(right * w).astype(int) - width // 2
     rows, columns = _between(h, top, top + height), _between(w, left, left + width)
@@ -106,7 +108,7 @@ def cutmix(
 
 
 def _between(size: int, start: jax.Array, stop: jax.Array) -> jax.Array:
-    """Return which of `size` pixels are in [start, stop), `(..., size)` for bounds `(...)`."""
+    """Return booleans `(..., size)`: the pixel is in [start, stop). The bounds are `(...)`."""
     pixels = jnp.arange(size)
     if start.ndim:
         pixels, start, stop = pixels[None], start[:, None], stop[:, None]

@@ -27,11 +27,11 @@ RESTORE_SECONDS = 30.0  # a process that cannot restore waits this long for the 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointPolicy:
-    """When checkpoints are saved, and which ones are kept.
+    """When checkpoints are saved, and how many are kept.
 
     Attributes:
         every_epochs: Epochs between two checkpoints.
-        keep: How many of the newest checkpoints are kept.
+        keep: Number of newest checkpoints to keep.
 
     Raises:
         InputError: A field has an impossible value.
@@ -53,19 +53,19 @@ class Resumable(Protocol):
         """Return the current state."""
 
     def set_state(self, state: dict) -> None:
-        """Continue from a state."""
+        """Continue from a saved state."""
 
 
 class CheckpointManager(ocp.CheckpointManager):
-    """Orbax's manager; it also writes the checksums of each checkpoint once it is complete.
+    """Orbax's checkpoint manager, which also writes checksums of each complete checkpoint.
 
-    A save that fails in this process is published to the others at once: Orbax raises the error
-    only after a barrier that the others never reach.
+    If a save fails in this process, the error is published to the other processes at once. Orbax
+    raises it only after a barrier that they never reach.
     """
 
     _checksum_thread: threading.Thread | None = None
 
-    def _wait_for_checkpointers(self) -> None:  # private; as of orbax-checkpoint 0.12
+    def _wait_for_checkpointers(self) -> None:  # a private method of orbax-checkpoint 0.12
         try:
             super()._wait_for_checkpointers()
         except Exception as error:
@@ -73,22 +73,24 @@ class CheckpointManager(ocp.CheckpointManager):
             raise
 
     def write_checksums_in_background(self) -> None:
-        """Write the checksums in the background, as the run may be killed before the next save.
+        """Start a thread that waits for the save and writes the checksums of its files.
+
+        Otherwise a run that is killed before the next save would leave a checkpoint without them.
 
         `join_checksum_thread` and `close` join the thread. A daemon thread would keep running while
         the interpreter shuts down, and could start JAX's backends again after their teardown.
         """
         self.join_checksum_thread()
-        self._checksum_thread = threading.Thread(target=self._note, name="checksums")
+        self._checksum_thread = threading.Thread(target=self._write_checksums, name="checksums")
         self._checksum_thread.start()
 
-    def _note(self) -> None:
+    def _write_checksums(self) -> None:
         with contextlib.suppress(Exception):  # raised again by the main thread's wait
             self.wait_until_finished()
             write_checksums(Path(self.directory).parent)
 
     def join_checksum_thread(self) -> None:
-        """Wait for the checksums of the last save."""
+        """Wait until the checksums of the last save are written."""
         if self._checksum_thread is not None:
             self._checksum_thread.join()
             self._checksum_thread = None
@@ -101,7 +103,7 @@ class CheckpointManager(ocp.CheckpointManager):
             self.join_checksum_thread()
 
     def close_quietly(self) -> None:
-        """Close the manager; drop exceptions, so that the one that ends the run propagates."""
+        """Close the manager and ignore exceptions, so that the one that ends the run propagates."""
         with contextlib.suppress(Exception):
             self.close()
 
@@ -121,7 +123,7 @@ def make_manager(workdir: Path, *, keep: int) -> CheckpointManager:
 
     Args:
         workdir: The run's folder.
-        keep: How many of the newest checkpoints stay.
+        keep: Number of newest checkpoints to keep.
     """
     return CheckpointManager(
         (workdir / "checkpoints").resolve(),
@@ -133,12 +135,12 @@ def make_manager(workdir: Path, *, keep: int) -> CheckpointManager:
 def save_checkpoint(
     manager: CheckpointManager, state: dict, resumables: dict[str, Resumable]
 ) -> None:
-    """Save under the state's step. Call it before the next batch is drawn.
+    """Save a checkpoint of the state's step. Call it before the next batch is drawn.
 
     Args:
         manager: Made by `make_manager`.
         state: The training state.
-        resumables: `data`, the data iterator, and `log`, the open log window.
+        resumables: The data iterator as `data`, and the open log window as `log`.
 
     Raises:
         InputError: This checkpoint, or the previous one, cannot be written.
@@ -156,7 +158,7 @@ def finish_saving(manager: CheckpointManager) -> None:
     """Wait for the last checkpoint and write the checksums of its files.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The checkpoint cannot be written.
     """
     with _errors_as_input_errors(manager):
         manager.wait_until_finished()
@@ -174,13 +176,14 @@ def _errors_as_input_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 def _not_written(manager: ocp.CheckpointManager, error: Exception) -> Exception:
-    """Return the InputError for a save that failed; the runtime's own errors stay as they are."""
+    """Return the InputError for a failed save; return errors of JAX's runtime unchanged."""
     if isinstance(error, jax.errors.JaxRuntimeError | InputError):
         return error
     steps = ", ".join(map(str, find_steps(Path(manager.directory).parent))) or "none"
     refusal = InputError(
         f"a checkpoint cannot be written to {manager.directory} ({one_line(error, 200)}); "
-        f"whole ones there are of the steps: {steps}; make room, then the same command continues"
+        f"steps of complete checkpoints: {steps}; free disk space, then run the same command to "
+        "resume"
     )
     refusal.__context__ = error
     return refusal
@@ -189,42 +192,43 @@ def _not_written(manager: ocp.CheckpointManager, error: Exception) -> Exception:
 def restore_newest(
     workdir: Path, abstract_state: dict, resumables: dict[str, Resumable], *, keep: int
 ) -> tuple[CheckpointManager, dict | None]:
-    """Restore the newest checkpoint that is complete.
+    """Restore the newest intact checkpoint.
 
-    A damaged one is named in the log and moved to `WORKDIR/damaged`, never deleted.
+    Damaged checkpoints are named in the log and moved to `WORKDIR/damaged`, never deleted.
 
     Args:
         workdir: The run's folder.
         abstract_state: Shapes, dtypes and shardings of the state.
-        resumables: As for `save_checkpoint`; each is set to the state that was saved.
-        keep: How many of the newest checkpoints stay, from now on.
+        resumables: As for `save_checkpoint`. Each is set to its saved state.
+        keep: Number of newest checkpoints to keep from now on.
 
     Returns:
-        The manager; and the state, None before the first checkpoint.
+        The manager; and the state, or None if there is no checkpoint.
 
     Raises:
-        InputError: There are checkpoints, and all are damaged; or the newest is whole and still
-            cannot be restored.
+        InputError: All checkpoints are damaged; the newest one is intact, but cannot be restored;
+            or the processes find different checkpoints.
     """
     damaged = []
-    # If checkpoints/ was deleted, the run starts from the beginning. If it is empty, an earlier
-    # start may have moved damaged checkpoints.
+    # If checkpoints/ was deleted, the run starts from the beginning. If it exists and is empty, an
+    # earlier start may have moved its checkpoints to damaged/.
     emptied = (workdir / "checkpoints").is_dir() and not find_steps(workdir)
     moved_before = [*(workdir / "damaged").glob("*")] if emptied else []
     while True:
-        manager, is_whole = make_manager(workdir, keep=keep), False
+        manager = make_manager(workdir, keep=keep)
+        is_intact = False
         step = manager.latest_step()
-        seen = collectives.gather(step)
-        if any(other != step for other in seen):
+        newest_steps = collectives.gather(step)
+        if any(newest != step for newest in newest_steps):
             manager.close()
             raise InputError(
-                f"{workdir}: the processes find different newest checkpoints ({seen}); give all of "
-                "them the same --workdir"
+                f"{workdir}: the step of the newest checkpoint differs between processes "
+                f"({newest_steps}); give all processes the same --workdir"
             )
         if step is None:
             break
         try:
-            is_whole = check_files_on_all_processes(workdir, step)
+            is_intact = check_files_on_all_processes(workdir, step)
             state = _restore_on_all_processes(manager, step, abstract_state, resumables)
             return manager, state
         except Exception as error:  # Orbax raises bare ones
@@ -232,17 +236,19 @@ def restore_newest(
                 raise
             reason = one_line(error, 200)
         manager.close()
-        if is_whole:
+        if is_intact:
             raise InputError(
-                f"{workdir}: the checkpoint of step {step} is whole, but cannot be restored "
-                f"({reason}); continue it with the versions in starts.jsonl, or begin in "
+                f"{workdir}: the checkpoint of step {step} is intact, but cannot be restored "
+                f"({reason}); resume with the package versions in starts.jsonl, or choose "
                 "another --workdir"
             )
         damaged.append(_move_aside(workdir, step))
         log.warning(
-            "the checkpoint of step %d is damaged (%s); it was moved to %s, and the one before it "
-            "is used",
-            *(step, reason, damaged[-1]),
+            "the checkpoint of step %d is damaged (%s); it was moved to %s, and the previous "
+            "checkpoint is used",
+            step,
+            reason,
+            damaged[-1],
         )
     if damaged := damaged or moved_before:
         manager.close()
@@ -259,11 +265,11 @@ def _restore_on_all_processes(
     abstract_state: dict,
     resumables: dict[str, Resumable],
 ) -> dict:
-    """Restore a checkpoint on all processes, so that all continue from it or none does.
+    """Restore a checkpoint on all processes, so that either all resume from it or none does.
 
     Raises:
-        ValueError: It cannot be restored on some process.
-        InputError: It cannot be restored on this process, but on others.
+        ValueError: A process cannot restore it.
+        InputError: This process cannot restore it, but another process can.
     """
     state, failure = None, None
     try:
@@ -278,8 +284,8 @@ def _restore_on_all_processes(
         reasons = collectives.gather(reason, RESTORE_SECONDS if reason else math.inf)
     except TimeoutError:
         raise InputError(
-            f"{manager.directory}/{step}: cannot be restored in this process ({reason}), but in "
-            "another; give all processes the same files"
+            f"{manager.directory}/{step}: this process cannot restore it ({reason}), but another "
+            "process can; give all processes the same files"
         ) from None
     if reasons := [*filter(None, reasons)]:
         raise ValueError(reasons[0])
@@ -287,7 +293,10 @@ def _restore_on_all_processes(
 
 
 def _may_be_damage(error: Exception) -> bool:
-    """Whether a damaged checkpoint may have caused an error, rather than memory or a process."""
+    """Return whether a damaged checkpoint may be the cause of an error.
+
+    Errors about memory, invalid input or the failure of another process have a different cause.
+    """
     if isinstance(error, MemoryError | InputError | jax.errors.JaxRuntimeError):
         return False
     return jax.process_count() == 1 or not exits.is_of_runtime(error)
@@ -311,13 +320,14 @@ def _restore(
 
 
 def free_path(path: Path) -> Path:
-    """Return the path, with `_again` appended until nothing has that name."""
+    """Return the path, with `_again` appended as often as needed to get a path that is unused."""
     while path.exists():
         path = path.with_name(f"{path.name}_again")
     return path
 
 
 def _move_aside(workdir: Path, step: int) -> Path:
+    """Move a checkpoint to `WORKDIR/damaged` and return its new path. All processes call it."""
     target = free_path(workdir / "damaged" / f"{step}")
     collectives.barrier(f"damaged {step}")
     if not jax.process_index():
@@ -336,7 +346,7 @@ def restore_params(workdir: Path, step: int, abstract_params: Params) -> Params:
         abstract_params: Shapes, dtypes and shardings of the weights.
 
     Returns:
-        The average of the weights if the run keeps one, else the weights.
+        The moving average of the weights if the checkpoint has one, else the weights.
 
     Raises:
         InputError: The checkpoint is damaged.
@@ -345,8 +355,9 @@ def restore_params(workdir: Path, step: int, abstract_params: Params) -> Params:
         check_files(workdir, step)
     except ValueError as error:
         raise InputError(
-            f"{workdir}: the checkpoint of step {step} is damaged ({error}); train on, which goes "
-            f"back to the one before it, or evaluate --config.init_from={workdir / 'best'}"
+            f"{workdir}: the checkpoint of step {step} is damaged ({error}); resume the training, "
+            "which goes back to the previous checkpoint, or evaluate "
+            f"--config.init_from={workdir / 'best'}"
         ) from None
     path = (workdir / "checkpoints" / str(step) / "state").resolve()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -364,11 +375,11 @@ def newest_step(workdir: Path) -> int:
     """Return the step of a run's newest complete checkpoint.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no complete checkpoint.
     """
     if not (steps := find_steps(workdir)):
         raise InputError(
-            f"{workdir} holds no checkpoint; name a --workdir that was trained in, "
-            "or a model folder with --config.init_from"
+            f"{workdir} contains no checkpoint; choose the --workdir of a training run, "
+            "or set --config.init_from to a model folder"
         )
     return max(steps)

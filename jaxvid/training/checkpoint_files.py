@@ -1,4 +1,4 @@
-"""The files of a run's checkpoints: their steps and checksums."""
+"""Steps and checksums of a run's checkpoints."""
 
 import json
 import threading
@@ -11,11 +11,11 @@ from jaxvid.atomic import write_file
 from jaxvid.distributed import collectives
 from jaxvid.errors import one_line
 
-_noting = threading.Lock()
+_write_lock = threading.Lock()
 
 
 def find_steps(workdir: Path) -> list[int]:
-    """Return the steps of a run's complete checkpoints, in order."""
+    """Return the steps of a run's complete checkpoints, in ascending order."""
     folder = workdir / "checkpoints"
     return sorted(ocp.utils.checkpoint_steps(folder.resolve())) if folder.is_dir() else []
 
@@ -23,19 +23,21 @@ def find_steps(workdir: Path) -> list[int]:
 def write_checksums(workdir: Path) -> None:
     """Write the checksums of all checkpoints' files to `WORKDIR/checkpoints.json`.
 
-    They show damage before a checkpoint is restored. Orbax notices it late, or not at all.
+    They reveal damage before a checkpoint is restored. Orbax notices it late, or not at all.
     """
-    with _noting:
-        noted = _noted_files(workdir)
+    with _write_lock:
+        checksums = _read_checksums(workdir)
         steps = {str(step): workdir / "checkpoints" / str(step) for step in find_steps(workdir)}
-        if steps.keys() != noted.keys():
-            noted = {
-                step: noted.get(step) or files.checksums(folder) for step, folder in steps.items()
+        if steps.keys() != checksums.keys():
+            checksums = {
+                step: checksums.get(step) or files.checksums(folder)
+                for step, folder in steps.items()
             }
-            write_file(workdir / "checkpoints.json", json.dumps(noted).encode())
+            write_file(workdir / "checkpoints.json", json.dumps(checksums).encode())
 
 
-def _noted_files(workdir: Path) -> dict[str, dict[str, int]]:
+def _read_checksums(workdir: Path) -> dict[str, dict[str, int]]:
+    """Return the contents of `WORKDIR/checkpoints.json`: step → file → checksum."""
     try:
         return json.loads((workdir / "checkpoints.json").read_text())
     except (FileNotFoundError, ValueError):
@@ -46,12 +48,12 @@ def check_files(workdir: Path, step: int) -> bool:
     """Compare a checkpoint's files with their checksums.
 
     Returns:
-        True if all are as they were written; False if there are no checksums.
+        True if all files are unchanged; False if the checkpoint has no checksums.
 
     Raises:
         ValueError: Some files are missing or changed.
     """
-    expected = _noted_files(workdir).get(str(step))
+    expected = _read_checksums(workdir).get(str(step))
     if expected is None:  # the run was killed before it wrote them
         return False
     actual = files.checksums(workdir / "checkpoints" / str(step))
@@ -65,22 +67,21 @@ def check_files(workdir: Path, step: int) -> bool:
 def check_files_on_all_processes(workdir: Path, step: int) -> bool:
     """Compare a checkpoint's files with their checksums on all processes.
 
-    All processes get the same result, so that all restore the checkpoint or none does.
+    All processes get the same result, so that either all restore the checkpoint or none does.
 
     Returns:
-        True if the files are as they were written on all processes; False if a process has no
-        checksums.
+        True if the files are unchanged on all processes; False if a process has no checksums.
 
     Raises:
-        ValueError: Some files are missing or changed on some process.
+        ValueError: Some files are missing or changed on a process.
     """
-    is_whole, reason = False, None
+    is_intact, reason = False, None
     try:
-        is_whole = check_files(workdir, step)
+        is_intact = check_files(workdir, step)
     except (ValueError, OSError) as error:
         reason = one_line(error, 200)
-    checks = collectives.gather([is_whole, reason])
+    checks = collectives.gather([is_intact, reason])
     for _, reason in checks:
         if reason is not None:
             raise ValueError(reason)
-    return all(is_whole for is_whole, _ in checks)
+    return all(is_intact for is_intact, _ in checks)

@@ -1,4 +1,4 @@
-"""The teacher of a distillation: any model folder, in bfloat16."""
+"""The teacher of knowledge distillation: a model folder, loaded in bfloat16."""
 
 import dataclasses
 from pathlib import Path
@@ -23,7 +23,7 @@ class DistillConfig:
     Attributes:
         teacher: The teacher's model folder; empty: no distillation.
         weight: Weight of the distillation loss, 0 to 1.
-        temperature: Divides the logits of teacher and student.
+        temperature: Divisor of the logits of teacher and student.
 
     Raises:
         InputError: A field has an impossible value.
@@ -46,17 +46,17 @@ def load_teacher(
     """Load the teacher.
 
     Args:
-        distill: Names the folder, the weight and the temperature.
+        distill: The teacher's folder, the weight of the loss and the temperature.
         student: The student's config.
         labels: The data's class labels, in order.
-        mesh: The teacher's weights are sharded over it by the same rules as the student's.
+        mesh: The device mesh. The teacher's weights are sharded by the same rules as the student's.
 
     Returns:
         The teacher and its weights in bfloat16; `(None, None)` without distillation.
 
     Raises:
-        InputError: It is not a model folder; its preprocessing differs from the student's; or its
-            class labels or their order differ from the data's.
+        InputError: It is not a model folder; its number of frames, image size or number of classes
+            differs from the student's; or its class labels or their order differ from the data's.
     """
     if not distill.teacher:
         return None, None
@@ -71,15 +71,15 @@ def load_teacher(
     )
     if changed:
         raise InputError(
-            f"distill.teacher={distill.teacher} has other clips or classes: "
-            f"{'; '.join(changed.values())}"
+            f"distill.teacher={distill.teacher}: its clips or classes differ from the student's "
+            f"({'; '.join(changed.values())}); choose another teacher or change the config"
         )
     model_card.check_labels(card["labels"], labels, distill.teacher)
     preprocessing = read_preprocessing(card, Path(distill.teacher) / "model.json")
     graphdef, abstract = abstract_model(model_config)
     abstract = sharding.with_sharding(abstract, mesh, family_of(model_config).tensor_axis)
     params = model_folder.load_params(distill.teacher, abstract)
-    halve = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree))
+    to_bfloat16 = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree))
     teacher = Teacher(
         graphdef=graphdef,
         mean=preprocessing.mean,
@@ -87,4 +87,4 @@ def load_teacher(
         weight=distill.weight,
         temperature=distill.temperature,
     )
-    return teacher, halve(params)
+    return teacher, to_bfloat16(params)

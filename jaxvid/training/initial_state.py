@@ -1,4 +1,4 @@
-"""The state that a training starts from."""
+"""The initial training state."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,14 +19,14 @@ def make_initial_state(
     """Make a fresh training state, with the weights of a model folder if one is named.
 
     Args:
-        init: Makes the state, see `steps.init_state`.
+        init: Function that makes the state, see `steps.init_state`.
         abstract_state: Shapes, dtypes and shardings of the state.
         model_config: The network's config.
-        init_from: The model folder; or empty.
+        init_from: The model folder; empty: random weights.
         labels: Class names of the data.
 
     Returns:
-        The state; and what was loaded, as lines for the log.
+        The state; and log lines that say which weights were loaded.
 
     Raises:
         InputError: The folder is damaged or its weights do not fit the network.

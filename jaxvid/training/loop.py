@@ -23,7 +23,7 @@ from jaxvid.training.signals import StopSignals
 from jaxvid.training.validation import Validation
 from jaxvid.training.watchdog import Watchdog
 
-STEPS_AHEAD = 2  # steps that the device computes while Python goes on
+STEPS_AHEAD = 2  # steps that are dispatched to the device before Python waits for the oldest one
 TrainStep = Callable[[dict, dict[str, jax.Array]], tuple[dict, dict[str, jax.Array]]]
 
 
@@ -36,31 +36,31 @@ class StopReason(enum.Enum):
 
 
 class BatchIterator(Protocol):
-    """An endless iterator over training batches, as `pipeline.make_train_iter` makes it."""
+    """An endless iterator over training batches, as returned by `pipeline.make_train_iter`."""
 
     def __next__(self) -> dict[str, Any]:
         """Return the next batch."""
 
     def get_state(self) -> dict:
-        """Return the position in the stream, for a checkpoint."""
+        """Return the position in the stream of batches, for a checkpoint."""
 
     def set_state(self, state: dict) -> None:
-        """Continue from a position."""
+        """Continue from a saved position."""
 
     def close(self) -> None:
-        """Stop the threads and processes."""
+        """Stop the threads and processes that load videos."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Milestones:
-    """At which training steps something is due.
+    """Training steps at which the loop evaluates, saves, logs and stops.
 
     Attributes:
         total: Steps of the whole run.
         evaluate: Steps between two evaluations.
         checkpoint: Steps between two checkpoints.
         log: Steps per row of `metrics.jsonl`.
-        stop: Save and return at this step; None: go on to the end.
+        stop: Save and return at this step; None: train to the end.
         steps_per_epoch: Steps per epoch; may be fractional.
     """
 
@@ -81,7 +81,7 @@ def make_milestones(
     log_steps: int,
     stop_step: int | None,
 ) -> Milestones:
-    """Make the milestones of a run from epochs."""
+    """Make the milestones of a run; convert epochs to steps."""
     total, evaluate, save = (
         max(1, round(epochs * steps_per_epoch))
         for epochs in (num_epochs, eval_epochs, checkpoint_epochs)
@@ -98,23 +98,23 @@ def make_milestones(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loop:
-    """What the training loop works with.
+    """The objects that the training loop uses.
 
     Attributes:
         workdir: The run's folder.
-        milestones: When something is due.
+        milestones: Steps at which the loop evaluates, saves, logs and stops.
         batches: The training batches of this process.
         train_step: The jitted training step; it donates the state.
         mesh: Batches are sharded over it.
         manager: Saves checkpoints.
-        resumables: What a checkpoint keeps beside the state.
+        resumables: Parts of a checkpoint beside the state: data iterator and log window.
         metrics: Reads and writes the metrics of the steps.
         validation: Evaluates the weights.
-        writer: Shows the first clips.
+        writer: Writes the first clips to TensorBoard.
         signals: Receives SIGINT and SIGTERM.
         stalls: Logs stages that block.
         trace: The profiler's trace.
-        began: When the program started, in seconds of `time.monotonic`.
+        began: `time.monotonic` at the start of the program, in seconds.
     """
 
     workdir: Path
@@ -137,11 +137,11 @@ def run_loop(loop: Loop, state: dict) -> tuple[dict, StopReason]:
     """Train until all steps are done, `stop_step` is reached or a signal is received.
 
     Args:
-        loop: What the loop works with.
-        state: The training state that it starts or continues from; it is donated.
+        loop: The objects that the loop uses.
+        state: The initial or restored training state; it is donated.
 
     Returns:
-        The training state, saved; and why the loop ended.
+        The training state, which has been saved; and why the loop ended.
 
     Raises:
         InputError: The loss is not finite, too many videos cannot be decoded, or an output cannot
@@ -151,7 +151,7 @@ def run_loop(loop: Loop, state: dict) -> tuple[dict, StopReason]:
     try:
         state, reason = _train(loop, state)
         checkpoint.finish_saving(loop.manager)
-    except SystemExit:  # the save before an evaluation may still run, and fail
+    except SystemExit:  # the save before the evaluation may still run, and fail
         if jax.process_count() == 1:
             checkpoint.finish_saving(loop.manager)
         raise
@@ -172,12 +172,12 @@ def _train(loop: Loop, state: dict) -> tuple[dict, StopReason]:
         signalled = loop.signals.stops_alone
         if saves or signalled or metrics.window.stop:
             metrics.read()
-        # The only place that decides whether a signal stops the run. Several processes must stop
-        # at the same step: they learn of a signal from the metrics.
+        # Nothing else decides whether a signal stops the run. If there are several processes, they
+        # learn of the signal from the metrics, so that all stop at the same step.
         stopped = signalled or metrics.window.stop
         if (saves or stopped) and step != saved:
-            # The iterator is saved with the state and only advanced afterwards: the next draw is
-            # then the one that a continued run makes too.
+            # The iterator is saved with the state, before the next batch is drawn, so that a
+            # resumed run draws the same batch.
             with loop.stalls.stage("the checkpoint"):
                 checkpoint.save_checkpoint(loop.manager, state, loop.resumables)
             saved = step
@@ -200,9 +200,9 @@ def _do_step(loop: Loop, state: dict, step: int, *, is_first: bool) -> dict:
     """Draw a batch and update the state on it; return the new state.
 
     Args:
-        loop: What the loop works with.
+        loop: The objects that the loop uses.
         state: The training state, which is donated.
-        step: Its step.
+        step: The state's step.
         is_first: Whether this is the first step since the program started.
     """
     loop.trace.before(step)
@@ -218,21 +218,21 @@ def _do_step(loop: Loop, state: dict, step: int, *, is_first: bool) -> dict:
         loop.metrics.window.read(STEPS_AHEAD)
     if is_first:
         jax.block_until_ready(state)
-        log.info("first step %.1f s after the start", time.monotonic() - loop.began)
+        log.info("the first step was done %.1f s after the start", time.monotonic() - loop.began)
     loop.trace.after(step, state)
     loop.metrics.advance()
     return state
 
 
 def _describe_non_finite(loop: Loop, error: NonFiniteLossError) -> InputError:
-    """Return the InputError for a loss that is not finite; all processes call it."""
+    """Return the InputError for a loss that is not finite. All processes must call it."""
     ids = sum(collectives.gather(error.ids), [])
     videos = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
     newest = loop.manager.latest_step()
     return InputError(
         f"the loss or its gradient is not finite at step {error.step} (learning rate "
         f"{loop.metrics.learning_rate(error.step):.3g}; videos {videos}); the newest checkpoint "
-        f"is {'none' if newest is None else f'of step {newest}'}; begin in another "
+        f"is {'none' if newest is None else f'of step {newest}'}; start in another "
         "--workdir with a lower optimizer.learning_rate"
         + (f" and --config.init_from={loop.workdir / 'best'}" if loop.validation.best >= 0 else "")
     )

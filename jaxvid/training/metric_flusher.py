@@ -1,4 +1,4 @@
-"""Metrics of training steps on their way to metrics.jsonl, the log and the progress bar."""
+"""Writes the metrics of training steps to metrics.jsonl, the log and the progress bar."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,15 +18,15 @@ class MetricFlusher:
     """Collects the metrics of training steps and writes one row per log window.
 
     Attributes:
-        window: The open log window, which checkpoints keep.
+        window: The open log window, which is part of each checkpoint.
         batch_size: Clips per step.
         total_steps: Steps of the whole run.
-        schedule: Learning rate by step.
+        schedule: Function from the step to the learning rate.
         writer: Writes the rows.
         skipped: Counts and lists videos that cannot be decoded.
         progress: The progress bar; it counts clips.
         stalls: Measures the share of time that is spent waiting for input.
-        failures: Ids of videos that could not be decoded since the last `read`, and the reasons.
+        failures: `[id, reason]` of each video that could not be decoded since the last `read`.
     """
 
     window: MetricWindow
@@ -46,9 +46,9 @@ class MetricFlusher:
 
         Args:
             step: The step's number.
-            metrics: What `steps.train_step` returned, and `stop`.
-            ids: The ids of its videos.
-            errors: Why each video cannot be decoded; empty if it can.
+            metrics: The metrics from `steps.train_step`, and `stop`.
+            ids: The ids of the step's videos.
+            errors: The decode error of each video; empty if it was decoded.
         """
         pairs = zip(ids, errors, strict=True)
         self.failures += [[id_, error] for id_, error in pairs if error]
@@ -59,11 +59,11 @@ class MetricFlusher:
         self.progress.advance(self.batch_size)
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate that a step was made with."""
+        """Return the learning rate of a step; the first step is 1."""
         return float(self.schedule(step - 1))
 
     def read(self) -> None:
-        """Read the metrics of all steps so far; all processes call it at the same steps.
+        """Read the metrics of all steps so far; all processes must call it at the same steps.
 
         Raises:
             NonFiniteLossError: A step's loss or gradient is not finite.
@@ -74,7 +74,7 @@ class MetricFlusher:
         self.window.read()
 
     def write_row(self, step: int) -> None:
-        """Write the log window to `metrics.jsonl`, and begin the next one."""
+        """Write the log window to `metrics.jsonl`, and start the next one."""
         row = training_row(*self.window.take()) | {
             "learning_rate": self.learning_rate(step),
             "clips_per_second": self.progress.rate(),

@@ -6,7 +6,7 @@ from collections import deque
 import jax
 import numpy as np
 
-MIN_ROWS = 10  # training rows of a run, if it has as many steps
+MIN_ROWS = 10  # minimum number of training rows of a run with at least as many steps
 
 
 def sum_metrics(batches: list[dict]) -> dict[str, np.ndarray]:
@@ -22,7 +22,7 @@ def sum_metrics(batches: list[dict]) -> dict[str, np.ndarray]:
 
 
 def window_steps(log_steps: int, total_steps: int) -> int:
-    """Compute the length of a log window, in steps: that of the config, less for a short run."""
+    """Return the number of steps per log window: `log_steps`, or fewer if the run is short."""
     return min(log_steps, max(1, total_steps // MIN_ROWS))
 
 
@@ -30,7 +30,7 @@ def training_row(sums: dict[str, np.ndarray], steps: int) -> dict[str, float | N
     """Compute the means of a log window.
 
     Args:
-        sums: Sums over the window of what `steps.train_step` returns.
+        sums: The sums of `steps.train_step`'s metrics over the window.
         steps: The window's number of training steps.
 
     Returns:
@@ -58,7 +58,7 @@ class NonFiniteLossError(Exception):
 
     Attributes:
         step: The step.
-        ids: The ids of its videos.
+        ids: The ids of the step's videos.
     """
 
     def __init__(self, step: int, ids: list[str]):
@@ -67,13 +67,13 @@ class NonFiniteLossError(Exception):
 
 
 class MetricWindow:
-    """Sums of the metrics of training steps; read late, so that Python never waits for the device.
+    """Sums of training metrics, which are read late, so that Python seldom waits for the device.
 
-    The sums are those of the steps since `take`: the next row of `metrics.jsonl`. A checkpoint
-    keeps them, so that a continued run writes the same row.
+    The sums are over the steps since the last `take`. They become the next row of `metrics.jsonl`.
+    Checkpoints include them, so that a resumed run writes the same row.
 
     Attributes:
-        stop: Whether some process had received a signal, at the newest step that was read.
+        stop: Whether any process had received a signal by the newest step that was read.
     """
 
     def __init__(self):
@@ -83,11 +83,11 @@ class MetricWindow:
         self.stop = False
 
     def add(self, step: int, metrics: dict[str, jax.Array], ids: list[str]) -> None:
-        """Take a step's metrics, `stop` among them, and the ids of its videos."""
+        """Add a step's metrics, including `stop`, and the ids of its videos."""
         self._waiting.append((step, metrics, ids))
 
     def read(self, leave: int = 0) -> None:
-        """Fetch all but the newest `leave` steps.
+        """Add the metrics of all but the newest `leave` steps to the sums; wait for the device.
 
         Raises:
             NonFiniteLossError: A step's loss or gradient is not finite.
@@ -115,7 +115,7 @@ class MetricWindow:
         }
 
     def set_state(self, state: dict) -> None:
-        """Continue from a state. JSON keeps int64 and float64 exactly."""
+        """Restore a state. JSON represents int64 and float64 exactly."""
         self._count = state["steps"]
         self._sums = {
             name: (np.float64 if isinstance(value, float) else np.int64)(value)

@@ -23,8 +23,8 @@ class MetricWriter:
 
     Args:
         workdir: The run's folder.
-        step: The step that the run starts or continues at. Rows of later steps are those of an
-            earlier start that was killed; they are dropped.
+        step: The step that the run starts or resumes at. Rows of later steps come from an earlier
+            start that was killed; they are dropped.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -42,11 +42,12 @@ class MetricWriter:
             folder.mkdir(exist_ok=True)
             # tensorboardX's SummaryWriter hangs for ever once its thread has failed to write.
             self._files = path.open("a"), EventsWriter(str(folder / "events"))
-        start = SessionLog(status=SessionLog.START)  # hides events of later steps
+        # Makes TensorBoard hide the events of later steps that an earlier start wrote.
+        start = SessionLog(status=SessionLog.START)
         self._write_event(step=step + 1, session_log=start)
 
     def write(self, step: int, scalars: dict[str, float | None]) -> None:
-        """Write one line of scalars; None: there is no value."""
+        """Write one row of scalars; None stands for a missing value."""
         if self._files is None:
             return
         lines = self._files[0]
@@ -58,12 +59,12 @@ class MetricWriter:
                 self._write_event(step=step, summary=summary.scalar(name, value))
 
     def write_classes(self, step: int, names: list[str], accuracies: np.ndarray) -> None:
-        """Write the accuracy of each class to TensorBoard, or a histogram of more than 50 classes.
+        """Write the accuracy of each class to TensorBoard; above 50 classes, only a histogram.
 
         Args:
             step: The training step.
             names: Names of the classes.
-            accuracies: `(num_classes,)` in percent; nan: the class has no videos.
+            accuracies: `(num_classes,)` in percent; nan if the class has no videos.
         """
         known = np.isfinite(accuracies)
         if len(names) > MAX_CLASS_SCALARS:
@@ -104,13 +105,13 @@ def disk_errors_as_input_errors(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"{path} cannot be written ({error.strerror}); make room, then the same command "
-            "continues"
+            f"{path} cannot be written ({error.strerror}); free disk space, then run the same "
+            "command to resume"
         ) from None
 
 
 def last_evaluation(workdir: Path) -> int:
-    """Return the newest step with validation metrics in `WORKDIR/metrics.jsonl`; 0: none."""
+    """Return the newest step with validation metrics in `WORKDIR/metrics.jsonl`, or 0."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines if _step_of(line) < float("inf")]
@@ -120,5 +121,5 @@ def last_evaluation(workdir: Path) -> int:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except ValueError:  # the last line of a run that was killed while it wrote
+    except ValueError:  # an incomplete last line: the run was killed while it wrote
         return float("inf")

@@ -19,19 +19,22 @@ class OptimizerConfig:
     """The optimizer and its learning-rate schedule.
 
     Attributes:
-        name: `adamw`, or `sgd`: Nesterov momentum, weight decay added to the gradient.
-        learning_rate: Peak, at `reference_batch_size`.
-        reference_batch_size: Learning rates are scaled by the batch size over this.
-        warmup_start_rate: Learning rate at step 0, at `reference_batch_size`.
-        warmup_epochs: Length of the linear warm-up.
+        name: `adamw`, or `sgd` with Nesterov momentum and weight decay added to the gradient.
+        learning_rate: Peak of the cosine at `reference_batch_size`.
+        reference_batch_size: Batch size that learning rates are given for. They are multiplied by
+            `batch_size / reference_batch_size`.
+        warmup_start_rate: First learning rate of the warm-up at `reference_batch_size`; not used
+            without warm-up.
+        warmup_epochs: Length of the linear warm-up; 0: no warm-up.
         weight_decay: Strength of the weight decay.
-        decay: Weights that decay: `kernels`, or `released`: all but the heads' biases.
+        decay: Weights with weight decay: `kernels` (matrices), or `released` (all but the heads'
+            biases, as in the released programs).
         b1: Decay rate of AdamW's first moment.
         b2: Decay rate of AdamW's second moment.
         momentum: Momentum of SGD.
         clip_norm: Maximum of the global gradient norm; 0: no clipping.
-        layer_decay: Learning rate of a block relative to that of the block above it.
-        freeze: `backbone` to train the temporal and classification heads only, or empty.
+        layer_decay: Learning rate of a block divided by that of the next block; 1: off.
+        freeze: `backbone` to train only the temporal and classification heads; empty: train all.
 
     Raises:
         InputError: A field has an impossible value.
@@ -67,12 +70,12 @@ def make_schedule(
 ) -> optax.Schedule:
     """Make a cosine decay from the peak to 0 over all steps, with linear warm-up.
 
-    The warm-up ends at the value of the cosine at its last step, as in the recipes of
-    arXiv:2106.05968. Learning rates are scaled by `batch_size / reference_batch_size` (Goyal et
-    al., arXiv:1706.02677).
+    The warm-up rises linearly to the value that the cosine has at the end of the warm-up, as in the
+    recipes of arXiv:2106.05968. Learning rates are scaled by `batch_size / reference_batch_size`
+    (Goyal et al., arXiv:1706.02677).
 
     Args:
-        optimizer: Gives the learning rates and the length of the warm-up.
+        optimizer: The learning rates and the length of the warm-up.
         batch_size: Clips per step.
         total_steps: Number of training steps.
         steps_per_epoch: Number of steps per epoch; may be fractional.
@@ -81,7 +84,7 @@ def make_schedule(
         A function from the step to the learning rate.
 
     Raises:
-        InputError: The warm-up is longer than the training.
+        InputError: The warm-up is negative, or not shorter than the training.
     """
     warmup_steps = optimizer.warmup_epochs * steps_per_epoch
     if not 0 <= warmup_steps < total_steps:
@@ -129,11 +132,11 @@ def make_optimizer(
     """Make AdamW, or SGD with Nesterov momentum and coupled weight decay.
 
     Coupled means that the decay is added to the gradient and passes through the momentum, as in
-    PyTorch's SGD. Gradients are clipped first. Learning rates of layers are scaled last.
+    PyTorch's SGD. Gradients are clipped first. The layer-wise learning rates are applied last.
 
     Args:
-        optimizer: Names the optimizer and its hyperparameters.
-        schedule: Learning rate by step.
+        optimizer: The name of the optimizer and its hyperparameters.
+        schedule: Function from the step to the learning rate.
         family: The network's family.
     """
 
@@ -172,7 +175,7 @@ def _decays(name: str, grouping: str, family: Family) -> bool:
 
 
 def _layer(name: str, family: Family) -> int | None:
-    """Return 0 for an embedding, i + 1 for a weight of block i, None for all above the blocks."""
+    """Return 0 for an embedding, i + 1 for a weight of block i, None for all after the blocks."""
     block = family.block_index(name)
     if block is not None:
         return block + 1

@@ -1,4 +1,4 @@
-"""The outputs of a run: room for them, and those of earlier runs in the same workdir."""
+"""Checks of free disk space, and removal of an earlier run's outputs from the workdir."""
 
 import math
 import shutil
@@ -13,7 +13,7 @@ from jaxvid.logs import log
 from jaxvid.storage import model_card
 from jaxvid.training import checkpoint
 
-# Outputs that a run only has once it has saved a checkpoint.
+# Outputs that a run writes only after its first checkpoint.
 LATE_OUTPUTS = (
     *("best", "model", "eval.json", "eval_videos.csv", "eval.html", "comparison.json"),
     *("confusion.png", "checkpoints.json"),
@@ -25,14 +25,14 @@ OUTPUTS = (
 
 
 def check_writable(workdir: Path, need_bytes: int) -> None:
-    """Check, before any work is done, that its results can be written.
+    """Check, before any work is done, that the results can be written.
 
     Args:
         workdir: The folder, which is created.
-        need_bytes: Size of all checkpoints and model folders, including those of an earlier start.
+        need_bytes: Size of all checkpoints and model folders, including those that exist already.
 
     Raises:
-        InputError: The folder cannot be written or its disk has less room than that.
+        InputError: The folder cannot be written, or its disk has too little free space.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -61,13 +61,14 @@ def check_room(workdir: Path, abstract_state: dict, *, keep: int) -> None:
     Args:
         workdir: The run's folder.
         abstract_state: Shapes of the training state.
-        keep: How many checkpoints are kept.
+        keep: Number of checkpoints to keep.
 
     Raises:
-        InputError: The folder cannot be written, or its disk has too little room.
+        InputError: The folder cannot be written, or its disk has too little free space.
     """
     state_bytes, weight_bytes = map(num_bytes, (abstract_state, abstract_state["params"]))
-    # One more checkpoint while the oldest is still there, two model folders, one while it is saved.
+    # One more checkpoint, as the oldest is deleted after the newest is saved; and three times the
+    # weights: two model folders, and a new version of one of them while it is saved.
     check_writable(workdir, state_bytes * (keep + 1) + 3 * weight_bytes + 10**6)
 
 
@@ -77,19 +78,19 @@ def num_bytes(tree: dict) -> int:
 
 
 def starts_over(workdir: Path) -> bool:
-    """Whether the checkpoints of an earlier run were deleted, but not its other outputs."""
+    """Return whether the checkpoints of an earlier run were deleted, but not its other outputs."""
     return not checkpoint.find_steps(workdir) and any(
         (workdir / name).exists() for name in LATE_OUTPUTS
     )
 
 
 def tidy_outputs(workdir: Path) -> None:
-    """Remove what a killed run left half-written; move aside what does not belong to this run.
+    """Repair half-written model folders of a killed run, and move outputs of an earlier run aside.
 
-    If the checkpoints of an earlier run were deleted, its outputs are moved to `WORKDIR/previous`:
-    the new run must not add to that run's metrics, nor its models compete with that run's best one.
-    A run that was killed before its first checkpoint keeps its files, as it writes the same again.
-    All processes call this.
+    If the checkpoints of an earlier run were deleted, its outputs are moved to `WORKDIR/previous`.
+    Otherwise the new run would append to its metrics and compare its models with its best one. The
+    files of a run that was killed before its first checkpoint stay, as the next start writes the
+    same files again. All processes must call this.
 
     Args:
         workdir: The run's folder.
@@ -97,7 +98,7 @@ def tidy_outputs(workdir: Path) -> None:
     Raises:
         InputError: The outputs cannot be moved.
     """
-    collectives.barrier("outputs")  # others may still read weights from `best/`
+    collectives.barrier("outputs")  # other processes may still read weights from `best/`
     collectives.raise_on_all_processes(_tidy_outputs, workdir)
 
 
@@ -111,7 +112,8 @@ def _tidy_outputs(workdir: Path) -> None:
     target = checkpoint.free_path(workdir / "previous")
     try:
         target.mkdir()
-        for name in OUTPUTS:  # the late ones last: a move that is interrupted is completed later
+        # LATE_OUTPUTS come last, so that the next start completes an interrupted move.
+        for name in OUTPUTS:
             if (workdir / name).exists():
                 (workdir / name).rename(target / name)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Plots of training: curves and the learning-rate schedule."""
+"""Plots of the learning curves and of the learning-rate schedule."""
 
 import json
 from pathlib import Path
@@ -55,8 +55,8 @@ def draw_schedule(
 
     Args:
         optimizer: The optimizer and its schedule.
-        workdir: Folder of the plot, `schedule.png`.
-        batch_size: Clips per step, which learning rates are scaled by.
+        workdir: Output directory; the plot is `schedule.png`.
+        batch_size: Clips per step; learning rates are scaled by it.
         num_epochs: Length of the training.
 
     Returns:
@@ -65,18 +65,19 @@ def draw_schedule(
     Raises:
         InputError: The warm-up is longer than the training, or the folder cannot be written.
     """
-    per_epoch = 100  # steps; the curve over epochs is the same for any number
-    total = max(1, round(num_epochs * per_epoch))
+    steps_per_epoch = 100  # only the resolution of the plot: rates depend on the epoch alone
+    total_steps = max(1, round(num_epochs * steps_per_epoch))
     schedule = optim.make_schedule(
         optimizer,
         batch_size=batch_size,
-        total_steps=total,
-        steps_per_epoch=per_epoch,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
     )
-    rates = np.asarray(jax.vmap(schedule)(np.arange(total + 1)))
+    steps = np.arange(total_steps + 1)
+    rates = np.asarray(jax.vmap(schedule)(steps))
     figure = Figure(figsize=(6.5, 3.4), layout="constrained", dpi=130)
     axes = figure.subplots()
-    axes.plot(np.arange(total + 1) / per_epoch, rates, color=VAL, lw=1.8)
+    axes.plot(steps / steps_per_epoch, rates, color=VAL, lw=1.8)
     axes.set_title(optim.describe_rate(optimizer, batch_size), color=INK, fontsize=10)
     axes.set_xlabel("epoch")
     axes.set_ylabel("learning rate")

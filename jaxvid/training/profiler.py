@@ -13,24 +13,30 @@ class ProfilerTrace:
 
     Args:
         steps: First step of the trace and the step before which it ends; None for no trace.
-        folder: Where it is written.
-        start: The step that the run starts or continues at. Earlier steps cannot be traced.
+        folder: Output folder of the trace.
+        start: The step that the run starts or resumes at. Earlier steps cannot be traced.
         total: The run's number of steps.
 
     Raises:
-        InputError: The range ends behind the run's last step.
+        InputError: The range is empty or ends after the run's last step.
     """
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, *, start: int, total: int):
-        self._folder, self._running, self._done = folder, False, start
-        self._first, self._end = (max(steps[0], start), steps[1]) if steps else (0, 0)
-        if steps and not steps[0] < steps[1] <= total:
+        self._folder = folder
+        self._running = False
+        self._done = start  # number of steps that are done
+        self._first = self._end = 0  # an empty range: no trace
+        if steps is None:
+            return
+        first, end = steps
+        if not first < end <= total:
             raise InputError(
-                f"profile of the steps {steps[0]} to {steps[1]}: the run goes from {start} to "
-                f"{total}"
+                f"profile of steps {first} to {end}: expected START < STOP <= {total}, the number "
+                "of steps of the run"
             )
-        if steps and self._first >= self._end:
-            log.info("no trace: the steps %d to %d are done", *steps)
+        self._first, self._end = max(first, start), end
+        if self._first >= self._end:
+            log.info("no trace: the steps %d to %d are already done", first, end)
 
     def before(self, step: int) -> None:
         """Start the trace if this step is its first."""
@@ -39,7 +45,7 @@ class ProfilerTrace:
             self._running, self._done = True, step
 
     def after(self, step: int, state: dict) -> None:
-        """End the trace if it goes up to this step, once the device has computed the state."""
+        """End the trace if it ends at this step, after the device has computed the state."""
         self._done = step
         if self._running and step == self._end:
             jax.block_until_ready(state)

@@ -1,4 +1,4 @@
-"""A run's config: saved in its workdir, and compared when the run is continued."""
+"""A run's config: saved in its workdir, and compared when the run is resumed."""
 
 import json
 from collections.abc import Mapping
@@ -13,14 +13,15 @@ from jaxvid.distributed import collectives
 from jaxvid.errors import InputError
 from jaxvid.training.checkpoint import find_steps
 
-# Fields that may differ between a run and its continuation: they do not change its results.
+# Fields, or prefixes of fields, that may change when a run is resumed: they do not affect the
+# training itself.
 FREE_FIELDS = (
     *("mesh.", "eval.", "checkpoint_", "log_steps"),
     *("data.num_threads", "data.max_failed_share", "data.missing", "data.stall_seconds"),
     "data.skip_broken",
 )
 
-# Fields that the config.json of an older run lacks, and their values in that run.
+# Fields that config.json of an older run does not contain, and the values that the run used.
 ADDED_FIELDS = {"data.color_matrix": "auto"}
 
 # Fields that may differ between the processes of one run.
@@ -28,10 +29,10 @@ OWN_FIELDS = ("data.folder", "data.prefix", "data.num_threads", "data.num_worker
 
 
 def check_same_run(config: Mapping[str, Any], workdir: Path) -> None:
-    """Refuse a workdir whose checkpoints were made with another config.
+    """Refuse a workdir whose checkpoints were made with a different config.
 
     Args:
-        config: A whole config as a nested dict.
+        config: A complete config as a nested dict.
         workdir: The run's folder.
 
     Raises:
@@ -42,7 +43,7 @@ def check_same_run(config: Mapping[str, Any], workdir: Path) -> None:
     compared = compare_config(workdir, config).items()
     if changed := [text for name, text in compared if not name.startswith(FREE_FIELDS)]:
         raise InputError(
-            f"{workdir} holds a run with another config ({'; '.join(changed)}); "
+            f"{workdir} contains a run with a different config ({'; '.join(changed)}); "
             "choose another --workdir or delete this one"
         )
 
@@ -75,11 +76,11 @@ def compare_config(workdir: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Compare a config with the one that a run was started with.
 
     Args:
-        workdir: The run's folder; without `config.json` nothing differs.
-        config: A whole config as a nested dict.
+        workdir: The run's folder. Without a `config.json` the result is empty.
+        config: A complete config as a nested dict.
 
     Returns:
-        Field (`model.width`) → "model.width: 64 before, 32 now".
+        Each field that differs → a description, e.g. "model.width: 64 before, 32 now".
 
     Raises:
         InputError: `config.json` is damaged.
@@ -93,7 +94,7 @@ def compare_config(workdir: Path, config: Mapping[str, Any]) -> dict[str, str]:
         raise InputError(f"{path} is damaged; choose another --workdir") from None
     now = flatten(json.loads(json.dumps(config)))
     before = {name: value for name, value in ADDED_FIELDS.items() if name in now} | before
-    for fields in (before, now):  # training takes `auto` as `tagged`
+    for fields in (before, now):  # training treats `auto` as `tagged`
         if fields.get("data.color_matrix") == "auto":
             fields["data.color_matrix"] = "tagged"
     return differences(before, now, there="before", here="now")

@@ -32,7 +32,7 @@ def describe_run(
     Args:
         mesh: The device mesh.
         records: Split → its videos.
-        left_out: Reason why training videos were left out → their number.
+        left_out: Reason → number of training videos that were left out for it.
     """
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -51,7 +51,7 @@ def describe_run(
 def log_network(
     name: str, abstract_params: Params, records: dict[str, Sequence], mesh: Mesh
 ) -> None:
-    """Log the sizes of the network, of the data and of the mesh.
+    """Log one line: the number of parameters, the numbers of videos and the shape of the mesh.
 
     Args:
         name: The network's name.
@@ -73,28 +73,28 @@ def check_same_videos(described: dict[str, Any]) -> None:
     """Refuse processes whose videos or labels differ from those of the first process.
 
     Args:
-        described: What `describe_videos` returns; or a dict of such.
+        described: The result of `describe_videos`, or a dict of such results by split.
 
     Raises:
-        InputError: Names the process.
+        InputError: Names the first process that differs.
     """
     first, *others = collectives.gather(described)
-    if odd := [process for process, other in enumerate(others, 1) if other != first]:
+    if differing := [process for process, other in enumerate(others, 1) if other != first]:
         raise InputError(
-            f"process {odd[0]} has other videos than process 0, or other labels; give all of them "
-            "the same lists"
+            f"process {differing[0]}: its videos or labels differ from those of process 0; give "
+            "all processes the same lists"
         )
 
 
 def last_start(workdir: Path) -> dict | None:
-    """Return the metadata of the last start in `WORKDIR/starts.jsonl`; None: there is none."""
+    """Return the metadata of the last start in `WORKDIR/starts.jsonl`, or None if there is none."""
     path = workdir / "starts.jsonl"
     lines = _read_starts(path)
     return json.loads(lines[-1]) if lines else None
 
 
 def _read_starts(path: Path) -> list[str]:
-    """Return the lines of `starts.jsonl`; other line separators than newline may be in names."""
+    """Return the lines of `starts.jsonl`. Only newlines count: names may have other separators."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [line for line in text.split("\n") if line]
 
@@ -104,29 +104,29 @@ def record_start(workdir: Path, facts: dict[str, Any]) -> None:
 
     Args:
         workdir: The run's folder.
-        facts: What `describe_run` returns.
+        facts: The metadata from `describe_run`.
 
     Raises:
-        InputError: The training videos or their labels differ from those of an earlier start, so
-            that the run would not be continued; or those of another process differ.
+        InputError: The training videos or their labels differ from those of the last start, so
+            that it would be a different run; or videos or labels differ between processes.
     """
     check_same_videos(facts["data"])
     path = workdir / "starts.jsonl"
     lines = _read_starts(path)
     last = last_start(workdir) or facts
     now, before = facts["data"]["train"], last["data"]["train"]
-    # Starts of older versions have no fingerprint of the labels.
+    # Starts that older versions recorded have no fingerprint of the labels.
     changed = [name for name in before if before[name] != now[name]]
     if changed == ["labels_sha256"]:
         raise InputError(
-            f"{workdir} was started with other labels of its {before['videos']} training videos "
-            f"({before['labels_sha256'][:12]}, now {now['labels_sha256'][:12]}); restore the list "
-            "or choose another --workdir"
+            f"{workdir}: the labels of its {before['videos']} training videos have changed "
+            f"(SHA-256 {before['labels_sha256'][:12]} before, {now['labels_sha256'][:12]} now); "
+            "restore the list or choose another --workdir"
         )
     if changed:
         raise InputError(
-            f"{workdir} was started with {before['videos']} training videos "
-            f"({before['sha256'][:12]}), now there are {now['videos']} ({now['sha256'][:12]}); "
+            f"{workdir} was started with {before['videos']} training videos (SHA-256 of their ids: "
+            f"{before['sha256'][:12]}), now there are {now['videos']} ({now['sha256'][:12]}); "
             "restore the list or choose another --workdir"
         )
     if "val" in last["data"] and last["data"]["val"] != facts["data"]["val"]:
@@ -142,7 +142,7 @@ def record_start(workdir: Path, facts: dict[str, Any]) -> None:
 
 
 def _revision() -> str | None:
-    """Return the commit of this code, with `+` if files differ; None outside a repository."""
+    """Return the git commit of this code, plus `+` if files were changed, or None without git."""
     root = Path(__file__).parents[2]
     git = ["git", "-C", str(root)]
     try:

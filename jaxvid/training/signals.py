@@ -11,16 +11,16 @@ import jax
 
 from jaxvid.logs import log
 
-WEAKREFS = ("weakref", "_weakrefset")  # modules whose functions run as finalizers
+WEAKREFS = ("weakref", "_weakrefset")  # modules whose functions run inside finalizers
 
 
 class StopSignals:
-    """Records SIGINT and SIGTERM, so that the loop can save and stop; a second one acts at once.
+    """Records SIGINT or SIGTERM, so that the loop can save and stop; a second one acts at once.
 
-    The handlers that were installed before are restored by the first signal and on exit.
+    The first signal, and the exit of the context, restore the previous handlers.
 
     Attributes:
-        received: The number of the signal that was received; None if there was none.
+        received: The number of the signal that was received, or None.
     """
 
     received: int | None = None
@@ -30,26 +30,26 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         try:
-            # Otherwise `entry_point` would end the process while it saves.
+            # Otherwise `entry_point` would end the process before the state is saved.
             self._wakeup_fd = signal.set_wakeup_fd(-1)
             self._before = {
-                number: signal.signal(number, self._note)
+                number: signal.signal(number, self._handle)
                 for number in (signal.SIGINT, signal.SIGTERM)
             }
-        except ValueError:  # not the main thread: whoever called handles signals
+        except ValueError:  # not the main thread: signals are left to the caller
             self._before = {}
         return self
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
-        then = (
+        consequence = (
             "stopping; everything before the evaluation is saved"
             if self._at_once
             else self._consequence
         )
-        with contextlib.suppress(RuntimeError):  # the signal interrupted the log
-            log.info("%s: %s", signal.Signals(number).name, then)
+        with contextlib.suppress(RuntimeError):  # the signal interrupted the writing of a log line
+            log.info("%s: %s", signal.Signals(number).name, consequence)
         if not _swallows_exceptions(frame):
             self.check()
 
@@ -73,19 +73,19 @@ class StopSignals:
         return call
 
     def finish_run(self) -> None:
-        """Log from now on that a signal does not stop the run, as it writes its last outputs."""
+        """From now on, log on a signal that the run only writes its last outputs and then ends."""
         self._consequence = "the run ends as soon as its outputs are written"
 
     @property
     def stops_alone(self) -> bool:
-        """Whether a signal stops this process now; one of several stops with the others."""
+        """Whether a signal stops this process now. Several processes stop together instead."""
         return self.received is not None and jax.process_count() == 1
 
     @contextlib.contextmanager
     def end_at_once(self) -> Iterator[None]:
-        """End the program as soon as a signal comes: for work that a continued run does again.
+        """End the program as soon as a signal is received, for work that a resumed run repeats.
 
-        One of several processes goes on, as the others would wait for it.
+        If there are several processes, none ends early, as the others would wait for it.
 
         Raises:
             SystemExit: A signal was received; the code is 128 + its number.
@@ -99,7 +99,7 @@ class StopSignals:
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            if handler is not None:  # it was not installed by Python
+            if handler is not None:  # None: the handler was not installed by Python
                 signal.signal(number, handler)
         if self._before:
             signal.set_wakeup_fd(self._wakeup_fd)
@@ -109,7 +109,7 @@ class StopSignals:
 
 
 def _swallows_exceptions(frame: FrameType | None) -> bool:
-    """Whether a frame is part of a finalizer, whose exceptions Python prints and drops."""
+    """Return whether a frame runs in a finalizer, whose exceptions Python prints and ignores."""
     callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
         module = frame.f_globals.get("__name__")

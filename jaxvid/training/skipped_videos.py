@@ -21,7 +21,7 @@ class SkippedVideos:
     Args:
         workdir: The run's folder.
         num_videos: Number of training videos.
-        max_share: Share of them that may fail before the run stops; 1: all but one.
+        max_share: Share of them that may fail before the run stops; 1: all but one video may fail.
         lost: Ids of videos that are no longer listed, which are not counted.
     """
 
@@ -42,7 +42,7 @@ class SkippedVideos:
         """Count failures, each an id and a reason; log and list each video once.
 
         Raises:
-            InputError: More than the allowed share has failed.
+            InputError: More videos than allowed, or all of them, have failed.
         """
         for id_, error in failures:
             if id_ not in self._lost:
@@ -69,11 +69,11 @@ class SkippedVideos:
                 f"{count} of {total} training videos cannot be decoded, more than "
                 f"data.max_failed_share={self._max_share} allows; they are listed in {self._path}; "
                 "restore them, take them out of the list or set --config.data.skip_broken=True, "
-                "then the same command continues"
+                "then run the same command to resume"
             )
 
     def summary(self) -> str:
-        """Return how many videos this start skipped; empty: none."""
+        """Return a line about the videos that this start skipped; empty if there are none."""
         if not self._failed:
             return ""
         return (
@@ -83,14 +83,14 @@ class SkippedVideos:
 
 
 def read_skipped(workdir: Path) -> set[str]:
-    """Return the ids in `WORKDIR/skipped.jsonl`, as `pipeline.stored_id` cuts them.
+    """Return the ids in `WORKDIR/skipped.jsonl`, truncated as by `pipeline.stored_id`.
 
     Raises:
         InputError: The file is damaged.
     """
     path = workdir / "skipped.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    try:  # without the last line, which is incomplete if a run was killed while it wrote
+    try:  # text after the last newline is a line that a killed run did not finish
         return {json.loads(line)["id"] for line in text.split("\n")[:-1]}
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: is damaged; delete it") from None
+        raise InputError(f"{path} is damaged; delete it") from None

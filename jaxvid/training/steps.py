@@ -1,4 +1,4 @@
-"""The pure functions of training that run on the device."""
+"""Pure functions of training, which are jitted and run on the device."""
 
 import dataclasses
 import functools
@@ -19,18 +19,18 @@ from jaxvid.training import batch_augmentation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a training step does to clips, labels and weights beside the optimizer's update.
+    """Options of the training step, except those of the optimizer.
 
     Attributes:
         seed: Seed of the random numbers; each step folds its number into the key.
         frozen: Names of weights that are not trained.
-        mean: Subtracted from pixels in [0, 1].
-        std: Divides them afterwards.
-        label_smoothing: ε, the share of the uniform distribution in the labels.
-        mixup_alpha: Mixup draws from Beta(alpha, alpha); 0: off.
-        cutmix_alpha: CutMix draws from Beta(alpha, alpha); 0: off. Excludes mixup.
+        mean: Mean that is subtracted from pixels in [0, 1].
+        std: Divisor of the pixels after the mean is subtracted.
+        label_smoothing: ε, the weight of the uniform distribution in the smoothed labels.
+        mixup_alpha: Parameter of mixup, which draws λ from Beta(alpha, alpha); 0: off.
+        cutmix_alpha: The same for CutMix; 0: off. Mixup and CutMix cannot be combined.
         erase_prob: Probability that a box of a clip is erased.
-        accumulate_steps: Gradient accumulation: parts of a batch.
+        accumulate_steps: Number of microbatches per batch for gradient accumulation; 1: off.
         ema_decay: Decay of the exponential moving average of the weights; 0: no average.
 
     Raises:
@@ -66,10 +66,10 @@ class Teacher:
 
     Attributes:
         graphdef: Structure of the network; its weights are an argument of the step.
-        mean: Its preprocessing subtracts this from pixels in [0, 1].
-        std: Its preprocessing divides them by this.
-        weight: Weight of the distillation loss; the loss of the labels has the rest.
-        temperature: T divides the logits of both networks; the divergence is multiplied by T².
+        mean: Mean that the teacher's preprocessing subtracts from pixels in [0, 1].
+        std: Divisor of the teacher's pixels after the mean is subtracted.
+        weight: Weight w of the distillation loss; the loss of the labels has the weight 1 - w.
+        temperature: Divisor T of the logits of both networks. The loss is multiplied by T².
     """
 
     graphdef: nnx.GraphDef
@@ -90,12 +90,13 @@ def init_state(
 
     Args:
         model_config: The network's config.
-        optimizer: Makes the optimizer's part of the state.
-        recipe: Which weights are trained, and whether their average is kept.
+        optimizer: The optimizer, which makes its part of the state.
+        recipe: Names the frozen weights, and says whether a moving average is kept.
         seed: Seed of the weights.
 
     Returns:
-        A tree of arrays: `{"params", "opt_state", "step"}`, and `"ema"` if an average is kept.
+        A tree of arrays: `{"params", "opt_state", "step"}`, and `"ema"` if a moving average
+        is kept.
     """
     _, params = split_params(build_model(model_config, nnx.Rngs(seed)))
     opt_state = optimizer.init(recipe.trainable(params))
@@ -104,7 +105,7 @@ def init_state(
 
 
 def eval_params(state: dict) -> Params:
-    """Return the weights that are evaluated and exported: the average if there is one."""
+    """Return the weights to evaluate and export: the moving average if there is one."""
     return state.get("ema", state["params"])
 
 
@@ -157,14 +158,15 @@ def train_step(
         state: Made by `init_state`.
         batch: `video` `(b, t, h, w, c)` uint8, `label` `(b,)` and `mask` `(b,)`; clips whose mask
             is False are ignored.
-        teacher_params: The teacher's weights; given with `teacher`.
+        teacher_params: The teacher's weights; required with `teacher`.
         graphdef: The network's structure.
-        optimizer: The one that made `state`.
-        recipe: What is done to clips, labels and weights.
+        optimizer: The optimizer that `state` was made with.
+        recipe: Options of the step.
         teacher: The teacher of a distillation; None: no distillation.
 
     Returns:
-        The new state, and sums over the batch: `loss`, `top1`, `count`; and `grad_norm`.
+        The new state; and metrics: `loss`, the number `top1` of correct predictions and the number
+        `count` of clips, all summed over the batch; and `grad_norm`, the norm of the gradient.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state["step"])
     key, clips = _prepare_clips(batch, key, recipe)
@@ -176,8 +178,9 @@ def train_step(
         logits = merge_params(graphdef, {**fixed, **params})(video, key=key)
         losses = cross_entropy(logits, label, smoothing=smoothing)
         if recipe.mixup_alpha or recipe.cutmix_alpha:
-            others = cross_entropy(logits, part["other"], smoothing=smoothing)
-            losses = part["share"] * losses + (1 - part["share"]) * others
+            partner_losses = cross_entropy(logits, part["partner_label"], smoothing=smoothing)
+            weight = part["label_weight"]
+            losses = weight * losses + (1 - weight) * partner_losses
         if teacher is not None:
             video = ((video * recipe.std + recipe.mean) - teacher.mean) / teacher.std
             targets = jax.lax.stop_gradient(merge_params(teacher.graphdef, teacher_params)(video))
@@ -196,7 +199,7 @@ def train_step(
         "step": state["step"] + 1,
     }
     if recipe.ema_decay:
-        # Early averages decay faster, or they would keep the initial weights for long.
+        # The decay is lower in early steps, so that the average soon forgets the initial weights.
         step = new_state["step"].astype(jnp.float32)
         decay = jnp.minimum(recipe.ema_decay, (1 + step) / (10 + step))
         new_state["ema"] = optax.incremental_update(new_state["params"], state["ema"], 1 - decay)
@@ -236,10 +239,11 @@ def _prepare_clips(
 
     Returns:
         The key for the network; and arrays with one entry per clip: `video`, `label`, `mask` and,
-        if clips are mixed, `other` (the partner's label) and `share` (the weight of `label`).
+        if clips are mixed, `partner_label` and `label_weight`, which is λ: the weight of `label`.
     """
     random = recipe.erase_prob or recipe.mixup_alpha or recipe.cutmix_alpha
-    key, erase_key, mix_key = jax.random.split(key, 3) if random else (key,) * 3
+    if random:
+        key, erase_key, mix_key = jax.random.split(key, 3)
     label, mask = batch["label"], batch["mask"]
     video = normalize(batch["video"], recipe.mean, recipe.std)
     if recipe.erase_prob:
@@ -247,24 +251,24 @@ def _prepare_clips(
     if not (recipe.mixup_alpha or recipe.cutmix_alpha):
         return key, {"video": video, "label": label, "mask": mask}
     if recipe.mixup_alpha:
-        video, other, share = batch_augmentation.mixup(video, mix_key, recipe.mixup_alpha)
+        video, partner, weight = batch_augmentation.mixup(video, mix_key, recipe.mixup_alpha)
     else:
-        video, other, share = batch_augmentation.cutmix(video, mix_key, recipe.cutmix_alpha)
+        video, partner, weight = batch_augmentation.cutmix(video, mix_key, recipe.cutmix_alpha)
     return key, {
         "video": video,
         "label": label,
-        "mask": mask & mask[other],  # a clip that is mixed with a masked one is masked
-        "other": label[other],
-        "share": jnp.full(label.shape, share),
+        "mask": mask & mask[partner],  # a clip that is mixed with a masked one is masked
+        "partner_label": label[partner],
+        "label_weight": jnp.full(label.shape, weight),
     }
 
 
 def _accumulate(
     grad_fn: Callable, params: Params, clips: dict, key: jax.Array, num_parts: int
 ) -> tuple:
-    """Return the sums of the results of `grad_fn` over `num_parts` parts of a batch.
+    """Return the sums of the results of `grad_fn` over `num_parts` microbatches of a batch.
 
-    The clips of each part are spread over the batch, so that every device has a share of it.
+    The clips of each microbatch are spread over the batch, so that every device has some of them.
     """
     if num_parts == 1:
         return grad_fn(params, clips, key)

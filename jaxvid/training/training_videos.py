@@ -1,7 +1,7 @@
 """The training videos of a run, in the order of its first start.
 
 The order of the batches depends on the number of videos and on their positions. A run that is
-continued with a shorter list therefore keeps the positions of missing videos. They fail like broken
+resumed with a shorter list therefore keeps the positions of missing videos. These fail like broken
 videos, and all other videos are drawn in the same order as before.
 """
 
@@ -30,34 +30,38 @@ def align(workdir: Path, data: VideoDataset) -> tuple[VideoDataset, tuple[str, .
     """Put the training videos into the order of the run's first start.
 
     A video of that start may be missing now if `WORKDIR/skipped.jsonl` lists it, or if
-    `data.skip_broken` left it out. One that the first start left out stays out.
+    `data.skip_broken` left it out. A video that the first start left out is not added later.
 
     Args:
-        workdir: The run's folder; without an earlier start nothing changes.
-        data: The data as it is now.
+        workdir: The run's folder. Without an earlier start the data is returned unchanged.
+        data: The current data.
 
     Returns:
-        The data, with a `LostVideo` at the position of each missing video; and the ids of those.
+        The data, with a `LostVideo` at the position of each missing video; and the ids of the
+        missing videos.
 
     Raises:
-        InputError: Other videos are missing, or there are new ones.
+        InputError: Videos are missing for another reason, or there are new videos.
     """
     first, records = _load(workdir), data.records["train"]
     if first is None or outputs.starts_over(workdir):
         return data, ()
     now = {record.id: i for i, record in enumerate(records)}
-    if list(now) == first["ids"] or len(now) < len(records):
+    if list(now) == first["ids"] or len(now) < len(records):  # unchanged, or ids are not unique
         return data, ()
-    known, returned = set(first["ids"]), set(first["left_out"]) & now.keys()
+    known = set(first["ids"])
+    returned = set(first["left_out"]) & now.keys()
     lost = [id_ for id_ in first["ids"] if id_ not in now]
     skipped, left_out = read_skipped(workdir), set(data.left_out)
     gone = [id_ for id_ in lost if stored_id(id_) not in skipped and id_ not in left_out]
     added = [id_ for id_ in now if id_ not in known and id_ not in returned]
     if gone or added:
-        problems = [f"{len(added)} are new, {added[0]!r} first"] if added else []
+        problems = [f"{len(added)} are new (the first is {added[0]!r})"] if added else []
         if gone:
-            text = f"{len(gone)} are gone that {workdir / 'skipped.jsonl'} does not list"
-            problems.append(f"{text}, {gone[0]!r} first")
+            problems.append(
+                f"{len(gone)} are missing (the first is {gone[0]!r}) and not listed in "
+                f"{workdir / 'skipped.jsonl'}"
+            )
         raise InputError(
             f"{workdir} was started with {len(known)} training videos, now there are {len(now)}: "
             f"{'; '.join(problems)}; restore the list or choose another --workdir"
@@ -67,13 +71,13 @@ def align(workdir: Path, data: VideoDataset) -> tuple[VideoDataset, tuple[str, .
     notes = []
     if lost:
         notes.append(
-            f"{len(lost)} of the run's {len(videos)} training videos are no longer in the list, "
-            f"{lost[0]} first; their places in the batches stay empty"
+            f"{len(lost)} of the run's {len(videos)} training videos are no longer in the list "
+            f"(the first is {lost[0]}); their positions in the batches stay empty"
         )
     if returned:
         notes.append(
-            f"{len(returned)} training videos that the first start left out are there now; this "
-            "run goes on without them"
+            f"{len(returned)} training videos that the first start left out are available now; "
+            "this run continues without them"
         )
     data = dataclasses.replace(
         data,
@@ -94,6 +98,7 @@ def save(workdir: Path, data: VideoDataset) -> None:
         InputError: The file cannot be written.
     """
     records = data.records["train"]
+    # Packs without ids name their videos by position; there is no list to keep.
     numbered = isinstance(records, PackRecords) and not records.has_ids
     if jax.process_index() or numbered or _load(workdir) is not None:
         return
@@ -106,7 +111,7 @@ def save(workdir: Path, data: VideoDataset) -> None:
 
 
 def _load(workdir: Path) -> dict | None:
-    """Read the list of the first start; None: there is none, or it is of another run."""
+    """Return the list of the first start, or None if there is none or it is from another run."""
     last = run_metadata.last_start(workdir)
     try:
         first = json.loads(gzip.decompress((workdir / FILE).read_bytes()))

@@ -1,4 +1,4 @@
-"""Evaluation during training: the row of the step, and the best model."""
+"""Evaluation during training: validation metrics, the best model and the learning curves."""
 
 import dataclasses
 from collections.abc import Callable
@@ -32,18 +32,18 @@ class Validation:
     Attributes:
         workdir: The run's folder.
         labels: Names of the classes.
-        evaluate: Evaluates weights.
-        make_report: Makes the report of the results and, by keyword, `checkpoint`.
-        describe: Describes a report in one line.
-        make_card: Makes the model card of, by keyword, `provenance`.
+        evaluate: Function from weights to evaluation results.
+        make_report: Function that makes the report from the results and the keyword `checkpoint`.
+        describe: Function from a report to a description in one line.
+        make_card: Function that makes the model card from the keyword `provenance`.
         manager: Saves checkpoints.
         writer: Writes the accuracies.
-        signals: End an evaluation as soon as one is received.
+        signals: Ends an evaluation as soon as a signal is received.
         stalls: Logs a checkpoint that blocks.
-        best: The highest top-1 accuracy so far, in percent; -1: there is none.
-        evaluated: The step of the newest evaluation; 0: there is none.
-        results: The results of the last evaluation of this start.
-        report: Their report.
+        best: The highest top-1 accuracy so far, in percent; -1: none yet.
+        evaluated: The step of the newest evaluation; 0: none yet.
+        results: The results of the last evaluation since the program started, or None.
+        report: The report of `results`, or None.
     """
 
     workdir: Path
@@ -68,11 +68,11 @@ class Validation:
         self.report = self.make_report(self.results, checkpoint=f"step {step}")
         if self.report["top1"] > self.best:
             self.best = self.report["top1"]
-            # Without a checkpoint, the next start would take the model for an earlier run's.
+            # If no checkpoint existed, the next start would treat the model as an earlier run's.
             with self.stalls.stage("the checkpoint"):
                 checkpoint.finish_saving(self.manager)
             self.save_model(self.workdir / "best", state)
-        if step != self.evaluated:  # an evaluation that is repeated has its row already
+        if step != self.evaluated:  # the row of a repeated evaluation exists already
             self.evaluated = step
             scalars = {f"val/{name}": self.report[name] for name in ("top1", "top5", "loss")}
             self.writer.write(step, scalars)
@@ -80,7 +80,9 @@ class Validation:
         if not jax.process_index():
             plots.draw_curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
         log.info("step %d: validation %s", step, self.describe(self.report))
-        self.stalls.share("input")  # the next share leaves out the time of the evaluation
+        self.stalls.share(
+            "input"
+        )  # restarts the measurement, to exclude the time of the evaluation
 
     def save_model(self, folder: Path, state: dict) -> None:
         """Save the weights that were evaluated as a model folder.

@@ -21,18 +21,20 @@ class Watchdog:
     def __init__(self, seconds: float):
         self._limit, self._current, self._began = seconds, None, time.monotonic()
         self.waited: dict[str, float] = {}
-        self._shared: dict[str, tuple[float, float]] = {}  # stage → waited, when last asked
+        self._shared: dict[
+            str, tuple[float, float]
+        ] = {}  # stage → (seconds spent, time) at the last call of `share`
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     @contextlib.contextmanager
     def stage(self, name: str, describe: Callable[[], str] = str) -> Iterator[None]:
-        """Mark a stage.
+        """Measure the time of a stage, and log the stage if it blocks.
 
         Args:
             name: The name of the stage.
-            describe: Called while the stage blocks; describes what it waits for.
+            describe: Returns a description of what the stage waits for; empty: unknown.
         """
         start = time.monotonic()
         self._current = [name, describe, start, self._limit]
@@ -43,7 +45,7 @@ class Watchdog:
             self.waited[name] = self.waited.get(name, 0.0) + time.monotonic() - start
 
     def share(self, name: str) -> float:
-        """Return the share of time spent in a stage since the last call for it."""
+        """Return the share of time spent in a stage since the last call for this stage."""
         now, waited = time.monotonic(), self.waited.get(name, 0.0)
         before, since = self._shared.get(name, (0.0, self._began))
         self._shared[name] = (waited, now)
@@ -56,7 +58,8 @@ class Watchdog:
             name, describe, start, limit = current
             if (passed := time.monotonic() - start) > limit:
                 current[3] = 2 * limit
-                log.warning("waiting for %s since %.0f s %s", name, passed, describe())
+                cause = f": {text}" if (text := describe()) else ""
+                log.warning("waiting for %s for %.0f s%s", name, passed, cause)
 
     def close(self) -> None:
         """Stop the thread."""

@@ -310,7 +310,7 @@ def test_processes_with_different_configs_or_videos_are_refused(config, monkeypa
     gathered(monkeypatch, {"train": {"videos": 3, "sha256": "b"}})
     from jaxvid.training import run_metadata
 
-    with pytest.raises(InputError, match="process 1 has other videos than process 0"):
+    with pytest.raises(InputError, match="process 1: its videos or labels differ"):
         run_metadata.record_start(tmp_path, facts)
     assert not list(tmp_path.iterdir())
 

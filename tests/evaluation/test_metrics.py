@@ -192,15 +192,13 @@ def test_tables_are_read_back_and_compared_by_id(tmp_path):
     assert lines[3].startswith("lost: v2.mp4")
     assert len(lines) == 4
     (tmp_path / "b" / "eval_videos.csv").unlink()
-    with pytest.raises(
-        InputError, match="cannot read it and eval_videos.csv .*; name an eval.json"
-    ):
+    with pytest.raises(InputError, match="this file or eval_videos.csv in .*; choose an eval.json"):
         read_table(tmp_path / "b" / "eval.json")
     check_shared(before, ["v9.mp4", "v4.mp4"])
     with pytest.raises(InputError, match=r"a/eval.json shares no video with the data; name an"):
         check_shared(before, ["v9.mp4"])
     (tmp_path / "a" / "eval.json").write_text('{"num_videos": 5, "protocol": 1}')
-    with pytest.raises(InputError, match="protocol: expected a dict, got 1.*name an eval.json"):
+    with pytest.raises(InputError, match="protocol: expected a dict, got 1.*choose an eval.json"):
         read_table(tmp_path / "a" / "eval.json")
 
 

@@ -159,7 +159,7 @@ def test_a_full_or_read_only_disk_is_refused_at_the_start(tmp_path, monkeypatch)
 
 def test_a_run_without_checkpoints_is_refused(tmp_path):
     assert checkpoint.find_steps(tmp_path) == []
-    with pytest.raises(InputError, match="holds no checkpoint"):
+    with pytest.raises(InputError, match="contains no checkpoint"):
         checkpoint.newest_step(tmp_path)
 
 
@@ -353,7 +353,7 @@ def test_damaged_checkpoints_are_moved_aside_and_named(tmp_path, lines):
 def test_a_whole_checkpoint_of_another_shape_is_not_moved(tmp_path):
     save_steps(tmp_path, 3)
     other = abstract({**tiny_state(0), "more": jnp.zeros(2)})
-    with pytest.raises(InputError, match="step 3 is whole, but cannot be restored") as error:
+    with pytest.raises(InputError, match="step 3 is intact, but cannot be restored") as error:
         checkpoint.restore_newest(tmp_path, other, counters(0, 0), keep=2)
     assert "\n" not in str(error.value)
     assert checkpoint.find_steps(tmp_path) == [3]
@@ -387,7 +387,7 @@ def test_a_save_that_fails_names_the_checkpoints_there_are(tmp_path, monkeypatch
     def fail(*_, **__):
         raise OSError("no space")
 
-    message = r"cannot be written to .*no space.*: 2, 3; make room"
+    message = r"cannot be written to .*no space.*: 2, 3; free disk space"
     with monkeypatch.context() as patch:
         patch.setattr(manager, "save", fail)
         with pytest.raises(InputError, match=message):
@@ -476,5 +476,5 @@ def test_a_background_save_that_fails_is_published_to_the_other_processes(tmp_pa
     [error] = published
     assert isinstance(error, InputError)
     assert isinstance(error.__context__, OSError)
-    assert f"written to {tmp_path}/checkpoints (no space); whole ones" in str(error)
-    assert "of the steps: none; make room" in str(error)
+    assert f"written to {tmp_path}/checkpoints (no space); steps of complete" in str(error)
+    assert "steps of complete checkpoints: none; free disk space" in str(error)

@@ -49,11 +49,11 @@ def test_without_a_teacher_nothing_is_loaded():
         ({"labels": [*LABELS[:7], "sitting"]}, "teacher has other classes: class 7 is 'sitting'"),
         (
             {"num_classes": 9},
-            "has other clips or classes: num_classes: 9 in the teacher, 8 in the config",
+            "clips or classes differ .*num_classes: 9 in the teacher, 8 in the config",
         ),
         (
             {"image_size": 32},
-            "has other clips or classes: image_size: 32 in the teacher, 64 in the config",
+            "clips or classes differ .*image_size: 32 in the teacher, 64 in the config",
         ),
         ({"how": None}, "model.json says nothing of preprocessing; export it again"),
         ({"how": {"mean": 0.5}}, "model.json: preprocessing has no num_frames; export the model"),

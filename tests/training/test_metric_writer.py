@@ -97,7 +97,7 @@ def test_a_run_stops_when_all_videos_fail(tmp_path):
     strict = SkippedVideos(tmp_path, num_videos=4, max_share=0.0, lost=["d"])
     strict.note([("d", "d is gone")])
     (tmp_path / "skipped.jsonl").write_text("[]\n")
-    with pytest.raises(InputError, match="skipped.jsonl: is damaged; delete it"):
+    with pytest.raises(InputError, match="skipped.jsonl is damaged; delete it"):
         read_skipped(tmp_path)
 
 

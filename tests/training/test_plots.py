@@ -33,7 +33,10 @@ def test_confusion_counts_what_failed_as_eval_json_does(tmp_path, monkeypatch):
     confusion = np.diag([3, 1])
     draw_confusion(confusion, ["a", "b"], tmp_path / "x.png")
     draw_confusion(confusion, ["a", "b"], tmp_path / "x.png", num_failed=1)
-    expected = ["top-1 100.0 % on 4 videos", "top-1 80.0 % on 5 videos, of which 1 failed"]
+    expected = [
+        "top-1 100.0 % on 4 videos",
+        "top-1 80.0 % on 5 videos (1 not decoded)",
+    ]
     assert titles == expected
 
 

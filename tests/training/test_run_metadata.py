@@ -64,7 +64,7 @@ def test_a_run_refuses_relabelled_training_videos(videos, tmp_path):
     start(tmp_path, videos)
     start(tmp_path, videos)
     relabelled = [dataclasses.replace(record, label=1) for record in videos]
-    message = r"started with other labels of its 2 training videos \(.*restore the list or choose"
+    message = r"labels of its 2 training videos have changed \(.*restore the list or choose"
     with pytest.raises(InputError, match=message):
         start(tmp_path, relabelled)
     with pytest.raises(InputError, match="started with 2 training videos .*now there are 1"):
@@ -88,7 +88,9 @@ def test_processes_with_other_labels_are_refused(videos, monkeypatch):
         [dataclasses.replace(record, label=1) for record in videos]
     )
     monkeypatch.setattr(collectives, "gather", lambda value: [value, value, other])
-    with pytest.raises(InputError, match="process 2 has other videos than process 0, or other lab"):
+    with pytest.raises(
+        InputError, match="process 2: its videos or labels differ from those of proc"
+    ):
         run_metadata.check_same_videos(fingerprints.describe_videos(videos))
 
 

@@ -255,7 +255,7 @@ def test_eval_mode_refuses_a_changed_model_or_preprocessing(run, tmp_path):
     for section, field, value in (("model", "shift", "none"), ("data", "mean", 0.0)):
         other = config.copy_and_resolve_references().unlock()
         other[section][field] = value
-        with pytest.raises(InputError, match=f"holds another model: {section}.{field}: "):
+        with pytest.raises(InputError, match=rf"different model \({section}.{field}: "):
             evaluate.evaluate(other.lock(), workdir)
     other = config.copy_and_resolve_references().unlock()
     other.init_from, other.data.std = str(workdir / "model"), 0.25
@@ -469,7 +469,7 @@ def test_skip_broken_keeps_the_order_of_the_other_videos(with_broken, tmp_path):
     found = train(config, tmp_path / "w")
     assert found["weights_sha256"] == whole["weights_sha256"]
     log = (tmp_path / "w" / "log.txt").read_text()
-    assert "1 of the run's 49 training videos are no longer in the list, broken.mp4 first" in log
+    assert "49 training videos are no longer in the list (the first is broken.mp4)" in log
 
 
 def test_resumed_training_with_mixup_and_erasing_is_bit_identical(motion_folder, tmp_path):
@@ -521,7 +521,7 @@ def test_an_undamaged_checkpoint_is_never_moved(run, tmp_path, monkeypatch):
         raise ValueError("the tree has another structure")
 
     monkeypatch.setattr(checkpoint, "_restore", restore_nothing)
-    with pytest.raises(InputError, match="step 2 is whole, but cannot be restored .the tree has"):
+    with pytest.raises(InputError, match="step 2 is intact, but cannot be restored .the tree has"):
         train(config, tmp_path / "w")
     assert checkpoint.find_steps(tmp_path / "w") == [2]
     assert not (tmp_path / "w" / "damaged").exists()
@@ -603,7 +603,7 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(run, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert re.search("^error: .* cannot be written to .*whole ones there are .*: 3; make r", last)
+    assert re.search("^error: .* cannot be written to .*complete checkpoints: 3; free disk s", last)
     train(config, tmp_path / "w")
     assert weights(tmp_path / "w") == weights(workdir)
 
@@ -647,7 +647,7 @@ def test_distillation_trains_and_refuses_an_unsuitable_teacher(run, motion_folde
 def test_a_profiler_trace_is_written(motion_folder, tmp_path):
     train(shrunk_config(motion_folder, num_epochs=1.0), tmp_path / "w", profile_steps=(1, 2))
     assert list((tmp_path / "w" / "profile").rglob("*.xplane.pb"))
-    with pytest.raises(InputError, match="profile of the steps 1 to 9: the run goes from 3 to 3"):
+    with pytest.raises(InputError, match="steps 1 to 9: expected START < STOP <= 3, the"):
         train(shrunk_config(motion_folder, 1.0), tmp_path / "w", profile_steps=(1, 9))
 
 

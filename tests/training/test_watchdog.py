@@ -27,7 +27,7 @@ def test_a_stall_is_logged_with_its_cause_and_again_at_twice_the_time(lines):
         time.sleep(0.01)
     stalls.close()
     assert 1 <= len(lines) <= 3
-    assert all(line.startswith("waiting for input since ") for line in lines)
+    assert all(line.startswith("waiting for input for ") for line in lines)
     assert lines[0].endswith("reading a.mp4")
     assert 0.4 < stalls.waited["input"] < 5
     assert stalls.waited["the device"] >= 0.01
@@ -191,5 +191,5 @@ def test_a_run_that_stops_during_a_trace_closes_it(tmp_path, monkeypatch):
     trace.close()
     trace.close()
     assert events == [tmp_path, "stop"]
-    with pytest.raises(InputError, match="profile of the steps 3 to 11: the run goes from 0 to 10"):
+    with pytest.raises(InputError, match="steps 3 to 11: expected START < STOP <= 10, the"):
         ProfilerTrace((3, 11), tmp_path, start=0, total=10)
