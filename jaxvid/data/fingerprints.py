@@ -27,7 +27,7 @@ def fingerprint(records: Sequence[VideoRecord]) -> str:
 def fingerprint_labels(records: Sequence[VideoRecord]) -> str:
     """Return the SHA-256 of the labels of a split's videos, in order.
 
-    Labels that are known only after reading the video (`TfdsVideo`) enter as empty texts.
+    Labels that are known only after reading the video (`TfdsVideo`) are replaced by empty texts.
     """
     return digest("" if isinstance(record, TfdsVideo) else str(record.label) for record in records)
 

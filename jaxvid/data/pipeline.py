@@ -22,9 +22,8 @@ from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.protocols import VideoRecord
 
-_loading: dict[
-    int, tuple[str, float]
-] = {}  # thread → id of the video that it decodes, and the start time
+# Thread → id of the video that it decodes, and the start time.
+_loading: dict[int, tuple[str, float]] = {}
 TEXT_BYTES = 512  # size of each id and decode error in a batch; longer ones are truncated
 
 Batch = dict[str, np.ndarray]

@@ -112,9 +112,8 @@ def _open_lists(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) 
     """Read `SPLIT.csv` and `labels.txt`, or official lists of Kinetics or Something-Something."""
     folder = Path(data.folder)
     labels, labels_file = read_labels(folder)
-    check_num_classes(
-        labels, labels_file, num_classes
-    )  # before reading the lists, which may be long
+    # Checked before reading the lists, which may be long.
+    check_num_classes(labels, labels_file, num_classes)
     missing = missing_policy(data)
     records = {split: read_split(folder, split, labels, data.prefix, missing) for split in splits}
     return VideoDataset(records, labels)

@@ -196,10 +196,11 @@ def _check_same(folder: Path, settings: dict) -> None:
     try:
         existing = json.loads((folder / "motion.json").read_text())
     except (OSError, ValueError):
-        existing = "no motion clips"
+        existing = None
     if existing != settings:
+        contents = f"motion clips with {existing}" if existing else "no motion clips"
         raise InputError(
-            f"{folder}: contains {existing}, expected motion clips with {settings}; "
+            f"{folder}: contains {contents}, expected motion clips with {settings}; "
             "delete it or choose another folder"
         )
 

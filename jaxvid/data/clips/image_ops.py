@@ -12,9 +12,8 @@ import cv2
 import numpy as np
 
 _FILL = 128  # grey level of pixels from outside of the frame
-_TRUNCATE = (
-    -0.5 + 2**-10
-)  # added to results, which OpenCV rounds, so that they are truncated as in Pillow
+# Added to results, which OpenCV rounds, so that they are truncated as in Pillow.
+_TRUNCATE = -0.5 + 2**-10
 
 # --- Look-up tables of pixel values ---------------------------------------------------------------
 
@@ -185,9 +184,7 @@ def _shift(
     if not shifts.any():
         return frames
     t, h, w, _ = frames.shape
-    h, w = (
-        (w, h) if columns else (h, w)
-    )  # the code below handles columns as rows of the transposed frame
+    h, w = (w, h) if columns else (h, w)  # below, columns are rows of the transposed frame
     # One more pixel on the left: the first pixel of a row may come from half a pixel outside.
     rows = np.empty((h, t, w + 1, 3), np.uint8)
     for i, frame in enumerate(frames):

@@ -22,14 +22,8 @@ from jaxvid.errors import InputError, one_line
 from jaxvid.files import read_limited
 
 LABEL_FILE = "label.labels.txt"  # class names, as TFDS stores them
-FIELDS = (
-    "label",
-    "fps",
-    "id",
-    "first",
-    "num_frames",
-    "times",
-)  # features of a record besides `frames`
+# Features of a record of `prepare` besides `frames`.
+FIELDS = ("label", "fps", "id", "first", "num_frames", "times")
 
 
 def _check_label_file(path: Path, num_classes: int) -> None:
@@ -45,11 +39,9 @@ def _check_label_file(path: Path, num_classes: int) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); restore it") from None
     if names is None or len(names) != num_classes:
-        problem = (
-            "does not exist"
-            if names is None
-            else f"contains {len(names)} class names, not {num_classes}"
-        )
+        problem = "does not exist"
+        if names is not None:
+            problem = f"contains {len(names)} class names, not {num_classes}"
         raise InputError(
             f"{path}: {problem}; write {num_classes} class names, one per line, in the order of "
             "the labels, or run prepare again"

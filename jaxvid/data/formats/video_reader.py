@@ -228,9 +228,7 @@ class VideoFile:
                 with self._bounded():
                     if (item := next(decoded, None)) is None:
                         break
-                if (
-                    item[0] >= i
-                ):  # a lower index is a second frame with a timestamp that was yielded
+                if item[0] >= i:  # a lower index is a repeated timestamp, already yielded
                     early[item[0]] = item[1]
             if i not in early:  # it is damaged
                 break
