@@ -97,7 +97,7 @@ def _read_labels_json(path: Path) -> list[str]:
 
 
 def name_problem(name: str) -> str:
-    """Return why a class name is invalid, or `` if it is valid.
+    """Return why a class name is invalid, or an empty string if it is valid.
 
     Names are written to text files with one name per line, to JSON and to HTML, in UTF-8.
     """

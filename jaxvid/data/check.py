@@ -56,7 +56,7 @@ class Finding:
         num_frames: Number of frames; 0 if the video cannot be opened.
         fps: Frames per second, or None if unknown.
         odd: Unusual properties of a video that can be opened, one phrase each.
-        broken: Decode error, or None if all frames can be read.
+        broken: Decode error, or None if there was none.
         readable: Number of frames that can be read.
         size: Size of the file in bytes; -1 if it does not exist or is not a readable regular file.
     """
@@ -146,6 +146,7 @@ def note_skipped(skipped: Skipped) -> None:
 
 
 def _split_of(path: Path) -> str:
+    """Return the split that a list is named after."""
     split = path.stem.removeprefix("something-something-v2-")
     if not split.isidentifier():
         raise InputError(f"{path}: the file is not named after a split; rename it to train.csv")
@@ -164,7 +165,7 @@ def examine(
     Args:
         record: The video.
         split: Its split.
-        use: Function that is called with chunks of consecutive frames `(t, h, w, c)` uint8.
+        use: Function that is called with the frames in order, in chunks `(t, h, w, c)` uint8.
         num: Number of evenly spaced frames to read; 0: all frames.
         color_matrix: Conversion to RGB, as in `VideoFile`.
 

@@ -37,7 +37,7 @@ class Skipped:
             self._suffixes[os.path.splitext(name)[1].lower() or "no suffix"] += 1
 
     def __str__(self) -> str:
-        """Return the counts as one line, most frequent first, or `` if nothing was skipped."""
+        """Return the counts as one line, most frequent first; empty if nothing was skipped."""
         suffixes = [f"{suffix} {n}" for suffix, n in _sort(self._suffixes)[:NAMED_SUFFIXES]]
         if len(self._suffixes) > NAMED_SUFFIXES:
             suffixes.append("…")

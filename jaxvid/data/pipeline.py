@@ -162,7 +162,7 @@ def _text(text: str) -> np.ndarray:
 
 
 def split_batch(batch: Batch) -> tuple[Batch, list[str], list[str]]:
-    """Split a batch into the device arrays, the ids, and the decode errors (`` without error)."""
+    """Split a batch into the device arrays, the ids, and the decode errors (empty if none)."""
     arrays = {name: batch[name] for name in ("video", "label", "mask")}
     ids = [_read_id(row) for row in batch["id"]]
     errors = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in batch["error"]]

@@ -65,7 +65,7 @@ def _write_part(
         for name, clip in zip(part.names, clips, strict=True):
             findings.append(clip.finding)
             has_times = int(clip.times is not None)
-            # Broken videos are listed with zero frames, because evaluation must count them.
+            # Broken videos have a row with zero frames, because evaluation must count them.
             rows.append([name, clip.finding.id, clip.label, len(clip.jpegs), clip.fps, has_times])
             if clip.jpegs:
                 yield name, clip
@@ -94,7 +94,7 @@ def _write_part(
             write_h5(partial, name, clip.jpegs)
             commit(partial, f"seq_h5/{part.split}/{name}.h5")
     state = {
-        "kept": rows,
+        "kept": rows,  # of all videos: file name, id, label, number of frames, fps, has_times
         "findings": [dataclasses.asdict(finding) for finding in findings],
         "files": files,
         "seconds": time.monotonic() - start,
@@ -125,7 +125,7 @@ def _claim(output: Path, settings: dict) -> None:
     """Create the output folder, or check that it contains a pack with the same settings.
 
     Raises:
-        InputError: The folder contains something else.
+        InputError: The folder contains something else, or a pack with different settings.
     """
     parts = output / ".parts"
     if output.exists() and not output.is_dir():
@@ -172,7 +172,7 @@ def _finish(
     (output / "annotations").mkdir(exist_ok=True)
     (output / "annotation").mkdir(exist_ok=True)  # the original program reads frame rates here
     for split, split_rows in rows.items():
-        readable = [row for row in split_rows if row[3]]  # the original program needs frames
+        readable = [row for row in split_rows if row[3]]  # the original program fails on others
         lines = "".join(f"{name},{frames},{label}\n" for name, _, label, frames, *_ in readable)
         rates = "".join(f"{row[0]},{row[4]}\n" for row in readable)
         _write_text(output / "annotations" / f"{split}.txt", lines)

@@ -247,7 +247,7 @@ class Listings:
 
 
 def file_state(path: Path) -> str:
-    """Return what is wrong with a file, or `` if nothing is; the file is not opened."""
+    """Return what is wrong with a file, or an empty string; the file is not opened."""
     try:
         status = os.stat(path)
     except FileNotFoundError:

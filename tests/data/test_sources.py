@@ -628,7 +628,7 @@ def test_damaged_packs_are_refused(copy):
     described["splits"][0]["filepathTemplate"] = template[3:]
     info.write_text(json.dumps(described))
     (copy / "jaxvid-val.array_record-00001-of-00002").unlink()
-    refuse("00001-of-00002 .*do not exist")
+    refuse("1 of 2 files do not exist, first .*00001-of-00002; run prepare again")
     info.unlink()
     refuse("no readable pack .*run jaxvid.data.prepare")
 

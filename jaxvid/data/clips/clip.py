@@ -65,7 +65,7 @@ class ClipSpec(ViewSpec):
         train_short_side: Bounds, both included, of the short side in pixels that is drawn before a
             `random` crop; (0, 0) if no such crop is made.
         flip_prob: Probability of mirroring a training clip left to right.
-        augment: `` (none), `autoaugment` (v0) or `randaugment`, applied to the frames before
+        augment: Empty (none), `autoaugment` (v0) or `randaugment`, applied to the frames before
             they are resized and cropped.
         randaugment_layers: Number of operations of `randaugment`.
         randaugment_magnitude: Magnitude of `randaugment`, 0 to 10.

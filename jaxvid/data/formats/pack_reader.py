@@ -103,8 +103,8 @@ class PackRecords(Sequence):
             raise InputError(f"{name}: file {outside[0]} is outside of {root}; run prepare again")
         if missing := [path for path in self.paths if not os.path.isfile(path)]:
             raise InputError(
-                f"{missing[0]} and {len(missing) - 1} more of {len(self.paths)} files do not "
-                "exist; run prepare again"
+                f"{len(missing)} of {len(self.paths)} files do not exist, first {missing[0]}; run "
+                "prepare again"
             )
         index_file = table_path(Path(root), split)
         self._index = None

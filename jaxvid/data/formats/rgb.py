@@ -29,8 +29,8 @@ def to_rgb(
             always that of the frame's tag.
 
     Returns:
-        The image `(h, w, c)` uint8, and a description of the applied rotation, or `` if there was
-        none.
+        The image `(h, w, c)` uint8; and a description of the rotation or mirroring that was undone,
+        or an empty string if there was none.
     """
     if color_matrix == "bt601" or frame.colorspace not in MATRICES:
         frame.colorspace = UNSPECIFIED

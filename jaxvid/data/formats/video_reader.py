@@ -153,7 +153,7 @@ class VideoFile:
         guessed, num_bytes, cached, packets = False, 0, [], []
         for packet in self._packets():
             guessed |= is_avi and packet.pts != packet.dts
-            # Edit lists discard frames. A bit in the header of a VP8 frame says if it is shown.
+            # Edit lists discard frames. A bit in a VP8 frame's header says whether it is shown.
             hidden = packet.is_discard or (is_vp8 and not memoryview(packet)[0] & 0x10)
             packets.append((packet.pts, packet.is_keyframe, hidden))
             num_bytes += packet.size
@@ -172,7 +172,7 @@ class VideoFile:
         self.fps = float(rate) if rate and 0.01 <= rate <= 1000 else None
         claimed = self._stream.frames  # in the header
         num_hidden = len(packets) - index.num_headless - self.num_frames
-        phrases = {  # phrase → whether it is true
+        phrases = {  # phrase → whether it applies
             "no usable timestamps": self.times is None,
             "variable frame rate": index.is_variable(),
             f"header claims {claimed} frames, there are {len(packets)}": claimed != len(packets),
@@ -180,7 +180,7 @@ class VideoFile:
             f"{num_hidden} hidden frames": num_hidden,
             "no usable frame rate": self.fps is None,
         }
-        self.oddities += [phrase for phrase, is_true in phrases.items() if is_true]
+        self.oddities += [phrase for phrase, applies in phrases.items() if applies]
 
     def get_frames(self, indices: np.ndarray) -> np.ndarray:
         """Decode frames, rotate them upright and convert them to RGB as `color_matrix` says.

@@ -78,6 +78,7 @@ class H5Record:
             raise self._unreadable(error) from None
 
     def _unreadable(self, error: Exception) -> DecodeError:
+        """Return a DecodeError for a file that h5py cannot read."""
         return DecodeError(f"{self.path}: cannot be read ({one_line(error)}); recreate the file")
 
     def _find_frames(self, h5py: ModuleType, file: Any) -> Any:
@@ -90,15 +91,15 @@ class H5Record:
         key = next(iter(file), None) if self.key is None else self.key
         name = "data set" if self.key is None else f"data set {self.key!r}"
         missing = DecodeError(f"{self.path}: contains no {name}; recreate the file")
-        group, parts = file, [part for part in (key or "").split("/") if part]
+        node, parts = file, [part for part in (key or "").split("/") if part]
         for part in parts:  # links are refused before they are followed
-            link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
+            link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
             if link is None:
                 raise missing
             if not isinstance(link, h5py.HardLink):
                 raise DecodeError(f"{self.path}: {key!r} is a link; copy the data into the file")
-            group = group[part]
-        frames = group
+            node = node[part]
+        frames = node
         if not isinstance(frames, h5py.Dataset) or not frames.shape:
             raise missing
         if frames.is_virtual or frames.external:
