@@ -52,9 +52,9 @@ def read_labels(folder: Path) -> tuple[list[str], str]:
         InputError: There is no such file, or it is malformed.
     """
     path = next((folder / name for name in _LABEL_FILES if os.path.lexists(folder / name)), None)
-    kinetics = [path for path in sorted(folder.glob("*.csv")) if is_kinetics(path)]
+    kinetics = [file for file in sorted(folder.glob("*.csv")) if is_kinetics(file)]
     if path is None and kinetics:
-        names = {row.get("label") for path in kinetics for _, row in read_kinetics(path)}
+        names = {row.get("label") for file in kinetics for _, row in read_kinetics(file)}
         if not any(names):
             raise InputError(f"{kinetics[0]}: {HAS_NO_LABEL}")
         return sorted(filter(None, names)), ", ".join(map(str, kinetics))
@@ -86,10 +86,12 @@ def _read_labels_json(path: Path) -> list[str]:
         labels = json.loads(text)
         if isinstance(labels, dict):
             by_index = {int(str(index)): str(name) for name, index in labels.items()}
+            if by_index.keys() != set(range(len(labels))):
+                raise ValueError(f"the indices are not 0 to {len(labels) - 1}")
             labels = [by_index[i] for i in range(len(labels))]
         if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
             raise ValueError("it is neither")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path}: must be a list of names or map each name to its index from 0 ({error})"
         ) from None
@@ -253,7 +255,7 @@ def read_class_folders(
         roots = {splits[0]: folder}
     split_folders = [folder / name for name in SPLITS if os.path.isdir(folder / name)]
     trees = {root: _list_classes(root, skipped) for root in roots.values()}
-    if folder not in trees:  # the classes of all splits are numbered
+    if folder not in trees:  # labels must not depend on the requested splits
         not_requested = (root for root in split_folders if root not in trees)
         trees |= {root: _list_classes(root, Skipped()) for root in not_requested}
     names = sorted({name for tree in trees.values() for name in tree})

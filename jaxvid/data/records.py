@@ -108,7 +108,10 @@ class Selection(Sequence[VideoRecord]):
 
 
 def split_line(line: str) -> tuple[str, str]:
-    """Split a line into its path, which may be quoted or contain separators, and its last field."""
+    """Split a line into its path, which may be quoted or contain separators, and its last field.
+
+    The path is empty if the line has only one field.
+    """
     text = line.strip()
     # Not with regular expressions, which take cubic time on a long line of separators.
     label = text.split(None)[-1].rpartition(",")[2] if text else ""
@@ -136,7 +139,7 @@ class RecordList:
 
     Args:
         path: The list.
-        missing: `error`, or `keep` to leave missing files to the decoder.
+        missing: `error` to refuse missing files, or `keep` to list them.
     """
 
     def __init__(self, path: Path, missing: str):
@@ -184,15 +187,15 @@ class RecordList:
             if len(self._missing) >= MAX_MISSING:
                 self._refuse("the rest of the list was not read")
 
-    def _refuse(self, total: str) -> None:
-        """Raise an InputError that names the first missing files; `total` describes the rest."""
+    def _refuse(self, note: str) -> None:
+        """Raise an InputError that names the first missing files, with a note on the others."""
         numbers = list(self._lines.values())
         named = [
             f"{self._path}:{numbers[i]}: {self._records[i].path} {state}{_hint(self._records[i])}"
             for i, state in self._missing[:NAMED_MISSING]
         ]
         more = len(self._missing) - NAMED_MISSING
-        rest = f"; and {more} more ({total})" if more > 0 else ""
+        rest = f"; and {more} more ({note})" if more > 0 else ""
         objects = "it or delete the line" if len(self._missing) == 1 else "them or delete the lines"
         raise InputError(f"{printable('; '.join(named))}{rest}; restore {objects}")
 
