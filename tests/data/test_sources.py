@@ -512,7 +512,7 @@ def test_damage_affects_only_its_record(copy):
         (
             "5,15.0,0,4",
             "5,15.0,0,3",
-            "4 of 5 frames, .* from frame 0; .* 3 of 5 frames, .* from frame 0; run",
+            "4 of 5 frames, .* from frame 0, .* 3 of 5 frames, .* from frame 0; run",
         ),
     ],
 )
