@@ -1,1 +1,1 @@
-"""From bytes to uint8 clips. Knows nothing of models."""
+"""Data sources, decoding and augmentation: from video files to uint8 clips."""

@@ -30,7 +30,7 @@ from jaxvid.errors import InputError, printable
 
 MAX_CLASSES = 1_000_000
 SPLITS = ("train", "val", "test")
-MAX_CLASS_NAME = 1000  # characters
+MAX_CLASS_NAME = 1000  # characters in a class name
 _LABEL_HEADERS = ("label", "labels", "class", "class_id", "target")
 _LABEL_FILES = ("labels.txt", "labels.json")
 
@@ -41,8 +41,9 @@ _LABEL_FILES = ("labels.txt", "labels.json")
 def read_labels(folder: Path) -> tuple[list[str], str]:
     """Read the class names of a data folder, in the order of the labels.
 
-    They come from `labels.txt` (one name per line), from `labels.json` (a list, or name → index as
-    in Something-Something), or from the label column of Kinetics lists, sorted.
+    They come from the first of these that exists: `labels.txt` (one name per line), `labels.json`
+    (a list, or name → index as in Something-Something), and the label columns of Kinetics lists,
+    whose names are sorted.
 
     Returns:
         The names, and the file or files that they come from.
@@ -51,9 +52,9 @@ def read_labels(folder: Path) -> tuple[list[str], str]:
         InputError: There is no such file, or it is malformed.
     """
     path = next((folder / name for name in _LABEL_FILES if os.path.lexists(folder / name)), None)
-    kinetics = [path for path in sorted(folder.glob("*.csv")) if is_kinetics(path)]
+    kinetics = [file for file in sorted(folder.glob("*.csv")) if is_kinetics(file)]
     if path is None and kinetics:
-        names = {row.get("label") for path in kinetics for _, row in read_kinetics(path)}
+        names = {row.get("label") for file in kinetics for _, row in read_kinetics(file)}
         if not any(names):
             raise InputError(f"{kinetics[0]}: {HAS_NO_LABEL}")
         return sorted(filter(None, names)), ", ".join(map(str, kinetics))
@@ -73,9 +74,9 @@ def read_labels(folder: Path) -> tuple[list[str], str]:
     for i, name in enumerate(labels):
         if problem := name_problem(name):
             raise InputError(f"{path}: the name of class {i} {problem}; correct it")
-    twice = [name for name, count in collections.Counter(labels).items() if count > 1]
-    if twice:
-        raise InputError(f"{path}: {twice[0]!r} is named twice; class names must be unique")
+    duplicates = [name for name, count in collections.Counter(labels).items() if count > 1]
+    if duplicates:
+        raise InputError(f"{path}: {duplicates[0]!r} is named twice; class names must be unique")
     return labels, str(path)
 
 
@@ -85,10 +86,12 @@ def _read_labels_json(path: Path) -> list[str]:
         labels = json.loads(text)
         if isinstance(labels, dict):
             by_index = {int(str(index)): str(name) for name, index in labels.items()}
+            if by_index.keys() != set(range(len(labels))):
+                raise ValueError(f"the indices are not 0 to {len(labels) - 1}")
             labels = [by_index[i] for i in range(len(labels))]
         if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
             raise ValueError("it is neither")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path}: must be a list of names or map each name to its index from 0 ({error})"
         ) from None
@@ -96,7 +99,7 @@ def _read_labels_json(path: Path) -> list[str]:
 
 
 def name_problem(name: str) -> str:
-    """Return why a class name is invalid; empty if it is valid.
+    """Return why a class name is invalid, or an empty string if it is valid.
 
     Names are written to text files with one name per line, to JSON and to HTML, in UTF-8.
     """
@@ -108,19 +111,26 @@ def name_problem(name: str) -> str:
 
 
 def names_classes(folder: Path) -> bool:
-    """Return whether a folder has a file of class names, even if it cannot be read."""
+    """Return whether a folder has a file of class names, readable or not."""
     return any(os.path.lexists(folder / name) for name in _LABEL_FILES)
 
 
 def read_labels_or_numbers(folder: Path, count: int) -> tuple[list[str], str]:
-    """Return the class names and the file that they come from; without a file, the label numbers.
+    """Return the class names of a data folder, or the label numbers if it has no file of names.
+
+    Args:
+        folder: The data folder.
+        count: Number of classes.
+
+    Returns:
+        The names, and the file that they come from, or the folder if there is none.
 
     Raises:
         InputError: The file of class names is malformed, or is missing from a pack that had one.
     """
     if names_classes(folder):
         return read_labels(folder)
-    if os.path.lexists(folder / "report.json"):  # of jaxvid.data.prepare, which names the classes
+    if os.path.lexists(folder / "report.json"):  # prepare wrote labels.txt too
         raise InputError(
             f"{folder}/labels.txt does not exist; write one class name per line, or run prepare "
             "again"
@@ -128,14 +138,14 @@ def read_labels_or_numbers(folder: Path, count: int) -> tuple[list[str], str]:
     return [str(i) for i in range(count)], str(folder)
 
 
-# ------------------------------------------------------------------ lists of files
+# ------------------------------------------------------------------ lists of videos
 
 
 def find_split(folder: Path, split: str) -> Path:
-    """Return the path of a split's list, which need not exist.
+    """Return the path of a split's list, or `SPLIT.csv` if there is no list.
 
-    It is `SPLIT.csv`, or the name in Kinetics (`validate.csv`) or Something-Something
-    (`SPLIT.json`, `something-something-v2-SPLIT.json`).
+    Other valid names are those of Kinetics (`validate.csv`) and Something-Something (`SPLIT.json`,
+    `something-something-v2-SPLIT.json`).
     """
     names = ("val", "validate", "validation") if split == "val" else (split,)
     forms = ("{}.csv", "something-something-v2-{}.json", "{}.json")
@@ -146,14 +156,18 @@ def find_split(folder: Path, split: str) -> Path:
 def read_split(
     folder: Path, split: str, labels: list[str], prefix: str, missing: str
 ) -> list[Record]:
-    """Read the list of a split, in any format."""
+    """Read the list of a split in any format. Arguments and errors: `read_records`."""
     return read_records(find_split(folder, split), labels, prefix=prefix, missing=missing)
 
 
 def read_records(
     path: Path, labels: list[str] | None, *, prefix: str, missing: str, labelled: bool = True
 ) -> list[Record]:
-    """Read a list in any format; `labels` None: unnamed classes. See `read_list` for the rest."""
+    """Read a list in any format.
+
+    `labels` are the class names, or None if the classes have no names. Other arguments and errors:
+    `read_list`.
+    """
     options = {"prefix": prefix, "missing": missing, "labelled": labelled}
     if path.suffix == ".json":
         return read_something_list(path, labels, **options)
@@ -174,14 +188,14 @@ def read_list(
 
     Args:
         path: The list.
-        num_classes: Labels must be below it; None: any label is valid.
+        num_classes: Number of classes, which labels must be below; None: any label is valid.
         prefix: Folder that the paths are relative to; empty: the list's folder.
-        missing: `error`, or `keep` to leave missing files to the decoder.
-        labelled: Whether labels are required; otherwise, all lines may be paths without labels.
+        missing: `error` to refuse missing files, or `keep` to list them; opening them then fails.
+        labelled: Whether labels are required. If not, all lines may be paths without labels.
 
     Raises:
         InputError: The list is missing or empty, a line is malformed or repeats an earlier path, a
-            label is out of range, or a video is missing or empty. The message has the line number.
+            label is out of range, or a video is missing or empty. The message names the line.
     """
     base, records = Path(prefix) if prefix else path.parent, RecordList(path, missing)
     lines_read = enumerate(read_lines(path, names=True), 1)
@@ -210,7 +224,7 @@ def read_list(
 
 
 def is_label(text: str) -> bool:
-    """Return whether a text is a valid label, a number from 0."""
+    """Return whether a text is a valid label: an integer from 0 to `MAX_CLASSES` - 1."""
     digits = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_CLASSES))
     return digits and int(text) < MAX_CLASSES
 
@@ -226,11 +240,11 @@ def read_class_folders(
     Args:
         folder: The data folder.
         splits: Splits to read.
-        skipped: Counts the entries in the folders of these splits that are not listed.
+        skipped: Counter of the entries of these splits that are skipped, or None.
 
     Returns:
         The class names (from `labels.txt` or `labels.json`, otherwise the sorted names of the
-        folders), and split → records.
+        folders); and split → records.
 
     Raises:
         InputError: A folder is missing, unreadable or without videos, or a class name is invalid.
@@ -239,11 +253,11 @@ def read_class_folders(
     roots = {split: folder / split for split in splits}
     if len(splits) == 1 and not os.path.isdir(roots[splits[0]]):
         roots = {splits[0]: folder}
-    others = [folder / name for name in SPLITS if os.path.isdir(folder / name)]
-    trees = {root: _list_classes(root, skipped) for root in {**dict.fromkeys(roots.values())}}
-    if folder not in trees:  # the classes are those of all splits, not only of the requested ones
-        rest = (root for root in others if root not in trees)
-        trees |= {root: _list_classes(root, Skipped()) for root in rest}
+    split_folders = [folder / name for name in SPLITS if os.path.isdir(folder / name)]
+    trees = {root: _list_classes(root, skipped) for root in roots.values()}
+    if folder not in trees:  # labels must not depend on the requested splits
+        not_requested = (root for root in split_folders if root not in trees)
+        trees |= {root: _list_classes(root, Skipped()) for root in not_requested}
     names = sorted({name for tree in trees.values() for name in tree})
     for name in names:
         if problem := name_problem(name):
@@ -271,14 +285,14 @@ def read_class_folders(
 
 
 def _list_classes(root: Path, skipped: Skipped) -> dict[str, list[str]]:
-    """Return class → its videos, sorted."""
+    """Return class → names of its videos, sorted."""
     classes = {}
     try:
         for name in sorted(os.listdir(root)):
             if name.startswith("."):
                 skipped.add(HIDDEN)
             elif stat.S_ISDIR(os.stat(root / name).st_mode):
-                classes[name] = _list_class(root / name, skipped)
+                classes[name] = _list_videos(root / name, skipped)
             elif name not in _LABEL_FILES:
                 skipped.add(BESIDE)
     except OSError as error:
@@ -288,19 +302,21 @@ def _list_classes(root: Path, skipped: Skipped) -> dict[str, list[str]]:
     return classes
 
 
-def _list_class(folder: Path, skipped: Skipped) -> list[str]:
+def _list_videos(folder: Path, skipped: Skipped) -> list[str]:
+    """Return the names of the videos of a class folder, sorted."""
     files = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.name.startswith(".") and _holds(entry.is_dir):
+            if not entry.name.startswith(".") and _is_kind(entry.is_dir):
                 skipped.add(SUBFOLDER)
             else:
-                files.append((entry.name, functools.partial(_holds, entry.is_file)))
+                files.append((entry.name, functools.partial(_is_kind, entry.is_file)))
         return pick_videos(files, skipped)
 
 
-def _holds(is_kind: Callable[[], bool]) -> bool:
+def _is_kind(test: Callable[[], bool]) -> bool:
+    """Return the result of `is_dir` or `is_file` of a directory entry, or False if it fails."""
     try:
-        return is_kind()
+        return test()
     except OSError:  # a loop of links
         return False

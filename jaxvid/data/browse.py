@@ -1,4 +1,4 @@
-"""Draw augmented training clips and evaluation views, as the network sees them, in one image.
+"""Draw training clips and evaluation views in one image, as the network gets them.
 
 python -m jaxvid.data.browse --config configs/motion.py --output sheet.png [--config.FIELD=VALUE]
 """
@@ -28,7 +28,7 @@ from jaxvid.data.sources import open_dataset
 from jaxvid.errors import InputError
 from jaxvid.experiment import Config, resolve
 
-SHOWN_FRAMES = 8  # per clip, evenly spaced
+SHOWN_FRAMES = 8  # frames drawn per clip, evenly spaced
 
 CONFIG = cli.define_config()
 OUTPUT = flags.DEFINE_string("output", None, "PNG file to write.")
@@ -39,29 +39,32 @@ def draw_sheet(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], output: Path)
     """Draw clips as rows of frames.
 
     Args:
-        rows: Title, clip `(t, h, w, c)` uint8 and the numbers of its frames `(t,)`.
-        output: The PNG file.
+        rows: For each row the title, the clip `(t, h, w, c)` uint8 and its frame numbers `(t,)`.
+        output: The image file; its suffix selects the format.
     """
     columns = min(SHOWN_FRAMES, min(len(clip) for _, clip, _ in rows))
     figure = Figure(figsize=(1.5 * columns, 1.85 * len(rows)), layout="constrained", dpi=110)
-    for line, (title, clip, indices) in zip(
+    for row_axes, (title, clip, indices) in zip(
         figure.subplots(len(rows), columns, squeeze=False), rows, strict=True
     ):
         for axes, t in zip(
-            line, np.linspace(0, len(clip) - 1, columns).round().astype(int), strict=True
+            row_axes, np.linspace(0, len(clip) - 1, columns).round().astype(int), strict=True
         ):
             axes.imshow(clip[t])
             axes.set_xticks([])
             axes.set_yticks([])
             axes.set_xlabel(f"frame {indices[t]}", fontsize=7)
-        line[0].set_title(title, loc="left", fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=output.suffix.lstrip(".") or "png")
-    write_file(output, picture.getvalue())
+        row_axes[0].set_title(title, loc="left", fontsize=8)
+    image = io.BytesIO()
+    figure.savefig(image, format=output.suffix.lstrip(".") or "png")
+    write_file(output, image.getvalue())
 
 
 def make_rows(config: Config, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Load clips of videos of both splits, as training and evaluation do.
+    """Load clips of `count` videos of each split, as training and evaluation do.
+
+    Returns:
+        The rows of `draw_sheet`.
 
     Raises:
         InputError: The data cannot be opened, or none of the videos can be decoded.
@@ -80,26 +83,30 @@ def make_rows(config: Config, count: int) -> list[tuple[str, np.ndarray, np.ndar
             except DecodeError as error:
                 print(f"left out: {error}", file=sys.stderr)
     if not rows:
-        raise InputError(f"{experiment.dataset.folder}: none of the chosen videos can be decoded")
+        raise InputError(
+            f"{experiment.dataset.folder}: none of the chosen videos can be decoded; "
+            "check them with jaxvid.data.check"
+        )
     return rows
 
 
 def _rows_of(
     record: VideoRecord, split: str, spec: ClipSpec, rng: np.random.Generator, title: str
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Return the row of a training clip, or the rows of all views of a validation video."""
     if split == "train":
         clip = load_train_clip(record, rng, spec)
         return [(title, clip["video"], clip["indices"])]
     views = load_eval_views(record, spec)
     indices = np.repeat(views["indices"], spec.num_crops, axis=0)
     return [
-        (f"{title}, view {v}", transforms.to_uint8(clip), numbers)
-        for v, (clip, numbers) in enumerate(zip(views["video"], indices, strict=True))
+        (f"{title}, view {v}", transforms.to_uint8(view), frame_numbers)
+        for v, (view, frame_numbers) in enumerate(zip(views["video"], indices, strict=True))
     ]
 
 
 def run(_: list[str]) -> None:
-    """Draw the sheet; invalid input is one line and exit code 2."""
+    """Draw the image; for invalid input, print one line and exit with code 2."""
     output = Path(OUTPUT.value)
     try:
         rows = make_rows(CONFIG.value, COUNT.value)

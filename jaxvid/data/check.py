@@ -40,10 +40,10 @@ from jaxvid.data.records import MAX_LIST_BYTES, Record, file_state
 from jaxvid.errors import InputError, printable
 from jaxvid.files import check_regular
 
-SOME_BROKEN = 3  # exit code
-MAX_SECONDS = 3600.0  # of decoding per video
+SOME_BROKEN = 3  # exit code if some videos are broken
+MAX_SECONDS = 3600.0  # time limit for decoding a video
 CLIP_FRAMES = 16  # a video with fewer frames is reported as short
-CHUNK_BYTES = 128 * 2**20  # decoded frames in memory at a time
+CHUNK_BYTES = 128 * 2**20  # size of the decoded frames that are in memory at a time
 
 
 @dataclasses.dataclass
@@ -53,12 +53,12 @@ class Finding:
     Attributes:
         id: Id of the video.
         split: Split of the video.
-        num_frames: Number of frames; 0: the video cannot be opened.
-        fps: Frames per second; None: unknown.
-        odd: Unusual properties of a readable video.
-        broken: Decode error; None: the video can be read.
+        num_frames: Number of frames; 0 if the video cannot be opened.
+        fps: Frames per second, or None if unknown.
+        odd: Unusual properties of a video that can be opened, one phrase each.
+        broken: Decode error, or None if there was none.
         readable: Number of frames that can be read.
-        size: Size of the file in bytes; -1: the file does not exist.
+        size: Size of the file in bytes; -1 if it does not exist or is not a readable regular file.
     """
 
     id: str
@@ -78,17 +78,17 @@ def gather(
     labelled: bool = True,
     skipped: Skipped | None = None,
 ) -> tuple[dict[str, list[Record]], list[str]]:
-    """List the videos of lists and folders; their files need not exist.
+    """List the videos of lists and folders. The video files need not exist.
 
     Args:
         paths: Lists, named after their splits, or folders with lists (`train.csv`, `val.csv`,
             `test.csv`, or official lists) or with class folders.
         prefix: Folder that paths in lists are relative to; empty: the list's folder.
         labelled: Whether labels are required.
-        skipped: Counts the entries of class folders that are not listed.
+        skipped: Counter of the entries of class folders that are skipped, or None.
 
     Returns:
-        Split → records, and the class names, or the label numbers if there are no names.
+        Split → records; and the class names, or the label numbers if there are no names.
 
     Raises:
         InputError: A list or folder is missing, malformed or empty, or a split occurs twice.
@@ -112,7 +112,8 @@ def gather(
         names = [str(i) for i in range(highest + 1)]
     elif highest >= len(names):
         raise InputError(
-            f"{names_path}: label {highest} is out of range: there are {len(names)} class names"
+            f"{names_path}: label {highest} is out of range: there are {len(names)} class names; "
+            "correct the label or add the missing names"
         )
     return records, names
 
@@ -120,6 +121,7 @@ def gather(
 def _gather_one(
     path: Path, prefix: str, labelled: bool, skipped: Skipped | None
 ) -> tuple[dict[str, list[Record]], list[str] | None]:
+    """List the videos of one list or folder; the class names are None if there are none."""
     if not os.path.isdir(path):
         with contextlib.suppress(FileNotFoundError):  # reported when the list is read
             check_regular(path, MAX_LIST_BYTES)
@@ -131,22 +133,23 @@ def _gather_one(
         splits = tuple(split for split in SPLITS if os.path.isdir(path / split))
         labels, records = read_class_folders(path, splits or ("train",), skipped)
         return records, labels
-    named = names_classes(folder) or (labelled and any(map(is_kinetics, lists.values())))
-    labels = read_labels(folder)[0] if named else None
+    has_names = names_classes(folder) or (labelled and any(map(is_kinetics, lists.values())))
+    labels = read_labels(folder)[0] if has_names else None
     options = {"prefix": prefix, "missing": "keep", "labelled": labelled}
     return {split: read_records(file, labels, **options) for split, file in lists.items()}, labels
 
 
 def note_skipped(skipped: Skipped) -> None:
     """Print one line about the files that a scan of class folders skipped, if any."""
-    if left_out := str(skipped):
-        print(f"skipped in class folders: {left_out}", file=sys.stderr)
+    if counts := str(skipped):
+        print(f"skipped in class folders: {counts}", file=sys.stderr)
 
 
 def _split_of(path: Path) -> str:
+    """Return the split that a list is named after."""
     split = path.stem.removeprefix("something-something-v2-")
     if not split.isidentifier():
-        raise InputError(f"{path}: the file name must be that of a split; rename it to train.csv")
+        raise InputError(f"{path}: the file is not named after a split; rename it to train.csv")
     return "val" if split in ("validate", "validation") else split
 
 
@@ -157,17 +160,17 @@ def examine(
     num: int = 0,
     color_matrix: str = "tagged",
 ) -> Finding:
-    """Read a video to the end.
+    """Read a video, and report whether it is broken or unusual.
 
     Args:
         record: The video.
         split: Its split.
-        use: Function that gets the frames `(t, h, w, c)` uint8, some at a time, in order.
-        num: Number of evenly spaced frames to read; 0: all.
+        use: Function that is called with the frames in order, in chunks `(t, h, w, c)` uint8.
+        num: Number of evenly spaced frames to read; 0: all frames.
         color_matrix: Conversion to RGB, as in `VideoFile`.
 
     Returns:
-        The result. If the video is broken, `use` did not get all frames.
+        The result. If the video is broken, `use` may not have received all frames.
     """
     finding = Finding(record.id, split)
     if state := file_state(record.path):
@@ -189,23 +192,24 @@ def examine(
                 use(frames)
         except DecodeError as error:
             finding.broken = str(error)
-            with contextlib.suppress(DecodeError):  # a timeout
+            with contextlib.suppress(DecodeError):  # counting takes too long
                 finding.readable = 0
                 finding.readable = reader.count_readable()
-        short = [f"shorter than a clip of {CLIP_FRAMES} frames"]
-        finding.odd = (*reader.oddities, *(short if reader.num_frames < CLIP_FRAMES else []))
+        finding.odd = tuple(reader.oddities)
+        if reader.num_frames < CLIP_FRAMES:
+            finding.odd += (f"shorter than a clip of {CLIP_FRAMES} frames",)
     return finding
 
 
 def spread(length: int, num: int) -> np.ndarray:
-    """Return the numbers of the frames to read: all, or at most `num`, evenly spaced."""
+    """Return the numbers of the frames to read: at most `num`, evenly spaced, or all if it is 0."""
     if not num or num >= length:
         return np.arange(length)
     return np.rint(np.linspace(0, length - 1, num)).astype(int)
 
 
 def iter_frames(reader: VideoFile, indices: np.ndarray) -> Iterator[np.ndarray]:
-    """Read frames in chunks of at most `CHUNK_BYTES`."""
+    """Yield frames in chunks `(t, h, w, c)` of at most `CHUNK_BYTES`."""
     if len(indices) < reader.num_frames and reader.times is not None:  # seek to the frames
         step = max(1, CHUNK_BYTES // reader.get_frames(indices[:1]).nbytes)
         for start in range(0, len(indices), step):
@@ -221,7 +225,7 @@ def iter_frames(reader: VideoFile, indices: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def map_in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """Call a function in threads; yield the results in order, with a bounded look-ahead."""
+    """Call a function on items in threads; yield the results in order, with bounded look-ahead."""
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         queue = collections.deque()
         try:
@@ -236,7 +240,7 @@ def map_in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
 
 
 class Progress:
-    """Progress in videos and bytes.
+    """Progress bar and log lines with the number of videos and bytes.
 
     Args:
         total: Number of videos.
@@ -257,7 +261,7 @@ class Progress:
 
 
 def make_report(findings: Sequence[Finding], seconds: float) -> dict:
-    """Return the contents of the report; `seconds` is the time for reading."""
+    """Return the JSON report of a check; `seconds` is the time that reading took."""
     broken = [
         {"id": f.id, "split": f.split, "reason": f.broken, "readable": f.readable,
          "num_frames": f.num_frames}
@@ -284,22 +288,23 @@ def print_report(report: dict, done: str) -> None:
     """Print a report of `make_report`.
 
     Args:
-        report: The report. Each video is one line; special characters in names are escaped.
-        done: What was done with the readable videos, e.g. `packed`.
+        report: The report. Each broken or unusual video is printed as one line, with special
+            characters escaped.
+        done: Participle for the readable videos in the last line, e.g. `packed`.
     """
     for row in report["broken"]:
         print(f"broken: {printable(row['reason'])}")
     for row in report["odd"]:
-        print(f"odd: {printable(row['id'])}: {', '.join(row['what'])}")
+        print(f"unusual: {printable(row['id'])}: {', '.join(row['what'])}")
     print(
         f"{report['readable']} of {report['videos']} videos {done}, {report['frames']} frames, "
         f"{report['bytes'] / 1e6:.1f} MB read; {len(report['broken'])} broken, "
-        f"{len(report['odd'])} odd; {report['seconds']:.1f} s"
+        f"{len(report['odd'])} unusual; {report['seconds']:.1f} s"
     )
 
 
 def check(paths: Sequence[str | Path], workers: int, prefix: str = "") -> dict:
-    """Read every video of lists and folders.
+    """Read every video of lists and folders completely.
 
     Args:
         paths: As in `gather`.
@@ -329,7 +334,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("input", nargs="+", metavar="LIST_OR_FOLDER", help="lists or data folders")
     parser.add_argument(
-        "--prefix", default="", help="folder of the paths in lists (default: the list's folder)"
+        "--prefix",
+        default="",
+        help="folder that paths in lists are relative to (default: the list's folder)",
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the report to this file")
     parser.add_argument(

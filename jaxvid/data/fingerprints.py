@@ -1,4 +1,4 @@
-"""Fingerprints of the videos, labels and files of a data set."""
+"""SHA-256 fingerprints of the ids, labels and files of a data set."""
 
 import concurrent.futures
 import hashlib
@@ -27,7 +27,7 @@ def fingerprint(records: Sequence[VideoRecord]) -> str:
 def fingerprint_labels(records: Sequence[VideoRecord]) -> str:
     """Return the SHA-256 of the labels of a split's videos, in order.
 
-    Labels that are known only after reading the video count as empty.
+    Labels that are known only after reading the video (`TfdsVideo`) are replaced by empty texts.
     """
     return digest("" if isinstance(record, TfdsVideo) else str(record.label) for record in records)
 

@@ -1,4 +1,4 @@
-"""Video files in folders: their suffixes, and counts of other files that scans skip."""
+"""Video files in folders: recognized suffixes, and counts of the entries that scans skip."""
 
 import collections
 import os
@@ -13,11 +13,11 @@ VIDEO_SUFFIXES = (
     *(".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".m2ts", ".mts"),
     *(".wmv", ".asf", ".flv", ".f4v", ".ogv", ".mxf", ".rm", ".rmvb", ".dv", ".nut", ".y4m"),
 )
-NAMED_SUFFIXES = 5  # in a line about skipped files
+NAMED_SUFFIXES = 5  # the most frequent suffixes of skipped files are named in the log line
 
-# Reasons for skipping an entry of a folder.
+# Reasons for skipping an entry of a folder; they follow its count in the log line.
 HIDDEN = "hidden"
-OTHER_KIND = "not videos by their suffix"
+OTHER_KIND = "files without a video suffix"
 SUBFOLDER = "sub-folders"
 LINKED_FOLDER = "links to folders"
 BROKEN = "broken links or not regular files"
@@ -25,49 +25,51 @@ BESIDE = "files beside the class folders"
 
 
 class Skipped:
-    """Counts the entries of folders that scans skip, by the reason."""
+    """Counter of the folder entries that scans skip, by reason."""
 
     def __init__(self):
         self._reasons, self._suffixes = collections.Counter(), collections.Counter()
 
     def add(self, reason: str, name: str = "") -> None:
-        """Count an entry; with `name`, also its suffix."""
+        """Count an entry; if its `name` is given, count the suffix too."""
         self._reasons[reason] += 1
         if name:
             self._suffixes[os.path.splitext(name)[1].lower() or "no suffix"] += 1
 
     def __str__(self) -> str:
-        """Return the counts as one line, the most frequent first; empty if nothing was skipped."""
+        """Return the counts as one line, most frequent first; empty if nothing was skipped."""
         suffixes = [f"{suffix} {n}" for suffix, n in _sort(self._suffixes)[:NAMED_SUFFIXES]]
-        suffixes += ["…"] if len(self._suffixes) > NAMED_SUFFIXES else []
-        named = f" ({', '.join(suffixes)})"
+        if len(self._suffixes) > NAMED_SUFFIXES:
+            suffixes.append("…")
+        suffix_counts = f" ({', '.join(suffixes)})"
         return printable(
             ", ".join(
-                f"{count} {reason}{named if reason == OTHER_KIND else ''}"
+                f"{count} {reason}{suffix_counts if reason == OTHER_KIND else ''}"
                 for reason, count in _sort(self._reasons)
             )
         )
 
 
 def _sort(counts: collections.Counter) -> list[tuple[str, int]]:
-    """Sort by count, then by name: the order of directory entries depends on the file system."""
+    """Sort by descending count, then by name, so that the order is the same on all file systems."""
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def pick_videos(
     entries: Iterable[tuple[str, Callable[[], bool]]], skipped: Skipped | None
 ) -> list[str]:
-    """Select the video files among entries of a folder that are not folders.
+    """Select the video files among the entries of a folder; sub-folders must be excluded before.
 
     Args:
         entries: The name of each entry, and a function that returns whether it is a regular file
             or a link to one.
-        skipped: Counts the other entries.
+        skipped: Counter of the other entries, or None.
 
     Returns:
         The names of the videos, sorted.
     """
-    videos, skipped = [], Skipped() if skipped is None else skipped
+    skipped = Skipped() if skipped is None else skipped
+    videos = []
     for name, is_file in entries:
         if name.startswith("."):
             skipped.add(HIDDEN)

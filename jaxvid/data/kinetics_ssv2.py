@@ -19,9 +19,10 @@ from jaxvid.data.records import (
 )
 from jaxvid.errors import InputError
 
-MAX_JSON_BYTES = 2**28  # of a list
+MAX_JSON_BYTES = 2**28  # size limit of a JSON list
 
-_KINETICS = {"youtube_id", "time_start", "time_end"}  # columns; all but test lists have `label` too
+# Columns of all Kinetics lists. Lists other than test lists also have `label`.
+_KINETICS = {"youtube_id", "time_start", "time_end"}
 
 
 def is_kinetics(path: Path) -> bool:
@@ -32,7 +33,7 @@ def is_kinetics(path: Path) -> bool:
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             header = file.readline(1000)
         return set(next(csv.reader([header], skipinitialspace=True), ())) >= _KINETICS
-    except (OSError, csv.Error):  # reported when the list is read
+    except (OSError, csv.Error):  # read_lines reports the error later
         return False
 
 
@@ -63,12 +64,13 @@ def read_kinetics_list(
 ) -> list[Record]:
     """Read an official Kinetics list: columns `label`, `youtube_id`, `time_start`, `time_end`.
 
-    A video is `ID_START_END.mp4`, with times of six digits, in the folder, in the subfolder of the
-    split, or in a subfolder of the class in either of them, whose name may have `_` for spaces.
+    The file of a video is `ID_START_END.mp4`, with times in seconds as six digits. It may be in the
+    folder of the videos, in its subfolder of the split, or in a subfolder of one of these two that
+    is named after the class, with spaces or `_`.
 
     Args:
         path: The list.
-        labels: Names of the classes.
+        labels: Names of the classes, or None if there are none.
         prefix: Folder of the videos; empty: the list's folder.
         missing: As in `read_list`.
         labelled: As in `read_list`.
@@ -105,7 +107,8 @@ def read_something_list(
 ) -> list[Record]:
     """Read an official Something-Something list: entries with `id` and `template`.
 
-    A video is `ID.webm` or `ID.mp4`, in the folder or in its `20bn-something-something-v2`.
+    The file of a video is `ID.webm` or `ID.mp4`, in the folder of the videos or in its subfolder
+    `20bn-something-something-v2`. Error messages give the number of the entry, from 1.
     Arguments: `read_kinetics_list`.
 
     Raises:
@@ -141,7 +144,7 @@ def _without_brackets(template: str) -> str:
 def _find_label(
     path: Path, number: int, name: str | None, label_of: dict[str, int] | None, labelled: bool
 ) -> int:
-    """Return the label of a class; `NO_LABEL` if there is none and none is required."""
+    """Return the label of a class, or `NO_LABEL` if it has none and labels are not required."""
     if not labelled and (not name or label_of is None):
         return NO_LABEL
     if not name:

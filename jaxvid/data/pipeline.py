@@ -1,8 +1,9 @@
 """The Grain chain: records → decoded, cropped, batched uint8 clips.
 
-All random choices come from the generator that Grain derives from the seed and the position.
-Therefore batches do not depend on the number of threads, workers or restarts. A video that cannot
-be decoded is masked in its batch, with the reason. It is not replaced by another video.
+All random choices come from the generator that Grain derives from the seed and the position in the
+stream. Therefore batches do not depend on the number of threads, workers or restarts. A video that
+cannot be decoded is masked in its batch, which also contains the reason. It is not replaced by
+another video.
 """
 
 import dataclasses
@@ -21,19 +22,20 @@ from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.protocols import VideoRecord
 
-_loading: dict[int, tuple[str, float]] = {}  # thread → id of its video, and the start time
-TEXT_BYTES = 512  # length of ids and decode errors in a batch
+# Thread → id of the video that it decodes, and the start time.
+_loading: dict[int, tuple[str, float]] = {}
+TEXT_BYTES = 512  # size of each id and decode error in a batch; longer ones are truncated
 
 Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """Threads and processes that decode videos.
+    """Numbers of threads and processes that decode videos.
 
     Attributes:
-        num_threads: Decoding threads per process, or per worker process.
-        num_workers: Worker processes; 0: threads only.
+        num_threads: Decoding threads per worker process, or of this process without workers.
+        num_workers: Worker processes; 0: threads of this process decode.
     """
 
     num_threads: int = 2
@@ -56,15 +58,16 @@ def make_train_iter(
         records: Labelled videos.
         spec: Sampling, sizes and augmentation of the clips.
         batch_size: Clips per batch of this process.
-        seed: Seed of order, frames and crops.
-        num_threads: Decoding threads per worker.
-        num_workers: Worker processes; 0: threads only.
-        shard: `(index, count)`: this process makes part `index` of `count` of each global batch.
+        seed: Seed of the order, the frame sampling and the augmentation.
+        num_threads: See `LoaderConfig`.
+        num_workers: See `LoaderConfig`.
+        shard: `(index, count)`: this process loads part `index` of the `count` equal parts of each
+            global batch.
 
     Returns:
         An iterator of `{"video": (b, t, h, w, c) uint8, "label": (b,) int32, "mask": (b,) bool,
         "padded": (b,) bool, "indices": (b, t) int32, "id": (b, bytes), "error": (b, bytes)}`. For
-        a video that cannot be decoded, the mask is False, the video is zero, and `error` is the
+        a video that cannot be decoded, the mask is False, the pixels are zero, and `error` is the
         reason.
     """
     zeros = {
@@ -116,12 +119,12 @@ def make_eval_iter(
 
 
 def _example(record: VideoRecord | None, load: Callable[[], Batch] | None, zeros: Batch) -> Batch:
-    """Load a clip and add the other fields of a batch.
+    """Load a clip or the views of a video, and add the other fields of a batch.
 
     Args:
-        record: The video; None: padding of the last batch.
-        load: Returns the clip.
-        zeros: The clip if there is no record or it cannot be decoded.
+        record: The video, or None for padding.
+        load: Function that loads the clip or views, or None for padding.
+        zeros: Replacement of the loaded fields for padding and if the video cannot be decoded.
     """
     example = {**zeros, "padded": np.bool_(False)}
     error = ""
@@ -145,7 +148,7 @@ def _example(record: VideoRecord | None, load: Callable[[], Batch] | None, zeros
 
 
 def describe_decoding() -> str:
-    """Describe the videos that this process is decoding, the slowest first, for stall warnings."""
+    """Describe the videos that this process is decoding, longest first, for stall warnings."""
     videos = sorted(_loading.copy().values(), key=lambda entry: entry[1])
     now = time.monotonic()
     return "; ".join(f"reading {id_} for {now - start:.0f} s" for id_, start in videos)
@@ -153,13 +156,13 @@ def describe_decoding() -> str:
 
 def _text(text: str) -> np.ndarray:
     """Return a string as an array that can be batched and shared between processes."""
-    encoded = text.encode(errors="surrogateescape")  # may be a file name that is not UTF-8
-    # The end of a long path is more specific than its beginning.
+    encoded = text.encode(errors="surrogateescape")  # ids may be file names that are not UTF-8
+    # Truncate long texts at the start: the end of a path is more specific.
     return np.frombuffer(encoded[-TEXT_BYTES:].ljust(TEXT_BYTES, b"\0"), np.uint8)
 
 
 def split_batch(batch: Batch) -> tuple[Batch, list[str], list[str]]:
-    """Split a batch into the arrays for the device, the ids, and the decode errors or ``."""
+    """Split a batch into the device arrays, the ids, and the decode errors (empty if none)."""
     arrays = {name: batch[name] for name in ("video", "label", "mask")}
     ids = [_read_id(row) for row in batch["id"]]
     errors = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in batch["error"]]
@@ -171,7 +174,7 @@ def _read_id(row: np.ndarray) -> str:
 
 
 def stored_id(id_: str) -> str:
-    """Return an id as `split_batch` returns it: long ids are truncated."""
+    """Return an id as `split_batch` returns it, truncated to its last `TEXT_BYTES` bytes."""
     return _read_id(_text(id_))
 
 
@@ -184,9 +187,9 @@ def _to_iter(
 ) -> "grain.DatasetIterator | _WorkerIterator":
     """Batch the examples, select this process's part of each global batch, and start reading.
 
-    Random maps come before the shard: the draw of an example depends on its position in the global
-    stream, so any number of processes makes the same global batches. Batching comes before the
-    workers, so that their number does not change the batches.
+    Random maps come before sharding, so that the random choices for an example depend on its
+    position in the global stream: global batches do not depend on the number of processes. Batching
+    comes before the workers, so that the number of workers does not change the batches either.
     """
     index, count = shard
     dataset = dataset.batch(batch_size)[index::count]
@@ -203,7 +206,7 @@ def _to_iter(
 
 
 class _WorkerIterator:
-    """A Grain iterator whose worker processes start with signals blocked, at the first `next`."""
+    """A Grain iterator whose workers start at the first `next`, with signals blocked."""
 
     def __init__(self, iterator: grain.DatasetIterator):
         self._iterator, self._started = iterator, False
@@ -223,10 +226,10 @@ class _WorkerIterator:
 
 
 def _outlive_signals(*_: object) -> None:
-    """Make a worker process end only when its parent ends.
+    """Make a worker process ignore signals and exit only when its parent has ended.
 
-    Ctrl-C and cluster managers signal every process of a group. The run needs its workers until it
-    has saved its state.
+    Ctrl-C and cluster managers signal every process of a group, but the run needs its workers until
+    it has saved its state.
     """
     entry_point.ignore_signals()
 

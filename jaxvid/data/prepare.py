@@ -2,9 +2,11 @@
 
     python -m jaxvid.data.prepare --input LIST_OR_FOLDER --output DIR [--format h5]
 
-A run that was killed continues when it is started again, and the pack is identical to that of an
-uninterrupted run. With `--shard 0/8` to `--shard 7/8`, eight jobs share the work, and the last one
-completes the pack. Exit codes: 0 success, 2 invalid input, 3 some videos are broken and left out.
+If a run is killed, run the same command again to resume it. The pack is bit-identical to that of an
+uninterrupted run. With `--shard 0/8` to `--shard 7/8`, eight jobs share the work, and the last job
+to finish completes the pack.
+
+Exit codes: 0 success, 2 invalid input, 3 some videos are broken and left out.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -47,7 +49,7 @@ from jaxvid.locks import LockedError, locked
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Write a text atomically; file names in it need not be UTF-8."""
+    """Write a text file atomically; file names in the text need not be UTF-8."""
     write_file(path, text.encode("utf-8", "surrogateescape"), writer=str(os.getpid()))
 
 
@@ -58,16 +60,18 @@ def _write_part(
     start, rows, findings, files = time.monotonic(), [], [], {}
     partials = output / ".parts"
 
-    def usable() -> Iterator[tuple[str, Clip]]:
+    def readable() -> Iterator[tuple[str, Clip]]:
+        """Yield the names and clips of readable videos; note the results of all videos."""
         for name, clip in zip(part.names, clips, strict=True):
             findings.append(clip.finding)
-            uneven = int(clip.times is not None)
-            # Broken videos stay listed, without frames: evaluation must count them.
-            rows.append([name, clip.finding.id, clip.label, len(clip.jpegs), clip.fps, uneven])
+            has_times = int(clip.times is not None)
+            # Broken videos have a row with zero frames, because evaluation must count them.
+            rows.append([name, clip.finding.id, clip.label, len(clip.jpegs), clip.fps, has_times])
             if clip.jpegs:
                 yield name, clip
 
     def commit(partial: Path, name: str) -> None:
+        """Give a complete file its final name."""
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         files[name] = partial.stat().st_size
@@ -76,7 +80,7 @@ def _write_part(
     if settings.format == "arrayrecord":
         examples = (
             example
-            for _, clip in usable()
+            for _, clip in readable()
             for example in pack_writer.make_examples(clip, settings.frames_per_record)
         )
         name = pack_writer.array_record_name(part.split, part.number, part.count)
@@ -85,12 +89,12 @@ def _write_part(
         commit(partial, name)
     else:
         (output / "seq_h5" / part.split).mkdir(parents=True, exist_ok=True)
-        for name, clip in usable():
+        for name, clip in readable():
             partial = partials / f"{part.split}-{part.number}.h5{tag}"
             write_h5(partial, name, clip.jpegs)
             commit(partial, f"seq_h5/{part.split}/{name}.h5")
     state = {
-        "kept": rows,
+        "kept": rows,  # of all videos: file name, id, label, number of frames, fps, has_times
         "findings": [dataclasses.asdict(finding) for finding in findings],
         "files": files,
         "seconds": time.monotonic() - start,
@@ -99,10 +103,10 @@ def _write_part(
 
 
 def _load_state(part: Part, output: Path) -> dict | None:
-    """Return the state of a complete part; None if it must be written.
+    """Return the state of a complete part, or None if the part must be written.
 
-    A complete part is written again if one of its files is missing, or if a broken video has
-    changed since.
+    A complete part is written again if one of its files is missing or has a different size, or if
+    the size of a broken video has changed.
     """
     try:
         state = json.loads(part.state_path(output).read_text())
@@ -118,10 +122,10 @@ def _load_state(part: Part, output: Path) -> dict | None:
 
 
 def _claim(output: Path, settings: dict) -> None:
-    """Create the output folder, or check that it has an unfinished pack with the same settings.
+    """Create the output folder, or check that it contains a pack with the same settings.
 
     Raises:
-        InputError: The folder contains something else.
+        InputError: The folder contains something else, or a pack with different settings.
     """
     parts = output / ".parts"
     if output.exists() and not output.is_dir():
@@ -132,7 +136,7 @@ def _claim(output: Path, settings: dict) -> None:
     path = parts / "settings.json"
     try:
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
-        before = {"color_matrix": "tagged"} | before  # the only one of older versions
+        before = {"color_matrix": "tagged"} | before  # the only value before this setting was added
         names = [name for name in settings if before.get(name) != settings[name]]
     except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{path}: is damaged; delete {output} and prepare it again") from None
@@ -147,7 +151,7 @@ def _claim(output: Path, settings: dict) -> None:
 def _finish(
     output: Path, parts: list[Part], states: list[dict], labels: list[str], settings: Settings
 ) -> None:
-    """Write the metadata of the whole pack, which depends on the parts only."""
+    """Write the metadata of a complete pack, which depends only on its parts."""
     lengths, sizes, rows = {}, {}, {}
     for part, state in zip(parts, states, strict=True):
         listed = list_videos([row[1:] for row in state["kept"]], settings.frames_per_record)
@@ -166,11 +170,11 @@ def _finish(
             raise
         return
     (output / "annotations").mkdir(exist_ok=True)
-    (output / "annotation").mkdir(exist_ok=True)  # the original reads frame rates from this folder
+    (output / "annotation").mkdir(exist_ok=True)  # the original program reads frame rates here
     for split, split_rows in rows.items():
-        usable = [row for row in split_rows if row[3]]  # the original expects frames in all videos
-        lines = "".join(f"{name},{frames},{label}\n" for name, _, label, frames, *_ in usable)
-        rates = "".join(f"{row[0]},{row[4]}\n" for row in usable)
+        readable = [row for row in split_rows if row[3]]  # the original program fails on others
+        lines = "".join(f"{name},{frames},{label}\n" for name, _, label, frames, *_ in readable)
+        rates = "".join(f"{row[0]},{row[4]}\n" for row in readable)
         _write_text(output / "annotations" / f"{split}.txt", lines)
         _write_text(output / "annotations" / f"{split}_fps.txt", rates)
         _write_text(output / "annotation" / f"{split}_fps.txt", rates)
@@ -189,22 +193,24 @@ def prepare(
     shard: tuple[int, int] = (0, 1),
     prefix: str = "",
 ) -> dict:
-    """Pack the videos of lists and folders, or continue a pack.
+    """Pack the videos of lists and folders, or resume an unfinished pack.
 
     Args:
         inputs: Lists and folders, as in `check.gather`.
         output: Folder of the pack.
         settings: Settings of the pack.
         workers: Number of threads.
-        shard: `(index, count)` of this job among those that share the work.
+        shard: `(index, count)`: index of this job, and number of jobs that share the work.
         prefix: Folder that paths in lists are relative to, as in `check.gather`.
 
     Returns:
-        The report of `check.make_report`, with `packed_bytes`, `settings` and `complete`, whether
-        the pack is finished. It covers all videos if the pack is finished, else those of this job.
+        The report of `check.make_report` with three more keys: `packed_bytes`, `settings`, and
+        `complete` (whether the pack is finished). It covers all videos if the pack is finished,
+        otherwise those of this job.
 
     Raises:
-        InputError: The input is invalid, or the folder cannot be written.
+        InputError: The input is invalid, the folder cannot be written or contains something else,
+            or no video can be read.
     """
     output, skipped = Path(output), Skipped()
     records, labels = gather(inputs, prefix, skipped=skipped)
@@ -213,13 +219,13 @@ def prepare(
         if name != name.strip():  # labels.txt cannot represent the spaces
             raise InputError(f"the class {name!r} begins or ends with a space; rename it")
     if labels == [str(i) for i in range(len(labels))]:
-        print("no labels.txt: classes are named by their numbers", file=sys.stderr)
+        print("no labels.txt: the class names are the label numbers", file=sys.stderr)
     lines = [[split, r.id, r.label] for split, videos in records.items() for r in videos]
-    listed = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+    list_digest = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
     parts = plan(records, settings)
     mine, tag = parts[shard[0] :: shard[1]], f".{shard[0]}-of-{shard[1]}.partial"
     try:
-        _claim(output, {**dataclasses.asdict(settings), "labels": labels, "list": listed})
+        _claim(output, {**dataclasses.asdict(settings), "labels": labels, "list": list_digest})
         with locked(output / ".parts" / f"lock{tag}"):
             try:
                 _do_parts(mine, output, settings, labels, tag, workers)
@@ -234,7 +240,7 @@ def prepare(
     except OSError as error:
         raise InputError(
             f"{error.filename or output}: cannot be written ({error.strerror or error}); correct "
-            "that and run the same command again to continue"
+            "the cause and run the same command again to continue"
         ) from None
 
 
@@ -251,14 +257,15 @@ def _do_parts(
         map_in_order(lambda item: encode(*item, settings), items, workers)
     ) as clips:
 
-        def counted(part: Part) -> Iterator[Clip]:
+        def clips_of(part: Part) -> Iterator[Clip]:
+            """Yield the clips of the next part, and count them as progress."""
             for clip in itertools.islice(clips, len(part.records)):
                 progress.advance(sum(map(len, clip.jpegs)))
                 yield clip
 
         try:
             for part in todo:
-                _write_part(part, counted(part), output, settings, labels, tag)
+                _write_part(part, clips_of(part), output, settings, labels, tag)
         finally:
             progress.close()
 
@@ -269,17 +276,19 @@ def _conclude(
     """Finish the pack if all its parts are complete, and return the report."""
     states = [_load_state(part, output) for part in parts]
     complete = None not in states
-    shown = states if complete else [_load_state(part, output) for part in mine]
-    findings = [finding for state in shown for finding in state["findings"]]
-    report = make_report(findings, sum(state["seconds"] for state in shown))
-    report["packed_bytes"] = sum(sum(state["files"].values()) for state in shown)
+    reported = states if complete else [_load_state(part, output) for part in mine]
+    findings = [finding for state in reported for finding in state["findings"]]
+    report = make_report(findings, sum(state["seconds"] for state in reported))
+    report["packed_bytes"] = sum(sum(state["files"].values()) for state in reported)
     report |= {"complete": complete, "settings": dataclasses.asdict(settings)}
     if complete:
         if not report["readable"]:
             print_report(report, "packed")
-            raise InputError(f"{output}: none of {report['videos']} videos can be read")
+            raise InputError(
+                f"{output}: none of {report['videos']} videos can be read; restore them"
+            )
         for folder in (".parts", ".", "annotations", "annotation"):
-            for partial in (output / folder).glob("*.partial"):  # of jobs that were killed
+            for partial in (output / folder).glob("*.partial"):  # files of jobs that were killed
                 partial.unlink(missing_ok=True)
         _finish(output, parts, states, labels, settings)
         write_file(output / "report.json", format_json(report), writer=str(os.getpid()))
@@ -294,19 +303,28 @@ def main() -> None:
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="LIST_OR_FOLDER", help="lists or data folders")
     add("--output", required=True, metavar="DIR", help="folder of the pack")
-    add("--prefix", default="", help="folder of the paths in lists; empty: the list's folder")
+    add(
+        "--prefix",
+        default="",
+        help="folder that paths in lists are relative to; empty: the list's folder",
+    )
     add("--format", default="arrayrecord", help="arrayrecord or h5")
-    add("--short_side", type=int, default=256, help="of the frames, in pixels; 0: unchanged")
-    add("--frames", default="all", help="evenly spaced frames per video, or all")
+    add(
+        "--short_side",
+        type=int,
+        default=256,
+        help="shorter side of larger frames, in pixels; 0: unchanged",
+    )
+    add("--frames", default="all", help="number of evenly spaced frames per video, or all")
     add("--quality", type=int, default=90, help="JPEG quality, 1 to 100")
     add("--workers", type=int, default=os.cpu_count(), help="number of threads")
-    add("--shard", default="0/1", help="i/n: index of this job and number of jobs")
+    add("--shard", default="0/1", help="i/n: index of this job, from 0, and number of jobs")
     add("--clips_per_file", type=int, default=0, help="videos per ArrayRecord file; 0: automatic")
     add(
         "--frames_per_record",
         type=int,
         default=Settings.frames_per_record,
-        help="frames that are read together",
+        help="number of frames that are read together",
     )
     add(
         "--color_matrix",
@@ -346,5 +364,5 @@ def main() -> None:
     if report["complete"]:
         print(f"{args.output}: complete")
     else:
-        print(f"{args.output}: this job is done; the last of the other jobs completes the pack")
+        print(f"{args.output}: this job is done; the last job to finish completes the pack")
     parser.exit(SOME_BROKEN if report["broken"] else 0)

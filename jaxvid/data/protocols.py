@@ -8,7 +8,7 @@ import numpy as np
 
 
 class VideoReader(Protocol):
-    """An open video: a context manager that returns frames by index. One thread uses it at a time.
+    """An open video: a context manager with random access to frames. It is not thread-safe.
 
     `VideoFile` and `JpegFrames` are the readers of jaxvid.
     """
@@ -19,13 +19,14 @@ class VideoReader(Protocol):
 
     @property
     def fps(self) -> float | None:
-        """Frames per second; None: unknown. Clips then assume 30."""
+        """Frames per second, or None if unknown; clips are then sampled as at 30 frames/s."""
 
     @property
     def times(self) -> np.ndarray | None:
-        """Seconds from the first frame to each, `(num_frames,)` float64, non-decreasing.
+        """Time of each frame in seconds, relative to the first frame.
 
-        None if the frame rate is constant or the times are unknown. Used with `data.by_time`.
+        `(num_frames,)` float64, non-decreasing; None if the frame rate is constant or the times are
+        unknown. Only `data.by_time` uses it.
         """
 
     def get_frames(self, indices: Iterable[int]) -> np.ndarray:
@@ -49,14 +50,14 @@ class VideoReader(Protocol):
 
 
 class VideoRecord(Protocol):
-    """A labelled video that is not open. Worker processes need records that can be pickled.
+    """A labelled video that is not open. It must be picklable if worker processes load the data.
 
     `Record`, `H5Record`, `PackedVideo`, `TfdsVideo` and `LostVideo` are the records of jaxvid.
     """
 
     @property
     def id(self) -> str:
-        """Name of the video, unique in its split, in `eval_videos.csv` and in messages."""
+        """Name of the video in `eval_videos.csv` and in messages, unique in its split."""
 
     @property
     def label(self) -> int:
@@ -64,16 +65,17 @@ class VideoRecord(Protocol):
 
     @property
     def path(self) -> Path | None:
-        """The file that holds the video; None: none does.
+        """The file that contains the video, or None if there is no such file.
 
-        It is never opened through this attribute. Its size and modification time decide whether an
-        interrupted evaluation may be continued, and `data.skip_broken` leaves the video out of
-        training if the file is missing.
+        The file is never opened through this attribute. An interrupted evaluation is resumed only
+        if the size and modification time of the file are unchanged. `data.skip_broken` leaves the
+        video out of training if the file is missing.
         """
 
     def open(self) -> VideoReader:
         """Open the video.
 
         Raises:
-            DecodeError: It cannot be opened. Training skips it, evaluation counts it as wrong.
+            DecodeError: The video cannot be opened. Training skips it, evaluation counts it as
+                wrong.
         """

@@ -16,14 +16,18 @@ from jaxvid.errors import InputError, printable
 from jaxvid.files import check_regular
 
 NO_LABEL = -1  # label of videos in lists without labels
-MAX_LIST_BYTES, MAX_LINES, MAX_LINE = 2**30, 20_000_000, 10_000  # of a text file; characters
+# Limits of a list or another text file.
+MAX_LIST_BYTES = 2**30
+MAX_LINES = 20_000_000
+MAX_LINE = 10_000  # characters in a line
 HEAD_BYTES = 2**20  # read first, to recognize files that are not text
-CHECK_FILES, CHUNK_FILES = 16_000, 1000  # checked for existence at a time, and per task of a thread
-MAX_MISSING = 1000  # missing files after which a list is not read further
-NAMED_MISSING = 5  # missing files that the error message names
+CHECK_FILES = 16_000  # files whose existence is checked together
+CHUNK_FILES = 1000  # files that one task of a thread checks
+MAX_MISSING = 1000  # reading a list stops after this number of missing files
+NAMED_MISSING = 5  # the error message names this number of missing files
 HAS_NO_LABEL = (
-    "has no label, as in a test list; training, evaluation and packs need labels, only "
-    "jaxvid.data.check does not: remove the list"
+    "has no label, as in a test list; remove the list, because training, evaluation and packs need "
+    "labels (jaxvid.data.check does not)"
 )
 
 
@@ -34,7 +38,7 @@ class Record:
     Attributes:
         path: The file.
         label: Index of its class, or `NO_LABEL`.
-        id: Its path as written in the list.
+        id: Its path as written in the list; by default, `path`.
     """
 
     path: Path
@@ -56,7 +60,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class LostVideo:
-    """A training video that was listed when the run started and is not listed any more.
+    """A training video that was listed when the run started but is no longer listed.
 
     It keeps its position in the order of the videos. Opening it fails.
 
@@ -70,11 +74,11 @@ class LostVideo:
 
     @property
     def path(self) -> None:
-        """No file."""
+        """None: the record has no file."""
         return None
 
     def open(self) -> VideoFile:
-        """Fail.
+        """Raise an error, because the video is no longer listed.
 
         Raises:
             DecodeError: Always.
@@ -83,7 +87,7 @@ class LostVideo:
 
 
 class Selection(Sequence[VideoRecord]):
-    """Videos of a sequence in another order, and `LostVideo`s between them.
+    """Selected videos of a sequence, in any order; some items may be `LostVideo`s.
 
     Args:
         records: The videos.
@@ -104,9 +108,12 @@ class Selection(Sequence[VideoRecord]):
 
 
 def split_line(line: str) -> tuple[str, str]:
-    """Return a line's path, which may be quoted or contain separators, and its last field."""
+    """Split a line into its path, which may be quoted or contain separators, and its last field.
+
+    The path is empty if the line has only one field.
+    """
     text = line.strip()
-    # Without regular expressions: they take cubic time on a long line of separators.
+    # Not with regular expressions, which take cubic time on a long line of separators.
     label = text.split(None)[-1].rpartition(",")[2] if text else ""
     before = text.removesuffix(label) if label else ""
     if not before:
@@ -119,24 +126,24 @@ def split_line(line: str) -> tuple[str, str]:
 
 
 def check_line(path: Path, number: int, line: str) -> None:
-    """Refuse a line that is longer than any path and label."""
+    """Raise an InputError if a line is longer than any plausible path and label."""
     if len(line) > MAX_LINE:
         raise InputError(
             f"{path}:{number}: the line has {len(line)} characters, the maximum is {MAX_LINE}; "
-            "is a quotation mark or a line break missing?"
+            "check for a missing quotation mark or line break"
         )
 
 
 class RecordList:
-    """Collects the records of a list and checks that their files exist.
+    """Collector of the records of a list, which checks that their files exist.
 
     Args:
         path: The list.
-        missing: `error`, or `keep` to leave missing files to the decoder.
+        missing: `error` to refuse missing files, or `keep` to list them.
     """
 
     def __init__(self, path: Path, missing: str):
-        self._path, self._checks = path, missing != "keep"
+        self._path, self._must_exist = path, missing != "keep"
         self._records: list[VideoRecord] = []
         self._lines: dict[str, int] = {}  # id → line number
         self._num_checked = 0
@@ -146,7 +153,7 @@ class RecordList:
         """Add the video of line `number`.
 
         Raises:
-            InputError: The id is that of an earlier line, or `MAX_MISSING` files are missing.
+            InputError: An earlier line has the same id, or `MAX_MISSING` files are missing.
         """
         if (line := self._lines.get(record.id)) is not None:
             raise InputError(
@@ -173,23 +180,24 @@ class RecordList:
 
     def _check(self) -> None:
         """Check the files that were added since the last call."""
-        if self._checks:
+        if self._must_exist:
             start, self._num_checked = self._num_checked, len(self._records)
             new = self._records[start:]
             self._missing += [(start + i, state) for i, state in find_missing(new)]
             if len(self._missing) >= MAX_MISSING:
                 self._refuse("the rest of the list was not read")
 
-    def _refuse(self, total: str) -> None:
+    def _refuse(self, note: str) -> None:
+        """Raise an InputError that names the first missing files, with a note on the others."""
         numbers = list(self._lines.values())
         named = [
             f"{self._path}:{numbers[i]}: {self._records[i].path} {state}{_hint(self._records[i])}"
             for i, state in self._missing[:NAMED_MISSING]
         ]
         more = len(self._missing) - NAMED_MISSING
-        rest = f"; and {more} more ({total})" if more > 0 else ""
-        them = "it or delete the line" if len(self._missing) == 1 else "them or delete the lines"
-        raise InputError(f"{printable('; '.join(named))}{rest}; restore {them}")
+        rest = f"; and {more} more ({note})" if more > 0 else ""
+        objects = "it or delete the line" if len(self._missing) == 1 else "them or delete the lines"
+        raise InputError(f"{printable('; '.join(named))}{rest}; restore {objects}")
 
 
 def _hint(record: VideoRecord) -> str:
@@ -197,10 +205,10 @@ def _hint(record: VideoRecord) -> str:
 
 
 def find_missing(records: Sequence[VideoRecord]) -> Iterator[tuple[int, str]]:
-    """Find the files of a list that are missing or empty, without opening any.
+    """Find the files of a list that are missing, unreadable or empty, without opening any.
 
     Yields:
-        The index of each, and its `file_state`.
+        The index of each such file, and its `file_state`.
     """
 
     def check_chunk(start: int) -> list[tuple[int, str]]:
@@ -220,7 +228,7 @@ def find_missing(records: Sequence[VideoRecord]) -> Iterator[tuple[int, str]]:
 
 
 class Listings:
-    """Existence of files, from one listing per folder instead of one look-up per file."""
+    """Test whether files exist, with one listing per folder instead of one look-up per file."""
 
     def __init__(self):
         self._names = functools.cache(self._list)
@@ -235,14 +243,14 @@ class Listings:
             return frozenset()
 
     def __contains__(self, path: str) -> bool:
-        """Return whether a path exists; listings cannot tell broken links from files."""
+        """Return whether a path exists. A broken link may count as existing."""
         folder, name = os.path.split(path)
         names = self._names(folder)
         return os.path.exists(path) if names is None else name in names
 
 
 def file_state(path: Path) -> str:
-    """Return what is wrong with a file, without opening it; empty if nothing is."""
+    """Return what is wrong with a file, or an empty string; the file is not opened."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -266,13 +274,13 @@ def read_lines(path: Path, *, names: bool = False) -> list[str]:
 
 
 def read_text(path: Path, *, names: bool = False, max_bytes: int = MAX_LIST_BYTES) -> str:
-    """Read a text file, with or without a byte-order mark, with the line ends of any system.
+    """Read a text file with any line endings, with or without a byte-order mark.
 
     Args:
-        path: A regular file; others are refused, because reading them could block forever.
-        names: Whether it contains file names, which need not be UTF-8. Their bytes become
-            surrogates, as everywhere in Python.
-        max_bytes: Largest size that is read.
+        path: A regular file. Other kinds are refused, because reading them could block forever.
+        names: Whether the file contains file names, which need not be UTF-8. Bytes that are not
+            UTF-8 are then decoded as surrogates, as in Python's own file names.
+        max_bytes: Largest accepted size of the file.
 
     Raises:
         InputError: The file is missing, unreadable, not UTF-8 text, too large or empty.
@@ -299,7 +307,7 @@ def read_text(path: Path, *, names: bool = False, max_bytes: int = MAX_LIST_BYTE
 
 
 def _check_head(path: Path, head: bytes) -> None:
-    """Refuse a file whose first bytes are not UTF-8 text."""
+    """Raise an InputError if the first bytes of a file are not UTF-8 text."""
     is_utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
     # Single null characters are refused later, with their line number.
     if is_utf16 or head.count(0) > len(head) / 4:

@@ -1,4 +1,4 @@
-"""Data sources: what `data.source` of a config opens. Each gives the records of its splits."""
+"""Data sources: the values of `data.source` in a config, and the function that opens each."""
 
 import dataclasses
 import os
@@ -26,16 +26,17 @@ __all__ = ["SOURCES", "Record", "VideoDataset", "open_dataset", "read_list"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    """Where videos and their labels come from.
+    """Location and format of videos and their labels.
 
     Attributes:
         source: A key of `SOURCES`.
         folder: The folder of the data, or the name of a TFDS data set.
-        prefix: Directory of the paths in lists; empty: the list's directory.
-        missing: Missing files in lists: `error`, or `keep`: they count as decode errors.
-        skip_broken: Leave out training videos that are known to be missing or broken. In other
-            splits they are kept and count as wrong.
-        color_matrix: `tagged`, `bt601`, or `auto` for the model card's, else `tagged`.
+        prefix: Folder that paths in lists are relative to; empty: the list's folder.
+        missing: Missing files in lists: `error` refuses them, `keep` counts them as decode errors.
+        skip_broken: Whether to leave out training videos that are known to be missing or broken. In
+            other splits they remain listed and count as wrong.
+        color_matrix: Conversion to RGB: `tagged`, `bt601`, or `auto`: that of the model card, or
+            `tagged` without a card.
         motion: For `source="motion"`: `num_train`, `num_val` and `seed` of the clips to generate.
 
     Raises:
@@ -53,11 +54,11 @@ class DatasetConfig:
     def __post_init__(self):
         check_option("data.source", self.source, SOURCES)
         if self.source == "motion" and self.motion is None:
-            raise InputError("data.source='motion': needs data.motion; use configs/motion.py")
+            raise InputError("data.source='motion': data.motion is missing; use configs/motion.py")
 
     @property
     def used_color_matrix(self) -> str:
-        """The color matrix that videos are decoded with."""
+        """The conversion to RGB that videos are decoded with: `tagged` or `bt601`."""
         return "tagged" if self.color_matrix == "auto" else self.color_matrix
 
 
@@ -68,8 +69,7 @@ class VideoDataset:
     Attributes:
         records: Split (`train`, `val`) → its videos.
         labels: Names of the classes, in the order of their indices.
-        left_out: Ids of listed training videos that are missing or known to be broken and were
-            left out because of `data.skip_broken`.
+        left_out: Ids of the missing or broken training videos that `data.skip_broken` left out.
         notes: Lines for the log.
     """
 
@@ -83,7 +83,7 @@ def open_dataset(data: DatasetConfig, num_classes: int, splits: tuple[str, ...])
     """Open a data set; generate the motion clips first if they are the source.
 
     Args:
-        data: Where the videos and labels come from.
+        data: Location and format of the videos and labels.
         num_classes: The model's number of classes; every label must be below it.
         splits: Names of the splits to read.
 
@@ -100,7 +100,7 @@ def open_dataset(data: DatasetConfig, num_classes: int, splits: tuple[str, ...])
         if left_out:
             notes.append(
                 f"data.skip_broken: {len(left_out)} of {len(left_out) + len(training)} training "
-                f"videos are missing or broken and left out, {left_out[0]} first"
+                f"videos are missing or broken and are left out; the first is {left_out[0]}"
             )
     return dataclasses.replace(dataset, left_out=left_out, notes=tuple(map(printable, notes)))
 
@@ -109,10 +109,11 @@ def open_dataset(data: DatasetConfig, num_classes: int, splits: tuple[str, ...])
 
 
 def _open_lists(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
-    """Read `SPLIT.csv` and `labels.txt`, or the official lists of Kinetics and SSv2."""
+    """Read `SPLIT.csv` and `labels.txt`, or official lists of Kinetics or Something-Something."""
     folder = Path(data.folder)
     labels, labels_file = read_labels(folder)
-    check_num_classes(labels, labels_file, num_classes)  # before lists are read: they may be long
+    # Checked before reading the lists, which may be long.
+    check_num_classes(labels, labels_file, num_classes)
     missing = missing_policy(data)
     records = {split: read_split(folder, split, labels, data.prefix, missing) for split in splits}
     return VideoDataset(records, labels)
@@ -170,12 +171,12 @@ SOURCES: dict[str, Callable[[DatasetConfig, int, tuple[str, ...]], VideoDataset]
 
 
 def missing_policy(data: DatasetConfig) -> str:
-    """Return `error` or `keep`: whether missing files are refused when a list is read."""
+    """Return `error` if missing files are refused when a list is read, or `keep`."""
     return "keep" if data.skip_broken else data.missing
 
 
 def check_num_classes(labels: Sequence[str], labels_file: str, num_classes: int) -> None:
-    """Refuse class names whose number is not that of the model's classes.
+    """Check that the number of class names is the model's number of classes.
 
     Raises:
         InputError: The numbers differ.
@@ -188,7 +189,7 @@ def check_num_classes(labels: Sequence[str], labels_file: str, num_classes: int)
 
 
 def _compare_color_matrix(data: DatasetConfig) -> tuple[str, ...]:
-    """Return a note if a pack was made with another `color_matrix` than the config has."""
+    """Return a note if the `color_matrix` of a pack differs from that of the config."""
     used = data.used_color_matrix
     packed = read_color_matrix(data.folder)
     if packed in (None, used):
@@ -205,7 +206,7 @@ def _leave_out(
     """Leave out videos that are known to be missing or broken, without opening any video.
 
     Returns:
-        The other videos, in order, and the ids of those that are left out.
+        The remaining videos, in order, and the ids of those that are left out.
 
     Raises:
         InputError: No video is left.

@@ -1,4 +1,4 @@
-"""Synthetic data set of H.264 clips whose class depends on their motion only.
+"""Synthetic data set of H.264 clips whose class depends only on their motion.
 
     python -m jaxvid.data.synthetic_motion --output data/motion
 
@@ -23,8 +23,8 @@ from jaxvid.errors import InputError
 from jaxvid.progress import Progress
 
 LABELS = ("left", "right", "up", "down", "growing", "shrinking", "clockwise", "counter-clockwise")
-SIZE = 72  # px; height and width of a clip
-NUM_FRAMES = 17  # eight segments of two frames, and the final frame
+SIZE = 72  # height and width of a clip in pixels
+NUM_FRAMES = 17  # 8 · 2 + 1: eight segments with bounds that are two frames apart
 FPS = 15
 SHAPES = ("disc", "square", "triangle", "star", "bar", "cross")
 TEXTURES = ("stripes", "halves", "spot")
@@ -34,21 +34,21 @@ def render_scene(rng: np.random.Generator, pair: int) -> np.ndarray:
     """Render a scene: a bright textured shape moving over a dark textured background.
 
     Args:
-        rng: Draws shape, texture, colors, start, speed and noise.
-        pair: Index of the pair of classes. The label of the scene is `2 * pair`, played backwards
-            `2 * pair + 1`.
+        rng: Draws shape, texture, colours, start, speed and noise.
+        pair: Index of the pair of classes. The scene has the label `2 * pair` if it is played
+            forwards, and `2 * pair + 1` if it is played backwards.
 
     Returns:
         `(t, h, w, c)` uint8, RGB.
     """
-    # (t 1 1), symmetric about its middle
+    # (t 1 1); 0 in the middle of the clip
     time = np.linspace(-1, 1, NUM_FRAMES, dtype=np.float32)[:, None, None]
     centre = SIZE / 2 + rng.uniform(-4, 4, 2)
     x, y = (np.full_like(time, c) for c in centre)
     angle = np.full_like(time, rng.uniform(0, 2 * np.pi))
-    radius = np.full_like(time, rng.uniform(10, 15))  # px
+    radius = np.full_like(time, rng.uniform(10, 15))  # pixels
     if LABELS[2 * pair] in ("left", "up"):
-        along = -rng.uniform(12, 21) * time  # px either side of the centre
+        along = -rng.uniform(12, 21) * time  # pixels from the centre, in both directions
         across = rng.uniform(-12, 12)
         x, y = (x + along, y + across) if LABELS[2 * pair] == "left" else (x + across, y + along)
     elif LABELS[2 * pair] == "growing":
@@ -71,7 +71,10 @@ def render_scene(rng: np.random.Generator, pair: int) -> np.ndarray:
 
 
 def _distance(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return the level of a random shape, below 1 inside it; `u` and `v` in units of its radius."""
+    """Evaluate a function that is below 1 inside a random shape and above 1 outside of it.
+
+    `u` and `v` are coordinates relative to the centre of the shape, in units of its radius.
+    """
     kind = rng.choice(SHAPES)
     if kind == "disc":
         return np.hypot(u, v)
@@ -87,7 +90,7 @@ def _distance(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndar
 
 
 def _texture(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return a random texture in [0, 1] that moves with the shape."""
+    """Return a random texture with values in [0, 1], in the coordinates of `_distance`."""
     kind = rng.choice(TEXTURES)
     if kind == "stripes":
         return 0.5 + 0.5 * np.sin(rng.uniform(2, 4) * u + rng.uniform(0, 2 * np.pi))
@@ -129,7 +132,7 @@ def write_clip(path: Path, frames: np.ndarray) -> None:
 
 
 def _write_pair(folder: Path, split: str, scene: int, seed: int) -> None:
-    """Write scene `scene` of a split forwards and backwards."""
+    """Write a scene of a split as two clips, forwards and backwards."""
     rng = np.random.default_rng([seed, ("train", "val").index(split), scene])
     frames = render_scene(rng, pair=scene % 4)
     write_clip(folder / split / f"{2 * scene:05d}.mp4", frames)
@@ -137,12 +140,12 @@ def _write_pair(folder: Path, split: str, scene: int, seed: int) -> None:
 
 
 def make_motion(folder: str | Path, *, num_train: int, num_val: int, seed: int) -> None:
-    """Write the data set into `folder` atomically, unless it exists.
+    """Write the data set into `folder` atomically, unless it is already complete.
 
     Args:
         folder: Folder for `train/`, `val/`, `train.csv`, `val.csv` (`path label`) and `labels.txt`.
         num_train: Number of training clips, a multiple of 8.
-        num_val: Number of validation clips of other scenes, a multiple of 8.
+        num_val: Number of validation clips, a multiple of 8. They show other scenes.
         seed: Seed of all clips.
 
     Raises:
@@ -154,7 +157,8 @@ def make_motion(folder: str | Path, *, num_train: int, num_val: int, seed: int) 
         if settings[name] <= 0 or settings[name] % len(LABELS):
             raise InputError(
                 f"{name}={settings[name]}: must be a positive multiple of {len(LABELS)}, "
-                "so that the classes are equally frequent"
+                "so that the classes are equally frequent; change data.motion."
+                f"{name} (jaxvid.data.synthetic_motion: {name.replace('num_', '--')})"
             )
     if folder.exists():
         _check_same(folder, settings)
@@ -163,14 +167,15 @@ def make_motion(folder: str | Path, *, num_train: int, num_val: int, seed: int) 
         _make_locked(folder, settings)
     except OSError as error:
         raise InputError(
-            f"{folder} cannot be written ({error.strerror}); name another folder"
+            f"{folder}: cannot be written ({error.strerror}); choose another folder"
         ) from None
 
 
 def _make_locked(folder: Path, settings: dict) -> None:
+    """Write the data set while holding a lock, unless another run has just written it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Concurrent runs wait for the lock instead of writing the data set twice. The kernel releases
-    # it when its holder dies.
+    # the lock if its holder dies.
     with open(folder.parent / f".{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.exists():
@@ -187,18 +192,21 @@ def _make_locked(folder: Path, settings: dict) -> None:
 
 
 def _check_same(folder: Path, settings: dict) -> None:
+    """Raise an InputError unless a folder contains the motion clips of these settings."""
     try:
         existing = json.loads((folder / "motion.json").read_text())
     except (OSError, ValueError):
-        existing = "something else"
+        existing = None
     if existing != settings:
+        contents = f"motion clips with {existing}" if existing else "no motion clips"
         raise InputError(
-            f"{folder} contains {existing}, not the motion clips {settings}; "
-            "delete it or name another folder"
+            f"{folder}: contains {contents}, expected motion clips with {settings}; "
+            "delete it or choose another folder"
         )
 
 
 def _write_all(folder: Path, settings: dict) -> None:
+    """Write the clips, lists, class names and settings."""
     scenes = [
         (split, scene)
         for split in ("train", "val")
@@ -223,6 +231,7 @@ def _write_all(folder: Path, settings: dict) -> None:
             pool.shutdown(cancel_futures=True)
             raise
     for split in ("train", "val"):
+        # Scene i belongs to pair i % 4. Clip 2 i plays it forwards, and clip 2 i + 1 backwards.
         lines = [
             f"{split}/{clip:05d}.mp4 {2 * (clip // 2 % 4) + clip % 2}\n"
             for clip in range(settings[f"num_{split}"])
@@ -238,8 +247,12 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output", required=True, help="folder of the data set")
-    parser.add_argument("--train", type=int, default=4000, help="number of training clips")
-    parser.add_argument("--val", type=int, default=512, help="number of validation clips")
+    parser.add_argument(
+        "--train", type=int, default=4000, help="number of training clips, a multiple of 8"
+    )
+    parser.add_argument(
+        "--val", type=int, default=512, help="number of validation clips, a multiple of 8"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of all clips")
     args = parser.parse_args()
     try:

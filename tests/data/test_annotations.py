@@ -160,7 +160,7 @@ def test_only_check_accepts_lists_without_labels(tmp_path, kind):
     assert (report["videos"], report["broken"]) == (len(videos), [])
     [records] = check.gather([tmp_path], labelled=False)[0].values()
     assert {record.label for record in records} == {NO_LABEL}
-    message = "is not 'path label'" if kind == "paths" else "has no label.*: remove the list"
+    message = "is not 'path label'" if kind == "paths" else "has no label.*; remove the list"
     for labels in ("", "x\n"):
         if labels:
             write(tmp_path / "labels.txt", labels)
@@ -300,7 +300,7 @@ def test_class_folder_scans_count_skipped_files(tmp_path):
     assert [record.id for record in records["train"]] == ["a/1.mp4", "a/2.GIF", "a/3.ts"]
     summary = str(skipped)
     for part in (
-        "3 not videos by their suffix (.json 1, .txt 1, no suffix 1)",
+        "3 files without a video suffix (.json 1, .txt 1, no suffix 1)",
         "3 broken links or not regular files",
         "2 hidden",
         "1 sub-folders",

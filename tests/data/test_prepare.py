@@ -356,7 +356,7 @@ def test_broken_videos_stay_listed_without_frames(mixed_list, tmp_path, capsys, 
     assert "missing.mp4 does not exist" in reasons["missing.mp4"]
     assert "empty.mp4 is empty" in reasons["empty.mp4"]
     assert 0 < report["broken"][0]["readable"] < report["broken"][0]["num_frames"] == 17
-    assert "odd: short.mp4: shorter than a clip of 16 frames" in out
+    assert "unusual: short.mp4: shorter than a clip of 16 frames" in out
     assert "2 of 6 videos packed" in out
     records = open_pack(tmp_path / "pack", "arrayrecord", ("val",), num_classes=2).records["val"]
     readable = {"intact.mp4", "short.mp4"}
@@ -602,7 +602,7 @@ def test_check_reports_unusual_names_on_one_line_each(unusual_names, tmp_path, c
     assert code == 3
     assert len(out.splitlines()) == 2
     assert "\\udcff\\udcfe broken.mp4: cannot be decoded" in out
-    assert "skipped in class folders: 1 not videos by their suffix (.txt 1)" in err
+    assert "skipped in class folders: 1 files without a video suffix (.txt 1)" in err
     out.encode()  # raises if it contains surrogates, which cannot be printed
     report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     [row] = report["broken"]

@@ -260,8 +260,8 @@ def test_xvit_something_something_layout(tmp_path, single_file):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("../x 6 0\n", "val_videofolder.txt:1: '../x' points out of .*seq_h5"),
-        ("/etc/x 6 0\n", "points out of"),
+        ("../x 6 0\n", "val_videofolder.txt:1: '../x' is outside of .*seq_h5"),
+        ("/etc/x 6 0\n", "is outside of"),
         ("x 6\n", "val_videofolder.txt:1: 'x 6' is not 'name,num_frames,label'"),
         ("x 6 one\n", "is not 'name,num_frames,label'"),
         ("x 6 2\n", "label 2 is out of range"),
@@ -289,7 +289,7 @@ def test_decode_errors_name_damaged_h5_files(tmp_path):
     data = dataclasses.replace(data, missing="keep")
     x, y, z, w = open_dataset(data, 1, ("val",)).records["val"]
     for record, message in (
-        (x, "x.h5: no data set 'x' in it"),
+        (x, "x.h5: contains no data set 'x'; recreate"),
         (y, "y.h5: cannot be read"),
         (w, "w.h5 does not exist"),
     ):
@@ -323,17 +323,17 @@ def add_external_storage(file, folder):
     [
         (add_external_link, "'x' is a link; copy the data into the file"),
         (lambda file, _: file.__setitem__("x", h5py.SoftLink("/y")), "'x' is a link; copy"),
-        (add_virtual_data_set, "its data lies in other files"),
-        (add_external_storage, "its data lies in other files"),
+        (add_virtual_data_set, "its data is stored in other files"),
+        (add_external_storage, "its data is stored in other files"),
         (lambda file, _: file.create_dataset("x", (2**40,), "u1", chunks=(9,)), "are not a video"),
         (lambda file, _: file.create_dataset("x", (2, 2**40), "u1", chunks=(1, 9)), "not a video"),
         (lambda file, _: file.create_dataset("x", (2**19, 2**10), "u1", chunks=(2**19, 2**10)),
          "are not a video"),
         (lambda file, _: file.create_dataset("x", (2,), "V2000000000", chunks=(1,)), "not a video"),
-        (lambda file, _: file.create_dataset("x", data=7), "no data set 'x' in it"),
-        (lambda file, _: file.create_dataset("x", data=h5py.Empty("u1")), "no data set 'x' in it"),
-        (lambda file, _: file.create_dataset("x", (0, 5), "u1"), "no frames in it"),
-        (lambda file, _: file.create_group("x"), "no data set 'x' in it"),
+        (lambda file, _: file.create_dataset("x", data=7), "contains no data set 'x'"),
+        (lambda file, _: file.create_dataset("x", data=h5py.Empty("u1")), "no data set 'x'"),
+        (lambda file, _: file.create_dataset("x", (0, 5), "u1"), "contains no frames"),
+        (lambda file, _: file.create_group("x"), "contains no data set 'x'"),
         (lambda file, _: file.create_dataset("x", (3,), "f8"), "frame 0 of 3 cannot be decoded"),
         (lambda file, _: file.create_dataset("x", (3, 4), "i4"), "frame 0 of 3 cannot be decoded"),
         (lambda file, _: file.create_dataset("x", (3,), h5py.string_dtype()), "frame 0 of 3"),
@@ -506,14 +506,18 @@ def test_damage_affects_only_its_record(pack_copy):
         (
             "0.mp4,1",
             "0.mp4,0",
-            "record 0 .* is '0.mp4', label 1, 4 of 5 .* the index says '0.mp4', label 0",
+            "record 0 .* contains '0.mp4', label 1, 4 of 5 .* index lists '0.mp4', label 0",
         ),
-        ("1.mp4,0", "3.mp4,0", "record 2 of split 'val' is '1.mp4'"),
-        ("0.mp4,1,5", "0.mp4,1,6", "record 0 of split 'val' is '0.mp4', label 1, 4 of 5 frames"),
+        ("1.mp4,0", "3.mp4,0", "record 2 of split 'val' contains '1.mp4'"),
+        (
+            "0.mp4,1,5",
+            "0.mp4,1,6",
+            "record 0 of split 'val' contains '0.mp4', label 1, 4 of 5 frames",
+        ),
         (
             "5,15.0,0,4",
             "5,15.0,0,3",
-            "4 of 5 frames, .* from frame 0; .* 3 of 5 frames, .* from frame 0; run",
+            "4 of 5 frames, .* from frame 0, .* 3 of 5 frames, .* from frame 0; run",
         ),
     ],
 )
@@ -538,7 +542,7 @@ def test_invalid_index_files_are_refused(pack_copy):
         (intact.replace("15.0", "nan"), "is damaged .fps is out of range: 0 to 1000"),
         (intact.replace(",2,4,0", ",3,4,0"), "is damaged .records are not contiguous"),
         (intact.replace("1.mp4,0,5", "1.mp4,0,-1"), "is damaged .num_frames is out of range"),
-        (intact + "3.mp4,0,5,15.0,6,4,0\n", "lists 8 records, the pack holds 6"),
+        (intact + "3.mp4,0,5,15.0,6,4,0\n", "lists 8 records, but the pack has 6"),
         (intact + "3.mp4,0,5\n", "is damaged"),
         (intact.splitlines()[0] + "\n", "lists no readable video"),
         ("", "lists no readable video"),
@@ -630,11 +634,11 @@ def test_damaged_packs_are_refused(pack_copy):
     template = "../{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     metadata["splits"][0]["filepathTemplate"] = template
     info.write_text(json.dumps(metadata))
-    refuse("lies outside")
+    refuse("is outside of")
     metadata["splits"][0]["filepathTemplate"] = template[3:]
     info.write_text(json.dumps(metadata))
     (pack_copy / "jaxvid-val.array_record-00001-of-00002").unlink()
-    refuse("00001-of-00002 .*do not exist")
+    refuse("1 of 2 files do not exist, first .*00001-of-00002; run prepare again")
     info.unlink()
     refuse("no readable pack .*run jaxvid.data.prepare")
 
@@ -654,11 +658,8 @@ def test_packs_without_class_names_are_refused(pack_copy, text):
     message = str(error.value)
     assert "\n" not in message
     if text in (None, "", "\n\n"):
-        state = "does not exist" if text is None else "names 0 classes"
-        assert (
-            f"label.labels.txt: {state}, and the data has 2; write one class name per line"
-            in message
-        )
+        state = "does not exist" if text is None else "contains 0 class names, not 2"
+        assert f"label.labels.txt: {state}; write 2 class names, one per line" in message
 
 
 def test_h5_packs_without_class_names_are_refused(pack, tmp_path):

@@ -105,10 +105,10 @@ def test_interrupted_generation_leaves_no_files_and_can_be_repeated(tmp_path, mo
 def test_invalid_output_folders_and_numbers_are_refused(tmp_path):
     folder = tmp_path / "motion"
     synthetic_motion.make_motion(folder, num_train=8, num_val=8, seed=0)
-    with pytest.raises(InputError, match="delete it or name another folder"):
+    with pytest.raises(InputError, match="delete it or choose another folder"):
         synthetic_motion.make_motion(folder, num_train=8, num_val=8, seed=1)
     (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="something else"):
+    with pytest.raises(InputError, match="contains no motion clips"):
         synthetic_motion.make_motion(tmp_path / "mine", num_train=8, num_val=8, seed=1)
     with pytest.raises(InputError, match="cannot be written"):
         synthetic_motion.make_motion("/proc/jaxvid/motion", num_train=8, num_val=8, seed=1)

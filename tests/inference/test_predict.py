@@ -341,7 +341,7 @@ def write_empty(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (write_audio, "no video stream in it"),
+        (write_audio, "contains no video stream"),
         (write_empty, "cannot be decoded"),
         (lambda path: path.write_bytes(b""), "cannot be decoded"),
         (lambda path: path.symlink_to(path.parent / "nowhere"), "does not exist"),
@@ -384,8 +384,8 @@ def test_files_skipped_in_folders_are_counted_in_one_line(clips, folders, tmp_pa
     out, err = capsys.readouterr()
     [line] = [line for line in err.splitlines() if line.startswith("skipped")]
     assert line == (
-        "skipped in folders: 3 not videos by their suffix (.txt 2, .json 1), 1 broken links or not "
-        "regular files, 1 hidden, 1 links to folders"
+        "skipped in folders: 3 files without a video suffix (.txt 2, .json 1), 1 broken links or "
+        "not regular files, 1 hidden, 1 links to folders"
     )
     assert f"{tmp_path}/line\\nbreak.mp4  (" in out
     assert len(out.splitlines()) == 2

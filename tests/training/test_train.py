@@ -453,7 +453,10 @@ def test_skip_broken_keeps_the_order_of_the_other_videos(with_broken, tmp_path):
     whole = train(config.lock(), tmp_path / "whole")
     assert (whole["num_videos"], whole["num_failed"]) == (26, 2)  # no evaluation leaves one out
     log = (tmp_path / "whole" / "log.txt").read_text()
-    assert "1 of 50 training videos are missing or broken and left out, none.mp4 first" in log
+    assert (
+        "1 of 50 training videos are missing or broken and are left out; the first is none.mp4"
+        in log
+    )
     assert "1 of 49 training videos could not be decoded and were skipped" in log
     [start] = (tmp_path / "whole" / "starts.jsonl").read_text().splitlines()
     assert json.loads(start)["left_out"] == {"missing or broken": 1, "no longer listed": 0}

@@ -1,6 +1,6 @@
 """AutoAugment and RandAugment for clips `(t, h, w, c)` uint8 RGB.
 
-There is one random draw per clip, which applies to all its frames.
+Random choices are made once per clip and apply to all its frames.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 from jaxvid.data.clips import image_ops
 
 # The ImageNet policy "v0" of the TPU EfficientNet program, after Cubuk et al., "AutoAugment",
-# arXiv:1805.09501: two operations each, as (name, probability, level from 0 to 10).
+# arXiv:1805.09501. A sub-policy is two operations: (name, probability, level from 0 to 10).
 AUTOAUGMENT_V0 = (
     (("equalize", 0.8, 1), ("shear_y", 0.8, 4)),
     (("color", 0.4, 9), ("equalize", 0.6, 3)),
@@ -46,8 +46,8 @@ def autoaugment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
     Args:
         frames: `(t, h, w, c)` uint8 RGB.
-        rng: Draws the sub-policy, and for each of its operations whether it is applied, its sign
-            and its interpolation.
+        rng: Generator that draws the sub-policy, and for each of its operations whether it is
+            applied, its sign and its interpolation.
 
     Returns:
         An array like `frames`.
@@ -65,7 +65,7 @@ def randaugment(
 
     Args:
         frames: `(t, h, w, c)` uint8 RGB.
-        rng: Draws the operations, their signs and their interpolations.
+        rng: Generator that draws the operations, their signs and their interpolations.
         num_layers: Number of operations, drawn with replacement.
         magnitude: Level of the operations, from 0 to 10.
 
@@ -104,7 +104,7 @@ def _enhancement(level: float, rng: np.random.Generator) -> tuple[float]:
 
 
 def _geometry(full: float) -> Callable:
-    """Return a function from a level to a value up to ±`full` and a random interpolation."""
+    """Return a function from a level to ±level / 10 · `full` and an interpolation, both random."""
 
     def arguments(level: float, rng: np.random.Generator) -> tuple[float, int]:
         value = level / 10 * full * rng.choice((-1, 1))
@@ -113,7 +113,7 @@ def _geometry(full: float) -> Callable:
     return arguments
 
 
-# Name → operation, and function from a level from 0 to 10 to its arguments.
+# Name → operation, and function that returns the operation's arguments for a level from 0 to 10.
 OPERATIONS: dict[str, tuple[Callable, Callable]] = {
     "autocontrast": (image_ops.autocontrast, _none),
     "equalize": (image_ops.equalize, _none),

@@ -1,4 +1,4 @@
-"""Clips of videos: sampled, resized, augmented and cropped frames."""
+"""Loading of clips from videos: frame sampling, resizing, augmentation and cropping."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from jaxvid.data.protocols import VideoReader, VideoRecord
 from jaxvid.data.records import Record
 from jaxvid.errors import InputError, check_option, short_repr
 
-# Upper bounds, far above any use: larger values would exhaust the memory.
+# Upper bounds, far above useful values. Larger values would exhaust the memory.
 MAX_SIZES = {
     "num_frames": 4096,
     "crop": 8192,
@@ -26,21 +26,21 @@ MAX_SIZES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViewSpec:
-    """Sampling and sizes of the views of a video, in evaluation.
+    """Frame sampling and sizes of the evaluation views of a video.
 
     Attributes:
         num_frames: Frames per clip.
         crop: Height and width of a clip in pixels.
-        short_side: Shorter side of the frames before the crop, in pixels.
+        short_side: Shorter side of the resized frames before the crop, in pixels.
         sampling: `segments`, `dense_stride` or `uniform_10s`; see `sampling.make_indices`.
         sampling_rate: For `dense_stride`: distance between two sampled frames at 30 frames/s.
         by_time: Whether videos with a variable frame rate are sampled by time instead of frame
             number.
         resize: `pil_bilinear` (antialiased, as Pillow) or `torch_bilinear` (not antialiased).
         color_matrix: Conversion of decoded video to RGB: `tagged` (by the matrix in the file) or
-            `bt601` (always BT.601). Frames of packs already are RGB.
-        num_clips: Clips per video.
-        num_crops: Crops per clip, 1 or 3.
+            `bt601` (always BT.601). It has no effect on packs, whose frames are RGB already.
+        num_clips: Number of clips per video.
+        num_crops: Number of crops per clip, 1 or 3.
     """
 
     num_frames: int
@@ -62,9 +62,11 @@ class ClipSpec(ViewSpec):
     Attributes:
         train_crop: `random` (a random position after resizing to a random short side) or
             `multiscale` (XViT on Kinetics).
-        train_short_side: Lowest and highest short side before a `random` crop, in pixels.
-        flip_prob: Probability of mirroring a training clip.
-        augment: ``, `autoaugment` (v0) or `randaugment`, applied to whole frames before the crop.
+        train_short_side: Bounds, both included, of the short side in pixels that is drawn before a
+            `random` crop; (0, 0) if no such crop is made.
+        flip_prob: Probability of mirroring a training clip left to right.
+        augment: Empty (none), `autoaugment` (v0) or `randaugment`, applied to the frames before
+            they are resized and cropped.
         randaugment_layers: Number of operations of `randaugment`.
         randaugment_magnitude: Magnitude of `randaugment`, 0 to 10.
     """
@@ -77,9 +79,9 @@ class ClipSpec(ViewSpec):
     randaugment_magnitude: int = 9
 
     def __post_init__(self):
-        for name, most in MAX_SIZES.items():
-            if not 0 < getattr(self, name) <= most:
-                raise InputError(f"{name}={short_repr(getattr(self, name))}: must be 1 to {most}")
+        for name, limit in MAX_SIZES.items():
+            if not 0 < getattr(self, name) <= limit:
+                raise InputError(f"{name}={short_repr(getattr(self, name))}: must be 1 to {limit}")
         options = {
             "sampling": sampling.SAMPLINGS,
             "resize": ("pil_bilinear", "torch_bilinear"),
@@ -90,21 +92,22 @@ class ClipSpec(ViewSpec):
         }
         for name, valid in options.items():
             check_option(name, getattr(self, name), valid)
-        most = sampling.max_views(self.sampling) or self.num_clips
-        if not 1 <= self.num_clips <= most:
+        max_clips = sampling.max_views(self.sampling) or self.num_clips
+        if not 1 <= self.num_clips <= max_clips:
             raise InputError(
-                f"num_clips={self.num_clips}: must be 1 to {max(most, 1)} with sampling="
+                f"num_clips={self.num_clips}: must be 1 to {max(max_clips, 1)} with sampling="
                 f"{self.sampling!r}"
             )
-        for low in (self.short_side, self.train_short_side[0] or self.crop):
-            if low < self.crop:
+        # The config has one field `short_side` for evaluation and the lower bound of training.
+        for side in (self.short_side, self.train_short_side[0] or self.crop):
+            if side < self.crop:
                 raise InputError(
-                    f"short_side={low} is smaller than the crop of {self.crop} px; increase it"
+                    f"short_side={side} is smaller than the crop of {self.crop} px; increase it"
                 )
 
     @property
     def eval_dtype(self) -> type[np.unsignedinteger]:
-        """Type of the pixels of evaluation views: uint8, or uint16 in 1 / `FRACTIONS` levels."""
+        """Pixel type of evaluation views: uint8, or uint16 in 1 / `FRACTIONS` grey levels."""
         return np.uint16 if self.resize == "torch_bilinear" else np.uint8
 
 
@@ -114,8 +117,8 @@ def load_train_clip(
     """Decode and augment one training clip.
 
     Returns:
-        `video` `(t, crop, crop, c)` uint8; `indices` `(t,)`, its frame numbers; `padded`, whether
-        the video is too short and frames are repeated.
+        A dict of `video` `(t, crop, crop, c)` uint8; `indices` `(t,)`, its frame numbers; `padded`,
+        whether the video is so short that frames are repeated.
 
     Raises:
         DecodeError: The video cannot be decoded.
@@ -145,12 +148,13 @@ def load_train_clip(
 
 
 def load_eval_views(video: VideoRecord | str | Path, spec: ClipSpec) -> dict[str, np.ndarray]:
-    """Decode a video once and cut all its evaluation views.
+    """Decode a video and return all its evaluation views.
 
     Returns:
-        `video` `(v, t, crop, crop, c)` of `spec.eval_dtype`, `v = num_clips · num_crops`, with
-        adjacent crops of a clip; `indices` `(num_clips, t)`; `padded`, whether the video is too
-        short and frames are repeated; `released`, whether STAM's released evaluation counts it.
+        A dict of `video` `(v, t, crop, crop, c)` of `spec.eval_dtype`, with `v = num_clips ·
+        num_crops` views, in which the crops of a clip are adjacent; `indices` `(num_clips, t)`, the
+        frame numbers of the clips; `padded`, whether the video is so short that frames are
+        repeated; `released`, whether STAM's released evaluation counts the video.
 
     Raises:
         DecodeError: The video cannot be decoded.
@@ -163,8 +167,8 @@ def load_eval_views(video: VideoRecord | str | Path, spec: ClipSpec) -> dict[str
         for i, frame in _enumerate_frames(reader, indices.reshape(-1)):
             clip, t = divmod(i, spec.num_frames)
             frame = resize_eval_frames(frame[None], spec)
-            for number, crop in enumerate(cut_eval_crops(frame, spec)):
-                views[clip, number, t] = crop[0]
+            for crop_index, crop in enumerate(cut_eval_crops(frame, spec)):
+                views[clip, crop_index, t] = crop[0]
         padded = _is_padded(reader, spec)
         length, fps = reader.num_frames, reader.fps
     views = views.reshape(-1, *views.shape[2:])  # (v t h w c)
@@ -207,7 +211,10 @@ def _open(record: VideoRecord, spec: ClipSpec) -> VideoReader:
 
 
 def _enumerate_frames(reader: VideoReader, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield positions in `indices` and their frames `(h, w, c)`, one at a time if that is cheap."""
+    """Yield positions in `indices` and their frames `(h, w, c)`, in any order.
+
+    Frames of packs are decoded one at a time. Other readers decode all frames first.
+    """
     if isinstance(reader, JpegFrames):
         return reader.enumerate_frames(indices)
     return enumerate(reader.get_frames(indices))
@@ -220,7 +227,7 @@ def _indices(
     rng: np.random.Generator | None = None,
     view: int = 0,
 ) -> np.ndarray:
-    """Return the frame numbers `(t,)` of a training clip (`rng`) or of an evaluation view."""
+    """Return the frame numbers `(t,)` of a training clip if `rng` is given, else of a view."""
     length, times = _length(reader, spec)
     indices = sampling.make_indices(
         spec.sampling,
@@ -237,8 +244,8 @@ def _indices(
 def _length(reader: VideoReader, spec: ClipSpec) -> tuple[int, np.ndarray | None]:
     """Return the number of frames to sample from, and their times.
 
-    The times are None if frames are sampled by number. Otherwise the number is that of a constant
-    frame rate.
+    If frames are sampled by number, the times are None. Otherwise, the number of frames is the one
+    that the video would have at a constant frame rate.
     """
     if not spec.by_time or reader.times is None or not reader.fps:
         return reader.num_frames, None

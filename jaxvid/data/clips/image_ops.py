@@ -1,8 +1,8 @@
-"""Augmentation operations on clips `(t, h, w, c)` uint8 RGB, equivalent to Pillow on each frame.
+"""Augmentation operations on clips `(t, h, w, c)` uint8 RGB, as Pillow applies them to each frame.
 
-Look-up tables are identical to Pillow's. Blends and shifts of rows or columns are within one level,
-and nearly always equal. Rotations round where Pillow truncates, and their bicubic kernel is that of
-OpenCV (a = -0.75; -1 in Pillow's `transform`).
+Operations with look-up tables give the same pixels as Pillow. Blends and shifts of rows or columns
+are within one grey level of Pillow, and nearly always equal. Rotations round where Pillow
+truncates, and their bicubic kernel is OpenCV's (a = -0.75, where Pillow's `transform` has a = -1).
 """
 
 import itertools
@@ -11,10 +11,11 @@ import math
 import cv2
 import numpy as np
 
-_FILL = 128  # grey level outside of the frame
-_TRUNCATE = -0.5 + 2**-10  # makes OpenCV, which rounds, truncate as Pillow does
+_FILL = 128  # grey level of pixels from outside of the frame
+# Added to results, which OpenCV rounds, so that they are truncated as in Pillow.
+_TRUNCATE = -0.5 + 2**-10
 
-# --- Tables of pixel values -----------------------------------------------------------------------
+# --- Look-up tables of pixel values ---------------------------------------------------------------
 
 
 def invert(frames: np.ndarray) -> np.ndarray:
@@ -90,7 +91,10 @@ def color(frames: np.ndarray, factor: float) -> np.ndarray:
 
 
 def sharpness(frames: np.ndarray, factor: float) -> np.ndarray:
-    """Scale the sharpness: 0 smooths over 3 × 3 pixels, 1 is the identity; keep border pixels."""
+    """Scale the sharpness: 0 smooths over 3 × 3 pixels, 1 leaves the clip unchanged.
+
+    The outermost rows and columns of pixels are not changed.
+    """
     kernel = np.float32([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
     result = frames.copy()
     for frame, sharp in zip(frames, result, strict=True):
@@ -108,7 +112,7 @@ def shear_x(frames: np.ndarray, factor: float, interpolation: int) -> np.ndarray
 
     Args:
         frames: `(t, h, w, c)` uint8.
-        factor: Shift in pixels per row; negative: to the right.
+        factor: Shift in pixels per row; a negative shift moves the row to the right.
         interpolation: OpenCV's `INTER_LINEAR` or `INTER_CUBIC`.
 
     Returns:
@@ -136,7 +140,7 @@ def translate_y(frames: np.ndarray, share: float, interpolation: int) -> np.ndar
 
 
 def rotate(frames: np.ndarray, degrees: float, interpolation: int) -> np.ndarray:
-    """Turn counter-clockwise around the centre; see `shear_x`."""
+    """Rotate the frame counter-clockwise around its centre; see `shear_x`."""
     _, h, w, _ = frames.shape
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     right = (w - cos * w + sin * h) / 2
@@ -173,14 +177,14 @@ def rotate(frames: np.ndarray, degrees: float, interpolation: int) -> np.ndarray
 def _shift(
     frames: np.ndarray, shifts: np.ndarray, interpolation: int, *, columns: bool = False
 ) -> np.ndarray:
-    """Move each row to the left by its number of pixels in `shifts`, or each column up.
+    """Move row `i` to the left by `shifts[i]` pixels; with `columns`, move column `i` up.
 
     All pixels of a row have the same fractional offset, so one small filter computes them.
     """
     if not shifts.any():
         return frames
     t, h, w, _ = frames.shape
-    h, w = (w, h) if columns else (h, w)  # below, columns are transposed to rows
+    h, w = (w, h) if columns else (h, w)  # below, columns are rows of the transposed frame
     # One more pixel on the left: the first pixel of a row may come from half a pixel outside.
     rows = np.empty((h, t, w + 1, 3), np.uint8)
     for i, frame in enumerate(frames):
@@ -190,7 +194,7 @@ def _shift(
     for top, bottom in itertools.pairwise(bounds):
         run, shift = rows[top:bottom], shifts[top]
         whole = math.floor(shift)
-        # The source x + ½ + shift is inside if it is at least 0 and below w.
+        # The source of pixel x, x + ½ + shift, is inside the frame if it is at least 0 and below w.
         first, end = (min(max(math.ceil(x - 0.5 - shift), 0), w) for x in (0, w))
         moved = cv2.filter2D(
             run.reshape(-1, w + 1, 3),
@@ -209,7 +213,7 @@ def _shift(
 
 
 def _kernel(d: float, interpolation: int) -> np.ndarray:
-    """Return Pillow's weights `(1, 4)` of the pixels -1 to 2 for a value at offset `d`."""
+    """Return Pillow's weights `(1, 4)` of the pixels -1 to 2 for position `d` in [0, 1)."""
     if interpolation == cv2.INTER_LINEAR:
         return np.float32([[0, 1 - d, d, 0]])
     e = 1 - d
@@ -217,7 +221,7 @@ def _kernel(d: float, interpolation: int) -> np.ndarray:
 
 
 def _look_up(frames: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    """Replace each value by the one in its table.
+    """Replace each pixel value by its entry in a look-up table.
 
     Args:
         frames: `(t, h, w, c)` uint8.
@@ -234,8 +238,9 @@ def _look_up(frames: np.ndarray, tables: np.ndarray) -> np.ndarray:
 
 
 def _luma(frame: np.ndarray) -> np.ndarray:
-    """Return the grey image `(h, w)` of a frame `(h, w, c)` as Pillow does, both uint8."""
-    # Pillow's weights are multiples of 2⁻¹⁶: every sum fits into the 24 bits of a float32.
+    """Convert a frame `(h, w, c)` to grey `(h, w)` with Pillow's weights, both uint8."""
+    # Exact: Pillow's weights are multiples of 2⁻¹⁶, so every sum fits into the 24-bit mantissa of a
+    # float32.
     weights = np.float32([19595, 38470, 7471]) / 2**16
     grey = cv2.transform(frame.astype(np.float32), weights[None])
     grey += np.float32(0.5)

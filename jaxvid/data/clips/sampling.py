@@ -1,4 +1,4 @@
-"""Frame sampling: the frame numbers of a clip, as pure functions of the video's length."""
+"""Frame sampling: functions that compute the frame numbers of a clip from the video's length."""
 
 import math
 
@@ -22,12 +22,12 @@ def make_indices(
     Args:
         sampling: `segments` (XViT on Something-Something), `dense_stride` (XViT on Kinetics) or
             `uniform_10s` (STAM).
-        length: Frames in the video.
-        num_frames: Frames in the clip.
+        length: Number of frames in the video.
+        num_frames: Number of frames in the clip.
         sampling_rate: For `dense_stride`: distance between two sampled frames at 30 frames/s.
-        fps: Frame rate of the video; None: unknown.
-        rng: Training: draws the position of the clip. None: evaluation.
-        view: Evaluation: index of the clip and number of clips.
+        fps: Frame rate of the video, or None if unknown; 30 frames/s are then assumed.
+        rng: For training: generator that draws the position of the clip. None: evaluation.
+        view: For evaluation: index of the clip and number of clips.
 
     Returns:
         `(num_frames,)` indices in [0, length - 1], non-decreasing.
@@ -43,7 +43,7 @@ def make_indices(
 
 
 def max_views(sampling: str) -> int | None:
-    """Return the largest number of evaluation clips per video; None: unlimited."""
+    """Return the largest number of evaluation clips per video, or None if it is unlimited."""
     return 3 if sampling == "segments" else None
 
 
@@ -53,10 +53,10 @@ def segment_indices(
     """Sample one frame of each of `num_frames` equal segments (XViT on Something-Something).
 
     Args:
-        length: Frames in the video; frames of a video shorter than the clip are repeated.
-        num_frames: Frames in the clip.
-        rng: Training: draws a frame of each segment, both ends included.
-        view: Evaluation: 0 selects the middle of each segment, 1 its start, 2 its end.
+        length: Number of frames in the video. If it is below `num_frames`, frames are repeated.
+        num_frames: Number of frames in the clip.
+        rng: For training: generator that draws a frame of each segment, both ends included.
+        view: For evaluation: 0 selects the middle of each segment, 1 its start, 2 its end.
 
     Returns:
         `(num_frames,)` indices in [0, length - 1], non-decreasing.
@@ -81,8 +81,9 @@ def dense_stride_indices(
     """Sample frames evenly from a window of fixed duration (XViT on Kinetics).
 
     The window has `num_frames · sampling_rate` frames at 30 frames/s. In a shorter video, the last
-    frame is repeated. Training draws the start of the window. View `v` of `V` starts at `v / V` of
-    the remaining frames. Arguments and result: `make_indices`.
+    frame is repeated. Training draws the start of the window. In evaluation, view `v` of `V` starts
+    at `v / V` of the latest start at which the window fits into the video. Arguments and result:
+    `make_indices`.
     """
     window = _window(num_frames, sampling_rate, fps)
     spare = np.float32(max(length - window, 0))
@@ -91,8 +92,9 @@ def dense_stride_indices(
         start = np.float32(rng.uniform(0, spare))
     last = start + np.float32(window) - np.float32(1)
     step = (last - start) / np.float32(max(num_frames - 1, 1))
-    # Equals torch.linspace in float32, which starts from both ends and uses fused multiply-adds:
-    # product and sum are exact in float64, so each frame number is rounded to float32 only once.
+    # Equal to torch.linspace in float32, which computes the first half from the start and the
+    # second half from the end, with fused multiply-adds. Products and sums are exact in float64,
+    # so each frame number is rounded to float32 only once, as in torch.
     steps = np.arange(num_frames)
     rising = np.float64(start) + np.float64(step) * steps
     falling = np.float64(last) - np.float64(step) * (num_frames - 1 - steps)
@@ -111,9 +113,9 @@ def uniform_10s_indices(
 ) -> np.ndarray:
     """Sample 10 s of video at `num_frames / 10` frames per second (STAM).
 
-    In a shorter video, the last frame is repeated. Training draws the start of the clip. View `v`
-    of `V` starts at `v / V` of the remaining frames. Without `fps`, 30 frames/s are assumed.
-    Arguments and result: `make_indices`.
+    In a shorter video, the last frame is repeated. Training draws the start of the clip. In
+    evaluation, view `v` of `V` starts at `v / V` of the latest start at which the clip fits into
+    the video. Arguments and result: `make_indices`.
     """
     indices = _offsets(num_frames, fps)
     spare = max(length - 1 - indices[-1], 0)
@@ -124,7 +126,7 @@ def uniform_10s_indices(
 def is_padded(
     sampling: str, length: int, num_frames: int, *, sampling_rate: int, fps: float | None
 ) -> bool:
-    """Return whether a video is too short for its clip, so that frames are repeated."""
+    """Return whether a video is shorter than a clip, so that frames are repeated."""
     if sampling == "segments":
         return length < num_frames
     if sampling == "dense_stride":
@@ -135,24 +137,24 @@ def is_padded(
 def in_released_subset(length: int, num_frames: int, *, fps: float | None) -> bool:
     """Return whether STAM's released evaluation counts a video.
 
-    It drops videos with fewer than `num_frames` frames at `num_frames / 10` frames per second. The
-    published accuracies are those of the other videos.
+    It drops videos shorter than 10 s: they have fewer than `num_frames` frames at `num_frames / 10`
+    frames per second. The published accuracies are computed on the remaining videos.
 
     Args:
-        length: Frames in the video.
-        num_frames: Frames in the clip.
-        fps: Frame rate of the video; None: unknown, 30 is assumed.
+        length: Number of frames in the video.
+        num_frames: Number of frames in the clip.
+        fps: Frame rate of the video, or None if unknown; 30 frames/s are then assumed.
     """
     return math.floor(length * (num_frames / 10) / (fps or 30.0)) >= num_frames
 
 
 def frames_at_times(indices: np.ndarray, times: np.ndarray, fps: float) -> np.ndarray:
-    """Convert frame numbers at a constant frame rate to those of a variable frame rate.
+    """Convert frame numbers at a constant frame rate to frame numbers at a variable frame rate.
 
     Args:
         indices: `(t,)` frame numbers at a constant `fps`.
-        times: Seconds from the first frame to each, non-decreasing.
-        fps: Frames per second.
+        times: Time of each frame in seconds, relative to the first frame; non-decreasing.
+        fps: The constant frame rate in frames per second.
 
     Returns:
         `(t,)` numbers of the frames that are shown at the same times.
@@ -167,6 +169,6 @@ def _window(num_frames: int, sampling_rate: int, fps: float | None) -> float:
 
 
 def _offsets(num_frames: int, fps: float | None) -> np.ndarray:
-    """Return the distance in frames from the first frame of a `uniform_10s` clip to each."""
+    """Return the offset of each frame of a `uniform_10s` clip from its first frame, in frames."""
     step = (fps or 30.0) / (num_frames / 10)
     return np.floor(np.arange(num_frames, dtype=np.float32) * np.float32(step)).astype(int)

@@ -9,24 +9,24 @@ import cv2
 import numpy as np
 from PIL import Image
 
-NUM_CROPS = (1, 3)  # values that evaluation supports
-FRACTIONS = 256  # units per grey level of uint16 pixels
+NUM_CROPS = (1, 3)  # numbers of crops that evaluation supports
+FRACTIONS = 256  # one grey level in the units of uint16 pixels
 
-_SCALES = (1.0, 0.875, 0.75, 0.66)  # of the multi-scale crop, relative to the shorter side
+_SCALES = (1.0, 0.875, 0.75, 0.66)  # sides of the multi-scale crop, relative to the shorter side
 # The 13 positions of the multi-scale crop, (down, right) in quarters of the free space: corners,
 # centres of the edges, the centre, and the four points between the corners and the centre.
 _POSITIONS = tuple((i, j) for i in (0, 2, 4) for j in (0, 2, 4)) + ((1, 1), (1, 3), (3, 1), (3, 3))
 
 
 def resize(frames: np.ndarray, height: int, width: int, *, exact: bool = False) -> np.ndarray:
-    """Resize by bilinear interpolation, antialiased along a side that shrinks.
+    """Resize by bilinear interpolation, with antialiasing along a side that becomes shorter.
 
     Args:
         frames: `(t, h, w, c)` uint8.
-        height: Pixels.
-        width: Pixels.
-        exact: Whether to use Pillow for enlarging too. By default, OpenCV enlarges frames, which is
-            five times as fast and within one grey level of Pillow.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+        exact: Whether to use Pillow for enlarging too. By default, frames are enlarged with OpenCV,
+            which is five times as fast and within one grey level of Pillow.
 
     Returns:
         `(t, height, width, c)` uint8.
@@ -43,7 +43,7 @@ def resize(frames: np.ndarray, height: int, width: int, *, exact: bool = False) 
 
 
 def resize_short_side(frames: np.ndarray, short_side: int, *, exact: bool = False) -> np.ndarray:
-    """Resize to a shorter side of `short_side` pixels with `resize`.
+    """Resize with `resize`, so that the shorter side has `short_side` pixels.
 
     With `exact`, the result equals torchvision's `Resize(short_side)` on PIL images.
     """
@@ -58,17 +58,18 @@ def resize_short_side(frames: np.ndarray, short_side: int, *, exact: bool = Fals
 
 
 def resize_bilinear(frames: np.ndarray, short_side: int, *, exact: bool = False) -> np.ndarray:
-    """Resize as `torch.nn.functional.interpolate`: bilinear, half-pixel, not antialiased.
+    """Resize as `torch.nn.functional.interpolate` does: bilinear, without antialiasing.
 
     Args:
         frames: `(t, h, w, c)` uint8.
-        short_side: Shorter side in pixels. The longer side becomes floor(long / short · this).
-        exact: Whether to keep fractions of a grey level, as the original program, which resizes
-            floats.
+        short_side: Shorter side of the result in pixels. The longer side keeps the aspect ratio,
+            rounded down.
+        exact: Whether to keep fractions of a grey level, as the original program does, which
+            resizes floats.
 
     Returns:
-        `(t, h, w, c)` uint8, within one grey level of resizing floats. With `exact`, uint16 in
-        units of 1 / `FRACTIONS` grey level, within 0.003 grey levels of resizing floats.
+        `(t, h, w, c)` uint8, within one grey level of the result for floats. With `exact`, uint16
+        in units of 1 / `FRACTIONS` grey level, within 0.003 grey levels of that result.
     """
     _, h, w, _ = frames.shape
     if exact:
@@ -80,7 +81,7 @@ def resize_bilinear(frames: np.ndarray, short_side: int, *, exact: bool = False)
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
-    """Round frames of `resize_bilinear(..., exact=True)` to whole grey levels."""
+    """Round frames of `resize_bilinear(..., exact=True)` to uint8; leave uint8 frames unchanged."""
     if frames.dtype != np.uint16:
         return frames
     return np.rint(frames / FRACTIONS).astype(np.uint8)
@@ -101,7 +102,7 @@ def random_crop(frames: np.ndarray, size: int, rng: np.random.Generator) -> np.n
 def random_flip(
     frames: np.ndarray, rng: np.random.Generator, probability: float = 0.5
 ) -> np.ndarray:
-    """Mirror the whole clip left to right with the given probability."""
+    """Mirror all frames of the clip left to right with the given probability."""
     if rng.random() >= probability:
         return frames
     return np.stack([cv2.flip(frame, 1) for frame in frames])
@@ -115,7 +116,7 @@ def multi_scale_crop(frames: np.ndarray, size: int, rng: np.random.Generator) ->
     Args:
         frames: `(t, h, w, c)` uint8 of any size.
         size: Height and width of the result in pixels.
-        rng: Draws the size of the crop, then its position.
+        rng: Generator that draws the size of the crop, then its position.
 
     Returns:
         `(t, size, size, c)` uint8, resized by `resize`.
@@ -131,8 +132,9 @@ def multi_scale_crop(frames: np.ndarray, size: int, rng: np.random.Generator) ->
 def multi_scale_sizes(short_side: int, size: int) -> list[tuple[int, int]]:
     """Return the sizes that `multi_scale_crop` draws from.
 
-    The sides are 1, ⅞, ¾ and 0.66 of the shorter side of the frame. A side within 2 pixels of
-    `size` becomes `size` if the frame is large enough. Height and width differ by at most one step.
+    The sides are 1, ⅞, ¾ and 0.66 times the shorter side of the frame. A side within 2 pixels of
+    `size` becomes `size` if the frame is large enough. The scales of height and width are equal or
+    adjacent in this sequence.
 
     Args:
         short_side: Shorter side of the frame in pixels.
@@ -150,15 +152,15 @@ def multi_scale_sizes(short_side: int, size: int) -> list[tuple[int, int]]:
 def eval_crops(
     frames: np.ndarray, size: int, num_crops: int, *, rounding: str = "up"
 ) -> list[np.ndarray]:
-    """Cut the crops of evaluation.
+    """Cut the crops that evaluation classifies.
 
     Args:
         frames: `(t, h, w, c)`, at least `size` high and wide.
         size: Height and width of a crop in pixels.
-        num_crops: 1: the centre. 3: both ends and the centre of the longer side; in the original
-            protocol, of frames of `resize_bilinear(frames, size)`.
-        rounding: Rounding of half a pixel in the offset of the centre crop: `up`, as in XViT's
-            program, or `even`, as in torchvision's `CenterCrop`, which STAM uses.
+        num_crops: 1: the centre. 3: both ends and the centre of the longer side. In the original
+            protocol with 3 crops, the shorter side of the frames is `size`.
+        rounding: How half a pixel in the offset of the centre crop is rounded: `up`, as in XViT's
+            program, or to `even`, as in torchvision's `CenterCrop`, which STAM uses.
 
     Returns:
         `num_crops` arrays `(t, size, size, c)`; with 3: left, centre, right or top, centre, bottom.

@@ -1,1 +1,1 @@
-"""Readers and writers: video files, JPEG frames, packs and XViT's HDF5."""
+"""Readers and writers of video files, JPEG frames, packs and XViT's HDF5 files."""

@@ -1,4 +1,4 @@
-"""Reader of videos whose frames are JPEG images in any storage."""
+"""Reader of videos whose frames are stored as JPEG images, in a pack or an HDF5 file."""
 
 import contextlib
 import ctypes
@@ -14,10 +14,10 @@ from jaxvid.errors import InputError, one_line
 
 
 def import_or_explain(module: str, package: str) -> ModuleType:
-    """Import a module.
+    """Import a module of an optional package.
 
     Raises:
-        InputError: It is not installed; the message has the `pip` command.
+        InputError: The package is not installed; the message has the `pip` command.
     """
     try:
         return importlib.import_module(module)
@@ -27,12 +27,12 @@ def import_or_explain(module: str, package: str) -> ModuleType:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Reuse the memory of a record for the next one.
+    """Make glibc keep freed memory, so that the memory of a record is reused for the next one.
 
-    By default, glibc returns large blocks to the system when they are freed. New pages, which the
-    system clears, take several times as long as reading the record.
+    By default, glibc returns large freed blocks to the operating system. Getting new pages, which
+    the system must clear, takes several times as long as reading the record.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 256 * 2**20)  # M_TRIM_THRESHOLD, bytes
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
@@ -43,15 +43,15 @@ class JpegFrames:
 
     Attributes:
         num_frames: Number of frames.
-        fps: Frames per second; None: unknown.
+        fps: Frames per second, or None if unknown.
 
     Args:
         name: Name of the video in error messages.
         num_frames: Number of frames.
-        fps: Frames per second; None: unknown.
-        get: Function from a frame number to the bytes of the JPEG image. It is called in ascending
-            order.
-        close: Called at the end.
+        fps: Frames per second, or None if unknown.
+        get: Function from a frame number to the bytes of the JPEG image. Each call of `get_frames`
+            requests the frames in ascending order.
+        close: Function that closes the underlying file; None: there is nothing to close.
         get_times: Function that returns `times`; None: the frame rate is constant.
     """
 
@@ -70,9 +70,9 @@ class JpegFrames:
 
     @functools.cached_property
     def times(self) -> np.ndarray | None:
-        """Seconds from the first frame to each, `(num_frames,)` float64, non-decreasing.
+        """Time of each frame in seconds, relative to the first frame.
 
-        None if the frame rate is constant.
+        `(num_frames,)` float64, non-decreasing; None if the frame rate is constant.
 
         Raises:
             DecodeError: The times cannot be read.
@@ -83,7 +83,7 @@ class JpegFrames:
         """Decode frames.
 
         Args:
-            indices: Frame numbers in any order, with repetitions.
+            indices: Frame numbers in any order, possibly repeated.
 
         Returns:
             `(t, h, w, c)` uint8, RGB, one frame per index.
@@ -99,13 +99,13 @@ class JpegFrames:
         return frames
 
     def enumerate_frames(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Decode frames one at a time, so that a frame stays in the cache while it is cropped.
+        """Decode frames one at a time, so that each is still in the CPU cache when it is cropped.
 
         Arguments and errors: `get_frames`.
 
         Yields:
-            A position in `indices`, in the order of the frame numbers, and its frame `(h, w, c)`
-            uint8, which the next one overwrites.
+            Pairs of a position in `indices` and its frame `(h, w, c)` uint8, in ascending order of
+            frame numbers. The next frame overwrites the array.
         """
         simplejpeg = import_or_explain("simplejpeg", "simplejpeg")
         numbers = [int(i) for i in indices]
@@ -121,14 +121,14 @@ class JpegFrames:
                     if frame is None and h * w <= MAX_PIXELS:
                         frame = np.empty((h, w, 3), np.uint8)
                     if frame is None or frame.shape[:2] != (h, w):
-                        raise ValueError(f"{w}×{h} is too large or differs from the other frames")
+                        raise ValueError(f"size {w}×{h} is too large or differs from other frames")
                     simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=frame)
                 except DecodeError:
                     raise
                 except (ValueError, OSError, RuntimeError, TypeError) as error:
                     raise DecodeError(
                         f"{self._name}: frame {i} of {self.num_frames} cannot be decoded "
-                        f"({one_line(error)}); make the pack again or leave the video out"
+                        f"({one_line(error)}); recreate the pack or leave the video out"
                     ) from None
                 last = i
             yield position, frame

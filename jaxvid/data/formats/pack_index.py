@@ -12,8 +12,8 @@ from jaxvid.errors import InputError
 from jaxvid.files import check_regular
 
 MAX_TABLE_BYTES = 2**30
-# Column → lowest and highest value. The bounds are far above what `prepare` writes, and sums of the
-# columns stay below 2^63.
+# Column → lowest and highest valid value. The upper bounds are far above what `prepare` writes, and
+# low enough that sums of a column stay below 2^63.
 BOUNDS = {
     "num_frames": (0, 10**6),
     "frames_per_record": (1, 10**6),
@@ -23,16 +23,17 @@ BOUNDS = {
 
 
 class PackedVideoInfo(NamedTuple):
-    """A row of the index; its fields are the columns.
+    """A row of the index. The fields are the columns.
 
     Attributes:
         id: Id of the video.
         label: Index of its class.
-        num_frames: Number of frames; 0: it could not be decoded when the pack was made.
+        num_frames: Number of frames; 0 if the video could not be decoded when the pack was made.
         fps: Frames per second; 0: unknown.
         record: Number of its first record.
         frames_per_record: Frames per record; the last record may have fewer.
-        has_times: 1: the first record has the times of all frames; 0: constant frame rate.
+        has_times: 1 if the first record contains the times of all frames; 0 if the frame rate is
+            constant or unknown.
     """
 
     id: str
@@ -58,7 +59,7 @@ class PackIndex(Sequence):
         num_classes: Number of classes.
 
     Raises:
-        InputError: The file is missing, damaged, of an older layout, or of another pack.
+        InputError: The file is missing or damaged, has an older layout, or does not match the pack.
     """
 
     _NUMBERS = np.dtype([(name, np.float64 if name == "fps" else np.int64)
@@ -89,6 +90,7 @@ class PackIndex(Sequence):
             raise InputError(f"{path}: is damaged ({error}); run prepare again") from None
 
     def _check(self, num_records: int, num_classes: int) -> None:
+        """Raise a ValueError if values are out of range or do not match the records of the pack."""
         numbers = self._numbers
         lengths, sizes = numbers["num_frames"], numbers["frames_per_record"]
         for name, (low, high) in {**BOUNDS, "label": (0, num_classes - 1)}.items():
@@ -98,7 +100,7 @@ class PackIndex(Sequence):
         if not np.array_equal(numbers["record"][1:], ends[:-1]) or numbers["record"][0]:
             raise ValueError("records are not contiguous")
         if ends[-1] != num_records:
-            raise ValueError(f"it lists {ends[-1]} records, the pack holds {num_records}")
+            raise ValueError(f"it lists {ends[-1]} records, but the pack has {num_records}")
 
     def find_empty(self) -> list[int]:
         """Return the indices of the videos without frames."""
@@ -117,16 +119,16 @@ def table_path(folder: Path, split: str) -> Path:
 
 
 def list_videos(videos: Iterable[tuple], frames_per_record: int) -> list[PackedVideoInfo]:
-    """Return the rows of consecutive videos `(id, label, num_frames, fps, has_times)`."""
+    """Return the index rows of videos `(id, label, num_frames, fps, has_times)` in this order."""
     listed, record = [], 0
-    for *known, has_times in videos:
-        listed.append(PackedVideoInfo(*known, record, frames_per_record, has_times))
+    for *fields, has_times in videos:
+        listed.append(PackedVideoInfo(*fields, record, frames_per_record, has_times))
         record += listed[-1].num_records
     return listed
 
 
 def format_table(videos: Iterable[PackedVideoInfo]) -> str:
-    """Return the text of an index."""
+    """Return the text of an index file."""
     text = io.StringIO()
     plain = csv.writer(text, lineterminator="\n")
     quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)

@@ -22,11 +22,12 @@ from jaxvid.errors import InputError, one_line
 from jaxvid.files import read_limited
 
 LABEL_FILE = "label.labels.txt"  # class names, as TFDS stores them
-FIELDS = ("label", "fps", "id", "first", "num_frames", "times")  # of a record, besides its frames
+# Features of a record of `prepare` besides `frames`.
+FIELDS = ("label", "fps", "id", "first", "num_frames", "times")
 
 
 def _check_label_file(path: Path, num_classes: int) -> None:
-    """Refuse a data set without class names; TFDS would number the classes.
+    """Check the class names of a pack. Without the file, TFDS would return label numbers as names.
 
     Raises:
         InputError: The file is missing, or its number of names is not the number of classes.
@@ -38,15 +39,17 @@ def _check_label_file(path: Path, num_classes: int) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); restore it") from None
     if names is None or len(names) != num_classes:
-        problem = "does not exist" if names is None else f"names {len(names)} classes"
+        problem = "does not exist"
+        if names is not None:
+            problem = f"contains {len(names)} class names, not {num_classes}"
         raise InputError(
-            f"{path}: {problem}, and the data has {num_classes}; write one class name per line, "
-            "in the order of the labels, or run prepare again"
+            f"{path}: {problem}; write {num_classes} class names, one per line, in the order of "
+            "the labels, or run prepare again"
         )
 
 
 def read_color_matrix(folder: str | Path) -> str | None:
-    """Return the `color_matrix` that a pack was made with; None if it is unknown."""
+    """Return the `color_matrix` that a pack was made with, or None if it is unknown."""
     try:
         report = json.loads(read_limited(Path(folder) / "report.json", MAX_METADATA_BYTES))
         return report["settings"].get("color_matrix", "tagged")
@@ -55,10 +58,11 @@ def read_color_matrix(folder: str | Path) -> str | None:
 
 
 class PackRecords(Sequence):
-    """The videos of a split of a TFDS data set. Files are opened when they are first read.
+    """The videos of a split of a TFDS data set. Each file is opened when it is first read.
 
-    In a pack of `prepare`, a record is a run of frames, and an index file lists the records of each
-    video. In other data sets, a record is a video with `frames`, `label` and optionally `fps`.
+    In a pack of `prepare`, a record contains consecutive frames of a video, and an index file lists
+    the records of each video. In other data sets, a record is a video with the features `frames`,
+    `label` and optionally `fps`.
 
     Attributes:
         labels: Names of the classes.
@@ -70,8 +74,8 @@ class PackRecords(Sequence):
         is_folder: Whether `name` is a folder.
 
     Raises:
-        InputError: The data set is missing or damaged, has other features or no such split, or a
-            file is missing or outside of the folder.
+        InputError: The data set is missing or damaged, does not have the required features or the
+            split, or a file is missing or outside of the folder.
     """
 
     def __init__(self, name: str, split: str, *, is_folder: bool):
@@ -82,7 +86,8 @@ class PackRecords(Sequence):
             raise InputError(f"{name}: has no split {split!r}, only {info.splits}")
         if info.file_format != "array_record":
             raise InputError(
-                f"{name}: the file format is {info.file_format}; make it with TFDS as array_record"
+                f"{name}: the file format is {info.file_format}; recreate it with TFDS as "
+                "array_record"
             )
         if "frames" not in info.features or info.labels is None:
             raise InputError(
@@ -95,24 +100,25 @@ class PackRecords(Sequence):
         self._ends = list(itertools.accumulate(info.lengths))  # first record after each file
         root = info.root
         if outside := [path for path in self.paths if not path.startswith(root + os.sep)]:
-            raise InputError(f"{name}: file {outside[0]} lies outside {root}; make the pack again")
+            raise InputError(f"{name}: file {outside[0]} is outside of {root}; run prepare again")
         if missing := [path for path in self.paths if not os.path.isfile(path)]:
             raise InputError(
-                f"{missing[0]} and {len(missing) - 1} more of {len(self.paths)} files do not "
-                "exist; run prepare again"
+                f"{len(missing)} of {len(self.paths)} files do not exist, first {missing[0]}; run "
+                "prepare again"
             )
         index_file = table_path(Path(root), split)
         self._index = None
-        # Exactly one of the two: a pack of an older layout, which PackIndex refuses.
+        # A pack has both the feature `first` and an index file. If it has only one of them, its
+        # layout is older or the index is missing, and PackIndex raises an error.
         if "first" in info.features or os.path.lexists(index_file):
             num_records = self._ends[-1] if self._ends else 0
             self._index = PackIndex(index_file, num_records, len(self.labels))
         elif not self._ends or not self._ends[-1]:
-            raise InputError(f"{name}: split {split!r} is empty; make it again with TFDS")
+            raise InputError(f"{name}: split {split!r} is empty; recreate it with TFDS")
 
     @property
     def has_ids(self) -> bool:
-        """Whether videos have ids; otherwise an id is the number of a record."""
+        """Whether videos have ids of their own. Otherwise, ids are derived from record numbers."""
         return self._index is not None
 
     def find_broken(self) -> list[int]:
@@ -123,8 +129,8 @@ class PackRecords(Sequence):
         """Read a record.
 
         Returns:
-            `frames`, JPEG bytes, `label`, and `fps` if the record has it. For packs of `prepare`,
-            all features of `tfds_api.make_features`.
+            A dict of `frames` (JPEG bytes), `label`, and `fps` if the record has it. For packs of
+            `prepare`, all features of `tfds_api.make_features`.
 
         Raises:
             DecodeError: The record is damaged.
@@ -132,7 +138,8 @@ class PackRecords(Sequence):
         try:
             file = self._file_of(record)
             position = record - (self._ends[file - 1] if file else 0)
-            # `read([position])` takes time proportional to the number of records in the file.
+            # A range, because `read([position])` takes time proportional to the number of records
+            # in the file.
             [data] = self._open_file(file).read(position, position + 1)
             features = parse_record(data)
             values = {"frames": features.get("frames", ())}
@@ -152,10 +159,10 @@ class PackRecords(Sequence):
             raise self.error(record, f"cannot be read ({one_line(error)})") from None
 
     def error(self, record: int, problem: str) -> DecodeError:
-        """Return an error about a record."""
-        way_out = "make it again with TFDS" if self._index is None else "run prepare again"
+        """Return an error that names the data set, a record and its problem."""
+        remedy = "recreate it with TFDS" if self._index is None else "run prepare again"
         return DecodeError(
-            f"{self.name}: record {record} of split {self.split!r} {problem}; {way_out}"
+            f"{self.name}: record {record} of split {self.split!r} {problem}; {remedy}"
         )
 
     def path_of(self, record: int) -> Path:
@@ -163,6 +170,7 @@ class PackRecords(Sequence):
         return Path(self.paths[min(self._file_of(record), len(self.paths) - 1)])
 
     def _file_of(self, record: int) -> int:
+        """Return the index of the file that contains a record."""
         return bisect.bisect_right(self._ends, record)
 
     def _open_file(self, file: int) -> Any:
@@ -202,13 +210,13 @@ class PackRecords(Sequence):
 
 
 def encode_id(id_: str) -> bytes:
-    """Return an id as records store it: the bytes of a path, which need not be UTF-8."""
+    """Encode an id as in records: as the bytes of a path, which need not be UTF-8."""
     return id_.encode("utf-8", "surrogateescape")
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedVideo:
-    """A labelled video of a pack with an index. Opening it reads nothing.
+    """A labelled video of a pack with an index. Opening the video does not read any record.
 
     Attributes:
         records: The split that contains it.
@@ -234,7 +242,7 @@ class PackedVideo:
         return self.records.path_of(self.listed.record)
 
     def open(self) -> JpegFrames:
-        """Open the video; a damaged record is noticed when it is read.
+        """Open the video. Damage is found only when a record is read.
 
         Raises:
             DecodeError: The video could not be decoded when the pack was made.
@@ -255,7 +263,7 @@ class PackedVideo:
             data = read(0)["times"]
             times = np.frombuffer(data[: len(data) // 8 * 8], "<f8")
             if len(times) != listed.num_frames or not (np.diff(times) >= 0).all():
-                raise self.records.error(listed.record, "has no valid times of its frames")
+                raise self.records.error(listed.record, "has no valid frame times")
             return times
 
         return JpegFrames(
@@ -276,7 +284,7 @@ class PackedVideo:
         values = self.records.read(listed.record + number)
         first = number * listed.frames_per_record
         count = min(listed.frames_per_record, listed.num_frames - first)
-        rate = np.float32(listed.fps)  # the precision of the record
+        rate = np.float32(listed.fps)  # records store it as float32
         expected = (encode_id(listed.id), listed.label, count, listed.num_frames, rate, first)
         names = ("id", "label", "frames", "num_frames", "fps", "first")
         actual = tuple(len(values[n]) if n == "frames" else values[n] for n in names)
@@ -285,14 +293,14 @@ class PackedVideo:
             texts = [
                 form.format(row[0].decode(errors="replace"), *row[1:]) for row in (actual, expected)
             ]
-            problem = f"is {texts[0]}; the index says {texts[1]}"
+            problem = f"contains {texts[0]}, but the index lists {texts[1]}"
             raise self.records.error(listed.record + number, problem)
         return values
 
 
 @dataclasses.dataclass
 class TfdsVideo:
-    """A labelled video that is one record of a TFDS data set. Its label is read with it.
+    """A labelled video that is one record of a TFDS data set. Its label is known after reading it.
 
     Attributes:
         records: The split that contains it.
@@ -305,7 +313,7 @@ class TfdsVideo:
 
     @property
     def id(self) -> str:
-        """Its split and record number, which are known without reading it."""
+        """Its split and record number, so that it is known without reading the record."""
         return f"{self.records.split}/{self.index}"
 
     @property
@@ -327,10 +335,10 @@ class TfdsVideo:
         Raises:
             DecodeError: Its record is damaged.
         """
-        self._label = 0
+        self._label = 0  # if the record is damaged
         values = self.records.read(self.index)
         self._label = values["label"]
         frames, fps = values["frames"], values.get("fps", 0.0)
-        # The shortest decimal, because 6.4 is 6.4000001 in float32.
+        # Converted through the shortest decimal, because 6.4 is 6.4000001 in float32.
         rate = float(str(np.float32(fps))) if 0.01 <= fps <= 1000 else None
         return JpegFrames(f"{self.records.name}: {self.id}", len(frames), rate, frames.__getitem__)

@@ -19,9 +19,9 @@ from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.data.records import Record
 from jaxvid.errors import InputError, check_option, one_line
 
-METADATA = ("dataset_info.json", "features.json", "label.labels.txt")  # files that TFDS writes
+METADATA = ("dataset_info.json", "features.json", "label.labels.txt")  # written by TFDS
 FORMATS = ("arrayrecord", "h5")
-MIN_CLIPS = 64  # videos per file
+MIN_CLIPS = 64  # videos per file, by default
 MAX_FILES = 256  # per split: readers keep all files open, and a process may open about 1000
 
 
@@ -31,11 +31,12 @@ class Settings:
 
     Attributes:
         format: `arrayrecord`, which TFDS reads, or `h5`, which the original XViT program reads.
-        short_side: Larger frames are scaled down to this short side, in pixels; 0: not scaled.
-        frames: Number of evenly spaced frames per video, at a lower frame rate; 0: all frames.
-        quality: JPEG quality, 1 to 100, with 4:2:0 chroma subsampling.
-        clips_per_file: Videos per ArrayRecord file. A run that was killed repeats at most one file.
-            0: 64, or more if a split would have over 256 files.
+        short_side: Shorter side in pixels to which larger frames are scaled down; 0: unchanged.
+        frames: Number of evenly spaced frames to pack per video, which lowers the frame rate;
+            0: all frames.
+        quality: JPEG quality, 1 to 100; the chroma subsampling is 4:2:0.
+        clips_per_file: Videos per ArrayRecord file; 0: 64, or more if a split would have over 256
+            files. A run that is resumed after it was killed repeats at most one file.
         frames_per_record: Frames that are read together. Larger records read more frames than
             requested, but take less memory: array_record keeps 8 bytes per record in every reading
             process (0.6 GB for 240,000 videos of 300 frames with one frame per record).
@@ -70,9 +71,10 @@ class Clip:
     Attributes:
         finding: Result of reading the video.
         label: Index of its class.
-        fps: Frame rate of the packed frames; 0: unknown.
-        jpegs: The frames.
-        times: Seconds from the first frame to each; None: the frame rate is constant or unknown.
+        fps: Frame rate of the packed frames; 0 if unknown.
+        jpegs: JPEG bytes of each frame; empty if the video is broken.
+        times: Time of each frame in seconds, relative to the first frame; None if the frame rate is
+            constant or unknown.
     """
 
     finding: Finding
@@ -84,7 +86,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Videos that are packed together, into one ArrayRecord file or one HDF5 file each.
+    """Videos that are packed together: into one ArrayRecord file, or into one HDF5 file per video.
 
     Attributes:
         split: The split of the videos.
@@ -101,34 +103,34 @@ class Part:
     names: list[str]
 
     def state_path(self, output: Path) -> Path:
-        """Return the file that describes the part; it exists once the part is complete."""
+        """Return the path of the part's state file, which exists once the part is complete."""
         return output / ".parts" / f"{self.split}-{self.number:05d}.json"
 
 
 def encode(record: Record, split: str, settings: Settings) -> Clip:
-    """Decode a video and encode its frames as JPEG."""
+    """Decode a video and encode its frames as JPEG; a broken video gets no frames."""
     simplejpeg = import_or_explain("simplejpeg", "simplejpeg")
     jpegs = []
 
-    def use(frames: np.ndarray) -> None:
+    def encode_chunk(frames: np.ndarray) -> None:
         for frame in frames:
             frame = np.ascontiguousarray(_shrink(frame, settings.short_side))
             options = {"colorspace": "RGB", "colorsubsampling": "420"}
             jpegs.append(simplejpeg.encode_jpeg(frame, quality=settings.quality, **options))
 
-    finding = examine(record, split, use, settings.frames, settings.color_matrix)
+    finding = examine(record, split, encode_chunk, settings.frames, settings.color_matrix)
     if finding.broken:
         return Clip(finding, record.label)
     rate = (finding.fps or 0.0) * len(jpegs) / finding.num_frames
     with VideoFile(record.path, max_seconds=MAX_SECONDS) as video:
         times = video.times
     if times is not None:
-        times = _uneven(times[spread(finding.num_frames, settings.frames)], rate)
+        times = _variable_times(times[spread(finding.num_frames, settings.frames)], rate)
     return Clip(finding, record.label, rate, jpegs, times)
 
 
-def _uneven(times: np.ndarray, fps: float) -> np.ndarray | None:
-    """Return the times; None if sampling by time and by frame number give the same frames."""
+def _variable_times(times: np.ndarray, fps: float) -> np.ndarray | None:
+    """Return the times, or None if sampling by time and by frame number give the same frames."""
     indices = np.arange(len(times))
     is_even = not fps or (
         round(times[-1] * fps) + 1 == len(times)
@@ -138,7 +140,7 @@ def _uneven(times: np.ndarray, fps: float) -> np.ndarray | None:
 
 
 def _shrink(frame: np.ndarray, short_side: int) -> np.ndarray:
-    """Scale `(h, w, c)` uint8 down to a shorter side of `short_side` pixels."""
+    """Scale a larger frame `(h, w, c)` uint8 down to a shorter side of `short_side` pixels."""
     h, w, _ = frame.shape
     if not short_side or min(h, w) <= short_side:
         return frame
@@ -147,7 +149,7 @@ def _shrink(frame: np.ndarray, short_side: int) -> np.ndarray:
 
 
 def plan(records: dict[str, list[Record]], settings: Settings) -> list[Part]:
-    """Divide the videos into parts. The division depends on the order of the lists only."""
+    """Divide the videos into parts. They depend only on the settings and the lists."""
     parts = []
     for split, videos in records.items():
         names, size = _make_names(videos), settings.clips_per_file
@@ -161,7 +163,10 @@ def plan(records: dict[str, list[Record]], settings: Settings) -> list[Part]:
 
 
 def _make_names(records: list[Record]) -> list[str]:
-    """Return unique file names: base names of the paths if these are unique, else whole paths."""
+    """Return unique file names without suffix: base names of the paths, or paths if needed.
+
+    Special characters become `_`. If even the paths are not unique, a number is appended.
+    """
     paths = [os.path.splitext(record.id)[0] for record in records]
     for names in ([os.path.basename(path) for path in paths], paths):
         names = ["".join(c if c.isalnum() or c in "-_.()" else "_" for c in n) for n in names]
@@ -190,12 +195,12 @@ def make_examples(clip: Clip, frames_per_record: int) -> Iterator[dict]:
 
 
 def write_array_record(path: Path, examples: Iterator[dict], labels: Sequence[str]) -> None:
-    """Write examples of `tfds_api.make_features` to one file, the same bytes each time.
+    """Write examples of `tfds_api.make_features` to one file, with reproducible bytes.
 
     Raises:
         OSError: The file cannot be written.
     """
-    tfds_api.import_tfds()  # explains what is missing
+    tfds_api.import_tfds()  # raises an InputError if a package is missing
     from array_record.python.array_record_module import ArrayRecordWriter
 
     writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")  # JPEG does not compress
@@ -208,7 +213,7 @@ def write_array_record(path: Path, examples: Iterator[dict], labels: Sequence[st
 
 @contextlib.contextmanager
 def _as_os_error() -> Iterator[None]:
-    """Turn array_record's errors in writing, e.g. because of a full disk, into OSErrors."""
+    """Turn array_record's write errors, e.g. because of a full disk, into OSErrors."""
     try:
         yield
     except RuntimeError as error:

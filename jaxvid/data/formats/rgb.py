@@ -5,10 +5,13 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
-# H.273 numbers of the matrices that swscale supports; it refuses frames with other tags.
-UNSPECIFIED, MATRICES = 2, (0, 1, 2, 4, 5, 6, 7, 9)
+# Numbers of colour matrices in H.273: "unspecified", and those that swscale supports. swscale
+# refuses frames that are tagged with other matrices.
+UNSPECIFIED = 2
+MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
 COLOR_MATRICES = ("tagged", "bt601")
-# (x and y exchanged, x flipped, y flipped) → clockwise rotation; other combinations are mirrored.
+# (x and y exchanged, x flipped, y flipped) → clockwise rotation. Other combinations mirror
+# the frame; three times False leaves it unchanged.
 TURNS = {(True, True, False): "90°", (False, True, True): "180°", (True, False, True): "270°"}
 
 
@@ -19,13 +22,15 @@ def to_rgb(
 
     Args:
         frame: A decoded frame.
-        reformatter: The same for all frames of a video, because its tables are made once.
-        color_matrix: `tagged`: the matrix in the frame's tag, BT.601 without a tag; `bt601`: always
-            BT.601, as decoders did when the original programs were written. The value range is that
-            of the frame's tag.
+        reformatter: Converter, which all frames of a video should share, because it computes its
+            tables only once.
+        color_matrix: `tagged`: the matrix in the frame's tag, BT.601 without a tag. `bt601`: always
+            BT.601, as decoders did when the original programs were written. The value range is
+            always that of the frame's tag.
 
     Returns:
-        `(h, w, c)` uint8, and its rotation; empty if it was upright.
+        The image `(h, w, c)` uint8; and a description of the rotation or mirroring that was undone,
+        or an empty string if there was none.
     """
     if color_matrix == "bt601" or frame.colorspace not in MATRICES:
         frame.colorspace = UNSPECIFIED

@@ -1,8 +1,9 @@
-"""TFDS without TensorFlow. All calls of its API that are not public are in this file.
+"""TFDS without TensorFlow.
 
-They were checked with tensorflow-datasets 4.9.10: `core.example_serializer` and
-`proto.tf_example_pb2`, which encode and decode records in pure Python, and `core.SplitInfo` and
-`core.ShardedFileTemplate`, the arguments of the public `folder_dataset.write_metadata`.
+Only this file uses parts of TFDS that are not public. They were checked with tensorflow-datasets
+4.9.10. `core.example_serializer` and `proto.tf_example_pb2` encode and decode records in pure
+Python. `core.SplitInfo` and `core.ShardedFileTemplate` are argument types of the public
+`folder_dataset.write_metadata`.
 """
 
 import contextlib
@@ -21,8 +22,8 @@ from jaxvid.errors import InputError, one_line
 from jaxvid.files import check_regular
 
 NAME = "jaxvid"  # name of the data set that `prepare` writes
-MAX_METADATA_BYTES = 2**26  # of each metadata file
-MAX_RECORDS = 2**40  # of a file
+MAX_METADATA_BYTES = 2**26  # size limit of each metadata file
+MAX_RECORDS = 2**40  # maximum number of records in a file
 
 
 @functools.cache
@@ -30,12 +31,12 @@ def import_tfds() -> ModuleType:
     """Import TFDS.
 
     Raises:
-        InputError: TFDS or an undeclared dependency of it is not installed.
+        InputError: TFDS, array_record or an undeclared dependency of TFDS is not installed.
     """
     for module in ("importlib_resources", "array_record"):
         import_or_explain(module, module)
     tfds = import_or_explain("tensorflow_datasets", "tensorflow-datasets")
-    if not hasattr(tfds, "builder_from_directory"):  # TFDS hides the ImportError of a dependency
+    if not hasattr(tfds, "builder_from_directory"):  # TFDS hides ImportErrors of its dependencies
         raise InputError("tensorflow-datasets is incomplete: pip install -r requirements.txt")
     return tfds
 
@@ -52,9 +53,9 @@ class SplitFiles:
         splits: Names of all splits of the data set.
         file_format: Format of the files.
         features: Names of the features of a record.
-        labels: Names of the classes; None: `label` is not a ClassLabel.
+        labels: Names of the classes, or None if the feature `label` is not a ClassLabel.
         num_classes: Number of classes.
-        paths: Files of the split; empty: the split does not exist.
+        paths: Files of the split; empty if the split does not exist.
         lengths: Number of records of each file.
     """
 
@@ -103,17 +104,18 @@ def read_metadata(name: str, split: str, *, is_folder: bool) -> SplitFiles:
             raise ValueError(f"{len(files.paths)} files, but {len(files.lengths)} lengths")
         if not all(0 <= length <= MAX_RECORDS for length in files.lengths):
             raise ValueError(
-                f"a file cannot have {min(files.lengths)} or {max(files.lengths)} records"
+                f"numbers of records from {min(files.lengths)} to {max(files.lengths)}, "
+                f"expected 0 to {MAX_RECORDS}"
             )
         return files
     except Exception as error:  # TFDS and protobuf raise exceptions of many types
-        way_out = "run jaxvid.data.prepare" if is_folder else "make it with TFDS"
-        raise InputError(f"{name}: no readable pack ({one_line(error)}); {way_out}") from None
+        remedy = "run jaxvid.data.prepare" if is_folder else "create it with TFDS"
+        raise InputError(f"{name}: no readable pack ({one_line(error)}); {remedy}") from None
 
 
 @functools.cache
 def _example_type() -> type:
-    """Return the protobuf message of a record."""
+    """Return the protobuf message class of a record."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example
@@ -123,10 +125,11 @@ def parse_record(data: bytes) -> dict[str, list]:
     """Parse a record.
 
     Returns:
-        Feature → its values, `bytes`, `int` or `float`; without features that have no value.
+        Feature → list of its values, each `bytes`, `int` or `float`. Features without values are
+        left out.
 
     Raises:
-        Exception: An error of protobuf; the record is damaged.
+        Exception: The record is damaged; the type is one of protobuf's.
     """
     features = _example_type().FromString(data).features.feature
     kinds = {name: feature.WhichOneof("kind") for name, feature in features.items()}
@@ -146,19 +149,20 @@ def make_features(labels: Sequence[str]) -> Any:
         {
             "frames": tfds.features.Sequence(tfds.features.Text()),
             "first": np.int32,  # index of the first frame in its video
-            "num_frames": np.int32,  # of the video
+            "num_frames": np.int32,  # number of frames of the video
             "fps": np.float32,  # 0: unknown
             "label": tfds.features.ClassLabel(names=list(labels)),
             "id": tfds.features.Text(),
-            # Seconds of all frames of the video as float64 bytes, because TFDS would round them to
-            # float32. Only in the first record of a video with a variable frame rate.
+            # Times of all frames of the video in seconds, as float64 bytes because TFDS would round
+            # floats to float32. Empty except in the first record of a video with a variable frame
+            # rate.
             "times": tfds.features.Text(),
         }
     )
 
 
 def serialize_examples(examples: Iterable[dict], labels: Sequence[str]) -> Iterator[bytes]:
-    """Serialize examples of `make_features`, to the same bytes each time."""
+    """Serialize examples of `make_features`; equal examples give identical bytes."""
     features = make_features(labels)
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
@@ -174,10 +178,10 @@ def write_metadata(
     """Write the metadata that `tfds.builder_from_directory` reads.
 
     Args:
-        folder: Folder of the files.
+        folder: Folder of the data set.
         labels: Names of the classes.
         lengths: Split → number of records of each file.
-        sizes: Split → bytes.
+        sizes: Split → total size of its files in bytes.
     """
     tfds = import_tfds()
     infos = [

@@ -20,49 +20,50 @@ from jaxvid.data.formats.packet_index import PacketIndex
 from jaxvid.data.formats.rgb import to_rgb
 from jaxvid.errors import InputError, printable
 
-# Bounds for untrusted files, far above what clips need.
+# Limits for untrusted files, far above what clips need.
 MAX_PIXELS = 64_000_000  # per frame: twice that of 8K video
 MAX_FRAMES = 1_000_000  # nine hours at 30 frames/s
 MAX_SECONDS = 60.0  # wall time of opening a file and decoding it
-MAX_EARLY = 64  # buffered frames while waiting for an earlier one: above any codec's reordering
-MAX_PACKET_BYTES = 64 * 2**20  # packets of smaller files stay in memory and are read only once
+MAX_EARLY = 64  # frames that may be decoded before an earlier one; more than any codec reorders
+MAX_PACKET_BYTES = 64 * 2**20  # smaller files are read once, and their packets stay in memory
 
-# Containers with their own frames. Others can refer to further files or network addresses.
+# Containers that store the frames themselves. Other formats can refer to other files or network
+# addresses.
 CONTAINERS = (
     "asf,avi,dv,flv,gif,h264,hevc,ivf,matroska,mov,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,"
     "yuv4mpegpipe"
 )
-# Codecs that mark frames that no other frame refers to, with any encoder settings.
+# Codecs that always mark non-reference frames: frames that no other frame refers to.
 SKIPPABLE = ("h264", "mpeg1video", "mpeg2video", "mpeg4")
 
 
 class DecodeError(InputError):
-    """A video that cannot be decoded. The message names the file and the reason, in one line."""
+    """A video that cannot be decoded. The message is one line with the file and the reason."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 class VideoFile:
-    """An open video file; a `VideoReader`. Use it from one thread at a time.
+    """An open video file; a `VideoReader`. It is not thread-safe.
 
     Opening reads all packets of the container, without decoding, to find the number of frames and
     their timestamps. The header is not trusted.
 
     Args:
         path: A regular file.
-        max_seconds: Wall time of opening and decoding together.
+        max_seconds: Limit of the wall time of opening and decoding together.
 
     Attributes:
         num_frames: Number of frames.
-        fps: Average frames per second; None: unknown or implausible.
-        times: `(num_frames,)` float64, seconds from the first frame to each, non-decreasing; None:
-            the file has no usable timestamps.
-        oddities: Unusual properties of the file, one phrase each; decoding may add some.
+        fps: Average number of frames per second, or None if it is unknown or implausible.
+        times: Time of each frame in seconds, relative to the first frame: `(num_frames,)` float64,
+            non-decreasing; None if the file has no usable timestamps.
+        oddities: Unusual properties of the file, one phrase each. Decoding may add some.
         color_matrix: Conversion to RGB, one of `rgb.COLOR_MATRICES`; set it before decoding.
 
     Raises:
-        DecodeError: The file is missing, is not a video, has no frames, or exceeds a bound.
+        DecodeError: The file is missing, is not a video, has no frames, or exceeds a limit.
     """
 
     def __init__(self, path: str | Path, *, max_seconds: float = MAX_SECONDS):
@@ -81,7 +82,7 @@ class VideoFile:
 
     @contextlib.contextmanager
     def _bounded(self) -> Iterator[None]:
-        """Limit the time of the body, and turn FFmpeg's errors into a DecodeError with the file."""
+        """Limit the time of the body, and turn its errors into DecodeErrors that name the file."""
         start = time.monotonic()
         self._deadline = start + self._seconds_left
         try:
@@ -95,8 +96,9 @@ class VideoFile:
             self._seconds_left -= time.monotonic() - start
 
     def _open(self) -> None:
+        """Open the container and select its first video stream."""
         self.close()
-        if not stat.S_ISREG(os.stat(self._path).st_mode):  # a pipe could block for ever
+        if not stat.S_ISREG(os.stat(self._path).st_mode):  # a pipe could block forever
             raise self._error("not a regular file")
         limits = {"max_pixels": str(MAX_PIXELS)}  # the size may change within the file
         self._container = av.open(
@@ -108,7 +110,7 @@ class VideoFile:
         streams, cover = self._container.streams, Disposition.attached_pic  # e.g. an album cover
         videos = [stream for stream in streams.video if not stream.disposition & cover]
         if not videos:
-            raise self._error("no video stream in it")
+            raise self._error("contains no video stream")
         self._stream = videos[0]
         for stream in streams:
             stream.discard = Discard.default if stream is self._stream else Discard.all
@@ -120,7 +122,12 @@ class VideoFile:
         context.options = limits
 
     def _packets_from(self, stamp: int | None, position: int) -> Iterator[av.Packet]:
-        """Reset the decoder, and return the packets from a key frame on; without `stamp`, all."""
+        """Reset the decoder, and return the packets from a key frame on.
+
+        Args:
+            stamp: Timestamp of the key frame, or None for the start of the file.
+            position: Position of the key frame's packet in the file.
+        """
         if self._cached is not None:
             self._stream.codec_context.flush_buffers()
             return self._packets(self._cached[position:])
@@ -131,20 +138,22 @@ class VideoFile:
         return self._packets()
 
     def _packets(self, packets: list[av.Packet] | None = None) -> Iterator[av.Packet]:
+        """Yield the non-empty packets, of the container by default, within the time limit."""
         for packet in self._container.demux(self._stream) if packets is None else packets:
             if time.monotonic() > self._deadline:
                 raise self._error(f"decoding takes longer than {self._max_seconds:g} s")
-            if packet.size:  # an empty one would flush the decoder
+            if packet.size:  # an empty packet would flush the decoder
                 yield packet
 
     def _scan(self) -> None:
+        """Open the file and read all packets to set the attributes."""
         self._open()
         is_avi = self._container.format.name == "avi"
         is_vp8 = self._stream.codec_context.name == "vp8"
         guessed, num_bytes, cached, packets = False, 0, [], []
         for packet in self._packets():
             guessed |= is_avi and packet.pts != packet.dts
-            # VP8 has hidden frames, which are marked by a bit in their header.
+            # Edit lists discard frames. A bit in a VP8 frame's header says whether it is shown.
             hidden = packet.is_discard or (is_vp8 and not memoryview(packet)[0] & 0x10)
             packets.append((packet.pts, packet.is_keyframe, hidden))
             num_bytes += packet.size
@@ -161,22 +170,23 @@ class VideoFile:
         self.num_frames, self.times = index.num_frames, index.times(self._stream.time_base)
         rate = self._stream.average_rate
         self.fps = float(rate) if rate and 0.01 <= rate <= 1000 else None
-        claimed, hidden = self._stream.frames, len(packets) - index.num_headless - self.num_frames
-        phrases = {
+        claimed = self._stream.frames  # in the header
+        num_hidden = len(packets) - index.num_headless - self.num_frames
+        phrases = {  # phrase → whether it applies
             "no usable timestamps": self.times is None,
             "variable frame rate": index.is_variable(),
             f"header claims {claimed} frames, there are {len(packets)}": claimed != len(packets),
             f"{index.num_headless} frames before the first key frame, left out": index.num_headless,
-            f"{hidden} hidden frames": hidden,
+            f"{num_hidden} hidden frames": num_hidden,
             "no usable frame rate": self.fps is None,
         }
-        self.oddities += [phrase for phrase, holds in phrases.items() if holds]
+        self.oddities += [phrase for phrase, applies in phrases.items() if applies]
 
     def get_frames(self, indices: np.ndarray) -> np.ndarray:
-        """Decode frames: upright, converted to RGB by `color_matrix`.
+        """Decode frames, rotate them upright and convert them to RGB as `color_matrix` says.
 
         Args:
-            indices: Frame numbers in any order, with repetitions.
+            indices: Frame numbers in any order, possibly repeated.
 
         Returns:
             `(t, h, w, c)` uint8, RGB, one frame per index.
@@ -195,27 +205,30 @@ class VideoFile:
         return np.stack([frames[int(i)] for i in indices])
 
     def iter_frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
-        """Decode frames in one pass: for many frames, or if the file has no usable timestamps.
+        """Decode frames in one pass, for many frames or files without usable timestamps.
+
+        Do not call other methods during the iteration.
 
         Args:
             indices: Frame numbers, ascending.
 
         Yields:
-            Each frame `(h, w, c)` uint8. Do not call other methods during the iteration.
+            Each frame `(h, w, c)` uint8.
 
         Raises:
-            DecodeError: As in `get_frames`, at the latest after the last frame. Damage may be
-                noticed only after an affected frame was returned.
+            DecodeError: As in `get_frames`, at the latest after the last frame. Affected frames may
+                be yielded before the error is raised.
         """
         requested, intact = [int(i) for i in indices], set()
         self._check_indices(requested)
-        decoded, early, shapes = self._decode_all(requested, intact), {}, set()
+        decoded, shapes = self._decode_all(requested, intact), set()
+        early = {}  # index → frame that was decoded before an earlier requested one
         for i in requested:
             while i not in early and len(early) < MAX_EARLY:
                 with self._bounded():
                     if (item := next(decoded, None)) is None:
                         break
-                if item[0] >= i:  # otherwise, a second frame with the same timestamp
+                if item[0] >= i:  # a lower index is a repeated timestamp, already yielded
                     early[item[0]] = item[1]
             if i not in early:  # it is damaged
                 break
@@ -224,11 +237,12 @@ class VideoFile:
             if len(shapes) > 1:
                 break
             yield frame
-        with self._bounded():  # decode to the end, to notice damage there
+        with self._bounded():  # decode the rest, to find damage in it
             shapes |= {frame.shape for _, frame in itertools.chain(early.items(), decoded)}
         self._check_frames(requested, intact, shapes)
 
     def _check_indices(self, requested: list[int]) -> None:
+        """Raise an IndexError if sorted frame numbers are out of range."""
         if not 0 <= requested[0] <= requested[-1] < self.num_frames:
             raise IndexError(f"{self._path}: {requested} outside 0..{self.num_frames - 1}")
 
@@ -260,9 +274,10 @@ class VideoFile:
         return self._readable
 
     def _decode_groups(self, requested: list[int]) -> dict[int, np.ndarray]:
-        """Decode only what requested frames need; omit frames with damage or interlacing."""
+        """Decode only the frames that requested frames need; omit damaged and interlaced frames."""
         index = self._index
         keys = sorted(zip(index.key_stamps, index.key_positions, strict=True))
+        # Timestamp and position of a key frame → requested frames from it on: timestamp → index
         groups: dict[tuple[int, int], dict[int, int]] = {}
         for i in requested:
             num_before = bisect.bisect(keys, (index.stamps[i], math.inf))
@@ -275,46 +290,58 @@ class VideoFile:
         return frames
 
     def _decode_group(self, key: tuple[int, int], group: dict[int, int]) -> dict[int, np.ndarray]:
-        """Decode the frames of `group` (timestamp → index) from a key frame on."""
+        """Decode requested frames from a key frame on.
+
+        Args:
+            key: Timestamp and position of the key frame.
+            group: Timestamp → index of the requested frames.
+
+        Returns:
+            Index → frame; empty if a frame is damaged or interlaced.
+        """
         context = self._stream.codec_context
         skip_others = "NONREF" if context.name in SKIPPABLE else "DEFAULT"
-        frames, unsent = {}, set(group)
+        frames, unsent = {}, set(group)  # timestamps that were not sent to the decoder yet
         for packet in self._packets_from(*key):
-            # Frames that no other frame refers to are decoded only if they are requested.
+            # Non-reference frames are decoded only if they are requested.
             context.skip_frame = "DEFAULT" if packet.pts in group else skip_others
             decoded = context.decode(packet)
             unsent.discard(packet.pts)
             if not unsent:
-                decoded += context.decode(None)  # frames in the decoder's reordering buffer
+                decoded += context.decode(None)  # drain the decoder's reordering buffer
             for frame in decoded:
-                # A field of an interlaced frame may have been skipped.
+                # In an interlaced frame, one of the two fields may have been skipped.
                 if frame.is_corrupt or (frame.interlaced_frame and skip_others == "NONREF"):
                     return {}
                 if frame.pts in group:
                     frames[group[frame.pts]] = self._to_rgb(frame)
-            past = packet.is_keyframe and packet.dts is not None and packet.dts > max(group)
-            if past or not unsent:
+            is_past = packet.is_keyframe and packet.dts is not None and packet.dts > max(group)
+            if is_past or not unsent:
                 break
         return frames
 
     def _decode_all(
         self, requested: Sequence[int], intact: set[int]
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Decode from the start to the last requested frame; without requests, the whole file.
+        """Decode from the start of the file to the last requested frame.
+
+        The whole file is decoded if no frame is requested or there are no usable timestamps.
 
         Args:
             requested: Indices of the frames to yield.
-            intact: Gets the indices of all decoded frames that are not affected by damage, at the
-                end of the iteration.
+            intact: Set to which the end of the iteration adds the indices of all decoded frames
+                that are not affected by damage.
 
         Yields:
-            Indices and frames in decoding order, possibly affected by damage.
+            Indices and frames, in the order in which the decoder returns them. They may be affected
+            by damage.
         """
         index = self._index
         frame_of = {stamp: i for i, stamp in enumerate(index.stamps or ())}
         needed = [index.positions[i] for i in requested] if frame_of else []
         last = max(needed, default=math.inf)  # position of the last packet that is needed
-        requested, seen, failed, count = set(requested), set(), set(), 0
+        requested, seen, count = set(requested), set(), 0
+        failed = set()  # positions of damaged packets
         packets = enumerate(self._packets_from(None, 0))
         packets = itertools.takewhile(lambda item: item[0] <= last, packets)
         context = self._stream.codec_context  # after `_packets_from`, which may reopen the file
@@ -326,11 +353,14 @@ class VideoFile:
                 failed.add(position)
                 continue
             for frame in decoded:
-                i, count = frame_of.get(frame.pts) if frame_of else count, count + 1
+                i = frame_of.get(frame.pts) if frame_of else count
+                count += 1
                 if frame.is_corrupt:
                     failed.add(position if i is None or not frame_of else index.positions[i])
+                    continue
                 # Without timestamps, frames after damage cannot be identified.
-                elif (i is not None) if frame_of else (i < self.num_frames and not failed):
+                is_known = i is not None if frame_of else i < self.num_frames and not failed
+                if is_known:
                     seen.add(i)
                     if i in requested:
                         yield i, self._to_rgb(frame)
@@ -338,6 +368,7 @@ class VideoFile:
         intact |= index.find_intact(seen, failed, one_each=one_each) if frame_of else seen
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        """Convert a frame to upright RGB; report a rotation in `oddities`."""
         image, turn = to_rgb(frame, self._reformatter, self.color_matrix)
         if turn and turn not in self.oddities:
             self.oddities.append(turn)
@@ -355,9 +386,10 @@ class VideoFile:
         self.close()
 
     def _error(self, reason: object) -> DecodeError:
+        """Return a DecodeError that names the file and a reason, which may be an exception."""
         if isinstance(reason, FileNotFoundError):
             return DecodeError(f"{self._path} does not exist")
-        reason = getattr(reason, "strerror", None) or reason  # errors of PyAV and of the system
+        reason = getattr(reason, "strerror", None) or reason  # PyAV's errors and OSErrors
         return DecodeError(
             f"{self._path}: cannot be decoded ({reason}); replace the file or leave it out"
         )

@@ -1,4 +1,4 @@
-"""HDF5 files of JPEG frames, as the original XViT program packs videos."""
+"""HDF5 files of JPEG frames in the layout of the original XViT program."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ from jaxvid.data.records import (
 )
 from jaxvid.errors import InputError, one_line
 
-MAX_READ_BYTES = 2**28  # per frame: the size of its chunk or of the frame itself
+MAX_READ_BYTES = 2**28  # limit for reading a frame: the size of the frame or of an HDF5 chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class H5Record:
         path: The file.
         label: Index of its class.
         id: Its name in the list.
-        key: Key of its data set in the file; None: the first one of the file.
-        fps: Frames per second; None: unknown.
+        key: Key of its data set in the file, or None for the first data set of the file.
+        fps: Frames per second, or None if unknown.
     """
 
     path: Path
@@ -52,10 +52,10 @@ class H5Record:
         if (state := file_state(self.path)) and state != "is empty":  # a pipe could block forever
             raise DecodeError(f"{self.path} {state}; restore it")
         try:
-            # Many file systems have no locks, and reading needs none.
+            # Many file systems do not support locks, and reading does not need them.
             file = h5py.File(self.path, "r", locking=False)
         except OSError as error:
-            raise DecodeError(f"{self.path}: cannot be read ({one_line(error)})") from None
+            raise self._unreadable(error) from None
         try:
             frames = self._find_frames(h5py, file)
 
@@ -65,7 +65,7 @@ class H5Record:
                 except Exception as error:  # exceptions of h5py have no common base
                     raise DecodeError(
                         f"{self.path}: frame {i} of {len(frames)} cannot be read "
-                        f"({one_line(error)}); make the file again"
+                        f"({one_line(error)}); recreate the file"
                     ) from None
                 return jpeg.tobytes() if hasattr(jpeg, "tobytes") else jpeg
 
@@ -75,45 +75,53 @@ class H5Record:
             raise
         except Exception as error:
             file.close()
-            raise DecodeError(f"{self.path}: cannot be read ({one_line(error)})") from None
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> DecodeError:
+        """Return a DecodeError for a file that h5py cannot read."""
+        return DecodeError(f"{self.path}: cannot be read ({one_line(error)}); recreate the file")
 
     def _find_frames(self, h5py: ModuleType, file: Any) -> Any:
-        """Return the `h5py.Dataset` of frames, if reading it is bounded and stays in the file.
+        """Return the `h5py.Dataset` of the frames.
 
         Raises:
-            DecodeError: It does not exist, lies in another file, or has implausible sizes.
+            DecodeError: The data set does not exist, is a link, has its data in other files, or has
+                no frames or implausible sizes.
         """
         key = next(iter(file), None) if self.key is None else self.key
-        missing = "no data set" if self.key is None else f"no data set {self.key!r}"
-        group, parts = file, [part for part in (key or "").split("/") if part]
+        name = "data set" if self.key is None else f"data set {self.key!r}"
+        missing = DecodeError(f"{self.path}: contains no {name}; recreate the file")
+        node, parts = file, [part for part in (key or "").split("/") if part]
         for part in parts:  # links are refused before they are followed
-            link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
+            link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
             if link is None:
-                raise DecodeError(f"{self.path}: {missing} in it; make the file again")
+                raise missing
             if not isinstance(link, h5py.HardLink):
                 raise DecodeError(f"{self.path}: {key!r} is a link; copy the data into the file")
-            group = group[part]
-        frames = group
+            node = node[part]
+        frames = node
         if not isinstance(frames, h5py.Dataset) or not frames.shape:
-            raise DecodeError(f"{self.path}: {missing} in it; make the file again")
+            raise missing
         if frames.is_virtual or frames.external:
-            raise DecodeError(f"{self.path}: its data lies in other files; copy it into the file")
+            raise DecodeError(
+                f"{self.path}: its data is stored in other files; copy the data into the file"
+            )
         if not frames.shape[0]:
-            raise DecodeError(f"{self.path}: no frames in it; leave the video out")
+            raise DecodeError(f"{self.path}: contains no frames; leave the video out")
         sizes = [frames.shape[1:], *([frames.chunks] if frames.chunks else [])]
         frame_bytes = max(math.prod(size) for size in sizes) * frames.dtype.itemsize
         if frames.shape[0] > MAX_FRAMES or frame_bytes > MAX_READ_BYTES:
             raise DecodeError(
                 f"{self.path}: {frames.shape[0]} frames of up to {frame_bytes} bytes are not a "
-                "video; make the file again"
+                "video; recreate the file"
             )
         return frames
 
 
 def write_h5(path: Path, key: str, jpegs: list[bytes]) -> None:
-    """Write a video as one data set of JPEG byte strings, to the same bytes each time."""
+    """Write a video as one data set of JPEG byte strings, with reproducible bytes."""
     h5py = import_or_explain("h5py", "h5py")
-    # In memory first, because HDF5 crashes the process if a disk is full.
+    # Create the file in memory first, because HDF5 crashes the process if a disk is full.
     with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
         frames = np.empty(len(jpegs), object)
         frames[:] = [np.frombuffer(jpeg, np.uint8) for jpeg in jpegs]
@@ -127,14 +135,14 @@ def read_xvit_list(
 ) -> list[H5Record]:
     """Read the list of a split in XViT's layout of Kinetics or Something-Something.
 
-    Kinetics: `annotations/SPLIT.txt` with `name,num_frames,label`, frames in
-    `seq_h5/SPLIT/NAME.h5` or `SPLIT/NAME.h5`; `annotations/SPLIT_fps.txt` is optional.
-    Something-Something: `SPLIT_videofolder.txt` with `name num_frames label`, frames in
-    `seq_h5/NAME.h5` under NAME, or all in `Something-Something-v2-frames.h5`. As in the original,
-    without a list of `test`, `test` means `val`.
+    Kinetics: the list is `annotations/SPLIT.txt` with lines `name,num_frames,label`. The frames are
+    in `seq_h5/SPLIT/NAME.h5` or `SPLIT/NAME.h5`. `annotations/SPLIT_fps.txt` is optional.
+    Something-Something: the list is `SPLIT_videofolder.txt` with lines `name num_frames label`. The
+    frames are the data set NAME in `seq_h5/NAME.h5`, or in `Something-Something-v2-frames.h5` for
+    all videos. As in the original, `test` means `val` if there is no list of `test`.
 
     Raises:
-        InputError: As in `read_list`, or a name points out of the folder.
+        InputError: As in `read_list`, or the file of a video is outside of the folder.
     """
     lists = [
         (path, name)
@@ -147,15 +155,16 @@ def read_xvit_list(
     ]
     if not lists:
         raise InputError(
-            f"{folder}: contains neither annotations/{split}.txt nor {split}_videofolder.txt"
+            f"{folder}: contains neither annotations/{split}.txt nor {split}_videofolder.txt; "
+            "correct --config.data.folder"
         )
     path, split = lists[0]
     kinetics = path.parent != folder
-    packed = folder / "seq_h5" / split if kinetics else folder / "seq_h5"
-    if kinetics and not packed.is_dir():
-        packed = folder / split
+    h5_folder = folder / "seq_h5" / split if kinetics else folder / "seq_h5"
+    if kinetics and not h5_folder.is_dir():
+        h5_folder = folder / split
     single = folder / "Something-Something-v2-frames.h5"
-    rates = _read_rates(folder, split) if kinetics else {}
+    rates = _read_frame_rates(folder, split) if kinetics else {}
     records = RecordList(path, missing)
     for number, line in enumerate(read_lines(path, names=True), start=1):
         if not line.strip():
@@ -172,17 +181,22 @@ def read_xvit_list(
                 f"allows 0 to {num_classes - 1}; correct the line or the config"
             )
         if os.path.isabs(name) or ".." in Path(name).parts:
-            raise InputError(f"{path}:{number}: {name!r} points out of {packed}; correct the line")
+            raise InputError(
+                f"{path}:{number}: {name!r} is outside of {h5_folder}; correct the line"
+            )
         if kinetics:
-            file, key = packed / f"{name}.h5", None
+            file, key = h5_folder / f"{name}.h5", None
         else:
-            file, key = (single if single.is_file() else packed / f"{name}.h5"), name
+            file, key = (single if single.is_file() else h5_folder / f"{name}.h5"), name
         records.add(number, H5Record(file, label, name, key, rates.get(name)))
     return records.finish()
 
 
-def _read_rates(folder: Path, split: str) -> dict[str, float]:
-    """Return name → frames per second. The original reads the file from `annotation`."""
+def _read_frame_rates(folder: Path, split: str) -> dict[str, float | None]:
+    """Return name → frames per second, or None if unknown; {} if there is no file.
+
+    The file is in `annotations`, or in `annotation`, from which the original program reads it.
+    """
     for subfolder in ("annotations", "annotation"):
         path = folder / subfolder / f"{split}_fps.txt"
         if os.path.lexists(path):
@@ -199,5 +213,5 @@ def _read_rates(folder: Path, split: str) -> dict[str, float]:
             rate = math.nan
         if not math.isfinite(rate):
             raise InputError(f"{path}:{number}: {line!r} is not 'name,fps'")
-        rates[name] = rate if 0.01 <= rate <= 1000 else None  # 0: unknown
+        rates[name] = rate if 0.01 <= rate <= 1000 else None  # e.g. 0 for an unknown rate
     return rates
