@@ -150,7 +150,7 @@ class Family:
         return name.startswith(self.image_prefix) and image_name.startswith(IMAGE_WEIGHTS)
 
     def block_index(self, name: str) -> int | None:
-        """Return the index of the image ViT's block that contains a weight, or None."""
+        """Return the index of the image ViT's block with this weight, or None if there is none."""
         prefix = f"{self.image_prefix}blocks."
         if not name.startswith(prefix):
             return None

@@ -23,7 +23,8 @@ def shift_time(x: jax.Array, segment: int, fold: int, *, groups: int = 1) -> jax
         x: Keys or values `(b, t, n, d)`. The axis `d` holds the heads one after the other.
         segment: Number of frames per segment; divides `t`. Channels do not move between segments:
             where a frame has no neighbour in its segment, it takes zeros.
-        fold: Number of channels per group to take from the next frame, and again from the previous.
+        fold: Number of channels per group that are taken from the next frame. As many are taken
+            from the previous frame.
         groups: Number of groups that `d` is split into: 1 (the released models) or the number of
             heads.
 
@@ -65,8 +66,8 @@ class Mixing:
     Attributes:
         segment: Number of frames per segment.
         groups: Number of channel groups.
-        fold: Number of channels per group that are taken from the next frame, and again from the
-            previous one.
+        fold: Number of channels per group that are taken from the next frame. As many are taken
+            from the previous frame.
         shift_keys: Whether `shift_time` is applied to the keys.
         shift_values: Whether `shift_time` is applied to the values.
         summary_tokens: Whether summary tokens are appended to keys and values.
