@@ -23,7 +23,6 @@ def block_multiply_adds(
         hidden: Hidden width of the MLP.
         attention: Whether to count the attention products, q·kᵀ and weights·v, too.
         num_keys: Number of keys that each token attends to; None: `num_tokens`.
-
     """
     count = num_tokens * (4 * width * width + 2 * width * hidden)
     num_keys = num_tokens if num_keys is None else num_keys

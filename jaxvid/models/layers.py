@@ -330,5 +330,4 @@ def run_blocks(
         start += len(states)
     # The last block has one query per frame. It needs so little memory that it stores everything.
     x, _ = run(last[0], 1, x, (last[1], start))
-
     return x[:, :, 0]

@@ -83,7 +83,6 @@ def check_size(config: Any) -> None:
 
     Raises:
         ValueError: The network has too many patches per frame or too many parameters.
-
     """
     tokens = (config.image_size // config.patch_size) ** 2
     if tokens > MAX_TOKENS:

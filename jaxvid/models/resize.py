@@ -40,7 +40,6 @@ def resize_time(embed: jax.Array, num_frames: int, *, leading_rows: int) -> jax.
         leading_rows: Number of rows before the frames' rows, e.g. 1 for a class token. They are
             unchanged.
 
-
     Returns:
         `(1, leading_rows + num_frames, ...)`.
     """

@@ -309,7 +309,7 @@ def multiply_adds(config: XViTConfig, attention: bool) -> int:
 
 
 def released_preprocessing(config: XViTConfig) -> dict[str, Any]:
-    """Return the preprocessing of the released program: three crops, as high as the short side.
+    """Return the preprocessing of the released program: three crops that span the short side.
 
     Args:
         config: The network's config; its name, number of frames and image size are used.
