@@ -35,6 +35,7 @@ from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.inference.sliding_windows import plan_windows, prefetch, read_frames
 
 WINDOW, FPS = 10.0, 30  # window length in seconds, frame rate in frames per second
+# ViT-Ti/16 with a small aggregator.
 TI = {"width": 192, "heads": 3, "temporal_heads": 3, "temporal_mlp": 512, "temporal_depth": 2}
 
 
