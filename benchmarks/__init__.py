@@ -1,1 +1,1 @@
-"""Measurements that print ratios against something run side by side."""
+"""Benchmarks: each prints ratios against references that run beside it."""

@@ -1,7 +1,7 @@
 """Print parameters and multiply-adds of every preset, and compare them with the papers' figures.
 
 python benchmarks/cost.py            print the table
-python benchmarks/cost.py --time     also time the forward pass against the number of frames
+python benchmarks/cost.py --time     also time the forward pass for different numbers of frames
 """
 
 import argparse
@@ -31,15 +31,17 @@ def multiply_adds(config: ModelConfig, *, attention: bool = True) -> int:
 
     Args:
         config: The model's config.
-        attention: Count the attention products, q·kᵀ and weights·v, too.
+        attention: Whether to count the attention products, q·kᵀ and weights·v, too.
     """
     return family_of(config).multiply_adds(config, attention)
 
 
 def print_table() -> None:
     """Print one row per preset: parameters, multiply-adds per view and protocol, paper's figure."""
-    print("10⁹ multiply-adds (half of FLOPs) of matrix products; '+attention' also counts q·kᵀ and")
-    print("weights·v; the protocol column counts attention products only if the paper does")
+    print(
+        "10⁹ multiply-adds of matrix products (1 multiply-add = 2 FLOPs). '+attention' also counts"
+    )
+    print("q·kᵀ and weights·v; 'protocol' (views × cost per view) counts them if the paper does")
     titles = ("M params", "per view", "+attention", "protocol", "paper")
     print(f"{'model':10} " + "{:>9} {:>8} {:>11} {:>18} {:>6}".format(*titles))
     for name in PRESETS:
@@ -56,9 +58,9 @@ def print_table() -> None:
 
 
 def print_times(repeats: int) -> None:
-    """Print the median forward time of published presets, whose frames run independently.
+    """Print the median forward time of published presets that encode frames independently.
 
-    Their time is expected to be proportional to the number of frames.
+    The time is expected to be proportional to the number of frames.
 
     Args:
         repeats: Number of timed runs per preset.
@@ -83,7 +85,7 @@ def print_times(repeats: int) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--time", action="store_true", help="time forward passes too")
+    parser.add_argument("--time", action="store_true", help="also time forward passes")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs per preset (default 3)")
     args = parser.parse_args()
     print_table()

@@ -4,9 +4,10 @@ python benchmarks/data.py                     generated videos of 340×256, 10 s
 python benchmarks/data.py --size 640x480      larger videos
 
 A clip is 16 frames spread over a video, scaled to a short side of 256 px and cropped to 224 px, as
-uint8. All sides decode the same frames. Prints clips per second of CPU time on one core, which
-depends little on other load, the median of the paired ratios, the ratio of all rounds together, and
-the cost of each stage.
+uint8. The compared programs ("sides") decode the same frames. For each side, the benchmark prints
+clips per second of CPU time on one core, which depends little on other load, the median of the
+paired ratios, and the ratio of the total times. Last, it prints the cost of each stage of a
+training clip.
 """
 
 import argparse
@@ -47,7 +48,7 @@ NUM_FRAMES, SHORT_SIDE, CROP = 16, 256, 224
 SECONDS, FPS = 10, 30
 SPEC = ClipSpec(num_frames=NUM_FRAMES, crop=CROP, short_side=SHORT_SIDE)
 _TRAIN = dataclasses.replace(SPEC, train_crop="multiscale", flip_prob=0.5)
-TRAIN_SPECS = {  # XViT's on Kinetics
+TRAIN_SPECS = {  # XViT's training on Kinetics, and the same without AutoAugment
     "with AutoAugment": dataclasses.replace(_TRAIN, augment="autoaugment"),
     "multi-scale crop, flip": _TRAIN,
 }
@@ -58,9 +59,9 @@ TRAIN_SPECS = {  # XViT's on Kinetics
 
 def make_texture(rng: np.random.Generator, size: int, contrast: float) -> Image.Image:
     """Make a picture with a spectrum of about 1/f, like that of photographs."""
-    f = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
     noise = np.fft.fft2(rng.standard_normal((3, size, size)), axes=(1, 2))
-    planes = np.fft.ifft2(noise / np.maximum(f, 1 / size) ** 1.2, axes=(1, 2)).real
+    planes = np.fft.ifft2(noise / np.maximum(frequency, 1 / size) ** 1.2, axes=(1, 2)).real
     planes /= planes.std(axis=(1, 2), keepdims=True)
     planes = planes[:1] + 0.3 * planes  # mostly grey, like photographs
     values = rng.uniform(90, 150, (3, 1, 1)) + contrast * planes
@@ -73,7 +74,7 @@ def write_video(path: Path, width: int, height: int, seed: int) -> None:
     rows, columns = np.mgrid[:height, :width]
     cut, shake = int(rng.integers(60, SECONDS * FPS - 60)), np.zeros(2)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS)  # its defaults: crf 23, keyint 250
+        stream = container.add_stream("libx264", rate=FPS)  # x264's defaults: crf 23, keyint 250
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for t in range(SECONDS * FPS):
             if t in (0, cut):
@@ -83,7 +84,7 @@ def write_video(path: Path, width: int, height: int, seed: int) -> None:
             shake = shake + rng.normal(0, 0.2, 2)
             frame = None
             for layer, centre, speed, radius in zip(layers, centres, speeds, radii, strict=True):
-                # The background drifts; the objects swing and turn.
+                # The first layer is the background, which drifts. The objects swing and turn.
                 x, y = (centre + 0.2 * speed * np.sin(t / 20)) * (width, height)
                 angle = 0.0 if frame is None else 0.5 * speed[0] * np.sin(t / 15)
                 zoom = 1 + 0.05 * np.sin(t / 60)
@@ -121,7 +122,7 @@ def clip_indices(length: int) -> list[int]:
 
 
 def with_jaxvid(source: Path | PackedVideo) -> np.ndarray:
-    """Load the clip of a file or of a pack's record with this project's pipeline."""
+    """Load the clip of a video file or of a packed video with this project's pipeline."""
     return np.ascontiguousarray(load_eval_views(source, SPEC)["video"][0])
 
 
@@ -142,14 +143,14 @@ def xvit_views(record: PackedVideo, *, exact: bool) -> np.ndarray:
 
 
 def jpegs_of(video: PackedVideo) -> list[bytes]:
-    """Return the JPEG files of a packed video's clip."""
+    """Return the JPEG pictures of the frames in a packed video's clip."""
     size = video.listed.frames_per_record
     positions = [divmod(i, size) for i in clip_indices(video.listed.num_frames)]
     return [video.records.read(video.listed.record + n)["frames"][i] for n, i in positions]
 
 
 def with_pyav(path: Path) -> np.ndarray:
-    """Decode from the start to the last frame of the clip."""
+    """Decode the video with PyAV from its start to the last frame of the clip."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -164,7 +165,7 @@ def with_pyav(path: Path) -> np.ndarray:
 
 
 def with_opencv(path: Path) -> np.ndarray:
-    """Grab from the start to the last frame of the clip, and retrieve its frames."""
+    """Decode with OpenCV from the start of the video, and convert only the frames of the clip."""
     video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     indices = clip_indices(int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
     frames = []
@@ -177,7 +178,7 @@ def with_opencv(path: Path) -> np.ndarray:
 
 
 def make_with_torch(paths: list[Path]) -> Callable[[Path], np.ndarray]:
-    """Make a torch DataLoader in this process, with sequential PyAV decoding."""
+    """Return a function that loads a clip with a torch DataLoader and PyAV in this process."""
     import torch
 
     torch.set_num_threads(1)
@@ -190,56 +191,55 @@ def make_with_torch(paths: list[Path]) -> Callable[[Path], np.ndarray]:
             return torch.from_numpy(with_pyav(paths[index]))
 
     def load(path: Path) -> np.ndarray:
-        only = torch.utils.data.Subset(Videos(), [paths.index(path)])
-        return next(iter(torch.utils.data.DataLoader(only)))[0].numpy()
+        subset = torch.utils.data.Subset(Videos(), [paths.index(path)])
+        return next(iter(torch.utils.data.DataLoader(subset)))[0].numpy()
 
     return load
 
 
 # ------------------------------------------------------------------ augmentation
 
-RESAMPLING = {
+RESAMPLING = {  # interpolation mode of OpenCV → of Pillow
     cv2.INTER_NEAREST: Image.Resampling.NEAREST,
     cv2.INTER_LINEAR: Image.Resampling.BILINEAR,
     cv2.INTER_CUBIC: Image.Resampling.BICUBIC,
 }
 
 
-def warp(image: Image.Image, matrix: tuple, interpolation: int) -> Image.Image:
-    """Apply Pillow's affine transform."""
+def warp(image: Image.Image, matrix: tuple, mode: int) -> Image.Image:
+    """Apply an affine transform with Pillow; fill pixels from outside the image with grey."""
     return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, RESAMPLING[interpolation], fillcolor=(128,) * 3
+        image.size, Image.Transform.AFFINE, matrix, RESAMPLING[mode], fillcolor=(128,) * 3
     )
 
 
-PILLOW = {  # operations of the policy, for one frame
+PILLOW = {  # AutoAugment operations for one frame, with Pillow
     "autocontrast": ImageOps.autocontrast,
     "color": lambda image, factor: ImageEnhance.Color(image).enhance(factor),
     "equalize": ImageOps.equalize,
     "invert": ImageOps.invert,
     "posterize": lambda image, bits: image.point(
-        [i & 0xFF00 >> bits & 255 for i in range(256)] * 3
+        [i & 0xFF00 >> bits & 255 for i in range(256)] * 3  # keeps the `bits` highest bits
     ),
-    "rotate": lambda image, degrees, interpolation: image.rotate(
-        degrees, RESAMPLING[interpolation], fillcolor=(128,) * 3
+    "rotate": lambda image, degrees, mode: image.rotate(
+        degrees, RESAMPLING[mode], fillcolor=(128,) * 3
     ),
-    "shear_x": lambda image, factor, how: warp(image, (1, factor, 0, 0, 1, 0), how),
-    "shear_y": lambda image, factor, how: warp(image, (1, 0, 0, factor, 1, 0), how),
+    "shear_x": lambda image, factor, mode: warp(image, (1, factor, 0, 0, 1, 0), mode),
+    "shear_y": lambda image, factor, mode: warp(image, (1, 0, 0, factor, 1, 0), mode),
     "solarize": ImageOps.solarize,
     "solarize_add": lambda image, addition: image.point(
         [min(i + addition, 255) if i < 128 else i for i in range(256)] * 3
     ),
-    "translate_y": lambda image, share, how: warp(
-        image, (1, 0, 0, 0, 1, share * image.size[1]), how
+    "translate_y": lambda image, share, mode: warp(
+        image, (1, 0, 0, 0, 1, share * image.size[1]), mode
     ),
 }
 
 
 def pillow_autoaugment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Apply the operations that `autoaugment.autoaugment` draws with Pillow, frame by frame."""
-    for name, probability, level in autoaugment.AUTOAUGMENT_V0[
-        rng.integers(len(autoaugment.AUTOAUGMENT_V0))
-    ]:
+    """Apply the operations of `autoaugment.autoaugment` with Pillow, frame by frame."""
+    sub_policy = autoaugment.AUTOAUGMENT_V0[rng.integers(len(autoaugment.AUTOAUGMENT_V0))]
+    for name, probability, level in sub_policy:
         if rng.random() < probability:
             arguments = autoaugment.OPERATIONS[name][1](level, rng)
             images = (PILLOW[name](Image.fromarray(frame), *arguments) for frame in frames)
@@ -247,19 +247,19 @@ def pillow_autoaugment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarr
     return frames
 
 
-# ------------------------------------------------------------------ measuring
+# ------------------------------------------------------------------ measurements
 
 
 def cpu_seconds(call: Callable) -> float:
-    """Return the CPU time of a call in this process, over all threads."""
+    """Return the CPU time of a call in seconds, summed over all threads of this process."""
     start = time.process_time()
     call()
     return time.process_time() - start
 
 
 def compare(title: str, sides: dict[str, Callable], rounds: list) -> None:
-    """Run all sides on each of `rounds` in turn, and print rates and paired ratios."""
-    for side in sides.values():
+    """Run all sides in turn on each item of `rounds`; print rates and paired ratios."""
+    for side in sides.values():  # warm-up
         side(rounds[0])
     times = np.array(
         [[cpu_seconds(functools.partial(s, item)) for s in sides.values()] for item in rounds]
@@ -269,14 +269,14 @@ def compare(title: str, sides: dict[str, Callable], rounds: list) -> None:
         ratios = column / times[:, 0]
         line = f"{side:32} {1 / np.median(column):7.1f} clips/s {np.median(column) * 1e3:7.1f} ms"
         if side != next(iter(sides)):
-            line += f"   first is {np.median(ratios):.2f} × as fast"
+            line += f"   first side is {np.median(ratios):.2f} × as fast"
             line += f" ({ratios.min():.2f} to {ratios.max():.2f})"
             line += f", {column.sum() / times[:, 0].sum():.2f} × in total"
         print(line)
 
 
 class TimedVideo(VideoFile):
-    """Measures the time of the conversion to RGB."""
+    """A video file that measures the CPU time of the conversion to RGB."""
 
     rgb_seconds = 0.0
 
@@ -288,7 +288,7 @@ class TimedVideo(VideoFile):
 
 
 def print_stages(paths: list[Path], rounds: int) -> None:
-    """Print the cost of each stage of a training clip."""
+    """Print the CPU time of each stage of a training clip."""
     rows = []
     batch = np.empty((8, NUM_FRAMES, CROP, CROP, 3), np.uint8)
     for i in range(rounds + 1):
@@ -313,7 +313,7 @@ def print_stages(paths: list[Path], rounds: int) -> None:
         "crop", "copy into the batch",
     )  # fmt: skip
     print("\nstages of a training clip, ms (median and mean)")
-    for name, column in zip(names, np.array(rows[1:]).T, strict=True):
+    for name, column in zip(names, np.array(rows[1:]).T, strict=True):  # the first row is a warm-up
         print(f"{name:24} {np.median(column) * 1e3:7.2f} {column.mean() * 1e3:7.2f}")
 
 
@@ -325,8 +325,15 @@ def main() -> None:
     )
     parser.add_argument("--size", default="340x256", help="size of the videos in pixels")
     parser.add_argument("--videos", type=int, default=6, help="number of videos")
-    parser.add_argument("--rounds", type=int, default=24, help="clips per side")
-    parser.add_argument("--frames_per_record", type=int, default=Settings.frames_per_record)
+    parser.add_argument(
+        "--rounds", type=int, default=24, help="clips per side; three times as many if augmented"
+    )
+    parser.add_argument(
+        "--frames_per_record",
+        type=int,
+        default=Settings.frames_per_record,
+        help="frames per record of the pack",
+    )
     args = parser.parse_args()
     width, height = (int(n) for n in args.size.split("x"))
     cv2.setNumThreads(1)
@@ -344,7 +351,7 @@ def main() -> None:
         try:
             sides["torch DataLoader, PyAV"] = make_with_torch(paths)
         except ImportError:
-            print("torch is not installed: left out")
+            print("torch is not installed; its DataLoader is not measured")
         expected = with_pyav(paths[0])
         for name, side in sides.items():
             difference = np.abs(side(paths[0]).astype(int) - expected).max()

@@ -42,7 +42,7 @@ from jaxvid.training.steps import cross_entropy
 
 
 def matmul_peak(dtype: str) -> float:
-    """Return the best measured multiply-adds per second of one large matrix product in JAX."""
+    """Measure the highest rate of a large matrix product in JAX, in multiply-adds per second."""
     n = 8192 if jax.default_backend() == "gpu" else 2048
     a = jnp.ones((n, n), dtype)
     product = jax.jit(lambda a: a @ a)
@@ -169,12 +169,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="stam_16", help="a preset (default stam_16)")
     parser.add_argument("--batch", type=int, default=1, help="clips per step (default 1)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--train", action="store_true", help="time training steps")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="compute dtype (default float32)",
+    )
+    parser.add_argument(
+        "--train", action="store_true", help="time training steps instead of forward passes"
+    )
     parser.add_argument("--pairs", type=int, default=7, help="timed pairs (default 7)")
     others = (*list(SIDES)[1:], "nothing")
     parser.add_argument(
-        "--against", default="pytorch", choices=others, help="other side (default pytorch)"
+        "--against",
+        default="pytorch",
+        choices=others,
+        help="what to compare with (default pytorch)",
     )
     args = parser.parse_args()
     config = make_model_config(args.model)

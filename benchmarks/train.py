@@ -1,17 +1,20 @@
-"""Measure the cost of training's loop beside its arithmetic, in `jaxvid.train.train` itself.
+"""Measure the overhead of the training loop in `jaxvid.train.train`.
 
-python benchmarks/train.py                       the demo's model: one repeated batch, and packs
+python benchmarks/train.py                       the demo's model: one repeated batch, and a pack
 python benchmarks/train.py --trace               also trace the device, and wait for each step
-python benchmarks/train.py --input pack --input folder           packs against H.264 files
-python benchmarks/train.py --config FILE.py --config.FIELD=VALUE         another model
+python benchmarks/train.py --input pack --input folder           a pack and H.264 files
+python benchmarks/train.py --config FILE.py --config.FIELD=VALUE         a different model
 
-Clips are generated and packed; `synthetic` repeats one batch of them. The training program is given
-an iterator that switches between the inputs every few steps of one run. The first steps of a turn
-are not counted, as buffers are full then. A step lasts from one draw of a batch to the next.
-`python` is the CPU time of the loop's thread per step, without draws. `busy` is the share of time
-in which the device runs a program (CPU), or has a kernel or a copy in a stream (GPU), in a trace of
-some further steps. The trace slows Python more than the device. `read at once` waits for the device
-before each draw, as a loop does that reads its metrics after each step.
+Clips are generated and packed. The input `synthetic` repeats one batch of the pack. All inputs are
+measured in one training run, whose batches come from the inputs in turns of several steps. The
+first steps of a turn are not counted, because their batches were decoded during the other turns.
+The side `read at once` waits for the device before each draw of a batch, like a training loop that
+reads its metrics after each step.
+
+Columns: A step lasts from one draw of a batch to the next. `python` is the CPU time of the training
+loop's thread per step, without draws. `busy` is the share of time in which the device runs a
+program (CPU), or has a kernel or a copy in a stream (GPU). It is measured in a trace of some more
+steps, which slows Python more than the device.
 """
 
 import contextlib
@@ -48,27 +51,31 @@ from jaxvid.train import train
 
 CONFIG = cli.define_config()
 INPUT = flags.DEFINE_multi_enum(
-    *("input", ["synthetic", "pack"], ["synthetic", "pack", "folder"]),
+    "input",
+    ["synthetic", "pack"],
+    ["synthetic", "pack", "folder"],
     "Sources of batches; the others are compared with the first.",
 )
 STEPS = flags.DEFINE_integer("steps", 20, "Counted steps per turn.", lower_bound=1)
 TURNS = flags.DEFINE_integer("turns", 5, "Turns per side.", lower_bound=1)
 TRACE = flags.DEFINE_boolean("trace", False, "Also trace the device and wait for each step.")
-CLIPS, VIDEOS = 128, 4
-TRACED_STEPS, FILLING_STEPS = 10, 3  # of a side in the trace; of them before the window
+CLIPS = 128  # generated training clips, if they are large enough for the model
+VIDEOS = 4  # generated training videos otherwise
+TRACED_STEPS = 10  # traced steps per side
+FILLING_STEPS = 3  # the first of the traced steps, which are not counted
 
 
-# ------------------------------------------------------------------ what is compared
+# ------------------------------------------------------------------ sides and turns
 
 
 class Side(NamedTuple):
-    """One of the variants that are compared.
+    """A variant of training that is compared with others.
 
     Attributes:
-        name: Its name in the table.
-        kind: Its input.
-        waits: Whether it waits for the device before each draw.
-        other: The side that it is compared with.
+        name: Name in the table.
+        kind: Input: `synthetic`, `pack` or `folder`.
+        waits: Whether training waits for the device before each draw.
+        other: Name of the side that this one is compared with; its own name: with none.
     """
 
     name: str
@@ -78,7 +85,7 @@ class Side(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Which side makes which step.
+    """The order of the sides in the training run.
 
     Attributes:
         sides: The sides, in the order of their turns.
@@ -94,30 +101,31 @@ class Plan(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Steps of all turns. One more ends the last turn, and then the trace follows."""
+        """Number of steps in all turns. One more step ends the last turn, then the trace starts."""
         return self.turns * len(self.sides) * (self.skipped + self.steps)
 
     def side_of(self, step: int) -> Side:
-        """Return the side that makes a step."""
+        """Return the side that a step belongs to."""
         if step < self.total:
             turn = step // (self.skipped + self.steps)
-        else:
+        else:  # traced, or -1 for the step `total`, which belongs to the last side
             turn = (step - self.total - 1) // TRACED_STEPS
         return self.sides[turn % len(self.sides)]
 
     def counted(self, marks: np.ndarray) -> np.ndarray:
-        """Select the counted steps: `(steps ...)` of all turns → `(turns sides steps ...)`."""
+        """Select the counted steps: `(steps ...)` of the run → `(turns sides steps ...)`."""
         turns = marks[: self.total].reshape(self.turns, len(self.sides), -1, *marks.shape[1:])
         return turns[:, :, self.skipped :]
 
 
 def make_plan(config: Config) -> Plan:
-    """Make the plan of the flags."""
+    """Make the plan that the command-line flags describe."""
     kinds = INPUT.value
     sides = [Side(kind, kind, False, kinds[0]) for kind in kinds]
     if TRACE.value:
         sides.append(Side(f"{kinds[-1]}, read at once", kinds[-1], True, kinds[-1]))
-    # Batches that were decoded during other sides' turns, and the steps that the device is behind.
+    # An upper bound of the batches that were decoded during other sides' turns, and of the steps by
+    # which the device lags behind.
     skipped = (config.data.num_threads + 4) * max(1, config.data.num_workers)
     return Plan(sides, skipped, STEPS.value, TURNS.value)
 
@@ -126,10 +134,10 @@ def make_plan(config: Config) -> Plan:
 
 
 def make_clips(folder: Path, config: Config) -> None:
-    """Write videos a little larger than the model's input, as files and as a pack.
+    """Generate videos, and write them as files and as a pack.
 
     Args:
-        folder: Gets `folder/` and `pack/`.
+        folder: Folder in which `folder/` and `pack/` are created.
         config: The config of the run.
     """
     clips = folder / "folder"
@@ -156,7 +164,7 @@ class TimedInput:
 
     Args:
         batches: Kind of input → its iterator.
-        plan: Which side makes which step.
+        plan: The plan of the run.
 
     Attributes:
         marks: For each draw, the wall time before and after it, and the thread's CPU time before
@@ -165,7 +173,7 @@ class TimedInput:
     """
 
     def __init__(self, batches: dict[str, Iterator[dict]], plan: Plan):
-        """See the class."""
+        """Start before the first draw."""
         self._batches, self._plan = batches, plan
         self.marks: list[tuple[float, ...]] = []
         self.peak_bytes = 0
@@ -189,13 +197,13 @@ class TimedInput:
         return {}
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stop the threads of the inputs."""
         for kind in self._batches.keys() - {"synthetic"}:
             self._batches[kind].close()
 
 
 def peak_memory() -> int:
-    """Return the peak memory in bytes: the device's, or the process's if it is not reported."""
+    """Return the peak memory in bytes: the device's, or the process's if the former is unknown."""
     stats = jax.local_devices()[0].memory_stats() or {}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return stats.get("peak_bytes_in_use", resident)
@@ -207,10 +215,10 @@ def make_timed_input(
     """Make the input of a run.
 
     Args:
-        records: The training videos, of the pack.
-        plan: Which side makes which step.
+        records: The training videos of the pack.
+        plan: The plan of the run.
         others: Other kinds of input → their training videos.
-        **options: Of `pipeline.make_train_iter`.
+        **options: Options of `pipeline.make_train_iter`.
     """
     batches = {"pack": make_train_iter(records, **options)}
     if "synthetic" in INPUT.value:
@@ -223,8 +231,8 @@ def run(config: Config, plan: Plan, folder: Path) -> tuple[TimedInput, dict[str,
     """Train on the clips of `make_clips` as planned.
 
     Returns:
-        The input, with the times of its draws; and, if a trace is asked for, the share of time in
-        which the device is busy for each side.
+        The input with the times of its draws, and the result of `busy_shares`, which is empty
+        without `--trace`.
     """
     config = config.copy_and_resolve_references().unlock()
     config.data.update(source="pack", folder=str(folder / "pack"), prefix="")
@@ -255,8 +263,8 @@ def busy_shares(folder: Path, plan: Plan) -> dict[str, float]:
     """Compute how busy the device is from the trace of `jax.profiler` in `folder`.
 
     Returns:
-        Side → the busy share of the time between its first counted draw and its last, averaged over
-        this machine's GPUs; or the CPU's.
+        Name of a side → the share of time between its first counted draw and its last in which the
+        device is busy. Several GPUs are averaged.
     """
     (path,) = folder.glob("**/*.xplane.pb")
     planes = {plane.name: plane for plane in ProfileData.from_file(str(path)).planes}
@@ -265,7 +273,9 @@ def busy_shares(folder: Path, plan: Plan) -> dict[str, float]:
         [e for line in plane.lines if line.name.startswith("Stream") for e in line.events]
         for name, plane in planes.items()
         if name.startswith("/device:GPU")
-    ] or [[event for event in host if event.name.startswith("ThunkExecutor::Execute")]]
+    ]
+    if not devices:  # no GPU: the programs on the CPU
+        devices = [[event for event in host if event.name.startswith("ThunkExecutor::Execute")]]
     spans = [np.array(sorted((e.start_ns, e.end_ns) for e in events)) for events in devices]
     shares = {}
     for side in plan.sides:
@@ -284,7 +294,7 @@ def busy_time(spans: np.ndarray) -> float:
     return ends[-1] - starts[0] - idle
 
 
-# ------------------------------------------------------------------ the table
+# ------------------------------------------------------------------ table
 
 
 def print_table(plan: Plan, timed: TimedInput, busy: dict[str, float], work: float) -> None:
@@ -294,7 +304,7 @@ def print_table(plan: Plan, timed: TimedInput, busy: dict[str, float], work: flo
         plan: The plan of the run.
         timed: The input of the run, with the times of its draws.
         busy: Side → the busy share of time; empty without a trace.
-        work: The model's arithmetic per step, in seconds at the matmul peak.
+        work: Time in seconds that the model's arithmetic takes per step at the matmul peak.
     """
     before, after, cpu_before, cpu_after = np.array(timed.marks[: plan.total + 1]).T
     seconds = plan.counted(np.diff(before))  # (turns sides steps)

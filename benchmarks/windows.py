@@ -4,11 +4,15 @@ python benchmarks/windows.py                                  a ViT-Ti/16 STAM-1
 python benchmarks/windows.py --model stam_16 --windows 8 --rounds 1          the full ViT-B/16
 python benchmarks/windows.py --model stam_tiny                                          quick
 
-A STAM with random weights classifies windows of 10 s of a synthetic video. The sides take turns:
-`shared` is `Classifier.windows`, which decodes each frame and computes its features once. `alone`
-decodes and classifies each window separately, from an open video, and also decodes ahead in a
-thread. `apart` opens the video for each window, as `predict` does with a file. For `n` windows that
-overlap by 75 %, `alone` computes `4n / (n + 3)` times as many frames, which is always below 4.
+A STAM with random weights classifies windows of 10 s of a synthetic video in three ways, which take
+turns:
+`shared`: `Classifier.windows` decodes each frame once and computes its features once.
+`alone`: Each window is decoded and classified separately. The video stays open, and a thread
+decodes ahead.
+`apart`: As `alone`, but the video is opened again for each window, as by `predict` for each file.
+
+For `n` windows that overlap by 75 %, `alone` computes `4n / (n + 3)` times as many frames as
+`shared`, always less than 4 times as many.
 """
 
 import argparse
@@ -30,7 +34,8 @@ from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.inference.sliding_windows import plan_windows, prefetch, read_frames
 
-WINDOW, FPS = 10.0, 30  # seconds, frames per second
+WINDOW, FPS = 10.0, 30  # window length in seconds, frame rate in frames per second
+# ViT-Ti/16 with a small aggregator.
 TI = {"width": 192, "heads": 3, "temporal_heads": 3, "temporal_mlp": 512, "temporal_depth": 2}
 
 
@@ -56,7 +61,7 @@ def read_windows(reader: VideoFile, indices: np.ndarray, spec: ClipSpec) -> Iter
 
 
 def read_apart(path: Path, indices: np.ndarray, spec: ClipSpec) -> Iterator[np.ndarray]:
-    """Decode the views of each window from a newly opened video."""
+    """Decode the views `(1, v, t, h, w, c)` of each window from a newly opened video."""
     for row in indices:
         with VideoFile(path, max_seconds=3600) as reader:
             yield from read_windows(reader, row[None], spec)
@@ -68,7 +73,7 @@ def score_alone(classifier: jaxvid.Classifier, views: Iterator[np.ndarray]) -> n
 
 
 def time_in_turns(title: str, sides: dict[str, Callable], rounds: int) -> dict:
-    """Print each side's shortest wall and CPU time and the ratios; return the results."""
+    """Run the sides in turn; print their shortest wall and CPU times and ratios; return results."""
     seconds, results = {name: [] for name in sides}, {}
     for _ in range(rounds):
         for name, run in sides.items():
@@ -76,11 +81,11 @@ def time_in_turns(title: str, sides: dict[str, Callable], rounds: int) -> dict:
             results[name] = run()
             end = np.array([time.perf_counter(), time.process_time()])
             seconds[name].append(end - start)
-    least = {name: np.min(values, axis=0) for name, values in seconds.items()}
-    times = ", ".join(f"{name} {wall:.2f} ({cpu:.2f}) s" for name, (wall, cpu) in least.items())
+    shortest = {name: np.min(values, axis=0) for name, values in seconds.items()}
+    times = ", ".join(f"{name} {wall:.2f} ({cpu:.2f}) s" for name, (wall, cpu) in shortest.items())
     print(f"{title}, wall (CPU) time: {times}")
     for name in [*sides][1:]:
-        wall, cpu = least[name] / least["shared"]
+        wall, cpu = shortest[name] / shortest["shared"]
         print(f"    sharing is {wall:.2f} ({cpu:.2f}) × as fast as {name}")
     return results
 
@@ -92,8 +97,10 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", default="", help="a STAM preset; empty: stam_16 as a ViT-Ti/16")
-    parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--overlap", type=float, default=0.75, help="overlap of neighbours, 0 to 1")
+    parser.add_argument("--windows", type=int, default=40, help="number of windows")
+    parser.add_argument(
+        "--overlap", type=float, default=0.75, help="overlap of consecutive windows, 0 to 1"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="rounds, of which the fastest counts")
     args = parser.parse_args()
     stride = WINDOW * (1 - args.overlap)
@@ -104,8 +111,10 @@ def main() -> None:
         "sampling": "uniform_10s",
         "num_frames": config.num_frames,
         "crop": config.image_size,
+        "short_side": config.image_size * 8 // 7,
+        "mean": 0.0,
+        "std": 1.0,
     }
-    preprocessing |= {"short_side": config.image_size * 8 // 7, "mean": 0.0, "std": 1.0}
     with tempfile.TemporaryDirectory() as folder:
         jaxvid.save_model(model, Path(folder) / "model", preprocessing=preprocessing)
         video = Path(folder) / "video.mp4"
@@ -123,7 +132,7 @@ def main() -> None:
                 with contextlib.closing(prefetch(views)) as ahead:
                     return score_alone(classifier, ahead)
 
-            # Compiles.
+            # Compile both programs before timing.
             classifier.scores(views[0])
             classifier.score_windows(indices[:1], iter(chunks[:1]))
             print(

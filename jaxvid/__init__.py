@@ -7,7 +7,8 @@ print(jaxvid.Classifier("FOLDER").predict("clip.mp4").labels[0])
 
 import importlib
 
-_HOME = {
+# Public name → module that defines it.
+_MODULES = {
     "Classifier": "inference.classifier",
     "create_model": "models",
     "load_model": "storage.model_folder",
@@ -17,7 +18,7 @@ __all__ = ["Classifier", "create_model", "load_model", "save_model"]
 
 
 def __getattr__(name: str):
-    # On first use: decoding workers and `--help` import this package and need none of JAX.
-    if name not in _HOME:
+    # Import on first use: decoding workers and `--help` import this package, but do not need JAX.
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

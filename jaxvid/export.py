@@ -1,10 +1,10 @@
 """Export a model folder: python -m jaxvid.export --model FOLDER --output FILE [--format F].
 
-`stablehlo` (default): the network with weights and normalisation as one program, on CPU and CUDA,
-for any batch size. Running it requires jax and flatbuffers, but not jaxvid.
+`stablehlo` (default): the network with weights and normalisation as one program, for CPU and CUDA
+and any batch size. Running it requires jax and flatbuffers, but not jaxvid.
 `safetensors`: only the weights, under the same names as in model folders, with `model.json` as
 metadata.
-FILE.json describes the input, the output and how to load the file.
+FILE.json describes the contents of FILE and how to load it.
 """
 
 if __name__ == "__main__":  # before the slow imports below
@@ -36,7 +36,7 @@ from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessin
 
 FORMATS = ("stablehlo", "safetensors")
 PLATFORMS = ("cpu", "cuda")
-MAX_BYTES = 2**31 - 2**20  # of the weights: programs are serialised with 32-bit offsets
+MAX_BYTES = 2**31 - 2**20  # size limit of the weights: serialised programs have 32-bit offsets
 
 
 def export_stablehlo(model: nnx.Module, spec: ClipSpec, *, mean: float, std: float) -> bytes:
@@ -45,8 +45,8 @@ def export_stablehlo(model: nnx.Module, spec: ClipSpec, *, mean: float, std: flo
     Args:
         model: The network.
         spec: Defines `num_frames` and `crop`.
-        mean: Subtracted from pixels in [0, 1].
-        std: Divisor of the difference.
+        mean: Mean that is subtracted from pixels in [0, 1].
+        std: Divisor of the pixels after the mean is subtracted.
 
     Returns:
         A program that maps cropped clips `(b, t, h, w, c)` uint8 to logits `(b, num_classes)`
@@ -58,8 +58,8 @@ def export_stablehlo(model: nnx.Module, spec: ClipSpec, *, mean: float, std: flo
     size = sum(leaf.nbytes for leaf in split_params(model)[1].values())
     if size > MAX_BYTES:
         raise InputError(
-            f"the weights have {size / 1e9:.1f} GB, but a StableHLO program holds at most "
-            f"{MAX_BYTES / 1e9:.1f} GB; use --format safetensors"
+            f"the weights have {size / 1e9:.1f} GB, more than the limit of a StableHLO program "
+            f"({MAX_BYTES / 1e9:.1f} GB); use --format safetensors"
         )
     (b,) = jax_export.symbolic_shape("b")
     clips = jax.ShapeDtypeStruct(clip_shape(spec, b), jnp.uint8)
@@ -68,7 +68,7 @@ def export_stablehlo(model: nnx.Module, spec: ClipSpec, *, mean: float, std: flo
 
 
 def export_safetensors(model: nnx.Module, card: dict) -> bytes:
-    """Serialise a network's weights as float32 safetensors, named as in `split_params`.
+    """Serialise a network's weights as float32 safetensors, with the names of `split_params`.
 
     Args:
         model: The network.
@@ -79,11 +79,11 @@ def export_safetensors(model: nnx.Module, card: dict) -> bytes:
 
 
 def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -> dict:
-    """Write the network of a model folder as one file, and its description as JSON.
+    """Write the network of a model folder as one file, and a description of the file as JSON.
 
     Args:
         folder: Model folder.
-        output: File to write; the description becomes `OUTPUT.json`.
+        output: File to write. The description is written to `OUTPUT.json`.
         format_: One of `FORMATS`.
 
     Returns:
@@ -95,7 +95,7 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
     """
     card, model, preprocessing = load_model_and_preprocessing(folder)
     spec, output = preprocessing.spec, Path(output)
-    # The sizes and checksums describe files of the model folder.
+    # Leave out the sizes and checksums, which describe files of the model folder.
     card = {key: value for key, value in card.items() if key not in ("files", "checksums")}
     description = {"file": output.name, "format": format_, "model": card["name"]}
     if format_ == "stablehlo":
@@ -117,12 +117,12 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
 def _describe_program(output: Path, model: nnx.Module, spec: ClipSpec) -> dict:
     """Describe the input and output of a StableHLO program, and how to load it."""
     meaning = (
-        "clips (b, t, h, w, RGB), sampled, resized and cropped as described in `preprocessing`, in "
-        "whole grey levels; the program applies mean and std"
+        "clips (b, t, h, w, RGB) with pixels from 0 to 255, sampled, resized and cropped as "
+        "described in `preprocessing`; the program applies mean and std"
     )
     if spec.resize == "torch_bilinear":
         meaning += (
-            " (evaluation does not round to whole grey levels with this resize: logits differ by "
+            " (jaxvid's evaluation does not round resized pixels to integers; its logits differ by "
             "up to 1e-2)"
         )
     return {
@@ -163,10 +163,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", required=True, metavar="FOLDER", help="model folder")
     parser.add_argument(
-        "--output", required=True, metavar="FILE", help="file to write, with FILE.json"
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="file to write; its description is written to FILE.json",
     )
     parser.add_argument(
-        "--format", choices=FORMATS, default=FORMATS[0], help=f"default: {FORMATS[0]}"
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help=f"contents of the file; see above (default: {FORMATS[0]})",
     )
     args = parser.parse_args(argv)
     try:
@@ -177,6 +183,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = Path(args.output).stat().st_size
     name = os.fsencode(args.output).decode(errors="replace")
     print(f"{name}: {description['model']}, {description['format']}, {size / 1e6:.1f} MB")
-    print(f"{name}.json: description of input and output; load with:")
+    print(f"{name}.json: description of the exported file; load that file with:")
     print(*(f"    {line}" for line in description["load"]), sep="\n")
     return 0

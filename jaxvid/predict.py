@@ -1,16 +1,17 @@
 """Classify video files: python -m jaxvid.predict FILE|FOLDER|PATTERN... --model FOLDER.
 
-A folder stands for all videos below it. Quote patterns (`'clips/**/*.mp4'`), which the program
-expands. --window and --stride classify sliding windows of one long video.
+A folder stands for all videos below it. Quote patterns (`'clips/**/*.mp4'`), so that this program
+expands them instead of the shell. --window and --stride classify sliding windows of one long video.
 
-Preprocessing and the number of views come from the model card. A trained model uses those of its
-evaluation, a converted one those of the released protocol. Predictions then equal those of --mode
-eval. --clips and --crops set another number of views; fewer are faster.
+Preprocessing and the number of views come from the model card: those of the evaluation for a
+trained model, those of the released protocol for a converted one. Predictions then equal those of
+--mode eval. --clips and --crops set a different number of views; fewer views are faster.
 
-The exit code is the number of inputs that failed, at most 99. Each of them gives a line `failed:
-...` on stderr, whose last line is `N of M failed`; the other inputs are still classified. As in
-every program of jaxvid, the exit code is also 2 if the input as a whole is unusable (bad model
-folder or option, no videos). The last line is then `error: ...`.
+The exit code is the number of inputs that failed, at most 99. Each of them is reported as a line
+`failed: ...` on stderr, and the last line there is `N of M failed`. The other inputs are still
+classified. As in every program of jaxvid, the exit code is also 2 if nothing can be classified or
+an output cannot be written, e.g. because of a bad model folder or option. The last line is then
+`error: ...`.
 """
 
 if __name__ == "__main__":  # before the slow imports below
@@ -38,7 +39,7 @@ from jaxvid.inference.classifier import Classifier
 
 MAX_EXIT_CODE = 99
 STDOUT = "-"
-DEFAULT_BATCH_VIEWS = 8  # views per batch, over all its videos
+DEFAULT_BATCH_VIEWS = 8  # views per batch, summed over its videos
 
 
 def expand(inputs: Sequence[str], skipped: Skipped | None = None) -> tuple[list[str], list[dict]]:
@@ -47,11 +48,11 @@ def expand(inputs: Sequence[str], skipped: Skipped | None = None) -> tuple[list[
     Args:
         inputs: Files, with any suffix; folders, which stand for all videos below them, sorted; and
             patterns in the syntax of `glob`, including `**`. An existing path is not a pattern.
-        skipped: Counts the skipped contents of folders.
+        skipped: Counter of the files and subfolders that are skipped in folders.
 
     Returns:
-        The videos without duplicates, and `{"video", "error"}` for each input that has no videos or
-        cannot be read.
+        The videos without duplicates, and `{"video", "error"}` for each input without videos and
+        for each folder that cannot be read.
     """
     videos, failures = {}, []
     for name in inputs:
@@ -67,10 +68,13 @@ def expand(inputs: Sequence[str], skipped: Skipped | None = None) -> tuple[list[
 
 
 def list_videos(folder: str, skipped: Skipped | None = None) -> tuple[list[str], list[str]]:
-    """Return the videos below a folder, sorted, and one error line per unreadable subfolder."""
-    unread, files = [], []
+    """Return the videos below a folder, sorted, and one error line per folder that cannot be read.
+
+    If there are neither videos nor unreadable folders, this is an error, too.
+    """
+    unreadable, files = [], []
     skipped = Skipped() if skipped is None else skipped
-    for root, folders, names in os.walk(folder, onerror=unread.append):
+    for root, folders, names in os.walk(folder, onerror=unreadable.append):
         folders.sort()
         paths = {name: os.path.join(root, name) for name in names}
         for name in folders:
@@ -78,7 +82,7 @@ def list_videos(folder: str, skipped: Skipped | None = None) -> tuple[list[str],
                 skipped.add(folder_scan.LINKED_FOLDER)
         entries = ((name, functools.partial(os.path.isfile, path)) for name, path in paths.items())
         files += [paths[name] for name in folder_scan.pick_videos(entries, skipped)]
-    errors = [f"{error.filename}: cannot be read ({error.strerror})" for error in unread]
+    errors = [f"{error.filename}: cannot be read ({error.strerror})" for error in unreadable]
     if not files and not errors:
         errors.append(f"{folder}: contains no videos ({', '.join(folder_scan.VIDEO_SUFFIXES)})")
     return files, errors
@@ -100,7 +104,7 @@ def predict(
         videos: Video files.
         folder: Model folder.
         top_k: Number of classes to return.
-        batch_size: Videos per batch; None: about 8 views per batch, at least one video.
+        batch_size: Videos per batch; None: as many as have 8 views, at least one.
         num_clips: Clips per video; None: from the model card.
         num_crops: Crops per clip, 1 or 3; None: from the model card.
         dtype: Compute dtype, `float32` or `bfloat16`.
@@ -111,18 +115,22 @@ def predict(
     Raises:
         InputError: The model folder is unusable, or a value is out of range.
     """
-    size = 1 if batch_size is None else batch_size
-    views = {"num_clips": num_clips, "num_crops": num_crops}
-    classifier = Classifier(folder, batch_size=size, dtype=dtype, **views)
+    classifier = Classifier(
+        folder,
+        batch_size=1 if batch_size is None else batch_size,
+        num_clips=num_clips,
+        num_crops=num_crops,
+        dtype=dtype,
+    )
     if batch_size is None:
-        views = classifier.spec.num_clips * classifier.spec.num_crops
-        classifier.batch_size = max(1, min(DEFAULT_BATCH_VIEWS // views, len(videos)))
+        num_views = classifier.spec.num_clips * classifier.spec.num_crops
+        classifier.batch_size = max(1, min(DEFAULT_BATCH_VIEWS // num_views, len(videos)))
     for prediction in classifier.stream(videos, top_k):
         yield prediction.to_json()
 
 
 def print_line(text: str) -> None:
-    """Print a line to stdout; bytes of file names that are not UTF-8 are escaped as in JSON."""
+    """Print a line to stdout; escape bytes of file names that are not UTF-8, as JSON does."""
     print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
@@ -131,7 +139,7 @@ def print_result(result: dict, *, as_json: bool) -> None:
     if as_json:
         print_line(json.dumps(result, ensure_ascii=False))
     elif "error" not in result:
-        padded = ", shorter than its clip: frames are repeated" if result["padded"] else ""
+        padded = ", too short for a clip: frames are repeated" if result["padded"] else ""
         print_line(f"{printable(result['video'])}  ({result['seconds']:.3f} s{padded})")
         for entry in result["top"]:
             print_line(f"  {100 * entry['probability']:5.1f} %  {entry['label']}")
@@ -140,11 +148,11 @@ def print_result(result: dict, *, as_json: bool) -> None:
 
 
 def run(videos: Sequence[str], args: argparse.Namespace) -> Iterator[dict]:
-    """Classify whole videos, or sliding windows of one video, as the options say.
+    """Classify whole videos, or sliding windows of one video if `--window` is given.
 
     Yields:
-        The result of each video, from `predict`. Windows are printed or written instead; only a
-        decode error is yielded.
+        The result of each video, from `predict`. The results of windows are not yielded but printed
+        or written; only a decode error is yielded.
 
     Raises:
         InputError: An option or the model folder is unusable.
@@ -159,7 +167,7 @@ def run(videos: Sequence[str], args: argparse.Namespace) -> Iterator[dict]:
 
 
 def _classify_windows(video: str, args: argparse.Namespace) -> str:
-    """Classify sliding windows and write or print them; return the decode error, if any."""
+    """Classify sliding windows and write or print them; return the decode error or ""."""
     size = 1 if args.batch_size is None else args.batch_size
     classifier = Classifier(args.model, batch_size=size, num_crops=args.crops, dtype=args.dtype)
     try:
@@ -180,10 +188,10 @@ def _classify_windows(video: str, args: argparse.Namespace) -> str:
 
 
 def check_options(args: argparse.Namespace, num_videos: int) -> None:
-    """Refuse conflicting options, and output files that cannot be written.
+    """Check for conflicting options and output files that cannot be written.
 
     Raises:
-        InputError: Names the option, and what to do.
+        InputError: The message names the option and what to do.
     """
     writes_json = args.json not in (None, STDOUT)
     if writes_json and not args.json.endswith(".json"):
@@ -226,20 +234,21 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", required=True, metavar="FOLDER", help="model folder")
     add("--top_k", type=int, default=5, help="number of classes to report (default: 5)")
     add("--json", nargs="?", const=STDOUT, metavar="FILE", help="print one JSON object per "
-        "line, or write a list of them to FILE, whose suffix must be .json")  # fmt: skip
-    add("--clips", type=int, help="clips per video, whose logits are summed (default: from the "
+        "line, or write a list of the objects to FILE, whose suffix must be .json")  # fmt: skip
+    add("--clips", type=int, help="clips per video, whose logits are averaged (default: from the "
         "model card)")  # fmt: skip
     add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
-    add("--batch_size", type=int, help="videos per batch (default: as many as have 8 views, "
-        "clips × crops, at least 1), or windows per batch (default: 1)")  # fmt: skip
+    add("--batch_size", type=int, help="videos per batch (default: 8 divided by clips × crops, at "
+        "least 1); with --window, windows per batch (default: 1)")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="compute dtype (default: float32, as in evaluation)")  # fmt: skip
     add("--window", type=float, metavar="SECONDS", help="classify sliding windows of this "
-        "length of one video")  # fmt: skip
+        "length instead of the whole video")  # fmt: skip
     add("--stride", type=float, metavar="SECONDS", help="time between the starts of windows. "
-        "A network that encodes frames separately adjusts and prints it, so that windows share "
-        "frames")  # fmt: skip
-    add("--output", metavar="PREFIX", help="write the windows to PREFIX.csv, .json and .png")
+        "For a network that encodes frames separately, it is adjusted so that windows share "
+        "frames; the new value is printed")  # fmt: skip
+    add("--output", metavar="PREFIX", help="write the classes of all windows to PREFIX.csv, "
+        "PREFIX.json and PREFIX.png instead of printing them")  # fmt: skip
     return parser
 
 
@@ -249,8 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results, skipped = [], Skipped()
     try:
         videos, failures = expand(args.inputs, skipped)
-        if left_out := str(skipped):
-            print(f"skipped in folders: {left_out}", file=sys.stderr)
+        if counts := str(skipped):
+            print(f"skipped in folders: {counts}", file=sys.stderr)
         if not videos:
             raise InputError("; ".join(failure["error"] for failure in failures))
         check_options(args, len(videos))

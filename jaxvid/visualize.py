@@ -2,16 +2,16 @@
 
 The output shows the frames of one clip with their attention rollout (Abnar & Zuidema, "Quantifying
 Attention Flow in Transformers", ACL 2020, arXiv:2005.00928). A heat map over each frame shows how
-much attention its patches receive, and bars show how much attention each frame receives. OUT.png is
-a contact sheet, OUT.mp4 a slide show.
+much attention its patches receive, and bars show how much attention each frame receives. With the
+suffix .png, FILE is a contact sheet; with .mp4, it is a slide show.
 
 Frames are shown uncropped and upright, and darkened outside the network's crop. The colour scale
-starts at a uniform share of a frame's attention and ends at the strongest patch of the clip.
-Rollout follows attention only and ignores values and MLPs: it shows where a network looks, not why
-it decides.
+starts at a uniform share of a frame's attention. It ends at the strongest patch of the clip, but
+not below twice the uniform share. Rollout follows attention only and ignores values and MLPs: it
+shows where a network looks, not why it decides.
 
-Some networks take keys and values in part from the neighbouring frames. Their rollout ignores that
-and leaves out summary tokens: the heat is approximate in time.
+Some networks take part of their keys and values from the neighbouring frames. The rollout ignores
+this and leaves out summary tokens, so that the heat is approximate in time.
 """
 
 if __name__ == "__main__":  # before the slow imports below
@@ -40,8 +40,10 @@ from jaxvid.inference.attention_rollout import AttentionRollout, compute_rollout
 COLUMNS = 8  # frames per row of a contact sheet
 SHEET_PANEL, SLIDE_PANEL = (152, 152), (480, 360)  # px; maximum width and height of a frame
 MIN_WIDTH, BAR_HEIGHT, GAP = 480, 44, 8  # px
-RATES, UNTIMED_RATE = (1.0, 4.0), 2.0  # frames/s of a slide show; without timestamps
-FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")  # Pillow's lacks accents
+RATES = (1.0, 4.0)  # lowest and highest frame rate of a slide show, in frames/s
+UNTIMED_RATE = 2.0  # frame rate if the times of the frames are unknown
+# Pillow's default font lacks accented letters.
+FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 COLOURS = matplotlib.colormaps["plasma"]
 ALPHA, DARKENED = 0.75, 0.4  # opacity of the strongest heat; brightness outside the crop
 PAPER, INK, FAINT, BAR, PALE_BAR = "#ffffff", "#222222", "#777777", "#0b6fb8", "#a9c9e2"
@@ -70,7 +72,8 @@ def draw_frame(
         x = (columns / (right - left) / width, 0, -left * columns / (right - left))
         y = (0, rows / (bottom - top) / height, -top * rows / (bottom - top))
         uniform = 1 / (rows * columns)
-        peak = max(attention.max(), 2 * uniform)  # keeps noise around a uniform share pale
+        # Twice the uniform share at least: otherwise, almost uniform attention would look strong.
+        peak = max(attention.max(), 2 * uniform)
         strength = ((attention[t] - uniform) / (peak - uniform)).clip(0, 1).astype(np.float32)
         to_patches = (picture.size, Image.Transform.AFFINE, x + y)
         strength = Image.fromarray(strength).transform(*to_patches, fillcolor=-1)
@@ -79,7 +82,7 @@ def draw_frame(
         pixels = np.asarray(picture) * np.where(strength < 0, DARKENED, 1)
         pixels = (1 - alpha) * pixels + alpha * 255 * COLOURS(strength[..., 0])[..., :3]
         picture = Image.fromarray(np.rint(pixels).astype(np.uint8))
-    # The first pixel with its centre in the crop, and the first one after: outline these.
+    # Pixels x0 to x1 - 1 and y0 to y1 - 1 have their centres in the crop. Outline them.
     x0, x1 = (math.ceil(edge * width - 0.5) for edge in (left, right))
     y0, y1 = (math.ceil(edge * height - 0.5) for edge in (top, bottom))
     ImageDraw.Draw(picture).rectangle((x0 - 1, y0 - 1, x1, y1), outline=PAPER)
@@ -87,19 +90,23 @@ def draw_frame(
 
 
 def draw_sheet(rollout: AttentionRollout) -> Image.Image:
-    """Draw a clip as a contact sheet: each frame with its heat map, bar, number and time."""
-    cells, side = [], SHEET_PANEL[0]
+    """Draw a clip as a contact sheet: each frame with its heat map, bar, share, number and time."""
+    cells, cell_width = [], SHEET_PANEL[0]
     for t, share in enumerate(rollout.frame_attention):
-        cell = [draw_frame(rollout, t, SHEET_PANEL), _draw_bar(rollout, t, side, BAR)]
-        texts = (f"{100 * share:.1f} %", 13, INK), (_frame_caption(rollout, t), 11, FAINT)
-        cells.append(_arrange([*cell, *(_draw_text(*text, side) for text in texts)], gap=4))
+        pictures = [
+            draw_frame(rollout, t, SHEET_PANEL),
+            _draw_bar(rollout, t, cell_width, BAR),
+            _draw_text(f"{100 * share:.1f} %", 13, INK, cell_width),
+            _draw_text(_frame_caption(rollout, t), 11, FAINT, cell_width),
+        ]
+        cells.append(_arrange(pictures, gap=4))
     width = max(MIN_WIDTH, _arrange(cells, COLUMNS).width)
     header, notes = _draw_header_and_notes(rollout, width)
     return _add_margin([header, _arrange(cells, COLUMNS), notes])
 
 
 def draw_slide(rollout: AttentionRollout, t: int) -> Image.Image:
-    """Draw one frame of a clip, without and with its heat map, above the bars of all frames."""
+    """Draw one frame of a clip without and with its heat map, above the bars of all frames."""
     pair = _arrange([draw_frame(rollout, t, SLIDE_PANEL, heat=heat) for heat in (False, True)], 2)
     width, count = max(MIN_WIDTH, pair.width), len(rollout.frames)
     colours = [BAR if i == t else PALE_BAR for i in range(count)]
@@ -129,7 +136,7 @@ def _frame_caption(rollout: AttentionRollout, t: int) -> str:
 
 
 def _draw_bar(rollout: AttentionRollout, t: int, width: int, colour: str) -> Image.Image:
-    """Draw a frame's attention as a bar, relative to the maximum; a line marks a uniform share."""
+    """Draw a frame's attention as a bar, relative to the largest; a line marks a uniform share."""
     picture, attention = Image.new("RGB", (width, BAR_HEIGHT), PAPER), rollout.frame_attention
     draw, shares = ImageDraw.Draw(picture), np.array((attention[t], attention.mean()))
     top, uniform = ((1 - shares / attention.max()) * (BAR_HEIGHT - 1)).round().tolist()
@@ -168,14 +175,14 @@ def _arrange(pictures: Sequence[Image.Image], columns: int = 1, gap: int = GAP) 
 
 
 def _add_margin(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Stack pictures, with a margin. Width and height become even, as yuv420p requires."""
+    """Stack pictures and add a margin that makes width and height even, as yuv420p requires."""
     sheet = _arrange(pictures)
     border = (GAP, GAP, GAP + sheet.width % 2, GAP + sheet.height % 2)
     return ImageOps.expand(sheet, border, PAPER)
 
 
 def save_slides(rollout: AttentionRollout, output: Path) -> None:
-    """Write a clip as an H.264 slide show, in real time within the bounds of `RATES`."""
+    """Write a clip as an H.264 slide show, at the rate of its frames, clipped to `RATES`."""
     slides = [draw_slide(rollout, t) for t in range(len(rollout.frames))]
     span = 0 if rollout.times is None else rollout.times[-1] - rollout.times[0]
     rate = np.clip((len(slides) - 1) / span, *RATES).item() if span else UNTIMED_RATE
@@ -199,7 +206,7 @@ def visualize(
         folder: Model folder.
         output: File to write; an existing one is replaced.
         clip: Index of the clip.
-        num_clips: Number of clips, spread over the video as in evaluation.
+        num_clips: Number of clips, which are spread over the video as in evaluation.
 
     Raises:
         InputError: The model folder or the video is unusable, `clip` is out of range, or the output
@@ -209,9 +216,9 @@ def visualize(
     if (suffix := output.suffix.lower()) not in (".png", ".mp4"):
         raise InputError(f"{output}: the suffix must be .png or .mp4")
     if not output.parent.is_dir():
-        raise InputError(f"{output}: {output.parent} is not a folder; create it or name another")
+        raise InputError(f"{output}: {output.parent} is not a folder; create it or choose another")
     if output.exists() and Path(video).exists() and output.samefile(video):
-        raise InputError(f"{output} is the video itself; name another file")
+        raise InputError(f"{output} is the video itself; choose another file")
     rollout = compute_rollout(video, folder, clip=clip, num_clips=num_clips)
     partial = output.with_name(f".{output.name}.partial")
     try:
@@ -221,7 +228,9 @@ def visualize(
             save_slides(rollout, partial)
         partial.replace(output)
     except OSError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror}); name another") from None
+        raise InputError(
+            f"{output} cannot be written ({error.strerror}); choose another file or free disk space"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -237,8 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("video", metavar="VIDEO", help="video file")
     add("--model", required=True, metavar="FOLDER", help="model folder")
-    add("--output", required=True, metavar="FILE", help="OUT.png (contact sheet) or OUT.mp4 (slide "
-        "show)")  # fmt: skip
+    add("--output", required=True, metavar="FILE", help="file to write, with the suffix .png "
+        "(contact sheet) or .mp4 (slide show)")  # fmt: skip
     add("--clip", type=int, default=0, help="index of the clip, from 0 (default: 0)")
     add("--num_clips", type=int, default=3, help="number of clips, spread over the video as in "
         "evaluation (default: 3)")  # fmt: skip

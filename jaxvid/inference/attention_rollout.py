@@ -19,7 +19,7 @@ from jaxvid.errors import InputError
 from jaxvid.models import family_of
 from jaxvid.storage.preprocessing import load_model_and_preprocessing, normalize
 
-TOP_K = 3  # classes in AttentionRollout.top
+TOP_K = 3  # number of classes in AttentionRollout.top
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,15 +28,17 @@ class AttentionRollout:
 
     Attributes:
         name: File name of the video.
-        frames: `(t, h, w, c)` uint8, uncropped and upright.
-        indices: `(t,)` frame numbers in the video.
-        times: `(t,)` seconds from the video's first frame; None if unknown.
-        crop_box: The network's crop: top, left, bottom, right, relative to the frame's height and
-            width.
-        patch_attention: `(t, rows, columns)`, summing to 1 over each frame.
-        frame_attention: `(t,)`, summing to 1.
+        frames: Uncropped, upright frames `(t, h, w, c)` uint8.
+        indices: Frame numbers in the video `(t,)`.
+        times: Time of each frame in seconds `(t,)`, relative to the video's first frame; None if
+            unknown.
+        crop_box: Edges of the network's crop: top, left, bottom, right, relative to the frame's
+            height and width.
+        patch_attention: Attention that each patch receives `(t, rows, columns)`. The patches of a
+            frame sum to 1.
+        frame_attention: Attention that each frame receives `(t,)`. The frames sum to 1.
         top: The most likely classes and their probabilities, in descending order.
-        notes: Explanations for the viewer, one sentence each.
+        notes: Explanations that are shown below the frames, one sentence each.
     """
 
     name: str
@@ -53,15 +55,18 @@ class AttentionRollout:
 def roll_out(weights: jax.Array) -> jax.Array:
     """Compute the attention rollout of the class token (arXiv:2005.00928, section 3).
 
-    Attention is averaged over the heads and then with the identity, which stands for the residual
-    connection. The matrices of all blocks are multiplied; only the class token's row is computed.
+    Each block's attention is averaged over its heads, and then averaged with the identity matrix,
+    which represents the residual connection. The matrices of all blocks are multiplied; only the
+    class token's row is computed.
 
     Args:
-        weights: `(blocks, ..., k, n, m)`, m ≥ n. Rows are queries, token 0 is the class token. The
-            keys after the n-th belong to other frames: they are dropped and rows renormalised.
+        weights: Attention weights `(blocks, ..., k, n, m)`, m ≥ n. Rows are queries; token 0 is the
+            class token. Keys after the n-th are summary tokens: they are dropped, and the rows are
+            renormalised.
 
     Returns:
-        `(..., n - 1)`: shares of the patch tokens, which sum to 1.
+        `(..., n - 1)`: the share of attention that each of the other tokens receives. The shares
+        sum to 1.
     """
     n = weights.shape[-2]
     weights = weights.mean(axis=-3)[..., :n]  # (blocks ... n n)
@@ -75,7 +80,7 @@ def roll_out(weights: jax.Array) -> jax.Array:
 
 
 def find_crop_box(height: int, width: int, spec: ClipSpec) -> tuple[float, float, float, float]:
-    """Locate the centre crop in a frame by applying the evaluation transforms to its coordinates.
+    """Locate the centre crop in a frame by cropping an array of coordinates as in evaluation.
 
     Returns:
         Top, left, bottom, right, relative to the height and width.
@@ -97,18 +102,18 @@ def compute_rollout(
         video: Video file.
         folder: Model folder.
         clip: Index of the clip. Clip 0 is the first one that `jaxvid.predict` classifies.
-        num_clips: Number of clips, spread over the video as in evaluation.
+        num_clips: Number of clips, which are spread over the video as in evaluation.
 
     Raises:
         InputError: The model folder or the video is unusable, or `clip` is out of range.
     """
     if not 0 <= clip < num_clips:
-        raise InputError(f"--clip={clip}: must be 0 to {num_clips - 1}, as --num_clips={num_clips}")
+        raise InputError(f"--clip={clip}: must be 0 to {num_clips - 1} (--num_clips={num_clips})")
     setup.use_compilation_cache()
-    # Evaluation computes in float32, too.
+    # Compute in float32, as evaluation does.
     card, model, preprocessing = load_model_and_preprocessing(folder, "float32")
     labels = card["labels"]
-    # Clip 0 does not depend on num_clips: decode no others for it.
+    # Clip 0 is the same for any num_clips. If it is requested, decode no other clips.
     spec = dataclasses.replace(preprocessing.spec, num_clips=num_clips if clip else 1, num_crops=1)
     views = load_eval_views(video, spec)
     indices = views["indices"][clip]
@@ -123,16 +128,20 @@ def compute_rollout(
     view = normalize(view, preprocessing.mean, preprocessing.std)
     probabilities, attention = jax.device_get(run(view))
     if not np.isfinite(probabilities).all():
-        raise InputError(f"{folder}: logits are not finite for {video}; train or convert it again")
+        raise InputError(
+            f"{folder}: the logits for {video} are not finite, so the weights are damaged; retrain "
+            "or reconvert the model"
+        )
     side = spec.crop // model.config.patch_size
     patch_attention = attention["spatial"].reshape(-1, side, side)
     t = len(patch_attention)
     frame_attention = attention.get("temporal", np.full(t, 1 / t))
-    bars = "attention to each frame; the line marks a uniform share"
-    if "temporal" not in attention:
-        bars = "this network averages its frames, which all have the same weight"
+    if "temporal" in attention:
+        bars = "attention to each frame; the line marks a uniform share"
+    else:
+        bars = "this network averages its frames, so that all have the same weight"
     peak = f"{patch_attention.max() * side**2:.1f} times a uniform share"
-    notes = [f"Bars: {bars}.", f"Heat: attention rollout; the strongest patch has {peak}."]
+    notes = [f"Bars: {bars}.", f"Heat: attention rollout; the strongest patch receives {peak}."]
     if family_of(model.config).mixes_frames(model.config):
         notes.append("This network's attention mixes frames: the heat is approximate in time.")
     return AttentionRollout(
@@ -151,7 +160,10 @@ def compute_rollout(
 def _read_frames(
     video: str | Path, indices: np.ndarray, spec: ClipSpec
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Decode whole frames `(t, h, w, c)` and their times in seconds `(t,)`; None if unknown."""
+    """Decode uncropped frames `(t, h, w, c)`; return them and their times in seconds `(t,)`.
+
+    The times are None if neither timestamps nor a frame rate are known.
+    """
     with VideoFile(video) as reader:
         reader.color_matrix = spec.color_matrix
         frames, times = reader.get_frames(indices), reader.times

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from jaxvid.atomic import write_file, write_json
 from jaxvid.plot_style import GRID, INK
 
-COLOURS = ("#0b6fb8", "#d1495b", "#3f8f4f", "#e0912f", "#7a52a8", "#2aa5a0")  # per drawn class
-OTHERS = "#c9c9c9"  # classes that are not drawn
-KINDS = ("csv", "json", "png")  # suffixes of the files of a timeline
+COLOURS = ("#0b6fb8", "#d1495b", "#3f8f4f", "#e0912f", "#7a52a8", "#2aa5a0")  # one per drawn class
+OTHERS = "#c9c9c9"  # colour of all classes that are not drawn
+KINDS = ("csv", "json", "png")  # suffixes of the files that `ClassTimeline.save` writes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,12 @@ class ClassTimeline:
     Attributes:
         video: Path of the file.
         labels: Class names.
-        starts: `(windows,)` seconds from the video's first frame.
-        ends: `(windows,)` seconds from the video's first frame.
-        padded: `(windows,)` booleans: the window is shorter than its clip, which repeats frames.
-        stride: Seconds between the starts of windows.
-        probabilities: `(windows, num_classes)`.
+        starts: Start of each window in seconds `(windows,)`, relative to the video's first frame.
+        ends: End of each window in seconds `(windows,)`, relative to the video's first frame.
+        padded: Whether each window is too short for a clip, so that frames are repeated:
+            booleans `(windows,)`.
+        stride: Time between the starts of consecutive windows in seconds.
+        probabilities: Class probabilities of each window `(windows, num_classes)`.
     """
 
     video: str
@@ -40,7 +41,11 @@ class ClassTimeline:
     probabilities: np.ndarray
 
     def rows(self, top_k: int) -> list[dict]:
-        """Return `{"start", "end", "padded", "top": [{"label", "probability"}]}` per window."""
+        """Return `{"start", "end", "padded", "top": [{"label", "probability"}]}` for each window.
+
+        Args:
+            top_k: Number of classes per window.
+        """
         order = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :top_k]
         return [
             {
@@ -86,7 +91,7 @@ class ClassTimeline:
         return paths
 
     def draw(self) -> Figure:
-        """Plot the most likely classes over time, and below them the top-1 class."""
+        """Plot the probabilities of the main classes over time, and below them the top-1 class."""
         top1 = self.probabilities.argmax(axis=1)
         colour_of = self._choose_classes(top1)
         middles = (self.starts + self.ends) / 2
@@ -116,7 +121,10 @@ class ClassTimeline:
         return figure
 
     def _choose_classes(self, top1: np.ndarray) -> dict[int, str]:
-        """Map the classes to draw to colours: most often top-1 first, then by peak probability."""
+        """Choose the classes to draw; return class index → colour.
+
+        The classes that are top-1 in most windows come first, then those with the highest peaks.
+        """
         counts = np.bincount(top1, minlength=len(self.labels))
         order = np.lexsort((-self.probabilities.max(axis=0), -counts))
         return dict(zip(order.tolist(), COLOURS, strict=False))

@@ -39,11 +39,13 @@ class Prediction:
 
     Attributes:
         video: Path of the file.
-        labels: The most likely classes, in descending order.
-        probabilities: Their probabilities, which sum to 1 over all classes.
-        seconds: Wall time of decoding, plus the video's share of its batch's computation.
-        padded: The video is shorter than its clip, which repeats frames.
-        error: Decode error; empty if the video was decoded. The other fields are then empty.
+        labels: Names of the most likely classes, in descending order of probability.
+        probabilities: Probabilities of these classes. Those of all classes sum to 1.
+        seconds: Wall time in seconds for decoding the video, plus the video's share of the time for
+            computing its batch.
+        padded: Whether the video is too short for a clip, so that frames are repeated.
+        error: Decode error, or an empty string if the video was decoded. After a decode error, only
+            `video` and `error` are set.
     """
 
     video: str
@@ -78,13 +80,13 @@ class Classifier:
         num_clips: Clips per video; None: from the model card.
         num_crops: Crops per clip, 1 or 3; None: from the model card.
         num_threads: Decoder threads; None: one per CPU core.
-        dtype: Compute dtype, `float32` or `bfloat16`, like `eval.dtype`.
+        dtype: Compute dtype, `float32` or `bfloat16`, like the config field `eval.dtype`.
 
     Attributes:
-        labels: Class names, in order.
+        labels: Class names, in the order of the logits.
         config: The model config.
-        spec: How clips are sampled, resized and cropped.
-        batch_size: As given. May be changed.
+        spec: Sampling, resize and crops of the clips.
+        batch_size: Number of videos per batch. It may be changed.
 
     Raises:
         InputError: The folder is unusable, or a value is out of range.
@@ -115,7 +117,7 @@ class Classifier:
         )
         self._shares_frames = family_of(model.config).shares_frames
         self._graphdef, self._params = split_params(model)
-        self._programs = {}  # (function, shape and dtype of its input) → compiled
+        self._programs = {}  # (function name, shape and dtype of its input) → compiled program
 
     # -------------------------------------------------------------- whole videos
 
@@ -126,15 +128,15 @@ class Classifier:
 
         Args:
             videos: A file, or a sequence of files.
-            top_k: Number of classes to return, at most all.
+            top_k: Number of classes to return. If the model has fewer classes, all are returned.
 
         Returns:
-            A prediction for a file, a list of predictions in order for a sequence. In a list,
-            files that cannot be decoded have `error` set.
+            A prediction if `videos` is one file; otherwise a list of predictions in the order of
+            the files. In a list, files that cannot be decoded have `error` set.
 
         Raises:
-            DecodeError: A single file cannot be decoded.
-            InputError: `top_k` is below 1.
+            DecodeError: `videos` is one file, and it cannot be decoded.
+            InputError: `top_k` is below 1, or the logits are not finite.
         """
         if not isinstance(videos, str | Path):
             return list(self.stream(videos, top_k))
@@ -144,14 +146,25 @@ class Classifier:
         return prediction
 
     def stream(self, videos: Sequence[str | Path], top_k: int = 5) -> Iterator[Prediction]:
-        """Like `predict` for several videos, batch by batch, while threads decode the next ones."""
+        """Classify several videos, batch by batch, while threads decode the next ones.
+
+        Args:
+            videos: Files.
+            top_k: Number of classes to return. If the model has fewer classes, all are returned.
+
+        Yields:
+            The prediction of each file, in order. Files that cannot be decoded have `error` set.
+
+        Raises:
+            InputError: `top_k` is below 1, or the logits are not finite.
+        """
         if top_k < 1:
             raise InputError(f"top_k={top_k}: must be at least 1")
         views = self.spec.num_clips * self.spec.num_crops
         self._compile(
             self._score, (self.batch_size, *clip_shape(self.spec, views)), self.spec.eval_dtype
         )
-        group = []  # a batch of decoded videos, and the failed ones in between
+        group = []  # videos of the next batch, and videos between them that cannot be decoded
         for loaded in map_in_order(self._load, videos, self._num_threads):
             group.append(loaded)
             if sum("video" in example for _, example in group) == self.batch_size:
@@ -160,22 +173,26 @@ class Classifier:
         yield from self._predict_group(group, top_k)
 
     def scores(self, views: np.ndarray) -> np.ndarray:
-        """Return the summed logits of views of videos.
+        """Classify the views of videos; return their logits, summed over the views.
 
         Args:
-            views: `(b, v, t, h, w, c)`, from `load_eval_views` with `spec`.
+            views: Pixels `(b, v, t, h, w, c)`: the `video` arrays that `load_eval_views` returns
+                for `spec`.
 
         Returns:
             `(b, num_classes)` float32: logits, summed over the views.
 
         Raises:
-            InputError: The logits are not finite, as the weights are damaged.
+            InputError: The logits are not finite, because the weights are damaged.
         """
         return self._run(self._score, views)
 
     def _load(self, video: str | Path) -> tuple[str, dict]:
-        """Decode a video; return its name, and its views or `error` with the decoding `seconds`."""
-        cv2.setNumThreads(0)  # videos are decoded in parallel already
+        """Decode a video; return its path, and the result of `load_eval_views` or `{"error"}`.
+
+        `seconds`, the wall time of decoding, is added to the result.
+        """
+        cv2.setNumThreads(0)  # videos are already decoded in parallel
         start = time.perf_counter()
         try:
             example = load_eval_views(video, self.spec)
@@ -184,16 +201,17 @@ class Classifier:
         return str(video), {**example, "seconds": time.perf_counter() - start}
 
     def _predict_group(self, group: list[tuple[str, dict]], top_k: int) -> Iterator[Prediction]:
-        decoded = [example for _, example in group if "video" in example]
+        """Classify the decoded videos of a group; yield predictions for all its videos in order."""
+        decoded = [example["video"] for _, example in group if "video" in example]
         start = time.perf_counter()
-        rows = iter(self.scores(np.stack([e["video"] for e in decoded])) if decoded else ())
+        scores = iter(self.scores(np.stack(decoded)) if decoded else ())
         share = (time.perf_counter() - start) / max(len(decoded), 1)
         num_views = self.spec.num_clips * self.spec.num_crops
         for video, example in group:
             if "error" in example:
                 yield Prediction(video=video, error=example["error"])
                 continue
-            probabilities = softmax(next(rows).astype(np.float64) / num_views)
+            probabilities = softmax(next(scores).astype(np.float64) / num_views)
             top = np.argsort(-probabilities, kind="stable")[:top_k]
             yield Prediction(
                 video=video,
@@ -206,33 +224,37 @@ class Classifier:
     # -------------------------------------------------------------- windows of a long video
 
     def windows(self, video: str | Path, window: float, stride: float) -> ClassTimeline:
-        """Classify sliding windows of a video, each like a video of its own.
+        """Classify sliding windows of a video, each like a separate video.
 
         Every needed frame is decoded once, in one pass. Memory does not grow with the length of
-        the video. If the network computes each frame's features independently, they are computed
-        once for all windows that contain the frame, and the stride is aligned to its sampling (see
-        `plan_windows`).
+        the video. If the network computes each frame's features independently, the features are
+        computed once and used by all windows that contain the frame. The stride is then adjusted so
+        that windows share frames (see `plan_windows`).
 
         Args:
             video: Video file with a frame rate or timestamps.
-            window: Length of a window in seconds. `uniform_10s` sampling sees the first 10 s.
-            stride: Seconds between the starts of windows. An adjusted stride is printed to stderr.
+            window: Length of a window in seconds. `uniform_10s` sampling uses only the first 10 s
+                of a window.
+            stride: Time between the starts of consecutive windows in seconds. If it is adjusted,
+                the new value is printed to stderr.
 
         Returns:
             The probabilities of all classes over time, from one clip per window with all crops.
 
         Raises:
             DecodeError: The file cannot be decoded, or has neither frame rate nor timestamps.
-            InputError: `window` or `stride` is not above 0.
+            InputError: `window` or `stride` is not above 0, or the logits are not finite.
         """
-        cv2.setNumThreads(0)
+        cv2.setNumThreads(0)  # decoding and classification already run in parallel
         shares_frames = self._shares_frames
         with VideoFile(video, max_seconds=MAX_SECONDS) as reader:
             plan = plan_windows(
                 reader, self.spec, window, stride, align=shares_frames, name=str(video)
             )
             if abs(plan.stride - stride) > 1e-6 * stride:
-                reason = "so that windows share frames" if shares_frames else "one frame"
+                reason = (
+                    "so that windows share frames" if shares_frames else "the duration of one frame"
+                )
                 message = f"stride: {plan.stride:g} s instead of {stride:g} s, {reason}"
                 print(message, file=sys.stderr, flush=True)
             needed = np.unique(plan.indices)
@@ -254,17 +276,18 @@ class Classifier:
     def score_windows(
         self, indices: np.ndarray, frames: Iterator[tuple[np.ndarray, np.ndarray]]
     ) -> np.ndarray:
-        """Return the summed logits of windows while their frames are decoded.
+        """Classify windows as their frames arrive; return their logits, summed over the crops.
 
         Args:
-            indices: `(windows, t)` frame numbers.
+            indices: Frame numbers of each window `(windows, t)`.
             frames: The frames of all windows, from `sliding_windows.read_frames`.
 
         Returns:
             `(windows, num_classes)` float32: logits, summed over the crops.
 
         Raises:
-            InputError: The logits are not finite, as the weights are damaged.
+            DecodeError: A frame is damaged.
+            InputError: The logits are not finite, because the weights are damaged.
         """
         classify = self._score_features if self._shares_frames else self._score
         items = self._frame_features(frames) if self._shares_frames else frames
@@ -275,17 +298,25 @@ class Classifier:
             while batch := list(itertools.islice(clips, self.batch_size)):
                 scores.append(self._run(classify, np.stack(batch)))
                 progress.advance(len(batch))
-        collections.deque(items, maxlen=0)  # decode to the end, to detect damage there
+        collections.deque(items, maxlen=0)  # `read_frames` may report damage only at its end
         return np.concatenate(scores)
 
     def _frame_features(
         self, chunks: Iterator[tuple[np.ndarray, np.ndarray]]
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Replace the crops of frames, `(j, m, h, w, c)`, by their features, `(j, m, d)`."""
-        for part, crops in chunks:
+        """Compute the features of frames.
+
+        Args:
+            chunks: Frame numbers `(i,)` and crops of the frames `(j, m, h, w, c)`, from
+                `read_frames`.
+
+        Yields:
+            For each chunk, the same frame numbers and the features `(j, m, d)` of its crops.
+        """
+        for numbers, crops in chunks:
             video = crops.swapaxes(0, 1)  # (m j h w c)
             program = self._compile(self._features, video.shape, video.dtype)
-            yield part, np.asarray(program(self._params, video)).swapaxes(0, 1)
+            yield numbers, np.asarray(program(self._params, video)).swapaxes(0, 1)
 
     # -------------------------------------------------------------- on the device
 
@@ -296,7 +327,7 @@ class Classifier:
         return merge_params(self._graphdef, params)(video).reshape(b, v, -1).sum(axis=1)
 
     def _features(self, params: Params, video: jax.Array) -> jax.Array:
-        """Return the features of each frame: `(b, t, h, w, c)` pixels → `(b, t, d)`."""
+        """Map pixels `(b, t, h, w, c)` to the features of each frame `(b, t, d)`."""
         return merge_params(self._graphdef, params).frame_features(self._normalize(video))
 
     def _score_features(self, params: Params, features: jax.Array) -> jax.Array:
@@ -321,21 +352,22 @@ class Classifier:
     def _run(
         self, function: Callable[[Params, jax.Array], jax.Array], inputs: np.ndarray
     ) -> np.ndarray:
-        """Map inputs to logits in batches of `batch_size`, the last one padded.
+        """Map inputs to logits in batches of `batch_size`; the last batch is padded with zeros.
 
         Raises:
             InputError: The logits are not finite.
         """
-        size, rows = self.batch_size, []
+        size, outputs = self.batch_size, []
         program = self._compile(function, (size, *inputs.shape[1:]), inputs.dtype)
         for start in range(0, len(inputs), size):
-            part = inputs[start : start + size]
-            full = np.zeros((size, *part.shape[1:]), part.dtype)
-            full[: len(part)] = part
-            rows.append(np.asarray(program(self._params, full))[: len(part)])
-        logits = np.concatenate(rows)
+            batch = inputs[start : start + size]
+            padded = np.zeros((size, *batch.shape[1:]), batch.dtype)
+            padded[: len(batch)] = batch
+            outputs.append(np.asarray(program(self._params, padded))[: len(batch)])
+        logits = np.concatenate(outputs)
         if not np.isfinite(logits).all():
             raise InputError(
-                "the logits are not finite, as the weights are damaged; train or convert it again"
+                "the logits are not finite, so the weights are damaged; retrain or reconvert the "
+                "model"
             )
         return logits

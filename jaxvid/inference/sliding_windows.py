@@ -13,19 +13,22 @@ from jaxvid.data.clips.clip import ClipSpec, cut_eval_crops, resize_eval_frames,
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.errors import InputError
 
-MAX_DENOMINATOR = 4  # of an aligned stride, as a fraction of the step between a clip's frames
+# A stride is aligned to a multiple of step / n with n ≤ MAX_DENOMINATOR. `step` is the distance
+# between consecutive frames of a clip.
+MAX_DENOMINATOR = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowPlan:
-    """The frames that each window samples.
+    """Times and sampled frames of the windows of a video.
 
     Attributes:
-        indices: `(windows, t)` frame numbers, non-decreasing along both axes.
-        starts: `(windows,)` seconds from the video's first frame.
-        ends: `(windows,)` seconds from the video's first frame.
-        padded: `(windows,)` booleans: the window is shorter than its clip, which repeats frames.
-        stride: Seconds between the starts of windows.
+        indices: Frame numbers of each window `(windows, t)`, non-decreasing along both axes.
+        starts: Start of each window in seconds `(windows,)`, relative to the video's first frame.
+        ends: End of each window in seconds `(windows,)`, relative to the video's first frame.
+        padded: Whether each window is too short for a clip, so that frames are repeated:
+            booleans `(windows,)`.
+        stride: Time between the starts of consecutive windows in seconds.
     """
 
     indices: np.ndarray
@@ -38,18 +41,19 @@ class WindowPlan:
 def plan_windows(
     reader: VideoFile, spec: ClipSpec, window: float, stride: float, *, align: bool, name: str
 ) -> WindowPlan:
-    """Cut a video into windows, each sampled like a video of its own.
+    """Plan the windows of a video, each sampled like a separate video.
 
-    The last window is the first one that reaches the end of the video, and ends there. Timestamps,
-    if any, define time, also in videos with a variable frame rate.
+    Windows start every `stride` seconds. The first one that reaches the end of the video is the
+    last one, and is cut off there. If windows do not overlap, the end may lie between two of them.
+    If the video has timestamps, frames are selected by them, so that the frame rate may vary.
 
     Args:
         reader: Open video.
         spec: Defines the sampling and `num_frames`. A window has one clip.
         window: Length of a window in seconds.
-        stride: Seconds between the starts of windows.
-        align: Adjust the stride so that overlapping windows share frames (`_align_hop`).
-        name: Name of the video, for errors.
+        stride: Time between the starts of consecutive windows in seconds.
+        align: Adjust the stride so that overlapping windows share frames (see `_align_hop`).
+        name: Name of the video in error messages.
 
     Raises:
         DecodeError: Neither frame rate nor timestamps are known.
@@ -59,18 +63,19 @@ def plan_windows(
         if not (value > 0 and math.isfinite(value)):
             raise InputError(f"{option}={value:g}: must be a number of seconds above 0")
     fps, length = _frame_rate_and_length(reader, name)
-    # All in frames: the length of a window, and from one window to the next.
-    size, hop, fraction = max(1, round(window * fps)), max(stride * fps, 1.0), Fraction(0)
+    # Length of a window and distance between the starts of consecutive windows, both in frames.
+    size, hop = max(1, round(window * fps)), max(stride * fps, 1.0)
     step = _sampling_step(spec, size, fps)
+    fraction = Fraction(0)  # hop / step if the stride is aligned
     if align and step > 0 and hop < size:
         fraction = _align_hop(hop, step)
         hop = float(fraction) * step
     rates = {"sampling_rate": spec.sampling_rate, "fps": fps}
-    rows, starts, ends, padded = [], [], [], []
+    rows, starts, ends, padded = [], [], [], []  # starts and ends in frames
     while not ends or ends[-1] < length - 0.5:
         start = len(rows) * hop
         first = round(start)
-        if first >= length:  # the end lies between two windows that do not overlap
+        if first >= length:  # the end of the video lies between two windows
             break
         count = min(size, length - first)
         if fraction and spec.sampling == "uniform_10s":
@@ -95,7 +100,7 @@ def plan_windows(
 
 
 def _frame_rate_and_length(reader: VideoFile, name: str) -> tuple[float, int]:
-    """Return frames per second and the number of frames that a constant rate would have.
+    """Return the frame rate, and the number of frames that the video has at this constant rate.
 
     Raises:
         DecodeError: Neither frame rate nor timestamps are known.
@@ -113,7 +118,7 @@ def _frame_rate_and_length(reader: VideoFile, name: str) -> tuple[float, int]:
 
 
 def _sampling_step(spec: ClipSpec, size: int, fps: float) -> float:
-    """Return the number of frames between two consecutive frames of a clip."""
+    """Return the distance between consecutive frames of a clip, in frames of the video."""
     t = spec.num_frames
     if spec.sampling == "uniform_10s":
         return fps / (t / 10)
@@ -122,35 +127,36 @@ def _sampling_step(spec: ClipSpec, size: int, fps: float) -> float:
 
 
 def _align_hop(hop: float, step: float) -> Fraction:
-    """Return the aligned distance between windows as a fraction of the step between clip frames.
+    """Align the distance between windows with the sampled frames; return it in units of `step`.
 
     The distance becomes the nearest multiple of the step, or of a half, a third or a quarter of it.
-    If it is below a quarter, it becomes the nearest step / n.
+    If it is below a quarter of the step, it becomes step / n with the nearest n.
 
     Args:
-        hop: Frames from one window's start to the next.
-        step: Frames between two consecutive frames of a clip.
+        hop: Distance between the starts of consecutive windows, in frames of the video.
+        step: Distance between consecutive frames of a clip, in frames of the video.
     """
     if hop * MAX_DENOMINATOR >= step:
         return Fraction(hop / step).limit_denominator(MAX_DENOMINATOR)
     return Fraction(1, round(step / hop))
 
 
-def _aligned_indices(number: int, fraction: Fraction, step: float, t: int) -> np.ndarray:
-    """Return the frames `(t,)` of an aligned window under `uniform_10s` sampling.
+def _aligned_indices(window: int, fraction: Fraction, step: float, t: int) -> np.ndarray:
+    """Return the frame numbers `(t,)` of an aligned window under `uniform_10s` sampling.
 
-    Aligned windows may start between two frames, and a moment is shown by the last frame before it.
-    Otherwise, windows would rarely share frames where the rates are not divisible, as at 25 fps.
+    An aligned window may start between two frames of the video. Each of its sampling times selects
+    the last frame up to then. If every window started at a frame instead, windows would rarely
+    share frames when their distance is not a whole number of frames, e.g. 2.5 s at 25 frames/s.
 
     Args:
-        number: Index of the window.
-        fraction: Distance between windows, as a fraction of `step`.
-        step: Frames between two consecutive frames of a clip.
-        t: Frames per clip.
+        window: Index of the window.
+        fraction: Distance between the starts of consecutive windows in units of `step`.
+        step: Distance between consecutive frames of a clip, in frames of the video.
+        t: Number of frames per clip.
     """
-    # Integers first: a moment must have the same position in every window. float32 as in
-    # `sampling`.
-    parts = number * fraction.numerator + np.arange(t) * fraction.denominator
+    # The sum is computed in integers, so that the same time has the same position in every window.
+    # Then float32 is used, as in `sampling`.
+    parts = window * fraction.numerator + np.arange(t) * fraction.denominator
     positions = (parts / fraction.denominator).astype(np.float32) * np.float32(step)
     return np.floor(positions).astype(int)
 
@@ -167,29 +173,35 @@ def read_frames(
         size: Frames per chunk.
 
     Yields:
-        Frame numbers `(i,)` and their crops `(size, m, h, w, c)`. The last chunk is padded with
-        zeros.
+        Frame numbers `(i,)` and the crops of these frames `(size, m, h, w, c)`. In the last chunk,
+        i may be below `size`; the crops are then padded with zeros.
 
     Raises:
-        DecodeError: A frame is damaged. This may be raised after the last chunk.
+        DecodeError: A frame is damaged. The error may be raised as late as after the last chunk.
     """
     reader.color_matrix = spec.color_matrix
     frames = reader.iter_frames(indices)
     for start in range(0, len(indices), size):
-        part = indices[start : start + size]
+        numbers = indices[start : start + size]
         crops = np.zeros((size, spec.num_crops, spec.crop, spec.crop, 3), spec.eval_dtype)
-        for i, frame in zip(range(len(part)), frames, strict=False):
+        # `range` comes first, because `zip` takes an item of it before it takes a frame.
+        for i, frame in zip(range(len(numbers)), frames, strict=False):
             crops[i] = np.concatenate(cut_eval_crops(resize_eval_frames(frame[None], spec), spec))
-        yield part, crops
-    collections.deque(frames, maxlen=0)  # decode to the end, to detect damage there
+        yield numbers, crops
+    collections.deque(frames, maxlen=0)  # `iter_frames` may report damage only at its end
 
 
 def prefetch(iterator: Iterator, ahead: int = 2) -> Iterator:
-    """Compute the items of an iterator in a thread, up to `ahead` items ahead."""
+    """Yield the items of an iterator, none of which is None; a thread computes them ahead.
+
+    Args:
+        iterator: The iterator.
+        ahead: Number of items that are computed ahead.
+    """
     with ThreadPoolExecutor(1) as pool:
         queue = collections.deque(pool.submit(next, iterator, None) for _ in range(ahead))
         try:
-            while (item := queue.popleft().result()) is not None:
+            while (item := queue.popleft().result()) is not None:  # None: the iterator has ended
                 queue.append(pool.submit(next, iterator, None))
                 yield item
         finally:
@@ -204,16 +216,17 @@ def gather_clips(
     A frame is held in memory only until the last window that needs it.
 
     Args:
-        indices: `(windows, t)` frame numbers, non-decreasing along both axes.
-        items: Chunks of increasing frame numbers `(i,)` and a value for each, `(j, m, ...)`, j ≥ i.
+        indices: Frame numbers of each window `(windows, t)`, non-decreasing along both axes.
+        items: Chunks of increasing frame numbers `(i,)` and their crops or features
+            `(j, m, ...)`. j ≥ i: values after the i-th are padding.
 
     Yields:
         The values `(m, t, ...)` of each window.
     """
-    held = {}
+    held = {}  # frame number → value
     for row in indices:
-        held = {index: item for index, item in held.items() if index >= row[0]}
+        held = {number: value for number, value in held.items() if number >= row[0]}
         while row[-1] not in held:
-            part, values = next(items)
-            held.update(zip(part.tolist(), values, strict=False))
-        yield np.stack([held[index] for index in row.tolist()], axis=1)
+            numbers, values = next(items)
+            held.update(zip(numbers.tolist(), values, strict=False))
+        yield np.stack([held[number] for number in row.tolist()], axis=1)

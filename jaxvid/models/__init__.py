@@ -1,7 +1,7 @@
-"""The networks. They know nothing of data, training or files.
+"""The networks, independent of data, training and files.
 
-A network's weights are a flat dict, `{"blocks.0.attn.qkv.kernel": array}`. Keys follow PyTorch's
-state_dict, so that sharding rules, decay masks, checkpoints and converters share names.
+A network's weights are a flat dict, `{"blocks.0.attn.qkv.kernel": array}`. Its keys follow
+PyTorch's state_dict. Sharding rules, decay masks, checkpoints and converters all use these keys.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def family_of(config: ModelConfig) -> Family:
     for family in FAMILIES.values():
         if type(config) is family.config:
             return family
-    raise ValueError(f"{type(config).__name__} is the config class of no family in FAMILIES")
+    raise ValueError(f"no family in FAMILIES has the config class {type(config).__name__}")
 
 
 def make_model_config(name: str, **overrides: Any) -> ModelConfig:
@@ -73,14 +73,15 @@ def create_model(name: str, *, seed: int = 0, **overrides: Any) -> nnx.Module:
         **overrides: Fields of the preset's config, e.g. `num_classes=10`.
 
     Returns:
-        A module: `model(video)` takes a normalised float clip `(b t h w c)` to logits.
+        A module: `model(video)` maps normalised float clips `(b t h w c)` to logits
+        `(b, num_classes)`.
 
     Raises:
         InputError: There is no such preset or field, or the values contradict each other.
     """
     config = make_model_config(name, **overrides)
     graphdef, _ = abstract_model(config)
-    # Compile as one program: the initialisers of a large model take much longer op by op.
+    # Compile as one program: initialising a large model op by op takes much longer.
     init = jax.jit(lambda: split_params(build_model(config, nnx.Rngs(seed)))[1])
     return merge_params(graphdef, init())
 
@@ -105,7 +106,7 @@ class _OneKey:
 
 
 def split_params(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
-    """Split a network into its structure and its weights (a flat dict)."""
+    """Split a network into its structure and a flat dict of its weights."""
     graphdef, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     return graphdef, {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}

@@ -18,11 +18,11 @@ def block_multiply_adds(
     """Return the multiply-adds of the matrix products in a transformer block.
 
     Args:
-        num_tokens: Tokens that attend to each other.
+        num_tokens: Number of tokens that the block computes.
         width: Token width.
         hidden: Hidden width of the MLP.
-        attention: Count the attention products, q·kᵀ and weights·v, too.
-        num_keys: Keys that each token attends to; None: `num_tokens`.
+        attention: Whether to count the attention products, q·kᵀ and weights·v, too.
+        num_keys: Number of keys that each token attends to; None: `num_tokens`.
     """
     count = num_tokens * (4 * width * width + 2 * width * hidden)
     num_keys = num_tokens if num_keys is None else num_keys

@@ -1,7 +1,7 @@
-"""The Family record: all that differs between model families.
+"""The `Family` record: everything that differs between model families.
 
-Conversion, weight transfer, the optimiser, tensor parallelism, window classification, the cost
-table and visualisation read a family from here and contain no family names.
+Conversion, weight transfer, the optimizer, tensor parallelism, window classification, the cost
+table and visualisation read these differences from the record. They contain no family names.
 """
 
 import dataclasses
@@ -12,18 +12,19 @@ from flax import nnx
 
 from jaxvid.models.image_vit import ImageViTConfig
 
-# Leaves that hold a matrix `(in, out)`. The second is `torch.nn.MultiheadAttention`'s name.
+# Last parts of the names of weights that multiply their input. They have the shape `(in, out)`, or
+# `(h, w, in, out)` in a convolution. `in_proj_weight` is the name in `torch.nn.MultiheadAttention`.
 MATRIX_LEAVES = ("kernel", "in_proj_weight")
-# Weights of an image ViT, below `Family.image_prefix`.
+# Names and name prefixes of the weights of an image ViT, without `Family.image_prefix`.
 IMAGE_WEIGHTS = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 
 
 @dataclasses.dataclass(frozen=True)
 class FrameEmbedding:
-    """An embedding `(1, leading_rows + t, ...)` with a row for each frame.
+    """Layout of an embedding `(1, leading_rows + t, ...)` with one row per frame.
 
     Attributes:
-        field: The config field that gives its `t`.
+        field: Config field that sets `t`, the number of rows for frames.
         leading_rows: Number of rows before the frames' rows, e.g. 1 for a class token.
     """
 
@@ -36,9 +37,9 @@ class PublishedCost:
     """Multiply-adds of a preset as its paper states them.
 
     Attributes:
-        giga: 10⁹ multiply-adds of all views of a video.
+        giga: Multiply-adds of all views of a video, in units of 10⁹.
         counts_attention: Whether the paper counts the attention products.
-        num_views: Clips times crops.
+        num_views: Number of views per video: clips times crops.
     """
 
     giga: float
@@ -48,15 +49,16 @@ class PublishedCost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TorchFormat:
-    """The original program's checkpoint files.
+    """Format of the original program's checkpoint files.
 
     Attributes:
-        marker: Prefix of state_dict keys that tells the family's files from image models.
-        zeros: Patterns of keys that a file may lack and that are zeros then → the reason.
+        marker: Prefix of state_dict keys that occurs only in this family's files.
+        zeros: Patterns of keys that may be missing from a file and are then filled with zeros → the
+            reason.
         ignored: Patterns of keys that are not read → the reason.
-        unused_shapes: Config → key → shape of tensors that the original program requires in a file
-            and never reads.
-        wrap: State_dict → the contents of a file that the original program loads.
+        unused_shapes: Function from a config to `{key: shape}` of the tensors that the original
+            program requires in a file but never reads.
+        wrap: Function from a state_dict to the contents of a file that the original program loads.
     """
 
     marker: str
@@ -70,38 +72,44 @@ class TorchFormat:
 class Family:
     """A model family: an image ViT that runs on each frame, and a head over the frames.
 
-    Weights have the names that `jaxvid.models.split_params` gives them. Prefixes of several weights
-    end with a dot.
+    Weight names are those of `jaxvid.models.split_params`. A prefix that stands for several weights
+    ends with a dot.
 
     Attributes:
         name: Identifier in model folders and messages, e.g. `xvit`.
-        title: The paper's spelling, e.g. `XViT`.
+        title: Name in the paper's spelling, e.g. `XViT`.
         config: The config class.
         module: The network class. `module(config, rngs=rngs)` has the attribute `config` and the
             methods `__call__`, `features` and `attention` of `jaxvid.models.stam.STAM`; with
             `shares_frames` also `frame_features` and `classify`.
-        presets: Name → config. Names are unique over all families.
-        image_prefix: Prefix of the image ViT's weights; empty: the network itself is the image ViT.
-        head: Prefixes of all weights above the image ViT. They learn while the backbone is frozen.
-        class_heads: Prefixes of the Linear layers with an output per class, the usual one first.
-        layer_lists: Attribute names of lists of equal layers; messages abbreviate their indices.
-        head_counts: Config field with a number of attention heads → prefix of the weights that it
-            divides. No shape depends on it, but weights are useless with another value.
+        presets: Name → config. Names are unique across all families.
+        image_prefix: Prefix of the image ViT's weights; empty if the network itself is the image
+            ViT.
+        head: Prefixes of all weights after the image ViT. Only they are trained while the backbone
+            is frozen.
+        class_heads: Prefixes of the Linear layers that may output the logits; that of the presets
+            comes first.
+        layer_lists: Attribute names of lists of identical layers; messages abbreviate their
+            indices.
+        head_counts: Config field that sets a number of attention heads → prefix of the weights that
+            are split into these heads. No shape depends on the number, but the weights are useless
+            with a different one.
         tensor_axis: Last two parts of a weight's name → the axis that is sharded over the mesh axis
             `tensor`: the output axis of the first matrix of a pair, the input axis of the second.
-        multiply_adds: `(config, attention)` → multiply-adds of the matrix products in the forward
-            pass of one view; `attention`: count the attention products, q·kᵀ and weights·v, too.
-        released_preprocessing: Config → the preprocessing of the released program, as in
+        multiply_adds: Function `(config, attention)` → multiply-adds of the matrix products in the
+            forward pass of one view. `attention` also counts the attention products, q·kᵀ and
+            weights·v.
+        released_preprocessing: Config → the preprocessing of the released program, in the format of
             `model.json`.
-        torch: The original program's checkpoint files.
-        frame_embeddings: Weight → its layout, for embeddings with a row per frame.
-        optional_parts: Patterns of parts that a network has or lacks as a whole, depending on its
-            config, from the largest to the smallest.
-        published_cost: Preset → its paper's cost.
-        shares_frames: Whether a frame's features do not depend on the other frames of the clip, so
-            that overlapping windows compute them once.
-        mixes_frames: Config → whether attention within a frame also sees other frames, so that its
-            rollout is approximate in time.
+        torch: Format of the original program's checkpoint files.
+        frame_embeddings: Name of an embedding with one row per frame → its layout.
+        optional_parts: Patterns of weight prefixes, the largest part first. Depending on its
+            config, a network has either all weights of such a part or none.
+        published_cost: Name of a preset → its cost as stated in the paper.
+        shares_frames: Whether a frame's features do not depend on the other frames of the clip.
+            Windows that overlap then share the features.
+        mixes_frames: Config → whether attention within a frame also reads keys or values of other
+            frames. The attention rollout is then approximate in time.
     """
 
     name: str
@@ -126,26 +134,29 @@ class Family:
 
     @property
     def pos_embed(self) -> str:
-        """The image ViT's positional embedding: a class token's row, then a square patch grid."""
+        """Name of the image ViT's positional embedding.
+
+        Its first row is for the class token, and the others for a square grid of patches.
+        """
         return f"{self.image_prefix}pos_embed"
 
     def image_vit(self, model: nnx.Module) -> nnx.Module:
-        """Return the part of a network that has `embed`, `blocks` and `norm`."""
+        """Return the image ViT of a network: the module with `embed`, `blocks` and `norm`."""
         return getattr(model, self.image_prefix.removesuffix(".")) if self.image_prefix else model
 
     def is_image_weight(self, name: str) -> bool:
-        """Return whether an image ViT has this weight too."""
-        inside = name.removeprefix(self.image_prefix)
-        return name.startswith(self.image_prefix) and inside.startswith(IMAGE_WEIGHTS)
+        """Return whether a weight of the network also exists in a plain image ViT."""
+        image_name = name.removeprefix(self.image_prefix)
+        return name.startswith(self.image_prefix) and image_name.startswith(IMAGE_WEIGHTS)
 
     def block_index(self, name: str) -> int | None:
-        """Return the index of the image ViT's block that a weight belongs to; None: of no block."""
+        """Return the index of the image ViT's block with this weight, or None if there is none."""
         prefix = f"{self.image_prefix}blocks."
         if not name.startswith(prefix):
             return None
         return int(name.removeprefix(prefix).partition(".")[0])
 
     def is_embedding(self, name: str) -> bool:
-        """Return whether a weight lies below the image ViT's first block."""
-        above = (*self.head, f"{self.image_prefix}blocks.", f"{self.image_prefix}norm.")
-        return not name.startswith(above)
+        """Return whether a weight is used before the image ViT's first block."""
+        later = (*self.head, f"{self.image_prefix}blocks.", f"{self.image_prefix}norm.")
+        return not name.startswith(later)

@@ -1,6 +1,6 @@
 """The image ViT that every family runs on each frame, and the config fields that it needs.
 
-Axis letters: layers.py.
+The axis letters of shapes are listed in layers.py.
 """
 
 import dataclasses
@@ -31,22 +31,24 @@ normal_init = nnx.initializers.truncated_normal(0.02)  # truncated at ±2σ
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageViTConfig:
-    """Config fields that all families have. An impossible value raises a ValueError that names it.
+    """Config fields that all families share. A ValueError names the field if a value is invalid.
 
     Attributes:
         name: The preset that the config is derived from.
         num_classes: Number of logits.
         num_frames: Frames per clip, `t`.
-        image_size: Height and width in pixels of the frames that `pos_embed` is made for. Other
-            multiples of `patch_size` run too: `pos_embed` is resized.
+        image_size: Height and width in pixels of the frames that `pos_embed` is made for. Frames of
+            different multiples of `patch_size` are accepted: `pos_embed` is resized for them.
         patch_size: Height and width of a patch in pixels.
         width: Token width `d`.
         depth: Number of transformer blocks in the image ViT.
         heads: Number of attention heads in the image ViT.
         mlp_ratio: Hidden width of the image ViT's MLPs, divided by `width`.
-        drop_path: Stochastic depth rate of the last block. It rises linearly from 0 at the first.
-        remat: Recompute the image ViT's blocks in the backward pass instead of storing them.
-        dtype: `float32` or `bfloat16` for the computation. Weights are always float32.
+        drop_path: Stochastic depth rate of the last block. The rates rise linearly from 0 in the
+            first block.
+        remat: Whether to store only the input of each block of the image ViT, and to run the block
+            again in the backward pass.
+        dtype: Compute dtype, `float32` or `bfloat16`. Weights are always float32.
     """
 
     name: str
@@ -70,16 +72,16 @@ class ImageViTConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens per frame: one per patch, and the class token."""
+        """Number of tokens per frame: one per patch, and the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
     def num_params(self) -> int:
-        """Return the number of weights, computed without building the network."""
+        """Return the number of parameters, computed without building the network."""
         raise NotImplementedError(f"{type(self).__name__}.num_params")
 
 
 def image_vit_params(config: ImageViTConfig) -> int:
-    """Return the number of weights of the image ViT: patches, embeddings, blocks, norm."""
+    """Return the number of parameters of the image ViT: embeddings, blocks and final norm."""
     width = config.width
     embeddings = linear_params(3 * config.patch_size**2, width) + (1 + config.num_tokens) * width
     return embeddings + config.depth * block_params(width, config.mlp_ratio * width) + 2 * width
@@ -90,8 +92,8 @@ def image_vit_multiply_adds(config: ImageViTConfig, *, attention: bool, extra_ke
 
     Args:
         config: The network's config.
-        attention: Count the attention products, q·kᵀ and weights·v, too.
-        extra_keys: Keys of each token in addition to the frame's own.
+        attention: Whether to count the attention products, q·kᵀ and weights·v, too.
+        extra_keys: Number of keys that each token attends to besides the keys of its own frame.
     """
     n, d = config.num_tokens, config.width
     patches = (n - 1) * 3 * config.patch_size**2 * d
@@ -104,8 +106,8 @@ def image_vit_multiply_adds(config: ImageViTConfig, *, attention: bool, extra_ke
 class ImageViT(nnx.Module):
     """A ViT that runs on each frame of a clip.
 
-    A subclass calls `init_embeddings` and then `init_blocks`; it adds its own embeddings between
-    them. The order of these calls is the order in which initial weights are drawn.
+    A subclass calls `init_embeddings` and then `init_blocks`. If it has embeddings of its own, it
+    adds them in between. Initial weights are drawn in the order of these calls.
     """
 
     def init_embeddings(
@@ -129,8 +131,9 @@ class ImageViT(nnx.Module):
 
         Args:
             eps: ε of all norms.
-            make_linear: `(fan_in, fan_out) → nnx.Linear` of the MLPs.
-            make_attention: Index of a block → its attention, called as `attn(x, num_queries=)`.
+            make_linear: Function `(fan_in, fan_out) → nnx.Linear` for the layers of the MLPs.
+            make_attention: Function from the index of a block to its attention module, which is
+                called as `attn(x, num_queries=...)`.
             rngs: Source of the initial weights.
         """
         cfg = self.config
@@ -163,7 +166,7 @@ class ImageViT(nnx.Module):
         """Return the class token of each frame: `(b t h w c)` → `(b t d)`.
 
         Args:
-            video: A normalised clip.
+            video: Normalised clips.
             key: PRNG key of the stochastic depth; None in evaluation.
         """
         cfg = self.config

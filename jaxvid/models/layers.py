@@ -18,7 +18,7 @@ torch_kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"
 
 
 def torch_linear(fan_in: int, fan_out: int, dtype: str, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """Return a Linear layer with torch's default initial weights and bias."""
+    """Return a Linear layer with PyTorch's default initialisation of kernel and bias."""
     bound = fan_in**-0.5
 
     def bias_init(
@@ -78,9 +78,9 @@ def attend(
 ) -> jax.Array:
     """Apply scaled dot-product attention within each frame, with a float32 softmax.
 
-    The softmax's denominator divides the result instead of the weights, which are `m / e` times as
-    many. On a CPU this takes half the time of `softmax @ v` and a quarter of the time of
-    `jax.nn.dot_product_attention`.
+    The result is divided by the softmax's denominator, instead of the weights, which have `m / e`
+    times as many elements. On a CPU this takes half the time of `softmax @ v` and a quarter of the
+    time of `jax.nn.dot_product_attention`.
 
     Args:
         q: Queries `(b, t, n, d)`, the heads side by side in `d`.
@@ -88,7 +88,7 @@ def attend(
         v: Values `(b, t, m, d)`.
         heads: Number of heads; divides `d`.
         rate: Dropout rate of the attention weights.
-        key: PRNG key of the dropout; None: no dropout.
+        key: PRNG key of the dropout; None in evaluation: no dropout.
 
     Returns:
         `(b, t, n, d)`, in the dtype of `v`.
@@ -138,7 +138,7 @@ def drop_path(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> j
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zero elements of `x` with probability `rate` and rescale the rest; key None: return `x`."""
+    """Zero elements of `x` with probability `rate` and rescale the rest, unless `key` is None."""
     if key is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
@@ -183,7 +183,7 @@ class Mlp(nnx.Module):
     Args:
         width: Input and output width `d`.
         hidden: Hidden width.
-        make_linear: `(fan_in, fan_out) → nnx.Linear` with the initial weights and the dtype.
+        make_linear: Function `(fan_in, fan_out) → nnx.Linear` that sets initial weights and dtype.
     """
 
     def __init__(self, width: int, hidden: int, make_linear: Callable[[int, int], nnx.Linear]):
@@ -224,9 +224,9 @@ class Block(nnx.Module):
         width: Token width `d`.
         hidden: Hidden width of the MLP.
         eps: ε of both norms.
-        make_attention: Returns the attention, called as `attn(x, num_queries=)`.
+        make_attention: Returns the attention module, which is called as `attn(x, num_queries=...)`.
         make_linear: As in `Mlp`.
-        dtype: Dtype of the computation.
+        dtype: Compute dtype of the norms.
         rngs: Source of the initial weights.
     """
 
@@ -260,7 +260,7 @@ class Block(nnx.Module):
             x: `(b, t, n, d)`.
             rate: Stochastic depth rate of both branches.
             key: PRNG key of the stochastic depth; None in evaluation.
-            num_queries: Number of tokens to compute, from the first; None: all.
+            num_queries: Compute only this number of tokens, from the first on; None: all.
 
         Returns:
             `(b, t, num_queries, d)`.
@@ -286,21 +286,22 @@ def run_blocks(
     of each block with those of all later blocks and recomputes their residual gradients: a step
     takes 22 s instead of 13 s.
 
-    The backward pass stores the outputs of the Linear layers and recomputes the rest. This is as
-    fast as storing everything and takes less than half the memory. The last block computes only
-    the class tokens, because no other token is used after it.
+    Without `remat`, the outputs of the Linear layers are stored for the backward pass, which
+    recomputes the rest. This is as fast as storing everything and takes less than half the memory.
+    The last block computes only the class tokens, because no other token is used after it.
 
     Args:
         blocks: The ViT's blocks.
         x: Tokens `(b, t, n, d)`, the class token first.
-        rate: Stochastic depth rate of the last block. It rises linearly from 0 at the first.
+        rate: Stochastic depth rate of the last block. The rates rise linearly from 0 in the first
+            block.
         key: PRNG key of the stochastic depth; None in evaluation.
         remat: Store only the input of each block, and run the block again in the backward pass.
 
     Returns:
         Class tokens `(b, t, d)`.
     """
-    top = max(len(blocks) - 1, 1)
+    last_index = max(len(blocks) - 1, 1)  # at least 1, as a divisor
 
     def run(
         graphdef: nnx.GraphDef, num_queries: int | None, x: jax.Array, block: tuple
@@ -308,14 +309,14 @@ def run_blocks(
         state, index = block
         x = nnx.merge(graphdef, state)(
             x,
-            rate=rate * index / top,
+            rate=rate * index / last_index,
             key=jax.random.fold_in(key, index) if key is not None and rate else None,
             num_queries=num_queries,
         )
         return x, None
 
     policies = jax.checkpoint_policies
-    keep = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
+    policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
     *inner, last = map(nnx.split, blocks)
     start = 0
     for graphdef, group in itertools.groupby(inner, key=operator.itemgetter(0)):
@@ -323,9 +324,10 @@ def run_blocks(
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         indices = jnp.arange(start, start + len(states))
         step = jax.checkpoint(
-            functools.partial(run, graphdef, None), policy=keep, prevent_cse=False
+            functools.partial(run, graphdef, None), policy=policy, prevent_cse=False
         )
         x, _ = jax.lax.scan(step, x, (stacked, indices))
         start += len(states)
-    x, _ = run(last[0], 1, x, (last[1], start))  # too small for remat to save memory
+    # The last block has one query per frame. It needs so little memory that it stores everything.
+    x, _ = run(last[0], 1, x, (last[1], start))
     return x[:, :, 0]

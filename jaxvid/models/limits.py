@@ -8,8 +8,8 @@ from jaxvid.errors import short_repr
 
 MAX_PARAMS = 10**10  # 40 GB in float32
 MAX_TOKENS = 2**16  # patches per frame
-# Field → lowest and highest value. The limits leave room for networks larger than any that was
-# published, and stop a mistyped or hostile value before anything is built.
+# Field → lowest and highest value. Networks larger than all published ones are within the limits.
+# Mistyped or hostile values are rejected before anything is built.
 LIMITS = {
     "num_classes": (1, 10**6),
     "num_frames": (1, 4096),
@@ -39,7 +39,7 @@ def check_fields(config: Any) -> None:
             `tuple[int, ...]`.
 
     Raises:
-        ValueError: Names the field, its value and what is expected.
+        ValueError: A field has the wrong type or is out of range.
     """
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
@@ -58,6 +58,7 @@ def _has_type(value: object, expected: type) -> bool:
     if expected in (int, float):
         number = numbers.Integral if expected is int else numbers.Real
         return isinstance(value, number) and not isinstance(value, bool)
+    # `expected` is `tuple[int, ...]`; a config from JSON has a list.
     return isinstance(value, list | tuple) and all(_has_type(item, int) for item in value)
 
 
@@ -69,16 +70,16 @@ def check_divisible(config: Any, **divisors: str) -> None:
         **divisors: Field → the field that must divide it.
 
     Raises:
-        ValueError: Names both fields and their values.
+        ValueError: A field is not divisible, or a value is below 1.
     """
-    for name, divisor in divisors.items():
-        value, by = getattr(config, name), getattr(config, divisor)
-        if by < 1 or value < 1 or value % by:
-            raise ValueError(f"{name}={value} is not divisible by {divisor}={by}")
+    for name, divisor_name in divisors.items():
+        value, divisor = getattr(config, name), getattr(config, divisor_name)
+        if divisor < 1 or value < 1 or value % divisor:
+            raise ValueError(f"{name}={value} is not divisible by {divisor_name}={divisor}")
 
 
 def check_size(config: Any) -> None:
-    """Check that a network fits into the memory of some machine.
+    """Check that a network is not larger than `MAX_TOKENS` and `MAX_PARAMS` allow.
 
     Raises:
         ValueError: The network has too many patches per frame or too many parameters.

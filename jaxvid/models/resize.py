@@ -1,4 +1,4 @@
-"""Resize embeddings to another patch grid or another number of frames."""
+"""Resize embeddings to a different patch grid or number of frames."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 def resize_pos_embed(pos_embed: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """Resize the patch grid of a positional embedding bicubically, as PyTorch does.
 
-    `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)`: a = -0.75, half-pixel
-    centres, no antialiasing. The class token's row is kept.
+    The result equals `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)`, with
+    a = -0.75, half-pixel centres and no antialiasing. The class token's row is unchanged.
 
     Args:
         pos_embed: `(1, 1 + s·s, d)`: the class token, then a square grid in row-major order.
@@ -31,13 +31,14 @@ def resize_pos_embed(pos_embed: jax.Array, grid: tuple[int, int]) -> jax.Array:
 def resize_time(embed: jax.Array, num_frames: int, *, leading_rows: int) -> jax.Array:
     """Resize the frames' rows of an embedding linearly: half-pixel centres, no antialiasing.
 
-    The first and the last row are repeated outside their centres. A single row is therefore copied
-    to all frames.
+    Positions before the first row's centre or after the last row's get a copy of that row. A single
+    row is therefore copied to all frames.
 
     Args:
         embed: `(1, leading_rows + t, ...)`.
-        num_frames: The new t.
-        leading_rows: Rows before the frames' rows, e.g. a class token's. They are kept.
+        num_frames: New number of frames.
+        leading_rows: Number of rows before the frames' rows, e.g. 1 for a class token. They are
+            unchanged.
 
     Returns:
         `(1, leading_rows + num_frames, ...)`.

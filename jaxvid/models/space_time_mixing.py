@@ -1,6 +1,7 @@
 """Space-time mixing attention (Bulat et al., NeurIPS 2021, arXiv:2106.05968, section 3.2).
 
-Attention within each frame whose keys and values take channels from the neighbouring frames.
+Each frame attends to its own tokens. Some channels of their keys and values are replaced by those
+of the previous and the next frame.
 """
 
 import dataclasses
@@ -13,37 +14,44 @@ from jaxvid.models.layers import SelfAttention
 
 
 def shift_time(x: jax.Array, segment: int, fold: int, *, groups: int = 1) -> jax.Array:
-    """Replace a part of the channels by those of the neighbouring frames.
+    """Replace some channels of each frame by those of the next and the previous frame.
 
-    In each group of channels, `[0, fold)` come from frame t+1, `[fold, 2·fold)` from frame t-1,
-    and the rest are unchanged.
+    In each group of channels, frame t takes channels `[0, fold)` from frame t+1 and channels
+    `[fold, 2·fold)` from frame t-1. The other channels are unchanged.
 
     Args:
-        x: Keys or values `(b, t, n, d)`, the heads side by side in `d`.
-        segment: Frames within which channels are shifted; zeros enter at its ends. Divides `t`.
-        fold: Number of channels of a group that are taken from either side.
-        groups: Number of channel groups in `d`: 1 (the released models), or one per head.
+        x: Keys or values `(b, t, n, d)`. The axis `d` holds the heads one after the other.
+        segment: Number of frames per segment; divides `t`. Channels do not move between segments:
+            where a frame has no neighbour in its segment, it takes zeros.
+        fold: Number of channels per group that are taken from the next frame. As many are taken
+            from the previous frame.
+        groups: Number of groups that `d` is split into: 1 (the released models) or the number of
+            heads.
 
     Returns:
         The shifted `x`, `(b, t, n, d)`.
     """
     b, t, n, d = x.shape
     parts = x.reshape(b, t // segment, segment, n, groups, d // groups)
-    edge = jnp.zeros_like(parts[:, :, :1, ..., :fold])
-    after = jnp.concatenate([parts[:, :, 1:, ..., :fold], edge], axis=2)
-    before = jnp.concatenate([edge, parts[:, :, :-1, ..., fold : 2 * fold]], axis=2)
-    return jnp.concatenate([after, before, parts[..., 2 * fold :]], axis=-1).reshape(x.shape)
+    zeros = jnp.zeros_like(parts[:, :, :1, ..., :fold])
+    from_next = jnp.concatenate([parts[:, :, 1:, ..., :fold], zeros], axis=2)
+    from_previous = jnp.concatenate([zeros, parts[:, :, :-1, ..., fold : 2 * fold]], axis=2)
+    unchanged = parts[..., 2 * fold :]
+    return jnp.concatenate([from_next, from_previous, unchanged], axis=-1).reshape(x.shape)
 
 
 def summarize(x: jax.Array, segment: int) -> jax.Array:
-    """Return the summary tokens of each frame: the mean patch token of each frame of its segment.
+    """Return the summary tokens that each frame attends to.
+
+    They are the mean patch tokens of all frames of the frame's segment, and therefore the same for
+    all these frames.
 
     Args:
-        x: Keys or values `(b, t, n, d)`. The means leave out the class token, token 0.
-        segment: Frames per segment. Divides `t`.
+        x: Keys or values `(b, t, n, d)`. Token 0 is the class token, which the means leave out.
+        segment: Number of frames per segment; divides `t`.
 
     Returns:
-        `(b, t, segment, d)`.
+        `(b, t, segment, d)`: `segment` summary tokens per frame.
     """
     b, t, _, d = x.shape
     means = x[:, :, 1:].mean(axis=2).reshape(b, t // segment, 1, segment, d)
@@ -53,14 +61,15 @@ def summarize(x: jax.Array, segment: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """How a block's keys and values mix neighbouring frames.
+    """Settings of a block's space-time mixing; see `shift_time` and `summarize`.
 
     Attributes:
-        segment: Frames per segment.
+        segment: Number of frames per segment.
         groups: Number of channel groups.
-        fold: Number of channels of a group that are taken from either side.
-        shift_keys: Whether keys are shifted.
-        shift_values: Whether values are shifted.
+        fold: Number of channels per group that are taken from the next frame. As many are taken
+            from the previous frame.
+        shift_keys: Whether `shift_time` is applied to the keys.
+        shift_values: Whether `shift_time` is applied to the values.
         summary_tokens: Whether summary tokens are appended to keys and values.
     """
 
@@ -73,23 +82,26 @@ class Mixing:
 
 
 class MixingAttention(SelfAttention):
-    """Attention within each frame over keys and values that mix neighbouring frames."""
+    """Self-attention within each frame, with space-time mixing of keys and values."""
 
     def __init__(self, heads: int, qkv: nnx.Linear, proj: nnx.Linear, mixing: Mixing):
         super().__init__(heads, qkv, proj)
         self.mixing = mixing
 
     def split(self, x: jax.Array) -> list[jax.Array]:
-        """Return queries `(b t n d)`, and mixed keys and values `(b t m d)`."""
+        """Return the queries `(b t n d)`, and the keys and values after mixing `(b t m d)`.
+
+        m is n, plus `segment` if there are summary tokens.
+        """
         q, k, v = super().split(x)
-        mix = self.mixing
-        shifted = [
-            shift_time(a, mix.segment, mix.fold, groups=mix.groups) if shifts else a
-            for a, shifts in ((k, mix.shift_keys), (v, mix.shift_values))
+        mixing = self.mixing
+        mixed = [
+            shift_time(a, mixing.segment, mixing.fold, groups=mixing.groups) if shifts else a
+            for a, shifts in ((k, mixing.shift_keys), (v, mixing.shift_values))
         ]
-        if mix.summary_tokens:
-            shifted = [
-                jnp.concatenate([a, summarize(plain, mix.segment)], axis=2)
-                for a, plain in zip(shifted, (k, v), strict=True)
+        if mixing.summary_tokens:
+            mixed = [
+                jnp.concatenate([shifted, summarize(unshifted, mixing.segment)], axis=2)
+                for shifted, unshifted in zip(mixed, (k, v), strict=True)
             ]
-        return [q, *shifted]
+        return [q, *mixed]

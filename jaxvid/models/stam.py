@@ -1,7 +1,8 @@
 """STAM: an image ViT for each frame, then a transformer over the frames' class tokens.
 
 Sharir et al., "An Image is Worth 16x16 Words, What is a Video Worth?", 2021, arXiv:2103.13915.
-Attribute names equal the paths in the released checkpoints' state_dict. Axis letters: layers.py.
+Attribute names equal the paths in the released checkpoints' state_dict. The axis letters of shapes
+are listed in layers.py.
 """
 
 import dataclasses
@@ -55,9 +56,10 @@ class STAMConfig(ImageViTConfig):
         temporal_heads: Number of attention heads in the aggregator.
         temporal_mlp: Hidden width of the aggregator's feed-forward layers.
         dropout: Dropout rate inside the aggregator.
-        init: Initial weights: `released` (truncated normal, std 0.02) or `small` (Linear kernels
-            1/sqrt(fan_in), positional embeddings 0.3 in the image ViT and 1 in the aggregator,
-            whose input is layer-normalised). `small` learns far faster if the width is small.
+        init: Initial weights: `released` (truncated normal, std 0.02) or `small`, with which
+            networks of a small width learn far faster. The std of `small` is 1/sqrt(fan_in) for
+            Linear kernels and 0.3 for the image ViT's positional embedding. For the aggregator's it
+            is 1, because the aggregator's input is layer-normalised.
     """
 
     num_classes: int = 400
@@ -76,10 +78,11 @@ class STAMConfig(ImageViTConfig):
             check_divisible(self, width="temporal_heads")
 
     def num_params(self) -> int:
-        """Return the number of weights, computed without building the network."""
+        """Return the number of parameters, computed without building the network."""
         count = image_vit_params(self) + linear_params(self.width, self.num_classes)
         if self.aggregator == "transformer":
             layer = block_params(self.width, self.temporal_mlp)
+            # Class token 1, positional embedding num_frames + 1, final norm 2, in units of width.
             count += (self.num_frames + 4) * self.width + self.temporal_depth * layer
         return count
 
@@ -171,7 +174,7 @@ class Aggregator(nnx.Module):
 
 
 class STAM(ImageViT):
-    """The classifier: a normalised clip `(b t h w c)` → logits `(b, num_classes)`.
+    """The STAM classifier: normalised clips `(b t h w c)` → logits `(b, num_classes)`.
 
     Args:
         config: The network's config.
@@ -194,11 +197,11 @@ class STAM(ImageViT):
         return self.aggregate(frames, key=key)
 
     def classify(self, frames: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Classify clips by their frames' features: `(b t d)` → logits `(b, num_classes)`."""
+        """Classify clips from their frames' features: `(b t d)` → logits `(b, num_classes)`."""
         return self.head(self.video_features(frames, key=key))
 
     def features(self, video: jax.Array) -> dict[str, jax.Array]:
-        """Return the features `frames` `(b t d)` and `video` `(b d)` of a clip `(b t h w c)`."""
+        """Return the features `frames` `(b t d)` and `video` `(b d)` of clips `(b t h w c)`."""
         frames = self.frame_features(video)
         return {"frames": frames, "video": self.video_features(frames)}
 
@@ -217,7 +220,8 @@ class STAM(ImageViT):
         if self.config.aggregator == "mean":
             return {"spatial": spatial}
         x, temporal = self.aggregate.embed(self.norm(x)[:, :, 0]), []
-        for layer in self.aggregate.transformer_enc.layers:  # post-norm, unlike record_attention
+        # `record_attention` cannot be used: it expects pre-norm blocks, and these are post-norm.
+        for layer in self.aggregate.transformer_enc.layers:
             q, k, _ = layer.self_attn.split(x)
             temporal.append(attention_weights(q, k, self.config.temporal_heads)[:, 0])
             x = layer(x)
@@ -235,7 +239,8 @@ class STAM(ImageViT):
             Logits `(b, num_classes)`, float32.
 
         Raises:
-            ValueError: The aggregator is made for another number of frames.
+            ValueError: The aggregator expects a different number of frames, or the shape of `video`
+                is invalid.
         """
         keys = (None, None) if key is None else jax.random.split(key)
         frames = self.frame_features(video, key=keys[0])
@@ -268,15 +273,19 @@ def released_preprocessing(config: STAMConfig) -> dict[str, Any]:
         config: The network's config; its number of frames and image size are used.
     """
     return {
-        **{"num_frames": config.num_frames, "crop": config.image_size, "sampling_rate": 16},
-        **{
-            "by_time": False,
-            "sampling": "uniform_10s",
-            "short_side": round(config.image_size * 8 / 7),
-        },
-        # Its PyAV ignored the matrix that a file names.
-        **{"resize": "pil_bilinear", "color_matrix": "bt601"},
-        **{"num_clips": 1, "num_crops": 1, "mean": 0.0, "std": 1.0},
+        "num_frames": config.num_frames,
+        "crop": config.image_size,
+        "sampling_rate": 16,
+        "by_time": False,
+        "sampling": "uniform_10s",
+        "short_side": round(config.image_size * 8 / 7),
+        "resize": "pil_bilinear",
+        # The program's version of PyAV ignored the colour matrix that a video file declares.
+        "color_matrix": "bt601",
+        "num_clips": 1,
+        "num_crops": 1,
+        "mean": 0.0,
+        "std": 1.0,
     }
 
 
@@ -294,15 +303,20 @@ FAMILY = Family(
     layer_lists=("blocks", "layers"),
     head_counts={"heads": "blocks.", "temporal_heads": "aggregate."},
     tensor_axis={
-        **{"qkv.kernel": -1, "proj.kernel": 0, "fc1.kernel": -1, "fc2.kernel": 0},
-        **{"self_attn.in_proj_weight": -1, "out_proj.kernel": 0},
-        **{"linear1.kernel": -1, "linear2.kernel": 0},
+        "qkv.kernel": -1,
+        "proj.kernel": 0,
+        "fc1.kernel": -1,
+        "fc2.kernel": 0,
+        "self_attn.in_proj_weight": -1,
+        "out_proj.kernel": 0,
+        "linear1.kernel": -1,
+        "linear2.kernel": 0,
     },
     multiply_adds=multiply_adds,
     released_preprocessing=released_preprocessing,
     torch=TorchFormat(
         marker="aggregate.",
-        zeros={r"blocks\.\d+\.attn\.qkv\.bias": "a first-version file, which has none"},
+        zeros={r"blocks\.\d+\.attn\.qkv\.bias": "missing from files of the first released version"},
     ),
     published_cost={
         f"stam_{t}": PublishedCost(giga, counts_attention=False, num_views=1)

@@ -1,7 +1,7 @@
 """Transfer weights to a network of the same family that differs in sizes, classes or parts.
 
-Another resolution, another number of frames or classes, a temporal part more or less. Weights have
-the names that `jaxvid.models.split_params` gives them.
+The networks may differ in their resolution, number of frames, number of classes, and in optional
+parts such as the temporal head. Weight names are those of `jaxvid.models.split_params`.
 """
 
 import dataclasses
@@ -32,7 +32,8 @@ class TransferPlan:
         resized: Weight → description of its resize.
         reinitialised: Part and reason → its weights, which keep their fresh values.
         unused: Part and reason → its weights, which the new network does not have.
-        problems: Reasons why a transfer is impossible; equal layers share one.
+        problems: Reasons why a transfer is impossible. Identical layers with the same problem share
+            one reason.
     """
 
     loaded: list[str] = dataclasses.field(default_factory=list)
@@ -65,7 +66,8 @@ def plan_transfer(
         source: The folder's weights; only their shapes are read.
         fresh: The new network's initial weights; only their shapes are read.
     """
-    plan, problems = TransferPlan(), {}
+    plan = TransferPlan()
+    problems = {}  # its keys are an ordered set
     for name, leaf in fresh.items():
         if name not in source:
             if part := _missing_part(family, name, source):
@@ -102,7 +104,7 @@ def reinitialise_head(family: Family, plan: TransferPlan, reason: str) -> None:
     Args:
         family: The family of both networks.
         plan: The result of `plan_transfer`.
-        reason: Why, for the log.
+        reason: Reason that is written to the log.
     """
     for name in [name for name in plan.loaded if name.startswith(family.class_heads)]:
         plan.loaded.remove(name)
@@ -146,7 +148,11 @@ def _count(names: list[str]) -> str:
 
 
 def _describe_resize(family: Family, name: str, old: Shape, new: Shape) -> str | None:
-    """Describe how an embedding is resized; None: it is not an embedding, or its width differs."""
+    """Describe how an embedding is resized.
+
+    Returns:
+        The description, or None if the weight is not an embedding or its width differs.
+    """
     if name not in (family.pos_embed, *family.frame_embeddings) or old[2:] != new[2:]:
         return None
     if name in family.frame_embeddings:
@@ -157,11 +163,10 @@ def _describe_resize(family: Family, name: str, old: Shape, new: Shape) -> str |
 
 
 def _missing_part(family: Family, name: str, others: Iterable[str]) -> str | None:
-    """Return the largest optional part that has a weight and that `others` lack as a whole.
+    """Find the largest optional part that contains a weight and is completely missing in `others`.
 
     Returns:
-        The path of the part, e.g. of a layer of the head; None: `others` have some weights
-        of every part that the weight belongs to.
+        The path of the part, e.g. `aggregate`, or None if there is no such part.
     """
     for pattern in family.optional_parts:
         match = re.match(pattern, name)
@@ -171,7 +176,7 @@ def _missing_part(family: Family, name: str, others: Iterable[str]) -> str | Non
 
 
 def _layer(family: Family, name: str) -> str:
-    """Return the layer that a weight belongs to, e.g. `blocks.2`; otherwise the weight itself."""
+    """Return the layer that a weight belongs to, e.g. `blocks.2`, or the weight itself."""
     match = re.search(_layer_pattern(family), name)
     return name[: match.end() - 1] if match else name
 

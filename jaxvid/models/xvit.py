@@ -1,7 +1,8 @@
 """XViT: a ViT whose keys and values are shifted in time (space-time mixing attention).
 
 Bulat et al., "Space-time Mixing Attention for Video Transformer", NeurIPS 2021, arXiv:2106.05968.
-Attribute names equal the paths in the released checkpoints' state_dict. Axis letters: layers.py.
+Attribute names equal the paths in the released checkpoints' state_dict. The axis letters of shapes
+are listed in layers.py.
 """
 
 import dataclasses
@@ -54,23 +55,27 @@ class XViTConfig(ImageViTConfig):
     """Config of an XViT; see `ImageViTConfig` for the fields of the backbone.
 
     Attributes:
-        temporal_embedding_frames: Rows of the temporal embedding. Longer clips repeat it. 0: no
-            temporal embedding.
-        shift: What is shifted in time: `both` keys and values, `keys`, `values`, or `none`.
-        shift_segment: Frames within which keys and values are shifted; zeros enter at its ends.
+        temporal_embedding_frames: Number of rows of the temporal embedding, which is repeated for
+            longer clips; 0: no temporal embedding.
+        shift: Tensors that are shifted in time: `both` (keys and values), `keys`, `values` or
+            `none`.
+        shift_segment: Number of frames per segment. Keys and values are shifted within a segment;
+            zeros replace the missing neighbours of its first and last frame.
         shift_div: `width // shift_div` channels come from the next frame and as many from the
             previous one (paper, section 3.2).
-        shift_blocks: Indices of the blocks that shift; empty: all.
-        shift_per_head: Shift a part of each head's channels instead of a part of all channels.
-        summary_tokens: Let each frame also attend to the mean patch token of each frame of its
+        shift_blocks: Indices of the blocks in which keys and values are shifted; empty: all.
+        shift_per_head: Whether the first channels of each head are shifted, instead of the first
+            channels of the token.
+        summary_tokens: Whether each frame also attends to the mean patch token of each frame of its
             segment (paper, section 3.2, "summary token").
         head: `attention` (the temporal head) or `mean` (the paper's baseline, mean over frames).
-        head_depth: Number of transformer blocks in the temporal head, which has as many attention
-            heads as the backbone.
+        head_depth: Number of transformer blocks in the temporal head. They have the same `heads`
+            and `mlp_ratio` as the backbone.
         dropout: Dropout rate on the frame features and inside the head.
         init: Initial weights of the backbone: `released` (truncated normal, std 0.02; temporal
-            embedding zero) or `small` (Linear kernels 1/sqrt(fan_in), positional and temporal
-            embeddings 0.3). `small` learns far faster if the width is small.
+            embedding zero) or `small`, with which networks of a small width learn far faster. The
+            std of `small` is 1/sqrt(fan_in) for Linear kernels and 0.3 for positional and temporal
+            embeddings.
     """
 
     temporal_embedding_frames: int = 8
@@ -101,12 +106,13 @@ class XViTConfig(ImageViTConfig):
         check_option("init", self.init, INITS)
 
     def num_params(self) -> int:
-        """Return the number of weights, computed without building the network."""
+        """Return the number of parameters, computed without building the network."""
         width = self.width
         count = image_vit_params(self) + self.temporal_embedding_frames * width
         count += linear_params(width, self.num_classes)
         if self.head == "attention":
             block = block_params(width, self.mlp_ratio * width, qkv_bias=False)
+            # Class token and norm have 3 * width parameters.
             count += 3 * width + self.head_depth * block + linear_params(width, width)
         return count
 
@@ -165,8 +171,8 @@ class TemporalHead(nnx.Module):
             [
                 layer_norm(cfg.width, HEAD_EPS, cfg.dtype, rngs=rngs),
                 torch_linear(cfg.width, cfg.width, cfg.dtype, rngs=rngs),
-                None,  # GELU, and dropout below: the released checkpoints number these too
-                None,
+                None,  # GELU; the released checkpoints count it and the dropout in their indices
+                None,  # dropout
                 torch_linear(cfg.width, cfg.num_classes, "float32", rngs=rngs),
             ]
         )
@@ -190,7 +196,7 @@ class TemporalHead(nnx.Module):
 
 
 class XViT(nnx.Module):
-    """The classifier: a normalised clip `(b t h w c)` → logits `(b, num_classes)`.
+    """The XViT classifier: normalised clips `(b t h w c)` → logits `(b, num_classes)`.
 
     Args:
         config: The network's config.
@@ -206,7 +212,7 @@ class XViT(nnx.Module):
             self.new_fc = torch_linear(config.width, config.num_classes, "float32", rngs=rngs)
 
     def features(self, video: jax.Array) -> dict[str, jax.Array]:
-        """Return the features `frames` `(b t d)` and `video` `(b d)` of a clip `(b t h w c)`."""
+        """Return the features `frames` `(b t d)` and `video` `(b d)` of clips `(b t h w c)`."""
         self._check_length(video)
         frames = self.base_model.frame_features(video)
         if self.config.head == "mean":
@@ -220,9 +226,9 @@ class XViT(nnx.Module):
             video: `(b t h w c)`.
 
         Returns:
-            `spatial` `(b, blocks, t, k, n, m)`, m = n without summary tokens, and, with the
-            attention head, `temporal` `(b, blocks, k, 1 + t, 1 + t)`. Rows are queries and sum to
-            1. Token 0 is the class token.
+            `spatial` `(b, blocks, t, k, n, m)` and, with the attention head, `temporal`
+            `(b, blocks, k, 1 + t, 1 + t)`. m is n, plus `shift_segment` if there are summary
+            tokens. Rows are queries and sum to 1. Token 0 is the class token.
         """
         self._check_length(video)
         heads = self.config.heads
@@ -237,15 +243,16 @@ class XViT(nnx.Module):
         """Classify clips.
 
         Args:
-            video: Normalised float RGB `(b, t, h, w, c)`. `t`, `h` and `w` may differ from the
-                config's if segment, temporal embedding and patches divide them.
+            video: Normalised float RGB `(b, t, h, w, c)`. The sizes may differ from the config's if
+                `t` is divisible by `shift_segment` and by `temporal_embedding_frames`, and `h` and
+                `w` are divisible by `patch_size`.
             key: PRNG key of dropout and stochastic depth in training; None in evaluation.
 
         Returns:
             Logits `(b, num_classes)`, float32.
 
         Raises:
-            ValueError: Names the size and its divisor.
+            ValueError: The shape of `video` is invalid.
         """
         self._check_length(video)
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
@@ -302,28 +309,38 @@ def multiply_adds(config: XViTConfig, attention: bool) -> int:
 
 
 def released_preprocessing(config: XViTConfig) -> dict[str, Any]:
-    """Return the preprocessing of the released program: 3 crops of frames of the crop's short side.
+    """Return the preprocessing of the released program: three crops that span the short side.
 
     Args:
         config: The network's config; its name, number of frames and image size are used.
     """
     by_segments = config.name == "xvit_ssv2"
     return {
-        **{"num_frames": config.num_frames, "crop": config.image_size, "sampling_rate": 16},
-        **{"by_time": False, "sampling": "segments" if by_segments else "dense_stride"},
-        **{"short_side": config.image_size, "resize": "torch_bilinear", "color_matrix": "tagged"},
-        **{"num_clips": 2 if by_segments else 1, "num_crops": 3, "mean": 0.5, "std": 0.5},
+        "num_frames": config.num_frames,
+        "crop": config.image_size,
+        "sampling_rate": 16,
+        "by_time": False,
+        "sampling": "segments" if by_segments else "dense_stride",
+        "short_side": config.image_size,
+        "resize": "torch_bilinear",
+        "color_matrix": "tagged",
+        "num_clips": 2 if by_segments else 1,
+        "num_crops": 3,
+        "mean": 0.5,
+        "std": 0.5,
     }
 
 
 def unused_torch_shapes(config: XViTConfig) -> dict[str, tuple[int, ...]]:
-    """Return the tensors that the original program requires and never reads."""
-    shape = (config.num_classes, config.width)
-    return {"new_fc.weight": shape, "new_fc.bias": shape[:1]}
+    """Return `{key: shape}` of the tensors that the original program requires but never reads."""
+    return {
+        "new_fc.weight": (config.num_classes, config.width),
+        "new_fc.bias": (config.num_classes,),
+    }
 
 
 def wrap_checkpoint(state: dict) -> dict:
-    """Return the contents of a checkpoint file with a state_dict."""
+    """Return the contents of an original checkpoint file with this state_dict."""
     return {"epoch": 0, "model_state": state, "optimizer_state": {}, "cfg": ""}
 
 
@@ -350,7 +367,7 @@ FAMILY = Family(
     released_preprocessing=released_preprocessing,
     torch=TorchFormat(
         marker="base_model.",
-        ignored={r"new_fc\..*": "the program never reads it"},
+        ignored={r"new_fc\..*": "the original program never reads it"},
         unused_shapes=unused_torch_shapes,
         wrap=wrap_checkpoint,
     ),

@@ -129,7 +129,7 @@ def test_first_version_stam_files_get_zero_biases(tmp_path, capsys):
     path = save(tmp_path / "v1.pth", "stam_16", state)
     assert convert("stam_16", path, tmp_path / "model", "--check") == 0
     assert (
-        "zeros: blocks.*.attn.qkv.bias (a first-version file, which has none)  × 2"
+        "zeros: blocks.*.attn.qkv.bias (missing from files of the first released version)  × 2"
         in capsys.readouterr().out
     )
     params = split_params(jaxvid.load_model(tmp_path / "model"))[1]

@@ -115,7 +115,7 @@ def test_output_name_that_is_not_utf8(folder, tmp_path, capsys):
     output = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     arguments = ["--model", str(folder), "--output", output, "--format", "safetensors"]
     assert export.main(arguments) == 0
-    assert "caf\ufffd.json: description of input and output" in capsys.readouterr().out
+    assert "caf\ufffd.json: description of the exported file" in capsys.readouterr().out
     about = json.loads(Path(f"{output}.json").read_text(encoding="utf-8"))
     assert about["file"] == Path(output).name
 

@@ -334,10 +334,10 @@ def test_bad_input_gives_one_line_error(seeker, seeker_folder, motion_folder, tm
             seeker_folder,
             tmp_path / "no" / "out.png",
             [],
-            "no is not a folder; create it or name",
+            "no is not a folder; create it or choose",
         ),
         (clip, seeker_folder, tmp_path / "folder.mp4", [], "cannot be written"),
-        (text, seeker_folder, text, [], "text.mp4 is the video itself; name another"),
+        (text, seeker_folder, text, [], "text.mp4 is the video itself; choose another"),
         (clip, seeker_folder, output, ["--clip", "3"], "--clip=3: must be 0 to 2"),
         (
             clip,
