@@ -246,8 +246,8 @@ def signals_blocked() -> Iterator[None]:
 
     Otherwise, a signal that arrives before a new worker calls `ignore_signals` would end the worker
     with a traceback. The parent would then hang, because `multiprocessing` continues to write to
-    the pipe of a dead worker. Other threads of this process still receive signals, and the handlers run as
-    soon as the main thread executes Python code.
+    the pipe of a dead worker. Other threads of this process still receive signals, and the handlers
+    run as soon as the main thread executes Python code.
     """
     from multiprocessing import resource_tracker  # takes longer to import than this module
 
@@ -369,7 +369,8 @@ def _supervise() -> _Supervisor:
     read_fd, ended_fd = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until both processes have installed their handlers
+    # Each process unblocks the signals after it has installed its handlers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     child = os.fork()
     if not child:
         os.setpgid(0, 0)  # Ctrl-C signals only the parent, which forwards it once

@@ -629,7 +629,7 @@ def test_check_tests_its_output_path_before_reading(tmp_path, capsys, monkeypatc
         args = [tmp_path / "train.csv", "--json", tmp_path / name]
         code, _, err = run_main(check, monkeypatch, capsys, *args)
         assert (code, err.count("\n")) == (2, 1)
-        assert f"cannot be written ({reason}); name another" in err
+        assert f"cannot be written ({reason}); choose another" in err
     monkeypatch.undo()
 
     def fail(*_):
