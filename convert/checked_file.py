@@ -56,7 +56,7 @@ class CheckedFile(io.BufferedReader):
 
 
 def check_start(file: CheckedFile) -> None:
-    """Refuse common files that are not checkpoints, which their first bytes reveal.
+    """Refuse a file whose first bytes show that it is not a checkpoint, e.g. a web page.
 
     Raises:
         ValueError: The message says what the file is.

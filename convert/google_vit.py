@@ -65,7 +65,7 @@ def to_torch(weights: dict[str, Weight], source: Path) -> dict[str, Weight]:
     """
     rules = _make_rules()
     out: dict[str, Weight] = {}
-    qkv: dict[tuple[str, str], dict[str, Weight]] = {}  # (block, leaf) → {query, key, value}
+    qkv: dict[tuple[str, str], dict[str, Weight]] = {}  # (block, leaf) → query, key and value
     for key, weight in weights.items():
         name, change, target = key, None, out
         if match := re.fullmatch(f"{ATTENTION}(query|key|value)/(kernel|bias)", key):

@@ -27,12 +27,13 @@ _HARMLESS = {
     *("torch.nn.parameter.Parameter", "torch.serialization._get_layout"),
     *("torch._tensor._rebuild_from_type_v2", "torch.storage.TypedStorage"),
 }
-# Operations that push their argument, and operations that push a constant.
+# Operations that push their argument.
 _LITERALS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
     *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
 }
+# Operation → constant that it pushes.
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 

@@ -273,10 +273,8 @@ def _make_xvit(cfg: XViTConfig, attend: Attend) -> XViT:
     return XViT(cfg, attend)
 
 
-REFERENCES = {
-    "stam": STAM,
-    "xvit": _make_xvit,
-}  # family → function `(config, attend)` that returns a module
+# Family → function `(config, attend)` that returns a module.
+REFERENCES = {"stam": STAM, "xvit": _make_xvit}
 
 
 def build_reference(config: ModelConfig, *, fused: bool = False) -> nn.Module:
@@ -291,7 +289,5 @@ def build_reference(config: ModelConfig, *, fused: bool = False) -> nn.Module:
     """
     family = family_of(config)
     if family.name not in REFERENCES:
-        raise InputError(
-            f"{config.name}: the family {family.name} has no PyTorch reference"
-        )
+        raise InputError(f"{config.name}: the family {family.name} has no PyTorch reference")
     return REFERENCES[family.name](config, attend_fused if fused else attend).eval()

@@ -2,8 +2,8 @@
 
 python convert/torch_to_flax.py --model PRESET --input FILE.pth --output FOLDER [--check]
 
-The file is a checkpoint of an original program; or an image ViT of timm (.pth, .safetensors) or
-Google (.npz), whose weights initialise a video model. Every key of the file must be used once or
+The file is a checkpoint of an original program, or an image ViT of timm (.pth, .safetensors) or
+Google (.npz) whose weights initialise a video model. Every key of the file must be used once or
 ignored for a stated reason. Every weight of the model must be filled once or listed as newly
 initialised. Otherwise nothing is written.
 """

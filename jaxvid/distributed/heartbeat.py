@@ -12,7 +12,7 @@ class Heartbeat:
         beat: Number of its last heartbeat.
         reached: Number of synchronization points that it has reached.
         silent: Seconds since its last heartbeat.
-        behind: Seconds without progress since this process has reached more synchronization points.
+        behind: Seconds without progress while this process has reached more synchronization points.
     """
 
     beat: int = 0
