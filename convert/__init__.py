@@ -1,1 +1,1 @@
-"""Weights between PyTorch's world and this one."""
+"""Conversion of weights between PyTorch and JAX."""

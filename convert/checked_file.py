@@ -1,4 +1,4 @@
-"""Bounded reads from files of unknown origin, and the checks that precede any parsing."""
+"""Bounded reads from files of unknown origin, and checks before a file is parsed."""
 
 import contextlib
 import io
@@ -11,26 +11,30 @@ import numpy as np
 
 from jaxvid.errors import InputError, short_repr
 
-MAX_HEADER = 4 * 2**20  # bytes of a pickle, a JSON header, a zip directory; real ones have < 1 MB
+# Maximum bytes of a pickle, a JSON header or a zip directory; those of real files have < 1 MB.
+MAX_HEADER = 4 * 2**20
 BLOCK = 16 * 2**20  # bytes per step of a checksum
-MAX_EXPANSION = 4  # uncompressed bytes per byte of a zip file; weights hardly compress
+MAX_EXPANSION = 4  # maximum uncompressed bytes per byte of a zip file; weights hardly compress
 
 
 class CheckedFile(io.BufferedReader):
     """A file whose reads are bounded, because libraries trust the sizes that a file declares."""
 
     def read(self, size: int | None = -1) -> bytes:
-        """Read like `BufferedReader`, at most `MAX_HEADER` bytes at once.
+        """Read like `BufferedReader`, but refuse a `size` above `MAX_HEADER`.
 
         Raises:
-            ValueError: `size` is larger.
+            ValueError: `size` is above `MAX_HEADER`.
         """
         if size is not None and size > MAX_HEADER:
-            raise ValueError(f"its header declares {size / 1e6:.0f} MB")
+            raise ValueError(
+                f"its header declares {size / 1e6:.0f} MB, more than the limit of "
+                f"{MAX_HEADER / 1e6:.0f} MB"
+            )
         return super().read(size)
 
     def read_at(self, offset: int, size: int) -> np.ndarray:
-        """Return bytes of the file as a writable uint8 array.
+        """Return `size` bytes of the file from `offset` on, as a writable uint8 array.
 
         Raises:
             ValueError: The file is too short.
@@ -52,10 +56,10 @@ class CheckedFile(io.BufferedReader):
 
 
 def check_start(file: CheckedFile) -> None:
-    """Detect common files that are not checkpoints by their first bytes.
+    """Refuse a file whose first bytes show that it is not a checkpoint, e.g. a web page.
 
     Raises:
-        ValueError: Says which kind of file it is.
+        ValueError: The message says what the file is.
     """
     start = file.read_at(0, min(512, os.fstat(file.fileno()).st_size)).tobytes()
     if not start:
@@ -77,7 +81,8 @@ def open_zip(path: Path, file: CheckedFile, stack: contextlib.ExitStack) -> zipf
         stack: Closes the archive.
 
     Raises:
-        ValueError: Members are duplicate, encrypted or outside the archive.
+        ValueError: Two members have the same name, or a member is encrypted or has a path outside
+            the archive.
         InputError: The archive declares far more bytes than the file has.
     """
     file.seek(0)
@@ -96,7 +101,7 @@ def open_zip(path: Path, file: CheckedFile, stack: contextlib.ExitStack) -> zipf
     size = os.fstat(file.fileno()).st_size
     if declared > MAX_EXPANSION * size:
         raise InputError(
-            f"{path} declares {declared / 1e6:.0f} MB in a file of {size / 1e6:.0f} MB; not read: "
+            f"{path} declares {declared / 1e6:.0f} MB in a file of {size / 1e6:.0f} MB; "
             "download or save it again"
         )
     return archive

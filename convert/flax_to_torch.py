@@ -1,4 +1,4 @@
-"""Write a model folder as a .pth file that the original programs load with strict=True.
+"""Convert a model folder to a .pth file that the original program loads with strict=True.
 
 python convert/flax_to_torch.py --input FOLDER --output FILE.pth
 """
@@ -26,7 +26,7 @@ from jaxvid.storage import model_folder
 
 
 def to_state_dict(params: Params, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Return the original program's state_dict; tensors that it never reads are zeros."""
+    """Return the original program's state_dict; tensors that the program never uses are zeros."""
     state = {
         rules.torch_key(name): torch.from_numpy(
             np.array(rules.to_torch(name, np.asarray(array)), order="C")
@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
             os.replace(partial, args.output)
         except (OSError, RuntimeError) as error:
             partial.unlink(missing_ok=True)
-            raise InputError(f"{args.output} cannot be written ({error})") from None
+            raise InputError(
+                f"{args.output} cannot be written ({error}); choose another file or free disk space"
+            ) from None
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return InputError.EXIT_CODE

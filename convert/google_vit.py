@@ -1,4 +1,4 @@
-"""Rename the weights of Google's image ViTs (`.npz`) to those of a timm ViT."""
+"""Conversion of the weights of Google's image ViTs (`.npz`) to those of a timm ViT."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import numpy as np
 from convert.weight import Weight, concatenate
 from jaxvid.errors import InputError
 
-Change = Callable[[np.ndarray], np.ndarray]
+Change = Callable[[np.ndarray], np.ndarray]  # a change of layout: a transposition or a reshape
 BLOCK = r"Transformer/encoderblock_(\d+)/"
 ATTENTION = f"{BLOCK}MultiHeadDotProductAttention_1/"
 
@@ -53,8 +53,8 @@ def _flatten(array: np.ndarray) -> np.ndarray:
 def to_torch(weights: dict[str, Weight], source: Path) -> dict[str, Weight]:
     """Convert Google's names and layouts to those of a timm ViT state_dict.
 
-    Keys that match no rule, by name or by number of axes, keep their name, so that they are
-    reported.
+    A weight whose key or number of axes matches no rule keeps its name, so that it is reported
+    later.
 
     Args:
         weights: The file's weights.
@@ -65,24 +65,25 @@ def to_torch(weights: dict[str, Weight], source: Path) -> dict[str, Weight]:
     """
     rules = _make_rules()
     out: dict[str, Weight] = {}
-    qkv: dict[tuple[str, str], dict[str, Weight]] = {}  # (block, leaf) → query, key, value
+    qkv: dict[tuple[str, str], dict[str, Weight]] = {}  # (block, leaf) → query, key and value
     for key, weight in weights.items():
-        name, change, parts = key, None, out
+        name, change, target = key, None, out
         if match := re.fullmatch(f"{ATTENTION}(query|key|value)/(kernel|bias)", key):
             index, name, leaf = match.groups()
-            parts = qkv.setdefault((index, leaf), {})
+            target = qkv.setdefault((index, leaf), {})
             change = _join_output_heads if leaf == "kernel" else _flatten
-        for pattern, template, rule_change in () if change else rules:
-            if match := re.fullmatch(pattern, key):
-                name, change = match.expand(template), rule_change
-                break
+        else:
+            for pattern, template, rule_change in rules:
+                if match := re.fullmatch(pattern, key):
+                    name, change = match.expand(template), rule_change
+                    break
         try:
             changed = weight.map(change) if change else weight
         except (ValueError, IndexError):  # the rule is for another number of axes
-            name, parts, changed = key, out, weight
-        if name in parts:
+            name, target, changed = key, out, weight
+        if name in target:
             raise _duplicate(source, name)
-        parts[name] = changed
+        target[name] = changed
     for (index, leaf), parts in qkv.items():
         name = f"blocks.{index}.attn.qkv.{'weight' if leaf == 'kernel' else 'bias'}"
         if name in out:
@@ -91,7 +92,7 @@ def to_torch(weights: dict[str, Weight], source: Path) -> dict[str, Weight]:
             out[name] = concatenate(
                 [parts[part] for part in ("query", "key", "value") if part in parts]
             )
-        except (ValueError, IndexError):
+        except (ValueError, IndexError):  # they do not fit together: keep them, to be reported
             prefix = ATTENTION.replace(r"(\d+)", index)
             out |= {f"{prefix}{part}/{leaf}": parts[part] for part in parts}
     return out

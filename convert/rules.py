@@ -1,4 +1,4 @@
-"""Conversion rules: PyTorch's names and layouts of weights, and a plan for every key of a file.
+"""Conversion rules: PyTorch's names and layouts of weights, and the plan of a conversion.
 
 Weights are named by PyTorch's paths (see jaxvid/models/__init__.py). Only the last part differs: a
 Linear or convolution `weight` is a `kernel` with its output axis last, and a LayerNorm's `weight`
@@ -30,7 +30,7 @@ def to_torch(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def from_torch(name: str, array: np.ndarray) -> np.ndarray:
-    """Return a weight in Flax's layout, `(in, out)` or `(h, w, in, out)`: inverse of `to_torch`."""
+    """Return a weight in Flax's layout, `(in, out)` or `(h, w, in, out)`; inverse of `to_torch`."""
     if name.rpartition(".")[2] not in MATRIX_LEAVES:
         return array
     return array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
@@ -43,12 +43,14 @@ def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A kind of file.
+    """Conversion rules of one kind of file.
 
     Attributes:
-        ignored: Patterns of keys that are not read → the reason.
-        zeros: Patterns of keys that may be missing and are zeros then → the reason.
-        is_image_model: Whether the file has only the image ViT of a video model.
+        ignored: Patterns of keys in the file that are not read → the reason.
+        zeros: Patterns of keys that may be missing from the file and are then filled with zeros →
+            the reason.
+        is_image_model: Whether the file contains an image model, whose weights initialise the image
+            ViT of a video model.
     """
 
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -57,7 +59,7 @@ class Source:
 
 
 _IMAGE_CLASSIFIER = "the image model's classifier; the video model has its own"
-# A Google ViT has a timm ViT's keys after `google_vit.to_torch`.
+# Also for Google ViTs: `google_vit.to_torch` gives them the keys of a timm ViT.
 _IMAGE_MODEL = Source(
     ignored={
         r"head(_dist)?\..*": _IMAGE_CLASSIFIER,
@@ -68,7 +70,7 @@ _IMAGE_MODEL = Source(
 
 
 def get_source(kind: str) -> Source:
-    """Return a kind of file: `timm_vit`, `google_vit`, or the name of a family."""
+    """Return the rules of a kind of file: `timm_vit`, `google_vit`, or the name of a family."""
     if kind in ("timm_vit", "google_vit"):
         return _IMAGE_MODEL
     torch = FAMILIES[kind].torch
@@ -80,12 +82,12 @@ class Plan:
     """What happens to every key of a file and to every weight of a model.
 
     Attributes:
-        used: Weight → key.
-        zeros: Weight → the reason why it is zeros.
-        resized: Weight → description of its resize.
-        initialised: Weights that keep their initial values.
-        rounded: Weights that are float64 in the file and float32 in the model.
-        ignored: Key → the reason why it is not read.
+        used: Name of a weight → key in the file from which it is read.
+        zeros: Name of a weight that is filled with zeros → the reason.
+        resized: Name of a weight that is resized → its old and new shape.
+        initialised: Names of weights that keep their initial values.
+        rounded: Names of weights that are float64 in the file and float32 in the model.
+        ignored: Key in the file that is not read → the reason.
         problems: Reasons why the conversion is impossible, one line each.
     """
 
@@ -107,45 +109,45 @@ def make_plan(
     """Decide what happens to every key of the file and every weight of the model, exactly once.
 
     Args:
-        source: The kind of file.
-        shapes: Key → shape in the file, without DDP's prefix.
-        abstract_params: The model's weights.
+        source: The rules of this kind of file.
+        shapes: Key in the file, without DDP's prefix `module.` → shape.
+        abstract_params: Shapes of the model's weights.
         family: The model's family.
     """
-    result, left = Plan(), dict(shapes)
+    plan, remaining = Plan(), dict(shapes)  # `remaining`: keys without a weight so far
     prefix = family.image_prefix if source.is_image_model else ""
     for name, leaf in abstract_params.items():
         if source.is_image_model and not family.is_image_weight(name):
-            result.initialised.append(name)
+            plan.initialised.append(name)
             continue
         key = torch_key(name).removeprefix(prefix)
         expected = torch_shape(name, leaf.shape)
-        if key not in left:
-            reason = _match(source.zeros, key)
+        if key not in remaining:
+            reason = _find_reason(source.zeros, key)
             if reason:
-                result.zeros[name] = reason
+                plan.zeros[name] = reason
             else:
-                result.problems.append(f"{key}: missing in the file; the model has {expected}")
+                plan.problems.append(f"{key}: missing in the file; the model has {expected}")
             continue
-        shape = tuple(left.pop(key))
+        shape = tuple(remaining.pop(key))
         if shape == expected:
-            result.used[name] = key
+            plan.used[name] = key
         elif source.is_image_model and key == "pos_embed" and _is_grid(shape, expected):
-            result.used[name] = key
-            result.resized[name] = f"{shape} → {expected}, bicubic"
+            plan.used[name] = key
+            plan.resized[name] = f"{shape} → {expected}, bicubic"
         else:
-            result.problems.append(f"{key}: {shape} in the file, {expected} in the model")
-    for key in left:
-        reason = _match(source.ignored, key)
+            plan.problems.append(f"{key}: {shape} in the file, {expected} in the model")
+    for key in remaining:
+        reason = _find_reason(source.ignored, key)
         if reason:
-            result.ignored[key] = reason
+            plan.ignored[key] = reason
         else:
-            result.problems.append(f"{key}: {tuple(left[key])} in the file, not in the model")
-    return result
+            plan.problems.append(f"{key}: {tuple(remaining[key])} in the file, not in the model")
+    return plan
 
 
 def _is_grid(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Return whether an embedding is a class token and a square grid of the expected width."""
+    """Return whether an embedding has a class token, a square grid and the expected width."""
     if len(shape) != 3 or shape[0] != 1 or shape[2] != expected[2]:
         return False
     if not 2 <= shape[1] <= MAX_TOKENS + 1:
@@ -153,6 +155,9 @@ def _is_grid(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return round((shape[1] - 1) ** 0.5) ** 2 == shape[1] - 1
 
 
-def _match(patterns: Mapping[str, str], key: str) -> str | None:
-    """Return the reason of the first pattern that matches a key."""
-    return next((why for pattern, why in patterns.items() if re.fullmatch(pattern, key)), None)
+def _find_reason(patterns: Mapping[str, str], key: str) -> str | None:
+    """Return the reason of the first pattern that matches a key, or None if none matches."""
+    for pattern, reason in patterns.items():
+        if re.fullmatch(pattern, key):
+            return reason
+    return None

@@ -1,7 +1,7 @@
 """Interpret the pickle in a PyTorch file without running or trusting anything in it.
 
-`torch.load` allocates what a pickle declares, and reads beyond the end of a storage that is shorter
-than its tensor.
+`torch.load` is not used: it allocates as much memory as a pickle declares, and reads beyond the end
+of a storage that is too short for its tensor.
 """
 
 import dataclasses
@@ -14,24 +14,26 @@ from jaxvid.errors import short_repr
 
 MAX_OPCODES = 500_000  # per pickle; a tensor takes about 30
 
-_STORAGES = {
+_STORAGES = {  # prefix of the name of a storage class → dtype
     **{"Half": "float16", "BFloat16": "bfloat16", "Float": "float32", "Double": "float64"},
     **{"Bool": "bool", "Byte": "uint8", "Char": "int8", "Short": "int16", "Int": "int32"},
     **{"Long": "int64", "ComplexFloat": "complex64", "ComplexDouble": "complex128"},
     **{"QInt8": "qint8", "QUInt8": "quint8", "QInt32": "qint32", "Untyped": "uint8"},
 }
-# Other names in a state_dict or in an optimiser's state. Their values are not needed.
+# Other functions and classes that a state_dict or an optimizer's state names.
 _HARMLESS = {
     *("collections.OrderedDict", "collections.Counter", "builtins.set", "builtins.complex"),
     *("builtins.bytearray", "_codecs.encode", "torch.device", "torch.Size", "torch.Tensor"),
     *("torch.nn.parameter.Parameter", "torch.serialization._get_layout"),
     *("torch._tensor._rebuild_from_type_v2", "torch.storage.TypedStorage"),
 }
+# Operations that push their argument.
 _LITERALS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
     *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
 }
+# Operation → constant that it pushes.
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
@@ -44,14 +46,14 @@ class _Global:
 
 @dataclasses.dataclass(frozen=True)
 class Opaque:
-    """A value that is not a dense tensor."""
+    """An object that is not a dense tensor, with its kind for messages."""
 
     kind: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A storage that a pickle declares: its key in the file, its dtype and number of elements."""
+    """A storage as a pickle declares it: key in the file, dtype and number of elements."""
 
     key: str
     dtype: str
@@ -60,7 +62,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A view of a storage. Offset and strides are in elements."""
+    """A tensor as a pickle declares it: a view of a storage. Offset and strides are in elements."""
 
     storage: Storage
     dtype: str
@@ -70,9 +72,7 @@ class Tensor:
 
 
 def describe_kind(value: object) -> str:
-    """Return what a value of a pickle is, for messages."""
-    """Return what a value of a pickle is, for messages."""
-    """Return what a value of a pickle is, for messages."""
+    """Return the kind of a value in a pickle, for messages, e.g. `tensor` or `int`."""
     if isinstance(value, Tensor):
         return "tensor"
     return value.kind if isinstance(value, Opaque) else type(value).__name__
@@ -81,14 +81,14 @@ def describe_kind(value: object) -> str:
 def interpret(stream: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
     """Return the value of a pickle, with tensors as `Tensor` and other objects as `Opaque`.
 
-    Nothing is imported or called. Python's own unpickler would allocate a table as long as the
-    largest index in the pickle, and hash nested keys of any size.
+    Nothing is imported or called. Python's unpickler is not used: it would allocate a table as long
+    as the largest memo index in the pickle, and hash nested keys of any size.
 
     Args:
-        stream: The pickle. The position is after its end when this returns.
+        stream: The stream, at the start of a pickle. Afterwards, it is at the end of the pickle.
 
     Returns:
-        The value, and the storages by key.
+        The value, and the storages that the pickle declares, by key.
 
     Raises:
         ValueError: The pickle is damaged, too long, or would run code.
@@ -104,7 +104,7 @@ def interpret(stream: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
 
 
 class _Machine:
-    """A pickle interpreter: stack, marks and memo."""
+    """State of the pickle interpreter: stack, stacks saved at marks, memo and storages."""
 
     def __init__(self):
         self.stack: list[Any] = []
@@ -137,7 +137,7 @@ class _Machine:
         elif name in ("EMPTY_DICT", "EMPTY_LIST"):
             self.stack.append({} if name == "EMPTY_DICT" else [])
         elif name == "TUPLE":
-            items = self.pop_mark()  # which changes the stack
+            items = self.pop_mark()  # before `self.stack` is evaluated, which this call replaces
             self.stack.append(tuple(items))
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             items = [self.pop() for _ in range(int(name[-1]))]
@@ -171,7 +171,7 @@ class _Machine:
 
     def _top(self, expected: type) -> Any:
         if not self.stack or not isinstance(self.stack[-1], expected):
-            raise ValueError(f"its pickle is damaged: expected a {expected.__name__}")
+            raise ValueError(f"its pickle is damaged: expected {expected.__name__}")
         return self.stack[-1]
 
     def _set_items(self, target: dict, items: list) -> None:
@@ -179,7 +179,7 @@ class _Machine:
             raise ValueError("its pickle is damaged: a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < 2**63):
-                raise ValueError(f"it has a {type(key).__name__} as a key")
+                raise ValueError(f"it has a key of the type {type(key).__name__}")
             if key in target:
                 raise ValueError(f"it has the key {short_repr(key)} twice")
             target[key] = value
@@ -187,10 +187,10 @@ class _Machine:
     def _find_storage(self, reference: Any) -> Storage:
         if not isinstance(reference, tuple) or len(reference) not in (5, 6):
             raise ValueError("its pickle is damaged: an invalid reference to a storage")
-        word, kind, key, _, numel = reference[:5]
+        tag, kind, key, _, numel = reference[:5]
         match = isinstance(kind, _Global) and re.fullmatch(r"torch\..*?(\w+)Storage", kind.name)
         is_view = any(part is not None for part in reference[5:])
-        if word != "storage" or not match or not isinstance(key, str) or is_view:
+        if tag != "storage" or not match or not isinstance(key, str) or is_view:
             raise ValueError("its pickle is damaged: an invalid reference to a storage")
         storage = Storage(key, _STORAGES.get(match[1], match[1]), numel)
         if self.storages.setdefault(key, storage) != storage:
@@ -199,10 +199,10 @@ class _Machine:
 
 
 def _find_global(name: str) -> _Global:
-    """Return a global that a state_dict may name.
+    """Return the function or class of a name that may occur in a state_dict.
 
     Raises:
-        ValueError: Any other name, which a pickle could use to run code.
+        ValueError: The name is unknown; a pickle could use it to run code.
     """
     known = (
         r"torch\._utils\._rebuild_\w+|torch\.(cuda\.|storage\.)?\w+Storage"
@@ -211,13 +211,13 @@ def _find_global(name: str) -> _Global:
     if name in _HARMLESS or re.fullmatch(known, name):
         return _Global(name)
     raise ValueError(
-        f"it names {short_repr(name)}: it holds more than weights, which would be run as code on "
+        f"it names {short_repr(name)}, which is not part of weights and would be run as code on "
         "loading"
     )
 
 
 def _apply(function: Any, arguments: Any) -> Any:
-    """Return the value of a call in a pickle."""
+    """Return the result of a call in a pickle, without calling anything."""
     if not isinstance(function, _Global) or not isinstance(arguments, tuple):
         raise ValueError("its pickle is damaged: a call of something that is not a function")
     name = function.name.rpartition(".")[2]
@@ -244,7 +244,7 @@ def _apply(function: Any, arguments: Any) -> Any:
             if len(arguments) < 7 or not isinstance(arguments[6], _Global):
                 raise ValueError("its pickle is damaged: a tensor without a dtype")
             dtype = arguments[6].name.removeprefix("torch.")
-        # Lazy conjugation and negation.
+        # The remaining arguments are set for tensors with lazy conjugation or negation.
         if any(arguments[7:] if name == "_rebuild_tensor_v3" else arguments[6:]):
             return Opaque("tensor with a conj or neg bit")
         return Tensor(storage, dtype, offset, shape, strides)

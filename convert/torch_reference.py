@@ -1,4 +1,4 @@
-"""Reference models in plain PyTorch, written from the papers, to check the JAX models against.
+"""Reference models in plain PyTorch, written from the papers, to check the JAX models.
 
 Parameter names equal those of the released checkpoints, so that `load_state_dict(strict=True)`
 loads them. Axis letters: jaxvid/models/layers.py.
@@ -19,20 +19,22 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
-    """Apply attention over the second axis of `(rows, n, d)`, written out: softmax(q·kᵀ)·v."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (rows k n e)
+    """Apply attention over axis `n` of `(rows, n, d)`: softmax(q·kᵀ / √e)·v."""
+    # To (rows k n e), where axis k is the heads.
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
     return (weights @ v).transpose(1, 2).flatten(-2)
 
 
 def attend_fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
-    """Apply the same attention with `scaled_dot_product_attention`."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (rows k n e)
+    """Apply the same attention with PyTorch's `scaled_dot_product_attention`."""
+    # To (rows k n e), where axis k is the heads.
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
 
 
 class Attention(nn.Module):
-    """Attention whose keys and values may be shifted in time."""
+    """Self-attention. Keys and values may be shifted in time by the module `shift`."""
 
     def __init__(
         self,
@@ -56,7 +58,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two Linear layers with the exact GELU between them."""
+    """Two Linear layers with the exact (erf) GELU between them."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -80,7 +82,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches by a convolution: `(rows, c, h, w)` → `(rows, n, d)`."""
+    """Patch embedding by a strided convolution: `(rows, c, h, w)` → `(rows, n, d)`."""
 
     def __init__(self, patch_size: int, width: int):
         super().__init__()
@@ -91,7 +93,7 @@ class PatchEmbed(nn.Module):
 
 
 class ImageViT(nn.Module):
-    """The ViT that the models run on each frame."""
+    """The image ViT that STAM and XViT apply to each frame."""
 
     def __init__(self, cfg: ModelConfig, eps: float, make_attention: Callable[[int], Attention]):
         super().__init__()
@@ -131,7 +133,7 @@ class ImageViT(nn.Module):
 
 
 class Aggregate(nn.Module):
-    """STAM's transformer over frames, built from PyTorch's own layers."""
+    """STAM's transformer over frames, made of PyTorch's own layers."""
 
     def __init__(self, cfg: STAMConfig):
         super().__init__()
@@ -150,7 +152,7 @@ class Aggregate(nn.Module):
 
 
 class STAM(ImageViT):
-    """STAM; the mean aggregator has no weights."""
+    """STAM. `aggregate` is None if the aggregator is the mean, which has no weights."""
 
     def __init__(self, cfg: STAMConfig, attend: Attend = attend):
         def make_attention(_: int) -> Attention:
@@ -166,7 +168,12 @@ class STAM(ImageViT):
 
 
 class Shift(nn.Module):
-    """Temporal shift of `(b·t, n, d)`: see jaxvid.models.space_time_mixing.shift_time."""
+    """Temporal shift of `(b·t, n, d)`; see `jaxvid.models.space_time_mixing.shift_time`.
+
+    Args:
+        segment: Number of frames between which features are shifted.
+        fold: Number of features that are shifted in each direction.
+    """
 
     def __init__(self, segment: int, fold: int):
         super().__init__()
@@ -183,7 +190,7 @@ class Shift(nn.Module):
 
 
 class XViTBackbone(ImageViT):
-    """The ViT with shifted keys and values and a temporal embedding."""
+    """The image ViT with a temporal embedding and with keys and values shifted in time."""
 
     def __init__(self, cfg: XViTConfig, attend: Attend):
         shift = Shift(cfg.shift_segment, cfg.width // cfg.shift_div)
@@ -201,7 +208,7 @@ class XViTBackbone(ImageViT):
 
 
 class Consensus(nn.Module):
-    """XViT's temporal head."""
+    """XViT's head: temporal attention over the frames' class tokens, and a classifier."""
 
     def __init__(self, cfg: XViTConfig):
         super().__init__()
@@ -231,7 +238,7 @@ class Consensus(nn.Module):
 
 
 class XViT(nn.Module):
-    """XViT as released. Its checkpoints have `new_fc`, which is never used."""
+    """The released XViT. The layer `new_fc` is in its checkpoints, but is never used."""
 
     def __init__(self, cfg: XViTConfig, attend: Attend = attend):
         super().__init__()
@@ -249,10 +256,10 @@ class XViT(nn.Module):
 
 
 def _make_xvit(cfg: XViTConfig, attend: Attend) -> XViT:
-    """Return the released XViT.
+    """Return the PyTorch model of an XViT config.
 
     Raises:
-        InputError: The config has an option that exists only in JAX.
+        InputError: The config has an option that the PyTorch reference lacks.
     """
     if (
         cfg.shift != "both"
@@ -262,19 +269,20 @@ def _make_xvit(cfg: XViTConfig, attend: Attend) -> XViT:
         or cfg.head != "attention"
         or not cfg.temporal_embedding_frames
     ):
-        raise InputError(f"the PyTorch reference supports only the released XViT, not {cfg}")
+        raise InputError(f"the PyTorch reference supports only the released XViT, got {cfg}")
     return XViT(cfg, attend)
 
 
-REFERENCES = {"stam": STAM, "xvit": _make_xvit}  # name of a family → `(config, attend)` → module
+# Family → function `(config, attend)` that returns a module.
+REFERENCES = {"stam": STAM, "xvit": _make_xvit}
 
 
 def build_reference(config: ModelConfig, *, fused: bool = False) -> nn.Module:
     """Return the PyTorch model of a config, in evaluation mode.
 
     Args:
-        config: A released model's config, with any sizes.
-        fused: Use PyTorch's fused attention kernel instead of the one written out.
+        config: The model config. Only sizes may differ from those of the released models.
+        fused: Use PyTorch's fused attention kernel (`attend_fused`) instead of `attend`.
 
     Raises:
         InputError: The family has no reference, or the reference lacks an option of the config.

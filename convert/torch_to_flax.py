@@ -2,10 +2,10 @@
 
 python convert/torch_to_flax.py --model PRESET --input FILE.pth --output FOLDER [--check]
 
-Reads checkpoints of the original programs, and timm (.pth, .safetensors) or Google (.npz) image
-ViTs as the initial weights of any video model. Every key of the file is used once or ignored for a
-stated reason. Every weight of the model is filled once or listed as newly initialised. Otherwise
-nothing is written.
+The file is a checkpoint of an original program, or an image ViT of timm (.pth, .safetensors) or
+Google (.npz) whose weights initialise a video model. Every key of the file must be used once or
+ignored for a stated reason. Every weight of the model must be filled once or listed as newly
+initialised. Otherwise nothing is written.
 """
 
 import sys
@@ -48,23 +48,23 @@ from jaxvid.models.resize import resize_pos_embed
 from jaxvid.storage import model_card, model_folder
 
 MAX_LABELS_BYTES = 32 * 10**6
-CHECK_BOUND = 1e-4  # largest absolute difference of logits and features, in float32
+CHECK_BOUND = 1e-4  # maximum absolute difference of logits and of frame features, in float32
 
 
 def infer_config(
     model: str, kind: str, weights: dict[str, Weight], num_classes: int | None, source: Path
 ) -> ModelConfig:
-    """Return the preset's config with the sizes that the file determines.
+    """Return the preset's config, with sizes taken from the file where they may differ.
 
     Args:
         model: The preset's name.
-        kind: The kind of source.
+        kind: The kind of file.
         weights: The file's weights.
-        num_classes: The value of `--num_classes`, or None.
+        num_classes: The value of `--num_classes`, or None for that of the preset.
         source: The file, for messages.
 
     Raises:
-        InputError: The file contradicts the preset; names both values.
+        InputError: The file contradicts the preset; the message contains both values.
     """
     config = make_model_config(model)
     family = family_of(config)
@@ -72,9 +72,10 @@ def infer_config(
         return make_model_config(model, num_classes=num_classes or config.num_classes)
     if kind != family.name:
         raise InputError(
-            f"{source} holds {kind} weights, but --model {model} is of the family {family.name}"
+            f"{source} holds {kind} weights, but --model {model} is of the family {family.name}; "
+            "choose a preset of the file's family"
         )
-    places = {  # field → key, axis, rows that do not count
+    locations = {  # field → key, axis, number of rows to subtract from the size
         **{
             embedding.field: (name, 1, embedding.leading_rows)
             for name, embedding in family.frame_embeddings.items()
@@ -84,7 +85,7 @@ def infer_config(
     }
     sizes = {
         field: weights[key].shape[axis] - leading_rows
-        for field, (key, axis, leading_rows) in places.items()
+        for field, (key, axis, leading_rows) in locations.items()
         if key in weights and len(weights[key].shape) > axis
     }
     expected = {
@@ -93,7 +94,7 @@ def infer_config(
         "num_frames": config.num_frames,
     }
     problems = [
-        f"{field} is {sizes[field]} in {places[field][0]} but {value} in {model}"
+        f"{field} is {sizes[field]} in {locations[field][0]} but {value} in {model}"
         for field, value in expected.items()
         if field in sizes and sizes[field] != value
     ]
@@ -111,20 +112,20 @@ def infer_config(
 def convert(
     kind: str, weights: dict[str, Weight], config: ModelConfig, source: Path
 ) -> tuple[Params, rules.Plan]:
-    """Convert a file's weights to a model's.
+    """Convert the weights of a file to those of a model.
 
     Args:
-        kind: The kind of source.
+        kind: The kind of file.
         weights: The file's weights. Only weights of the expected shape are read.
         config: The model's config.
         source: The file, for messages.
 
     Returns:
-        The weights, and the plan that was carried out. float64 is rounded to float32.
+        The model's weights in float32, and the plan that was carried out.
 
     Raises:
-        InputError: Names every key that is missing, unknown, or of another shape or dtype, and
-            every weight with values outside float32's range.
+        InputError: The message names keys that are missing or unknown, or have a wrong shape or
+            dtype, and weights with values that are not finite in float32.
     """
     _, abstract_params = abstract_model(config)
     shapes = {key: weight.shape for key, weight in weights.items()}
@@ -133,9 +134,9 @@ def convert(
     for name, key in plan.used.items():
         weight = weights[key]
         if weight.dtype not in FLOATS:
-            number = "" if "float" in weight.dtype.lower() else ", not floating point"
-            known = "" if number else f"; expected {', '.join(FLOATS)}"
-            plan.problems.append(f"{key}: {weight.dtype}{number}{known}")
+            is_float = "float" in weight.dtype.lower()  # e.g. float8_e4m3fn
+            reason = f"; expected {', '.join(FLOATS)}" if is_float else ", not floating point"
+            plan.problems.append(f"{key}: {weight.dtype}{reason}")
             continue
         array, problem = _as_float32(weight.read())
         if problem:
@@ -143,7 +144,7 @@ def convert(
         if weight.dtype == "float64":
             plan.rounded.append(name)
         if plan.problems:
-            params.clear()  # the rest is only read to find its problems
+            params.clear()  # not needed: the remaining weights are read only to find all problems
             continue
         array = rules.from_torch(name, array)
         if name in plan.resized:
@@ -161,28 +162,26 @@ def convert(
 
 
 def _as_float32(array: np.ndarray) -> tuple[np.ndarray, str]:
-    """Return values as float32, and a problem or an empty string. Half precision stays exact."""
+    """Return values as float32, and the problem with them or an empty string."""
     with np.errstate(over="ignore"):
-        narrow = array.astype(np.float32, copy=False)
-    if np.isfinite(narrow).all():
-        return narrow, ""
+        rounded = array.astype(np.float32, copy=False)
+    if np.isfinite(rounded).all():
+        return rounded, ""
     if np.isfinite(array).all():
-        return narrow, f"holds values outside float32's range of ±{np.finfo(np.float32).max:.1e}"
-    return narrow, "holds NaN or infinite values"
+        return rounded, f"holds values outside float32's range of ±{np.finfo(np.float32).max:.1e}"
+    return rounded, "holds NaN or infinite values"
 
 
 def _describe_problems(problems: list[str], config: ModelConfig, source: Path) -> str:
-    """Return at most 30 problems as one line; problems of several equal blocks count as one."""
+    """Return at most 30 problems as one line. Equal problems of several blocks are merged."""
     rows = _merge_layers(problems, config)
     more = f"; and {len(rows) - 30} more" * (len(rows) > 30)
-    return (
-        f"{source} does not fit {config.name}, {len(problems)} problems: "
-        f"{'; '.join(rows[:30])}{more}"
-    )
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return f"{source} does not fit {config.name}, {count}: {'; '.join(rows[:30])}{more}"
 
 
 def _merge_layers(lines: list[str], config: ModelConfig) -> list[str]:
-    """Merge lines that differ only in the index of a layer into one with a star and the count."""
+    """Merge lines that differ only in the index of a layer: `blocks.*.norm1.weight  × 12`."""
     groups: dict[str, list[str]] = {}
     layer_lists = "|".join(family_of(config).layer_lists)
     for line in lines:
@@ -195,7 +194,7 @@ def _merge_layers(lines: list[str], config: ModelConfig) -> list[str]:
 
 
 def describe(plan: rules.Plan, config: ModelConfig) -> str:
-    """Return a table of keys and weights; a weight of several equal blocks is one line."""
+    """Return a table of keys and weights. Lines of equal weights of several blocks are merged."""
     lines = [f"{key:56} → {name}" for name, key in plan.used.items()]
     lines += [f"zeros: {name} ({reason})" for name, reason in plan.zeros.items()]
     lines += [f"resized: {name}: {description}" for name, description in plan.resized.items()]
@@ -214,7 +213,7 @@ def sha256(path: Path) -> str:
 
 
 def check(path: Path, config: ModelConfig, params: Params) -> list[tuple[str, float]]:
-    """Compare a converted model with the PyTorch reference, which loads the file strictly.
+    """Compare a converted model with the PyTorch reference, which loads the file with strict=True.
 
     Args:
         path: A checkpoint of the original program.
@@ -222,11 +221,11 @@ def check(path: Path, config: ModelConfig, params: Params) -> list[tuple[str, fl
         params: The converted weights.
 
     Returns:
-        (name, largest absolute difference) of the logits, the frame features and the output of each
-        block, on one random clip.
+        `(name, maximum absolute difference)` of the logits, the frame features and the output of
+        each block, for one random clip.
 
     Raises:
-        InputError: There is no PyTorch reference of the model.
+        InputError: There is no PyTorch reference of the model, or PyTorch cannot read the file.
     """
     size = config.image_size
     clip = np.random.default_rng(0).normal(size=(1, config.num_frames, size, size, 3))
@@ -255,7 +254,7 @@ def check(path: Path, config: ModelConfig, params: Params) -> list[tuple[str, fl
 
 
 def _run_reference(path: Path, config: ModelConfig, clip: np.ndarray) -> list[np.ndarray]:
-    """Return the PyTorch reference's logits, frame features and outputs of all blocks."""
+    """Return the logits, frame features and outputs of all blocks of the PyTorch reference."""
     from convert.torch_reference import build_reference
 
     reference = build_reference(config)
@@ -276,9 +275,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help=f"a preset: {', '.join(PRESETS)}")
-    parser.add_argument("--input", required=True, type=Path, help=".pth, .safetensors or .npz")
+    parser.add_argument("--input", required=True, type=Path, help=".pth, .safetensors or .npz file")
     parser.add_argument("--output", required=True, type=Path, help="model folder that is written")
-    parser.add_argument("--labels", type=Path, help="class names: one per line, or a JSON list")
+    parser.add_argument(
+        "--labels", type=Path, help="file of class names: one per line, or a JSON list"
+    )
     parser.add_argument(
         "--num_classes", type=int, help="number of classes (default: from the preset)"
     )
@@ -294,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    make_model_config(args.model)  # report a wrong name before a long read
+    make_model_config(args.model)  # refuses an unknown name before the file is read
     labels = None
     with open_weights(args.input) as (kind, weights):
         if kind == "google_vit":
@@ -327,13 +328,16 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _print_check(kind: str, path: Path, config: ModelConfig, params: Params) -> None:
-    """Print the result of `check`.
+    """Run `check` and print its result.
 
     Raises:
-        InputError: A difference is above `CHECK_BOUND`, or the file cannot be checked.
+        InputError: The difference of the logits or frame features is above `CHECK_BOUND`, or the
+            file cannot be checked.
     """
     if rules.get_source(kind).is_image_model:
-        raise InputError("--check needs a video model's file, got an image model's")
+        raise InputError(
+            "--check needs the file of a video model, got that of an image model; omit --check"
+        )
     rows = check(path, config, params)
     print(f"\n{'compared with PyTorch':24} largest difference (bound {CHECK_BOUND:g})")
     for name, difference in rows:
@@ -350,13 +354,13 @@ def _read_labels(path: Path, num_classes: int) -> list[str]:
     """Read class names.
 
     Raises:
-        InputError: The file is unusable, or does not have a name for each class.
+        InputError: The file cannot be read, or does not have one name per class.
     """
     try:
         text = read_limited(path, MAX_LABELS_BYTES).decode("utf-8")
         labels = json.loads(text) if path.suffix == ".json" else text.splitlines()
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; name a file of class names") from None
+        raise InputError(f"{path} does not exist; choose a file of class names") from None
     except InputError:
         raise
     except (ValueError, RecursionError) as error:

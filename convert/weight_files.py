@@ -1,7 +1,7 @@
 """Read weights from files of unknown origin without running or trusting anything in them.
 
-A file's header gives the shape and dtype of each weight. Values are read one weight at a time, when
-`Weight.read` is called, so that a size that a file merely declares is never allocated.
+A file's header gives the shape and dtype of each weight. The values of a weight are read when
+`Weight.read` is called. Memory is allocated only for values that the file really contains.
 """
 
 import contextlib
@@ -31,11 +31,12 @@ def open_weights(path: Path) -> Iterator[tuple[str, dict[str, Weight]]]:
     """Open a checkpoint. Its weights can be read within the `with` block.
 
     Args:
-        path: A `.safetensors` or `.npz` file; any other file is one that `torch.save` wrote.
+        path: A `.safetensors` or `.npz` file. A file with any other suffix is read as one that
+            `torch.save` wrote.
 
     Yields:
-        The kind of source (see `rules.get_source`) and its weights. The weights of `google_vit`
-        have their own names and layouts (`google_vit.to_torch`).
+        The kind of file (see `rules.get_source`), and its weights by key. If the kind is
+        `google_vit`, they have Google's names and layouts, see `google_vit.to_torch`.
 
     Raises:
         InputError: The file is not a checkpoint, is damaged, would run code, or changes while it is
@@ -45,40 +46,41 @@ def open_weights(path: Path) -> Iterator[tuple[str, dict[str, Weight]]]:
     try:
         opened = open_regular(path)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; name a checkpoint file") from None
+        raise InputError(f"{path} does not exist; choose a checkpoint file") from None
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(CheckedFile(opened.detach()))
         before = os.fstat(file.fileno())
-        with _guard(path):
+        with _convert_errors(path):
             check_start(file)
             kind, weights = readers.get(path.suffix, torch_files.open_torch)(path, file, stack)
             for key in weights:
                 _check_key(key)
-        guarded = {
-            key: dataclasses.replace(weight, read=_guarded(path, weight.read))
+        weights = {
+            key: dataclasses.replace(weight, read=_with_converted_errors(path, weight.read))
             for key, weight in weights.items()
         }
-        yield kind, guarded
+        yield kind, weights
         after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise InputError(f"{path} changed while it was read; wait until it is complete")
 
 
 def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read a state_dict with PyTorch, for a comparison. Call `open_weights` first: it checks sizes.
+    """Read a state_dict with PyTorch, for a comparison. The file must have passed `open_weights`.
 
     Raises:
-        InputError: PyTorch cannot read it.
+        InputError: PyTorch cannot read the file.
     """
-    with _guard(path):
+    with _convert_errors(path):
         tree = torch.load(path, map_location="cpu", weights_only=True)
         return torch_files.unwrap_state_dict(tree)
 
 
 @contextlib.contextmanager
-def _guard(path: Path) -> Iterator[None]:
-    """Convert every error while reading a file into an InputError with the file and the cause."""
-    formats = {".npz": ".npz", ".safetensors": ".safetensors"}
+def _convert_errors(path: Path) -> Iterator[None]:
+    """Convert any exception that is raised by reading a file to an InputError."""
+    is_named = path.suffix in (".npz", ".safetensors")
+    format_name = path.suffix if is_named else "a PyTorch checkpoint"
     try:
         yield
     except InputError:
@@ -88,17 +90,18 @@ def _guard(path: Path) -> Iterator[None]:
         if isinstance(error, MemoryError | RecursionError):
             reason = "it is nested too deeply or needs too much memory"
         raise InputError(
-            f"{path} cannot be read as {formats.get(path.suffix, 'a PyTorch checkpoint')} "
-            f"({reason}); download or save it again"
+            f"{path} cannot be read as {format_name} ({reason}); download or save it again"
         ) from error
 
 
-def _guarded(path: Path, read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
-    def read_guarded() -> np.ndarray:
-        with _guard(path):
+def _with_converted_errors(path: Path, read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+    """Return `read` with exceptions converted by `_convert_errors`."""
+
+    def read_and_convert_errors() -> np.ndarray:
+        with _convert_errors(path):
             return read()
 
-    return read_guarded
+    return read_and_convert_errors
 
 
 def _check_key(key: str) -> None:
@@ -109,8 +112,9 @@ def _check_key(key: str) -> None:
 
 
 def _open_npz(path: Path, file: CheckedFile, stack: contextlib.ExitStack) -> tuple[str, dict]:
+    """Open a `.npz` file; see `open_weights`."""
     archive, weights = open_zip(path, file, stack), {}
-    headers = {
+    header_readers = {  # version of the .npy format → function that reads the header
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
@@ -120,20 +124,20 @@ def _open_npz(path: Path, file: CheckedFile, stack: contextlib.ExitStack) -> tup
             if member.peek(6)[:6] != b"\x93NUMPY":
                 raise ValueError(f"the member {name} is not an array")
             version = np.lib.format.read_magic(member)
-            if version not in headers:
-                raise ValueError(f"{name} has version {version} of the format")
-            shape, _, dtype = headers[version](member)
+            if version not in header_readers:
+                raise ValueError(f"{name} has version {version} of the .npy format")
+            shape, _, dtype = header_readers[version](member)
             if dtype.hasobject or dtype.names:
-                raise ValueError(f"{name} holds Python objects, which could run code")
+                raise ValueError(f"{name} holds Python objects or records, expected numbers")
             if min(shape, default=0) < 0 or len(shape) > 8:
-                raise ValueError(f"{name} has the shape {short_repr(shape)}")
+                raise ValueError(f"{name} has the invalid shape {short_repr(shape)}")
             if math.prod(shape) * dtype.itemsize != info.file_size - member.tell():
                 raise ValueError(f"the size of {name} contradicts its shape")
 
         def read(info: zipfile.ZipInfo = info) -> np.ndarray:
             with archive.open(info) as member:
                 array = np.lib.format.read_array(member, allow_pickle=False)
-                member.read(1)  # zipfile compares the checksum at the end
+                member.read(1)  # at the end of a member, zipfile compares the checksum
             return array.astype(array.dtype.newbyteorder("="), copy=False)
 
         weights[info.filename.removesuffix(".npy")] = Weight(shape, dtype.name, read)
@@ -143,16 +147,20 @@ def _open_npz(path: Path, file: CheckedFile, stack: contextlib.ExitStack) -> tup
 def _open_safetensors(
     path: Path, file: CheckedFile, stack: contextlib.ExitStack
 ) -> tuple[str, dict]:
+    """Open a `.safetensors` file; see `open_weights`."""
     [length] = struct.unpack("<Q", file.read_at(0, 8).tobytes())
     if length > MAX_HEADER:
-        raise ValueError(f"its header declares {length / 1e6:.0f} MB")
+        raise ValueError(
+            f"its header declares {length / 1e6:.0f} MB, more than the limit of "
+            f"{MAX_HEADER / 1e6:.0f} MB"
+        )
 
-    def unique(pairs: list) -> dict:
+    def refuse_duplicates(pairs: list) -> dict:
         if len({name for name, _ in pairs}) < len(pairs):
             raise ValueError("two of its weights have the same name")
         return dict(pairs)
 
-    json.loads(file.read_at(8, length).tobytes(), object_pairs_hook=unique)
+    json.loads(file.read_at(8, length).tobytes(), object_pairs_hook=refuse_duplicates)
     archive = stack.enter_context(safe_open(path, "pt"))  # checks the rest of the header
     weights = {}
     for key in archive.keys():  # noqa: SIM118 - not a dict
@@ -162,6 +170,7 @@ def _open_safetensors(
             tensor = archive.get_tensor(key)
             return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
+        # F32 → float32, BF16 → bfloat16. Other names stay similar; `convert` refuses them later.
         dtype = re.sub("F(?=[0-9])", "float", part.get_dtype()).replace("B", "b", 1)
         weights[key] = Weight(tuple(part.get_shape()), dtype, read)
     return "timm_vit", weights

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all."""
+"""Atomic writing of files and folders: they appear completely or not at all."""
 
 import contextlib
 import errno
@@ -18,7 +18,11 @@ def write_file(path: Path, data: bytes, *, writer: str = "") -> Path:
     Args:
         path: The file.
         data: Its contents.
-        writer: Name that distinguishes processes that may write the file at the same time.
+        writer: Name of this process, if several processes may write the file at the same time. It
+            is added to the name of the temporary file.
+
+    Returns:
+        The file.
 
     Raises:
         InputError: The file cannot be written.
@@ -35,13 +39,13 @@ def write_file(path: Path, data: bytes, *, writer: str = "") -> Path:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise InputError(
-            f"{path} cannot be written ({error.strerror}); name another file or free disk space"
+            f"{path} cannot be written ({error.strerror}); choose another file or free disk space"
         ) from None
     return path
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Write indented JSON atomically. File names that are not UTF-8 survive the round trip.
+    """Write indented JSON atomically. File names that are not UTF-8 can be restored from it.
 
     Raises:
         InputError: The file cannot be written.
@@ -57,7 +61,7 @@ def format_json(value: Any) -> bytes:
         ValueError: A number is not finite.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # Python represents their bytes as lone surrogates, which JSON can escape.
+    # Python represents invalid UTF-8 in file names as lone surrogates, which JSON can escape.
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -72,7 +76,8 @@ def check_output(option: str, path: Path) -> None:
         InputError: The parent folder cannot be created or written to, or the path exists and is
             not a regular file.
     """
-    probe = path.with_name(f".{path.name}.probing")  # as long as the temporary name of `write_file`
+    # The name is as long as that of the temporary file of `write_file`.
+    probe = path.with_name(f".{path.name}.probing")
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -83,12 +88,12 @@ def check_output(option: str, path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(
-            f"{option}: {path} cannot be written ({error.strerror}); name another file"
+            f"{option}: {path} cannot be written ({error.strerror}); choose another file"
         ) from None
 
 
 def staging_dir(folder: Path) -> Path:
-    """Return the folder to write to before `commit`."""
+    """Return the staging folder, to which files are written before `commit`."""
     return folder.parent / f".{folder.name}.partial"
 
 
@@ -97,7 +102,7 @@ def commit(folder: Path, mark: str) -> None:
 
     Args:
         folder: The folder, which need not exist.
-        mark: File without which a folder does not count as complete. It is deleted first.
+        mark: Name of the file that marks a folder as complete.
 
     Raises:
         OSError: A folder cannot be moved; `recover` then restores the old one.
@@ -109,7 +114,7 @@ def commit(folder: Path, mark: str) -> None:
 
 
 def recover(folder: Path, mark: str) -> None:
-    """Restore the backup if a `commit` was interrupted; remove staging folder and backup."""
+    """Restore the backup if a `commit` was interrupted; remove staging and backup folders."""
     backup = _backup_dir(folder)
     if resolve(folder, mark) == backup:
         with contextlib.suppress(OSError):
@@ -120,8 +125,8 @@ def recover(folder: Path, mark: str) -> None:
 
 
 def resolve(folder: str | Path, mark: str) -> Path:
-    """Return the backup of a folder if a `commit` was interrupted, otherwise the folder."""
-    # Not Path.resolve, which raises an exception if links form a loop.
+    """Return the backup of a folder if a `commit` was interrupted, otherwise the folder itself."""
+    # Path.resolve would raise an exception if links form a loop.
     backup = _backup_dir(Path(os.path.realpath(folder)))
     return backup if not Path(folder).exists() and (backup / mark).is_file() else Path(folder)
 
@@ -131,13 +136,14 @@ def _backup_dir(folder: Path) -> Path:
 
 
 def _remove(folder: Path, mark: str) -> None:
+    """Remove a folder, its mark first: a partly removed folder must not count as complete."""
     with contextlib.suppress(OSError):
         (folder / mark).unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_staging(folder: Path) -> None:
-    """Remove a staging directory; threads of a failed save may still create files in it."""
+    """Remove a staging folder. Retry, because threads of a failed save may still write to it."""
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():

@@ -1,4 +1,4 @@
-"""Command-line parsing of programs with a config."""
+"""Command-line parsing for the programs that take a config."""
 
 import difflib
 import inspect
@@ -15,7 +15,8 @@ from ml_collections import ConfigDict, config_flags
 from jaxvid.config import RENAMED_FIELDS
 from jaxvid.errors import InputError
 
-LAUNCHERS = ("SLURM_STEP", "OMPI_", "PMI_", "JOB_COMPLETION_INDEX")  # environment variables
+# Prefixes of environment variables that launchers set for one of several processes.
+LAUNCHERS = ("SLURM_STEP", "OMPI_", "PMI_", "JOB_COMPLETION_INDEX")
 
 
 def define_config() -> flags.FlagHolder:
@@ -36,15 +37,15 @@ def parse_flags(
     """Parse the command line; print one line and exit with code 2 if it is wrong.
 
     Args:
-        argv: The arguments, the program's name first.
-        doc: What `--help` shows before the flags.
+        argv: The arguments, with the program's name first.
+        doc: Text that `--help` shows before the flags.
         module: The module whose flags `--help` shows.
-        needed: Required flags, and placeholders for their values, e.g. `{"workdir": "FOLDER"}`.
-        end_other_processes: Called with the distributed flags and the error message if this is one
-            of several processes, so that the others do not wait for it.
+        needed: Required flag → placeholder for its value, e.g. `{"workdir": "FOLDER"}`.
+        end_other_processes: Called with the distributed flags and the error message if the command
+            line is wrong and this is one of several processes. Otherwise, the others would wait.
 
     Returns:
-        The positional arguments, i.e. the program's name.
+        The positional arguments: only the program's name.
     """
     if {"--help", "-h"} & {*argv}:
         print(doc + flags.FLAGS.module_help(module))
@@ -68,7 +69,7 @@ def parse_flags(
 
 
 def _distributed_flags(argv: list[str]) -> dict[str, str]:
-    """Return the values of --coordinator, --num_processes and --process_id, as far as given."""
+    """Return the values of --coordinator, --num_processes and --process_id that are set."""
     return {
         name: argument.partition("=")[2] or after
         for argument, after in zip(argv, [*argv[1:], ""], strict=True)
@@ -78,7 +79,11 @@ def _distributed_flags(argv: list[str]) -> dict[str, str]:
 
 
 def _check_config(argv: list[str]) -> None:
-    """Refuse config files and overridden fields that do not exist."""
+    """Refuse a config file or an overridden field that does not exist.
+
+    Raises:
+        ValueError: The message names the file or the field.
+    """
     pairs = zip(argv, [*argv[1:], ""], strict=True)
     values = [
         argument.partition("=")[2] or after
@@ -94,7 +99,7 @@ def _check_config(argv: list[str]) -> None:
         raise ValueError(f"--config: {file} does not exist; there are {available or 'no configs'}")
     get_config = runpy.run_path(file).get("get_config")
     if get_config is None:
-        raise ValueError(f"--config: {file} is not a config; it has no get_config()")
+        raise ValueError(f"--config: {file} is not a config file; it has no function get_config()")
     config = get_config(variant) if variant else get_config()
     for argument in argv:
         if argument.startswith("--config."):
@@ -111,16 +116,15 @@ def _check_field(config: ConfigDict, name: str) -> None:
         names = list(section) if isinstance(section, ConfigDict) else []
         if part not in names:
             prefix = "".join(f".{parent}" for parent in name.split(".")[:depth])
-            near = difflib.get_close_matches(part, names, n=1) or names
-            hint = " or ".join(f"--config{prefix}.{option}" for option in near)
-            raise ValueError(
-                f"--config.{name} does not exist; there is {hint or 'nothing below ' + prefix}"
-            )
+            close = difflib.get_close_matches(part, names, n=1) or names
+            options = " or ".join(f"--config{prefix}.{option}" for option in close)
+            hint = f"did you mean {options}?" if options else f"--config{prefix} has no fields"
+            raise ValueError(f"--config.{name} does not exist; {hint}")
         section = section[part]
 
 
 def parse_range(name: str) -> tuple[int, int] | None:
-    """Return the two numbers of a flag `START:STOP`; None if the flag is not set.
+    """Return the two numbers of a flag `START:STOP`, or None if the flag is not set.
 
     Raises:
         InputError: The value is malformed.
@@ -130,12 +134,12 @@ def parse_range(name: str) -> tuple[int, int] | None:
         return None
     start, _, stop = text.partition(":")
     if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
-        raise InputError(f"--{name}={text}: must be START:STOP, two step numbers, e.g. 10:20")
+        raise InputError(f"--{name}={text}: must be START:STOP, with START < STOP, e.g. 10:20")
     return int(start), int(stop)
 
 
 def hide_unfinished_saves() -> None:
-    """Silence warnings about tasks of a closed event loop, which Orbax leaves when a save fails.
+    """Silence warnings about the unfinished coroutines that Orbax leaves behind if a save fails.
 
     The failure itself is raised and printed as one line.
     """

@@ -1,10 +1,11 @@
-"""Names in configs: flat paths, renamed fields and values, and differences of two configs."""
+"""Config fields: flat names, renamed fields and values, and differences between two configs."""
 
 from collections.abc import Iterable, Mapping
 
 from jaxvid.errors import InputError
 
-# Old name → new name. Configs with an old name are refused; older files are translated.
+# Old name → new name. Configs with an old name are refused; files of an older version are
+# translated.
 RENAMED_FIELDS = {
     "mixup": "mixup_alpha",
     "cutmix": "cutmix_alpha",
@@ -21,7 +22,7 @@ def check_names(config: Mapping) -> None:
     """Refuse a config with fields or values that were renamed.
 
     Raises:
-        InputError: Names the old and the new name.
+        InputError: The message contains the old and the new name.
     """
     for name, value in flatten(config).items():
         if name in RENAMED_FIELDS:
@@ -32,7 +33,7 @@ def check_names(config: Mapping) -> None:
 
 
 def translate(values: Mapping) -> dict:
-    """Return flat config or preprocessing values of an older file under today's names."""
+    """Return flat config or preprocessing values of an older file with the current names."""
     translated = {}
     for name, value in values.items():
         renamed = RENAMED_VALUES.get(name.rpartition(".")[2], {})
@@ -42,7 +43,7 @@ def translate(values: Mapping) -> dict:
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict:
-    """Return a nested mapping as a flat dict with dotted names."""
+    """Return a nested mapping as a flat dict with dotted names. Tuples become lists."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -58,14 +59,14 @@ def differences(
     """Compare two flat configs field by field.
 
     Args:
-        before: One flat config.
-        after: The other.
-        there: Where the values of `before` are, for the messages, e.g. `in FOLDER`.
-        here: Where the values of `after` are, e.g. `in the config`.
-        ignore: Names that may differ.
+        before: The first flat config.
+        after: The second flat config.
+        there: Text for the messages that says where `before` is from, e.g. `in FOLDER`.
+        here: Text that says where `after` is from, e.g. `in the config`.
+        ignore: Names of fields that may differ.
 
     Returns:
-        Name → `name: VALUE there, VALUE here` for each field that differs.
+        Name → `NAME: VALUE in FOLDER, VALUE in the config`, for each field that differs.
     """
     names = sorted({*before, *after} - {*ignore})
     return {

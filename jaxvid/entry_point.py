@@ -1,4 +1,4 @@
-"""The outermost frame of every program: signals, lost output and exhausted memory.
+"""Start and exit of every program: signals, exceptions, closed streams and memory limits.
 
 A program's module begins with
 
@@ -6,15 +6,16 @@ A program's module begins with
         entry_point.run("jaxvid.predict")  # never returns
 
 so that the slow imports below happen inside `run`. Therefore this module imports only the standard
-library. Importing a program as a library installs nothing.
+library. If a program is imported as a library, no handlers are installed.
 
 | event | stderr | exit code |
 |---|---|---|
 | SIGINT, SIGTERM | one line | 130, 143 |
 | stdout or stderr is a closed pipe (`| head`) | nothing | 141, as from SIGPIPE |
 | stdout cannot be written (`> /dev/full`) | one line | 2 |
-| memory is exhausted, or an OSError is not handled | one line | 2 |
-| another exception: a defect of the program | traceback | 1 |
+| uncaught InputError or OSError, exhausted memory, no home directory | one line | 2 |
+| crash of a C++ library under `ulimit -v` or `ulimit -d` | one line | 2 |
+| another uncaught exception: a defect of the program | traceback | 1 |
 
 A closed stdin, stdout or stderr is replaced by /dev/null.
 
@@ -23,14 +24,14 @@ A closed stdin, stdout or stderr is replaced by /dev/null.
 callback, would wait for XLA's compiler, and has crashed C++ extensions that it passed through.
 Therefore outputs must be written atomically. The next run replaces unfinished files
 (`.NAME.partial`). The Python handler runs in the main thread between two bytecodes. While the main
-thread is in a long C call, a second thread, which the C-level handler wakes up
-(`signal.set_wakeup_fd`), does the same. Neither can run while a C function holds the GIL. Code that
+thread is in a long C call, a second thread ends the process in the same way; the C-level handler
+wakes it up (`signal.set_wakeup_fd`). Neither can run while a C function holds the GIL. Code that
 installs its own handlers must also remove the wake-up descriptor (`signal.set_wakeup_fd(-1)`), and
 set it again when it restores the handlers.
 
 **Address-space limits.** C++ libraries abort when a thread cannot be started or memory cannot be
-mapped. Under `ulimit -v` or `ulimit -d` the program therefore runs in a child process, and a crash
-of the child becomes one line.
+mapped. Under `ulimit -v` or `ulimit -d` the program therefore runs in a child process, and the
+parent reports a crash of the child in one line.
 """
 
 import atexit
@@ -66,13 +67,15 @@ def run(module: str, hint: str = "") -> NoReturn:
     """
     global _process
     _open_closed_descriptors()
-    # After a forced end, the resource tracker of `multiprocessing` cleans up and would warn.
+    # The resource tracker of `multiprocessing` is a process that inherits this option. Without it,
+    # the tracker would warn about shared memory that it removes after `os._exit`.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     supervisor = _supervise() if _memory_limits() else _Supervisor()
     for name in ("stdout", "stderr"):
         _replace_stream(name)
     if supervisor.parent_fd is not None:
-        # absl enables faulthandler, whose dump belongs to what the supervisor holds back.
+        # absl enables faulthandler, which asks sys.stderr for its descriptor. Its dump must go to
+        # descriptor 2, whose output the supervisor buffers.
         sys.stderr.reported_fd = 2
     process = _process = _Process(hint, supervisor)
     try:
@@ -87,30 +90,31 @@ def run(module: str, hint: str = "") -> NoReturn:
         if process.status == 1:
             raise
         process.print_line(line)
-        # Threads and finalizers that fail because the program ends would print tracebacks.
+        # Otherwise, threads and finalizers that fail during the exit would print tracebacks.
         sys.unraisablehook = threading.excepthook = lambda _: None
     process.flush()
     sys.exit(process.status)
 
 
 def describe(error: Exception) -> tuple[int, str]:
-    """Return the exit code and the stderr line of an exception that no program has caught.
+    """Return the exit code of an uncaught exception, and the line to print on stderr.
 
-    Code 1 means a defect of the program. An empty line is not printed.
+    Code 1 means a defect of the program, to be reported by a traceback. If the line is empty,
+    nothing is printed.
     """
     if isinstance(error, BrokenPipeError):
         return PIPE_STATUS, ""
     if problem := memory_problem(error):
         limits = _memory_limits()
-        way_out = "raise the limit" if limits else "free memory or use a smaller batch"
-        return 2, f"error: out of memory ({'; '.join([problem, *limits])}); {way_out}"
+        remedy = "raise the limit" if limits else "free memory or use a smaller batch"
+        return 2, f"error: out of memory ({'; '.join([problem, *limits])}); {remedy}"
     if isinstance(error, InputError):
         return InputError.EXIT_CODE, f"error: {error}"
     if isinstance(error, OSError):
         subject = f"{error.filename}: " if error.filename else ""
-        return 2, f"error: {subject}{error.strerror or one_line(error)}; correct that and try again"
+        return 2, f"error: {subject}{error.strerror or one_line(error)}; fix this and try again"
     if type(error).__name__ == "JaxRuntimeError" and (limits := _memory_limits()):
-        # XLA fails in many ways where it cannot allocate memory.
+        # If XLA cannot allocate memory, it fails with many different errors.
         return 2, f"error: {one_line(error)}; {'; '.join(limits)}: raise the limit"
     if "getpwuid" in str(error) or "home directory" in str(error):
         return 2, f"error: user {os.getuid()} has no passwd entry ({one_line(error)}); set HOME"
@@ -125,7 +129,7 @@ def exit_now(status: int) -> NoReturn:
 
 
 def stderr_fd() -> int:
-    """Return the descriptor of the real stderr; under a supervisor, descriptor 2 is buffered."""
+    """Return the descriptor of the real stderr; a supervisor buffers the output to descriptor 2."""
     return 2 if _process is None else _process.supervisor.stderr_fd
 
 
@@ -134,8 +138,8 @@ class _Supervisor(NamedTuple):
 
     Attributes:
         stderr_fd: The real stderr.
-        parent_fd: Becomes readable when the supervising process has died.
-        ended_fd: A byte is written to it when the program ends by itself.
+        parent_fd: Becomes readable when the supervising process has died; None: no supervisor.
+        ended_fd: Receives a byte when the program ends without a crash; None: no supervisor.
     """
 
     stderr_fd: int = 2
@@ -147,7 +151,7 @@ class _Process:
     """Signal handling and exit of this process.
 
     Attributes:
-        status: Exit code of the program; None: not known yet.
+        status: Exit code of the program, or None if it is not known yet.
         supervisor: Connection to the supervising process.
     """
 
@@ -158,21 +162,24 @@ class _Process:
         self._lock = threading.RLock()  # the handler may interrupt itself
 
     def watch(self) -> None:
-        """Install the handlers and start the thread that watches for signals."""
-        atexit.register(self._leave)  # registered first, therefore called last
+        """Install the signal handlers and start the thread that waits for signals."""
+        atexit.register(self._at_exit)  # registered first, therefore called last
         read_fd, write_fd = os.pipe()
         os.set_blocking(write_fd, False)
         threading.Thread(target=self._wait, args=(read_fd,), daemon=True).start()
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, self._handle)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `_supervise` blocks them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `_supervise` may have blocked them
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self._stop(number)
 
     def _wait(self, read_fd: int) -> None:
-        """End the process when a signal comes; the main thread may be in a C call."""
+        """End the process after a signal, or when the supervisor has died.
+
+        Runs in a thread, because the main thread may be in a C call.
+        """
         parent_fd = self.supervisor.parent_fd
         sources = [read_fd] if parent_fd is None else [read_fd, parent_fd]
         while True:
@@ -184,19 +191,19 @@ class _Process:
                 self._stop(number)
 
     def _stop(self, number: int) -> NoReturn:
-        """Print one line and end the process."""
+        """Print one line and end the process after a signal."""
         with self._lock:
             if not self._stopping:  # otherwise a second signal has interrupted this function
                 self._stopping = True
-                word = "interrupted" if number == signal.SIGINT else "terminated"
+                event = "interrupted" if number == signal.SIGINT else "terminated"
                 stderr_fd = self.supervisor.stderr_fd
                 erase_bar = "\r\x1b[K" if os.isatty(stderr_fd) else ""
-                _kill_workers()  # they would write to stderr
+                _kill_workers()  # otherwise they would print errors
                 with contextlib.suppress(OSError):
-                    os.write(stderr_fd, f"{erase_bar}{word}{self._hint}\n".encode())
+                    os.write(stderr_fd, f"{erase_bar}{event}{self._hint}\n".encode())
             self.end(128 + number)
 
-    def _leave(self) -> None:
+    def _at_exit(self) -> None:
         """End the process after all other exit handlers.
 
         The interpreter's teardown is skipped, because daemon threads of C++ libraries may abort it.
@@ -212,13 +219,13 @@ class _Process:
         os._exit(status)
 
     def print_line(self, line: str) -> None:
-        """Print a line on stderr, if it can be written."""
+        """Print a line on stderr, unless it is empty or stderr cannot be written."""
         if line:
             with contextlib.suppress(OSError, InputError, SystemExit, AttributeError):
                 print(line, file=sys.stderr, flush=True)
 
     def flush(self) -> None:
-        """Flush stdout; if that fails, change the exit code."""
+        """Flush stdout and stderr; if stdout cannot be written, change the exit code."""
         try:
             sys.stdout.flush()
         except SystemExit:
@@ -237,14 +244,14 @@ _process: _Process | None = None
 def signals_blocked() -> Iterator[None]:
     """Block SIGINT and SIGTERM in this thread and in the threads and processes that it starts.
 
-    Otherwise, a signal before a starting worker calls `ignore_signals` would end the worker with a
-    traceback, and the parent would hang, because `multiprocessing` continues to write to the pipe
-    of a dead worker. Other threads of this process still receive signals, and the handlers run as
-    soon as the main thread executes Python code.
+    Otherwise, a signal that arrives before a new worker calls `ignore_signals` would end the worker
+    with a traceback. The parent would then hang, because `multiprocessing` continues to write to
+    the pipe of a dead worker. Other threads of this process still receive signals, and the handlers
+    run as soon as the main thread executes Python code.
     """
     from multiprocessing import resource_tracker  # takes longer to import than this module
 
-    resource_tracker.ensure_running()  # starting it would unblock signals
+    resource_tracker.ensure_running()  # starting it later would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -253,9 +260,9 @@ def signals_blocked() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """Ignore SIGINT and SIGTERM: for worker processes, which end with their parent.
+    """Ignore SIGINT and SIGTERM in a worker process, which its parent ends.
 
-    Ctrl-C and cluster managers signal every process of a group.
+    Ctrl-C and cluster managers send signals to every process of a group.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -264,9 +271,9 @@ def ignore_signals() -> None:
 def _kill_workers() -> None:
     """Kill the worker processes of `multiprocessing`, including those that are being started.
 
-    The resource tracker continues, and removes shared memory.
+    The resource tracker is not killed; it removes their shared memory.
     """
-    with contextlib.suppress(OSError):  # without /proc, they end by themselves
+    with contextlib.suppress(OSError):  # without /proc, the workers end by themselves
         for file in glob.glob("/proc/self/task/*/children"):
             for child in Path(file).read_text().split():
                 if b"multiprocessing.spawn" in Path(f"/proc/{child}/cmdline").read_bytes():
@@ -277,24 +284,25 @@ def _kill_workers() -> None:
 
 
 class _Stream(io.TextIOWrapper):
-    """Stdout or stderr, with write errors that name the stream, and support for any character."""
+    """Stdout or stderr, whose write errors become an InputError that names the stream."""
 
     label = "stdout"
-    reported_fd: int | None = None  # what `fileno` returns, if not the true descriptor
+    reported_fd: int | None = None  # if set, `fileno` returns it instead of the real descriptor
 
     def fileno(self) -> int:
         return super().fileno() if self.reported_fd is None else self.reported_fd
 
     def write(self, text: str) -> int:
-        with self._explained():
+        with self._convert_errors():
             return super().write(text)
 
     def flush(self) -> None:
-        with self._explained():
+        with self._convert_errors():
             super().flush()
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _convert_errors(self) -> Iterator[None]:
+        """Convert write errors: a SystemExit if a pipe is closed, otherwise an InputError."""
         try:
             yield
         except BrokenPipeError:
@@ -306,6 +314,7 @@ class _Stream(io.TextIOWrapper):
 
 
 def _replace_stream(name: str) -> None:
+    """Replace `sys.stdout` or `sys.stderr` by a `_Stream`, which escapes unencodable characters."""
     stream = getattr(sys, name)
     settings = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
     encoding = stream.encoding
@@ -318,7 +327,8 @@ def _replace_stream(name: str) -> None:
 def _open_closed_descriptors() -> None:
     """Open /dev/null in place of a closed standard stream.
 
-    Otherwise, the next opened file would get its number, and messages would be written to it.
+    Otherwise, the next file to be opened would get this descriptor, and messages would be written
+    to that file.
     """
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -326,7 +336,7 @@ def _open_closed_descriptors() -> None:
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number: `fd`
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, `fd`
         if getattr(sys, name) is None:
             setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115
 
@@ -335,7 +345,7 @@ def _open_closed_descriptors() -> None:
 
 
 def _memory_limits() -> list[str]:
-    """Return the limits that are set, for messages."""
+    """Return a text for each memory limit that is set, e.g. `ulimit -v is 4000 MB`."""
     kinds = {"ulimit -v": resource.RLIMIT_AS, "ulimit -d": resource.RLIMIT_DATA}
     limits = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
     return [
@@ -346,20 +356,21 @@ def _memory_limits() -> list[str]:
 
 
 def _supervise() -> _Supervisor:
-    """Continue in a child process, and report a crash of it in one line.
+    """Fork: the child runs the program, and the parent reports a crash of the child in one line.
 
     Output of C++ libraries to the child's stderr is buffered until the child has ended. It is
-    dropped if the child has crashed or has printed its own error line.
+    dropped if the child has crashed, has printed an error line or was ended by SIGINT or SIGTERM.
 
     Returns:
-        In the child; the parent never returns.
+        The child's descriptors. Only the child returns; the parent ends as the child did.
     """
     noise_fd = os.memfd_create("stderr")
     parent_fd, alive_fd = os.pipe()  # closed when the parent dies
     read_fd, ended_fd = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until either process has its handlers
+    # Each process unblocks the signals after it has installed its handlers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     child = os.fork()
     if not child:
         os.setpgid(0, 0)  # Ctrl-C signals only the parent, which forwards it once
@@ -374,9 +385,10 @@ def _supervise() -> _Supervisor:
     os.close(ended_fd)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
+    # A C++ library may also call exit(); no byte has been written to `ended_fd` then.
     is_crash = -code in CRASHES or (code >= 0 and not os.read(read_fd, 1))
-    if is_crash:  # C code may also call exit(1)
-        reason = signal.Signals(-code).name if code < 0 else f"a library ended with {code}"
+    if is_crash:
+        reason = signal.Signals(-code).name if code < 0 else f"a library exited with code {code}"
         limits = "; ".join(_memory_limits())
         print(f"error: out of memory ({reason}; {limits}); raise the limit", file=sys.stderr)
         code = InputError.EXIT_CODE

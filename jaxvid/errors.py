@@ -4,18 +4,19 @@ import re
 import reprlib
 from collections.abc import Iterable
 
-MEMORY_WORDS = (  # in messages of Python, glibc, XLA, NumPy and PyTorch
+# Parts of the messages of Python, glibc, XLA, NumPy and PyTorch that report exhausted memory.
+MEMORY_WORDS = (
     *("resource_exhausted", "out of memory", "bad_alloc", "cannot allocate", "can't allocate"),
     *("unable to allocate", "can't start new thread", "failed to map segment"),
     "resource temporarily unavailable",
 )
 
-# Control characters, Unicode's line separators, and surrogates: Python's form of invalid UTF-8.
+# Control characters, Unicode's line separators, and surrogates, which represent invalid UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class InputError(ValueError):
-    """Invalid input. The message is one line: the location, the problem and what to do.
+    """Invalid input. The message is one line: the location, the problem and how to fix it.
 
     The programs print it without a traceback and exit with `EXIT_CODE`.
     """
@@ -27,7 +28,7 @@ def check_option(name: str, value: object, options: Iterable) -> None:
     """Check that an option has one of its valid values.
 
     Raises:
-        InputError: Names the option, its value and the valid ones.
+        InputError: The message contains the option, its value and the valid values.
     """
     options = tuple(options)
     if value not in options:
@@ -36,10 +37,13 @@ def check_option(name: str, value: object, options: Iterable) -> None:
 
 
 def memory_problem(error: BaseException | None) -> str | None:
-    """Return the line of an error message that reports exhausted memory or threads, or None.
+    """Return the line of an error message that reports exhausted memory or threads.
 
     Args:
         error: An exception; its causes are searched too.
+
+    Returns:
+        The line, or None if no message reports it.
     """
     while error is not None:
         if isinstance(error, MemoryError):
@@ -53,7 +57,7 @@ def memory_problem(error: BaseException | None) -> str | None:
 
 
 def one_line(error: object, length: int = 160) -> str:
-    """Return the first line of an error's text, truncated."""
+    """Return the first line of an error's text, truncated to `length` characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:length]
 

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from jaxvid.errors import InputError, one_line
 
-KINDS = {  # names of other file types
+KINDS = {  # names of the file types other than regular files, for messages
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
     stat.S_IFCHR: "a device",
@@ -20,29 +20,29 @@ KINDS = {  # names of other file types
 
 
 def check_regular(path: str | Path, max_bytes: int) -> None:
-    """Refuse files that could block forever or exhaust the memory, without opening them.
+    """Refuse a file that could block forever or exhaust the memory, without opening it.
 
     Args:
         path: The file.
-        max_bytes: Largest size that is read.
+        max_bytes: Maximum size.
 
     Raises:
         FileNotFoundError: There is no such file.
-        InputError: It is not a regular file, is too large, or its status cannot be read.
+        InputError: The file is not regular or is too large, or its status cannot be read.
     """
     try:
         status = os.stat(path)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:  # a loop of links, too long a name, a null character
+    except (OSError, ValueError) as error:  # e.g. a loop of links, a long name, a null character
         reason = one_line(getattr(error, "strerror", None) or error)
-        raise InputError(f"{path}: cannot be read ({reason}); name a regular file") from None
+        raise InputError(f"{path}: cannot be read ({reason}); choose a regular file") from None
     if not stat.S_ISREG(status.st_mode):
         kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise InputError(f"{path}: is {kind}, not a regular file; name another file")
+        raise InputError(f"{path}: is {kind}, not a regular file; choose another file")
     if status.st_size > max_bytes:
         raise InputError(
-            f"{path}: is larger than the limit of {max_bytes / 1e6:.0f} MB; name another file"
+            f"{path}: is larger than the limit of {max_bytes / 1e6:.0f} MB; choose another file"
         )
 
 
@@ -60,7 +60,7 @@ def open_regular(path: Path, max_bytes: int = sys.maxsize) -> BinaryIO:
         raise
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be opened ({error.strerror}); name another file"
+            f"{path}: cannot be opened ({error.strerror}); choose another file"
         ) from None
 
 
@@ -76,7 +76,7 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
             return file.read(max_bytes)
         except OSError as error:
             raise InputError(
-                f"{path}: cannot be read ({error.strerror}); name another file"
+                f"{path}: cannot be read ({error.strerror}); choose another file"
             ) from None
 
 
@@ -95,20 +95,21 @@ def scan_sizes(folder: Path, *, max_files: int) -> dict[str, int]:
     Links to files are followed, because download caches use them. Links to folders are not.
 
     Raises:
-        InputError: There are more than `max_files` files and folders; or one of them is a FIFO, a
-            socket, a device or a broken link, or cannot be read.
+        InputError: There are more than `max_files` files and folders; or one of them is neither a
+            regular file nor a folder, or cannot be read.
     """
-    sizes, left, count = {}, [folder] if folder.is_dir() else [], 0
+    sizes, count = {}, 0
+    remaining = [folder] if folder.is_dir() else []
     try:
-        while left:
-            with os.scandir(left.pop()) as entries:
+        while remaining:
+            with os.scandir(remaining.pop()) as entries:
                 for entry in entries:
                     count += 1
                     path = Path(entry)
                     if count > max_files:
                         raise InputError(f"{folder} has more than {max_files} files; copy it again")
                     if entry.is_dir(follow_symlinks=False):
-                        left.append(path)
+                        remaining.append(path)
                         continue
                     status = entry.stat()
                     if not stat.S_ISREG(status.st_mode):
@@ -137,13 +138,13 @@ def checksums(folder: Path) -> dict[str, int]:
 def check_files(
     folder: Path, expected: dict[str, int], actual: dict[str, int], problem: str
 ) -> None:
-    """Refuse a folder whose files differ from those that were written.
+    """Refuse a folder with files that have changed since they were written.
 
     Args:
         folder: The folder, for the message.
         expected: File → its size or checksum when it was written.
         actual: File → its size or checksum now.
-        problem: What is wrong with a file if they differ, e.g. `are missing`.
+        problem: Words for the message that describe the difference, e.g. `are missing`.
 
     Raises:
         InputError: Files differ; the message names the first one.
@@ -156,15 +157,15 @@ def check_files(
 
 
 def check_room(folder: Path, need_bytes: int) -> None:
-    """Refuse to write a folder if the disk has not enough free space.
+    """Refuse to write a folder if the disk does not have enough free space.
 
     Raises:
-        InputError: The message has the free and the required space.
+        InputError: The message contains the free and the required space.
     """
     parent = next(parent for parent in folder.parents if parent.exists())
     free = shutil.disk_usage(parent).free
     if free < need_bytes:
         raise InputError(
             f"{folder} cannot be written ({free / 1e6:.0f} MB free, {need_bytes / 1e6:.0f} MB "
-            "needed); make room or name another"
+            "needed); make room or choose another folder"
         )

@@ -26,10 +26,10 @@ def locked(path: Path) -> Iterator[bool]:
     """Hold a lock while the body runs. The system releases it if the process dies.
 
     Args:
-        path: The lock file. It is created, names the holder, and is removed at the end.
+        path: The lock file. It is created, contains the holder's name, and is removed at the end.
 
     Yields:
-        Whether the lock is held; False: the file system does not support locks.
+        True if the lock is held; False if the file system does not support locks.
 
     Raises:
         LockedError: Another process holds the lock.
@@ -46,7 +46,7 @@ def locked(path: Path) -> Iterator[bool]:
 
 
 def _lock_file(path: Path) -> TextIO | None:
-    """Open and lock a file; None: the file system does not support locks."""
+    """Open and lock a file; return None if the file system does not support locks."""
     while True:
         file = path.open("a+", encoding="utf-8", errors="replace")
         try:
@@ -63,7 +63,7 @@ def _lock_file(path: Path) -> TextIO | None:
             file.close()
             raise LockedError(holder) from None
         except FileNotFoundError:
-            pass
+            pass  # removed between the two checks: try again
         except OSError:
             file.close()
             return None

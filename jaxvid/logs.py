@@ -1,4 +1,4 @@
-"""Logging to the console and to `WORKDIR/log.txt`, and the progress bar of a run."""
+"""Logging to the console and to `WORKDIR/log.txt`, and the progress of a run."""
 
 import contextlib
 import logging
@@ -17,8 +17,9 @@ log = logging.getLogger("jaxvid")
 def setup_logging(workdir: Path) -> None:
     """Send the `jaxvid` log to the console and `WORKDIR/log.txt`.
 
-    Progress has the level `debug`. The file always gets it, the console only if there is no
-    progress bar. Processes other than the first log only warnings, to their consoles.
+    Progress lines have the level `debug`. They are always written to the file, but to the console
+    only if it is not a terminal, which shows a progress bar. Processes other than the first log
+    only warnings, and only to their consoles.
     """
     for handler in log.handlers[:]:
         log.removeHandler(handler)
@@ -33,7 +34,7 @@ def setup_logging(workdir: Path) -> None:
         return
     file = logging.FileHandler(workdir / "log.txt", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    file.handleError = lambda _: None  # a full disk is reported by the writers of other files
+    file.handleError = lambda _: None  # if the disk is full, writing other files reports it
     console = logging.Handler(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
     console.emit = _write_to_console
     log.addHandler(file)
@@ -41,13 +42,13 @@ def setup_logging(workdir: Path) -> None:
 
 
 def _write_to_console(record: logging.LogRecord) -> None:
-    """Print a line; a closed console must not end a run, because log.txt has all lines."""
+    """Print a line. A closed console must not end a run: log.txt contains all lines."""
     with contextlib.suppress(SystemExit, InputError, OSError):
         tqdm.write(record.getMessage(), file=sys.stderr)
 
 
 class RunProgress(progress.Progress):
-    """Progress with a bar in the first process only.
+    """Progress whose bar is shown only by the first process.
 
     Args:
         total: As in `jaxvid.progress.Progress`.

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from jaxvid.atomic import write_file
 
-INK, GRID = "#222222", "#dddddd"
-TRAIN, VAL = "#9a9a9a", "#0b6fb8"
+INK, GRID = "#222222", "#dddddd"  # text; grid lines
+TRAIN, VAL = "#9a9a9a", "#0b6fb8"  # curves of training and of validation
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
@@ -24,7 +24,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def style_axes(axes: Axes) -> None:
-    """Start the y axis at 0, draw a light grid and hide the upper and right spines."""
+    """Start the y axis at 0, draw a light grid, and hide the top and right spines."""
     axes.set_ylim(bottom=0)
     axes.grid(color=GRID, lw=0.6)
     axes.set_axisbelow(True)

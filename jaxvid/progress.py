@@ -1,4 +1,4 @@
-"""Progress of long operations: a bar on a terminal, lines in a log."""
+"""Progress of long operations: a bar on a terminal, or log lines."""
 
 import sys
 import time
@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-LINE_SECONDS = 10.0  # between two lines
+LINE_SECONDS = 10.0  # minimum time between two progress lines
 
 
 def to_stderr(line: str) -> None:
-    """Print a line, unless a terminal shows the bar."""
+    """Print a line on stderr, unless stderr is a terminal, which may show the bar."""
     if not sys.stderr.isatty():
         print(line, file=sys.stderr, flush=True)
 
@@ -22,9 +22,9 @@ class Progress:
         total: Number of items.
         title: Name of the operation.
         unit: Name of an item, in the singular.
-        done: Items that an earlier run finished.
-        bar: Whether to show a bar on a terminal.
-        write_line: Function that gets a line every `LINE_SECONDS`; None: no lines.
+        done: Number of items that an earlier run finished.
+        bar: Whether to show a bar if stderr is a terminal.
+        write_line: Called with a progress line, at most every `LINE_SECONDS`; None: no lines.
 
     Attributes:
         done: Number of finished items.
@@ -54,7 +54,7 @@ class Progress:
         )
 
     def advance(self, count: int, note: str = "") -> None:
-        """Count finished items; `note` is shown after the numbers."""
+        """Add `count` finished items; show `note` after the numbers."""
         self.done += count
         if note:
             self._bar.set_postfix_str(note, refresh=False)
@@ -71,7 +71,7 @@ class Progress:
         return (self.done - self._start_count) / max(time.monotonic() - self._start, 1e-9)
 
     def time_left(self) -> str:
-        """Return the remaining time at that rate."""
+        """Return the remaining time at the current rate, e.g. `01:30`, or `?` if it is unknown."""
         rate = self.rate()
         return tqdm.format_interval((self._total - self.done) / rate) if rate else "?"
 

@@ -275,7 +275,7 @@ LIMITED = "ulimit -v 2000000; {}"
         ("os.write(2, b'one\\ntwo\\n'); os.abort()", LIMITED,
          (2, "error: out of memory (SIGABRT; ulimit -v is 2048 MB); raise the limit")),
         ("os.write(2, b'one\\n'); os._exit(1)", LIMITED,
-         (2, "error: out of memory (a library ended with 1; ulimit -v is 2048 MB)")),
+         (2, "error: out of memory (a library exited with code 1; ulimit -v is 2048 MB)")),
         ("bytes(2**32)", LIMITED, (2, "error: out of memory (MemoryError; ulimit -v is 2048 MB)")),
         ("sys.exit('a message')", LIMITED, (1, "a message")),
         (MANY_LINES, "ulimit -v 2000000; {} | head -1", (141, "")),

@@ -1,4 +1,4 @@
-"""Collective operations between the processes of a run."""
+"""Collective operations of the processes of a run."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def gather(value: Any, seconds: float = math.inf) -> list:
 
     Args:
         value: A value that JSON can represent.
-        seconds: Timeout for the other processes.
+        seconds: Time to wait for the other processes.
 
     Raises:
         process_group.PeerError: Another process failed.
@@ -36,19 +36,19 @@ def gather(value: Any, seconds: float = math.inf) -> list:
 def raise_on_all_processes(function: Callable[..., Result], *args: Any) -> Result:
     """Call a function. If it raises an InputError in any process, raise one in all processes.
 
-    Otherwise the other processes would wait forever. All processes must call it.
+    Otherwise, the other processes would wait forever. All processes must call it.
 
     Raises:
-        InputError: The function's, or a `PeerError` with that of another process.
+        InputError: The error of this process; or a `PeerError` with the message of another process.
     """
-    result = refusal = None
+    result = own_error = None
     try:
         result = function(*args)
     except InputError as error:
-        refusal = error
-    causes = gather(refusal and str(refusal))
-    if refusal is not None:
-        raise refusal
+        own_error = error
+    causes = gather(own_error and str(own_error))
+    if own_error is not None:
+        raise own_error
     for process, cause in enumerate(causes):
         if cause is not None:
             raise process_group.PeerError(process, cause)
@@ -56,7 +56,11 @@ def raise_on_all_processes(function: Callable[..., Result], *args: Any) -> Resul
 
 
 def any_process(flag: bool, mesh: Mesh) -> jax.Array | np.bool_:
-    """Return whether `flag` is True in any process, as a scalar that is computed asynchronously."""
+    """Return whether `flag` is True in any process. All processes must call it.
+
+    Returns:
+        A scalar. With several processes, it is a JAX array that is computed asynchronously.
+    """
     if jax.process_count() == 1:
         return np.bool_(flag)
     process_group.current().reach()
@@ -74,14 +78,14 @@ def barrier(name: str) -> None:
 
     Raises:
         process_group.PeerError: Another process failed.
-        RuntimeError: Another process waits at another barrier.
+        RuntimeError: Another process waits at a barrier with a different name.
     """
     if len(names := {*gather(name)}) > 1:
         raise RuntimeError(f"the processes wait at different barriers: {names}")
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """Return a global array on the host. All processes must call it."""
+    """Return a global array as a NumPy array. All processes must call it."""
     if jax.process_count() == 1 or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

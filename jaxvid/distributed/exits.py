@@ -1,4 +1,4 @@
-"""Descriptions and exit codes of exceptions, for processes that end together."""
+"""Descriptions and exit codes of exceptions, for the processes of a run, which end together."""
 
 import atexit
 import contextlib
@@ -15,7 +15,7 @@ COLLECTIVE_LIBRARIES = ("Gloo", "NCCL", "RCCL")
 
 
 def is_of_runtime(error: BaseException | None) -> bool:
-    """Return whether an exception comes from JAX's runtime, possibly caused by another process."""
+    """Return whether JAX's runtime raised an exception; another process may have caused it."""
     while error is not None:
         # XLA also raises ValueErrors: "UNKNOWN: Gloo AllGather failed".
         in_collective = any(library in str(error) for library in COLLECTIVE_LIBRARIES)
@@ -26,7 +26,7 @@ def is_of_runtime(error: BaseException | None) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """Return one line about an exception for the other processes."""
+    """Describe an exception in one line, to be printed by the other processes."""
     match error:
         case InputError():
             return str(error)
@@ -40,7 +40,7 @@ def describe(error: BaseException) -> str:
 
 
 def report(error: BaseException) -> str:
-    """Return the message or traceback to print if the main thread cannot print it."""
+    """Return the error line or traceback, to be printed if the main thread cannot print it."""
     if isinstance(error, Exception) and exit_code(error) == 1:
         return "".join(traceback.format_exception(error))
     return f"error: {describe(error)}\n"
@@ -59,11 +59,11 @@ def exit_code(error: BaseException) -> int:
 
 
 def end_now(code: int) -> None:
-    """End the process at once, without exit handlers, which would wait for the other processes."""
+    """End the process at once. Exit handlers are skipped: they would wait for other processes."""
     for child in multiprocessing.active_children():
         child.kill()
     for stream in (sys.stdout, sys.stderr):
-        # The streams of `entry_point` raise SystemExit if a pipe is closed.
+        # The streams of `entry_point` raise a SystemExit if a pipe is closed.
         with contextlib.suppress(OSError, ValueError, SystemExit):
             stream.flush()
     entry_point.exit_now(code)

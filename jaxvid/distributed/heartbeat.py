@@ -6,13 +6,13 @@ import time
 
 @dataclasses.dataclass
 class Heartbeat:
-    """Heartbeats of another process.
+    """Progress of another process, according to its heartbeats.
 
     Attributes:
-        beat: Number of the last heartbeat.
-        reached: Number of synchronization points that the process has reached.
-        silent: Seconds without a new heartbeat.
-        behind: Seconds for which this process has been ahead without progress of the other one.
+        beat: Number of its last heartbeat.
+        reached: Number of synchronization points that it has reached.
+        silent: Seconds since its last heartbeat.
+        behind: Seconds without progress while this process has reached more synchronization points.
     """
 
     beat: int = 0
@@ -21,7 +21,7 @@ class Heartbeat:
     behind: float = 0.0
 
     def update(self, beat: int, reached: int, own_reached: int, passed: float) -> None:
-        """Update from the values in the store, `passed` seconds after the last call."""
+        """Update the record from the store, `passed` seconds after the last call."""
         is_waiting = reached == self.reached and reached < own_reached
         self.silent = self.silent + passed if beat == self.beat else 0.0
         self.behind = self.behind + passed if is_waiting else 0.0
@@ -29,10 +29,10 @@ class Heartbeat:
 
 
 class Clock:
-    """Measures time, without the time for which this process was suspended.
+    """Measures time, excluding time for which this process was suspended.
 
     Args:
-        max_step: Longest time between two calls of `tick` that counts, in seconds.
+        max_step: Maximum time in seconds that is counted between two calls of `tick`.
     """
 
     def __init__(self, max_step: float):

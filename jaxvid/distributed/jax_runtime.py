@@ -1,6 +1,6 @@
 """JAX's distributed runtime. All uses of its private API are in this file.
 
-They were checked with jax 0.10.2: `jax._src.distributed.global_state`, the constructor of the
+This use was checked with jax 0.10.2: `jax._src.distributed.global_state`, the constructor of the
 distributed client in `jax._src.lib._jax`, and the client's key-value functions, which release the
 GIL and raise JaxRuntimeError if process 0 cannot be reached.
 """
@@ -64,10 +64,10 @@ class Connection:
     """Connection of this process to the other processes of the run.
 
     Attributes:
-        store: The store that they share.
+        store: The key-value store that all processes share.
         index: Index of this process.
         count: Number of processes.
-        lost: Set once the connection to process 0 is broken; None: it cannot break.
+        lost: Set once the connection to process 0 is lost; None in process 0.
     """
 
     store: Store
@@ -77,7 +77,7 @@ class Connection:
 
 
 def connection() -> Connection | None:
-    """Return the connection to the other processes; None: this process runs alone."""
+    """Return the connection to the other processes, or None if this process runs alone."""
     state = distributed.global_state
     if state.client is None:
         return None
@@ -86,12 +86,12 @@ def connection() -> Connection | None:
 
 
 class _Joining:
-    """State of a `join`.
+    """State of a call of `join`.
 
     Attributes:
-        relay: Relay of this process to process 0.
-        missing: What the call is waiting for.
-        given_up: Set to end the wait.
+        relay: Relay from this process to process 0; None in process 0.
+        missing: Name of the process or launcher that the call is waiting for, for messages.
+        given_up: Whether the thread that connects to process 0 shall stop waiting.
 
     Args:
         make: JAX's constructor of a distributed client.
@@ -104,7 +104,7 @@ class _Joining:
         self.given_up = False
 
     def make_client(self, address: str, process: int, *args: Any, **options: Any) -> Any:
-        """Make JAX's distributed client; in all processes but the first, behind a relay."""
+        """Make JAX's distributed client. Processes other than the first connect through a relay."""
         count = distributed.global_state.num_processes
         others = f"process {1 - process}" if count == 2 else f"one of the {count - 1} others"
         if process:
@@ -121,12 +121,13 @@ class _Joining:
 def join(initialize: Callable[[], None], seconds: float) -> None:
     """Join the other processes of the run.
 
-    JAX's call waits in C++ and aborts the process after a timeout. Therefore it runs in another
-    thread. Signals are then handled, and a timeout is reported in one line.
+    JAX's call waits in C++ and aborts the process after its timeout. Therefore it runs in another
+    thread with a timeout of its own, so that signals are handled and a timeout is reported in one
+    line.
 
     Args:
         initialize: Calls `jax.distributed.initialize`.
-        seconds: Timeout for the other processes.
+        seconds: Time to wait for the other processes.
 
     Raises:
         InputError: Some processes did not join in time.
@@ -134,7 +135,7 @@ def join(initialize: Callable[[], None], seconds: float) -> None:
     """
     global _relay
     make, errors = _jax.get_distributed_runtime_client, []
-    joining, until = _Joining(make), time.monotonic() + seconds
+    joining, deadline = _Joining(make), time.monotonic() + seconds
 
     def run() -> None:
         try:
@@ -147,7 +148,7 @@ def join(initialize: Callable[[], None], seconds: float) -> None:
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         while thread.is_alive():
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise InputError(
                     f"{joining.missing} did not join within {seconds:.0f} s; start all processes "
                     "with the same --coordinator within --join_seconds"

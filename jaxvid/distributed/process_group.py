@@ -1,9 +1,9 @@
-"""Processes of one run: exchanging values, and ending together when one of them fails.
+"""The processes of a run: they exchange values, and end together when one of them fails.
 
-Values are exchanged through the key-value store of JAX's distributed runtime in process 0, without
-devices. Every process writes a heartbeat to the store each second. A process that fails writes the
-cause before it ends. All others read it and end with that line, even if their main thread waits in
-a device collective or an Orbax barrier.
+Values are exchanged without devices, through the key-value store of JAX's distributed runtime in
+process 0. Every process writes a heartbeat to the store each second. A process that fails writes
+the cause before it ends. All other processes read the cause, print it and end, even if their main
+thread waits in a device collective or an Orbax barrier.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ from jaxvid.distributed.heartbeat import Clock, Heartbeat
 from jaxvid.distributed.store import Store
 from jaxvid.errors import InputError
 
-JOIN_SECONDS = 300.0  # timeout for all processes of a run to start
+JOIN_SECONDS = 300.0  # within which all processes of a run must start
 BEAT_SECONDS = 1.0  # between two heartbeats
-LOST_SECONDS = 30.0  # without a heartbeat, after which a process is lost
+LOST_SECONDS = 30.0  # without a heartbeat, after which a process counts as lost
 HUNG_SECONDS = 1800.0  # without progress, after which a process that is alive counts as hung
-GRACE_SECONDS = 5.0  # for the main thread to end the process
+GRACE_SECONDS = 5.0  # that the main thread has to report a failure and end the process
 
 
 class PeerError(InputError):
@@ -53,7 +53,7 @@ class PeerError(InputError):
 
 
 def current() -> "ProcessGroup | None":
-    """Return the processes of this run; None: this process runs alone."""
+    """Return the process group of this run, or None if this process runs alone."""
     global _current
     if _current is None and (connection := jax_runtime.connection()):
         _current = ProcessGroup(
@@ -65,7 +65,7 @@ def current() -> "ProcessGroup | None":
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """End all processes of the run if the body raises in one of them; otherwise wait for all.
+    """End all processes of the run if the body fails in one; otherwise wait until all finish.
 
     Raises:
         PeerError: Another process failed.
@@ -93,7 +93,8 @@ def failing_together() -> Iterator[None]:
 def publish(error: BaseException | None) -> None:
     """Publish a failure of this process to the other processes of the run.
 
-    For `finally` clauses with a collective that the other processes may not reach.
+    Call it in a `finally` clause if the other processes may be waiting in a collective that this
+    process did not reach.
 
     Args:
         error: The exception that is being raised; None and SystemExit are not failures.
@@ -106,13 +107,13 @@ def publish(error: BaseException | None) -> None:
 
 
 class ProcessGroup:
-    """The processes of this run, from the view of one of them.
+    """The processes of this run, as seen by one of them.
 
     Args:
-        store: The store that they share.
+        store: The key-value store that all processes share.
         index: Index of this process.
         count: Number of processes.
-        lost: Set once the connection to process 0 is broken; None: it cannot break.
+        lost: Set once the connection to process 0 is lost; None in process 0.
     """
 
     def __init__(
@@ -122,24 +123,26 @@ class ProcessGroup:
         self._store, self._lost = store, lost or threading.Event()
         self._rounds = self._reached = self._beats = 0
         self._others = {other: Heartbeat() for other in range(count) if other != index}
-        self._clock, self._contact = Clock(2 * BEAT_SECONDS), True
+        self._clock = Clock(2 * BEAT_SECONDS)
+        self._contact = True  # whether the store has answered since `_watch` last checked
         self._left = threading.Event()  # set once all processes have left
         self._failed = threading.Event()
         self._failure: PeerError | None = None
         self._own: BaseException | None = None  # failure of this process
-        self._report = ""  # message or traceback of it
-        self._lock, self._reporter = threading.Lock(), ""
-        self._code: int | None = None  # exit code, set once the main thread only has to end
+        self._report = ""  # message or traceback of `_own`
+        self._lock = threading.Lock()
+        self._reporter = ""  # thread that reports the failure: `main` or `watch`, see `_claim`
+        self._code: int | None = None  # exit code, set when the main thread is about to exit
 
     def start(self) -> None:
-        """Start the threads that write heartbeats and watch those of the others."""
+        """Start the threads that write heartbeats and that detect failures."""
         for target in (self._beat_until_left, self._watch):
             threading.Thread(target=target, daemon=True).start()
 
     # -------------------------------------------------------------- exchanges
 
     def reach(self) -> None:
-        """Count a synchronization point that all processes reach."""
+        """Count a synchronization point, which all processes reach."""
         self._reached += 1
 
     def exchange(self, value: Any, seconds: float = math.inf) -> list:
@@ -147,20 +150,20 @@ class ProcessGroup:
 
         Args:
             value: A value that JSON can represent.
-            seconds: Timeout for the other processes.
+            seconds: Time to wait for the other processes.
 
         Raises:
             PeerError: Another process failed.
             TimeoutError: Another process did not call it in time.
         """
-        until = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         self.reach()
         number, self._rounds = self._rounds, self._rounds + 1
         self._check()
         with self._failure_first():
             self._store.set(f"jaxvid/value/{number}/{self.index}", json.dumps(value))
             values = [
-                json.loads(self._wait_for(f"jaxvid/value/{number}/{process}", until))
+                json.loads(self._wait_for(f"jaxvid/value/{number}/{process}", deadline))
                 for process in range(self.count)
             ]
             if number:  # all processes have sent this value, so all have read the previous one
@@ -170,8 +173,8 @@ class ProcessGroup:
     def leave(self) -> None:
         """Wait until all processes have finished.
 
-        Process 0 also waits until the others know that. The store ends with process 0, which would
-        look like a failure to the others.
+        Process 0 also waits until the other processes know that all have finished. The store ends
+        with process 0, and the others would take the loss of the store for a failure.
 
         Raises:
             PeerError: Another process failed.
@@ -184,13 +187,13 @@ class ProcessGroup:
         with contextlib.suppress(jax.errors.JaxRuntimeError, TimeoutError, PeerError):
             self._store.set(f"jaxvid/state/knows_end/{self.index}", "")
             for process in range(self.count if not self.index else 0):
-                until = time.monotonic() + LOST_SECONDS
-                self._wait_for(f"jaxvid/state/knows_end/{process}", until)
+                deadline = time.monotonic() + LOST_SECONDS
+                self._wait_for(f"jaxvid/state/knows_end/{process}", deadline)
 
-    def _wait_for(self, key: str, until: float = math.inf) -> str:
+    def _wait_for(self, key: str, deadline: float = math.inf) -> str:
         while (text := self._store.get(key, BEAT_SECONDS)) is None:
             self._check()
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise TimeoutError(key)
         return text
 
@@ -200,18 +203,18 @@ class ProcessGroup:
             raise self._as_error(self._failure)
 
     def _is_own(self, failure: PeerError) -> bool:
-        """Return whether this process failed, and did not only lose contact with the others."""
+        """Return whether an exception in this process is the failure, not a lost connection."""
         return failure.process == self.index and self._own is not None
 
     def _as_error(self, failure: PeerError) -> InputError:
-        """Return the error for the main thread; a thread of this process may have failed."""
+        """Return the exception to raise in the main thread for the failure of the run."""
         if self._is_own(failure):
             return InputError(failure.cause)
         return PeerError(failure.process, failure.cause)
 
     @contextlib.contextmanager
     def _failure_first(self) -> Iterator[None]:
-        """If the store cannot be reached, wait for the failure that caused it, and raise that."""
+        """If the store cannot be reached, wait for the failure that caused this, and raise it."""
         try:
             yield
         except jax.errors.JaxRuntimeError:
@@ -222,7 +225,7 @@ class ProcessGroup:
     # -------------------------------------------------------------- failures
 
     def _fail(self, process: int, cause: str) -> PeerError:
-        """Record a failure unless there is one already; return the first failure of the run."""
+        """Record a failure unless one is recorded already; return the recorded one."""
         with self._lock:
             if self._failure is None:
                 self._failure = PeerError(process, cause)
@@ -230,7 +233,7 @@ class ProcessGroup:
         return self._failure
 
     def publish(self, error: BaseException) -> PeerError:
-        """Publish a failure of this process, unless another process caused it.
+        """Publish a failure of this process, unless it was caused by another process.
 
         Returns:
             The failure that ends the run.
@@ -248,38 +251,42 @@ class ProcessGroup:
         return failure
 
     def _write_failure(self) -> None:
-        """Write the failure to the store, and that this process knows it."""
+        """Write the failure to the store, and a note that this process knows it."""
         failure = json.dumps([self._failure.process, self._failure.cause])
         self._store.set_first("jaxvid/state/failure", failure)
         self._store.set(f"jaxvid/state/knows/{self.index}", "")
 
     def end_together(self, error: BaseException) -> BaseException:
-        """Publish a failure and end this process within seconds, whatever its threads do.
+        """Publish a failure, and make this process end within seconds even if its threads hang.
 
-        Process 0 waits until the others know the failure, because they read it from process 0.
+        Process 0 waits until the other processes know the failure: they read it from its store.
 
         Returns:
             The exception to raise: `error`, or the failure of another process that caused it.
         """
         failure = self.publish(error)
         if not self._claim("main"):
-            threading.Event().wait()  # `_watch` has reported it and is ending the process
+            threading.Event().wait()  # `_watch` has reported the failure and is ending the process
         caused = is_of_runtime(error) and error is not self._own
-        until = time.monotonic() + 2 * GRACE_SECONDS
-        while not self.index and time.monotonic() < until and not self._all_know():
+        deadline = time.monotonic() + 2 * GRACE_SECONDS
+        while not self.index and time.monotonic() < deadline and not self._all_know():
             time.sleep(0.1)
         self._code = InputError.EXIT_CODE if caused else exit_code(error)
         end_at_exit(self._code)
         return self._as_error(failure) if caused else error
 
     def _all_know(self) -> bool:
-        """Return whether all other processes know the failure, except the one that failed."""
+        """Return whether the other processes know the failure, not counting the one that failed."""
         states = self._store.list("jaxvid/state/")
         others = self._others.keys() - {self._failure.process}
         return all(f"jaxvid/state/knows/{process}" in states for process in others)
 
     def _claim(self, reporter: str) -> bool:
-        """Return whether `reporter`, `main` or `watch`, is the thread that reports the failure."""
+        """Claim the report of the failure for a thread, `main` or `watch`; the first claim wins.
+
+        Returns:
+            Whether this thread reports the failure.
+        """
         with self._lock:
             self._reporter = self._reporter or reporter
             return self._reporter == reporter
@@ -292,7 +299,7 @@ class ProcessGroup:
                 self.beat()
 
     def beat(self) -> None:
-        """Write a heartbeat, and check those of the others."""
+        """Write a heartbeat, and check those of the other processes."""
         self._beats += 1
         own = json.dumps([self._beats, self._reached])
         self._store.set(f"jaxvid/state/alive/{self.index}", own)
@@ -315,11 +322,11 @@ class ProcessGroup:
             self._write_failure()
 
     def _watch(self) -> None:
-        """Detect the loss of process 0, and end this process if its main thread does not."""
+        """Detect the loss of process 0. After a failure, end a process whose main thread hangs."""
         clock, silent = Clock(2 * BEAT_SECONDS), 0.0
         while not self._left.wait(BEAT_SECONDS / 4):
-            passed, silent = clock.tick(), 0.0 if self._contact else silent
-            silent, self._contact = silent + passed, False
+            silent = clock.tick() + (0.0 if self._contact else silent)
+            self._contact = False
             if self._lost.is_set():
                 self._fail(0, "lost connection; it was killed or cannot be reached")
             elif silent > LOST_SECONDS:
@@ -331,16 +338,16 @@ class ProcessGroup:
     def _end(self) -> None:
         """End this process; report the failure unless the main thread does."""
         is_own = self._is_own(self._failure)
-        until = time.monotonic() + (4 * GRACE_SECONDS if is_own else GRACE_SECONDS)
-        while self._reporter != "main" and time.monotonic() < until:
+        deadline = time.monotonic() + (4 * GRACE_SECONDS if is_own else GRACE_SECONDS)
+        while self._reporter != "main" and time.monotonic() < deadline:
             time.sleep(0.05)
         if self._claim("watch"):
             text = self._report if is_own else f"error: {self._failure}\n"
             with contextlib.suppress(OSError):
                 os.write(entry_point.stderr_fd(), ("\n" * sys.stderr.isatty() + text).encode())
         else:
-            until = time.monotonic() + 3 * GRACE_SECONDS
-            while self._code is None and time.monotonic() < until:
+            deadline = time.monotonic() + 3 * GRACE_SECONDS
+            while self._code is None and time.monotonic() < deadline:
                 time.sleep(0.05)
             time.sleep(GRACE_SECONDS)  # while the main thread prints the error
         end_now(InputError.EXIT_CODE if self._code is None else self._code)

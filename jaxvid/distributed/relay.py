@@ -1,4 +1,4 @@
-"""A local relay to the coordinator, which hides its loss from JAX's client."""
+"""A local relay that hides the loss of the coordinator from JAX's client."""
 
 import contextlib
 import os
@@ -10,36 +10,37 @@ class Relay:
     """A local relay to the coordinator in process 0.
 
     JAX's client aborts the process with a stack dump as soon as the connection to the coordinator
-    breaks. The relay keeps the client's connection open, so that the loss is reported in one line.
+    breaks. The relay keeps the client's connection open. The loss can then be reported in one line.
 
     Args:
-        coordinator: `HOST:PORT`.
+        coordinator: `HOST:PORT` of the coordinator.
 
     Attributes:
-        address: `HOST:PORT` for the client.
-        lost: Set once the coordinator cannot be reached any more.
+        address: `HOST:PORT` of the relay, to which the client connects.
+        lost: Set once the connection is broken and the coordinator no longer answers.
     """
 
     def __init__(self, coordinator: str):
         host, _, port = coordinator.rpartition(":")
         self._target = host.strip("[]"), int(port)
         self._server = socket.create_server(("127.0.0.1", 0))
-        self._clients: list[socket.socket] = []  # kept, or Python would close them
+        self._clients: list[socket.socket] = []  # references, or Python would close the sockets
         self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
         self.lost = threading.Event()
-        # Without this, gRPC would reach the relay through the HTTP proxy of the environment.
-        direct = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy")  # noqa: SIM112
-        os.environ["no_grpc_proxy"] = f"{direct or ''},127.0.0.1".lstrip(",")  # noqa: SIM112
+        # Otherwise, gRPC would connect to the relay through an HTTP proxy set in the environment.
+        no_proxy = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy")  # noqa: SIM112
+        os.environ["no_grpc_proxy"] = f"{no_proxy or ''},127.0.0.1".lstrip(",")  # noqa: SIM112
         threading.Thread(target=self._serve, daemon=True).start()
 
     def finds_coordinator(self) -> bool:
-        """Return whether the coordinator answers a connection.
+        """Return whether the coordinator accepts a connection and sends data.
 
-        An accepted connection is not enough: the kernel accepts connections of a dying process.
+        An accepted connection is not enough: the kernel still accepts connections to a process that
+        is ending.
         """
         try:
             with socket.create_connection(self._target, timeout=5) as probe:
-                return bool(probe.recv(1))  # gRPC's server sends first
+                return bool(probe.recv(1))  # a gRPC server sends data first
         except OSError:
             return False
 
@@ -49,12 +50,12 @@ class Relay:
             try:
                 remote = socket.create_connection(self._target, timeout=5)
             except OSError:
-                client.close()  # gRPC connects again
+                client.close()  # gRPC then connects again
                 continue
             self._clients.append(client)
             remote.settimeout(None)
-            for end in (client, remote):
-                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for connection in (client, remote):
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for pump in (self._send, self._receive):
                 threading.Thread(target=pump, args=(client, remote), daemon=True).start()
 
@@ -75,7 +76,7 @@ class Relay:
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> bool:
-    """Copy until one connection breaks; return whether the source reached its end."""
+    """Copy until a connection breaks; return whether the source was closed regularly."""
     with contextlib.suppress(OSError):
         while block := source.recv(2**16):
             sink.sendall(block)
@@ -83,6 +84,6 @@ def _copy(source: socket.socket, sink: socket.socket) -> bool:
     return False
 
 
-def _shut(end: socket.socket) -> None:
+def _shut(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        end.shutdown(socket.SHUT_RDWR)
+        connection.shutdown(socket.SHUT_RDWR)

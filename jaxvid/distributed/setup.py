@@ -1,4 +1,4 @@
-"""Joining the processes of a run, and the cache of compiled programs."""
+"""Joining the processes of a run, and JAX's compilation cache."""
 
 import contextlib
 import functools
@@ -14,20 +14,21 @@ from jaxvid.distributed import jax_runtime, process_group
 from jaxvid.errors import InputError
 
 # Environment variables that launchers set: number of processes → (number of processes on this
-# machine, matching cluster-detection method of JAX). SLURM_NTASKS is not used: it describes the
-# allocation, in which a program without srun runs alone. mpirun may start its helpers with srun,
-# so Open MPI comes first.
+# machine, matching cluster-detection method of JAX). SLURM_NTASKS is not used: it is also set in an
+# allocation in which a program runs alone, without srun. Open MPI comes first, because mpirun may
+# start its processes with srun.
 LAUNCHERS = {
     "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "mpi4py"),
     "SLURM_STEP_NUM_TASKS": ("SLURM_STEP_TASKS_PER_NODE", "slurm"),
     "PMI_SIZE": ("MPI_LOCALNRANKS", "mpi4py"),
 }
+# Cluster-detection method → what it requires.
 NEEDS = {"mpi4py": "the package mpi4py", "k8s": "the package kubernetes", "slurm": "srun"}
-LOG_SECONDS = 10  # a longer wait for the other processes is logged
+LOG_SECONDS = 10  # of waiting for the other processes, after which a line is printed
 SHUTDOWN_SECONDS = 60  # timeout of the barrier at exit, once all processes have finished
 # JAX's own heartbeats must not time out: that aborts the process with a stack dump.
 HEARTBEAT_SECONDS = 10**6
-REPORT_SECONDS = 30.0  # a process with an invalid command line waits this long for the others
+REPORT_SECONDS = 30.0  # for which a process with an invalid command line waits for the others
 
 
 def init_processes(
@@ -37,25 +38,25 @@ def init_processes(
     *,
     join_seconds: float = process_group.JOIN_SECONDS,
 ) -> None:
-    """Join the other processes of this run, if any. Call it before JAX is used.
+    """Join the other processes of this run, if any. It must be called before JAX is used.
 
-    Without arguments, the environment decides: several tasks of a Slurm step or of MPI, or an
-    indexed Kubernetes job. Open MPI 5 and other MPI libraries need the package `mpi4py`, Kubernetes
-    needs `kubernetes`. A process uses all devices of its machine, or one device if a launcher
-    started several processes on the machine.
+    Without arguments, the number of processes is read from the environment that Slurm (`srun`),
+    MPI or an indexed Kubernetes job sets. Open MPI 5 and other MPI libraries need the package
+    `mpi4py`, Kubernetes needs `kubernetes`. A process uses all devices of its machine, or one
+    device if a launcher started several processes on the machine.
 
     Args:
         coordinator: `HOST:PORT` of process 0, the same in all processes.
-        num_processes: Number of processes. 1 without the other arguments: run alone, whatever the
-            environment says.
+        num_processes: Number of processes. If it is 1 and the other arguments are None, the process
+            runs alone, and the environment is ignored.
         process_id: Index of this process.
-        join_seconds: Timeout for the other processes.
+        join_seconds: Time to wait for the other processes.
 
     Raises:
         InputError: The arguments are incomplete, or joining the processes failed.
     """
     explicit = (coordinator, num_processes, process_id)
-    # JAX's detection would restrict the process to one device even with explicit arguments.
+    # With explicit arguments, JAX's detection is off: it would restrict the process to one device.
     method, shares_devices = "deactivate", False
     if explicit == (None, 1, None):
         return
@@ -66,8 +67,8 @@ def init_processes(
                 f"{process_id}: all three are required, and the id must be 0 to num_processes - 1"
             )
         reason = "--num_processes"
-    elif several := [n for n in LAUNCHERS if os.environ.get(n, "1") not in ("", "0", "1")]:
-        reason = several[0]
+    elif launchers := [n for n in LAUNCHERS if os.environ.get(n, "1") not in ("", "0", "1")]:
+        reason = launchers[0]
         local_variable, method = LAUNCHERS[reason]
         # Slurm writes 1(x4) for four machines with one process each.
         shares_devices = os.environ.get(local_variable, "").partition("(")[0] != "1"
@@ -78,7 +79,7 @@ def init_processes(
         method, reason = "k8s", "JOB_COMPLETION_INDEX"
     else:
         return
-    # The service would swallow a SIGTERM that is received before training begins.
+    # JAX's preemption service would swallow a SIGTERM that is received before training starts.
     jax.config.update("jax_enable_preemption_service", False)
     initialize = functools.partial(
         jax.distributed.initialize,
@@ -107,7 +108,7 @@ def init_processes(
 
 @contextlib.contextmanager
 def _log_long_wait(reason: str) -> Iterator[None]:
-    """Print a line if the body takes longer than `LOG_SECONDS`."""
+    """Print a line on stderr if the body takes longer than `LOG_SECONDS`."""
     message = (
         f"waiting for the other processes ({reason} is set); use --num_processes 1 to run alone"
     )
@@ -123,8 +124,9 @@ def _log_long_wait(reason: str) -> Iterator[None]:
 def use_compilation_cache() -> None:
     """Enable JAX's compilation cache in the user's cache folder.
 
-    `JAX_COMPILATION_CACHE_DIR` sets another folder; an empty value disables the cache. Without a
-    home directory (`HOME` is not set and the user has no passwd entry), there is no cache.
+    `JAX_COMPILATION_CACHE_DIR` sets a different folder; an empty value disables the cache. If
+    there is no home directory (`HOME` is not set and the user has no passwd entry), the cache is
+    not enabled.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -136,10 +138,10 @@ def use_compilation_cache() -> None:
 
 
 def end_other_processes(values: dict[str, str], cause: str) -> None:
-    """Join the other processes of the run and end them with an error of this process.
+    """Join the other processes of the run, and end all processes with an error of this one.
 
     Args:
-        values: Values of `coordinator`, `num_processes` and `process_id`, as far as they are set.
+        values: Values of those of `coordinator`, `num_processes` and `process_id` that are set.
         cause: The error message.
     """
     with contextlib.suppress(InputError, ValueError):

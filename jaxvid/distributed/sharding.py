@@ -22,10 +22,10 @@ class MeshShape:
     """Sizes of the device mesh's axes.
 
     Attributes:
-        data: Devices with a copy of the weights each.
-        fsdp: Devices that share one copy of the weights.
-        tensor: Devices that share each matrix product. One of the three may be -1: all devices
-            that the others leave.
+        data: Number of groups of devices; each group has a copy of the weights.
+        fsdp: Number of devices that share one copy of the weights.
+        tensor: Number of devices that share each matrix product. One of the three sizes may be -1:
+            the number of devices divided by the product of the two others.
     """
 
     data: int = -1
@@ -48,14 +48,14 @@ def make_mesh(shape: MeshShape) -> Mesh:
     if min(sizes) < 1 or math.prod(sizes) != devices:
         asked = ", ".join(f"mesh.{axis}={getattr(shape, axis)}" for axis in AXES)
         raise InputError(
-            f"{asked}: cannot be laid over {devices} devices; "
+            f"{asked}: do not fit {devices} devices; "
             "the product of the sizes must be that number (one size may be -1)"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of batches: the first axis over 'data' and 'fsdp'."""
+    """Return the sharding of batches: the first axis is split over 'data' and 'fsdp'."""
     return NamedSharding(mesh, BATCH)
 
 
@@ -69,21 +69,22 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of arrays that every device holds whole."""
+    """Return the sharding of arrays of which every device has a complete copy."""
     return NamedSharding(mesh, P())
 
 
 def state_sharding(abstract_state: Tree, mesh: Mesh, tensor_axis: Mapping[str, int]) -> Tree:
     """Return the sharding of every leaf of the state, or of any tree whose dict keys name weights.
 
-    A matrix in `tensor_axis` is sharded over 'tensor'. The longest of the other axes whose size is
-    divisible is sharded over 'fsdp'. The moments of the optimizer have the sharding of their
-    weights.
+    A matrix in `tensor_axis` is sharded over 'tensor' along the given axis, if its size is
+    divisible by the number of devices. Of the other axes with a divisible size, the longest is
+    sharded over 'fsdp'. The moments of the optimizer have the sharding of their weights.
 
     Args:
         abstract_state: Tree of arrays or shapes.
-        mesh: A mesh of `make_mesh`.
-        tensor_axis: Last two parts of a weight's name, e.g. `qkv.kernel` → the axis for 'tensor'.
+        mesh: The mesh, from `make_mesh`.
+        tensor_axis: Last two parts of a weight's name, e.g. `qkv.kernel` → the axis that is sharded
+            over 'tensor'.
 
     Returns:
         The same tree with a `NamedSharding` at each leaf.
@@ -117,7 +118,7 @@ def with_sharding(abstract_tree: Tree, mesh: Mesh, tensor_axis: Mapping[str, int
 
 
 def to_global_arrays(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Make global arrays from this process's part of a batch."""
+    """Return global arrays, made from each process's part of a batch."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, array)
@@ -133,7 +134,7 @@ def batch_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
         these load the same part.
 
     Raises:
-        InputError: The rows of the process's devices are not one such part.
+        InputError: The rows of this process's devices are not one such part.
     """
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     rows = sorted({row for (rows,) in slices for row in range(batch_size)[rows]})

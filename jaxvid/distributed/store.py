@@ -1,4 +1,4 @@
-"""The key-value store that the processes of a run share."""
+"""The interface of the key-value store that the processes of a run share."""
 
 from typing import Protocol
 
@@ -7,13 +7,13 @@ class Store(Protocol):
     """A key-value store that all processes share."""
 
     def set(self, key: str, value: str) -> None:
-        """Set or overwrite a value."""
+        """Set a value, even if the key exists."""
 
     def set_first(self, key: str, value: str) -> None:
-        """Set a value unless the key exists."""
+        """Set a value if the key does not exist yet; otherwise, do nothing."""
 
     def get(self, key: str, seconds: float) -> str | None:
-        """Wait up to `seconds` for a value; None: the key does not exist yet."""
+        """Return a value, or None if the key does not exist after `seconds` of waiting."""
 
     def list(self, prefix: str) -> dict[str, str]:
         """Return all keys that start with `prefix`, and their values."""

@@ -20,17 +20,17 @@ def eval_step(
 
     Args:
         params: The network's weights.
-        batch: `video` `(b, v, t, h, w, c)` uint8 or uint16, see `normalize`.
+        batch: `video`, `(b, v, t, h, w, c)` in uint8 or uint16; see `normalize`.
         graphdef: The network's structure.
-        mean: Subtracted from pixels in [0, 1].
-        std: Divides them afterwards.
-        score: Classes are ranked by `logits`, summed over the views (the released protocol), or by
-            `probabilities`, averaged over the views.
+        mean: Mean that is subtracted from pixels in [0, 1].
+        std: Divisor of the pixels after the mean is subtracted.
+        score: `logits`: classes are ranked by their logits, summed over the views, as in the
+            released protocol. `probabilities`: by their probabilities, averaged over the views.
 
     Returns:
         `scores` and `probabilities`, both `(b, num_classes)` float32. Classes are ranked by their
-        scores. The probabilities are the softmax of the mean logits if `score="logits"`, else the
-        mean over the views of their softmax.
+        scores. The probabilities are the softmax of the mean logits if `score="logits"`, otherwise
+        the mean over the views of the softmax of their logits.
     """
     b, v, *clip = batch["video"].shape
     video = normalize(batch["video"].reshape(b * v, *clip), mean, std)

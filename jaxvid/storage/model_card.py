@@ -1,4 +1,4 @@
-"""The model card, `model.json`: read it, and compare it with a config or a data set."""
+"""The model card, `model.json`: reading it, and comparing it with a config or a data set."""
 
 import dataclasses
 import json
@@ -16,14 +16,14 @@ from jaxvid.models import (
 
 FORMAT_VERSION = 1
 MAX_CARD_BYTES = 32 * 10**6  # a card with 20,000 classes has 1 MB
-CARD_NAME = "model.json"  # written last; a folder without it is not a model folder
+CARD_NAME = "model.json"  # written last; a folder without this file is not a model folder
 CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance", "files")
-# Fields of a model config that change neither the weights nor their meaning.
+# Fields of a model config that change neither the weights nor how they are used.
 RATE_FIELDS = ("name", "init", "dropout", "drop_path", "remat", "dtype")
 
 
 def exists(folder: str | Path) -> bool:
-    """Return whether a model folder exists, even if replacing it was interrupted."""
+    """Return whether a model folder exists, or its backup if replacing it was interrupted."""
     return (atomic.resolve(folder, CARD_NAME) / CARD_NAME).exists()
 
 
@@ -31,29 +31,31 @@ def load_card(folder: str | Path) -> dict:
     """Read and validate the `model.json` of a model folder.
 
     Returns:
-        Its contents. All values have the expected type, the network of `config` can be built, and
-        `labels`, unless null, has one entry per class.
+        The contents of the file. All values have the expected type, the network of `config` can be
+        built, and `labels`, unless null, has one entry per class.
 
     Raises:
-        InputError: The file is missing, invalid, or of another format version.
+        InputError: The file is missing or invalid, or has a different format version.
     """
     try:
         path = atomic.resolve(folder, CARD_NAME) / CARD_NAME
         data = read_limited(path, MAX_CARD_BYTES)
     except FileNotFoundError:
         raise InputError(
-            f"{folder} is not a model folder (no {Path(folder) / CARD_NAME}); name a folder "
+            f"{folder} is not a model folder (no {Path(folder) / CARD_NAME}); choose a folder "
             "written by training or by a converter"
         ) from None
     except OSError as error:  # e.g. no permission, or a name that is too long
-        raise InputError(f"{folder} cannot be read ({error.strerror}); name another") from None
+        raise InputError(
+            f"{folder} cannot be read ({error.strerror}); choose another folder"
+        ) from None
     try:
         card = json.loads(data, object_pairs_hook=_unique)
         version = card["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = one_line(error if isinstance(error, ValueError) else repr(error))
         raise InputError(f"{path} cannot be read ({reason}); export the model again") from None
-    if version != FORMAT_VERSION:  # checked first, as other versions may have other keys
+    if version != FORMAT_VERSION:  # checked first, because the keys may differ between versions
         raise InputError(
             f"{path} has format version {short_repr(version)}, but this jaxvid reads "
             f"{FORMAT_VERSION}; update jaxvid"
@@ -90,7 +92,7 @@ def _check_card(card: dict) -> None:
 
     Raises:
         InputError: The message names the field, but not the file.
-        TypeError: `config` has no name.
+        TypeError: `config` has no field `name`.
     """
     types = {"name": str, "config": dict, "provenance": dict, "files": dict, "checksums": dict}
     for name, expected in types.items():
@@ -128,13 +130,13 @@ def make_card(
     labels: list[str] | None,
     provenance: dict,
 ) -> dict:
-    """Return the contents of a `model.json`, without what depends on the files of the weights.
+    """Return the contents of a `model.json` except the format version and the list of files.
 
     Args:
         model_config: The model config.
-        preprocessing: Fields of the preprocessing; None: unknown.
-        labels: Class names, in order; None: unknown.
-        provenance: Where the weights come from, e.g. step and accuracy of a training run.
+        preprocessing: Fields of the preprocessing, or None if it is unknown.
+        labels: Class names in the order of the class indices, or None if they are unknown.
+        provenance: Origin of the weights, e.g. step and accuracy of a training run.
     """
     return {
         "name": model_config.name,
@@ -148,25 +150,25 @@ def make_card(
 def check_labels(
     card_labels: list | None, data_labels: list[str] | None, folder: str | Path
 ) -> None:
-    """Refuse a model folder whose classes differ from those of the data, or are ordered otherwise.
+    """Refuse a model folder whose classes, or their order, differ from those of the data.
 
     Args:
-        card_labels: Class names in the `model.json`; None: unknown.
-        data_labels: Class names of the data; None: unknown.
-        folder: Model folder, for the message.
+        card_labels: Class names in the `model.json`, or None if they are unknown.
+        data_labels: Class names of the data, or None if they are unknown.
+        folder: The model folder, for the message.
 
     Raises:
         InputError: The message names the first difference.
     """
     if not (difference := describe_label_difference(card_labels, data_labels)):
         return
-    remedy = "name a folder with the data's classes, or correct the data's labels.txt"
+    remedy = "choose a folder with the data's classes, or correct the data's labels.txt"
     if sorted(_plain(card_labels)) == sorted(_plain(data_labels)):
         remedy = (
-            "the names are the same in another order: reorder the data's labels.txt, and the class "
+            "the same names are in a different order: reorder the data's labels.txt, and the class "
             "numbers in its lists, to match model.json"
         )
-    raise InputError(f"{folder} has other classes: {difference}; {remedy}")
+    raise InputError(f"{folder} has different classes: {difference}; {remedy}")
 
 
 def describe_label_difference(
@@ -174,11 +176,11 @@ def describe_label_difference(
 ) -> str | None:
     """Describe the first difference between the classes of a model and of a data set.
 
-    Case and underscores are ignored. If either side has no names, or only class numbers as names,
-    the difference is unknown.
+    Case is ignored, and underscores count as spaces. If the model or the data set has no class
+    names, or has only class numbers as names, it is unknown whether the classes differ.
 
     Returns:
-        The difference; None: there is none, or it is unknown.
+        The difference, or None if there is none or it is unknown.
     """
     model_names, data_names = (
         [str(label) for label in labels or ()] for labels in (card_labels, data_labels)
@@ -195,6 +197,7 @@ def describe_label_difference(
 
 
 def _plain(labels: Sequence) -> list[str]:
+    """Return class names in lower case, with underscores replaced by spaces."""
     return [str(label).replace("_", " ").strip().casefold() for label in labels]
 
 
@@ -208,7 +211,10 @@ def check_same_model(folder: str | Path, model_config: ModelConfig) -> None:
     """
     changed = model_differences(load_card(folder)["config"], model_config, RATE_FIELDS)
     if changed:
-        raise InputError(f"{folder} holds another network: {'; '.join(changed.values())}")
+        raise InputError(
+            f"{folder} contains a different network: {'; '.join(changed.values())}; use its values "
+            "with --config.model.NAME=VALUE or choose another folder"
+        )
 
 
 def model_differences(
@@ -217,12 +223,12 @@ def model_differences(
     """Compare the network of a model folder with that of a config.
 
     Args:
-        card_config: The folder's model config.
-        model_config: The other one.
+        card_config: The model config in the folder's model card.
+        model_config: The model config to compare with.
         ignore: Fields that may differ.
 
     Returns:
-        Field → `field: VALUE in the folder, VALUE in the config`, for each difference.
+        Field → `field: VALUE in the folder, VALUE in the config`, for each field that differs.
     """
     # JSON turns tuples into lists.
     before, after = json.loads(json.dumps([card_config, dataclasses.asdict(model_config)]))
@@ -231,7 +237,7 @@ def model_differences(
 
 
 def best_top1(workdir: Path) -> float:
-    """Return the validation top-1 of `WORKDIR/best` in percent; -1 without such a folder.
+    """Return the validation top-1 of `WORKDIR/best` in percent, or -1 if there is no such folder.
 
     Raises:
         InputError: The folder is damaged, or its card has no top-1.

@@ -1,8 +1,8 @@
 """Model folders: the weights of a network, with everything needed to use them.
 
-`params/` holds the weights, written by Orbax. `model.json` holds the name, config, preprocessing,
-labels (or null), provenance, and the size and CRC-32 of each file in `params/`. Converters and
-training write model folders, all programs load them.
+`params/` contains the weights, written by Orbax. `model.json` contains the name, config,
+preprocessing, labels (or null), provenance, and the size and CRC-32 of each file in `params/`.
+Converters and training write model folders; all programs load them.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ from jaxvid.storage.model_card import (
 )
 
 MAX_FILES = 10_000  # in `params`; Orbax writes about ten per process
-# Fields that may differ when weights are transferred, beside those of frame embeddings.
+# Fields that may differ when weights are transferred, in addition to those of frame embeddings.
 SIZE_FIELDS = ("num_classes", "num_frames", "image_size")
 
 
@@ -51,7 +51,7 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
     """Write a model folder, `model.json` and `params/`, atomically.
 
     Args:
-        folder: Folder to write. An existing model folder is replaced, or kept if writing fails.
+        folder: Folder to write. An existing model folder is replaced, unless writing fails.
         params: The weights.
         card: The model card, from `model_card.make_card`.
 
@@ -80,16 +80,11 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
             atomic.commit(folder, CARD_NAME)
     except jax.errors.JaxRuntimeError:  # from the device, not the disk
         raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        ExceptionGroup,
-    ) as error:  # Orbax raises all of these
+    except (OSError, ValueError, RuntimeError, ExceptionGroup) as error:  # all raised by Orbax
         if memory_problem(error):
             raise
         raise InputError(
-            f"{folder} cannot be written ({_reason(error)}); make room or name another"
+            f"{folder} cannot be written ({_reason(error)}); make room or choose another folder"
         ) from None
     finally:
         # Other processes may be waiting in Orbax and must learn of the failure.
@@ -100,9 +95,12 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
 
 
 def _check_target(folder: Path, need_bytes: int) -> None:
-    """Refuse to replace other folders, and a full disk, for which Orbax has no readable error."""
+    """Refuse a target that exists and is not a model folder, or for which the disk is too full.
+
+    Orbax's error for a full disk is unreadable.
+    """
     if folder.exists() and not (folder / CARD_NAME).is_file():
-        raise InputError(f"{folder} exists and is not a model folder; name another one")
+        raise InputError(f"{folder} exists and is not a model folder; choose another one")
     files.check_room(folder, need_bytes)
 
 
@@ -110,25 +108,25 @@ def load_params(folder: str | Path, abstract_params: Params) -> Params:
     """Load the weights of a model folder.
 
     Args:
-        folder: Model folder.
+        folder: The model folder.
         abstract_params: Expected shapes and dtypes, and optional shardings.
 
     Raises:
-        InputError: Files are damaged, or weights are missing, unexpected or of another shape. The
-            message names all of them.
+        InputError: Files are damaged; or weights are missing or unexpected, or have wrong shapes,
+            in which case the message names all of them.
     """
     card = load_card(folder)
     path = Path(os.path.abspath(atomic.resolve(folder, CARD_NAME) / "params"))  # Orbax requires it
     # Check sizes first: TensorStore's error for a truncated file is unreadable.
     sizes = files.scan_sizes(path, max_files=MAX_FILES)
-    files.check_files(path, card["files"], sizes, "are missing or of another size")
+    files.check_files(path, card["files"], sizes, "are missing or have a different size")
     need_bytes = sum(4 * math.prod(leaf.shape) for leaf in abstract_params.values())
-    if (total := sum(sizes.values())) > 2 * need_bytes + 10**8:  # before reading all of it
+    if (total := sum(sizes.values())) > 2 * need_bytes + 10**8:  # checked before the files are read
         raise InputError(
             f"{path} has {total / 1e6:.0f} MB of files for weights of {need_bytes / 1e6:.0f} MB; "
             "export the model again"
         )
-    if "checksums" in card:  # missing in older folders
+    if "checksums" in card:  # older folders have none
         files.check_files(path, card["checksums"], files.checksums(path), "have changed")
     try:
         return _restore(path, abstract_params)
@@ -143,7 +141,7 @@ def load_params(folder: str | Path, abstract_params: Params) -> Params:
 
 
 def _restore(path: Path, abstract_params: Params) -> Params:
-    """Restore weights with Orbax, after comparing names and shapes."""
+    """Compare names and shapes of the weights, then restore them with Orbax."""
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree
         problems = [
@@ -172,32 +170,33 @@ def load_init(
         folder: The model folder.
         model_config: The new network's config.
         fresh: The new network's initial weights.
-        labels: Class names of the data. If they differ from the folder's, or are in another order,
-            the class head is reinitialised; None: they are not compared.
+        labels: Class names of the data. If they differ from the folder's, or are in a different
+            order, the class head is reinitialised. If None, they are not compared.
 
     Returns:
         Weights with the names, shapes and shardings of `fresh`; and log lines that say which
         weights were loaded, resized, reinitialised or unused, and which config fields differ.
 
     Raises:
-        InputError: The folder is damaged, or the networks are not compatible; names every reason.
+        InputError: The folder is damaged, or the networks are incompatible; the message names every
+            reason.
     """
     card = load_card(folder)
     source = make_model_config(**card["config"])
     family, source_family = family_of(model_config), family_of(source)
     if source_family is not family:
         raise InputError(
-            f"{folder} holds {source.name}, of the family {source_family.title}; "
-            f"{model_config.name} is of the family {family.title}; name a folder of that family"
+            f"{folder} contains {source.name}, of the family {source_family.title}; "
+            f"{model_config.name} is of the family {family.title}; choose a folder of that family"
         )
     source_params = abstract_model(source)[1]
     plan = transfer.plan_transfer(family, source_params, fresh)
     if difference := describe_label_difference(card["labels"], labels):
-        transfer.reinitialise_head(family, plan, f"other classes: {difference}")
+        transfer.reinitialise_head(family, plan, f"different classes: {difference}")
     sizes = (*SIZE_FIELDS, *(embedding.field for embedding in family.frame_embeddings.values()))
     differences = model_differences(dataclasses.asdict(source), model_config, RATE_FIELDS + sizes)
-    # The shape of a kernel does not depend on its number of heads, but the meaning of its columns
-    # does.
+    # The number of heads does not change the shape of a kernel, but it changes which head each
+    # column belongs to.
     incompatible = [
         field
         for field, prefix in family.head_counts.items()
@@ -207,10 +206,10 @@ def load_init(
         raise InputError(
             f"{folder} cannot initialise {model_config.name}: "
             f"{'; '.join([*differences.values(), *plan.problems])}; "
-            "use its values with --config.model.NAME=VALUE or name another folder"
+            "use its values with --config.model.NAME=VALUE or choose another folder"
         )
-    # Weights that change are read into host memory, because their shardings are those of the new
-    # shapes.
+    # Weights that are not copied unchanged are read into host memory: the shardings of `fresh` are
+    # for their new shapes.
     target = {
         name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in source_params.items()
     }
@@ -227,8 +226,8 @@ def load_model(folder: str | Path, *, dtype: str | None = None) -> nnx.Module:
     """Load a model folder.
 
     Args:
-        folder: Model folder, written by training, by a converter or by `save_model`.
-        dtype: Compute dtype, `float32` or `bfloat16`; None: from the model card.
+        folder: The model folder, written by training, by a converter or by `save_model`.
+        dtype: Compute dtype, `float32` or `bfloat16`, or None for that of the model card.
 
     Returns:
         The network in evaluation mode. `model(video)` maps normalised float clips `(b t h w c)` to
@@ -260,8 +259,9 @@ def save_model(
     Args:
         model: A network from `create_model` or `load_model`.
         folder: Folder to write. An existing model folder is replaced.
-        preprocessing: Its preprocessing, as in the `model.json` of a trained model.
-        labels: Class names, in order.
+        preprocessing: Its preprocessing, as in the `model.json` of a trained model, or None if
+            it is unknown.
+        labels: Class names in the order of the class indices, or None if they are unknown.
 
     Raises:
         InputError: The folder exists and is not a model folder, or cannot be written.
@@ -274,7 +274,7 @@ def save_model(
 
 
 def fingerprint(params: Params) -> str:
-    """Return the SHA-256 of names, shapes, dtypes and values of weights, in hexadecimal."""
+    """Return the SHA-256 of the names, shapes, dtypes and values of weights, in hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(params):
         array = collectives.to_host(params[name])

@@ -1,6 +1,7 @@
 """Preprocessing of a model's clips, shared by all programs, and the normalization of pixels.
 
-Training and the converters write it to the model card; evaluation, prediction and export read it.
+Training and the converters write the preprocessing to the model card. Evaluation, prediction and
+export read it.
 """
 
 import dataclasses
@@ -25,25 +26,25 @@ from jaxvid.storage import model_card, model_folder
 class Preprocessing(ViewSpec):
     """How clips are made and normalized when a model is evaluated: `preprocessing` in `model.json`.
 
-    A field that an older model folder lacks has its default value.
+    If a field is missing in an older model folder, its default value is used.
 
     Attributes:
-        mean: Subtracted from pixels in [0, 1].
-        std: Divides them afterwards.
+        mean: Mean that is subtracted from pixels in [0, 1].
+        std: Divisor of the pixels after the mean is subtracted.
 
     Raises:
-        InputError: A field has an impossible value.
+        InputError: A field has an invalid value.
     """
 
     mean: float
     std: float
 
     def __post_init__(self):
-        _ = self.spec  # checks the values
+        _ = self.spec  # the constructor of ClipSpec checks the values
 
     @property
     def spec(self) -> ClipSpec:
-        """The clips of evaluation."""
+        """Specification of the clips, without the normalization."""
         fields = self.to_json()
         del fields["mean"], fields["std"]
         return ClipSpec(**fields)
@@ -62,7 +63,7 @@ class Preprocessing(ViewSpec):
         """Make the preprocessing from the fields in a `model.json`.
 
         Raises:
-            InputError: A required field is missing, a field is unknown, or a value is impossible.
+            InputError: A required field is missing, a field is unknown, or a value is invalid.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name, field in fields.items():
@@ -71,14 +72,14 @@ class Preprocessing(ViewSpec):
         for name, value in values.items():
             shown = short_repr(name if name not in fields else value)
             if name not in fields:
-                raise InputError(f"preprocessing has {shown}, which this jaxvid does not know")
-            if not _is_possible(fields[name], value):
-                raise InputError(f"preprocessing has {name}={shown}, which it cannot be")
+                raise InputError(f"preprocessing has the unknown field {shown}")
+            if not _is_valid(fields[name], value):
+                raise InputError(f"preprocessing has {name}={shown}, which is invalid")
         return cls(**values)
 
 
-def _is_possible(field: dataclasses.Field, value: object) -> bool:
-    """Whether a JSON value has a field's type and is positive where it must be."""
+def _is_valid(field: dataclasses.Field, value: object) -> bool:
+    """Return whether a JSON value has a field's type and is in its range."""
     if field.type in (bool, str):
         return isinstance(value, field.type)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -97,11 +98,12 @@ def read_preprocessing(card: dict[str, Any], path: Path) -> Preprocessing:
         path: The file, for messages.
 
     Raises:
-        InputError: It is missing, incomplete or impossible, or has an unknown field.
+        InputError: The preprocessing is missing or incomplete, or has an invalid value or an
+            unknown field.
     """
     values = card["preprocessing"]
     if not values or not isinstance(values, dict):
-        raise InputError(f"{path} says nothing of preprocessing; export it again")
+        raise InputError(f"{path}: preprocessing is missing; export the model again")
     try:
         return Preprocessing.from_json({"color_matrix": default_color_matrix(card)} | values)
     except InputError as error:
@@ -109,9 +111,9 @@ def read_preprocessing(card: dict[str, Any], path: Path) -> Preprocessing:
 
 
 def default_color_matrix(card: dict) -> str:
-    """Return the matrix of a model folder that is older than its field `color_matrix`.
+    """Return the color matrix to use for a model card without the field `color_matrix`.
 
-    Converted weights of a released program use that program's matrix.
+    It is that of the original program for its converted weights, and `tagged` for other models.
     """
     kind = (card["provenance"] or {}).get("kind")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
@@ -121,12 +123,12 @@ def default_color_matrix(card: dict) -> str:
 
 
 def check_preprocessing(folder: str | Path, preprocessing: Preprocessing) -> None:
-    """Refuse to evaluate a model folder on clips that differ from those that it was trained on.
+    """Refuse to evaluate a model folder with preprocessing that differs from its model card.
 
-    Sizes and views may differ.
+    Only the sampling of frames and the normalization are compared. Sizes and views may differ.
 
     Raises:
-        InputError: Names every difference.
+        InputError: The message names every difference.
     """
     expected = model_card.load_card(folder)["preprocessing"] or {}
     actual = preprocessing.to_json()
@@ -141,7 +143,8 @@ def check_preprocessing(folder: str | Path, preprocessing: Preprocessing) -> Non
     )
     if changed:
         raise InputError(
-            f"{folder} was trained with other preprocessing: {'; '.join(changed.values())}"
+            f"{folder} was trained with different preprocessing: {'; '.join(changed.values())}; "
+            "use the values of the model card"
         )
 
 
@@ -151,15 +154,16 @@ def load_model_and_preprocessing(
     """Load a model folder and the preprocessing of its clips.
 
     Args:
-        folder: Written by training, by a converter or by `save_model`.
-        dtype: Compute dtype, `float32` or `bfloat16`; None: from the model card.
+        folder: The model folder, written by training, by a converter or by `save_model`.
+        dtype: Compute dtype, `float32` or `bfloat16`, or None for that of the model card.
 
     Returns:
-        Its `model.json`, with `labels` always a list and `preprocessing` complete; the network; and
-        the preprocessing, with the views that the model was evaluated with.
+        The contents of its `model.json`, with `labels` always a list and `preprocessing` complete;
+        the network; and the preprocessing, with the views that the model was evaluated with.
 
     Raises:
-        InputError: A part is missing, damaged, from a newer version, or does not fit another.
+        InputError: The folder is incomplete, damaged or of a newer version, or its preprocessing
+            does not fit the network.
     """
     card, path = model_card.load_card(folder), Path(folder) / "model.json"
     preprocessing = read_preprocessing(card, path)
@@ -182,17 +186,17 @@ def load_model_and_preprocessing(
 
 
 def clip_shape(spec: ClipSpec, *leading: int) -> tuple[int, ...]:
-    """Return the shape of clips: `(*leading, t, h, w, c)`."""
+    """Return the shape `(*leading, t, h, w, c)` of clips; `leading` are the leading axes."""
     return (*leading, spec.num_frames, spec.crop, spec.crop, 3)
 
 
 def normalize(video: jax.Array, mean: float, std: float) -> jax.Array:
-    """Normalize pixels to float32 `(pixel / 255 - mean) / std` of the same shape.
+    """Normalize pixels: return `(pixel / 255 - mean) / std` in float32, with the same shape.
 
     Args:
         video: Pixels as uint8, or as uint16 in units of 1 / `transforms.FRACTIONS`.
-        mean: Subtracted from pixels in [0, 1].
-        std: Divides them afterwards.
+        mean: Mean that is subtracted from pixels in [0, 1].
+        std: Divisor of the pixels after the mean is subtracted.
     """
     white = 255 * FRACTIONS if video.dtype == jnp.uint16 else 255
     return (video.astype(jnp.float32) / white - mean) / std

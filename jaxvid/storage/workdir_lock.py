@@ -1,4 +1,4 @@
-"""One run at a time in a workdir."""
+"""The lock that limits a workdir to one run at a time."""
 
 import contextlib
 import functools
@@ -17,48 +17,54 @@ LOCK = ".lock"
 def exclusive(program: Callable) -> Callable:
     """Make a program `(config, workdir, ...)` hold the workdir's lock while it runs.
 
-    Training and evaluation write the same reports, so one excludes the other. The first process of
-    a run holds the lock for all.
+    Training and evaluation write the same reports, so that they exclude each other. The first
+    process of a run holds the lock for all its processes.
 
     Raises:
-        InputError: Another run holds the lock. Nothing in the workdir is touched then.
+        InputError: Another run holds the lock. The workdir is then unchanged.
     """
 
     @functools.wraps(program)
     def run(config: Any, workdir: str | Path, **options: Any) -> Any:
         with contextlib.ExitStack() as stack:
-            collectives.raise_on_all_processes(_enter, stack, Path(workdir))
+            collectives.raise_on_all_processes(_lock, stack, Path(workdir))
             return program(config, workdir, **options)
 
     return run
 
 
-def _enter(stack: contextlib.ExitStack, workdir: Path) -> None:
-    """Lock a workdir until the stack is closed."""
+def _lock(stack: contextlib.ExitStack, workdir: Path) -> None:
+    """Create and lock a workdir until the stack is closed; in the first process only."""
     if (peers := process_group.current()) and peers.index:
         return
     try:
-        stack.enter_context(_existing(workdir))
-        held = stack.enter_context(locked(workdir / LOCK))
+        stack.enter_context(_created(workdir))
+        is_locked = stack.enter_context(locked(workdir / LOCK))
     except LockedError as error:
         raise InputError(
-            f"{workdir}: another run uses it ({error.holder}); wait for it or choose another "
-            "--workdir"
+            f"{workdir}: in use by another run ({error.holder}); wait until that run has ended or "
+            "choose another --workdir"
         ) from None
     except OSError as error:
         if (workdir / LOCK).exists():
             raise InputError(
-                f"{workdir / LOCK} cannot be opened ({error.strerror}); a run of another user may "
-                "use the workdir: choose another --workdir"
+                f"{workdir / LOCK}: cannot be opened ({error.strerror}); choose another --workdir "
+                "(a run of another user may be using this one)"
             ) from None
-        return  # the workdir cannot be written; a later check reports it
-    if not held:
-        print(f"{workdir}: its file system has no locks; start one run at a time", file=sys.stderr)
+        return  # the workdir is not writable; a later check reports this
+    if not is_locked:
+        print(
+            f"{workdir}: its file system does not support locks; start only one run at a time",
+            file=sys.stderr,
+        )
 
 
 @contextlib.contextmanager
-def _existing(folder: Path) -> Iterator[None]:
-    """Make a folder, and remove it at the end if it is empty."""
+def _created(folder: Path) -> Iterator[None]:
+    """Create a folder if it is missing; on exit, remove it if this call created it and it is empty.
+
+    Created parent folders are not removed.
+    """
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:

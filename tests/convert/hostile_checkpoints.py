@@ -303,9 +303,13 @@ part_case("zip: torchscript", "it is a TorchScript program", **{"constants.pkl":
 part_case("zip: byte order", "byte order is neither", byteorder=b"middle")
 part_case("zip: empty pickle", "cannot be read", **{"data.pkl": b""})
 part_case("zip: pickle of 5 MB", "data.pkl' declares 5 MB", **{"data.pkl": bytes(5_000_000)})
-part_case("zip: short storage", "another size than the file has", **{"data/pos_embed": b"1234"})
-part_case("zip: long storage", "another size than the file has", **{"data/pos_embed": bytes(10**6)})
-case("zip: no pickle", "0 members data.pkl", lambda p: write_zip(p, {"data/0": b"1"}))
+part_case(
+    "zip: short storage", "declared size of its storage differs", **{"data/pos_embed": b"1234"}
+)
+part_case(
+    "zip: long storage", "declared size of its storage differs", **{"data/pos_embed": bytes(10**6)}
+)
+case("zip: no pickle", "0 members named data.pkl", lambda p: write_zip(p, {"data/0": b"1"}))
 case(
     "zip: no storage",
     "its values are missing",
@@ -336,15 +340,19 @@ for _name, _message, _data in (
     ("DUP", "operation DUP", b"N2"),
     ("text of 2**62 bytes", "cannot be read", b"\x8d" + struct.pack("<Q", 2**62) + b"abc"),
     ("text of 4 GB", "cannot be read", b"X" + HUGE + b"abc"),
-    ("memo of 2**31 entries", "is a NoneType", b"Nr" + BIG),
+    ("memo of 2**31 entries", "got NoneType", b"Nr" + BIG),
     ("value that was never kept", "a value is missing", b"h\x63"),
     ("no mark", "its pickle is damaged", b"tttt"),
     ("empty stack", "its pickle is damaged", b"RRRR"),
     ("call of a number", "a call of something that is not a function", b"K\x01)R"),
-    ("list as a dict", "expected a dict", b"]K\x01K\x02s"),
+    ("list as a dict", "expected dict", b"]K\x01K\x02s"),
     ("key without a value", "a key without a value", b"}(K\x01u"),
     ("tuples 200,000 deep", "operations|does not fit|tuple", b"N" + b"\x85" * 200_000),
-    ("key that is nested", "it has a tuple as a key", b"}" + b"N" + b"\x85" * 200_000 + b"Ns"),
+    (
+        "key that is nested",
+        "it has a key of the type tuple",
+        b"}" + b"N" + b"\x85" * 200_000 + b"Ns",
+    ),
     ("lists 200,000 deep", "list", b"]" * 200_000 + b"a" * 199_999),
     ("a million lists", "more than 500000 operations", b"(" + b"]" * 10**6 + b"t"),
     ("no end", "cannot be read", b"N"),
@@ -366,8 +374,8 @@ for _name, _message, _value in (
     ("huge stride", "reaches beyond", tensor(S, (80, 10**12, 1))),
     ("huge offset", "reaches beyond", tensor(S, offset=10**15)),
     ("offset of one", "reaches beyond", tensor(S, offset=1)),
-    ("huge storage", "another size than the file", tensor(S, numel=10**13)),
-    ("small storage", "another size than the file", tensor(S, numel=1)),
+    ("huge storage", "declared size of its storage differs", tensor(S, numel=10**13)),
+    ("small storage", "declared size of its storage differs", tensor(S, numel=1)),
     ("fewer strides", "3 axes and 2 strides", tensor(S, (16, 1))),
     ("70 axes", "70 axes", tensor((1,) * 70, (1,) * 70, numel=80)),
     ("sizes in a list", "without a shape", tensor([1, 5, 16], (80, 16, 1))),
@@ -382,17 +390,17 @@ for _name, _message, _value in (
     ("storage named by a number", "an invalid reference to a storage", tensor(S, key=0)),
     ("storage of another dtype", "declared in two ways", tensor(S, key="head.bias", kind="Half")),
     ("negated values", "conj or neg bit", tensor(S, flags=({"neg": True},))),
-    ("sparse", "is a sparse tensor", rebuild("_rebuild_sparse_tensor", 0, ())),
-    ("meta", "is a meta tensor", rebuild("_rebuild_meta_tensor_no_storage", 0, S, S, False)),
-    ("nested", "is a nested tensor", rebuild("_rebuild_nested_tensor", 0, 0)),
-    ("wrapper", "is a wrapper subclass", rebuild("_rebuild_wrapper_subclass", 0)),
-    ("quantised", "is a quantised tensor", rebuild("_rebuild_qtensor", 0)),
+    ("sparse", "got sparse tensor", rebuild("_rebuild_sparse_tensor", 0, ())),
+    ("meta", "got meta tensor", rebuild("_rebuild_meta_tensor_no_storage", 0, S, S, False)),
+    ("nested", "got nested tensor", rebuild("_rebuild_nested_tensor", 0, 0)),
+    ("wrapper", "got wrapper subclass", rebuild("_rebuild_wrapper_subclass", 0)),
+    ("quantised", "got quantised tensor", rebuild("_rebuild_qtensor", 0)),
     ("no storage", "a tensor without a storage", rebuild("_rebuild_tensor_v2", 0, 0, S, S)),
     ("no arguments", "a tensor without a storage", rebuild("_rebuild_tensor_v2")),
     ("call of itself", "a call of itself", None),
-    ("none", "is a NoneType", None),
-    ("text", "is a str", "weights"),
-    ("dict", "is a dict", {"a": 1}),
+    ("none", "got NoneType", None),
+    ("text", "got str", "weights"),
+    ("dict", "got dict", {"a": 1}),
 ):
     if _name == "call of itself":
         _rebuild = Global("torch._tensor", "_rebuild_from_type_v2")
@@ -403,7 +411,7 @@ for _kind, _dtype in (
     *(("Long", "int64"), ("ComplexFloat", "complex64"), ("ComplexDouble", "complex128")),
     *(("QInt8", "qint8"), ("QUInt8", "quint8"), ("QInt32", "qint32"), ("QUInt4x2", "QUInt4x2")),
 ):
-    _message = f"{_dtype}, not floating point|another size"
+    _message = f"{_dtype}, not floating point|declared size"
     tree_case(f"dtype: {_dtype}", _message, pos_embed=tensor(S, kind=_kind))
 for _dtype in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "uint16"):
     _value = tensor(S, kind="Untyped", numel=320, dtype=_dtype)
@@ -419,16 +427,16 @@ for _name, _message, _change in (
     ("inf", "holds NaN or infinite", lambda t: torch.full_like(t, float("inf"))),
     ("float64 beyond float32", "outside float32's range", lambda t: t.double() * 1e300),
     ("float64 nan", "holds NaN or infinite", lambda t: t.double() * float("nan")),
-    ("sparse coo", "is a sparse tensor", lambda t: t.to_sparse()),
-    ("sparse csr", "is a sparse tensor", lambda t: t[0].to_sparse_csr()),
-    ("on meta", "is a meta tensor", lambda t: t.to("meta")),
+    ("sparse coo", "got sparse tensor", lambda t: t.to_sparse()),
+    ("sparse csr", "got sparse tensor", lambda t: t[0].to_sparse_csr()),
+    ("on meta", "got meta tensor", lambda t: t.to("meta")),
     ("complex", "complex64, not floating point", lambda t: t.to(torch.complex64)),
     ("conjugated", "conj or neg bit", lambda t: t.to(torch.complex64).conj()),
     ("float8", "float8_e4m3fn; expected", lambda t: t.to(torch.float8_e4m3fn)),
     ("bool", "bool, not floating point", lambda t: t.bool()),
     (
         "quantised",
-        "is a quantised tensor",
+        "got quantised tensor",
         lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
     ),
     ("one axis more", "in the file", lambda t: t[None]),
@@ -438,16 +446,16 @@ for _name, _message, _change in (
 # ---- dicts that are not a state_dict
 _NO_NAME = "is not the name of a weight"
 for _name, _message, _make in (
-    ("list", "holds a list", lambda s: [s]),
-    ("tuple", "holds a tuple", lambda s: (s,)),
-    ("nothing", "holds a NoneType", lambda s: None),
-    ("number", "holds a int", lambda s: 5),
-    ("tensor", "holds a tensor", lambda s: s["pos_embed"]),
-    ("empty", "holds no weights", lambda s: {}),
-    ("others", "holds no weights", lambda s: {"a": s["pos_embed"]}),
+    ("list", "got list", lambda s: [s]),
+    ("tuple", "got tuple", lambda s: (s,)),
+    ("nothing", "got NoneType", lambda s: None),
+    ("number", "got int", lambda s: 5),
+    ("tensor", "got tensor", lambda s: s["pos_embed"]),
+    ("empty", "contains no weights", lambda s: {}),
+    ("others", "contains no weights", lambda s: {"a": s["pos_embed"]}),
     (
         "prefix collision",
-        "both with and without 'module.'",
+        "both with and without the prefix 'module.'",
         lambda s: s | {"module.norm.bias": s["norm.bias"]},
     ),
     (
@@ -465,7 +473,7 @@ for _name, _message, _make in (
         lambda s: s | {f"x{i}": s["norm.bias"] for i in range(3000)},
     ),
     ("one weight alone", "missing in the file", lambda s: {"pos_embed": s["pos_embed"]}),
-    ("model in a model", "is a dict", lambda s: {"model": s | {"inner": s}}),
+    ("model in a model", "got dict", lambda s: {"model": s | {"inner": s}}),
 ):
     save_case(f"dict: {_name}", _message, _make)
 tree_case(
@@ -499,8 +507,8 @@ for _tenth in (1, 5, 9):
         NOT_TORCH,
         _legacy(lambda d, tenth=_tenth: d.__delitem__(slice(len(d) * tenth // 10, None))),
     )
-case("legacy: storage of 2**60", "has another size than is declared", _legacy(_set_count))
-case("legacy: other magic", "not one of torch.save", _legacy(lambda d: d.__setitem__(8, 0)))
+case("legacy: storage of 2**60", "has a different size than declared", _legacy(_set_count))
+case("legacy: other magic", "torch.save did not write", _legacy(lambda d: d.__setitem__(8, 0)))
 
 # ---- .npz
 
@@ -526,8 +534,8 @@ np.savez(_inner, a=np.zeros(2))
 for _name, _message, _data in (
     ("terabytes", "contradicts its shape", npy(HEADER % ("<f4", "(1000000000000,)"))),
     ("size beyond 64 bits", "contradicts its shape", npy(HEADER % ("<f4", f"({2**80},)"))),
-    ("negative size", "has the shape", npy(HEADER % ("<f4", "(-5,)"), bytes(20))),
-    ("50 axes", "has the shape", npy(HEADER % ("<f4", f"({'1,' * 50})"), bytes(4))),
+    ("negative size", "has the invalid shape", npy(HEADER % ("<f4", "(-5,)"), bytes(20))),
+    ("50 axes", "has the invalid shape", npy(HEADER % ("<f4", f"({'1,' * 50})"), bytes(4))),
     ("archive in an archive", "is not an array", _inner.getvalue()),
     ("text", "is not an array", b"hello"),
     ("nothing", "is not an array", b""),

@@ -138,8 +138,8 @@ for _name, _message, _changes in (
     ("a million labels", "labels has 1000000 entries", {"labels": ["a"] * 10**6}),
     ("preprocessing is a list", "expected a dict or null", {"preprocessing": [8]}),
     ("preprocessing is text", "expected a dict or null", {"preprocessing": "mean"}),
-    ("preprocessing is null", "says nothing of preprocessing", {"preprocessing": None}),
-    ("preprocessing is empty", "says nothing of preprocessing", {"preprocessing": {}}),
+    ("preprocessing is null", "preprocessing is missing", {"preprocessing": None}),
+    ("preprocessing is empty", "preprocessing is missing", {"preprocessing": {}}),
 ):
     card_case(_name, _message, **_changes)
 for _name, _value in (

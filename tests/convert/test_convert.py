@@ -395,15 +395,15 @@ def test_files_that_are_not_weights_are_refused_in_one_line(tmp_path, capsys):
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(50_000_000))
-    case("bomb.pth", "declares 50 MB in a file of 0 MB; not read", bomb.getvalue())
-    case("bomb.npz", "declares 50 MB in a file of 0 MB; not read", bomb.getvalue())
+    case("bomb.pth", "declares 50 MB in a file of 0 MB; download", bomb.getvalue())
+    case("bomb.npz", "declares 50 MB in a file of 0 MB; download", bomb.getvalue())
     pickled = io.BytesIO()
     np.savez(pickled, cls=np.array([Malicious()], dtype=object))
     case("pickle.npz", "cannot be read as .npz", pickled.getvalue())
     for name, tree in (("list", [1, 2]), ("other", {"a": torch.zeros(2)}), ("none", {})):
         buffer = io.BytesIO()
         torch.save(tree, buffer)
-        message = "holds a list" if name == "list" else "holds no weights of STAM, XViT or a timm"
+        message = "got list" if name == "list" else "contains no weights of STAM, XViT or"
         case(f"{name}.pth", message, buffer.getvalue())
     (tmp_path / "folder").mkdir()
     cases |= {"folder": "is a folder", "missing.pth": "does not exist"}

@@ -647,7 +647,7 @@ def test_check_validates_its_output_path_and_replaces_it_only_on_success(
         args = [tmp_path / "train.csv", "--json", tmp_path / name]
         code, _, err = run_main(check, monkeypatch, capsys, *args)
         assert (code, err.count("\n")) == (2, 1)
-        assert f"cannot be written ({reason}); name another" in err
+        assert f"cannot be written ({reason}); choose another" in err
     monkeypatch.undo()
 
     def fail(*_):

@@ -194,7 +194,7 @@ def test_mesh_size_minus_one_uses_the_remaining_devices():
     assert all(isinstance(size, int) for size in make_mesh(-1, 2, 1).shape.values())
     for sizes in ((3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1), (-1, 0, 1), (-2, 4, -1)):
         asked = "mesh.data={}, mesh.fsdp={}, mesh.tensor={}".format(*sizes)
-        with pytest.raises(InputError, match=f"{asked}: cannot be laid over 8 devices"):
+        with pytest.raises(InputError, match=f"{asked}: do not fit 8 devices"):
             make_mesh(*sizes)
 
 

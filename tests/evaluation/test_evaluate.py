@@ -179,7 +179,7 @@ def test_different_classes_or_order_are_refused(stub, folder, tmp_path):
         (class_folders[NAMES[label]] / f"{i}.mp4").symlink_to(folder / f"{i}.mp4")
     sorted_ones = {"data__source": "class_folders", "data__folder": str(source)}
     message = (
-        "stub has other classes: class 0 is 'red' in the model, 'blue' in the data; .*labels.txt"
+        "stub has different classes: class 0 is 'red' in the model, 'blue' in the data; .*labels"
     )
     with pytest.raises(InputError, match=message):
         evaluate.evaluate(changed(stub, **sorted_ones), tmp_path / "w")
@@ -409,7 +409,7 @@ def test_undecodable_validation_set_gives_nulls(motion_folder, tmp_path):
     )
     names = (data / "labels.txt").read_text().split()
     (data / "labels.txt").write_text("\n".join(names[::-1]))
-    with pytest.raises(InputError, match="best has other classes: class 0 is"):
+    with pytest.raises(InputError, match="best has different classes: class 0 is"):
         evaluate.evaluate(config, tmp_path / "w")
 
 

@@ -323,10 +323,10 @@ def test_bad_input_gives_one_line_error(seeker, seeker_folder, motion_folder, tm
         (tmp_path / "no.mp4", seeker_folder, output, [], "no.mp4 does not exist"),
         (text, seeker_folder, output, [], "text.mp4: cannot be decoded"),
         (clip, tmp_path / "no", output, [], "no is not a model folder"),
-        (clip, tmp_path / "bare", output, [], "says nothing of preprocessing; export it again"),
+        (clip, tmp_path / "bare", output, [], "preprocessing is missing; export the model again"),
         (clip, tmp_path / "broken", output, [], "not finite"),
         (clip, tmp_path / "one", output, [], "one/model.json: labels has 1 entries, expected num_"),
-        (clip, tmp_path / "newer", output, [], "has 'gears', which this jaxvid does not know"),
+        (clip, tmp_path / "newer", output, [], "has the unknown field 'gears'"),
         (clip, tmp_path / "older", output, [], "preprocessing has no num_frames; export"),
         (clip, seeker_folder, tmp_path / "out.gif", [], "suffix must be .png or .mp4"),
         (

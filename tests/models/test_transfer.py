@@ -292,7 +292,7 @@ def test_class_head_is_loaded_only_for_the_same_classes_in_the_same_order(
     for labels, reason in (
         (names, None),
         ([str(i) for i in range(8)], None),  # no names to compare
-        (names[::-1], "other classes: class 0 is 'a' in the model, 'h' in the data"),
+        (names[::-1], "different classes: class 0 is 'a' in the model, 'h' in the data"),
     ):
         params, lines = model_folder.load_init(tmp_path / "m", config, fresh, labels)
         kept = [name for name in params if np.array_equal(params[name], fresh[name])]
@@ -327,7 +327,7 @@ def test_incompatible_networks_are_refused_with_every_difference(folders):
         "; consensus.mlp_head.4.kernel: (16, 8) in the folder, (32, 5) in the model",
         "; base_model.temp_embed: (1, 8, 1, 16) in the folder, (1, 8, 1, 32) in the model",
         "; base_model.blocks.1: not in the folder; base_model.blocks.2: not in the folder; ",
-        "use its values with --config.model.NAME=VALUE or name another folder",
+        "use its values with --config.model.NAME=VALUE or choose another folder",
     ):
         assert part in message
     assert message.count("blocks.1") == 1
@@ -368,9 +368,9 @@ def test_another_number_of_heads_is_refused(folder, options, field, folders):
 
 def test_another_family_is_refused(folders):
     message = refused(folders / "stam", XVIT)
-    assert "stam holds stam_8, of the family STAM; xvit_tiny is of the family XViT; name" in message
+    assert "stam contains stam_8, of the family STAM; xvit_tiny is of the family XViT; " in message
     message = refused(folders / "xvit", STAM)
-    assert "xvit holds xvit_tiny, of the family XViT; stam_8 is of the family STAM; name" in message
+    assert "xvit contains xvit_tiny, of the family XViT; stam_8 is of the family STAM; " in message
 
 
 def test_an_incomplete_part_is_a_problem(folders):

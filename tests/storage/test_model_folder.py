@@ -269,10 +269,10 @@ def test_equal_classes_are_accepted(model_labels, data_labels):
             ["a", "sit", "run"],
             "MODEL .* 1 is 'run' in the model, 'sit' in the data;",
         ),
-        (["run", "sit"], ["sit", "run"], "same in another order: .*labels.txt"),
-        (["run", "sit"], ["run", "fly"], "1 is 'sit' in the model, 'fly' in the data; name a"),
+        (["run", "sit"], ["sit", "run"], "in a different order: .*labels.txt"),
+        (["run", "sit"], ["run", "fly"], "1 is 'sit' in the model, 'fly' in the data; choose"),
         (["1", "0"], ["run", "sit"], "0 is '1' in the model, 'run' in the data"),
-        (["run", "sit"], ["run"], "MODEL has other classes: 2 in the model, 1 in the data;"),
+        (["run", "sit"], ["run"], "MODEL has different classes: 2 in the model, 1 in the data;"),
     ],
 )
 def test_different_classes_are_refused(model_labels, data_labels, message):

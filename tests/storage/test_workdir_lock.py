@@ -54,7 +54,7 @@ def test_second_run_is_refused_and_changes_nothing(held, config):
     for program in (train, evaluate):
         with pytest.raises(InputError) as refusal:
             program(config, workdir)
-        assert f"{workdir}: another run uses it (process {holder.pid} on " in str(refusal.value)
+        assert f"{workdir}: in use by another run (process {holder.pid} on " in str(refusal.value)
         assert "\n" not in str(refusal.value)
     assert contents(workdir) == before
 
@@ -104,7 +104,7 @@ def test_file_systems_without_locks_are_tolerated(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(fcntl, "flock", flock)
     assert program(None, tmp_path, value=3) == (3, [".lock"])
     assert capsys.readouterr().err == (
-        f"{tmp_path}: its file system has no locks; start one run at a time\n"
+        f"{tmp_path}: its file system does not support locks; start only one run at a time\n"
     )
     assert not list(tmp_path.iterdir())
 
@@ -141,7 +141,8 @@ def test_second_command_is_refused(motion_folder, tmp_path):
             )
             assert done.returncode == InputError.EXIT_CODE
             [line] = done.stderr.splitlines()
-            assert line.startswith(f"error: {workdir}: another run uses it (process {run.pid} on ")
+            expected = f"error: {workdir}: in use by another run (process {run.pid} on "
+            assert line.startswith(expected)
         run.send_signal(signal.SIGTERM)
         assert run.wait() == 128 + signal.SIGTERM
     assert not (workdir / ".lock").exists()

@@ -53,7 +53,7 @@ def test_saving_replaces_model_folders_only(folder, tmp_path):
     assert model_folder.fingerprint(split_params(jaxvid.load_model(folder))[1]) != before
     assert not list(tmp_path.glob(".*"))
     (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="is not a model folder; name another one"):
+    with pytest.raises(InputError, match="is not a model folder; choose another one"):
         jaxvid.save_model(other, tmp_path / "mine")
 
 

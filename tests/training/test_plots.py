@@ -43,7 +43,7 @@ def test_confusion_counts_what_failed_as_eval_json_does(tmp_path, monkeypatch):
 def test_pictures_that_cannot_be_written_are_one_line(tmp_path):
     (tmp_path / "x.png" / "there").mkdir(parents=True)
     with pytest.raises(
-        InputError, match=r"x.png cannot be written \(Is a directory\); name another"
+        InputError, match=r"x.png cannot be written \(Is a directory\); choose another"
     ):
         draw_confusion(np.eye(2, dtype=int), ["a", "b"], tmp_path / "x.png")
 

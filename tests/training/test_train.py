@@ -310,7 +310,7 @@ def test_invalid_configs_are_refused_before_anything_is_written(config, tmp_path
         "num_crops=2: must be one of 1, 3": ("eval", "num_crops", 2),
         "batch_size=3 must be a positive multiple": ("", "batch_size", 3),
         "eval.batch_size=3 must be": ("eval", "batch_size", 3),
-        "cannot be laid over 8 devices": ("mesh", "data", 3),
+        "do not fit 8 devices": ("mesh", "data", 3),
         "short_side=32 is smaller than the crop of 64 px": ("eval", "short_side", 32),
         "log_steps=0: must be above 0": ("", "log_steps", 0),
         "checkpoint_keep=0: must be above 0": ("", "checkpoint_keep", 0),
@@ -363,9 +363,9 @@ MOTION = ("--config", "configs/motion.py", "--workdir")
         (("--config", "configs/motion.py"), "--workdir FOLDER is needed"),
         (("--config", "configs/none.py", "--workdir", "w"), "configs/none.py does not exist; ther"),
         (("--config=configs/motion.py:x", "--workdir", "w"), "must be '', 'blind' or 'stam'"),
-        ((*MOTION, "w", "--config.model.dept=1"), "there is --config.model.depth"),
-        ((*MOTION, "w", "--config.sed=1"), "there is --config.seed"),
-        ((*MOTION, "w", "--config.seed.x=1"), "nothing below .seed"),
+        ((*MOTION, "w", "--config.model.dept=1"), "did you mean --config.model.depth?"),
+        ((*MOTION, "w", "--config.sed=1"), "did you mean --config.seed?"),
+        ((*MOTION, "w", "--config.seed.x=1"), "--config.seed has no fields"),
         ((*MOTION, "w", "--config.seed=one"), "--config.seed=one: invalid literal"),
         (
             (*MOTION, "w", "--mode=test"),
@@ -374,7 +374,7 @@ MOTION = ("--config", "configs/motion.py", "--workdir")
         ((*MOTION, "w", "--wrokdir=x"), "Did you mean: workdir"),
         ((*MOTION, "w", "x"), "'x': not a flag"),
         ((*MOTION, "w", "--config.model.name=xvit_k400"), "cannot be changed; use the config"),
-        (("--config", "configs/common.py", "--workdir", "w"), "has no get_config()"),
+        (("--config", "configs/common.py", "--workdir", "w"), "has no function get_config()"),
     ],
 )
 def test_invalid_command_lines_are_one_line(arguments, message):
