@@ -20,19 +20,19 @@ from jaxvid.training.watchdog import Watchdog
 
 
 def test_a_stall_is_logged_with_its_cause_and_again_after_twice_the_time(lines):
-    stalls = Watchdog(0.1)
-    with stalls.stage("input", lambda: "reading a.mp4"):
+    watchdog = Watchdog(0.1)
+    with watchdog.stage("input", lambda: "reading a.mp4"):
         time.sleep(0.5)
-    with stalls.stage("the device"):
+    with watchdog.stage("the device"):
         time.sleep(0.01)
-    stalls.close()
+    watchdog.close()
     assert 1 <= len(lines) <= 3
     assert all(line.startswith("waiting for input since ") for line in lines)
     assert lines[0].endswith("reading a.mp4")
-    assert 0.4 < stalls.waited["input"] < 5
-    assert stalls.waited["the device"] >= 0.01
-    assert 0.5 < stalls.share("input") < 1
-    assert stalls.share("input") == 0  # no time since the last call
+    assert 0.4 < watchdog.waited["input"] < 5
+    assert watchdog.waited["the device"] >= 0.01
+    assert 0.5 < watchdog.share("input") < 1
+    assert watchdog.share("input") == 0  # no time since the last call
 
 
 def sums(loss=1.0, stop=False):
