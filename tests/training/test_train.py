@@ -179,7 +179,7 @@ def test_outputs_of_a_run_with_deleted_checkpoints_are_moved_aside(run, tmp_path
     shutil.copytree(workdir, tmp_path / "w")
     shutil.rmtree(tmp_path / "w" / "checkpoints")
     card = tmp_path / "w" / "best" / "model.json"
-    card.write_text(card.read_text().replace('"top1": ', '"top1": 99'))  # the best is above 99 %
+    card.write_text(card.read_text().replace('"top1": ', '"top1": 99'))  # above 100 %
     assert train(config, tmp_path / "w", stop_step=4) is None
     assert model_card.load_card(tmp_path / "w" / "best")["provenance"]["step"] == 3
     assert not (tmp_path / "w" / "eval.json").exists()
