@@ -48,7 +48,8 @@ def test_erased_boxes_have_the_requested_sizes_and_aspect_ratios(erased):
     assert 0.15 < share.mean() < 0.19  # uniform: 0.177; less, as large boxes may not fit
     log_aspect = np.log(heights / widths)
     assert np.abs(log_aspect).max() < np.log(1 / 0.3) + 0.25
-    assert abs(log_aspect.mean()) < 0.12  # 0.7/√2048 = 0.015; shifted as the frame is not square
+    # The standard error is 0.7/√2048 = 0.015, but the frame is not square, which shifts the mean.
+    assert abs(log_aspect.mean()) < 0.12
     assert 0.55 < log_aspect.std() < 0.75  # uniform: 2·ln(1/0.3)/√12 = 0.695
     # Area and aspect ratio are drawn independently, but large boxes that are too high or too wide
     # do not fit, which correlates them slightly.
@@ -80,7 +81,7 @@ def test_erasing_skips_boxes_that_do_not_fit():
 
 
 def test_erasing_takes_the_first_box_that_fits_in_each_clip():
-    """One in ten boxes of 0.9 of the frame fits: in a third of the clips, none of ten does."""
+    """One in ten boxes of 0.9 of the frame's area fits, so a third of the clips get none."""
     large = jax.jit(functools.partial(erase, area=(0.9, 0.9)))  # default probability: 0.5
     shares = []
     for key in jax.random.split(jax.random.key(2), 60):
@@ -161,7 +162,7 @@ def test_cutmix_lambda_is_the_share_of_own_pixels():
         own = mixed == video
         assert (own | (mixed == video[permutation])).all()
         own = own[permutation != np.arange(B)]
-        assert (own == own[:1, :1, :, :, :1]).all()  # one box for all
+        assert (own == own[:1, :1, :, :, :1]).all()  # the same box in all
         np.testing.assert_allclose(lam, own.mean(), atol=1e-6)
         box = ~own[0, 0, :, :, 0]
         assert (box == box.any(axis=1)[:, None] & box.any(axis=0)[None]).all()

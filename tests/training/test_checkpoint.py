@@ -149,7 +149,8 @@ def test_a_full_or_read_only_disk_is_refused_at_the_start(tmp_path, monkeypatch)
     with pytest.raises(InputError, match="1 MB free, but checkpoints need 2 MB"):
         outputs.check_writable(tmp_path, 2 * 10**6)
     outputs.check_writable(tmp_path, 10**6)  # exactly enough
-    for name in ("checkpoints", "best", "model"):  # they will be replaced
+    # Existing outputs count as free space, because they will be replaced.
+    for name in ("checkpoints", "best", "model"):
         workdir = tmp_path / "runs" / name
         (workdir / name).mkdir(parents=True)
         (workdir / name / "weights").write_bytes(bytes(1_100_000))
@@ -238,7 +239,7 @@ def test_closing_a_manager_during_a_save_leaves_no_thread(tmp_path, monkeypatch)
     assert [*json.loads((tmp_path / "checkpoints.json").read_text())] == ["1"]
 
 
-def test_checkpoints_contain_the_log_window_which_older_ones_may_lack(tmp_path):
+def test_checkpoints_contain_the_log_window_which_may_be_missing(tmp_path):
     save(tmp_path, 3)
     resumables = counters(0, 0)
     manager, state = checkpoint.restore_newest(tmp_path, ABSTRACT, resumables, keep=2)
@@ -255,7 +256,8 @@ def test_checkpoints_contain_the_log_window_which_older_ones_may_lack(tmp_path):
 def test_outputs_of_a_run_without_checkpoints_are_moved_aside(tmp_path, lines):
     for name in ("metrics.jsonl", "config.json", "mine.txt", "log.txt"):
         (tmp_path / name).write_text(name)
-    outputs.tidy_outputs(tmp_path)  # the run was killed before its first checkpoint
+    # The run was killed before its first checkpoint: its outputs stay.
+    outputs.tidy_outputs(tmp_path)
     assert (tmp_path / "metrics.jsonl").exists()
     assert not lines
     for folder in ("previous", "previous_again"):
@@ -371,7 +373,7 @@ def test_checkpoints_without_checksums_are_restored(tmp_path):
     assert restore(tmp_path) == (3, 30, 60)
 
 
-def test_weights_of_checkpoints_are_restored_alone_as_averages_if_kept(tmp_path):
+def test_restore_params_of_checkpoints_prefers_averaged_weights(tmp_path):
     params = tiny_state(3)["params"]
     save_steps(tmp_path / "plain", 3)
     save_steps(tmp_path / "average", 3, ema={"a.kernel": jnp.full((2, 3), 7.0)})

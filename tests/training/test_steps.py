@@ -67,10 +67,10 @@ def test_normalize():
 
 
 def stub_scores(pixels, score="logits"):
-    """Run `eval_step` with the stub on views of one pixel.
+    """Run `eval_step` with the stub on views of one frame of one pixel.
 
     Args:
-        pixels: `(b, v, 3)`; the logits of a view are its pixel, divided by 255, and 0.5.
+        pixels: `(b, v, 3)`; the logits of a view are its pixel / 255, and 0.5.
         score: As in the config.
 
     Returns:
@@ -238,7 +238,7 @@ def test_accumulation_equals_the_full_batch(options):
     assert distance(full_batch, accumulated) <= 1e-6
     for name, value in expected.items():
         assert sums[name] == pytest.approx(value, rel=1e-5), name
-    assert sums["count"] <= 7  # a clip is masked; with mixing, so is its partner
+    assert sums["count"] <= 7  # one is masked; with mixing, also its partner
 
 
 def test_ema_follows_the_weights():
@@ -370,7 +370,7 @@ def check_step(result, state, batch, targets, video, *, scale, rate=0.1, smoothi
     Args:
         result: The new state and the metrics.
         state: The state before the step.
-        batch: The batch; its mask is that of the clips that must count.
+        batch: The batch; its mask is True for the clips that must count.
         targets: `(b, 4)` expected label distributions, before smoothing.
         video: Expected input of the network, normalised and augmented.
         scale: The network's random scale.

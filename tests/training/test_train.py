@@ -179,7 +179,8 @@ def test_outputs_of_a_run_with_deleted_checkpoints_are_moved_aside(run, tmp_path
     shutil.copytree(workdir, tmp_path / "w")
     shutil.rmtree(tmp_path / "w" / "checkpoints")
     card = tmp_path / "w" / "best" / "model.json"
-    card.write_text(card.read_text().replace('"top1": ', '"top1": 99'))  # above 100 %
+    # No later model can exceed this accuracy.
+    card.write_text(card.read_text().replace('"top1": ', '"top1": 99'))
     assert train(config, tmp_path / "w", stop_step=4) is None
     assert model_card.load_card(tmp_path / "w" / "best")["provenance"]["step"] == 3
     assert not (tmp_path / "w" / "eval.json").exists()
@@ -455,10 +456,8 @@ def test_skip_broken_keeps_the_order_of_the_remaining_videos(with_broken, tmp_pa
     config = shrunk_config(with_broken, num_epochs=1.0).unlock()
     config.data.update(skip_broken=True, max_failed_share=0.0)
     skipping = train(config.lock(), tmp_path / "skipping")
-    assert (skipping["num_videos"], skipping["num_failed"]) == (
-        26,
-        2,
-    )  # evaluation counts all videos
+    # Evaluation counts all videos.
+    assert (skipping["num_videos"], skipping["num_failed"]) == (26, 2)
     log = (tmp_path / "skipping" / "log.txt").read_text()
     assert "1 of 50 training videos are missing or broken and left out, none.mp4 first" in log
     assert "1 of 49 training videos could not be decoded and were skipped" in log
@@ -535,7 +534,7 @@ def test_an_intact_checkpoint_is_never_moved(run, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_evaluation_is_repeated(run, tmp_path, monkeypatch):
-    """The checksums of the checkpoint are written during the evaluation, not only by a save."""
+    """The checksums of the checkpoint are written during the evaluation, not only by the next save."""
     workdir, config, _ = run
 
     def signal_after_the_checksums(*_, **__):
@@ -578,7 +577,7 @@ def save_on_a_full_disk(manager, state, data_iter):
     if int(state["step"]) == 6:
         manager.wait_until_finished()
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no larger files
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # max. bytes of a file
     original(manager, state, data_iter)
     checkpoint.finish_saving(manager)
 
@@ -658,11 +657,14 @@ def test_a_profiler_trace_is_written(motion_folder, tmp_path):
         train(shrunk_config(motion_folder, 1.0), tmp_path / "w", profile_steps=(1, 9))
 
 
-def test_schedule_mode_needs_no_data_and_invalid_profile_steps_are_refused(tmp_path):
+def test_schedule_mode_needs_no_data(tmp_path):
     done = main_py(*MOTION, tmp_path / "s", "--mode", "schedule")
     assert done.returncode == 0, done.stderr
     with Image.open(done.stdout.strip()) as picture:
         assert picture.size > (300, 200)
+
+
+def test_invalid_profile_steps_are_refused(tmp_path):
     done = main_py(*MOTION, tmp_path / "s", "--profile", "7")
     assert done.returncode == 2
     assert "--profile=7: must be START:STOP" in done.stderr

@@ -148,7 +148,7 @@ def load_batches(records, count=4):
 
 @pytest.mark.parametrize("source", ["folder", "pack"])
 def test_batches_do_not_change_when_broken_videos_are_removed(folder, tmp_path, source):
-    """Removed videos fail as no longer listed: their files are not opened."""
+    """Removed videos fail because they are no longer listed: their files are not opened."""
     data_folder = folder / "pack" if source == "pack" else folder
     records = open_dataset(section(source, data_folder), 2, ("train",)).records["train"]
     start(tmp_path / "w", records)
@@ -172,7 +172,7 @@ def test_batches_do_not_change_when_broken_videos_are_removed(folder, tmp_path, 
 
 @pytest.mark.parametrize("source", ["folder", "pack"])
 def test_skip_broken_leaves_out_videos_known_to_be_broken(folder, tmp_path, source):
-    """These are missing files of a list, and videos without frames in a pack; in training only."""
+    """Known are missing files of a list, and videos without frames in a pack."""
     if source == "pack":
         broken = ["1.mp4", "4.mp4"]
         data = section("pack", folder / "pack")

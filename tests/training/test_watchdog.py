@@ -122,7 +122,7 @@ def test_a_signal_is_recorded_or_ends_an_evaluation_at_once():
     with StopSignals() as signals:
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == signal.SIGTERM
-        assert signal.getsignal(signal.SIGTERM) is before  # for a second signal
+        assert signal.getsignal(signal.SIGTERM) is before  # so a second one acts at once
         with pytest.raises(SystemExit) as stop, signals.end_at_once():
             pytest.fail("a signal was received before")
         assert stop.value.code == 128 + signal.SIGTERM
