@@ -534,7 +534,7 @@ def test_an_intact_checkpoint_is_never_moved(run, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_evaluation_is_repeated(run, tmp_path, monkeypatch):
-    """The checksums of the checkpoint are written during the evaluation, not only by the next save."""
+    """The checksums are written during the evaluation, not only by the next save."""
     workdir, config, _ = run
 
     def signal_after_the_checksums(*_, **__):
