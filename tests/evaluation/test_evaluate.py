@@ -199,7 +199,7 @@ def test_different_classes_or_order_are_refused(stub, folder, tmp_path):
 def interrupt(monkeypatch, config, workdir, after=2):
     """Interrupt an evaluation after `after` evaluation steps.
 
-    All their batches are stored but the last, as results are fetched one step late.
+    All of their batches except the last are stored, as results are fetched one step late.
     """
     calls, original = [], loop.make_eval_step
 
@@ -289,7 +289,7 @@ def test_protocol_is_complete_and_differences_are_logged(stub, tmp_path):
 def test_compare_with_another_evaluation(stub, folder, tmp_path, monkeypatch):
     evaluate.evaluate(stub, tmp_path / "a")
     before = tmp_path / "a" / "eval.json"
-    save_stub(tmp_path / "biased", bias=0.4, **stub.model)  # predicts grey always
+    save_stub(tmp_path / "biased", bias=0.4, **stub.model)  # always predicts grey
     biased = changed(stub, init_from=str(tmp_path / "biased"))
     assert evaluate.evaluate(biased, tmp_path / "b", compare_with=before)["top1"] == 5
     lost = json.loads((tmp_path / "b" / "comparison.json").read_text())

@@ -26,7 +26,7 @@ HOSTILE = [  # class names and ids that could break the page
 
 
 def parse_data(page: str) -> dict:
-    """Return the JSON data in a page; like a browser, read up to the first `</script`."""
+    """Return the JSON data in a page; as in a browser, it ends at the first `</script`."""
     return json.loads(re.search(r'<script[^>]*id="data">(.*?)</script', page, re.DOTALL)[1])
 
 
@@ -55,7 +55,7 @@ def test_page_contains_the_metrics(tmp_path, config):
     assert data["failed"] == [{"id": "v3.mp4", "label": 0, "error": "broken"}]
     assert (data["count"], data["correct"]) == ([2, 1, 2], [1, 0, 1])
     assert data["failed_of_class"] == [1, 0, 0]
-    # label, prediction and count of each cell that is not zero
+    # Label, prediction and count of each non-zero cell.
     assert data["confusion"] == [*(0, 0, 1), *(1, 2, 1), *(2, 1, 1), *(2, 2, 1)]
     assert sorted(data["near"]) == [0, 1, 2]
     assert sum(count for _, _, count in data["bins"]) == 4
@@ -137,7 +137,7 @@ def test_a_single_class_and_classes_without_videos(tmp_path, config, errors):
 def test_page_of_400_classes_is_small_and_fast(tmp_path, config):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 400, 2000)
-    scores = rng.normal(size=(2000, 400))  # random: nearly 2000 non-zero confusion cells
+    scores = rng.normal(size=(2000, 400))  # almost all predictions are wrong
     errors = ["a broken file" if i % 5 == 0 else "" for i in range(2000)]
     names = [
         f"a class with quite a long name, longer than any of Kinetics, {i}" for i in range(400)

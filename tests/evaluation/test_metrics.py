@@ -20,7 +20,7 @@ from jaxvid.evaluation.resume import PartialResults
 
 
 def results(scores, labels, errors=None):
-    """Return results of videos `v0.mp4`, `v1.mp4`, ...; `v1.mp4` is padded and not released."""
+    """Return the results of videos `v0.mp4`, `v1.mp4`, ...; `v1.mp4` is padded."""
     scores = np.asarray(scores, np.float32)
     errors = errors or [""] * len(labels)
     exp = np.exp(scores)
