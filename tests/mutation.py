@@ -161,21 +161,21 @@ TARGETS = {
     "jaxvid/training/checkpoint.py": [
         Target(
             "tests/training/test_checkpoint.py",
-            "checkpoints or whole or come_alone or disk or keeps_the_log or that_fails or aside",
+            "checkpoints or disk or that_fails or aside",
             share=True,
         )
     ],
     "jaxvid/training/checkpoint_files.py": [
         Target(
             "tests/training/test_checkpoint.py",
-            "checkpoints or whole or come_alone or disk or keeps_the_log or that_fails or aside",
+            "checkpoints or disk or that_fails or aside",
             share=True,
         )
     ],
     "jaxvid/training/outputs.py": [
         Target(
             "tests/training/test_checkpoint.py",
-            "checkpoints or whole or come_alone or disk or keeps_the_log or that_fails or aside",
+            "checkpoints or disk or that_fails or aside",
             share=True,
         )
     ],

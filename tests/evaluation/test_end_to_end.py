@@ -1,4 +1,4 @@
-"""Evaluation of real video files matches the test loops of the original programs."""
+"""Evaluation of real video files equals the test loops of the original programs."""
 
 import io
 import math
@@ -35,6 +35,7 @@ RECIPES = {"stam_16": stam_16_k400, "xvit_k600": xvit_k600, "xvit_ssv2": xvit_ss
 
 
 def load(name: str) -> dict:
+    """Return the arrays of an end-to-end golden."""
     with np.load(FOLDER / f"{name}.npz") as arrays:
         return dict(arrays)
 
@@ -74,7 +75,7 @@ def write_data(name: str, golden: dict, folder: Path) -> str:
 
 
 def open_golden(name: str, tmp_path: Path):
-    """Return a golden, the recipe's config for its videos and depth, and its model folder."""
+    """Return a golden, the config of its recipe with its videos and depth, and a model folder."""
     golden = load(name)
     config = RECIPES[name].get_config().unlock()
     config.data.source = write_data(name, golden, tmp_path / "data")
@@ -104,7 +105,7 @@ def read_frames(path: Path, indices: np.ndarray) -> np.ndarray:
     with av.open(str(path)) as container:
         frames = dict(enumerate(container.decode(video=0)))
     for frame in frames.values():
-        frame.colorspace = 2  # unspecified: swscale then uses BT.601
+        frame.colorspace = 2  # unspecified, for which swscale uses BT.601
     return np.stack([frames[i].to_ndarray(format="rgb24") for i in indices])
 
 
@@ -155,7 +156,7 @@ def test_full_size_probabilities_equal_the_original(name, tmp_path, monkeypatch)
     del state
 
     config = RECIPES[name].get_config().unlock()
-    assert config.model.dtype == "bfloat16"  # for training, not for evaluation
+    assert config.model.dtype == "bfloat16"  # used in training only
     config.init_from = str(tmp_path / "model")
     config.data.source = write_data(name, golden, tmp_path / "data")
     config.data.folder = str(tmp_path / "data")
@@ -238,6 +239,7 @@ def test_stam_equals_the_original(tmp_path, monkeypatch):
 
 
 def load_color_matrix(folder: Path) -> str:
+    """Return the color matrix in a model card."""
     return model_card.load_card(folder)["preprocessing"]["color_matrix"]
 
 

@@ -1,4 +1,4 @@
-"""Evaluation end to end, with a network whose predictions are known in advance."""
+"""Evaluation end to end, mostly with a stub network whose predictions are known in advance."""
 
 import csv
 import dataclasses
@@ -47,11 +47,12 @@ SIZES = {"num_classes": 4, "image_size": 32, "width": 16, "depth": 1}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Videos from `make_colours`."""
+    """Return a folder with the videos of `make_colours`."""
     return make_colours(tmp_path_factory.mktemp("colours"))
 
 
 def make_config(folder, **settings):
+    """Return a config for the colour videos; `settings` are fields of `eval` and `mesh`."""
     config = common.default_config("xvit_tiny", **SIZES)
     config.data.update(folder=str(folder), mean=0.0, std=1.0)
     config.eval.update(short_side=32, batch_size=8)
@@ -61,7 +62,7 @@ def make_config(folder, **settings):
 
 
 def run(config, source="folder", folder=None):
-    """Evaluate the stub on the validation videos."""
+    """Evaluate the stub on the validation videos; return the results and the report."""
     graphdef, params = split_params(Colour())
     config = config.copy_and_resolve_references().unlock()
     config.data.update(source=source, folder=str(folder or config.data.folder))
@@ -89,12 +90,12 @@ def test_metrics_of_known_predictions(folder, settings):
     results, report = run(make_config(folder, **settings))
     assert results.ids[7].endswith("broken.mp4")
     assert report["top1"] == 100 * len(RIGHT) / 20
-    assert report["top5"] == 100 * 19 / 20  # four classes: all but the broken one
+    assert report["top5"] == 100 * 19 / 20  # with four classes, only the broken video is wrong
     assert (report["num_videos"], report["num_evaluated"], report["num_failed"]) == (20, 19, 1)
     assert report["num_padded"] == 1
     [failed] = report["failed"]
     assert (failed["label"], "broken.mp4: cannot be decoded" in failed["error"]) == (2, True)
-    # Red: 4 of 6; green: 4 of 6; blue: 4 of 7, the broken one is blue; grey: 1 of 1.
+    # Red: 4 of 6; green: 4 of 6; blue: 4 of 7 (the broken video is blue); grey: 1 of 1.
     expected = np.mean([4 / 6, 4 / 6, 4 / 7, 1])
     assert report["mean_class_accuracy"] == pytest.approx(100 * expected)
     low, high = report["top1_interval"]
@@ -108,14 +109,14 @@ def test_metrics_of_known_predictions(folder, settings):
 
 def test_packs_and_videos_agree(folder, tmp_path):
     config = make_config(folder)
-    expected, reported = run(config)
+    expected, expected_report = run(config)
     prepare([folder], tmp_path / "pack", Settings(quality=95), workers=1)
     packed, report = run(config, "pack", tmp_path / "pack")
     np.testing.assert_allclose(packed.scores, expected.scores, atol=0.01)
     assert packed.failed.tolist() == expected.failed.tolist()  # packs list undecodable videos
     assert "could not be decoded when it was packed" in packed.errors[7]
     for name in ("top1", "top5", "mean_class_accuracy", "num_videos", "num_padded", "num_failed"):
-        assert report[name] == reported[name], name
+        assert report[name] == expected_report[name], name
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture
 def stub(folder, tmp_path, monkeypatch):
-    """A config whose `init_from` is a model folder of the stub."""
+    """Return a config whose `init_from` is a model folder of the stub."""
     monkeypatch.setattr(loop, "abstract_model", stub_network)
     config = make_config(folder).unlock()
     save_stub(tmp_path / "stub", **config.model)
@@ -137,7 +138,7 @@ def stub(folder, tmp_path, monkeypatch):
 
 
 def changed(config, **settings):
-    """Return a config with some fields changed; `__` stands for the dot."""
+    """Return a copy of a config with some fields changed; `data__folder` is `data.folder`."""
     config = config.copy_and_resolve_references().unlock()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in settings.items()})
     return config.lock()
@@ -152,22 +153,22 @@ def test_one_and_eight_devices_give_the_same_report(stub, tmp_path, monkeypatch)
         for line in (tmp_path / "eight" / "log.txt").read_text().splitlines()
         if "evaluating: " in line
     ]
-    # Of the first 8 videos the broken one is wrong, and then one grey and three colours.
+    # One of the first 8 videos is broken; the 6 videos that the stub misclassifies come last.
     expected = ["8/20 videos top-1 87.50 %", "16/20 videos top-1 81.25 %"]
     assert progress_lines == [*expected, "20/20 videos top-1 65.00 %"]
-    # The tests run on eight devices; one of them must give the same.
-    kinds = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh((1, 1, 1), sharding.AXES, kinds, devices=jax.devices()[:1])
+    assert jax.device_count() == 8
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types, devices=jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda _: mesh)
-    one = evaluate.evaluate(changed(stub, eval__batch_size=3), tmp_path / "one")
+    one_device = evaluate.evaluate(changed(stub, eval__batch_size=3), tmp_path / "one")
     check_known(tmp_path / "one")
-    for report in (result, one):
+    for report in (result, one_device):
         for name in ("seconds", "clips_per_second"):
             assert report.pop(name) > 0
-    assert result.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-6)
-    error = one.pop("calibration_error")
+    assert result.pop("loss") == pytest.approx(one_device.pop("loss"), rel=1e-6)
+    error = one_device.pop("calibration_error")
     assert result.pop("calibration_error") == pytest.approx(error, rel=1e-6)
-    assert result == one
+    assert result == one_device
 
 
 def test_different_classes_or_order_are_refused(stub, folder, tmp_path):
@@ -177,26 +178,29 @@ def test_different_classes_or_order_are_refused(stub, folder, tmp_path):
         path.mkdir(parents=True)
     for i, (_, label) in enumerate(VIDEOS):
         (class_folders[NAMES[label]] / f"{i}.mp4").symlink_to(folder / f"{i}.mp4")
-    sorted_ones = {"data__source": "class_folders", "data__folder": str(source)}
+    options = {"data__source": "class_folders", "data__folder": str(source)}
     message = (
         "stub has different classes: class 0 is 'red' in the model, 'blue' in the data; .*labels"
     )
     with pytest.raises(InputError, match=message):
-        evaluate.evaluate(changed(stub, **sorted_ones), tmp_path / "w")
+        evaluate.evaluate(changed(stub, **options), tmp_path / "w")
     assert not (tmp_path / "w" / "eval.json").exists()
     (source / "labels.txt").write_text("\n".join(NAMES))
-    result = evaluate.evaluate(changed(stub, **sorted_ones), tmp_path / "w")
+    result = evaluate.evaluate(changed(stub, **options), tmp_path / "w")
     assert result["top1"] == pytest.approx(100 * len(RIGHT) / 19)
-    # Numbers instead of names are accepted.
+    # Class numbers instead of names in the model card are accepted.
     (source / "labels.txt").unlink()
     card = json.loads((tmp_path / "stub" / "model.json").read_text())
     card["labels"] = ["0", "1", "2", "3"]
     (tmp_path / "stub" / "model.json").write_text(json.dumps(card))
-    assert evaluate.evaluate(changed(stub, **sorted_ones), tmp_path / "w")["num_videos"] == 19
+    assert evaluate.evaluate(changed(stub, **options), tmp_path / "w")["num_videos"] == 19
 
 
 def interrupt(monkeypatch, config, workdir, after=2):
-    """Interrupt an evaluation at network call `after + 1`; `after - 1` batches are stored."""
+    """Interrupt an evaluation after `after` evaluation steps.
+
+    All of their batches except the last are stored, as results are fetched one step late.
+    """
     calls, original = [], loop.make_eval_step
 
     def make_failing(*args):
@@ -285,13 +289,13 @@ def test_protocol_is_complete_and_differences_are_logged(stub, tmp_path):
 def test_compare_with_another_evaluation(stub, folder, tmp_path, monkeypatch):
     evaluate.evaluate(stub, tmp_path / "a")
     before = tmp_path / "a" / "eval.json"
-    save_stub(tmp_path / "biased", bias=0.4, **stub.model)  # predicts grey for every video
+    save_stub(tmp_path / "biased", bias=0.4, **stub.model)  # always predicts grey
     biased = changed(stub, init_from=str(tmp_path / "biased"))
     assert evaluate.evaluate(biased, tmp_path / "b", compare_with=before)["top1"] == 5
     lost = json.loads((tmp_path / "b" / "comparison.json").read_text())
     coloured = [f"{i}.mp4" for i in range(12)]
     assert (lost["lost_videos"], lost["gained_videos"]) == (coloured, [])
-    # The dark videos were predicted as grey before, and still are.
+    # Videos 15 and 18 are wrong in both, but with the same prediction: grey.
     assert lost["still_wrong_videos"] == [f"{i}.mp4" for i in (13, 14, 16, 17)]
     assert lost["p_value"] == 2 / 2**12
     text = (tmp_path / "b" / "log.txt").read_text()
@@ -304,7 +308,7 @@ def test_compare_with_another_evaluation(stub, folder, tmp_path, monkeypatch):
     gained = json.loads((tmp_path / "c" / "comparison.json").read_text())
     assert (gained["gained_videos"], gained["lost_videos"]) == (coloured, [])
     assert gained["still_wrong_videos"] == lost["still_wrong_videos"]
-    monkeypatch.setattr(evaluate, "evaluate_params", None)  # not called: refused before
+    monkeypatch.setattr(evaluate, "evaluate_params", None)  # must not be called
     data = shutil.copytree(folder, tmp_path / "data")
     for path in data.glob("*.mp4"):
         path.rename(data / f"x{path.name}")
@@ -366,12 +370,12 @@ def test_evaluation_crops_equal_the_original(name):
     sizes = {"num_frames": len(clip), "short_side": int(size), "crop": int(size)}
     views = load_eval_views(Video(), dataclasses.replace(released, **sizes))["video"]
     assert views.shape == expected.shape
-    # The originals crop floats normalised with 0.5 and 0.5: a grey level is 2/255.
+    # The originals crop floats in [-1, 1]: one grey level is 2/255.
     atol = 0.003 * 2 / 255
     np.testing.assert_allclose(normalize(views, 0.5, 0.5), expected, rtol=0, atol=atol)
 
 
-def test_undecodable_validation_set_gives_nulls(motion_folder, tmp_path):
+def test_metrics_of_an_undecodable_validation_set_are_null(motion_folder, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     (data / "labels.txt").write_text((motion_folder / "labels.txt").read_text())
@@ -387,11 +391,11 @@ def test_undecodable_validation_set_gives_nulls(motion_folder, tmp_path):
     assert result["seconds"] > 0
     assert result["clips_per_second"] > 0
 
-    def refuse(constant):
+    def refuse_constant(constant):
         raise AssertionError(constant)
 
     text = (tmp_path / "w" / "eval.json").read_text()
-    saved = json.loads(text, parse_constant=refuse)
+    saved = json.loads(text, parse_constant=refuse_constant)
     assert saved["clips_per_second"] == result["clips_per_second"]
     assert (tmp_path / "w" / "eval.html").stat().st_size > 10_000
     assert (tmp_path / "w" / "curves.png").exists()
@@ -434,10 +438,10 @@ def test_evaluation_writes_all_outputs(folder, tiny_model, tmp_path):
     assert not (tmp_path / ".unfinished_eval").exists()
 
 
-def test_interrupted_evaluation_continues(folder, tiny_model, tmp_path, monkeypatch):
+def test_interrupted_evaluation_is_resumed(folder, tiny_model, tmp_path, monkeypatch):
     config = make_config(folder).unlock()
     config.init_from = str(tiny_model)
-    whole = evaluate.evaluate(config.lock(), tmp_path / "whole")
+    expected = evaluate.evaluate(config.lock(), tmp_path / "uninterrupted")
     calls = []
     original = loop.make_eval_step
 
@@ -458,9 +462,9 @@ def test_interrupted_evaluation_continues(folder, tiny_model, tmp_path, monkeypa
     assert not (tmp_path / "w" / "eval.json").exists()
     result = evaluate.evaluate(config, tmp_path / "w")
     assert len(calls) == 3 + 2  # one of three batches was stored
-    same = {name for name in whole if name not in ("seconds", "clips_per_second")}
-    assert {name: result[name] for name in same} == {name: whole[name] for name in same}
-    # Another protocol starts over.
+    names = {name for name in expected if name not in ("seconds", "clips_per_second")}
+    assert {name: result[name] for name in names} == {name: expected[name] for name in names}
+    # With a different protocol, the evaluation starts over.
     other = config.copy_and_resolve_references().unlock()
     other.eval.num_crops = 3
     calls.clear()
@@ -472,15 +476,15 @@ def test_interrupted_evaluation_continues(folder, tiny_model, tmp_path, monkeypa
 @pytest.mark.parametrize(
     "moment", ["first batch", "last batch", "table", "eval.json", "confusion", "page"]
 )
-def test_continued_evaluation_equals_uninterrupted(stub, tmp_path, monkeypatch, moment):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    evaluate.evaluate(stub, whole)
+def test_resumed_evaluation_equals_uninterrupted_evaluation(stub, tmp_path, monkeypatch, moment):
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    evaluate.evaluate(stub, uninterrupted)
 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     if "batch" in moment:
-        interrupt(monkeypatch, stub, stopped, after=0 if moment == "first batch" else 2)
+        interrupt(monkeypatch, stub, resumed, after=0 if moment == "first batch" else 2)
     else:
         name = {
             "table": "write_table",
@@ -491,20 +495,24 @@ def test_continued_evaluation_equals_uninterrupted(stub, tmp_path, monkeypatch, 
         with monkeypatch.context() as patch:
             patch.setattr(f"jaxvid.evaluation.outputs.{name}", stop)
             with pytest.raises(KeyboardInterrupt):
-                evaluate.evaluate(stub, stopped)
-    evaluate.evaluate(stub, stopped)
-    reports = [json.loads((folder / "eval.json").read_text()) for folder in (whole, stopped)]
+                evaluate.evaluate(stub, resumed)
+    evaluate.evaluate(stub, resumed)
+    reports = [
+        json.loads((folder / "eval.json").read_text()) for folder in (uninterrupted, resumed)
+    ]
     for report in reports:
         assert report.pop("seconds") > 0
         assert report.pop("clips_per_second") > 0
     assert reports[0] == reports[1]
     for name in ("eval_videos.csv", "confusion.png"):
-        assert (whole / name).read_bytes() == (stopped / name).read_bytes()
-    assert {path.name for path in whole.iterdir()} == {path.name for path in stopped.iterdir()}
+        assert (uninterrupted / name).read_bytes() == (resumed / name).read_bytes()
+    assert {path.name for path in uninterrupted.iterdir()} == {
+        path.name for path in resumed.iterdir()
+    }
 
 
 def test_evaluation_uses_eval_dtype(folder, tiny_model, tmp_path):
-    """It ignores `model.dtype`, which training uses; the protocol names it."""
+    """`model.dtype`, which training uses, has no effect; the protocol records `eval.dtype`."""
     config = changed(make_config(folder), init_from=str(tiny_model), model__dtype="bfloat16")
     tables = {}
     for dtype in ("float32", "bfloat16"):
@@ -563,11 +571,10 @@ def test_unknown_score_is_refused(folder):
         InputError, match="eval.score='max': must be one of 'logits', 'probabilities'"
     ):
         resolve(config)
-    assert jax.device_count() == 8
 
 
 def test_running_accuracy_counts_failed_videos_as_wrong(folder, monkeypatch):
-    """A failed video's scores are zeros, so that its best class is 0, here its label."""
+    """The scores of a failed video are zeros: their argmax is class 0, which is its label here."""
     messages = []
 
     def load(record, spec):

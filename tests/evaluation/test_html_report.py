@@ -1,4 +1,4 @@
-"""The HTML report: contents, size limits, and class names that contain markup."""
+"""The HTML report: contents, size limits, and names that contain markup."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from jaxvid.evaluation import html_report, summary
 from jaxvid.experiment import resolve
 from tests.evaluation.test_metrics import results
 
-HOSTILE = [
+HOSTILE = [  # class names and ids that could break the page
     "</script><script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
     "it's <!-- <script> & {{data}} {{title}}",
@@ -25,13 +25,13 @@ HOSTILE = [
 ]
 
 
-def numbers_of(page: str) -> dict:
-    """Return the JSON in a page as a browser sees it: up to the first end of a script element."""
+def parse_data(page: str) -> dict:
+    """Return the JSON data in a page; as in a browser, it ends at the first `</script`."""
     return json.loads(re.search(r'<script[^>]*id="data">(.*?)</script', page, re.DOTALL)[1])
 
 
 def save(folder, config, evaluated, labels, records=None):
-    """Write the page of some results; return it and its JSON."""
+    """Write the HTML page of an evaluation; return the page and its JSON data."""
     protocol = resolve(config).protocol
     result = summary.make_report(
         evaluated, protocol, data=config.data.folder, checkpoint="checkpoints/</script>"
@@ -40,10 +40,10 @@ def save(folder, config, evaluated, labels, records=None):
     records = records or [Record(folder / "missing.mp4", 0)] * len(evaluated.ids)
     html_report.save_page(folder / "eval.html", result, evaluated, labels, records)
     page = (folder / "eval.html").read_text(encoding="utf-8")
-    return page, numbers_of(page)
+    return page, parse_data(page)
 
 
-def test_page_contains_the_numbers(tmp_path, config):
+def test_page_contains_the_metrics(tmp_path, config):
     scores = [[3, 1, 0], [0, 2, 1], [1, 0, 5], [9, 0, 0], [0, 0, 1]]
     evaluated = results(scores, [0, 2, 2, 0, 1], ["", "", "", "broken", ""])
     page, data = save(tmp_path, config, evaluated, ["a", "b", "c"])
@@ -55,7 +55,8 @@ def test_page_contains_the_numbers(tmp_path, config):
     assert data["failed"] == [{"id": "v3.mp4", "label": 0, "error": "broken"}]
     assert (data["count"], data["correct"]) == ([2, 1, 2], [1, 0, 1])
     assert data["failed_of_class"] == [1, 0, 0]
-    assert data["confusion"] == [0, 0, 1, 1, 2, 1, 2, 1, 1, 2, 2, 1]
+    # Label, prediction and count of each non-zero cell.
+    assert data["confusion"] == [*(0, 0, 1), *(1, 2, 1), *(2, 1, 1), *(2, 2, 1)]
     assert sorted(data["near"]) == [0, 1, 2]
     assert sum(count for _, _, count in data["bins"]) == 4
     mistakes = [(video["id"], video["label"], video["prediction"]) for video in data["mistakes"]]
@@ -76,20 +77,20 @@ def test_every_sampling_is_described():
     protocol = {"num_clips": 4, "num_crops": 3, "num_frames": 16, "image_size": 224}
     protocol |= {"short_side": 256, "resize": "torch_bilinear", "score": "x", "sampling_rate": 8}
     protocol |= {"by_time": False, "dtype": "bfloat16", "color_matrix": "bt601"}
-    words = [
+    descriptions = [
         html_report.describe_protocol({**protocol, "sampling": name})[1]
         for name in ("segments", "dense_stride", "uniform_10s")
     ]
-    assert words[1] == "16 frames per clip, evenly spaced over 16 × 8 frames at 30 fps"
-    assert len(set(words)) == 3
-    colours = html_report.describe_protocol({**protocol, "sampling": "uniform_10s"})[2]
-    assert colours.endswith(
+    assert descriptions[1] == "16 frames per clip, evenly spaced over 16 × 8 frames at 30 fps"
+    assert len(set(descriptions)) == 3
+    with_bt601 = html_report.describe_protocol({**protocol, "sampling": "uniform_10s"})[2]
+    assert with_bt601.endswith(
         "without antialiasing, cropped to 224 × 224 px; converted to RGB with BT.601"
     )
     by_time = html_report.describe_protocol(
         {**protocol, "sampling": "uniform_10s", "by_time": True}
     )
-    assert by_time[1] == f"{words[2]}, sampled by timestamp"
+    assert by_time[1] == f"{descriptions[2]}, sampled by timestamp"
     assert by_time[3].endswith(", computed in bfloat16")
 
 
@@ -102,7 +103,7 @@ def test_page_is_self_contained(tmp_path, config):
     assert sources
     assert all(source.startswith("data:") for source in sources)
     assert "default-src 'none'" in page
-    assert "innerHTML" not in page  # names are set as text
+    assert "innerHTML" not in page  # the script sets names as text
 
 
 def test_class_names_cannot_become_markup(tmp_path, config):
@@ -120,7 +121,7 @@ def test_class_names_cannot_become_markup(tmp_path, config):
 
 
 @pytest.mark.parametrize("errors", [["", "", ""], ["a", "b", "c"]], ids=["decoded", "failed"])
-def test_one_class_and_classes_without_videos(tmp_path, config, errors):
+def test_a_single_class_and_classes_without_videos(tmp_path, config, errors):
     _, data = save(tmp_path, config, results([[1]] * 3, [0] * 3, errors), ["only"])
     assert (data["count"], data["mistakes"]) == ([3], [])
     evaluated = results([[1, 5, 2], [1, 5, 2], [4, 1, 2]], [0, 0, 0], errors)
@@ -136,21 +137,21 @@ def test_one_class_and_classes_without_videos(tmp_path, config, errors):
 def test_page_of_400_classes_is_small_and_fast(tmp_path, config):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 400, 2000)
-    scores = rng.normal(size=(2000, 400))  # almost all wrong: as many cells as videos
+    scores = rng.normal(size=(2000, 400))  # almost all predictions are wrong
     errors = ["a broken file" if i % 5 == 0 else "" for i in range(2000)]
     names = [
         f"a class with quite a long name, longer than any of Kinetics, {i}" for i in range(400)
     ]
     evaluated = results(scores, labels, errors)
-    began = time.monotonic()
+    start = time.monotonic()
     page, data = save(tmp_path, config, evaluated, names)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - start < 10
     assert len(page.encode()) < 500_000
     assert len(data["mistakes"]) == 12
     assert (len(data["failed"]), data["num_failed"]) == (200, 400)
 
 
-def test_thumbnails_of_mistakes(tmp_path, config, motion_folder):
+def test_mistakes_have_thumbnails_unless_they_cannot_be_decoded(tmp_path, config, motion_folder):
     records = read_list(motion_folder / "val.csv", 8)[:2]
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
@@ -180,13 +181,15 @@ def test_thumbnails_are_small_for_any_video_size():
         def get_frames(self, indices):
             return np.zeros((len(indices), 1920, 1080, 3), np.uint8)
 
-    class Tall:
+    class TallVideo:
+        """A stub of a record; `open()` returns a reader."""
+
         open = Reader
 
-    assert 0 < len(html_report.draw_thumbnail(Tall())) < 4000
+    assert 0 < len(html_report.draw_thumbnail(TallVideo())) < 4000
 
 
-def test_learning_curves(tmp_path, config):
+def test_learning_curves_are_averaged_and_leave_out_missing_values(tmp_path, config):
     path = tmp_path / "metrics.jsonl"
     rows = [
         {"step": s, "train/loss": 2 / s, "train/top1": s / 100, "learning_rate": 0.1, "x": "y"}
@@ -194,7 +197,8 @@ def test_learning_curves(tmp_path, config):
     ]
     rows += [{"step": 4000, "val/top1": None, "val/loss": None}]  # no video could be decoded
     rows += [{"step": 5000, "val/top1": 50.0, "val/top5": 90.0, "val/loss": float("nan")}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 50')
+    truncated_line = '{"step": 50'  # the run was killed while it wrote
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + truncated_line)
     _, data = save(tmp_path, config, results([[2, 1]], [0]), ["a", "b"])
     curves = data["curves"]
     assert set(curves) == {"train/loss", "train/top1", "learning_rate", "val/top1"}
@@ -213,7 +217,7 @@ def test_save_report_writes_the_page(tmp_path, config, motion_folder):
     result["weights_sha256"] = "0" * 64
     records = read_list(motion_folder / "val.csv", 8)[:2]
     evaluate.save_report(tmp_path, result, evaluated, ["a", "b"], records)
-    data = numbers_of((tmp_path / "eval.html").read_text(encoding="utf-8"))
+    data = parse_data((tmp_path / "eval.html").read_text(encoding="utf-8"))
     assert data["top1"] == json.loads((tmp_path / "eval.json").read_text())["top1"] == 50
     assert data["mistakes"][0]["image"]
     assert not list(tmp_path.glob("*.partial"))

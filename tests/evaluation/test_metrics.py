@@ -1,4 +1,4 @@
-"""Metrics, comparison tables and partial results of an evaluation."""
+"""Metrics, per-video tables, comparisons and partial results of an evaluation."""
 
 import json
 import math
@@ -20,6 +20,7 @@ from jaxvid.evaluation.resume import PartialResults
 
 
 def results(scores, labels, errors=None):
+    """Return the results of videos `v0.mp4`, `v1.mp4`, ...; `v1.mp4` is padded."""
     scores = np.asarray(scores, np.float32)
     errors = errors or [""] * len(labels)
     exp = np.exp(scores)
@@ -37,7 +38,8 @@ def results(scores, labels, errors=None):
     )
 
 
-FOUR = results(
+# Five videos, of which the fourth cannot be decoded.
+RESULTS = results(
     [[3, 1, 0], [0, 2, 1], [1, 0, 5], [9, 0, 0], [0, 0, 1]],
     [0, 2, 2, 0, 1],
     ["", "", "", "broken", ""],
@@ -45,15 +47,15 @@ FOUR = results(
 
 
 def test_failed_videos_count_as_wrong():
-    assert FOUR.hits(1).tolist() == [True, False, True, False, False]
-    assert FOUR.hits(2).tolist() == [True, True, True, False, False]
-    assert FOUR.hits(5).tolist() == [True, True, True, False, True]  # three classes: k is 3
-    assert FOUR.top(1)[:, 0].tolist() == [0, 1, 2, -1, 2]
-    assert metrics.accuracy(FOUR.hits(1)) == 40.0
-    assert FOUR.confusion().tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 1]]
-    np.testing.assert_allclose(FOUR.per_class(), [50, 0, 50])
+    assert RESULTS.hits(1).tolist() == [True, False, True, False, False]
+    assert RESULTS.hits(2).tolist() == [True, True, True, False, False]
+    assert RESULTS.hits(5).tolist() == [True, True, True, False, True]  # only three classes
+    assert RESULTS.top(1)[:, 0].tolist() == [0, 1, 2, -1, 2]
+    assert metrics.accuracy(RESULTS.hits(1)) == 40.0
+    assert RESULTS.confusion().tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 1]]
+    np.testing.assert_allclose(RESULTS.per_class(), [50, 0, 50])
     assert np.isnan(results([[1, 0]], [0]).per_class()[1])
-    losses = FOUR.losses()
+    losses = RESULTS.losses()
     assert np.isnan(losses[3])
     assert losses[0] == pytest.approx(-np.log(np.exp(3) / (np.exp(3) + np.exp(1) + 1)), rel=1e-5)
 
@@ -67,7 +69,7 @@ def test_interval_contains_accuracy_and_narrows_with_more_videos():
         assert (high - low) / 2 == pytest.approx(expected, rel=0.15)
 
 
-def test_interval_if_all_or_no_videos_are_correct():
+def test_interval_bound_is_exact_if_all_or_no_videos_are_correct():
     # At the lower bound, 5 of 5 are correct with a probability of 2.5 %.
     low, high = metrics.confidence_interval(np.ones(5, bool))
     assert (low / 100) ** 5 == pytest.approx(0.025)
@@ -77,7 +79,7 @@ def test_interval_if_all_or_no_videos_are_correct():
     assert (1 - high / 100) ** 300 == pytest.approx(0.025)
 
 
-def test_calibration_matches_definition():
+def test_calibration_error_matches_its_definition():
     rng = np.random.default_rng(0)
     confidences = rng.uniform(size=500)
     hits = rng.uniform(size=500) < confidences**2
@@ -96,7 +98,7 @@ def test_calibration_matches_definition():
 @pytest.mark.parametrize(
     ("gained", "lost", "p"), [(0, 0, 1.0), (1, 1, 1.0), (8, 0, 2 / 256), (9, 1, 22 / 1024)]
 )
-def test_mcnemar(gained, lost, p):
+def test_mcnemars_exact_test(gained, lost, p):
     before = np.array([False] * gained + [True] * lost + [True] * 10)
     after = np.array([True] * gained + [False] * lost + [True] * 10)
     comparison = metrics.compare_hits(before, after)
@@ -125,8 +127,8 @@ def test_ties_rank_lower_class_index_first():
     assert tied.confusion().dtype == np.int64
 
 
-def test_interval_bounds_leave_tails_of_one_fortieth():
-    # Clopper-Pearson: at each bound, the observed count or a more extreme one has 2.5 %.
+def test_interval_bounds_leave_tails_of_2_5_percent():
+    # Clopper-Pearson: at each bound, the observed or a more extreme count has probability 2.5 %.
     num_correct, n = 15, 20
     low, high = metrics.confidence_interval(np.arange(n) < num_correct)
     assert (low, high) == (pytest.approx(50.8954, abs=1e-4), pytest.approx(91.3429, abs=1e-4))
@@ -138,7 +140,7 @@ def test_interval_bounds_leave_tails_of_one_fortieth():
     lower_tail = sum(probability(k, high / 100) for k in range(num_correct + 1))
     assert upper_tail == pytest.approx(0.025)
     assert lower_tail == pytest.approx(0.025)
-    # With many videos, the interval is that of the normal approximation.
+    # With many videos, the interval approaches the normal approximation.
     many = np.arange(100_000) % 4 > 0
     low, high = metrics.confidence_interval(many)
     deviation = 100 * np.sqrt(0.75 * 0.25 / len(many))
@@ -154,7 +156,7 @@ def test_calibration_always_has_15_bins(confidences):
     assert np.nansum(bins[:, 2]) == len(confidences)
 
 
-def test_class_order_starts_with_most_confused_and_favours_recent():
+def test_class_order_starts_with_most_confused_class_and_favours_recent_ones():
     confusion = np.diag([90, 0, 0, 0, 50, 0])
     for i, j, count in ((3, 1, 10), (3, 2, 6), (1, 4, 4), (3, 5, 1)):
         confusion[i, j] = count
@@ -164,6 +166,7 @@ def test_class_order_starts_with_most_confused_and_favours_recent():
 
 
 def write(folder, evaluated):
+    """Write the outputs of an evaluation; return them as `read_table` does."""
     folder.mkdir()
     write_table(folder / "eval_videos.csv", evaluated, ["ä", "b,c", "d"])
     (folder / "eval.json").write_text(
@@ -173,7 +176,7 @@ def write(folder, evaluated):
 
 
 def test_tables_are_read_back_and_compared_by_id(tmp_path):
-    before = write(tmp_path / "a", FOUR)
+    before = write(tmp_path / "a", RESULTS)
     row = before["videos"]["v1.mp4"]
     assert (row["label"], row["prediction"], row["padded"]) == ("d", "b,c", "1")
     assert row["top5"] == '["b,c", "d", "ä"]'
@@ -232,9 +235,9 @@ def test_partial_results_are_loaded_only_under_the_same_key(tmp_path):
     assert partial.load() == []
     partial.add(part)
     partial.add(part)
-    [one, two] = PartialResults(tmp_path / "u", {"a": 1}).load()
-    assert one["error"] == two["error"] == ["", "ü broken"]
-    np.testing.assert_array_equal(one["scores"], part["scores"])
+    [first, second] = PartialResults(tmp_path / "u", {"a": 1}).load()
+    assert first["error"] == second["error"] == ["", "ü broken"]
+    np.testing.assert_array_equal(first["scores"], part["scores"])
     assert PartialResults(tmp_path / "u", {"a": 2}).load() == []
     assert PartialResults(tmp_path / "u", {"a": 1}).load() == []
     partial.remove()
@@ -242,13 +245,14 @@ def test_partial_results_are_loaded_only_under_the_same_key(tmp_path):
 
 
 def add_parts(folder, count):
+    """Store `count` batches under the key `{"a": 1}`."""
     partial = PartialResults(folder, {"a": 1})
     partial.load()
     for i in range(count):
         partial.add({"scores": np.full((2, 3), i), "error": ["", ""]})
 
 
-def test_damaged_batches_are_evaluated_again(tmp_path):
+def test_damaged_batches_are_not_loaded(tmp_path):
     add_parts(tmp_path, 3)
     data = (tmp_path / "1.npz").read_bytes()
     for damaged in (b"", data[:40], data[: len(data) // 2]):
@@ -267,46 +271,47 @@ def test_undeletable_partial_results_are_refused(tmp_path, monkeypatch):
 
 def test_process_0_decides_which_partial_results_are_loaded(tmp_path, monkeypatch):
     add_parts(tmp_path, 3)
+    # Values of both processes. First load: whether they find the key, and errors; second load:
+    # whether they find the key, and how many batches they find.
     gathered = iter([[False, True], [None, None], [True, True], [3, 2]])
     monkeypatch.setattr(collectives, "gather", lambda value: next(gathered))
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    # Process 0 deletes the folder in the meantime: process 1 must neither read it nor fail.
-    read = Path.read_text
+    # Process 0 finds a different key and deletes the folder, which process 1 may still see.
+    # Process 1 must neither read it nor fail.
     monkeypatch.setattr(Path, "exists", lambda path: True)
-    assert PartialResults(tmp_path / "gone", {"a": 1}).load() == []
-    assert read(tmp_path / "key.json")
-    assert len(PartialResults(tmp_path, {"a": 1}).load()) == 2  # process 1 sees only two
+    assert PartialResults(tmp_path / "deleted", {"a": 1}).load() == []
+    assert len(PartialResults(tmp_path, {"a": 1}).load()) == 2  # process 1 finds only two
 
 
-def test_unwritable_files_give_one_line_errors(tmp_path):
+def test_unwritable_files_are_refused(tmp_path):
     for name in ("eval_videos.csv", "key.json", "0.npz"):
         (tmp_path / name / "x").mkdir(parents=True)
     with pytest.raises(InputError, match=r"eval_videos.csv cannot be written \(Is a directory\)"):
-        write_table(tmp_path / "eval_videos.csv", FOUR, ["a", "b", "c"])
+        write_table(tmp_path / "eval_videos.csv", RESULTS, ["a", "b", "c"])
     with pytest.raises(InputError, match=r"0.npz cannot be written \(Is a directory\); name"):
         PartialResults(tmp_path, {}).add({"scores": np.zeros(1), "error": [""]})
     assert not list(tmp_path.glob(".*.partial"))
-    table = write(tmp_path / "a", FOUR)
+    table = write(tmp_path / "a", RESULTS)
     with pytest.raises(InputError, match="comparison.json cannot be written"):
         compare_tables(table, table, tmp_path / "a" / "eval.json")
 
 
 def test_file_names_that_are_not_utf8_are_read_back(tmp_path):
-    odd = os.fsdecode(b"caf\xe9.mp4")
+    non_utf8 = os.fsdecode(b"caf\xe9.mp4")
     evaluated = results([[2, 1], [2, 1]], [0, 1])
-    evaluated.ids = [odd, "b.mp4"]
-    evaluated.errors = ["", f"{odd}: broken"]
+    evaluated.ids = [non_utf8, "b.mp4"]
+    evaluated.errors = ["", f"{non_utf8}: broken"]
     tables = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write_table(tmp_path / folder / "eval_videos.csv", evaluated, ["x", "y"])
-        failed = [{"id": odd}]
+        failed = [{"id": non_utf8}]
         report = {"num_videos": 2, "protocol": {}, "failed": failed}
         write_json(tmp_path / folder / "eval.json", report)
         tables.append(read_table(tmp_path / folder / "eval.json"))
         assert tables[-1]["failed"] == failed
     assert b"caf\xe9.mp4" in (tmp_path / "a" / "eval_videos.csv").read_bytes()
-    tables[0]["videos"][odd]["correct"] = False
+    tables[0]["videos"][non_utf8]["correct"] = False
     lines = compare_tables(*tables, tmp_path)
-    assert json.loads((tmp_path / "comparison.json").read_text())["gained_videos"] == [odd]
+    assert json.loads((tmp_path / "comparison.json").read_text())["gained_videos"] == [non_utf8]
     assert "\n".join(lines).encode()  # the log is UTF-8

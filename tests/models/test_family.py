@@ -1,4 +1,4 @@
-"""A third model family, defined here alone, works with every program.
+"""A third model family, defined only in this file, works with every program.
 
 The programs contain no family names: a `Family` record is all that they need.
 """
@@ -34,12 +34,16 @@ from tests.conftest import shrunk_config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PooledConfig(image_vit.ImageViTConfig):
+    """Config of `PooledViT`; it has no fields of its own."""
+
     def num_params(self) -> int:
         head = counts.linear_params(self.width, self.num_classes)
         return image_vit.image_vit_params(self) + head
 
 
 class FrameViT(image_vit.ImageViT):
+    """A vision transformer that processes each frame on its own."""
+
     def __init__(self, cfg: PooledConfig, *, rngs: nnx.Rngs):
         d, linear = cfg.width, functools.partial(nnx.Linear, dtype=cfg.dtype, rngs=rngs)
         self.init_embeddings(cfg, image_vit.normal_init, rngs=rngs)
@@ -48,6 +52,8 @@ class FrameViT(image_vit.ImageViT):
 
 
 class PooledViT(nnx.Module):
+    """Classifies the mean of the features of all frames."""
+
     def __init__(self, config: PooledConfig, *, rngs: nnx.Rngs):
         self.config, self.vit = config, FrameViT(config, rngs=rngs)
         self.fc = nnx.Linear(config.width, config.num_classes, rngs=rngs)
@@ -97,6 +103,7 @@ FAMILY = family.Family(
 
 @pytest.fixture(scope="module", autouse=True)
 def _registered():
+    """Register the family and its presets during the tests of this file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.FAMILIES, FAMILY.name, FAMILY)
         for name, config in FAMILY.presets.items():
@@ -106,7 +113,7 @@ def _registered():
 
 @pytest.fixture(scope="module")
 def run(motion_folder, tmp_path_factory):
-    """A run of one epoch, sharded over every mesh axis: its config and its workdir."""
+    """Return the config and workdir of a run of one epoch, sharded over every mesh axis."""
     config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
     config.model = common.default_config("pooled_tiny").model
     config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
@@ -117,11 +124,12 @@ def run(motion_folder, tmp_path_factory):
 
 
 def load_weights(folder) -> dict[str, np.ndarray]:
+    """Return the weights of a model folder by name."""
     _, params = models.split_params(jaxvid.load_model(folder))
     return {name: np.asarray(leaf) for name, leaf in params.items()}
 
 
-def test_evaluation_repeats_the_accuracy_of_training(run, tmp_path):
+def test_evaluation_reproduces_the_accuracy_of_training(run, tmp_path):
     config, workdir = run
     config = config.copy_and_resolve_references().unlock()
     config.init_from = str(workdir / "best")
@@ -168,7 +176,7 @@ def test_layer_decay_scales_each_block():
         assert -updates[name] == pytest.approx(scale), name
 
 
-def test_weights_start_another_number_of_classes_and_resolution(run):
+def test_weights_initialise_a_model_with_different_classes_and_resolution(run):
     config = models.make_model_config("pooled_tiny", num_classes=3, image_size=96)
     abstract = models.abstract_model(config)[1]
     fresh = {name: jnp.zeros(leaf.shape) for name, leaf in abstract.items()}
@@ -188,14 +196,14 @@ def test_prediction_export_and_visualisation(run, clips, tmp_path):
     assert (prediction.error, len(prediction.labels)) == ("", 5)
     timeline = classifier.windows(clips[0], window=0.5, stride=0.25)  # windows share frames
     np.testing.assert_allclose(timeline.probabilities.sum(axis=1), 1, rtol=1e-5)
-    about = export(folder, tmp_path / "pooled.safetensors", "safetensors")
+    metadata = export(folder, tmp_path / "pooled.safetensors", "safetensors")
     weights = load_file(tmp_path / "pooled.safetensors")
-    assert about["weights"].keys() == weights.keys() == load_weights(folder).keys()
-    visualize(clips[0], folder, tmp_path / "look.png")
-    assert (tmp_path / "look.png").stat().st_size > 1000
+    assert metadata["weights"].keys() == weights.keys() == load_weights(folder).keys()
+    visualize(clips[0], folder, tmp_path / "attention.png")
+    assert (tmp_path / "attention.png").stat().st_size > 1000
 
 
-def test_counts_are_those_of_the_built_network():
+def test_num_params_equals_the_built_network():
     config = models.make_model_config("pooled_tiny")
     _, params = models.abstract_model(config)
     assert config.num_params() == sum(leaf.size for leaf in jax.tree.leaves(params))

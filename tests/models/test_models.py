@@ -1,4 +1,4 @@
-"""Limits of the configs, and parameter counts."""
+"""Limits of model configs, parameter counts, and construction of deep models."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_num_params_equals_the_built_network(name, options):
         ({"image_size": 8192, "patch_size": 2}, "16777216 patches per frame, at most 65536"),
     ],
 )
-def test_impossible_sizes_are_refused_by_name(options, message):
+def test_invalid_options_are_refused_with_their_name_and_limits(options, message):
     with pytest.raises(InputError, match=message):
         make_model_config("xvit_k400", **options)
 
@@ -48,8 +48,9 @@ def test_impossible_sizes_are_refused_by_name(options, message):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        # ViT-g/14: 1408 wide, 40 blocks; a longer and larger clip than any released model's.
+        # the size of ViT-g/14
         ("stam_64", {"width": 1408, "depth": 40, "heads": 16, "patch_size": 14}),
+        # longer and larger clips than those of any released model
         ("xvit_k600", {"num_frames": 128, "image_size": 512}),
         ("stam_64", {"num_frames": 256, "image_size": 1024, "num_classes": 21843}),
     ],
@@ -58,7 +59,7 @@ def test_large_networks_are_accepted(name, options):
     assert make_model_config(name, **options).num_params() < 3e9
 
 
-def test_abstract_model_time_is_linear_in_the_depth():
-    """With the counters of nnx.Rngs, 128 blocks took two minutes."""
+def test_abstract_model_of_the_largest_depth():
+    """It takes seconds, although it took two minutes with the counters of nnx.Rngs."""
     _, params = abstract_model(make_model_config("xvit_tiny", depth=128))
     assert "base_model.blocks.127.attn.qkv.kernel" in params

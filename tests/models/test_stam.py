@@ -23,6 +23,7 @@ TINY = {"width": 32, "depth": 2, "heads": 4, "image_size": 32, "temporal_depth":
 
 
 def config_of(golden: dict, **overrides) -> STAMConfig:
+    """Return the config of a golden's network."""
     sizes = golden["config"]
     _, tokens, _ = dict(golden["manifest"])["pos_embed"]
     return STAMConfig(
@@ -82,7 +83,7 @@ def test_the_mean_aggregator_equals_the_original():
     [("stam_8", 8, 119.199), ("stam_16", 16, 119.206), ("stam_32", 32, 119.218)]
     + [("stam_64", 64, 119.242)],
 )
-def test_released_sizes(name, frames, millions):
+def test_sizes_of_released_models(name, frames, millions):
     config = make_model_config(name)
     assert config.num_frames == frames
     _, params = abstract_model(config)
@@ -91,6 +92,7 @@ def test_released_sizes(name, frames, millions):
 
 
 def run(model, video, key=None):
+    """Return the logits of a clip; dropout is active if there is a key."""
     graphdef, params = split_params(model)
     program = jax.jit(lambda params: merge_params(graphdef, params)(video, key=key))
     return program(params)
@@ -100,11 +102,13 @@ def test_features_attention_and_dropout():
     model = create_model("stam_8", num_classes=5, **TINY)
     video = jax.random.uniform(jax.random.key(0), (2, 8, 32, 32, 3))
     graphdef, params = split_params(model)
-    features, weights, logits = jax.jit(
-        lambda p: (lambda m: (m.features(video), m.attention(video), m(video)))(
-            merge_params(graphdef, p)
-        )
-    )(params)
+
+    @jax.jit
+    def outputs(params):
+        model = merge_params(graphdef, params)
+        return model.features(video), model.attention(video), model(video)
+
+    features, weights, logits = outputs(params)
     assert features["frames"].shape == (2, 8, 32)
     assert features["video"].shape == (2, 32)
     np.testing.assert_allclose(model.head(features["video"]), logits, atol=1e-5)
@@ -117,25 +121,25 @@ def test_features_attention_and_dropout():
     assert jnp.abs(run(model, video, key) - logits).max() > 1e-3
 
 
-def test_frame_features_are_independent_and_the_order_matters():
+def test_frame_features_are_independent_but_logits_depend_on_the_order():
     model = create_model("stam_8", num_classes=5, **TINY)
     video = jax.random.uniform(jax.random.key(0), (1, 8, 32, 32, 3))
-    reverse = jax.jit(lambda v: model.frame_features(v))
-    np.testing.assert_allclose(reverse(video)[:, ::-1], reverse(video[:, ::-1]), atol=1e-5)
-    pos_embed = model.aggregate.pos_embed  # the initial values are too small to matter
+    features = jax.jit(lambda v: model.frame_features(v))
+    np.testing.assert_allclose(features(video)[:, ::-1], features(video[:, ::-1]), atol=1e-5)
+    pos_embed = model.aggregate.pos_embed  # its initial values are too small for a difference
     pos_embed[...] = 0.3 * jax.random.normal(jax.random.key(1), pos_embed.shape)
     assert jnp.abs(run(model, video) - run(model, video[:, ::-1])).max() > 1e-5
 
 
 def test_the_mean_aggregator_ignores_the_order_of_frames():
     video = jax.random.uniform(jax.random.key(0), (2, 8, 64, 64, 3))
-    blind = create_model("stam_tiny", aggregator="mean")
-    np.testing.assert_allclose(run(blind, video), run(blind, video[:, ::-1]), atol=1e-5)
+    averaging = create_model("stam_tiny", aggregator="mean")
+    np.testing.assert_allclose(run(averaging, video), run(averaging, video[:, ::-1]), atol=1e-5)
     model = create_model("stam_tiny")
     assert jnp.abs(run(model, video) - run(model, video[:, ::-1])).max() > 1e-3
 
 
-def test_small_initial_weights_depend_on_the_width():
+def test_scale_of_small_initial_weights_depends_on_the_width():
     _, params = split_params(create_model("stam_tiny"))
     kernels = {name: leaf for name, leaf in params.items() if name.endswith("kernel")}
     assert len(kernels) > 10
@@ -160,12 +164,12 @@ def test_small_initial_weights_depend_on_the_width():
         ({"init": "zeros"}, "init='zeros': must be one of 'released', 'small'"),
     ],
 )
-def test_impossible_configs_are_refused_by_name_and_value(overrides, message):
+def test_invalid_configs_are_refused_with_the_field_and_its_value(overrides, message):
     with pytest.raises(InputError, match=message):
         make_model_config("stam_8", **overrides)
 
 
-def test_another_number_of_frames_is_refused():
+def test_a_different_number_of_frames_is_refused():
     model = create_model("stam_8", num_classes=5, **TINY)
     with pytest.raises(ValueError, match="expected 8 frames, got 4"):
         model(jnp.zeros((1, 4, 32, 32, 3)))

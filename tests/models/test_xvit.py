@@ -27,6 +27,7 @@ GOLDENS = [f"tiny/xvit_tiny_{name}" for name in ("k600", "ssv2", "48px", "256px"
 
 
 def config_of(golden: dict) -> XViTConfig:
+    """Return the config of a golden's network."""
     sizes = golden["config"]
     _, tokens, _ = dict(golden["manifest"])["base_model.pos_embed"]
     return XViTConfig(
@@ -76,18 +77,21 @@ def test_shift_takes_channels_from_neighbouring_frames():
     segment, fold = 4, 3
     expected = x.copy()
     for t in range(8):
-        after = x[:, t + 1, :, :fold] if (t + 1) % segment else 0
-        before = x[:, t - 1, :, fold : 2 * fold] if t % segment else 0
-        expected[:, t, :, :fold], expected[:, t, :, fold : 2 * fold] = after, before
+        next_frame = x[:, t + 1, :, :fold] if (t + 1) % segment else 0
+        previous_frame = x[:, t - 1, :, fold : 2 * fold] if t % segment else 0
+        expected[:, t, :, :fold] = next_frame
+        expected[:, t, :, fold : 2 * fold] = previous_frame
     np.testing.assert_array_equal(shift_time(jnp.asarray(x), segment, fold), expected)
 
 
 def demo_model(variant: str, **overrides):
+    """Return the model of a variant of configs/motion.py."""
     config = motion_config.get_config(variant).model.to_dict()
     return create_model(**{**config, **overrides})
 
 
 def run(model, video, key=None) -> jax.Array:
+    """Return the logits of a clip; dropout is active if there is a key."""
     graphdef, params = split_params(model)
     program = jax.jit(lambda params: merge_params(graphdef, params)(video, key=key))
     return program(params)
@@ -125,8 +129,8 @@ def test_split_and_merge_are_inverse():
         name: leaf.shape for name, leaf in abstract.items()
     }
     shuffled = dict(sorted(params.items(), reverse=True))
-    again = merge_params(graphdef, shuffled)
-    np.testing.assert_array_equal(run(again, clips()), run(model, clips()))
+    merged = merge_params(graphdef, shuffled)
+    np.testing.assert_array_equal(run(merged, clips()), run(model, clips()))
 
 
 def test_dropout_depends_only_on_the_key():
@@ -138,7 +142,7 @@ def test_dropout_depends_only_on_the_key():
     np.testing.assert_array_equal(run(model, video), run(demo_model(""), video))
 
 
-def test_drop_path_drops_whole_frames_and_keeps_the_mean():
+def test_drop_path_drops_entire_frames_and_preserves_the_mean():
     x = jnp.ones((64, 64, 2, 3))
     dropped = drop_path(x, 0.25, jax.random.key(0))
     assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.75)}
@@ -148,19 +152,19 @@ def test_drop_path_drops_whole_frames_and_keeps_the_mean():
     assert abs(dropout(x, 0.25, jax.random.key(0)).mean() - 1) < 0.05
 
 
-def test_scanned_blocks_equal_the_blocks_one_by_one():
-    """Blocks of different structure and per-block stochastic depth are covered too."""
-    for options in ({}, {"shift_blocks": (1, 2)}):
+def test_scanned_blocks_equal_blocks_run_one_by_one():
+    """Drop path has a different rate per block."""
+    for options in ({}, {"shift_blocks": (1, 2)}):  # equal blocks; blocks of different structure
         model = demo_model("", depth=5, **options)
         blocks, x = model.base_model.blocks, model.base_model.embed(clips())
         key = jax.random.key(5)
-        found = run_blocks(blocks, x, rate=0.4, key=key, remat=False)
+        scanned = run_blocks(blocks, x, rate=0.4, key=key, remat=False)
         for i, rate in enumerate((0.0, 0.1, 0.2, 0.3, 0.4)):
             x = blocks[i](x, rate=rate, key=jax.random.fold_in(key, i))
-        np.testing.assert_allclose(found, x[:, :, 0], atol=1e-5)
+        np.testing.assert_allclose(scanned, x[:, :, 0], atol=1e-5)
 
 
-def test_bfloat16_computes_over_float32_weights():
+def test_bfloat16_model_has_float32_weights_and_logits():
     model, half = demo_model(""), demo_model("", dtype="bfloat16")
     assert {leaf.dtype for leaf in split_params(half)[1].values()} == {jnp.dtype("float32")}
     logits = run(half, clips())
@@ -183,7 +187,7 @@ def test_bfloat16_computes_over_float32_weights():
         ({"dept": 3}, "no option 'dept'; did you mean 'depth'"),
     ],
 )
-def test_impossible_configs_are_refused_by_name_and_value(overrides, message):
+def test_invalid_configs_are_refused_with_the_field_and_its_value(overrides, message):
     with pytest.raises(InputError, match=message):
         make_model_config("xvit_tiny", **overrides)
 
@@ -195,7 +199,7 @@ def test_unknown_model_names_are_refused():
         make_model_config("xvit_big")
 
 
-def test_clips_that_do_not_fit_are_refused():
+def test_clips_of_the_wrong_shape_are_refused():
     model = demo_model("")
     with pytest.raises(ValueError, match="7 frames are not divisible by shift_segment=8"):
         model(clips(frames=7))
@@ -205,7 +209,7 @@ def test_clips_that_do_not_fit_are_refused():
         model(clips(size=60))
 
 
-def test_configs_survive_json_and_replace():
+def test_lists_from_json_become_tuples_and_configs_can_be_replaced():
     config = make_model_config("xvit_tiny", shift_blocks=[0, 2])
     assert config.shift_blocks == (0, 2)
     assert dataclasses.replace(config, depth=3) == config
@@ -219,7 +223,7 @@ def test_configs_survive_json_and_replace():
         ("xvit_ssv2", 174, 16, 4, 93.62),
     ],
 )
-def test_released_sizes(name, classes, segment, shift_div, millions):
+def test_sizes_of_released_models(name, classes, segment, shift_div, millions):
     config = make_model_config(name)
     assert (config.num_classes, config.shift_segment, config.shift_div) == (
         classes,
@@ -232,8 +236,8 @@ def test_released_sizes(name, classes, segment, shift_div, millions):
 
 
 @pytest.mark.parametrize("patch", [16, 32])
-def test_large_and_coarse_backbones_build(patch):
-    """ViT-L/16 and the /32 backbones are overrides of the sizes."""
+def test_larger_backbones_can_be_built(patch):
+    """Overrides of the preset sizes give ViT-L/16 and ViT-L/32."""
     large = {"width": 1024, "depth": 24, "heads": 16, "patch_size": patch}
     for name in ("xvit_k400", "stam_16"):
         _, params = abstract_model(make_model_config(name, **large))
@@ -242,8 +246,10 @@ def test_large_and_coarse_backbones_build(patch):
 
 def test_shift_per_head_moves_a_part_of_each_head():
     x = jax.random.normal(jax.random.key(0), (1, 4, 2, 12))
-    by_hand = [shift_time(part, 4, 1) for part in jnp.split(x, 3, axis=-1)]
-    np.testing.assert_array_equal(shift_time(x, 4, 1, groups=3), jnp.concatenate(by_hand, axis=-1))
+    shifted_heads = [shift_time(part, 4, 1) for part in jnp.split(x, 3, axis=-1)]
+    np.testing.assert_array_equal(
+        shift_time(x, 4, 1, groups=3), jnp.concatenate(shifted_heads, axis=-1)
+    )
 
 
 def test_summary_tokens_are_the_patch_means_of_the_segment():
@@ -274,11 +280,11 @@ def test_every_option_changes_the_network():
     video = clips()
     default = run(demo_model(""), video)
     np.testing.assert_array_equal(run(demo_model(""), video), default)
-    found = [np.asarray(run(demo_model("", **options), video)) for options in OPTIONS]
-    for i, logits in enumerate(found):
+    outputs = [np.asarray(run(demo_model("", **options), video)) for options in OPTIONS]
+    for i, logits in enumerate(outputs):
         assert np.isfinite(logits).all()
         assert abs(logits - default).max() > 1e-3, OPTIONS[i]
-        assert all(abs(logits - other).max() > 1e-4 for other in found[:i]), OPTIONS[i]
+        assert all(abs(logits - other).max() > 1e-4 for other in outputs[:i]), OPTIONS[i]
 
 
 def test_features_and_attention_weights_have_the_documented_shapes():
@@ -286,11 +292,11 @@ def test_features_and_attention_weights_have_the_documented_shapes():
     graphdef, params = split_params(model)
 
     @jax.jit
-    def everything(params):
+    def outputs(params):
         model = merge_params(graphdef, params)
         return model.features(video), model.attention(video)
 
-    features, weights = everything(params)
+    features, weights = outputs(params)
     assert features["frames"].shape == (2, 8, 64)
     assert features["video"].shape == (2, 64)
     assert weights["spatial"].shape == (2, 3, 8, 2, 17, 17 + 8)
@@ -302,11 +308,11 @@ def test_features_and_attention_weights_have_the_documented_shapes():
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [("xvit_tiny", {}), ("stam_8", {"temporal_depth": 1, "temporal_mlp": 32})]
+    ("name", "options"), [("xvit_tiny", {}), ("stam_8", {"temporal_depth": 1, "temporal_mlp": 32})]
 )
-def test_rematerialised_gradients_equal_plain_ones(name, more):
-    sizes = {"width": 32, "depth": 4, "heads": 2, "image_size": 32, "drop_path": 0.3, **more}
-    found, products = [], []
+def test_rematerialised_gradients_equal_plain_ones(name, options):
+    sizes = {"width": 32, "depth": 4, "heads": 2, "image_size": 32, "drop_path": 0.3, **options}
+    gradients, products = [], []
     for remat in (False, True):
         graphdef, params = split_params(create_model(name, **sizes, remat=remat))
         video = clips(size=32)
@@ -316,10 +322,10 @@ def test_rematerialised_gradients_equal_plain_ones(name, more):
 
         lowered = jax.jit(jax.grad(loss_fn)).lower(params)
         products.append(lowered.as_text().count("dot_general"))
-        found.append(lowered.compile()(params))
-    assert products[0] < products[1]  # the Linear layers run again
-    for key, grad in found[0].items():
-        np.testing.assert_allclose(found[1][key], grad, rtol=1e-4, atol=1e-5, err_msg=key)
+        gradients.append(lowered.compile()(params))
+    assert products[0] < products[1]  # rematerialisation repeats matrix products
+    for key, grad in gradients[0].items():
+        np.testing.assert_allclose(gradients[1][key], grad, rtol=1e-4, atol=1e-5, err_msg=key)
 
 
 @pytest.mark.parametrize("name", [GOLDENS[0], GOLDENS[2]])

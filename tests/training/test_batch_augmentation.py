@@ -1,4 +1,4 @@
-"""Random erasing, mixup and CutMix."""
+"""Random erasing, mixup and CutMix on the device."""
 
 import functools
 
@@ -12,19 +12,19 @@ from jaxvid.training.batch_augmentation import cutmix, erase, mixup
 B, T, H, W = 8, 2, 32, 40
 ALPHA = 0.4
 
-# Each compiles once for all tests: they all use clips of one shape.
+# Compiled once: all tests use clips of the same shape.
 erase_jit = jax.jit(erase)
 mix_jit = {mix: jax.jit(mix, static_argnums=2) for mix in (mixup, cutmix)}
 
 
 def numbered() -> np.ndarray:
-    """Clips whose values are all different from each other, and none of them zero."""
+    """Return clips with unique, non-zero values."""
     return np.arange(1, B * T * H * W * 3 + 1, dtype=np.float32).reshape(B, T, H, W, 3) / 1e5
 
 
 @pytest.fixture(scope="module")
 def erased() -> np.ndarray:
-    """Where 2048 clips were erased, with probability 1: `(b, t, h, w, c)`."""
+    """Mask of the erased pixels `(b, t, h, w, c)` of 2048 clips; the probability is 1."""
     keys = jax.random.split(jax.random.key(0), 2048 // B)
     return np.concatenate([np.asarray(erase_jit(numbered(), key, 1.0)) == 0 for key in keys])
 
@@ -34,32 +34,34 @@ def test_erased_boxes_are_the_same_in_all_frames_and_channels(erased):
     boxes = erased[:, 0, :, :, 0]
     rows, columns = boxes.any(axis=2), boxes.any(axis=1)
     assert (boxes == rows[:, :, None] & columns[:, None, :]).all()
-    for edge in (rows, columns):  # in one piece
-        assert (np.abs(np.diff(np.pad(edge, ((0, 0), (1, 1))).astype(int))).sum(axis=1) == 2).all()
+    for mask in (rows, columns):  # each clip has a single run of erased rows or columns
+        assert (np.abs(np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(int))).sum(axis=1) == 2).all()
 
 
-def test_erased_boxes_have_the_requested_sizes_and_aspects(erased):
+def test_erased_boxes_have_the_requested_sizes_and_aspect_ratios(erased):
     boxes = erased[:, 0, :, :, 0]
     heights, widths = boxes.any(axis=2).sum(axis=1), boxes.any(axis=1).sum(axis=1)
     share = heights * widths / (H * W)
-    # Sides are rounded to pixels, and the shortest have 3.
+    # The tolerances allow for rounding of the sides to pixels; the shortest sides have 3.
     assert 0.02 * 5 / 6 < share.min() < 0.03
     assert 0.3 < share.max() < 0.35
-    assert 0.15 < share.mean() < 0.19  # uniform: 0.177, and what does not fit is large
+    assert 0.15 < share.mean() < 0.19  # uniform: 0.177; less, as large boxes may not fit
     log_aspect = np.log(heights / widths)
     assert np.abs(log_aspect).max() < np.log(1 / 0.3) + 0.25
-    assert abs(log_aspect.mean()) < 0.12  # σ = 0.7 over √2048 is 0.015; a wider frame shifts it
+    # The standard error is 0.7/√2048 = 0.015, but the frame is not square, which shifts the mean.
+    assert abs(log_aspect.mean()) < 0.12
     assert 0.55 < log_aspect.std() < 0.75  # uniform: 2·ln(1/0.3)/√12 = 0.695
-    # Size and shape are drawn apart; what does not fit is large, and rather high than wide.
+    # Area and aspect ratio are drawn independently, but large boxes that are too high or too wide
+    # do not fit, which correlates them slightly.
     assert abs(np.corrcoef(share, log_aspect)[0, 1]) < 0.2
     rows, columns = boxes.any(axis=2).mean(axis=0), boxes.any(axis=1).mean(axis=0)
     assert min(rows[0], rows[-1], columns[0], columns[-1]) > 0.01  # every edge is reached
-    # No end is preferred. Four standard deviations: 4·√(2·¼/2048) = 0.06.
+    # The positions are distributed symmetrically. Four standard deviations: 4·√(2·¼/2048) = 0.06.
     np.testing.assert_allclose(rows, rows[::-1], atol=0.06)
     np.testing.assert_allclose(columns, columns[::-1], atol=0.06)
 
 
-def test_erasing_has_its_probability():
+def test_clips_are_erased_with_the_given_probability():
     video, count = numbered(), 0
     for key in jax.random.split(jax.random.key(1), 100):
         result = np.asarray(erase_jit(video, key, 0.3))
@@ -71,19 +73,20 @@ def test_erasing_has_its_probability():
 
 def test_erasing_skips_boxes_that_do_not_fit():
     video = numbered()
-    whole = erase(video, jax.random.key(0), 1.0, area=(1.0, 1.0), aspect=(1.0, 1.0))  # 36 × 36
-    np.testing.assert_array_equal(whole, video)
-    frame = erase(video, jax.random.key(0), 1.0, area=(1.0, 1.0), aspect=(H / W, H / W))
-    np.testing.assert_array_equal(frame, np.zeros_like(video))  # it just fits
+    # A box of 36 × 36 pixels is higher than the frame.
+    too_high = erase(video, jax.random.key(0), 1.0, area=(1.0, 1.0), aspect=(1.0, 1.0))
+    np.testing.assert_array_equal(too_high, video)
+    full_frame = erase(video, jax.random.key(0), 1.0, area=(1.0, 1.0), aspect=(H / W, H / W))
+    np.testing.assert_array_equal(full_frame, np.zeros_like(video))
 
 
 def test_erasing_takes_the_first_box_that_fits_in_each_clip():
-    """Of boxes that cover 0.9 of the frame one in ten fits, so that about a third has none."""
-    large = jax.jit(functools.partial(erase, area=(0.9, 0.9)))  # happens in half of the clips
+    """One in ten boxes of 0.9 of the frame's area fits, so a third of the clips get none."""
+    large = jax.jit(functools.partial(erase, area=(0.9, 0.9)))  # default probability: 0.5
     shares = []
     for key in jax.random.split(jax.random.key(2), 60):
-        gone = np.asarray(large(numbered(), key))[:, 0, :, :, 0] == 0
-        shares += gone.mean(axis=(1, 2)).tolist()
+        boxes = np.asarray(large(numbered(), key))[:, 0, :, :, 0] == 0
+        shares += boxes.mean(axis=(1, 2)).tolist()
     shares = np.array(shares)
     assert 0.22 < (shares > 0).mean() < 0.45
     # A box that sticks out of the frame would cover less.
@@ -91,14 +94,14 @@ def test_erasing_takes_the_first_box_that_fits_in_each_clip():
 
 
 def test_erased_boxes_lie_anywhere_inside_the_frame():
-    """Boxes of a quarter of the frame and its shape: all have half of its sides."""
+    """Boxes with a quarter of the frame's area and its aspect ratio have half its sides."""
     quarter = jax.jit(functools.partial(erase, area=(0.25, 0.25), aspect=(H / W, H / W)))
     corners = set()
     for key in jax.random.split(jax.random.key(8), 60):
-        for gone in np.asarray(quarter(numbered(), key))[:, 0, :, :, 0] == 0:
-            if gone.any():
-                assert (gone.any(axis=1).sum(), gone.any(axis=0).sum()) == (H // 2, W // 2)
-                corners.add((int(gone.any(axis=1).argmax()), int(gone.any(axis=0).argmax())))
+        for box in np.asarray(quarter(numbered(), key))[:, 0, :, :, 0] == 0:
+            if box.any():
+                assert (box.any(axis=1).sum(), box.any(axis=0).sum()) == (H // 2, W // 2)
+                corners.add((int(box.any(axis=1).argmax()), int(box.any(axis=0).argmax())))
     assert {top for top, _ in corners} == set(range(H // 2 + 1))
     assert {left for _, left in corners} == set(range(W // 2 + 1))
 
@@ -128,13 +131,13 @@ def test_mixing_depends_on_its_key(mix):
 
 
 @pytest.mark.parametrize("function", [erase, lambda *x: mixup(*x, ALPHA), lambda *x: cutmix(*x, 1)])
-def test_the_dtype_is_kept(function):
+def test_the_dtype_and_shape_are_preserved(function):
     video = jax.ShapeDtypeStruct((B, T, H, W, 3), jnp.bfloat16)
     result = jax.tree.leaves(jax.eval_shape(function, video, jax.random.key(0)))[0]
     assert (result.dtype, result.shape) == (video.dtype, video.shape)
 
 
-def test_mixup_is_the_weighted_sum_of_the_partners():
+def test_mixup_is_the_weighted_sum_of_each_clip_and_its_partner():
     video = numbered()
     mixed, permutation, lam = mix_jit[mixup](video, jax.random.key(5), ALPHA)
     assert 0.01 < lam < 0.99
@@ -153,37 +156,37 @@ def test_mixup_lambda_follows_the_beta_distribution():
 
 def test_cutmix_lambda_is_the_share_of_own_pixels():
     video = numbered()
-    lams, shares = [], np.zeros((H, W))
+    lams, coverage = [], np.zeros((H, W))
     for key in jax.random.split(jax.random.key(0), 200):
         mixed, permutation, lam = (np.asarray(x) for x in mix_jit[cutmix](video, key, ALPHA))
         own = mixed == video
         assert (own | (mixed == video[permutation])).all()
         own = own[permutation != np.arange(B)]
-        assert (own == own[:1, :1, :, :, :1]).all()  # the same box everywhere
+        assert (own == own[:1, :1, :, :, :1]).all()  # the same box in all
         np.testing.assert_allclose(lam, own.mean(), atol=1e-6)
         box = ~own[0, 0, :, :, 0]
         assert (box == box.any(axis=1)[:, None] & box.any(axis=0)[None]).all()
         lams.append(float(lam))
-        shares += box
-    # λ's mean is ½ before the edges cut boxes off, which can only raise it.
+        coverage += box
+    # The mean of λ is ½ before boxes are cut off at the edges, which can only increase λ.
     assert 0.5 < np.mean(lams) < 0.75
     assert max(lams) > 0.99
     assert min(lams) < 0.3
-    assert shares[[0, 0, -1, -1], [0, -1, 0, -1]].min() > 0  # every corner is reached
+    assert coverage[[0, 0, -1, -1], [0, -1, 0, -1]].min() > 0  # every corner is reached
 
 
 @pytest.mark.parametrize(
     ("draws", "rows", "columns"),
     [
         ((0.5, 0.5), range(9, 24), range(11, 30)),  # centred on (16, 20)
-        ((0.0, 0.999), range(0, 8), range(30, 40)),  # on (0, 39): cut off at the edges
+        ((0.0, 0.999), range(0, 8), range(30, 40)),  # centred on (0, 39): cut off at the edges
         ((0.999, 0.25), range(24, 32), range(1, 20)),
     ],
 )
 def test_cutmix_boxes_are_centred_on_their_draw_and_cut_off_at_the_edges(
     draws, rows, columns, monkeypatch
 ):
-    monkeypatch.setattr(jax.random, "beta", lambda *_: jnp.float32(1 - 0.48**2))  # 15 × 19 pixels
+    monkeypatch.setattr(jax.random, "beta", lambda *_: jnp.float32(1 - 0.48**2))  # box of 15 × 19
     monkeypatch.setattr(jax.random, "uniform", lambda *_: jnp.float32(draws))
     monkeypatch.setattr(jax.random, "permutation", lambda *_: jnp.arange(B)[::-1])
     video = numbered()

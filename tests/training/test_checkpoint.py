@@ -1,4 +1,4 @@
-"""Model folders and checkpoints: saving, restoring, and refusing damaged ones."""
+"""Model folders and checkpoints: saving, restoring, and detection of damage."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def test_model_folders_are_restored_bit_by_bit(folder):
+def test_restored_model_folders_are_bit_identical(folder):
     expected = split_params(jaxvid.create_model("xvit_tiny", **TINY, seed=3))[1]
     model = jaxvid.load_model(folder)
     params = split_params(model)[1]
@@ -46,15 +46,15 @@ def test_model_folders_are_restored_bit_by_bit(folder):
     np.testing.assert_array_equal(model(video), jaxvid.load_model(folder)(video))
 
 
-def test_saving_replaces_model_folders_only(folder, tmp_path):
+def test_save_model_overwrites_only_model_folders(folder, tmp_path):
     other = jaxvid.create_model("xvit_tiny", **TINY, seed=4)
     before = model_folder.fingerprint(split_params(jaxvid.load_model(folder))[1])
     jaxvid.save_model(other, folder)
     assert model_folder.fingerprint(split_params(jaxvid.load_model(folder))[1]) != before
     assert not list(tmp_path.glob(".*"))
-    (tmp_path / "mine").mkdir()
+    (tmp_path / "unrelated").mkdir()
     with pytest.raises(InputError, match="is not a model folder; choose another one"):
-        jaxvid.save_model(other, tmp_path / "mine")
+        jaxvid.save_model(other, tmp_path / "unrelated")
 
 
 def test_fingerprints_differ_for_different_weights():
@@ -123,7 +123,7 @@ def test_a_different_network_is_refused_with_the_differences(folder):
         model_card.check_same_model(folder, make_model_config("xvit_tiny", **{**TINY, "depth": 2}))
 
 
-def test_weights_are_loaded_with_any_sharding(folder):
+def test_weights_are_loaded_with_the_requested_sharding(folder):
     mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=4, tensor=1))
     _, abstract = abstract_model(make_model_config("xvit_tiny", **TINY))
     abstract = sharding.with_sharding(abstract, mesh, FAMILIES["xvit"].tensor_axis)
@@ -148,8 +148,9 @@ def test_a_full_or_read_only_disk_is_refused_at_the_start(tmp_path, monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match="1 MB free, but checkpoints need 2 MB"):
         outputs.check_writable(tmp_path, 2 * 10**6)
-    outputs.check_writable(tmp_path, 10**6)  # it just fits
-    for name in ("checkpoints", "best", "model"):  # what is there will be replaced
+    outputs.check_writable(tmp_path, 10**6)  # exactly enough
+    # Existing outputs count as free space, because they will be replaced.
+    for name in ("checkpoints", "best", "model"):
         workdir = tmp_path / "runs" / name
         (workdir / name).mkdir(parents=True)
         (workdir / name / "weights").write_bytes(bytes(1_100_000))
@@ -169,26 +170,26 @@ def test_configs_are_compared_field_by_field(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert run_config.compare_config(tmp_path, config) == {}
     config["model"]["width"] = 32
-    found = run_config.compare_config(tmp_path, config)
-    assert found == {"model.width": "model.width: 64 before, 32 now"}
+    differences = run_config.compare_config(tmp_path, config)
+    assert differences == {"model.width": "model.width: 64 before, 32 now"}
     config["model"]["width"] = 64
     config["data"] = {"color_matrix": "auto"}  # an older config.json lacks it
     assert run_config.compare_config(tmp_path, config) == {}
     config["data"]["color_matrix"] = "bt601"
-    found = run_config.compare_config(tmp_path, config)
-    assert found == {"data.color_matrix": "data.color_matrix: 'tagged' before, 'bt601' now"}
+    differences = run_config.compare_config(tmp_path, config)
+    assert differences == {"data.color_matrix": "data.color_matrix: 'tagged' before, 'bt601' now"}
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json is damaged"):
         run_config.compare_config(tmp_path, config)
 
 
-def test_a_model_folder_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_model_folder_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         jaxvid.save_model(jaxvid.create_model("xvit_tiny", **TINY), "/proc/jaxvid/model")
 
 
 class Counter:
-    """Something resumable."""
+    """A stub of a `Resumable`, such as the data iterator."""
 
     def __init__(self, value: int):
         self.value = value
@@ -218,17 +219,17 @@ ABSTRACT = {
 
 
 def test_closing_a_manager_during_a_save_leaves_no_thread(tmp_path, monkeypatch):
-    """A daemon thread would go on while the interpreter shuts down, and abort it."""
+    """A daemon thread would keep running while the interpreter shuts down, and could abort it."""
     threads: list[threading.Thread] = []
     write_checksums = checkpoint.write_checksums
 
-    def write_late(workdir):
+    def write_checksums_slowly(workdir):
         threads.append(threading.current_thread())
         if threads[-1] is not threading.main_thread():
             time.sleep(0.3)
         write_checksums(workdir)
 
-    monkeypatch.setattr(checkpoint, "write_checksums", write_late)
+    monkeypatch.setattr(checkpoint, "write_checksums", write_checksums_slowly)
     manager = checkpoint.make_manager(tmp_path, keep=2)
     checkpoint.save_checkpoint(manager, {"step": np.int32(1)}, counters(1, 2))
     manager.close()
@@ -238,24 +239,25 @@ def test_closing_a_manager_during_a_save_leaves_no_thread(tmp_path, monkeypatch)
     assert [*json.loads((tmp_path / "checkpoints.json").read_text())] == ["1"]
 
 
-def test_a_checkpoint_keeps_the_log_window_and_older_ones_have_none(tmp_path):
+def test_checkpoints_contain_the_log_window_which_may_be_missing(tmp_path):
     save(tmp_path, 3)
-    found = counters(0, 0)
-    manager, state = checkpoint.restore_newest(tmp_path, ABSTRACT, found, keep=2)
+    resumables = counters(0, 0)
+    manager, state = checkpoint.restore_newest(tmp_path, ABSTRACT, resumables, keep=2)
     manager.close()
-    assert (int(state["step"]), found["data"].value, found["log"].value) == (3, 3, 30)
+    assert (int(state["step"]), resumables["data"].value, resumables["log"].value) == (3, 3, 30)
     shutil.rmtree(tmp_path / "checkpoints" / "3" / "log")
     (tmp_path / "checkpoints.json").unlink()
-    found = counters(0, 0)
-    manager, state = checkpoint.restore_newest(tmp_path, ABSTRACT, found, keep=2)
+    resumables = counters(0, 0)
+    manager, state = checkpoint.restore_newest(tmp_path, ABSTRACT, resumables, keep=2)
     manager.close()
-    assert (int(state["step"]), found["data"].value, found["log"].value) == (3, 3, 0)
+    assert (int(state["step"]), resumables["data"].value, resumables["log"].value) == (3, 3, 0)
 
 
 def test_outputs_of_a_run_without_checkpoints_are_moved_aside(tmp_path, lines):
     for name in ("metrics.jsonl", "config.json", "mine.txt", "log.txt"):
         (tmp_path / name).write_text(name)
-    outputs.tidy_outputs(tmp_path)  # of a run that was killed before its first checkpoint
+    # The run was killed before its first checkpoint: its outputs stay.
+    outputs.tidy_outputs(tmp_path)
     assert (tmp_path / "metrics.jsonl").exists()
     assert not lines
     for folder in ("previous", "previous_again"):
@@ -291,18 +293,22 @@ def save_steps(workdir: Path, *steps: int, **trees) -> None:
 
 
 def abstract(tree):
-    """The shapes and shardings of a tree of arrays."""
+    """Return the shapes, dtypes and shardings of a tree of arrays."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
     )
 
 
 def restore(workdir: Path) -> tuple[int | None, int, int]:
-    """The restored step and the counters' values; checks the weights."""
-    found = counters(-1, -1)
-    manager, state = checkpoint.restore_newest(workdir, abstract(tiny_state(0)), found, keep=2)
+    """Restore the newest checkpoint, and check its weights.
+
+    Returns:
+        The step, or None if there is no checkpoint; and the values of the two counters.
+    """
+    resumables = counters(-1, -1)
+    manager, state = checkpoint.restore_newest(workdir, abstract(tiny_state(0)), resumables, keep=2)
     manager.close()
-    values = found["data"].value, found["log"].value
+    values = resumables["data"].value, resumables["log"].value
     if state is None:
         return None, *values
     np.testing.assert_array_equal(state["params"]["a.kernel"], np.full((2, 3), state["step"]))
@@ -310,7 +316,7 @@ def restore(workdir: Path) -> tuple[int | None, int, int]:
 
 
 def damage(workdir: Path, step: int) -> None:
-    """Changes a byte of a checkpoint's largest file."""
+    """Change a byte in the middle of a checkpoint's largest file."""
     files = [p for p in (workdir / "checkpoints" / str(step)).rglob("*") if p.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
@@ -323,14 +329,14 @@ def test_the_newest_checkpoints_are_kept_and_restored(tmp_path):
     save_steps(tmp_path, 1, 2, 3)
     assert checkpoint.find_steps(tmp_path) == [2, 3]
     assert checkpoint.newest_step(tmp_path) == 3
-    noted = json.loads((tmp_path / "checkpoints.json").read_text())
-    assert noted.keys() == {"2", "3"}
-    assert all(noted.values())
+    checksums = json.loads((tmp_path / "checkpoints.json").read_text())
+    assert checksums.keys() == {"2", "3"}
+    assert all(checksums.values())
     assert restore(tmp_path) == (3, 30, 60)
     assert not (tmp_path / "damaged").exists()
 
 
-def test_damaged_checkpoints_are_moved_aside_and_named(tmp_path, lines):
+def test_damaged_checkpoints_are_moved_aside_and_logged(tmp_path, lines):
     save_steps(tmp_path, 2, 3)
     damage(tmp_path, 3)
     assert restore(tmp_path) == (2, 20, 40)
@@ -339,7 +345,7 @@ def test_damaged_checkpoints_are_moved_aside_and_named(tmp_path, lines):
     [line] = lines
     assert "checkpoint of step 3 is damaged (1 of " in line
     assert str(tmp_path / "damaged" / "3") in line
-    save_steps(tmp_path, 3)  # trained again, and damaged again
+    save_steps(tmp_path, 3)  # the resumed run reaches step 3 again
     for step in (2, 3):
         damage(tmp_path, step)
     with pytest.raises(InputError, match="every checkpoint is damaged .*/3_again, .*/2"):
@@ -350,11 +356,11 @@ def test_damaged_checkpoints_are_moved_aside_and_named(tmp_path, lines):
     assert restore(tmp_path) == (None, -1, -1)
 
 
-def test_a_whole_checkpoint_of_another_shape_is_not_moved(tmp_path):
+def test_intact_checkpoints_with_a_different_structure_are_not_moved(tmp_path):
     save_steps(tmp_path, 3)
-    other = abstract({**tiny_state(0), "more": jnp.zeros(2)})
+    different = abstract({**tiny_state(0), "more": jnp.zeros(2)})
     with pytest.raises(InputError, match="step 3 is intact, but cannot be restored") as error:
-        checkpoint.restore_newest(tmp_path, other, counters(0, 0), keep=2)
+        checkpoint.restore_newest(tmp_path, different, counters(0, 0), keep=2)
     assert "\n" not in str(error.value)
     assert checkpoint.find_steps(tmp_path) == [3]
 
@@ -367,20 +373,20 @@ def test_checkpoints_without_checksums_are_restored(tmp_path):
     assert restore(tmp_path) == (3, 30, 60)
 
 
-def test_weights_come_alone_and_their_average_if_there_is_one(tmp_path):
+def test_restore_params_of_checkpoints_prefers_averaged_weights(tmp_path):
     params = tiny_state(3)["params"]
     save_steps(tmp_path / "plain", 3)
     save_steps(tmp_path / "average", 3, ema={"a.kernel": jnp.full((2, 3), 7.0)})
     for name, expected in (("plain", 3), ("average", 7)):
-        found = checkpoint.restore_params(tmp_path / name, 3, abstract(params))
-        assert found.keys() == params.keys()
-        np.testing.assert_array_equal(found["a.kernel"], np.full((2, 3), expected))
+        restored = checkpoint.restore_params(tmp_path / name, 3, abstract(params))
+        assert restored.keys() == params.keys()
+        np.testing.assert_array_equal(restored["a.kernel"], np.full((2, 3), expected))
     damage(tmp_path / "plain", 3)
     with pytest.raises(InputError, match="step 3 is damaged .*evaluate --config.init_from=.*/best"):
         checkpoint.restore_params(tmp_path / "plain", 3, abstract(params))
 
 
-def test_a_save_that_fails_names_the_checkpoints_there_are(tmp_path, monkeypatch):
+def test_the_error_of_a_failed_save_lists_the_complete_checkpoints(tmp_path, monkeypatch):
     save_steps(tmp_path, 2, 3)
     manager = checkpoint.make_manager(tmp_path, keep=2)
 
@@ -411,7 +417,7 @@ def test_a_resumed_run_keeps_as_many_checkpoints_as_a_new_one(tmp_path):
     assert checkpoint.find_steps(tmp_path) == [2, 3]
 
 
-def test_damage_of_checkpoints_before_the_next_save_is_detected(tmp_path):
+def test_damage_to_checkpoints_is_detected_after_a_later_save(tmp_path):
     save_steps(tmp_path, 2)
     damage(tmp_path, 2)
     save_steps(tmp_path, 3)
@@ -428,15 +434,16 @@ def test_a_checkpoint_without_checksums_that_cannot_be_read_is_moved_aside(tmp_p
     assert (tmp_path / "damaged" / "3").is_dir()
 
 
-def test_half_written_models_without_checkpoints_are_removed(tmp_path):
-    halves = [atomic.staging_dir(tmp_path / name) for name in ("best", "model")]
-    for half in halves:
-        half.mkdir()
+def test_incomplete_models_without_checkpoints_are_removed(tmp_path):
+    staging_dirs = [atomic.staging_dir(tmp_path / name) for name in ("best", "model")]
+    for staging_dir in staging_dirs:
+        staging_dir.mkdir()
     outputs.tidy_outputs(tmp_path)
-    assert not any(half.exists() for half in halves)
+    assert not any(staging_dir.exists() for staging_dir in staging_dirs)
 
 
 def test_all_outputs_of_a_run_whose_checkpoints_were_deleted_are_moved_aside(tmp_path):
+    # Outputs that a run has from its start, and those that it only has after a checkpoint.
     early = {"metrics.jsonl", "tensorboard", "curves.png", "profile", "skipped.jsonl"}
     early |= {"config.json", "starts.jsonl", "training_videos.json.gz"}
     late = {"best", "model", "eval.json", "eval_videos.csv", "eval.html", "comparison.json"}

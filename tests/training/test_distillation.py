@@ -1,4 +1,4 @@
-"""Loading of teachers; the distillation loss is tested in test_steps.py."""
+"""Loading of teachers. The distillation loss is tested in test_steps.py."""
 
 import re
 
@@ -12,17 +12,17 @@ from jaxvid.experiment import resolve
 from jaxvid.training.distillation import DistillConfig, load_teacher
 from tests.conftest import shrunk_config
 
-HOW = {"num_frames": 8, "crop": 64, "short_side": 72, "sampling": "segments"}
-HOW |= {"mean": 0.25, "std": 0.75}
+PREPROCESSING = {"num_frames": 8, "crop": 64, "short_side": 72, "sampling": "segments"}
+PREPROCESSING |= {"mean": 0.25, "std": 0.75}
 
 
 @pytest.fixture
 def teach(motion_folder, tmp_path):
-    """Saves a teacher and loads it for a student of the motion clips."""
+    """Return a function that saves a teacher and loads it for a student of the motion clips."""
 
-    def load(labels=None, how=HOW, **options):
+    def load(labels=None, preprocessing=PREPROCESSING, **options):
         model = jaxvid.create_model("stam_tiny", width=16, depth=1, **options)
-        jaxvid.save_model(model, tmp_path / "teacher", preprocessing=how, labels=labels)
+        jaxvid.save_model(model, tmp_path / "teacher", preprocessing=preprocessing, labels=labels)
         experiment = resolve(shrunk_config(motion_folder))
         distill = DistillConfig(teacher=str(tmp_path / "teacher"), weight=0.5)
         mesh = sharding.make_mesh(experiment.mesh)
@@ -32,7 +32,7 @@ def teach(motion_folder, tmp_path):
 
 
 @pytest.mark.parametrize("labels", [LABELS, None, [str(i) for i in range(8)]])
-def test_a_teacher_with_the_same_classes_is_loaded(teach, labels):
+def test_a_teacher_with_the_same_or_unnamed_classes_is_loaded(teach, labels):
     teacher, params = teach(labels and list(labels))
     assert (teacher.mean, teacher.std, teacher.weight) == (0.25, 0.75, 0.5)
     assert {str(leaf.dtype) for leaf in params.values()} == {"bfloat16"}
@@ -55,8 +55,11 @@ def test_without_a_teacher_nothing_is_loaded():
             {"image_size": 32},
             "clips or classes differ .*image_size: 32 in the teacher, 64 in the config",
         ),
-        ({"how": None}, "model.json: preprocessing is missing; export the model again"),
-        ({"how": {"mean": 0.5}}, "model.json: preprocessing has no num_frames; export the model"),
+        ({"preprocessing": None}, "model.json: preprocessing is missing; export the model again"),
+        (
+            {"preprocessing": {"mean": 0.5}},
+            "model.json: preprocessing has no num_frames; export the model",
+        ),
     ],
 )
 def test_unsuitable_teachers_are_refused(teach, options, message):
@@ -65,7 +68,7 @@ def test_unsuitable_teachers_are_refused(teach, options, message):
     assert "\n" not in str(error.value)
 
 
-def test_impossible_values_are_refused():
+def test_values_out_of_range_are_refused():
     for name, value in (("weight", 1.5), ("temperature", 0.0)):
         with pytest.raises(InputError, match=re.escape(f"distill.{name}={value}: must be ")):
             DistillConfig(**{name: value})

@@ -1,4 +1,4 @@
-"""Metric rows, TensorBoard events and skipped videos, also after a kill."""
+"""Rows of metrics, TensorBoard events and skipped videos, also after the run was killed."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ def test_sums_are_exact():
     ("log_steps", "total", "expected"),
     [(50, 1000, 50), (50, 110, 11), (50, 115, 11), (50, 20, 2), (50, 9, 1), (3, 20, 2), (1, 1, 1)],
 )
-def test_a_short_run_has_ten_rows(log_steps, total, expected):
+def test_short_runs_get_shorter_log_windows(log_steps, total, expected):
     assert window_steps(log_steps, total) == expected
 
 
@@ -69,22 +69,22 @@ def test_skipped_videos_are_listed_once_even_after_a_kill(tmp_path):
     skipped = SkippedVideos(tmp_path, num_videos=4, max_share=0.5)
     skipped.note([("b", "b is broken"), ("ä", "ä is broken")])
     skipped.note([("b", "b is broken")])
-    whole = path.read_text(encoding="utf-8")
-    assert [json.loads(line)["id"] for line in whole.splitlines()] == ["b", "ä"]
-    path.write_text(whole + '{"id": "c", "err', encoding="utf-8")
-    again = SkippedVideos(tmp_path, num_videos=4, max_share=0.5)
-    assert path.read_text(encoding="utf-8") == whole
-    # Those of the earlier start may have been restored since.
-    again.note([("c", "c is broken"), ("b", "b is broken")])
-    again.note([])
+    complete = path.read_text(encoding="utf-8")
+    assert [json.loads(line)["id"] for line in complete.splitlines()] == ["b", "ä"]
+    path.write_text(complete + '{"id": "c", "err', encoding="utf-8")
+    restarted = SkippedVideos(tmp_path, num_videos=4, max_share=0.5)
+    assert path.read_text(encoding="utf-8") == complete
+    # Failures of the earlier start do not count: the videos may have been restored since.
+    restarted.note([("c", "c is broken"), ("b", "b is broken")])
+    restarted.note([])
     with pytest.raises(InputError, match="3 of 4 training videos cannot be decoded"):
-        again.note([("d", "d is broken")])
+        restarted.note([("d", "d is broken")])
     listed = [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()]
     assert listed == ["b", "ä", "c", "d"]
 
 
 def test_a_run_stops_when_all_videos_fail(tmp_path):
-    """Videos that are no longer in the list do not count."""
+    """Videos that are no longer in the list are not counted."""
     assert SkippedVideos(tmp_path, num_videos=4, max_share=0.0).summary() == ""
     skipped = SkippedVideos(tmp_path, num_videos=4, max_share=1.0, lost=["d"])
     skipped.note([("a", "a is broken"), ("b", "b is broken"), ("d", "d is gone")])
@@ -101,17 +101,17 @@ def test_a_run_stops_when_all_videos_fail(tmp_path):
         read_skipped(tmp_path)
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_the_file(tmp_path, monkeypatch):
     skipped = SkippedVideos(tmp_path, num_videos=4, max_share=0.5)
     (tmp_path / "skipped.jsonl").symlink_to("/dev/full")
     with pytest.raises(InputError, match="skipped.jsonl cannot be written .No space left"):
         skipped.note([("b", "b is broken")])
     writer = MetricWriter(tmp_path, 0)
 
-    def meet_a_full_disk(*_):
+    def raise_disk_full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer._files[1], "write_event", meet_a_full_disk)
+    monkeypatch.setattr(writer._files[1], "write_event", raise_disk_full)
     with pytest.raises(InputError, match="tensorboard/ cannot be written .No space left"):
         writer.write(1, {"loss": 1.0})
     writer.close()
@@ -124,7 +124,7 @@ def test_the_last_evaluation_is_read_even_after_a_kill(tmp_path):
     assert last_evaluation(tmp_path) == 4
 
 
-def test_tensorboard_events_hold_scalars_classes_and_clips(tmp_path):
+def test_tensorboard_events_contain_scalars_classes_and_clips(tmp_path):
     writer = MetricWriter(tmp_path, 0)
     writer.write(1, {"val/loss": None, "val/top1": 50.0})
     writer.write_classes(1, ["red", "blue"], np.array([50.0, np.nan]))
@@ -135,6 +135,6 @@ def test_tensorboard_events_hold_scalars_classes_and_clips(tmp_path):
     written = events.read_bytes()
     for tag in (b"val/top1", b"val_class_top1/red", b"val/class_top1", b"train/clips"):
         assert tag in written, tag
-    for tag in (b"val/loss", b"val_class_top1/blue"):  # there is no such number
+    for tag in (b"val/loss", b"val_class_top1/blue"):  # None and nan are not written
         assert tag not in written, tag
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["val/loss"] is None

@@ -24,11 +24,11 @@ from tests import goldens
 MOTION = OptimizerConfig(**motion.get_config().optimizer)
 
 
-def test_warm_up_is_linear_and_the_end_is_zero():
+def test_warm_up_is_linear_and_the_final_rate_is_zero():
     settings = MOTION
     schedule = make_schedule(settings, batch_size=32, total_steps=1000, steps_per_epoch=125)
     assert schedule(0) == 0
-    top = 1e-3 * 0.5 * (1 + math.cos(0.1 * math.pi))  # the cosine's value where it takes over
+    top = 1e-3 * 0.5 * (1 + math.cos(0.1 * math.pi))  # of the cosine at the end of the warm-up
     assert schedule(50) == pytest.approx(top / 2)
     assert schedule(100) == pytest.approx(top)
     assert schedule(500) == pytest.approx(5e-4)
@@ -99,23 +99,23 @@ def test_released_schedules_equal_the_originals(name, config):
     )
     with jax.enable_x64(True):
         for epoch, rate in points:
-            found = float(schedule(jnp.float64(epoch * per_epoch)))
-            assert found == pytest.approx(rate, rel=1e-6, abs=1e-12), epoch
+            actual = float(schedule(jnp.float64(epoch * per_epoch)))
+            assert actual == pytest.approx(rate, rel=1e-6, abs=1e-12), epoch
 
 
 def test_learning_rates_are_scaled_by_the_batch_size():
     optimizer = OptimizerConfig(**xvit_k600.get_config().optimizer)
     settings = {"total_steps": 3000, "steps_per_epoch": 100}
-    whole = make_schedule(optimizer, batch_size=64, **settings)
-    half = make_schedule(optimizer, batch_size=32, **settings)
+    full_batch = make_schedule(optimizer, batch_size=64, **settings)
+    half_batch = make_schedule(optimizer, batch_size=32, **settings)
     for step in (0, 200, 1500):
-        assert float(half(step)) == pytest.approx(float(whole(step)) / 2)
+        assert float(half_batch(step)) == pytest.approx(float(full_batch(step)) / 2)
     expected = "learning rate 0.015 (0.03 at batch size 64, scaled by 32/64)"
     assert describe_rate(optimizer, 32) == expected
 
 
 def test_sgd_has_coupled_weight_decay_except_for_biases_of_heads():
-    """One step by hand: the decay is part of the gradient that Nesterov's momentum sees."""
+    """The decay is added to the gradient before Nesterov momentum; one step is checked."""
     settings = OptimizerConfig(**xvit_k600.get_config().optimizer)
     params = {name: jnp.full(3, 2.0) for name in ("consensus.a.bias", "base_model.a.bias", "x.k")}
     grads = {name: jnp.ones(3) for name in params}
@@ -146,8 +146,8 @@ def test_layer_decay_and_freezing_by_block(name):
     family = FAMILIES[name.partition("_")[0]]
     optimizer = make_optimizer(settings, lambda _: 1.0, family)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
-    stem = "base_model." if name == "xvit_tiny" else ""
-    head = "consensus.mlp_head.4.kernel" if stem else "head.kernel"
+    prefix = "base_model." if name == "xvit_tiny" else ""
+    head = "consensus.mlp_head.4.kernel" if prefix else "head.kernel"
     scales = {
         "patch_embed.proj.kernel": 0.125,
         "cls_token": 0.125,
@@ -156,14 +156,14 @@ def test_layer_decay_and_freezing_by_block(name):
         "blocks.1.attn.qkv.kernel": 0.5,
         "norm.scale": 1.0,
     }
-    for key, scale in {**{stem + key: value for key, value in scales.items()}, head: 1.0}.items():
+    for key, scale in {**{prefix + key: value for key, value in scales.items()}, head: 1.0}.items():
         assert -updates[key] == pytest.approx(scale), key
-    assert (stem + "temp_embed" in updates) == (name == "xvit_tiny")
+    assert (prefix + "temp_embed" in updates) == (name == "xvit_tiny")
     if name == "xvit_tiny":
         assert -updates["base_model.temp_embed"] == pytest.approx(0.125)
     settings = dataclasses.replace(settings, freeze="backbone")
     frozen = frozen_names(settings, params, family)
-    assert stem + "pos_embed" in frozen
+    assert prefix + "pos_embed" in frozen
     assert head not in frozen
     assert len(frozen) == sum(
         not key.startswith(("consensus", "aggregate", "head")) for key in params
@@ -181,6 +181,6 @@ def test_layer_decay_and_freezing_by_block(name):
         ("clip_norm", -1.0, "optimizer.clip_norm=-1.0: must not be below 0"),
     ],
 )
-def test_impossible_values_are_refused(field, value, message):
+def test_invalid_values_are_refused(field, value, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(MOTION, **{field: value})

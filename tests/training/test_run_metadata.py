@@ -1,4 +1,4 @@
-"""Fingerprints of the data, and the starts of a run."""
+"""Fingerprints of the data, and the records of the starts of a run."""
 
 import dataclasses
 import hashlib
@@ -25,6 +25,7 @@ def videos(tmp_path):
 
 
 def start(workdir, records):
+    """Record the start of a run on these training videos."""
     mesh = sharding.make_mesh(sharding.MeshShape())
     run_metadata.record_start(
         workdir, run_metadata.describe_run(mesh, {"train": records, "val": []})
@@ -37,7 +38,7 @@ def test_ids_labels_and_files_have_fingerprints(videos):
     assert fingerprints.fingerprint(relabelled) == fingerprints.fingerprint(videos)
     assert fingerprints.fingerprint_labels(relabelled) != fingerprints.fingerprint_labels(videos)
     assert fingerprints.fingerprint(videos[::-1]) != fingerprints.fingerprint(videos)
-    expected = hashlib.sha256(b"0\x001\x00").hexdigest()  # the same in any process
+    expected = hashlib.sha256(b"0\x001\x00").hexdigest()  # equal in all processes
     assert fingerprints.fingerprint_labels(videos) == expected
     files = fingerprints.fingerprint_files(videos)
     assert fingerprints.fingerprint_files(relabelled) == files
@@ -74,16 +75,16 @@ def test_a_run_refuses_relabelled_training_videos(videos, tmp_path):
 def test_starts_without_label_fingerprints_are_accepted(videos, tmp_path):
     start(tmp_path, videos)
     path = tmp_path / "starts.jsonl"
-    facts = json.loads(path.read_text())
-    del facts["data"]["train"]["labels_sha256"]
-    path.write_text(json.dumps(facts) + "\n")
+    start_record = json.loads(path.read_text())
+    del start_record["data"]["train"]["labels_sha256"]
+    path.write_text(json.dumps(start_record) + "\n")
     start(tmp_path, videos)
     assert len(path.read_text().splitlines()) == 2
     with pytest.raises(InputError, match="now there are 1"):
         start(tmp_path, videos[:1])
 
 
-def test_processes_with_other_labels_are_refused(videos, monkeypatch):
+def test_processes_with_different_labels_are_refused(videos, monkeypatch):
     other = fingerprints.describe_videos(
         [dataclasses.replace(record, label=1) for record in videos]
     )
@@ -94,20 +95,20 @@ def test_processes_with_other_labels_are_refused(videos, monkeypatch):
         run_metadata.check_same_videos(fingerprints.describe_videos(videos))
 
 
-def test_file_names_that_are_not_utf8_have_a_fingerprint(tmp_path, monkeypatch):
-    odd = os.fsdecode(b"caf\xe9.mp4")
-    found = {
+def test_file_names_that_are_not_utf8_have_fingerprints(tmp_path, monkeypatch):
+    non_utf8 = os.fsdecode(b"caf\xe9.mp4")
+    hashes = {
         fingerprints.fingerprint([Record(tmp_path / name, 0, name)])
-        for name in (odd, "caf.mp4", "café.mp4")
+        for name in (non_utf8, "caf.mp4", "café.mp4")
     }
-    assert len(found) == 3
-    monkeypatch.setattr("sys.argv", ["main.py", odd])
-    start(tmp_path, [Record(tmp_path / odd, 0, odd)])
-    start(tmp_path, [Record(tmp_path / odd, 0, odd)])
-    facts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
-    assert [line["command"] for line in facts] == [["main.py", odd]] * 2
+    assert len(hashes) == 3
+    monkeypatch.setattr("sys.argv", ["main.py", non_utf8])
+    start(tmp_path, [Record(tmp_path / non_utf8, 0, non_utf8)])
+    start(tmp_path, [Record(tmp_path / non_utf8, 0, non_utf8)])
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [line["command"] for line in starts] == [["main.py", non_utf8]] * 2
 
 
-def test_a_start_that_cannot_be_recorded_is_one_line(videos, tmp_path):
+def test_a_start_that_cannot_be_recorded_is_refused(videos, tmp_path):
     with pytest.raises(InputError, match="starts.jsonl cannot be written"):
         start(tmp_path / "a", videos)

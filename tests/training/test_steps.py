@@ -1,4 +1,4 @@
-"""The training and evaluation steps on the device."""
+"""The training and evaluation steps, which run on the device."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ TINY = {"width": 16, "depth": 1, "image_size": 32}
 
 
 class Stub(nnx.Module):
-    """A network whose logits are the first pixel's channels and a constant: known in advance."""
+    """A network whose logits are the three channels of a clip's first pixel, and 0.5."""
 
     def __init__(self):
         self.bias = nnx.Param(jnp.zeros(()))
@@ -54,8 +54,8 @@ def test_cross_entropy_follows_the_formula():
     labels, smoothing = np.array([0, 4, 2, 2]), 0.3
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     expected = -(1 - smoothing) * log_p[range(4), labels] - smoothing * log_p.mean(1)
-    found = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing=smoothing)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    actual = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing=smoothing)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 def test_normalize():
@@ -67,7 +67,15 @@ def test_normalize():
 
 
 def stub_scores(pixels, score="logits"):
-    """What `eval_step` gives for `pixels` `(b, v, 3)`, which are what the stub's logits are."""
+    """Run `eval_step` with the stub on views of one frame of one pixel.
+
+    Args:
+        pixels: `(b, v, 3)`; the logits of a view are its pixel / 255, and 0.5.
+        score: As in the config.
+
+    Returns:
+        The results of `eval_step`, on the host.
+    """
     graphdef, params = split_params(Stub())
     batch = {"video": np.asarray(pixels, np.uint8)[:, :, None, None, None, :]}
     options = {"graphdef": graphdef, "mean": 0.0, "std": 1.0, "score": score}
@@ -75,25 +83,26 @@ def stub_scores(pixels, score="logits"):
 
 
 def test_eval_step_sums_the_logits_of_the_views():
-    """Two weak views outvote a strong one only if their sum is larger."""
+    """The sum decides, not the number of views that favour a class."""
     views = [[[255, 0, 0], [0, 102, 0], [0, 102, 0]], [[102, 0, 0], [0, 204, 0], [0, 204, 0]]]
-    found = stub_scores(views)
-    np.testing.assert_allclose(found["scores"][0], [1.0, 0.8, 0.0, 1.5], rtol=1e-5)
-    np.testing.assert_allclose(found["scores"][1], [0.4, 1.6, 0.0, 1.5], rtol=1e-5)
-    exp = np.exp(found["scores"] / 3)
-    np.testing.assert_allclose(found["probabilities"], exp / exp.sum(1, keepdims=True), rtol=1e-5)
+    results = stub_scores(views)
+    np.testing.assert_allclose(results["scores"][0], [1.0, 0.8, 0.0, 1.5], rtol=1e-5)
+    np.testing.assert_allclose(results["scores"][1], [0.4, 1.6, 0.0, 1.5], rtol=1e-5)
+    exp = np.exp(results["scores"] / 3)
+    np.testing.assert_allclose(results["probabilities"], exp / exp.sum(1, keepdims=True), rtol=1e-5)
 
 
 def test_eval_step_averages_probabilities():
     views = [[[255, 0, 0], [0, 102, 0]]]
-    found = stub_scores(views, score="probabilities")
+    results = stub_scores(views, score="probabilities")
     logits = np.array([[1, 0, 0, 0.5], [0, 0.4, 0, 0.5]])
-    each = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    np.testing.assert_allclose(found["scores"][0], each.mean(0), rtol=1e-5)
-    np.testing.assert_array_equal(found["scores"], found["probabilities"])
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(results["scores"][0], probabilities.mean(0), rtol=1e-5)
+    np.testing.assert_array_equal(results["scores"], results["probabilities"])
 
 
 def make_step(config, optimizer, seed, **options):
+    """Return an initial state, the jitted training step and the network's structure."""
     graphdef, _ = abstract_model(config)
     recipe = Recipe(seed=seed, **options)
     step = functools.partial(
@@ -142,7 +151,7 @@ def test_dropout_keys_follow_seed_and_step():
     }
 
     def losses(seed):
-        # A learning rate of 0 leaves the weights as they are: only the key changes.
+        # With a learning rate of 0, the weights do not change: only the key does.
         state, step, _ = make_step(config, optax.sgd(0.0), seed)
         out = []
         for _ in range(2):
@@ -155,7 +164,7 @@ def test_dropout_keys_follow_seed_and_step():
 
 
 def test_the_released_recipe_reproduces_the_original_training(monkeypatch):
-    """Five steps of XViT's recipe: its schedule, optimiser and loss; mixup's draws are given."""
+    """Five steps of XViT's recipe, with the random draws of mixup from the original run."""
     golden = goldens.load("tiny/xvit_tiny_train_trajectory")
     model_config = dataclasses.replace(xvit_config(golden), dropout=0.0)
     graphdef, abstract = abstract_model(model_config)
@@ -167,22 +176,22 @@ def test_the_released_recipe_reproduces_the_original_training(monkeypatch):
         steps_per_epoch=int(golden["steps_per_epoch"]),
     )
     optimizer = make_optimizer(config.optimizer, schedule, FAMILIES["xvit"])
-    lams, orders = jnp.float32(golden["lams"]), jnp.asarray(golden["perms"])
+    lams, permutations = jnp.float32(golden["lams"]), jnp.asarray(golden["perms"])
 
-    def given_mixup(video, key, alpha):
-        # The key is fold_in(seed, step), split: the draws that belong to it are found by its bits.
+    def recorded_mixup(video, key, alpha):
+        # The step is not an argument: find it by comparing the key with those of all steps.
         bits = jax.random.key_data(key)[None]
         step = (jax.random.key_data(keys) == bits).all(axis=-1).argmax()
-        lam, order = lams[step], orders[step]
-        return lam * video + (1 - lam) * video[order], order, lam
+        lam, permutation = lams[step], permutations[step]
+        return lam * video + (1 - lam) * video[permutation], permutation, lam
 
-    monkeypatch.setattr("jaxvid.training.batch_augmentation.mixup", given_mixup)
+    monkeypatch.setattr("jaxvid.training.batch_augmentation.mixup", recorded_mixup)
     key = jax.random.key(config.seed)
     keys = jnp.stack([jax.random.split(jax.random.fold_in(key, i), 3)[2] for i in range(5)])
     recipe = Recipe(
         seed=config.seed,
         mean=0.0,
-        std=1 / 255,  # the golden's clips are normalised
+        std=1 / 255,  # no change: the golden's clips are normalised already
         label_smoothing=config.label_smoothing,
         mixup_alpha=config.mixup_alpha,
     )
@@ -199,7 +208,8 @@ def test_the_released_recipe_reproduces_the_original_training(monkeypatch):
     goldens.assert_samples(golden, "final", state["params"])
 
 
-def batch_of(count, seed=0):
+def random_batch(count, seed=0):
+    """Return a batch of random clips; the second one is masked."""
     rng = np.random.default_rng(seed)
     return {
         "video": rng.integers(0, 255, (count, 8, 32, 32, 3), np.uint8),
@@ -209,25 +219,26 @@ def batch_of(count, seed=0):
 
 
 def distance(a, b):
+    """Return the largest absolute difference between two dictionaries of arrays."""
     return max(float(np.abs(a[name] - b[name]).max()) for name in a)
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"mixup_alpha": 0.4, "erase_prob": 0.5}, {"cutmix_alpha": 1.0}], ids=str
 )
-def test_accumulation_equals_the_large_batch(options):
+def test_accumulation_equals_the_full_batch(options):
     config, optimizer = make_model_config("xvit_tiny", **TINY), optax.sgd(0.1, momentum=0.9)
-    found = []
-    for parts in (1, 4):
-        state, step, _ = make_step(config, optimizer, 0, accumulate_steps=parts, **options)
+    results = []
+    for num_parts in (1, 4):
+        state, step, _ = make_step(config, optimizer, 0, accumulate_steps=num_parts, **options)
         for i in range(2):
-            state, sums = step(state, batch_of(8, i))
-        found.append((state["params"], jax.device_get(sums)))
-    (whole, expected), (parts, sums) = found
-    assert distance(whole, parts) <= 1e-6
+            state, sums = step(state, random_batch(8, i))
+        results.append((state["params"], jax.device_get(sums)))
+    (full_batch, expected), (accumulated, sums) = results
+    assert distance(full_batch, accumulated) <= 1e-6
     for name, value in expected.items():
         assert sums[name] == pytest.approx(value, rel=1e-5), name
-    assert sums["count"] <= 7  # one is masked, and with mixing its partner
+    assert sums["count"] <= 7  # one is masked; with mixing, also its partner
 
 
 def test_ema_follows_the_weights():
@@ -235,9 +246,9 @@ def test_ema_follows_the_weights():
     state, step, _ = make_step(config, optax.sgd(0.1), 0, ema_decay=0.5)
     average = jax.device_get(state["params"])
     for i in range(8):
-        state, _ = step(state, batch_of(4, i))
-        keep = min(0.5, (2 + i) / (11 + i))
-        average = {k: keep * average[k] + (1 - keep) * v for k, v in state["params"].items()}
+        state, _ = step(state, random_batch(4, i))
+        decay = min(0.5, (2 + i) / (11 + i))
+        average = {k: decay * average[k] + (1 - decay) * v for k, v in state["params"].items()}
     assert distance(average, state["ema"]) <= 1e-6
     assert eval_params(state) is state["ema"]
     assert distance(state["params"], state["ema"]) > 1e-4
@@ -249,10 +260,10 @@ def test_frozen_weights_are_constant_and_have_no_moments():
     frozen = frozenset(name for name in names if name.startswith("base_model."))
     state, step, _ = make_step(config, optax.adamw(0.1, weight_decay=1.0), 0, frozen=frozen)
     assert not any("base_model" in str(path) for path, _ in tree_paths(state["opt_state"]))
-    after, _ = step(state, batch_of(4))
+    after, _ = step(state, random_batch(4))
     for name in names:
-        same = bool((after["params"][name] == state["params"][name]).all())
-        assert same == (name in frozen), name
+        unchanged = bool((after["params"][name] == state["params"][name]).all())
+        assert unchanged == (name in frozen), name
 
 
 def tree_paths(tree):
@@ -261,47 +272,43 @@ def tree_paths(tree):
 
 def test_distillation_loss_follows_the_formula():
     rng = np.random.default_rng(0)
-    logits, wanted, t = rng.normal(size=(3, 5)), rng.normal(size=(3, 5)), 2.5
-
-    def softmax(x):
-        return np.exp(x) / np.exp(x).sum(1, keepdims=True)
-
-    p, q = softmax(wanted / t), softmax(logits / t)
+    logits, teacher_logits, t = rng.normal(size=(3, 5)), rng.normal(size=(3, 5)), 2.5
+    p, q = softmax(teacher_logits / t), softmax(logits / t)
     expected = t * t * (p * np.log(p / q)).sum(1)
-    np.testing.assert_allclose(distillation_loss(logits, wanted, t), expected, rtol=1e-4)
-    np.testing.assert_allclose(distillation_loss(wanted, wanted, t), 0, atol=1e-5)
+    np.testing.assert_allclose(distillation_loss(logits, teacher_logits, t), expected, rtol=1e-4)
+    np.testing.assert_allclose(distillation_loss(teacher_logits, teacher_logits, t), 0, atol=1e-5)
 
 
-def test_distillation_loss_falls():
-    """With all weight on the teacher, labels do not matter, and the divergence falls."""
+def test_training_decreases_the_distillation_loss():
+    """With all weight on the teacher, the loss does not depend on the labels."""
     config = make_model_config("xvit_tiny", **TINY)
     graphdef, _ = abstract_model(config)
     _, teacher_params = split_params(build_model(config, nnx.Rngs(7)))
-    # The teacher wants other pixels: the same video must reach it as its own normalisation gives.
+    # The teacher gets the same video as the student, but in its own normalisation.
     teacher = Teacher(graphdef=graphdef, mean=0.25, std=0.75, weight=1.0, temperature=2.0)
     recipe, optimizer = Recipe(seed=0), optax.adam(3e-3)
     options = {"graphdef": graphdef, "optimizer": optimizer, "recipe": recipe}
     step = functools.partial(train_step, **options, teacher=teacher)
     step = jax.jit(step)
-    state, batch = init_state(config, optimizer, recipe, seed=0), batch_of(6)
-    wanted = merge_params(graphdef, teacher_params)(normalize(batch["video"], 0.25, 0.75))
+    state, batch = init_state(config, optimizer, recipe, seed=0), random_batch(6)
+    teacher_logits = merge_params(graphdef, teacher_params)(normalize(batch["video"], 0.25, 0.75))
     logits = merge_params(graphdef, state["params"])(normalize(batch["video"], 0.5, 0.5))
-    expected = distillation_loss(logits, wanted, 2.0)[batch["mask"]].sum()
+    expected = distillation_loss(logits, teacher_logits, 2.0)[batch["mask"]].sum()
     losses = []
     for _ in range(60):
         state, sums = step(state, batch, teacher_params)
         losses.append(float(sums["loss"]))
     assert losses[0] == pytest.approx(float(expected), rel=1e-4)
     assert losses[-1] < 0.1 * losses[0]
-    other = {**batch, "label": (batch["label"] + 1) % 8}
+    relabelled = {**batch, "label": (batch["label"] + 1) % 8}
     assert (
-        step(state, other, teacher_params)[1]["loss"]
+        step(state, relabelled, teacher_params)[1]["loss"]
         == step(state, batch, teacher_params)[1]["loss"]
     )
 
 
 class Linear(nnx.Module):
-    """A network that NumPy can repeat: the mean colour times a kernel, scaled by a draw."""
+    """A linear classifier of the mean colour, which a key scales at random, as dropout would."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.kernel = nnx.Param(rngs.normal((3, 4)))
@@ -315,6 +322,7 @@ class Linear(nnx.Module):
 
 
 def linear_batch(count=5, seed=0):
+    """Return a batch for `Linear`; the second clip is masked."""
     rng = np.random.default_rng(seed)
     return {
         "video": rng.integers(0, 256, (count, 2, 3, 3, 3), np.uint8),
@@ -328,7 +336,7 @@ def softmax(x):
 
 
 def linear_step(state, batch, recipe, optimizer=None, **options):
-    """One step of `Linear` on the host: the new state and its metrics."""
+    """Run a training step of `Linear`; return the new state and the metrics, on the host."""
     graphdef, _ = split_params(Linear(nnx.Rngs(0)))
     optimizer = optimizer or optax.sgd(0.1)
     step = functools.partial(
@@ -338,6 +346,7 @@ def linear_step(state, batch, recipe, optimizer=None, **options):
 
 
 def linear_state(recipe, optimizer=None, seed=0):
+    """Return a training state of `Linear` at step 6."""
     _, params = split_params(Linear(nnx.Rngs(seed)))
     opt_state = (optimizer or optax.sgd(0.1)).init(recipe.trainable(params))
     state = {"params": params, "opt_state": opt_state, "step": jnp.int32(6)}
@@ -345,18 +354,30 @@ def linear_state(recipe, optimizer=None, seed=0):
 
 
 def linear_logits(params, video, scale=1.0):
+    """Compute `Linear` with NumPy; return the scaled mean colours and the logits."""
     pixels = scale * np.asarray(video, np.float64).mean(axis=(1, 2, 3))
     return pixels, pixels @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
 
 
 def keys_of(seed, step):
-    """The keys of a step that draws: of the network, of erasing, of mixing."""
+    """Return the keys of a step with augmentation: for the network, erasing and mixing."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
 
 
-def check_step(found, state, batch, targets, video, *, scale, rate=0.1, smoothing=0.0):
-    """Compares a step with the gradient of the mean loss over the clips that are not masked."""
-    new_state, metrics = found
+def check_step(result, state, batch, targets, video, *, scale, rate=0.1, smoothing=0.0):
+    """Check a plain SGD step of `Linear` against NumPy.
+
+    Args:
+        result: The new state and the metrics.
+        state: The state before the step.
+        batch: The batch; its mask is True for the clips that must count.
+        targets: `(b, 4)` expected label distributions, before smoothing.
+        video: Expected input of the network, normalised and augmented.
+        scale: The network's random scale.
+        rate: The learning rate.
+        smoothing: Label smoothing.
+    """
+    new_state, metrics = result
     pixels, logits = linear_logits(state["params"], video, scale)
     targets = (1 - smoothing) * targets + smoothing / 4
     mask = batch["mask"][:, None]
@@ -379,20 +400,17 @@ def test_a_linear_step_is_the_masked_mean_gradient():
     for smoothing, options in ((0.0, {}), (0.3, {"label_smoothing": 0.3, "mean": 0.2, "std": 0.4})):
         recipe, batch = Recipe(seed=3, **options), linear_batch()
         if smoothing:
-            batch["mask"][:4] = False  # one clip is left
+            batch["mask"][:4] = False  # a single clip counts
         key = jax.random.fold_in(jax.random.key(3), 6)
         scale = 0.5 + float(jax.random.uniform(key))
         video = (batch["video"] / 255 - recipe.mean) / recipe.std
         state = linear_state(recipe)
-        found = linear_step(state, batch, recipe)
-        assert found[0].keys() == {"params", "opt_state", "step"}
-        arguments = (found, state, batch, np.eye(4)[batch["label"]], video)
-        check_step(*arguments, scale=scale, smoothing=smoothing)
-    assert (recipe.trainable({"a": 1}), Recipe(seed=0).mean, Recipe(seed=0).std) == (
-        {"a": 1},
-        0.5,
-        0.5,
-    )
+        result = linear_step(state, batch, recipe)
+        assert result[0].keys() == {"params", "opt_state", "step"}
+        targets = np.eye(4)[batch["label"]]
+        check_step(result, state, batch, targets, video, scale=scale, smoothing=smoothing)
+    assert recipe.trainable({"a": 1}) == {"a": 1}
+    assert (Recipe(seed=0).mean, Recipe(seed=0).std) == (0.5, 0.5)
 
 
 def test_a_linear_step_on_masked_clips_changes_nothing():
@@ -405,16 +423,19 @@ def test_a_linear_step_on_masked_clips_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("kind", "erased"), [("mixup", 0.25), ("cutmix", 0.0), ("mixup", 0.0), ("", 0.25)]
+    ("kind", "erase_prob"), [("mixup", 0.25), ("cutmix", 0.0), ("mixup", 0.0), ("", 0.25)]
 )
-def test_a_linear_step_mixes_labels_and_masks_partners_of_masked_clips(kind, erased, monkeypatch):
-    """Of 5 clips, the second is missing; the first is mixed with it, and so it does not count."""
-    order, share, calls = np.array([1, 2, 3, 0, 4]), 0.3, []
+def test_a_linear_step_mixes_labels_and_masks_partners_of_masked_clips(
+    kind, erase_prob, monkeypatch
+):
+    """The second of 5 clips is masked. The first is mixed with it, so it is masked too."""
+    permutation, share, calls = np.array([1, 2, 3, 0, 4]), 0.3, []
     batch = linear_batch()
 
     def mix(video, key, alpha):
         calls.append((jax.random.key_data(key).tolist(), alpha))
-        return share * video + (1 - share) * video[order], jnp.asarray(order), jnp.float32(share)
+        mixed = share * video + (1 - share) * video[permutation]
+        return mixed, jnp.asarray(permutation), jnp.float32(share)
 
     def erase(video, key, probability):
         calls.append((jax.random.key_data(key).tolist(), probability))
@@ -426,29 +447,30 @@ def test_a_linear_step_mixes_labels_and_masks_partners_of_masked_clips(kind, era
         )
     monkeypatch.setattr("jaxvid.training.batch_augmentation.erase", erase)
     options = {f"{kind}_alpha": 0.4} if kind else {}
-    recipe = Recipe(seed=3, erase_prob=erased, label_smoothing=0.1, **options)
+    recipe = Recipe(seed=3, erase_prob=erase_prob, label_smoothing=0.1, **options)
     state = linear_state(recipe)
-    found = linear_step(state, batch, recipe)
+    result = linear_step(state, batch, recipe)
     keys = keys_of(3, 6)
-    expected = [(keys[1], erased)] * bool(erased) + [(keys[2], 0.4)] * bool(kind)
+    expected = [(keys[1], erase_prob)] * bool(erase_prob) + [(keys[2], 0.4)] * bool(kind)
     assert calls == [(jax.random.key_data(key).tolist(), value) for key, value in expected]
-    video, targets = (batch["video"] / 255 - 0.5) / 0.5 + bool(erased), np.eye(4)[batch["label"]]
+    video = (batch["video"] / 255 - 0.5) / 0.5 + bool(erase_prob)
+    targets = np.eye(4)[batch["label"]]
     if kind:
-        video = share * video + (1 - share) * video[order]
-        targets = share * targets + (1 - share) * targets[order]
+        video = share * video + (1 - share) * video[permutation]
+        targets = share * targets + (1 - share) * targets[permutation]
         batch["mask"] = np.array([False, False, True, True, True])
     scale = 0.5 + float(jax.random.uniform(keys[0]))
-    check_step(found, state, batch, targets, video, scale=scale, smoothing=0.1)
+    check_step(result, state, batch, targets, video, scale=scale, smoothing=0.1)
 
 
 def test_a_linear_step_updates_the_ema_with_warm_up():
     recipe = Recipe(seed=0, ema_decay=0.5)
     state = linear_state(recipe)
-    for step in (7, 8, 9):  # (1 + 8) / (10 + 8) is one half
+    for step in (7, 8, 9):  # the warm-up ends at 8: (1 + 8) / (10 + 8) = 0.5
         new_state, _ = linear_step(state, linear_batch(seed=step), recipe, optax.sgd(1.0))
-        keep = min(0.5, (1 + step) / (10 + step))
+        decay = min(0.5, (1 + step) / (10 + step))
         for name, leaf in new_state["params"].items():
-            expected = keep * np.asarray(state["ema"][name]) + (1 - keep) * leaf
+            expected = decay * np.asarray(state["ema"][name]) + (1 - decay) * leaf
             np.testing.assert_allclose(new_state["ema"][name], expected, rtol=1e-6)
         state = new_state
         assert eval_params(state) is state["ema"]
@@ -478,11 +500,11 @@ def test_a_linear_step_weights_the_losses_of_labels_and_teacher():
     scale = 0.5 + float(jax.random.uniform(jax.random.fold_in(jax.random.key(1), 6)))
     pixels = batch["video"] / 255
     _, logits = linear_logits(state["params"], (pixels - 0.4) / 0.6, scale)
-    _, wanted = linear_logits(teacher_params, (pixels - 0.2) / 0.3)
-    labels = -np.log(softmax(logits))[range(5), batch["label"]]
-    p, q = softmax(wanted / 2), softmax(logits / 2)
-    imitation = 4 * (p * np.log(p / q)).sum(axis=1)
-    expected = ((0.3 * labels + 0.7 * imitation) * batch["mask"]).sum()
+    _, teacher_logits = linear_logits(teacher_params, (pixels - 0.2) / 0.3)
+    label_losses = -np.log(softmax(logits))[range(5), batch["label"]]
+    p, q = softmax(teacher_logits / 2), softmax(logits / 2)
+    teacher_losses = 4 * (p * np.log(p / q)).sum(axis=1)
+    expected = ((0.3 * label_losses + 0.7 * teacher_losses) * batch["mask"]).sum()
     assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -491,34 +513,36 @@ def test_accumulation_spreads_each_part_over_the_batch():
         return {"product": params * jnp.prod(clips["x"]), "draw": jax.random.uniform(key)}
 
     clips, key = {"x": jnp.arange(1.0, 7.0), "y": jnp.zeros((6, 2))}, jax.random.key(4)
-    found = steps._accumulate(grad_fn, jnp.float32(10), clips, key, 2)
-    assert found["product"] == 10 * (1 * 3 * 5 + 2 * 4 * 6)
+    sums = steps._accumulate(grad_fn, jnp.float32(10), clips, key, 2)
+    assert sums["product"] == 10 * (1 * 3 * 5 + 2 * 4 * 6)
     draws = sum(float(jax.random.uniform(k)) for k in jax.random.split(key, 2))
-    assert float(found["draw"]) == pytest.approx(draws)
-    whole = steps._accumulate(grad_fn, jnp.float32(10), clips, key, 1)
-    assert whole["product"] == 7200
-    assert whole["draw"] == jax.random.uniform(key)
+    assert float(sums["draw"]) == pytest.approx(draws)
+    full_batch = steps._accumulate(grad_fn, jnp.float32(10), clips, key, 1)
+    assert full_batch["product"] == 7200
+    assert full_batch["draw"] == jax.random.uniform(key)
 
 
-def test_a_linear_step_in_parts_equals_the_whole(monkeypatch):
-    monkeypatch.setattr(Linear, "__call__", lambda self, video, key: linear_of(self, video))
-    found = []
-    for parts in (1, 3):
-        recipe = Recipe(seed=0, accumulate_steps=parts)
-        found.append(linear_step(linear_state(recipe), linear_batch(6), recipe))
-    (whole, expected), (parts, sums) = found
-    assert distance(whole["params"], parts["params"]) <= 1e-6
+def test_a_linear_step_with_accumulation_equals_the_full_batch(monkeypatch):
+    # Without the random scale, whose key differs between the parts of a batch.
+    monkeypatch.setattr(Linear, "__call__", lambda self, video, key: unscaled_logits(self, video))
+    results = []
+    for num_parts in (1, 3):
+        recipe = Recipe(seed=0, accumulate_steps=num_parts)
+        results.append(linear_step(linear_state(recipe), linear_batch(6), recipe))
+    (full_batch, expected), (accumulated, sums) = results
+    assert distance(full_batch["params"], accumulated["params"]) <= 1e-6
     for name, value in expected.items():
         assert sums[name] == pytest.approx(value, rel=1e-5), name
         assert sums[name].dtype == value.dtype, name
 
 
-def linear_of(model, video):
+def unscaled_logits(model, video):
     return video.mean(axis=(1, 2, 3)) @ model.kernel[...] + model.bias[None]
 
 
 def test_a_fresh_state_has_moments_of_trained_weights_only(monkeypatch):
-    monkeypatch.setattr("jaxvid.training.steps.build_model", lambda config, rngs: config(rngs))
+    # `Linear` takes the place of the model config.
+    monkeypatch.setattr("jaxvid.training.steps.build_model", lambda module, rngs: module(rngs))
     optimizer = optax.sgd(0.1, momentum=0.9)
     state = init_state(Linear, optimizer, Recipe(seed=0), seed=5)
     assert state.keys() == {"params", "opt_state", "step"}

@@ -1,4 +1,4 @@
-"""Training and evaluation end to end on video files: interrupt, resume, evaluate."""
+"""Training and evaluation end to end on video files, also interrupted and resumed."""
 
 import json
 import os
@@ -31,8 +31,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _rows_of_two_steps():
-    """Let a log window have `log_steps` steps, although the runs are so short."""
+def _log_windows_of_two_steps():
+    """Let log windows have `log_steps` steps, although short runs get shorter windows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metric_window, "MIN_ROWS", 2)
         yield
@@ -40,9 +40,9 @@ def _rows_of_two_steps():
 
 @pytest.fixture(scope="module")
 def run(motion_folder, tmp_path_factory):
-    """A finished run of 4 epochs (12 steps): its workdir, its config and its report."""
+    """Return a finished run of 4 epochs (12 steps): its workdir, its config and its report."""
     config = shrunk_config(motion_folder, num_epochs=4.0)
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
     return workdir, config, train(config, workdir)
 
 
@@ -50,7 +50,7 @@ def test_training_writes_all_outputs(run):
     workdir, config, result = run
     report = json.loads((workdir / "eval.json").read_text())
     assert result.items() <= report.items()
-    assert report["num_videos"] == 24  # although batches hold 16
+    assert report["num_videos"] == 24  # not a multiple of the batch size, 16
     assert 0 <= report["top1"] <= report["top5"] <= 100
     assert report["protocol"]["num_clips"] == 1
     assert report["checkpoint"].endswith("checkpoints/12")
@@ -69,26 +69,25 @@ def test_training_writes_all_outputs(run):
     assert "python -m jaxvid.predict CLIP.mp4 --model" in log
     assert "clips/s" in log
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == config.batch_size
-    assert checkpoint.find_steps(workdir) == [9, 12]  # checkpoint_keep
+    assert checkpoint.find_steps(workdir) == [9, 12]  # the newest two, as checkpoint_keep=2
 
 
 def test_resumed_training_is_bit_identical(run, tmp_path):
     workdir, config, result = run
     assert train(config, tmp_path / "w", stop_step=6) is None
     assert not (tmp_path / "w" / "model").exists()
-    continued = train(config, tmp_path / "w")
+    resumed = train(config, tmp_path / "w")
     assert weights(tmp_path / "w") == weights(workdir)
-    assert measured(continued) == measured(result)
-    rows = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
-    whole = (workdir / "metrics.jsonl").read_text().splitlines()
+    assert measured(resumed) == measured(result)
 
-    def losses(lines):
+    def losses(workdir):
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line).get("train/loss") for line in lines]
 
-    assert losses(rows) == losses(whole)
+    assert losses(tmp_path / "w") == losses(workdir)
 
 
-def test_stops_within_a_log_window_change_nothing(run, tmp_path):
+def test_stops_within_a_log_window_do_not_change_the_weights(run, tmp_path):
     workdir, config, _ = run
     for step in (1, 5):
         train(config, tmp_path / "w", stop_step=step)
@@ -102,12 +101,12 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_resumed(run, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: None)
 
-    class Soon(train_program.StopSignals):
+    class SignalSoon(train_program.StopSignals):
         def __enter__(self):
             timer.start()
             return super().__enter__()
 
-    original, train_program.StopSignals = train_program.StopSignals, Soon
+    original, train_program.StopSignals = train_program.StopSignals, SignalSoon
     try:
         with pytest.raises(SystemExit) as stop:
             train(config, tmp_path / "w")
@@ -121,37 +120,39 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_resumed(run, tmp_path):
     assert weights(tmp_path / "w") == weights(workdir)
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_signals_at_any_moment_change_no_output(run, tmp_path, monkeypatch, several):
-    """Between two rows, in an evaluation, in the last step, and in the last evaluation.
+@pytest.mark.parametrize("several_processes", [False, True])
+def test_signals_at_any_moment_change_no_output(run, tmp_path, monkeypatch, several_processes):
+    """Signals stop the run in a log window, an evaluation, the last step and the last evaluation.
 
-    While the final report is written, a signal changes nothing. With `several`, the loop learns of
-    signals as one of several processes does: from the metrics.
+    A signal while the final report is written does not stop it. With `several_processes`, the loop
+    gets signals from the metrics, as it does with several processes.
     """
     workdir, config, _ = run
-    if several:
+    if several_processes:
         monkeypatch.setattr(signals.StopSignals, "stops_alone", False)
-    stop_step, evaluation = None, None
+    # Where the next signal comes: in this step, or after so many evaluations.
+    stop_step, evaluations_before = None, None
     add, evaluate_params = metric_window.MetricWindow.add, loop.evaluate_params
 
-    def add_and_signal(late, step, *args):
+    def add_and_signal(window, step, *args):
         if step == stop_step:
             signal.raise_signal(signal.SIGTERM)
             args[0]["stop"] = np.bool_(True)
-        add(late, step, *args)
+        add(window, step, *args)
 
     def evaluate_and_signal(params, *args, **options):
-        nonlocal evaluation
-        if evaluation == 0:
+        nonlocal evaluations_before
+        if evaluations_before == 0:
             signal.raise_signal(signal.SIGINT)
-        evaluation = None if evaluation is None else evaluation - 1
+        if evaluations_before is not None:
+            evaluations_before -= 1
         return evaluate_params(params, *args, **options)
 
     monkeypatch.setattr(metric_window.MetricWindow, "add", add_and_signal)
     monkeypatch.setattr("jaxvid.train.evaluate_params", evaluate_and_signal)
     before = {*threading.enumerate()}
-    stops = [(12, None)] if several else [(5, None), (None, 1), (12, None), (None, 0)]
-    for stop_step, evaluation in stops:  # noqa: B007
+    stops = [(12, None)] if several_processes else [(5, None), (None, 1), (12, None), (None, 0)]
+    for stop_step, evaluations_before in stops:  # noqa: B007
         code = 128 + (signal.SIGINT if stop_step is None else signal.SIGTERM)
         with pytest.raises(SystemExit) as stop:
             train(config, tmp_path / "w")
@@ -160,7 +161,7 @@ def test_signals_at_any_moment_change_no_output(run, tmp_path, monkeypatch, seve
         assert not (tmp_path / "w" / "model").exists()
         assert not [thread for thread in {*threading.enumerate()} - before if thread.daemon]
     assert checkpoint.newest_step(tmp_path / "w") == 12
-    stop_step = evaluation = None
+    stop_step = evaluations_before = None
     save_report = evaluate.save_report
 
     def signal_and_save(*args):
@@ -168,7 +169,7 @@ def test_signals_at_any_moment_change_no_output(run, tmp_path, monkeypatch, seve
         save_report(*args)
 
     monkeypatch.setattr("jaxvid.train.save_report", signal_and_save)
-    result = train(config, tmp_path / "w", stop_step=12)  # which is the end
+    result = train(config, tmp_path / "w", stop_step=12)  # the last step
     assert result["checkpoint"].endswith("12")
     check_same_outputs(tmp_path / "w", workdir)
 
@@ -178,12 +179,13 @@ def test_outputs_of_a_run_with_deleted_checkpoints_are_moved_aside(run, tmp_path
     shutil.copytree(workdir, tmp_path / "w")
     shutil.rmtree(tmp_path / "w" / "checkpoints")
     card = tmp_path / "w" / "best" / "model.json"
-    card.write_text(card.read_text().replace('"top1": ', '"top1": 99'))  # cannot be surpassed
+    # No later model can exceed this accuracy.
+    card.write_text(card.read_text().replace('"top1": ', '"top1": 99'))
     assert train(config, tmp_path / "w", stop_step=4) is None
     assert model_card.load_card(tmp_path / "w" / "best")["provenance"]["step"] == 3
     assert not (tmp_path / "w" / "eval.json").exists()
-    found = [json.loads(row)["step"] for row in rows(tmp_path / "w")]
-    assert found == [2, 3, 4]
+    steps = [json.loads(row)["step"] for row in rows(tmp_path / "w")]
+    assert steps == [2, 3, 4]
     previous = tmp_path / "w" / "previous"
     assert rows(previous) == rows(workdir)
     assert (previous / "eval.json").read_bytes() == (workdir / "eval.json").read_bytes()
@@ -214,7 +216,7 @@ def test_a_changed_config_is_refused_with_the_differences(run):
 
 
 def test_mesh_and_logging_may_change_between_starts(run, tmp_path):
-    """Threads, logging and the mesh change no result beyond float error."""
+    """Threads, logging and the mesh change the weights only by rounding errors."""
     workdir, config, _ = run
     train(config, tmp_path / "w", stop_step=6)
     other = config.copy_and_resolve_references().unlock()
@@ -235,19 +237,19 @@ def test_accuracy_does_not_depend_on_batch_size_and_mesh(run, tmp_path, batch_si
     other.eval.batch_size = batch_size
     other.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
     other.init_from = str(workdir / "model")
-    found = evaluate.evaluate(other.lock(), tmp_path)
+    report = evaluate.evaluate(other.lock(), tmp_path)
     for name in ("top1", "top5", "num_videos", "weights_sha256", "mean_class_accuracy"):
-        assert found[name] == result[name], name
+        assert report[name] == result[name], name
     assert (tmp_path / "confusion.png").exists()
     assert json.loads((tmp_path / "eval.json").read_text())["checkpoint"] == other.init_from
 
 
 def test_eval_mode_loads_the_newest_checkpoint(run):
     workdir, config, result = run
-    found = evaluate.evaluate(config, workdir)
-    assert found["top1"] == result["top1"]
-    assert found["weights_sha256"] == result["weights_sha256"]
-    assert found["checkpoint"].endswith("checkpoints/12")
+    report = evaluate.evaluate(config, workdir)
+    assert report["top1"] == result["top1"]
+    assert report["weights_sha256"] == result["weights_sha256"]
+    assert report["checkpoint"].endswith("checkpoints/12")
 
 
 def test_eval_mode_refuses_a_changed_model_or_preprocessing(run, tmp_path):
@@ -277,8 +279,8 @@ def test_non_finite_weights_are_refused(run, tmp_path):
     workdir, config, _ = run
     model = jaxvid.load_model(workdir / "model")
     model.consensus.cls_token[...] = np.nan
-    how = model_card.load_card(workdir / "model")["preprocessing"]
-    jaxvid.save_model(model, tmp_path / "nan", preprocessing=how)
+    preprocessing = model_card.load_card(workdir / "model")["preprocessing"]
+    jaxvid.save_model(model, tmp_path / "nan", preprocessing=preprocessing)
     other = config.copy_and_resolve_references().unlock()
     other.init_from = str(tmp_path / "nan")
     with pytest.raises(InputError, match="logits that are not finite"):
@@ -291,9 +293,9 @@ def test_evaluation_with_several_views(run, tmp_path):
     other = config.copy_and_resolve_references().unlock()
     other.eval.update({"num_clips": 2, "num_crops": 3})
     other.init_from = str(workdir / "model")
-    found = evaluate.evaluate(other.lock(), tmp_path)
-    assert found["num_videos"] == 24
-    assert (found["protocol"]["num_clips"], found["protocol"]["num_crops"]) == (2, 3)
+    report = evaluate.evaluate(other.lock(), tmp_path)
+    assert report["num_videos"] == 24
+    assert (report["protocol"]["num_clips"], report["protocol"]["num_crops"]) == (2, 3)
 
 
 def test_init_from_sets_the_initial_weights(run, tmp_path):
@@ -337,6 +339,7 @@ def test_a_non_finite_loss_stops_the_run(config, tmp_path):
 
 
 def main_py(*arguments) -> subprocess.CompletedProcess:
+    """Run `main.py` in a subprocess."""
     return subprocess.run(
         [sys.executable, "main.py", *map(str, arguments)],
         cwd=ROOT,
@@ -346,7 +349,7 @@ def main_py(*arguments) -> subprocess.CompletedProcess:
     )
 
 
-def test_help_is_quick():
+def test_help_lists_the_flags():
     done = main_py("--help")
     assert done.returncode == 0
     assert "--mode eval" in done.stdout
@@ -377,7 +380,7 @@ MOTION = ("--config", "configs/motion.py", "--workdir")
         (("--config", "configs/common.py", "--workdir", "w"), "has no function get_config()"),
     ],
 )
-def test_invalid_command_lines_are_one_line(arguments, message):
+def test_invalid_command_lines_give_one_line_errors(arguments, message):
     done = main_py(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
@@ -393,7 +396,9 @@ def test_invalid_command_lines_are_one_line(arguments, message):
         (lambda folder: (folder / "val" / "00001.mp4").write_bytes(b""), "00001.mp4 is empty"),
     ],
 )
-def test_invalid_data_is_one_line_and_exit_code_2(motion_folder, run, tmp_path, change, message):
+def test_invalid_data_gives_a_one_line_error_and_exit_code_2(
+    motion_folder, run, tmp_path, change, message
+):
     workdir, _, _ = run
     folder = shutil.copytree(motion_folder, tmp_path / "data")
     change(folder)
@@ -414,7 +419,7 @@ def test_invalid_data_is_one_line_and_exit_code_2(motion_folder, run, tmp_path, 
 
 @pytest.fixture
 def with_broken(motion_folder, tmp_path):
-    """The motion clips with a broken video in each split, first in its list."""
+    """Return the motion clips with a broken video at the start of the list of each split."""
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "broken.mp4").write_text("hello")
@@ -444,24 +449,25 @@ def test_broken_videos_are_skipped_in_training_and_wrong_in_evaluation(with_brok
         train(config.lock(), tmp_path / "strict")
 
 
-def test_skip_broken_keeps_the_order_of_the_other_videos(with_broken, tmp_path):
+def test_skip_broken_keeps_the_order_of_the_remaining_videos(with_broken, tmp_path):
     for split in ("train", "val"):
         path = with_broken / f"{split}.csv"
         path.write_text(f"none.mp4 0\n{path.read_text()}")
     config = shrunk_config(with_broken, num_epochs=1.0).unlock()
     config.data.update(skip_broken=True, max_failed_share=0.0)
-    whole = train(config.lock(), tmp_path / "whole")
-    assert (whole["num_videos"], whole["num_failed"]) == (26, 2)  # no evaluation leaves one out
-    log = (tmp_path / "whole" / "log.txt").read_text()
+    skipping = train(config.lock(), tmp_path / "skipping")
+    # Evaluation counts all videos.
+    assert (skipping["num_videos"], skipping["num_failed"]) == (26, 2)
+    log = (tmp_path / "skipping" / "log.txt").read_text()
     assert (
         "1 of 50 training videos are missing or broken and are left out; the first is none.mp4"
         in log
     )
     assert "1 of 49 training videos could not be decoded and were skipped" in log
-    [start] = (tmp_path / "whole" / "starts.jsonl").read_text().splitlines()
+    [start] = (tmp_path / "skipping" / "starts.jsonl").read_text().splitlines()
     assert json.loads(start)["left_out"] == {"missing or broken": 1, "no longer listed": 0}
 
-    # Without skip_broken the same run stops, and what its message says helps.
+    # Without skip_broken the run stops; after the fix that its message names, it is resumed.
     listed = (with_broken / "train.csv").read_text().removeprefix("none.mp4 0\n")
     (with_broken / "train.csv").write_text(listed)
     config = config.copy_and_resolve_references().unlock()
@@ -469,8 +475,8 @@ def test_skip_broken_keeps_the_order_of_the_other_videos(with_broken, tmp_path):
     with pytest.raises(InputError, match="1 of 49 .*more than .*share=0.0 .* take them out of the"):
         train(config.lock(), tmp_path / "w")
     (with_broken / "train.csv").write_text(listed.removeprefix("broken.mp4 0\n"))
-    found = train(config, tmp_path / "w")
-    assert found["weights_sha256"] == whole["weights_sha256"]
+    resumed = train(config, tmp_path / "w")
+    assert resumed["weights_sha256"] == skipping["weights_sha256"]
     log = (tmp_path / "w" / "log.txt").read_text()
     assert "49 training videos are no longer in the list (the first is broken.mp4)" in log
 
@@ -479,30 +485,30 @@ def test_resumed_training_with_mixup_and_erasing_is_bit_identical(motion_folder,
     config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
     config.update(mixup_alpha=0.4, erase_prob=0.5)
     config.lock()
-    whole = train(config, tmp_path / "whole")
-    train(config, tmp_path / "parts", stop_step=2)
-    parts = train(config, tmp_path / "parts")
-    assert whole["weights_sha256"] == parts["weights_sha256"]
-    assert np.isfinite(whole["loss"])
+    uninterrupted = train(config, tmp_path / "uninterrupted")
+    train(config, tmp_path / "resumed", stop_step=2)
+    resumed = train(config, tmp_path / "resumed")
+    assert uninterrupted["weights_sha256"] == resumed["weights_sha256"]
+    assert np.isfinite(uninterrupted["loss"])
 
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def flip(path: Path) -> None:
+def flip_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 def damage_arrays(folder: Path, damage) -> None:
-    """Damages every file of a checkpoint that holds arrays: which one is read depends on Orbax."""
+    """Damage all array files of a checkpoint, as Orbax decides which ones it reads."""
     for path in (folder / "state").rglob("d/*"):
         damage(path)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+@pytest.mark.parametrize("damage", [truncate, flip_bit, Path.unlink])
 def test_a_damaged_checkpoint_is_moved_and_the_previous_one_restored(run, tmp_path, damage):
     workdir, config, _ = run
     train(config, tmp_path / "w", stop_step=6)
@@ -516,14 +522,14 @@ def test_a_damaged_checkpoint_is_moved_and_the_previous_one_restored(run, tmp_pa
     assert "step 3 of 12, continued" in log
 
 
-def test_an_undamaged_checkpoint_is_never_moved(run, tmp_path, monkeypatch):
+def test_an_intact_checkpoint_is_never_moved(run, tmp_path, monkeypatch):
     _, config, _ = run
     train(config, tmp_path / "w", stop_step=2)
 
-    def restore_nothing(*_):
+    def fail_to_restore(*_):
         raise ValueError("the tree has another structure")
 
-    monkeypatch.setattr(checkpoint, "_restore", restore_nothing)
+    monkeypatch.setattr(checkpoint, "_restore", fail_to_restore)
     with pytest.raises(InputError, match="step 2 is intact, but cannot be restored .the tree has"):
         train(config, tmp_path / "w")
     assert checkpoint.find_steps(tmp_path / "w") == [2]
@@ -531,18 +537,18 @@ def test_an_undamaged_checkpoint_is_never_moved(run, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_evaluation_is_repeated(run, tmp_path, monkeypatch):
-    """And meanwhile the checkpoint's files are noted, although no later save did it."""
+    """The checksums are written during the evaluation, not only by the next save."""
     workdir, config, _ = run
 
-    def be_killed(*_, **__):
+    def signal_after_the_checksums(*_, **__):
         deadline = time.monotonic() + 30
         while not (tmp_path / "w" / "checkpoints.json").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         signal.raise_signal(signal.SIGTERM)
 
     other = config.copy_and_resolve_references().unlock()
-    other.checkpoint_every_epochs = 4.0  # evaluations save, too
-    monkeypatch.setattr("jaxvid.train.evaluate_params", be_killed)
+    other.checkpoint_every_epochs = 4.0  # only evaluations save before the end
+    monkeypatch.setattr("jaxvid.train.evaluate_params", signal_after_the_checksums)
     with pytest.raises(SystemExit) as stop:
         train(other.lock(), tmp_path / "w")
     assert stop.value.code == 128 + signal.SIGTERM
@@ -574,7 +580,7 @@ def save_on_a_full_disk(manager, state, data_iter):
     if int(state["step"]) == 6:
         manager.wait_until_finished()
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file may be larger
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # max. bytes of a file
     original(manager, state, data_iter)
     checkpoint.finish_saving(manager)
 
@@ -583,7 +589,7 @@ runpy.run_path("main.py", run_name="__main__")
 """
 
 
-def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(run, tmp_path):
+def test_a_full_disk_gives_a_one_line_error_and_keeps_earlier_checkpoints(run, tmp_path):
     workdir, config, _ = run
     fields = {
         f"{section}.{name}": value
@@ -611,7 +617,7 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(run, tmp_path):
     assert weights(tmp_path / "w") == weights(workdir)
 
 
-def test_the_best_model_is_kept_and_every_start_recorded(run):
+def test_the_best_model_is_exported_and_every_start_is_recorded(run):
     workdir, _, _ = run
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     best = max(row["val/top1"] for row in rows if "val/top1" in row)
@@ -628,9 +634,9 @@ def test_the_averaged_weights_are_evaluated_and_exported(motion_folder, tmp_path
     config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
     config.update(ema_decay=0.9, accumulate_steps=2)
     result = train(config.lock(), tmp_path / "w")
-    found = evaluate.evaluate(config, tmp_path / "w")
-    assert found["weights_sha256"] == result["weights_sha256"] == weights(tmp_path / "w")
-    assert found["loss"] == result["loss"]
+    report = evaluate.evaluate(config, tmp_path / "w")
+    assert report["weights_sha256"] == result["weights_sha256"] == weights(tmp_path / "w")
+    assert report["loss"] == result["loss"]
 
 
 def test_distillation_trains_and_refuses_an_unsuitable_teacher(run, motion_folder, tmp_path):
@@ -640,7 +646,7 @@ def test_distillation_trains_and_refuses_an_unsuitable_teacher(run, motion_folde
     train(config.lock(), tmp_path / "w")
     rows = [json.loads(line) for line in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
-    assert 0 < losses[-1] < 2  # a divergence from a teacher that knows little yet
+    assert 0 < losses[-1] < 2  # small, as the teacher is hardly trained
     other = config.copy_and_resolve_references().unlock()
     other.model.image_size = 48
     with pytest.raises(InputError, match="image_size: 64 in the teacher, 48 in the config"):
@@ -659,6 +665,9 @@ def test_schedule_mode_needs_no_data(tmp_path):
     assert done.returncode == 0, done.stderr
     with Image.open(done.stdout.strip()) as picture:
         assert picture.size > (300, 200)
+
+
+def test_invalid_profile_steps_are_refused(tmp_path):
     done = main_py(*MOTION, tmp_path / "s", "--profile", "7")
     assert done.returncode == 2
     assert "--profile=7: must be START:STOP" in done.stderr

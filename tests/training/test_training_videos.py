@@ -21,8 +21,8 @@ from jaxvid.training import run_metadata, training_videos
 from jaxvid.training.skipped_videos import SkippedVideos
 from tests.data.test_sources import FRAMES, section, write
 
-ODD = os.fsdecode(b"caf\xe9.mp4")
-NAMES = ("a.mp4", "b.mp4", ODD, "d" * 600 + ".mp4")
+NON_UTF8 = os.fsdecode(b"caf\xe9.mp4")
+NAMES = ("a.mp4", "b.mp4", NON_UTF8, "d" * 600 + ".mp4")
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def videos(tmp_path):
 
 
 def start(workdir, videos, left_out=()):
-    """What `jaxvid.train` does at each start of a run with its list."""
+    """Align, record and save a list of training videos, as each start of `jaxvid.train` does."""
     workdir.mkdir(exist_ok=True)
     data, lost = training_videos.align(
         workdir, VideoDataset({"train": videos, "val": []}, [], left_out)
@@ -43,6 +43,7 @@ def start(workdir, videos, left_out=()):
 
 
 def skip(workdir, *videos):
+    """List videos in `skipped.jsonl`."""
     skipped = SkippedVideos(workdir, num_videos=100, max_share=1.0)
     skipped.note([(training_videos.stored_id(video.id), "broken") for video in videos])
 
@@ -51,14 +52,14 @@ def test_skipped_videos_may_be_removed_from_the_list(videos, tmp_path):
     workdir = tmp_path / "w"
     assert start(workdir, videos)[0].notes == ()
     skip(workdir, *videos[1:])
-    for left in ([0], [0, 2], [0, 1, 2, 3], [0, 3]):
-        data, lost = start(workdir, [videos[i] for i in left])
+    for remaining in ([0], [0, 2], [0, 1, 2, 3], [0, 3]):
+        data, lost = start(workdir, [videos[i] for i in remaining])
         records = data.records["train"]
         assert [record.id for record in records] == list(NAMES)
         assert [record.label for record in records] == [0, 1, 2, 3]
-        assert lost == tuple(NAMES[i] for i in range(4) if i not in left)
-        assert [records[i] for i in left] == [videos[i] for i in left]
-        for i in set(range(4)) - {*left}:
+        assert lost == tuple(NAMES[i] for i in range(4) if i not in remaining)
+        assert [records[i] for i in remaining] == [videos[i] for i in remaining]
+        for i in set(range(4)) - {*remaining}:
             with pytest.raises(DecodeError, match="no longer in the training list"):
                 records[i].open()
         assert len(data.notes) == bool(lost)
@@ -66,7 +67,7 @@ def test_skipped_videos_may_be_removed_from_the_list(videos, tmp_path):
     assert len({json.dumps(json.loads(line)["data"]) for line in starts}) == 1
 
 
-def test_other_changes_of_the_list_are_refused(videos, tmp_path):
+def test_all_other_changes_of_the_list_are_refused(videos, tmp_path):
     workdir = tmp_path / "w"
     start(workdir, videos)
     skip(workdir, videos[1])
@@ -100,22 +101,22 @@ def test_videos_left_out_by_the_first_start_stay_out(videos, tmp_path):
     assert ([record.id for record in data.records["train"]], lost) == (list(NAMES[:3]), ("a.mp4",))
 
 
-@pytest.mark.parametrize("damage", ["cut", "other", "gone", "text"])
+@pytest.mark.parametrize("damage", ["truncated", "different run", "missing", "text"])
 def test_a_damaged_list_of_the_first_start_is_ignored(videos, tmp_path, damage):
     workdir, path = tmp_path / "w", tmp_path / "w" / training_videos.FILE
     start(workdir, videos)
     skip(workdir, videos[1])
-    whole = path.read_bytes()
-    if damage == "gone":
+    complete = path.read_bytes()
+    if damage == "missing":
         path.unlink()
-    elif damage == "other":  # of a run whose records were deleted
+    elif damage == "different run":
         path.write_bytes(gzip.compress(json.dumps({"ids": ["x"], "labels": [0]}).encode()))
     else:
-        path.write_bytes(whole[:30] if damage == "cut" else b"hello")
+        path.write_bytes(complete[:30] if damage == "truncated" else b"hello")
     with pytest.raises(InputError, match="was started with 4 training videos .*now there are 3"):
         start(workdir, [videos[0], *videos[2:]])
     start(workdir, videos)
-    assert path.read_bytes() == whole  # written again by a start with the whole list
+    assert path.read_bytes() == complete  # a start with all videos writes it again
 
 
 @pytest.fixture(scope="module")
@@ -133,27 +134,28 @@ def folder(tmp_path_factory):
     return folder
 
 
-def batches_of(records, count=4):
+def load_batches(records, count=4):
+    """Return the arrays of the first batches, and the decode errors of their videos."""
     spec = ClipSpec(num_frames=2, crop=16, short_side=16, train_short_side=(16, 16))
     batches = make_train_iter(records, spec=spec, batch_size=3, seed=3, num_threads=1)
     try:
-        found = [next(batches) for _ in range(count)]
+        loaded = [next(batches) for _ in range(count)]
     finally:
         batches.close()
-    errors = [error for batch in found for error in split_batch(batch)[2]]
+    errors = [error for batch in loaded for error in split_batch(batch)[2]]
     return {
-        name: np.stack([b[name] for b in found]) for name in ("video", "label", "mask", "id")
+        name: np.stack([b[name] for b in loaded]) for name in ("video", "label", "mask", "id")
     }, errors
 
 
 @pytest.mark.parametrize("source", ["folder", "pack"])
 def test_batches_do_not_change_when_broken_videos_are_removed(folder, tmp_path, source):
-    """Of a list and of a pack; and those that are gone are never looked for."""
-    place = folder / "pack" if source == "pack" else folder
-    records = open_dataset(section(source, place), 2, ("train",)).records["train"]
+    """Removed videos fail because they are no longer listed: their files are not opened."""
+    data_folder = folder / "pack" if source == "pack" else folder
+    records = open_dataset(section(source, data_folder), 2, ("train",)).records["train"]
     start(tmp_path / "w", records)
-    expected, errors = batches_of(records)
-    assert sum(map(bool, errors)) == 4  # two of six in each of two rounds
+    expected, errors = load_batches(records)
+    assert sum(map(bool, errors)) == 4  # two of six videos in each of two epochs
     skip(tmp_path / "w", records[1], records[4])
     lines = [f"{i}.mp4 {i % 2}\n" for i in (0, 2, 3, 5)]
     write(tmp_path / "train.csv", "".join(lines))
@@ -164,37 +166,40 @@ def test_batches_do_not_change_when_broken_videos_are_removed(folder, tmp_path, 
         shorter = section("pack", tmp_path / "p")
     data, lost = start(tmp_path / "w", open_dataset(shorter, 2, ("train",)).records["train"])
     assert lost == ("1.mp4", "4.mp4")
-    found, errors = batches_of(data.records["train"])
+    actual, errors = load_batches(data.records["train"])
     assert sum("no longer in the training list" in error for error in errors) == 4
     for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array)
+        np.testing.assert_array_equal(actual[name], array)
 
 
 @pytest.mark.parametrize("source", ["folder", "pack"])
 def test_skip_broken_leaves_out_videos_known_to_be_broken(folder, tmp_path, source):
-    """Missing files of a list, and videos that a pack holds without frames; in training alone."""
+    """Known are missing files of a list, and videos without frames in a pack."""
     if source == "pack":
-        place, gone = folder / "pack", ["1.mp4", "4.mp4"]
-        data = section("pack", place)
+        broken = ["1.mp4", "4.mp4"]
+        data = section("pack", folder / "pack")
     else:
         lines = [f"{i}.mp4 0\n" for i in ("none", 0, 1, 2, "nothing")]
         write(tmp_path / "train.csv", "".join(lines))
         write(tmp_path / "val.csv", "".join(lines))
         write(tmp_path / "labels.txt", "x\ny\n")
-        data, gone = section("folder", tmp_path, str(folder)), ["none.mp4", "nothing.mp4"]
+        broken = ["none.mp4", "nothing.mp4"]
+        data = section("folder", tmp_path, str(folder))
         with pytest.raises(InputError, match="none.mp4 does not exist"):
             open_dataset(data, 2, ("train",))
     data = dataclasses.replace(data, skip_broken=True)
-    found = open_dataset(data, 2, ("train",))
-    ids = [record.id for record in found.records["train"]]
-    assert list(found.left_out) == gone
-    assert not {*ids} & {*gone}
+    dataset = open_dataset(data, 2, ("train",))
+    ids = [record.id for record in dataset.records["train"]]
+    assert list(dataset.left_out) == broken
+    assert not {*ids} & {*broken}
     assert ids == [f"{i}.mp4" for i in ((0, 2, 3, 5) if source == "pack" else (0, 1, 2))]
-    [note] = found.notes
-    assert f"{len(gone)} of {len(ids) + len(gone)} training videos are missing or broken" in note
+    [note] = dataset.notes
+    assert (
+        f"{len(broken)} of {len(ids) + len(broken)} training videos are missing or broken" in note
+    )
     if source == "folder":
         val = open_dataset(data, 2, ("val",))
-        assert len(val.records["val"]) == 5  # there they count as wrong
+        assert len(val.records["val"]) == 5  # in validation, missing files count as wrong
         write(tmp_path / "train.csv", "none.mp4 0\n")
         with pytest.raises(InputError, match="all 1 training videos are missing or broken"):
             open_dataset(data, 2, ("train",))

@@ -1,4 +1,4 @@
-"""Stalls, late metrics, signals and traces of a training run."""
+"""The watchdog, metric window, stop signals and profiler trace of a training run."""
 
 import gc
 import json
@@ -19,20 +19,20 @@ from jaxvid.training.signals import StopSignals
 from jaxvid.training.watchdog import Watchdog
 
 
-def test_a_stall_is_logged_with_its_cause_and_again_at_twice_the_time(lines):
-    stalls = Watchdog(0.1)
-    with stalls.stage("input", lambda: "reading a.mp4"):
+def test_a_stall_is_logged_with_its_cause_and_again_after_twice_the_time(lines):
+    watchdog = Watchdog(0.1)
+    with watchdog.stage("input", lambda: "reading a.mp4"):
         time.sleep(0.5)
-    with stalls.stage("the device"):
+    with watchdog.stage("the device"):
         time.sleep(0.01)
-    stalls.close()
+    watchdog.close()
     assert 1 <= len(lines) <= 3
     assert all(line.startswith("waiting for input for ") for line in lines)
     assert lines[0].endswith("reading a.mp4")
-    assert 0.4 < stalls.waited["input"] < 5
-    assert stalls.waited["the device"] >= 0.01
-    assert 0.5 < stalls.share("input") < 1
-    assert stalls.share("input") == 0  # nothing since
+    assert 0.4 < watchdog.waited["input"] < 5
+    assert watchdog.waited["the device"] >= 0.01
+    assert 0.5 < watchdog.share("input") < 1
+    assert watchdog.share("input") == 0  # no time since the last call
 
 
 def sums(loss=1.0, stop=False):
@@ -44,58 +44,60 @@ def sums(loss=1.0, stop=False):
     }
 
 
-def test_late_metrics_are_read_in_order_and_summed_once():
-    late = MetricWindow()
+def test_metrics_are_read_in_order_and_summed_once():
+    window = MetricWindow()
     for step in range(1, 6):
-        late.add(step, sums(loss=step, stop=step == 4), [])
-        late.read(leave=2)
-    assert not late.stop  # steps 4 and 5 are not read yet
-    total, count = late.take()
+        window.add(step, sums(loss=step, stop=step == 4), [])
+        window.read(leave=2)
+    assert not window.stop  # steps 4 and 5 are not read yet
+    total, count = window.take()
     assert (total["loss"], total["count"], count) == (1 + 2 + 3, 12, 3)
-    late.read()
-    assert late.stop
-    assert late.take()[0]["loss"] == 4 + 5
-    assert late.take() == ({}, 0)
+    window.read()
+    assert window.stop
+    assert window.take()[0]["loss"] == 4 + 5
+    assert window.take() == ({}, 0)
 
 
 def test_restored_sums_are_bit_identical():
     losses = np.random.default_rng(0).uniform(0, 3, 20)
-    whole = MetricWindow()
+    uninterrupted = MetricWindow()
     for step, loss in enumerate(losses, 1):
-        whole.add(step, sums(loss), [])
-    whole.read()
-    expected = whole.take()
+        uninterrupted.add(step, sums(loss), [])
+    uninterrupted.read()
+    expected = uninterrupted.take()
     for split in range(len(losses)):
         state = {"steps": 0, "sums": {}}
         for part in (losses[:split], losses[split:]):
-            late = MetricWindow()
-            late.set_state(json.loads(json.dumps(state)))
+            window = MetricWindow()
+            window.set_state(json.loads(json.dumps(state)))
             for step, loss in enumerate(part, 1):
-                late.add(step, sums(loss), [])
-            late.read()
-            state = late.get_state()
-        assert late.take() == expected
-        assert late.get_state() == {"steps": 0, "sums": {}}
+                window.add(step, sums(loss), [])
+            window.read()
+            state = window.get_state()
+        assert window.take() == expected
+        assert window.get_state() == {"steps": 0, "sums": {}}
 
 
 def test_a_non_finite_loss_names_its_step_and_videos():
-    late = MetricWindow()
-    late.add(1, sums(), ["a.mp4"])
-    late.add(2, sums(loss=np.nan), ["b.mp4"])
-    late.read(leave=1)
+    window = MetricWindow()
+    window.add(1, sums(), ["a.mp4"])
+    window.add(2, sums(loss=np.nan), ["b.mp4"])
+    window.read(leave=1)
     with pytest.raises(NonFiniteLossError) as error:
-        late.read()
+        window.read()
     assert (error.value.step, error.value.ids) == (2, ["b.mp4"])
 
 
 class Video:
+    """A stub of a video record."""
+
     label = 0
 
     def __init__(self, id_):
         self.id = id_
 
 
-def test_starts_are_recorded_and_other_training_videos_refused(tmp_path):
+def test_starts_are_recorded_and_different_training_videos_are_refused(tmp_path):
     mesh = sharding.make_mesh(sharding.MeshShape())
     videos = {"train": [Video("a"), Video("b")], "val": [Video("c")]}
     for _ in range(2):
@@ -110,7 +112,7 @@ def test_starts_are_recorded_and_other_training_videos_refused(tmp_path):
     assert fingerprints.fingerprint(other["train"]) != fingerprints.fingerprint(videos["train"])
     with pytest.raises(InputError, match="was started with 2 training videos"):
         run_metadata.record_start(tmp_path, run_metadata.describe_run(mesh, other))
-    changed = {**videos, "val": [Video("d")]}  # another validation list trains the same
+    changed = {**videos, "val": [Video("d")]}  # has no effect on training
     run_metadata.record_start(tmp_path, run_metadata.describe_run(mesh, changed))
     assert len((tmp_path / "starts.jsonl").read_text().splitlines()) == 3
 
@@ -120,9 +122,9 @@ def test_a_signal_is_recorded_or_ends_an_evaluation_at_once():
     with StopSignals() as signals:
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == signal.SIGTERM
-        assert signal.getsignal(signal.SIGTERM) is before  # a second one acts at once
+        assert signal.getsignal(signal.SIGTERM) is before  # so a second one acts at once
         with pytest.raises(SystemExit) as stop, signals.end_at_once():
-            pytest.fail("the signal came before")
+            pytest.fail("a signal was received before")
         assert stop.value.code == 128 + signal.SIGTERM
     with StopSignals() as signals:
         with pytest.raises(SystemExit) as stop, signals.end_at_once():
@@ -131,22 +133,22 @@ def test_a_signal_is_recorded_or_ends_an_evaluation_at_once():
 
 
 def test_a_signal_during_a_finalizer_acts_at_the_next_check():
-    def collect(phase, _):
+    def signal_once(phase, _):
         if phase == "start" and not raised:
             raised.append(True)
             signal.raise_signal(signal.SIGTERM)
 
     raised: list[bool] = []
     calls: list[int] = []
-    gc.callbacks.append(collect)
+    gc.callbacks.append(signal_once)
     try:
         with StopSignals() as signals, signals.end_at_once():
-            gc.collect()  # pytest fails on an exception that is raised and ignored inside
+            gc.collect()  # pytest fails if an exception is raised and dropped in it
             assert signals.received == signal.SIGTERM
             with pytest.raises(SystemExit) as stop:
                 signals.checked(calls.append)(1)
     finally:
-        gc.callbacks.remove(collect)
+        gc.callbacks.remove(signal_once)
     assert stop.value.code == 128 + signal.SIGTERM
     assert not calls
 
@@ -154,7 +156,7 @@ def test_a_signal_during_a_finalizer_acts_at_the_next_check():
 def test_handlers_not_installed_by_python_are_left_alone():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as signals:
-        signals._before[signal.SIGTERM] = None  # as `signal.signal` returns for such a handler
+        signals._before[signal.SIGTERM] = None  # `signal.signal` returns None for such a handler
     signal.signal(signal.SIGTERM, before)
 
 
@@ -174,12 +176,12 @@ def test_a_trace_covers_the_remaining_steps(start, traced, tmp_path, monkeypatch
         trace.after(step, {})
     trace.close()
     assert events == traced
-    said = (
+    message = (
         f"a trace of the steps {max(3, start)} to 5 is in"
         if traced
         else "no trace: the steps 3 to 5"
     )
-    assert [said in line for line in lines] == [True]
+    assert [message in line for line in lines] == [True]
 
 
 def test_a_run_that_stops_during_a_trace_closes_it(tmp_path, monkeypatch):
