@@ -40,14 +40,14 @@ class NoiseRecord:
 
 
 def descendants(pid: int) -> list[int]:
-    """Return the ids of all processes that a process and its descendants have started."""
+    """Return the ids of all running descendants of a process."""
     files = Path(f"/proc/{pid}/task").glob("*/children")  # one file per thread
     children = [int(child) for file in files for child in file.read_text().split()]
-    return children + [pid for child in children for pid in descendants(child)]
+    return children + [pid_below for child in children for pid_below in descendants(child)]
 
 
 def proportional_bytes(pid: int) -> int:
-    """Return the proportional set size of a process: N processes share the bytes of a page."""
+    """Return a process's proportional set size: shared pages are divided among their users."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
