@@ -262,7 +262,7 @@ LIMITED = "ulimit -v 2000000; {}"  # runs the program in a child process
         ("assert os.open('new', os.O_CREAT) > 2", "{} <&- >&- 2>&-", (0, "")),
         ("print('\\udcff \\u00e4')", "PYTHONIOENCODING=ascii {}", (0, "")),
         ("sys.exit('a message')", "{}", (1, "a message")),
-        ("open('/there/is/none')", "{}", (2, "error: /there/is/none: No such file or directory;")),
+        ("open('/missing/file')", "{}", (2, "error: /missing/file: No such file or directory;")),
         ("import pwd; pwd.getpwuid(54321)", "{}", (2, "error: user ")),
         ("raise MemoryError", "{}", (2, "error: out of memory (MemoryError); free memory")),
         ("raise RuntimeError('RESOURCE_EXHAUSTED: x')", "{}", (2, "error: out of memory (RESOURC")),
