@@ -32,7 +32,7 @@ SOURCES = {
     "garbage collection": """
         import gc, time
 
-        def callback(*_):  # Python prints exceptions of this function and goes on
+        def callback(*_):  # Python prints exceptions raised here and continues
             time.sleep(0.01)
 
         def main():
@@ -245,7 +245,7 @@ def run_body(tmp_path):
 
 
 MANY_LINES = "for i in range(10**5): print(i)"
-LIMITED = "ulimit -v 2000000; {}"  # runs the program in a child process
+LIMITED = "ulimit -v 2000000; {}"  # the program then runs in a child process
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_no_compilation_cache_without_a_home_directory(monkeypatch):
 
 NUM_SIGNALS = 40  # per program
 TARGET_SECONDS = 2.0  # from a signal to the program's exit, on an idle machine
-BUSY_FACTOR = 5  # allowance for other work on the machine, such as the second thread's program
+BUSY_FACTOR = 5  # allowance for other work on the machine, e.g. of the second thread
 
 
 def has_signal_handlers(process: subprocess.Popen) -> bool:
@@ -379,7 +379,7 @@ def has_signal_handlers(process: subprocess.Popen) -> bool:
 
 
 def wait_for_signal_handlers(process: subprocess.Popen) -> float:
-    """Wait until the handlers are installed; return that time, as `time.monotonic` does."""
+    """Wait until the handlers are installed; return the value of `time.monotonic()`."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not has_signal_handlers(process):
         assert process.poll() is None, process.communicate()

@@ -120,11 +120,8 @@ def tensor(
     numel = int(np.prod(shape)) if numel is None else numel
     storage = Persistent(("storage", Global("torch", f"{kind}Storage"), key, "cpu", numel))
     function = "_rebuild_tensor_v3" if dtype else "_rebuild_tensor_v2"
-    arguments = [storage, offset, shape, strides]
-    arguments += [
-        False,
-        Call(Global("collections", "OrderedDict"), ()),
-    ]  # requires_grad, backward hooks
+    hooks = Call(Global("collections", "OrderedDict"), ())
+    arguments = [storage, offset, shape, strides, False, hooks]  # False: requires_grad
     if dtype:
         arguments.append(Global("torch", dtype))
     arguments = (*arguments, *flags)

@@ -103,7 +103,7 @@ def test_killed_save_leaves_the_old_or_the_new_folder(best, function, count, is_
     before = load_class_token(best)
     done = run(INTERRUPTED_SAVE, str(best), function, str(count))
     assert done.returncode == 9, done.stderr
-    assert len(list(best.parent.iterdir())) >= 2  # including partial folders of the killed process
+    assert len(list(best.parent.iterdir())) >= 2  # the folder and leftovers of the killed process
     assert (load_class_token(best) == before).all() != is_new
     if not is_new:
         assert model_card.best_top1(best.parent) == 3.0
@@ -136,7 +136,7 @@ def test_full_disk_gives_one_line_error_and_keeps_the_old_folder(best):
 def test_full_disk_is_detected_before_writing(best, monkeypatch):
     usage = shutil.disk_usage(best)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.delattr(model_folder.ocp, "Checkpointer")  # nothing can be written
+    monkeypatch.delattr(model_folder.ocp, "Checkpointer")  # an attempt to write would raise
     with pytest.raises(InputError, match="best cannot be written .0 MB free, .* needed.; make"):
         save(best, 4)
     with pytest.raises(InputError, match="cannot be written .0 MB free"):
