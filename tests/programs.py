@@ -118,7 +118,7 @@ def start(
         name: Name of the program, a key of `PROGRAMS`.
         out: Folder for its outputs.
         inputs: The result of `make_inputs`.
-        shell: Bash script that runs it, e.g. `ulimit -v 1000; exec "$@"`. `"$@"` is its command.
+        shell: Bash script that runs the program's command `"$@"`, e.g. `ulimit -v 1000; exec "$@"`.
         **options: Options of `Popen`. By default, stderr is a pipe and stdout is discarded.
     """
     arguments = [text.format(out=out, **inputs) for text in PROGRAMS[name].arguments]

@@ -15,7 +15,7 @@ from jaxvid.models import FAMILIES, abstract_model, make_model_config
 from jaxvid.training import steps
 
 XVIT, STAM = FAMILIES["xvit"].tensor_axis, FAMILIES["stam"].tensor_axis
-# Sizes of the axes data, fsdp and tensor.
+# Sizes of the mesh axes 'data', 'fsdp' and 'tensor'.
 COMBINATIONS = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 2, 2)]
 
 
