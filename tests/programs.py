@@ -15,14 +15,16 @@ from convert import flax_to_torch
 
 ROOT = Path(__file__).parents[1]
 MAIN = [
-    *(
-        "main.py",
-        "--config=configs/motion.py",
-        "--workdir={out}/run",
-        "--config.data.source=folder",
-    ),
-    *("--config.data.folder={data}", "--config.model.width=16", "--config.model.depth=1"),
-    *("--config.batch_size=16", "--config.eval.batch_size=8", "--config.num_epochs=1.0"),
+    "main.py",
+    "--config=configs/motion.py",
+    "--workdir={out}/run",
+    "--config.data.source=folder",
+    "--config.data.folder={data}",
+    "--config.model.width=16",
+    "--config.model.depth=1",
+    "--config.batch_size=16",
+    "--config.eval.batch_size=8",
+    "--config.num_epochs=1.0",
 ]
 
 
@@ -31,10 +33,11 @@ class Program:
     """A program and its outputs.
 
     Attributes:
-        arguments: Arguments of the Python interpreter. `{out}` is an empty folder, `{data}` the
-            data folder, `{model}` a model folder, `{pth}` a converted one.
+        arguments: Arguments of the Python interpreter. `{out}` stands for the output folder,
+            `{data}` for the data folder, `{model}` for a model folder and `{pth}` for a PyTorch
+            checkpoint.
         outputs: Files and folders below `{out}` that are written atomically.
-        logs: Pattern of the lines that it writes to stderr while it runs.
+        logs: Pattern of the lines that the program may write to stderr before an error.
     """
 
     arguments: list[str]
@@ -87,7 +90,7 @@ PROGRAMS = {
 
 
 def make_inputs(folder: Path, data: Path) -> dict[str, Path]:
-    """Write the inputs of the programs: a model folder and its conversion.
+    """Write the inputs of the programs: a model folder and a PyTorch checkpoint of the same model.
 
     Args:
         folder: Folder of the inputs.
@@ -97,9 +100,9 @@ def make_inputs(folder: Path, data: Path) -> dict[str, Path]:
         The values of `{data}`, `{model}` and `{pth}`.
     """
     preprocessing = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
+    preprocessing["sampling"] = "segments"
     labels = (data / "labels.txt").read_text().split("\n")[:8]
     model = jaxvid.create_model("xvit_tiny", num_classes=8)
-    preprocessing["sampling"] = "segments"
     jaxvid.save_model(model, folder / "model", preprocessing=preprocessing, labels=labels)
     arguments = ["--input", str(folder / "model"), "--output", str(folder / "in.pth")]
     assert flax_to_torch.main(arguments) == 0
@@ -112,10 +115,10 @@ def start(
     """Start a program in a process group of its own.
 
     Args:
-        name: The program.
+        name: Name of the program, a key of `PROGRAMS`.
         out: Folder for its outputs.
         inputs: The result of `make_inputs`.
-        shell: Bash script that runs it, e.g. `ulimit -v 1000; exec "$@"`.
+        shell: Bash script that runs the program's command `"$@"`, e.g. `ulimit -v 1000; exec "$@"`.
         **options: Options of `Popen`. By default, stderr is a pipe and stdout is discarded.
     """
     arguments = [text.format(out=out, **inputs) for text in PROGRAMS[name].arguments]
@@ -148,7 +151,7 @@ def check_outputs(name: str, out: Path) -> None:
 
 
 def list_files(out: Path) -> set[str]:
-    """Return the files that programs leave in a folder, except those with numbered names."""
+    """Return the files below a folder, except TensorBoard events and weights: their names vary."""
     return {
         str(path.relative_to(out))
         for path in out.rglob("*")

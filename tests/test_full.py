@@ -1,4 +1,4 @@
-"""The released models at full size: `make test-full`."""
+"""Released models at full size: equality with the original programs, and conversion."""
 
 import json
 
@@ -15,27 +15,31 @@ from tests import goldens
 from tests.golden.synthetic import synthetic_clip, synthetic_param
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
+# Models with recorded outputs of the original programs.
 RECORDED = ["stam_8", "stam_16", "xvit_k400", "xvit_k600", "xvit_ssv2"]
 ALL = [*RECORDED, "stam_32", "stam_64"]
 
 
 def manifest(name: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in the released checkpoint."""
-    if not (goldens.FOLDER / f"full/{name}.manifest.json").exists():
+    """Return the shapes of a released checkpoint's weights, by name.
+
+    If they were not recorded, they are those of the PyTorch reference.
+    """
+    path = goldens.FOLDER / f"full/{name}.manifest.json"
+    if not path.exists():
         state = build_reference(make_model_config(name)).state_dict()
         return {key: tuple(value.shape) for key, value in state.items()}
-    listed = json.loads((goldens.FOLDER / f"full/{name}.manifest.json").read_text())
-    return {key: tuple(shape) for key, shape in listed}
+    return {key: tuple(shape) for key, shape in json.loads(path.read_text())}
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_full_models_equal_the_original(name):
+def test_full_size_models_equal_the_original_programs(name):
     with np.load(goldens.FOLDER / f"full/{name}.npz") as arrays:
         golden = dict(arrays)
     graphdef, abstract = abstract_model(make_model_config(name))
-    names = {rules.torch_key(key): rules.torch_shape(key, v.shape) for key, v in abstract.items()}
-    unread = {key for key in manifest(name) if key.startswith("new_fc.")}
-    assert names == {k: v for k, v in manifest(name).items() if k not in unread}
+    shapes = {rules.torch_key(key): rules.torch_shape(key, v.shape) for key, v in abstract.items()}
+    # The original program of XViT does not use the layer `new_fc`.
+    assert shapes == {k: v for k, v in manifest(name).items() if not k.startswith("new_fc.")}
     params = goldens.params(abstract, int(golden["seed"]))
     clip = synthetic_clip(tuple(golden["clip_shape"]), int(golden["clip_seed"]))
 
@@ -50,13 +54,13 @@ def test_full_models_equal_the_original(name):
         "frame features": abs(features["frames"] - golden["frame_features"]).max(),
     }
     if "video_features" in golden:
-        differences["video"] = abs(features["video"] - golden["video_features"]).max()
-    print(name, {what: f"{float(value):.1e}" for what, value in differences.items()})
+        differences["video features"] = abs(features["video"] - golden["video_features"]).max()
+    print(name, {output: f"{float(value):.1e}" for output, value in differences.items()})
     assert max(differences.values()) <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["stam_8", "xvit_k600"])
-def test_256_px_equals_the_torch_reference(name):
+def test_256_px_logits_equal_the_torch_reference(name):
     config = make_model_config(name)
     state = {
         key: torch.from_numpy(np.array(synthetic_param(key, shape, 5)))
@@ -76,21 +80,21 @@ def test_256_px_equals_the_torch_reference(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_full_round_trips_are_bit_identical(name, tmp_path):
+def test_full_size_round_trips_are_bit_identical(name, tmp_path):
     shapes = manifest(name)
     state = {
         key: torch.from_numpy(np.array(synthetic_param(key, shape, 1)))
         for key, shape in shapes.items()
     }
-    key = "model" if name.startswith("stam") else "model_state"
-    torch.save({key: state}, tmp_path / "in.pth")
+    state_key = "model" if name.startswith("stam") else "model_state"
+    torch.save({state_key: state}, tmp_path / "in.pth")
     arguments = ["--model", name, "--input", str(tmp_path / "in.pth")]
     assert torch_to_flax.main([*arguments, "--output", str(tmp_path / "model")]) == 0
     arguments = ["--input", str(tmp_path / "model"), "--output", str(tmp_path / "out.pth")]
     assert flax_to_torch.main(arguments) == 0
-    found = torch.load(tmp_path / "out.pth", weights_only=True)[key]
-    assert found.keys() == state.keys()
+    converted = torch.load(tmp_path / "out.pth", weights_only=True)[state_key]
+    assert converted.keys() == state.keys()
     for key, tensor in state.items():
         if not key.startswith("new_fc."):
-            assert torch.equal(found[key], tensor), key
+            assert torch.equal(converted[key], tensor), key
     assert jaxvid.load_model(tmp_path / "model").config == make_model_config(name)

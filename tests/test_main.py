@@ -1,4 +1,4 @@
-"""Flags that another mode would ignore are refused."""
+"""Flags that have no effect in the chosen mode are refused."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, complete lines elsewhere."""
+"""Progress is a bar on a terminal and complete lines elsewhere."""
 
 import io
 import sys
@@ -11,7 +11,7 @@ from jaxvid.data import check
 
 
 class Stream(io.StringIO):
-    """Standard error, on a terminal or not."""
+    """A stand-in for stderr that is a terminal or not."""
 
     def __init__(self, terminal: bool):
         super().__init__()
@@ -20,7 +20,7 @@ class Stream(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A list whose one entry is the time in seconds."""
+    """A list whose only entry is the time in seconds."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -35,7 +35,7 @@ def test_rate_and_remaining_time_exclude_earlier_runs(clock):
     bar.close()
 
 
-def test_logs_get_complete_lines_at_intervals(clock, monkeypatch):
+def test_progress_is_logged_in_complete_lines_at_intervals(clock, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Stream(terminal=False))
     bar = progress.Progress(9000, title="writing clips", unit="clip")
     for _ in range(50):  # 25 s
@@ -49,13 +49,13 @@ def test_logs_get_complete_lines_at_intervals(clock, monkeypatch):
     assert sys.stderr.getvalue().endswith("\n")
 
 
-def test_terminals_get_a_bar_that_is_removed(clock, monkeypatch):
+def test_bar_on_a_terminal_is_removed_at_the_end(clock, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Stream(terminal=True))
     bar = check.Progress(4, "reading")
     clock[0] += 60
     bar.advance(2_000_000)
-    time.sleep(0.15)  # tqdm, whose clock is another, draws ten times a second
-    bar.advance(-1)  # a file that is not there
+    time.sleep(0.15)  # tqdm reads the real clock and draws ten times a second
+    bar.advance(-1)  # a missing file
     bar.close()
     shown = sys.stderr.getvalue()
     assert "reading:  50%" in shown

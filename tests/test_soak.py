@@ -1,4 +1,4 @@
-"""Long runs have constant memory and leave nothing behind (marked `full`)."""
+"""Memory use stays constant; no process and no shared memory remains (marked `full`)."""
 
 import contextlib
 import gc
@@ -20,7 +20,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 class NoiseRecord:
-    """A video of noise that costs nothing to decode."""
+    """A video that repeats one generated frame of noise, so that nothing is decoded."""
 
     label = 0
     num_frames = 32
@@ -39,15 +39,15 @@ class NoiseRecord:
         return np.stack([frame] * len(indices))
 
 
-def children(pid: int) -> list[int]:
-    """All processes below a process."""
-    lists = Path(f"/proc/{pid}/task").glob("*/children")  # threads have children of their own
-    direct = [int(child) for path in lists for child in path.read_text().split()]
-    return direct + [below for child in direct for below in children(child)]
+def descendants(pid: int) -> list[int]:
+    """Return the ids of all running descendants of a process."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")  # one file per thread
+    children = [int(child) for file in files for child in file.read_text().split()]
+    return children + [pid_below for child in children for pid_below in descendants(child)]
 
 
-def resident_bytes(pid: int) -> int:
-    """Memory of a process that is its own, in bytes (shared pages count by their share)."""
+def proportional_bytes(pid: int) -> int:
+    """Return a process's proportional set size: shared pages are divided among their users."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
@@ -70,19 +70,19 @@ def test_memory_is_constant_over_2000_batches(num_workers):
     for step in range(2000):
         assert next(batches)["video"].shape == (2, 16, 224, 224, 3)
         if step % 100 == 99:
-            used.append(sum(map(resident_bytes, [os.getpid(), *children(os.getpid())])))
+            used.append(sum(map(proportional_bytes, [os.getpid(), *descendants(os.getpid())])))
     batches.close()
-    # The least of each half: how many batches wait in the buffers differs from moment to moment.
+    # Compare the minimum of each half, because the number of buffered batches varies.
     assert min(used[10:]) <= min(used[:10]) + 30e6, [round(value / 1e6) for value in used]
     del batches
-    gc.collect()  # semaphores keep their names as long as the iterator lives
+    gc.collect()  # the named semaphores exist until the iterator is deleted
     time.sleep(2)
     assert {*SHARED_MEMORY.iterdir()} <= before
 
 
 @pytest.mark.full
 @pytest.mark.timeout(300)
-def test_interrupts_leave_no_process_and_no_shared_memory(motion_folder, tmp_path):
+def test_interrupted_training_leaves_no_process_and_no_shared_memory(motion_folder, tmp_path):
     before = {*SHARED_MEMORY.iterdir()}
     command = [sys.executable, "main.py", "--config", "configs/motion.py", "--workdir", tmp_path]
     options = [f"--config.data.folder={motion_folder}", "--config.data.source=folder"]
@@ -91,7 +91,7 @@ def test_interrupts_leave_no_process_and_no_shared_memory(motion_folder, tmp_pat
     for line in run.stderr:
         if "first step" in line:
             break
-    workers = children(run.pid)
+    workers = descendants(run.pid)
     assert len(workers) >= 2
     run.send_signal(signal.SIGINT)
     run.communicate(timeout=120)

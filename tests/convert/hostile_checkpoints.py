@@ -1,4 +1,4 @@
-"""Checkpoint files that must be refused: name → (suffix, builder, part of the message)."""
+"""Hostile checkpoint and label files, and the messages with which they must be refused."""
 
 import io
 import json
@@ -42,33 +42,33 @@ def make_state() -> dict[str, np.ndarray]:
 
 
 class Global(NamedTuple):
-    """A global that a pickle imports."""
+    """A function or class that a pickle imports: opcode GLOBAL."""
 
     module: str
     name: str
 
 
 class Call(NamedTuple):
-    """A call."""
+    """A call of a function: opcode REDUCE."""
 
     function: Any
     arguments: tuple
 
 
 class Persistent(NamedTuple):
-    """A reference to a storage."""
+    """A reference to a storage: opcode BINPERSID."""
 
     value: Any
 
 
 class Raw(NamedTuple):
-    """Opcodes."""
+    """Opcodes that are copied into the pickle unchanged."""
 
     data: bytes
 
 
 def encode(value: Any) -> bytes:
-    """Encode a value as opcodes of protocol 2."""
+    """Encode a value as opcodes of pickle protocol 2."""
     if isinstance(value, Raw):
         return value.data
     if isinstance(value, Global):
@@ -88,8 +88,8 @@ def encode(value: Any) -> bytes:
         return b"G" + struct.pack(">d", value)
     if isinstance(value, dict):
         return b"}(" + b"".join(encode(k) + encode(v) for k, v in value.items()) + b"u"
-    inside = b"".join(map(encode, value))
-    return b"(" + inside + b"t" if isinstance(value, tuple) else b"](" + inside + b"e"
+    items = b"".join(map(encode, value))
+    return b"(" + items + b"t" if isinstance(value, tuple) else b"](" + items + b"e"
 
 
 def tensor(
@@ -103,15 +103,28 @@ def tensor(
     dtype=None,
     flags=(),
 ) -> Call:
-    """Return a tensor as in a file of `torch.save`, by default contiguous in its own storage."""
+    """Return a tensor as `torch.save` pickles it, by default contiguous.
+
+    Args:
+        shape: Shape.
+        strides: Strides; None: contiguous.
+        offset: Index of the first value in the storage.
+        numel: Number of values of the storage; None: that of the tensor.
+        key: Name of the storage in the archive.
+        kind: Type of the storage, e.g. "Half".
+        dtype: Dtype of an untyped storage.
+        flags: Further arguments, such as `{"neg": True}`.
+    """
     if strides is None:
         strides = tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
     numel = int(np.prod(shape)) if numel is None else numel
     storage = Persistent(("storage", Global("torch", f"{kind}Storage"), key, "cpu", numel))
-    rest = (False, Call(Global("collections", "OrderedDict"), ()))
-    rest = (*rest, Global("torch", dtype)) if dtype else rest
     function = "_rebuild_tensor_v3" if dtype else "_rebuild_tensor_v2"
-    arguments = (storage, offset, shape, strides, *rest, *flags)
+    hooks = Call(Global("collections", "OrderedDict"), ())
+    arguments = [storage, offset, shape, strides, False, hooks]  # False: requires_grad
+    if dtype:
+        arguments.append(Global("torch", dtype))
+    arguments = (*arguments, *flags)
     return Call(Global("torch._utils", function), arguments)
 
 
@@ -120,12 +133,17 @@ def rebuild(function: str, *arguments) -> Call:
 
 
 def members(changes: dict | None = None, tree: Any = None) -> dict[str, bytes]:
-    """Return the members of a PyTorch archive; `changes` replaces values of the state_dict."""
+    """Return the members of a PyTorch archive.
+
+    Args:
+        changes: Values of the state_dict that are replaced.
+        tree: The pickled object; None: a dict with the state_dict under "model".
+    """
     state = make_state()
     values = {k: tensor(v.shape, key=k) for k, v in state.items()} | (changes or {})
     tree = {"model": values} if tree is None else tree
-    out = {"data.pkl": b"\x80\x02" + encode(tree) + b".", "byteorder": b"little"}
-    return out | {f"data/{key}": value.tobytes() for key, value in state.items()}
+    parts = {"data.pkl": b"\x80\x02" + encode(tree) + b".", "byteorder": b"little"}
+    return parts | {f"data/{key}": value.tobytes() for key, value in state.items()}
 
 
 def write_zip(path: Path, parts: dict[str, bytes], compression=zipfile.ZIP_STORED) -> None:
@@ -134,10 +152,11 @@ def write_zip(path: Path, parts: dict[str, bytes], compression=zipfile.ZIP_STORE
             archive.writestr(name if name.startswith(("/", "..")) else f"archive/{name}", data)
 
 
-# ------------------------------------------------------------------ the table
+# ------------------------------------------------------------------ cases
 
 Build = Callable[[Path], None]
-CASES: dict[str, tuple[str, Build, str]] = {}  # name → suffix, builder, part of the message
+# name → suffix of the file, its builder, and a part of the message ("a|b": one of two parts).
+CASES: dict[str, tuple[str, Build, str]] = {}
 
 
 def case(name: str, message: str, build: Build, suffix: str = "pth") -> None:
@@ -146,21 +165,22 @@ def case(name: str, message: str, build: Build, suffix: str = "pth") -> None:
 
 
 def tree_case(name: str, message: str, tree: Any = None, **changes) -> None:
-    """Add a case: a complete archive with a changed pickle."""
+    """Add a case: a valid archive with another pickle, or with changed values."""
     case(name, message, lambda p: write_zip(p, members(changes, tree)))
 
 
 def part_case(name: str, message: str, **parts) -> None:
-    """Add a case: a complete archive with replaced members."""
+    """Add a case: a valid archive with replaced or added members."""
     case(name, message, lambda p: write_zip(p, members() | parts))
 
 
 def byte_case(name: str, message: str, data: bytes, suffix: str = "pth") -> None:
+    """Add a case: a file with this content."""
     case(name, message, lambda p: p.write_bytes(data), suffix)
 
 
 def edit_case(name: str, message: str, edit: Callable[[bytearray], None]) -> None:
-    """Add a case: a complete archive with changed bytes."""
+    """Add a case: a valid archive with changed bytes."""
 
     def build(path: Path) -> None:
         write_zip(path, members())
@@ -177,13 +197,15 @@ def save_case(name: str, message: str, make: Callable[[dict], Any], **options) -
     def build(path: Path) -> None:
         state = {key: torch.from_numpy(value) for key, value in make_state().items()}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own about sparse and quantised tensors
+            warnings.simplefilter("ignore")  # torch warns about sparse and quantised tensors
             torch.save(make(state), path, **options)
 
     case(name, message, build)
 
 
-def sparse(size: int, start: bytes = b"") -> Build:
+def sparse_file(size: int, start: bytes = b"") -> Build:
+    """Return the builder of a sparse file: `start`, then zeros up to `size` bytes."""
+
     def build(path: Path) -> None:
         path.write_bytes(start)
         os.truncate(path, size)
@@ -192,15 +214,16 @@ def sparse(size: int, start: bytes = b"") -> Build:
 
 
 def bind_socket(path: Path) -> None:
-    folder = os.getcwd()
-    os.chdir(path.parent)  # a socket's path may have 107 characters
+    working_dir = os.getcwd()
+    os.chdir(path.parent)  # the path of a socket has at most 107 characters
     try:
         with socket.socket(socket.AF_UNIX) as bound:
-            bound.bind(path.name)  # the file stays
+            bound.bind(path.name)  # the file remains after the socket is closed
     finally:
-        os.chdir(folder)
+        os.chdir(working_dir)
 
 
+# name → builder, part of the message; for files of every kind.
 SPECIAL = {
     "missing": (lambda p: None, "does not exist"),
     "folder": (lambda p: p.mkdir(), "is a folder"),
@@ -214,7 +237,7 @@ for _suffix in ("pth", "npz", "safetensors"):
     for _name, (_build, _message) in SPECIAL.items():
         case(f"{_suffix}: {_name}", _message, _build, _suffix)
 
-# ---- no checkpoint at all
+# ---- files that are not checkpoints
 for _name, _message, _data in (
     ("empty", "it is empty", b""),
     ("one byte", "neither a zip archive nor a pickle", b"\x00"),
@@ -234,80 +257,98 @@ for _seed in range(3):
         NOT_TORCH,
         b"\x80\x02" + np.random.default_rng(_seed).bytes(5000),
     )
-case("file: terabyte of zeros", "neither a zip", sparse(2**40))
-case("file: terabyte after a zip's start", "cannot be read", sparse(2**40, b"PK\x03\x04"))
-case("file: terabyte after a pickle's start", NOT_TORCH, sparse(2**40, b"\x80\x02X"))
+case("file: terabyte of zeros", "neither a zip", sparse_file(2**40))
+case("file: terabyte after a zip's start", "cannot be read", sparse_file(2**40, b"PK\x03\x04"))
+case("file: terabyte after a pickle's start", NOT_TORCH, sparse_file(2**40, b"\x80\x02X"))
 
 # ---- zip archives
 for _tenth in range(1, 10):
 
-    def _cut(data: bytearray, tenth: int = _tenth) -> None:
+    def _truncate(data: bytearray, tenth: int = _tenth) -> None:
         del data[len(data) * tenth // 10 :]
 
-    edit_case(f"zip: cut at {_tenth}/10", NOT_TORCH, _cut)
+    edit_case(f"zip: truncated at {_tenth}/10", NOT_TORCH, _truncate)
 
 
-def _at_end(data: bytearray, offset: int, value: bytes) -> None:
+def _edit_end(data: bytearray, offset: int, value: bytes) -> None:
+    """Replace bytes of the end-of-central-directory record."""
     end = data.rfind(b"PK\x05\x06")
     data[end + offset : end + offset + len(value)] = value
 
 
-def _in_directory(data: bytearray, offset: int, value: bytes, entry: int = -1) -> None:
+def _edit_entry(data: bytearray, offset: int, value: bytes, entry: int = -1) -> None:
+    """Replace bytes of an entry of the central directory, by default of the last one."""
     starts = [i for i in range(len(data)) if data[i : i + 4] == b"PK\x01\x02"]
     data[starts[entry] + offset : starts[entry] + offset + len(value)] = value
 
 
-def _flip(data: bytearray) -> None:
+def _flip_bit(data: bytearray) -> None:
+    """Flip a bit of `pos_embed`."""
     data[data.find(make_state()["pos_embed"].tobytes()) + 5] ^= 1
 
 
-HUGE, BIG = struct.pack("<I", 2**32 - 1), struct.pack("<I", 2**31)
+# Values of 4-byte fields: 4 GB and 2 GB.
+UINT32_MAX, UINT32_2GB = struct.pack("<I", 2**32 - 1), struct.pack("<I", 2**31)
 for _name, _message, _edit in (
-    ("flipped bit in a storage", "checksum of the storage pos_embed is wrong", _flip),
-    ("directory too far", "cannot be read", lambda d: _at_end(d, 16, BIG)),
-    ("directory one off", "cannot be read", lambda d: _at_end(d, 16, bytes([d[-6] ^ 1]))),
-    ("directory of 2 GB", "cannot be read", lambda d: _at_end(d, 12, BIG)),
-    ("zip64 without one", "cannot be read", lambda d: _at_end(d, 8, b"\xff" * 12)),
-    ("member far away", "cannot be read", lambda d: _in_directory(d, 42, BIG)),
-    ("member at another's place", "cannot be read", lambda d: _in_directory(d, 42, bytes(4))),
-    ("member of 4 GB", "not read", lambda d: _in_directory(d, 24, HUGE)),
-    ("member of 4 GB, twice", "not read", lambda d: _in_directory(d, 20, HUGE + HUGE)),
-    ("member smaller", "compressed", lambda d: _in_directory(d, 24, b"\x01\0\0\0")),
-    ("encrypted member", "is encrypted", lambda d: _in_directory(d, 8, b"\x01\0")),
-    ("unknown compression", "compressed", lambda d: _in_directory(d, 10, b"\x63\0")),
-    ("pickle with a wrong checksum", "Bad CRC", lambda d: _in_directory(d, 16, HUGE, 0)),
-    ("name with control characters", "cannot be read", lambda d: _in_directory(d, 46, b"\n\n")),
+    ("flipped bit in a storage", "checksum of the storage pos_embed is wrong", _flip_bit),
+    ("directory offset of 2 GB", "cannot be read", lambda d: _edit_end(d, 16, UINT32_2GB)),
+    (
+        "directory offset off by one",
+        "cannot be read",
+        lambda d: _edit_end(d, 16, bytes([d[-6] ^ 1])),
+    ),
+    ("directory size of 2 GB", "cannot be read", lambda d: _edit_end(d, 12, UINT32_2GB)),
+    (
+        "zip64 markers without a zip64 record",
+        "cannot be read",
+        lambda d: _edit_end(d, 8, b"\xff" * 12),
+    ),
+    ("member offset of 2 GB", "cannot be read", lambda d: _edit_entry(d, 42, UINT32_2GB)),
+    ("member offset of another member", "cannot be read", lambda d: _edit_entry(d, 42, bytes(4))),
+    ("member size of 4 GB", "not read", lambda d: _edit_entry(d, 24, UINT32_MAX)),
+    (
+        "compressed and full size of 4 GB",
+        "not read",
+        lambda d: _edit_entry(d, 20, 2 * UINT32_MAX),
+    ),
+    ("member size of one byte", "compressed", lambda d: _edit_entry(d, 24, b"\x01\0\0\0")),
+    ("encrypted member", "is encrypted", lambda d: _edit_entry(d, 8, b"\x01\0")),
+    ("unknown compression", "compressed", lambda d: _edit_entry(d, 10, b"\x63\0")),
+    ("pickle with a wrong checksum", "Bad CRC", lambda d: _edit_entry(d, 16, UINT32_MAX, 0)),
+    ("name with control characters", "cannot be read", lambda d: _edit_entry(d, 46, b"\n\n")),
 ):
     edit_case(f"zip: {_name}", _message, _edit)
 
 
-def _double(path: Path) -> None:
+def _duplicate_member(path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zipfile's own about the name
+        warnings.simplefilter("ignore")  # zipfile warns about the duplicate name
         with zipfile.ZipFile(path, "w") as archive:
             for name, data in [*members().items(), ("data/pos_embed", b"1234")]:
                 archive.writestr(f"archive/{name}", data)
 
 
-def _many(path: Path) -> None:
+def _many_members(path: Path) -> None:
     write_zip(path, members() | {f"x/{i}": b"" for i in range(100_000)})
 
 
-case("zip: two members of a name", "two members are named", _double)
-case("zip: 100,000 members", "its header declares", _many)
+case("zip: two members of the same name", "two members are named", _duplicate_member)
+case("zip: 100,000 members", "its header declares", _many_members)
 case("zip: deflated", "is compressed", lambda p: write_zip(p, members(), zipfile.ZIP_DEFLATED))
 case("zip: bzip2", "compressed", lambda p: write_zip(p, members(), zipfile.ZIP_BZIP2))
-part_case("zip: outside", "is outside the archive", **{"../../x": b""})
-part_case("zip: absolute", "is outside the archive", **{"/etc/x": b""})
-part_case("zip: torchscript", "it is a TorchScript program", **{"constants.pkl": b""})
-part_case("zip: byte order", "byte order is neither", byteorder=b"middle")
+part_case("zip: member outside the archive", "is outside the archive", **{"../../x": b""})
+part_case("zip: member with an absolute path", "is outside the archive", **{"/etc/x": b""})
+part_case("zip: TorchScript", "it is a TorchScript program", **{"constants.pkl": b""})
+part_case("zip: unknown byte order", "byte order is neither", byteorder=b"middle")
 part_case("zip: empty pickle", "cannot be read", **{"data.pkl": b""})
 part_case("zip: pickle of 5 MB", "data.pkl' declares 5 MB", **{"data.pkl": bytes(5_000_000)})
 part_case(
-    "zip: short storage", "declared size of its storage differs", **{"data/pos_embed": b"1234"}
+    "zip: too short storage", "declared size of its storage differs", **{"data/pos_embed": b"1234"}
 )
 part_case(
-    "zip: long storage", "declared size of its storage differs", **{"data/pos_embed": bytes(10**6)}
+    "zip: too long storage",
+    "declared size of its storage differs",
+    **{"data/pos_embed": bytes(10**6)},
 )
 case("zip: no pickle", "0 members named data.pkl", lambda p: write_zip(p, {"data/0": b"1"}))
 case(
@@ -321,7 +362,7 @@ case(
     lambda p: write_zip(p, {"data.pkl": bytes(50_000_000)}, zipfile.ZIP_DEFLATED),
 )
 
-# ---- pickles that do what no state_dict does
+# ---- pickles that are damaged or use operations that no state_dict needs
 for _module, _function in (
     *(("os", "system"), ("posix", "system"), ("builtins", "eval"), ("builtins", "exec")),
     *(("builtins", "getattr"), ("subprocess", "Popen"), ("torch", "load"), ("torch.hub", "load")),
@@ -339,9 +380,9 @@ for _name, _message, _data in (
     ("PERSID", "operation PERSID", b"P0\n"),
     ("DUP", "operation DUP", b"N2"),
     ("text of 2**62 bytes", "cannot be read", b"\x8d" + struct.pack("<Q", 2**62) + b"abc"),
-    ("text of 4 GB", "cannot be read", b"X" + HUGE + b"abc"),
-    ("memo of 2**31 entries", "got NoneType", b"Nr" + BIG),
-    ("value that was never kept", "a value is missing", b"h\x63"),
+    ("text of 4 GB", "cannot be read", b"X" + UINT32_MAX + b"abc"),
+    ("memo index of 2**31", "got NoneType", b"Nr" + UINT32_2GB),
+    ("memo entry that was never stored", "a value is missing", b"h\x63"),
     ("no mark", "its pickle is damaged", b"tttt"),
     ("empty stack", "its pickle is damaged", b"RRRR"),
     ("call of a number", "a call of something that is not a function", b"K\x01)R"),
@@ -349,21 +390,20 @@ for _name, _message, _data in (
     ("key without a value", "a key without a value", b"}(K\x01u"),
     ("tuples 200,000 deep", "operations|does not fit|tuple", b"N" + b"\x85" * 200_000),
     (
-        "key that is nested",
+        "deeply nested key",
         "it has a key of the type tuple",
         b"}" + b"N" + b"\x85" * 200_000 + b"Ns",
     ),
     ("lists 200,000 deep", "list", b"]" * 200_000 + b"a" * 199_999),
     ("a million lists", "more than 500000 operations", b"(" + b"]" * 10**6 + b"t"),
-    ("no end", "cannot be read", b"N"),
 ):
-    if _name == "no end":
-        part_case("pickle: no end", _message, **{"data.pkl": b"\x80\x02N"})
-    else:
-        tree_case(f"pickle: {_name}", _message, {"pos_embed": Raw(_data)})
+    tree_case(f"pickle: {_name}", _message, {"pos_embed": Raw(_data)})
+part_case("pickle: no end", "cannot be read", **{"data.pkl": b"\x80\x02N"})
 
-# ---- tensors that are none, or lie
-S = (1, 5, 16)  # of pos_embed
+# ---- tensors with invalid sizes, storages or types
+S = (1, 5, 16)  # shape of `pos_embed`
+_rebuild = Global("torch._tensor", "_rebuild_from_type_v2")
+_self_call = Call(_rebuild, (_rebuild, Global("torch", "Tensor"), (), {}))
 for _name, _message, _value in (
     ("negative size", "negative or impossible", tensor((1, -5, 16), (80, 16, 1), numel=80)),
     ("negative stride", "negative or impossible", tensor(S, (80, -16, 1))),
@@ -376,17 +416,17 @@ for _name, _message, _value in (
     ("offset of one", "reaches beyond", tensor(S, offset=1)),
     ("huge storage", "declared size of its storage differs", tensor(S, numel=10**13)),
     ("small storage", "declared size of its storage differs", tensor(S, numel=1)),
-    ("fewer strides", "3 axes and 2 strides", tensor(S, (16, 1))),
+    ("fewer strides than axes", "3 axes and 2 strides", tensor(S, (16, 1))),
     ("70 axes", "70 axes", tensor((1,) * 70, (1,) * 70, numel=80)),
     ("sizes in a list", "without a shape", tensor([1, 5, 16], (80, 16, 1))),
     ("size in floating point", "negative or impossible", tensor((1, 5.0, 16), (80, 16, 1))),
-    ("size that is true", "negative or impossible", tensor((True, 5, 16), (80, 16, 1))),
+    ("size that is a bool", "negative or impossible", tensor((True, 5, 16), (80, 16, 1))),
     ("size that is text", "negative or impossible", tensor(("1", 5, 16), (80, 16, 1), numel=80)),
-    ("huge expansion", "in the file", tensor((10**9, 10**9, 10**9), (0, 0, 0), numel=80)),
-    ("no size at all", "in the file", tensor((1, 0, 16), (0, 16, 1), numel=80)),
+    ("expansion to a huge size", "in the file", tensor((10**9, 10**9, 10**9), (0, 0, 0), numel=80)),
+    ("size of zero", "in the file", tensor((1, 0, 16), (0, 16, 1), numel=80)),
     ("no axes", "in the file", tensor((), (), numel=80)),
-    ("another storage", "its values are missing", tensor(S, key="nothing")),
-    ("storage outside", "its values are missing", tensor(S, key="../../etc/passwd")),
+    ("missing storage", "its values are missing", tensor(S, key="nothing")),
+    ("storage outside the archive", "its values are missing", tensor(S, key="../../etc/passwd")),
     ("storage named by a number", "an invalid reference to a storage", tensor(S, key=0)),
     ("storage of another dtype", "declared in two ways", tensor(S, key="head.bias", kind="Half")),
     ("negated values", "conj or neg bit", tensor(S, flags=({"neg": True},))),
@@ -397,14 +437,11 @@ for _name, _message, _value in (
     ("quantised", "got quantised tensor", rebuild("_rebuild_qtensor", 0)),
     ("no storage", "a tensor without a storage", rebuild("_rebuild_tensor_v2", 0, 0, S, S)),
     ("no arguments", "a tensor without a storage", rebuild("_rebuild_tensor_v2")),
-    ("call of itself", "a call of itself", None),
-    ("none", "got NoneType", None),
+    ("call of itself", "a call of itself", _self_call),
+    ("None", "got NoneType", None),
     ("text", "got str", "weights"),
     ("dict", "got dict", {"a": 1}),
 ):
-    if _name == "call of itself":
-        _rebuild = Global("torch._tensor", "_rebuild_from_type_v2")
-        _value = Call(_rebuild, (_rebuild, Global("torch", "Tensor"), (), {}))
     tree_case(f"tensor: {_name}", _message, pos_embed=_value)
 for _kind, _dtype in (
     *(("Bool", "bool"), ("Byte", "uint8"), ("Char", "int8"), ("Short", "int16"), ("Int", "int32")),
@@ -418,7 +455,7 @@ for _dtype in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fn
     tree_case(f"dtype: {_dtype}", f"pos_embed: {_dtype}", pos_embed=_value)
 
 
-def _changed(key: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict], Any]:
+def _change_weight(key: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict], Any]:
     return lambda state: {"model": state | {key: change(state[key])}}
 
 
@@ -439,11 +476,11 @@ for _name, _message, _change in (
         "got quantised tensor",
         lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
     ),
-    ("one axis more", "in the file", lambda t: t[None]),
+    ("additional axis", "in the file", lambda t: t[None]),
 ):
-    save_case(f"saved: {_name}", _message, _changed("pos_embed", _change))
+    save_case(f"saved: {_name}", _message, _change_weight("pos_embed", _change))
 
-# ---- dicts that are not a state_dict
+# ---- objects that are not a state_dict, and wrong keys
 _NO_NAME = "is not the name of a weight"
 for _name, _message, _make in (
     ("list", "got list", lambda s: [s]),
@@ -452,7 +489,7 @@ for _name, _message, _make in (
     ("number", "got int", lambda s: 5),
     ("tensor", "got tensor", lambda s: s["pos_embed"]),
     ("empty", "contains no weights", lambda s: {}),
-    ("others", "contains no weights", lambda s: {"a": s["pos_embed"]}),
+    ("unknown keys", "contains no weights", lambda s: {"a": s["pos_embed"]}),
     (
         "prefix collision",
         "both with and without the prefix 'module.'",
@@ -468,23 +505,25 @@ for _name, _message, _make in (
     ("key with an escape", _NO_NAME, lambda s: s | {"\x1b[2J": s["norm.bias"]}),
     ("key of 10,000 characters", _NO_NAME, lambda s: s | {"a" * 10**4: s["norm.bias"]}),
     (
-        "3,000 keys more",
+        "3,000 unknown keys",
         "and 2970 more",
         lambda s: s | {f"x{i}": s["norm.bias"] for i in range(3000)},
     ),
-    ("one weight alone", "missing in the file", lambda s: {"pos_embed": s["pos_embed"]}),
+    ("a single weight", "missing in the file", lambda s: {"pos_embed": s["pos_embed"]}),
     ("model in a model", "got dict", lambda s: {"model": s | {"inner": s}}),
 ):
     save_case(f"dict: {_name}", _message, _make)
 tree_case(
-    "dict: a key twice",
+    "dict: duplicate key",
     "has the key 'a' twice",
     Raw(b"}(" + (encode("a") + encode(1)) * 2 + b"u"),
 )
 
 
-# ---- PyTorch before 1.6
+# ---- the format of PyTorch before 1.6
 def _legacy(edit: Callable[[bytearray], None]) -> Build:
+    """Return the builder of a valid file with changed bytes."""
+
     def build(path: Path) -> None:
         state = {key: torch.from_numpy(value) for key, value in make_state().items()}
         buffer = io.BytesIO()
@@ -496,24 +535,30 @@ def _legacy(edit: Callable[[bytearray], None]) -> Build:
     return build
 
 
-def _set_count(data: bytearray) -> None:
-    at = data.find(struct.pack("<q", 80) + make_state()["pos_embed"].tobytes()[:8])
-    data[at : at + 8] = struct.pack("<q", 2**60)
+def _set_huge_count(data: bytearray) -> None:
+    """Declare 2**60 instead of 80 values for the storage of `pos_embed`."""
+    start = data.find(struct.pack("<q", 80) + make_state()["pos_embed"].tobytes()[:8])
+    data[start : start + 8] = struct.pack("<q", 2**60)
+
+
+def _change_magic_number(data: bytearray) -> None:
+    data[8] = 0
 
 
 for _tenth in (1, 5, 9):
-    case(
-        f"legacy: cut at {_tenth}/10",
-        NOT_TORCH,
-        _legacy(lambda d, tenth=_tenth: d.__delitem__(slice(len(d) * tenth // 10, None))),
-    )
-case("legacy: storage of 2**60", "has a different size than declared", _legacy(_set_count))
-case("legacy: other magic", "torch.save did not write", _legacy(lambda d: d.__setitem__(8, 0)))
+
+    def _truncate_legacy(data: bytearray, tenth: int = _tenth) -> None:
+        del data[len(data) * tenth // 10 :]
+
+    case(f"legacy: truncated at {_tenth}/10", NOT_TORCH, _legacy(_truncate_legacy))
+case("legacy: storage of 2**60", "has a different size than declared", _legacy(_set_huge_count))
+case("legacy: wrong magic number", "torch.save did not write", _legacy(_change_magic_number))
 
 # ---- .npz
 
 
 def write_npz(path: Path, parts: dict[str, Any]) -> None:
+    """Write an archive of arrays and of members given as bytes."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, value in parts.items():
             buffer = io.BytesIO()
@@ -523,32 +568,32 @@ def write_npz(path: Path, parts: dict[str, Any]) -> None:
 
 
 def npy(header: str | bytes, data: bytes = b"", version: bytes = b"\x01\x00") -> bytes:
-    """Return an array file with any header."""
+    """Return the bytes of an .npy file with this header."""
     text = header.encode() if isinstance(header, str) else header
     return b"\x93NUMPY" + version + struct.pack("<H", len(text)) + text + data
 
 
 HEADER = "{'descr': '%s', 'fortran_order': False, 'shape': %s, }\n"
-_inner = io.BytesIO()
-np.savez(_inner, a=np.zeros(2))
+_inner_archive = io.BytesIO()
+np.savez(_inner_archive, a=np.zeros(2))
 for _name, _message, _data in (
     ("terabytes", "contradicts its shape", npy(HEADER % ("<f4", "(1000000000000,)"))),
     ("size beyond 64 bits", "contradicts its shape", npy(HEADER % ("<f4", f"({2**80},)"))),
     ("negative size", "has the invalid shape", npy(HEADER % ("<f4", "(-5,)"), bytes(20))),
     ("50 axes", "has the invalid shape", npy(HEADER % ("<f4", f"({'1,' * 50})"), bytes(4))),
-    ("archive in an archive", "is not an array", _inner.getvalue()),
+    ("archive in an archive", "is not an array", _inner_archive.getvalue()),
     ("text", "is not an array", b"hello"),
     ("nothing", "is not an array", b""),
-    ("other magic", "is not an array", b"\x93NUMPX" + bytes(100)),
+    ("wrong magic number", "is not an array", b"\x93NUMPX" + bytes(100)),
     ("version 9", "has version (9, 0)", npy(HEADER % ("<f4", "(1,)"), bytes(4), b"\x09\x00")),
     ("code as header", "cannot be read as .npz", npy("__import__('os').system('true')")),
-    ("deep header", "cannot be read as .npz", npy("(" * 9000)),
+    ("deeply nested header", "cannot be read as .npz", npy("(" * 9000)),
     ("header of 60 kB", "cannot be read as .npz", npy(" " * 60_000)),
-    ("header of bytes", "cannot be read as .npz", npy(bytes(range(200)))),
-    ("header that is cut", "cannot be read as .npz", b"\x93NUMPY\x01\x00\xff\xff{"),
+    ("binary header", "cannot be read as .npz", npy(bytes(range(200)))),
+    ("truncated header", "cannot be read as .npz", b"\x93NUMPY\x01\x00\xff\xff{"),
     ("unknown dtype", "cannot be read as .npz", npy(HEADER % ("<q9", "(1,)"))),
-    ("objects", "holds Python objects", np.array([print], dtype=object)),
-    ("fields", "holds Python objects", np.zeros(2, [("a", "f4")])),
+    ("Python objects", "holds Python objects", np.array([print], dtype=object)),
+    ("structured dtype", "holds Python objects", np.zeros(2, [("a", "f4")])),
     ("text array", "str128|str|holds no|in the file", np.array(["abcd"])),
     ("integers", "in the file", np.zeros((1, 5, 16), int)),
 ):
@@ -566,7 +611,7 @@ for _name, _message, _key, _array in (
         "npz",
     )
 case(
-    "npz: two names of a weight",
+    "npz: two names for the same weight",
     "two keys are converted to cls_token",
     lambda p: write_npz(p, {f"{k}.npy": np.zeros((1, 1, 16), "f4") for k in ("cls", "cls_token")}),
     "npz",
@@ -574,16 +619,16 @@ case(
 
 
 def _huge_grid(path: Path) -> None:
-    """Write an image ViT with a positional embedding of 4 GB, which would be resized."""
+    """Write an image ViT whose positional embedding of 4 GB would have to be resized."""
     data = safetensors(entry(shape=(1, 2**26 + 1, 16), offsets=(0, 64 * (2**26 + 1))), b"")
-    sparse(len(data) + 64 * (2**26 + 1), data)(path)
+    sparse_file(len(data) + 64 * (2**26 + 1), data)(path)
 
 
 case("safetensors: grid of 4 GB", "in the file, (1, 5, 16) in the model", _huge_grid, "safetensors")
 byte_case("npz: text file", "cannot be read as .npz", b"hello", "npz")
 byte_case("npz: empty file", "it is empty", b"", "npz")
 case(
-    "npz: outside",
+    "npz: member outside the archive",
     "is outside the archive",
     lambda p: write_npz(p, {"../a.npy": np.zeros(1)}),
     "npz",
@@ -593,51 +638,53 @@ case(
 def _encrypted(path: Path) -> None:
     write_npz(path, {"cls.npy": np.zeros(1)})
     data = bytearray(path.read_bytes())
-    _in_directory(data, 8, b"\x01\0")
+    _edit_entry(data, 8, b"\x01\0")
     path.write_bytes(data)
 
 
 case("npz: encrypted", "is encrypted", _encrypted, "npz")
-for _half in (3, 6, 9):
+for _tenth in (3, 6, 9):
 
-    def _cut_npz(path: Path, tenth: int = _half) -> None:
+    def _truncate_npz(path: Path, tenth: int = _tenth) -> None:
         write_npz(path, {"cls.npy": np.zeros((1, 1, 16), "f4")})
         path.write_bytes(path.read_bytes()[: path.stat().st_size * tenth // 10])
 
-    case(f"npz: cut at {_half}/10", "cannot be read as .npz", _cut_npz, "npz")
+    case(f"npz: truncated at {_tenth}/10", "cannot be read as .npz", _truncate_npz, "npz")
 
 # ---- .safetensors
 
 
 def safetensors(header: Any, data: bytes = bytes(320)) -> bytes:
+    """Return the bytes of a file; the header is raw bytes or an object to write as JSON."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 
 
 def entry(dtype="F32", shape=(1, 5, 16), offsets=(0, 320)) -> dict:
+    """Return a header with `pos_embed` only."""
     return {"pos_embed": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
 
 
 NOT_SAFE = "cannot be read as .safetensors"
-_two = json.dumps(entry())[1:-1]
+_entry_text = json.dumps(entry())[1:-1]
 for _name, _message, _data in (
     ("empty", "it is empty", b""),
     ("text", NOT_SAFE, b"hello"),
     ("header of 2**63 bytes", "its header declares", struct.pack("<Q", 2**63) + b"{}"),
     ("header of 1 GB", "its header declares", struct.pack("<Q", 10**9) + b"{}"),
     ("header longer than the file", NOT_SAFE, struct.pack("<Q", 1000) + b"{}"),
-    ("header that is no JSON", NOT_SAFE, safetensors(b"{hello")),
+    ("header that is not JSON", NOT_SAFE, safetensors(b"{hello")),
     ("header that is a list", NOT_SAFE, safetensors([1, 2])),
-    ("header that is deep", NOT_SAFE, safetensors(b"[" * 100_000)),
-    ("header that is no text", NOT_SAFE, safetensors(bytes(range(128, 255)))),
-    ("header without length", NOT_SAFE, safetensors(b"")),
-    ("same name twice", "the same name", safetensors(f"{{{_two}, {_two}}}".encode())),
+    ("deeply nested header", NOT_SAFE, safetensors(b"[" * 100_000)),
+    ("header that is not UTF-8", NOT_SAFE, safetensors(bytes(range(128, 255)))),
+    ("header of length zero", NOT_SAFE, safetensors(b"")),
+    ("same name twice", "the same name", safetensors(f"{{{_entry_text}, {_entry_text}}}".encode())),
     ("offsets beyond the end", NOT_SAFE, safetensors(entry(offsets=(0, 10**12)))),
     ("offsets reversed", NOT_SAFE, safetensors(entry(offsets=(320, 0)))),
     ("offsets with a hole", NOT_SAFE, safetensors(entry(offsets=(4, 324)), bytes(324))),
     ("offsets that overlap", NOT_SAFE, safetensors(entry() | {"a": entry()["pos_embed"]})),
     ("negative offset", NOT_SAFE, safetensors(entry(offsets=(-320, 0)))),
-    ("size that is not the shape's", NOT_SAFE, safetensors(entry(shape=(1, 5, 17)))),
+    ("size that contradicts the shape", NOT_SAFE, safetensors(entry(shape=(1, 5, 17)))),
     ("shape of terabytes", NOT_SAFE, safetensors(entry(shape=(10**9, 10**9)))),
     ("shape beyond 64 bits", NOT_SAFE, safetensors(entry(shape=(2**70,)))),
     ("negative shape", NOT_SAFE, safetensors(entry(shape=(-1, 5, 16)))),
@@ -647,25 +694,25 @@ for _name, _message, _data in (
     ("no offsets", NOT_SAFE, safetensors({"pos_embed": {"dtype": "F32", "shape": [1]}})),
     ("float8", "float8_E4M3; expected", safetensors(entry("F8_E4M3", S, (0, 80)), bytes(80))),
     ("integers", "I32, not floating|in the file", safetensors(entry("I32"))),
-    ("metadata that is no text", NOT_SAFE, safetensors(entry() | {"__metadata__": {"a": 5}})),
-    ("rest after the data", NOT_SAFE, safetensors(entry(), bytes(1000))),
+    ("metadata that is not text", NOT_SAFE, safetensors(entry() | {"__metadata__": {"a": 5}})),
+    ("bytes after the data", NOT_SAFE, safetensors(entry(), bytes(1000))),
 ):
     byte_case(f"safetensors: {_name}", _message, _data, "safetensors")
 
-# ---- labels, beside a whole checkpoint: suffix "labels.txt" or "labels.json"
+# ---- label files, for a valid checkpoint: the suffix is "labels.txt" or "labels.json"
 for _name, (_build, _message) in SPECIAL.items():
     case(f"labels: {_name}", _message, _build, "labels.txt")
-case("labels: 1 TB", "is larger than the limit of 32 MB", sparse(2**40), "labels.txt")
+case("labels: 1 TB", "is larger than the limit of 32 MB", sparse_file(2**40), "labels.txt")
 for _name, _message, _data in (
     ("binary", "save it as UTF-8", bytes(range(128, 255))),
-    ("none", "0 names for 5 classes", b""),
+    ("empty", "0 names for 5 classes", b""),
     ("too many", "6 names for 5 classes", b"a\nb\nc\nd\ne\nf\n"),
     ("number", "expected a list of names, got int", b"5"),
     ("object", "expected a list of names, got dict", b'{"a": 1}'),
     ("null", "expected a list of names, got NoneType", b"null"),
     ("lists", "expected a name", b"[[1], [2], [3], [4], [5]]"),
-    ("deep", "cannot be read", b"[" * 100_000),
-    ("cut", "cannot be read", b'["a", '),
+    ("deeply nested", "cannot be read", b"[" * 100_000),
+    ("truncated", "cannot be read", b'["a", '),
 ):
-    _suffix = "labels.txt" if _name in ("binary", "none", "too many") else "labels.json"
+    _suffix = "labels.txt" if _name in ("binary", "empty", "too many") else "labels.json"
     byte_case(f"labels: {_name}", _message, _data, _suffix)

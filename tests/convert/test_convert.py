@@ -32,14 +32,14 @@ RELEASED = [name for name in PRESETS if not name.endswith("_tiny")]
 
 @pytest.fixture(autouse=True)
 def tiny_presets(monkeypatch):
-    """Shrink the released presets, so that the same code runs at a hundredth of the size."""
+    """Replace the released presets by tiny models of the same structure."""
     for name in RELEASED:
-        more = {"temporal_depth": 2} if name.startswith("stam") else {}
-        monkeypatch.setitem(PRESETS, name, make_model_config(name, **TINY, **more))
+        sizes = TINY | ({"temporal_depth": 2} if name.startswith("stam") else {})
+        monkeypatch.setitem(PRESETS, name, make_model_config(name, **sizes))
 
 
 def state_dict(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Return a synthetic state_dict in the released layout."""
+    """Return synthetic weights under the names of a released checkpoint."""
     reference = build_reference(make_model_config(name))
     return {
         key: torch.from_numpy(np.array(synthetic_param(key, tuple(value.shape), seed)))
@@ -48,6 +48,7 @@ def state_dict(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def save(path, name: str, state: dict):
+    """Save a state_dict as the original program of the model does."""
     if name.startswith("stam"):
         torch.save({"model": state}, path)
     else:
@@ -57,14 +58,14 @@ def save(path, name: str, state: dict):
     return path
 
 
-def convert(name, path, folder, *more) -> int:
-    arguments = ["--model", name, "--input", str(path), "--output", str(folder), *more]
+def convert(name, path, folder, *flags) -> int:
+    arguments = ["--model", name, "--input", str(path), "--output", str(folder), *flags]
     return torch_to_flax.main(arguments)
 
 
-def refused(name, path, tmp_path, capsys, *more) -> str:
-    """Assert that a conversion is refused, and return its message."""
-    assert convert(name, path, tmp_path / "refused", *more) == InputError.EXIT_CODE
+def refusal_of(name, path, tmp_path, capsys, *flags) -> str:
+    """Assert that a conversion is refused, and return the error message."""
+    assert convert(name, path, tmp_path / "refused", *flags) == InputError.EXIT_CODE
     assert not [p for p in tmp_path.iterdir() if "refused" in p.name]
     message = capsys.readouterr().err
     assert message.startswith("error: ")
@@ -77,18 +78,18 @@ def test_round_trips_are_bit_identical(name, tmp_path, capsys):
     path = save(tmp_path / "in.pth", name, state)
     assert convert(name, path, tmp_path / "model", "--check") == 0
     assert "compared with PyTorch" in capsys.readouterr().out
-    back = str(tmp_path / "out.pth")
-    assert flax_to_torch.main(["--input", str(tmp_path / "model"), "--output", back]) == 0
-    tree = torch.load(back, weights_only=True)
-    found = tree["model" if name.startswith("stam") else "model_state"]
-    build_reference(make_model_config(name)).load_state_dict(found, strict=True)
-    assert found.keys() == state.keys()
+    output = str(tmp_path / "out.pth")
+    assert flax_to_torch.main(["--input", str(tmp_path / "model"), "--output", output]) == 0
+    tree = torch.load(output, weights_only=True)
+    converted = tree["model" if name.startswith("stam") else "model_state"]
+    build_reference(make_model_config(name)).load_state_dict(converted, strict=True)
+    assert converted.keys() == state.keys()
     for key, tensor in state.items():
         expected = torch.zeros_like(tensor) if key.startswith("new_fc.") else tensor
-        assert torch.equal(found[key], expected), key
-    assert convert(name, back, tmp_path / "again") == 0
-    first, again = (split_params(jaxvid.load_model(tmp_path / f))[1] for f in ("model", "again"))
-    assert model_folder.fingerprint(first) == model_folder.fingerprint(again)
+        assert torch.equal(converted[key], expected), key
+    assert convert(name, output, tmp_path / "model2") == 0
+    first, second = (split_params(jaxvid.load_model(tmp_path / f))[1] for f in ("model", "model2"))
+    assert model_folder.fingerprint(first) == model_folder.fingerprint(second)
     card = model_card.load_card(tmp_path / "model")
     assert card["provenance"]["sha256"] == torch_to_flax.sha256(path)
     assert card["name"] == name
@@ -116,8 +117,8 @@ def test_the_torch_reference_equals_the_original(name):
 
 def test_ddp_prefixes_and_half_precision_are_read_exactly(tmp_path):
     state = state_dict("xvit_k400")
-    half = {f"module.{key}": value.half() for key, value in state.items()}
-    path = save(tmp_path / "in.pth", "xvit_k400", half)
+    saved = {f"module.{key}": value.half() for key, value in state.items()}
+    path = save(tmp_path / "in.pth", "xvit_k400", saved)
     assert convert("xvit_k400", path, tmp_path / "model") == 0
     params = split_params(jaxvid.load_model(tmp_path / "model"))[1]
     key = "base_model.blocks.0.attn.qkv"
@@ -139,7 +140,7 @@ def test_first_version_stam_files_get_zero_biases(tmp_path, capsys):
 
 
 def image_vit(grid: int) -> dict[str, torch.Tensor]:
-    """Return a timm ViT of the tiny width, with its classifier."""
+    """Return random weights of an image ViT of the tiny size, under the names of timm."""
     state = {
         key: value
         for key, value in state_dict("stam_16").items()
@@ -151,8 +152,8 @@ def image_vit(grid: int) -> dict[str, torch.Tensor]:
 
 
 def google_vit(state: dict) -> dict[str, np.ndarray]:
-    """Return the same weights under Google's names and layouts."""
-    out = {
+    """Return the weights of a timm ViT under Google's names and in its layouts."""
+    google = {
         "cls": state["cls_token"],
         "Transformer/posembed_input/pos_embedding": state["pos_embed"],
         "embedding/kernel": state["patch_embed.proj.weight"].permute(2, 3, 1, 0),
@@ -163,27 +164,29 @@ def google_vit(state: dict) -> dict[str, np.ndarray]:
         "head/bias": state["head.bias"],
     }
     for i in range(2):
-        ours, theirs = f"blocks.{i}", f"Transformer/encoderblock_{i}"
-        for a, b in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
-            out[f"{theirs}/{b}/scale"] = state[f"{ours}.{a}.weight"]
-            out[f"{theirs}/{b}/bias"] = state[f"{ours}.{a}.bias"]
-        for a, b in (("fc1", "Dense_0"), ("fc2", "Dense_1")):
-            out[f"{theirs}/MlpBlock_3/{b}/kernel"] = state[f"{ours}.mlp.{a}.weight"].T
-            out[f"{theirs}/MlpBlock_3/{b}/bias"] = state[f"{ours}.mlp.{a}.bias"]
-        attention = f"{theirs}/MultiHeadDotProductAttention_1"
+        block, google_block = f"blocks.{i}", f"Transformer/encoderblock_{i}"
+        for layer, google_layer in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
+            google[f"{google_block}/{google_layer}/scale"] = state[f"{block}.{layer}.weight"]
+            google[f"{google_block}/{google_layer}/bias"] = state[f"{block}.{layer}.bias"]
+        for layer, google_layer in (("fc1", "Dense_0"), ("fc2", "Dense_1")):
+            dense = f"{google_block}/MlpBlock_3/{google_layer}"
+            google[f"{dense}/kernel"] = state[f"{block}.mlp.{layer}.weight"].T
+            google[f"{dense}/bias"] = state[f"{block}.mlp.{layer}.bias"]
+        attention = f"{google_block}/MultiHeadDotProductAttention_1"
         for j, part in enumerate(("query", "key", "value")):
             rows = slice(48 * j, 48 * (j + 1))
-            kernel = state[f"{ours}.attn.qkv.weight"][rows].T.reshape(48, 4, 12)
-            out[f"{attention}/{part}/kernel"] = kernel
-            out[f"{attention}/{part}/bias"] = state[f"{ours}.attn.qkv.bias"][rows].reshape(4, 12)
-        out[f"{attention}/out/kernel"] = state[f"{ours}.attn.proj.weight"].T.reshape(4, 12, 48)
-        out[f"{attention}/out/bias"] = state[f"{ours}.attn.proj.bias"]
-    return {key: value.numpy() for key, value in out.items()}
+            kernel = state[f"{block}.attn.qkv.weight"][rows].T.reshape(48, 4, 12)
+            bias = state[f"{block}.attn.qkv.bias"][rows].reshape(4, 12)
+            google[f"{attention}/{part}/kernel"] = kernel
+            google[f"{attention}/{part}/bias"] = bias
+        google[f"{attention}/out/kernel"] = state[f"{block}.attn.proj.weight"].T.reshape(4, 12, 48)
+        google[f"{attention}/out/bias"] = state[f"{block}.attn.proj.bias"]
+    return {key: value.numpy() for key, value in google.items()}
 
 
 @pytest.mark.parametrize("name", ["stam_8", "xvit_k400"])
 @pytest.mark.parametrize("suffix", ["pth", "safetensors", "npz"])
-def test_image_models_start_video_models(name, suffix, tmp_path, capsys):
+def test_image_weights_initialize_video_models(name, suffix, tmp_path, capsys):
     from safetensors.torch import save_file
 
     state, path = image_vit(grid=3), tmp_path / f"vit.{suffix}"
@@ -200,12 +203,13 @@ def test_image_models_start_video_models(name, suffix, tmp_path, capsys):
     assert "newly initialised: " in out
     model = jaxvid.load_model(tmp_path / "model")
     assert model.config.num_classes == 7
-    params, prefix = split_params(model)[1], "" if name == "stam_8" else "base_model."
+    params = split_params(model)[1]
+    prefix = "" if name == "stam_8" else "base_model."
     for key, tensor in state.items():
         if key.startswith("head.") or key == "pos_embed":
             continue
-        [ours] = [p for p in params if rules.torch_key(p) == prefix + key]
-        np.testing.assert_array_equal(rules.to_torch(ours, np.asarray(params[ours])), tensor)
+        [param] = [p for p in params if rules.torch_key(p) == prefix + key]
+        np.testing.assert_array_equal(rules.to_torch(param, np.asarray(params[param])), tensor)
     grid = state["pos_embed"][:, 1:].reshape(1, 3, 3, 48).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, (2, 2), mode="bicubic")
     expected = torch.cat([state["pos_embed"][:, :1], grid.permute(0, 2, 3, 1).reshape(1, 4, 48)], 1)
@@ -213,7 +217,7 @@ def test_image_models_start_video_models(name, suffix, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["stam_8", "xvit_k400", "xvit_ssv2"])
-def test_converted_folders_are_fine_tuned_and_predict(name, tmp_path, motion_folder, clips):
+def test_converted_folders_can_predict_and_be_fine_tuned(name, tmp_path, motion_folder, clips):
     path, folder = save(tmp_path / "in.pth", name, state_dict(name)), tmp_path / "model"
     assert convert(name, path, folder) == 0
     fields = {field.name for field in dataclasses.fields(Preprocessing)}
@@ -224,14 +228,14 @@ def test_converted_folders_are_fine_tuned_and_predict(name, tmp_path, motion_fol
     assert len(classifier.predict(clips[0]).labels) == 5
     config = finetune.get_config(f"{folder},{motion_folder}").unlock()
     assert (config.eval.num_clips, config.eval.num_crops) == views
-    if name != "xvit_k400":  # training one of them is enough; the others only build their configs
+    if name != "xvit_k400":  # only one of the models is trained
         return
     config.update(num_epochs=2 / 6)
     config.optimizer.warmup_epochs = 1 / 6
     assert train(config.lock(), tmp_path / "run")["num_videos"] == 24
 
 
-def test_a_bare_state_dict_is_read_and_checked(tmp_path):
+def test_weights_under_the_key_state_dict_are_read(tmp_path):
     torch.save({"state_dict": state_dict("stam_8")}, tmp_path / "in.pth")
     assert convert("stam_8", tmp_path / "in.pth", tmp_path / "m", "--check") == 0
 
@@ -242,14 +246,16 @@ def test_an_unwritable_output_is_refused_in_one_line(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_labels_are_kept_or_refused(tmp_path, capsys):
+def test_labels_are_stored_and_a_wrong_number_is_refused(tmp_path, capsys):
     path = save(tmp_path / "in.pth", "stam_8", state_dict("stam_8"))
     names = [f"class {i}" for i in range(400)]
     (tmp_path / "labels.txt").write_text("\n".join(names) + "\n")
     (tmp_path / "labels.json").write_text(json.dumps(names[:9]))
     assert convert("stam_8", path, tmp_path / "m", "--labels", str(tmp_path / "labels.txt")) == 0
     assert model_card.load_card(tmp_path / "m")["labels"] == names
-    message = refused("stam_8", path, tmp_path, capsys, "--labels", str(tmp_path / "labels.json"))
+    message = refusal_of(
+        "stam_8", path, tmp_path, capsys, "--labels", str(tmp_path / "labels.json")
+    )
     assert "9 names for 400 classes" in message
 
 
@@ -260,7 +266,7 @@ def test_all_problems_are_reported_together(tmp_path, capsys):
     state["base_model.blocks.0.mlp.fc1.bias"] = torch.zeros(5)
     state["base_model.blocks.1.mlp.fc1.bias"] = torch.full((192,), float("nan"))
     state["base_model.norm.weight"] = torch.ones(48, dtype=torch.int32)
-    message = refused("xvit_ssv2", save(tmp_path / "in.pth", "x", state), tmp_path, capsys)
+    message = refusal_of("xvit_ssv2", save(tmp_path / "in.pth", "x", state), tmp_path, capsys)
     assert "5 problems" in message
     for part in (
         "base_model.norm.bias: missing in the file; the model has (48,)",
@@ -282,9 +288,11 @@ def test_all_problems_are_reported_together(tmp_path, capsys):
         ("xvit_k400", "xvit_k999", "model 'xvit_k999' does not exist"),
     ],
 )
-def test_contradictions_name_both_values(file_model, model, message, tmp_path, capsys):
+def test_contradictions_between_file_and_model_are_refused(
+    file_model, model, message, tmp_path, capsys
+):
     path = save(tmp_path / "in.pth", file_model, state_dict(file_model))
-    assert message in refused(model, path, tmp_path, capsys)
+    assert message in refusal_of(model, path, tmp_path, capsys)
 
 
 def test_sizes_are_read_from_the_file(tmp_path, capsys):
@@ -293,18 +301,20 @@ def test_sizes_are_read_from_the_file(tmp_path, capsys):
     state["consensus.mlp_head.4.weight"] = torch.randn(9, 48)
     state["consensus.mlp_head.4.bias"] = torch.randn(9)
     path = save(tmp_path / "in.pth", "x", state)
-    assert "--num_classes 9 sets the number" in refused("xvit_k600", path, tmp_path, capsys)
+    assert "--num_classes 9 sets the number" in refusal_of("xvit_k600", path, tmp_path, capsys)
     assert convert("xvit_k600", path, tmp_path / "m", "--num_classes", "9") == 0
     config = jaxvid.load_model(tmp_path / "m").config
     assert (config.num_classes, config.temporal_embedding_frames) == (9, 16)
 
 
 class Malicious:
+    """An object that prints a message when it is unpickled."""
+
     def __reduce__(self):  # noqa: D105
         return (print, ("this must never be printed",))
 
 
-def as_saved(state: dict, path, **options) -> dict[str, np.ndarray]:
+def save_and_read(state: dict, path, **options) -> dict[str, np.ndarray]:
     """Save a state_dict with torch.save and read it with `open_weights`."""
     torch.save({"model": state}, path, **options)
     with open_weights(path) as (_, weights):
@@ -312,51 +322,51 @@ def as_saved(state: dict, path, **options) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
-def test_tensors_of_any_layout_are_read_as_torch_reads_them(is_zip, tmp_path):
+def test_tensors_of_any_layout_are_read_exactly(is_zip, tmp_path):
     storage = torch.randn(6, 5, 4)
     state = {
         "pos_embed": storage,
         "transposed": storage.permute(2, 0, 1),
         "strided": storage[1::2, :, ::3],
-        "later": storage[4:],
+        "with_offset": storage[4:],
         "expanded": torch.randn(1, 3).expand(7, 3),
-        "number": torch.tensor(2.5),
-        "nothing": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
         "parameter": torch.nn.Parameter(torch.randn(3)),
         "with_gradient": torch.randn(3, requires_grad=True),
         "half": torch.randn(3).half(),
         "bfloat": torch.randn(3).bfloat16(),
         "double": torch.randn(3).double(),
     }
-    found = as_saved(state, tmp_path / "a.pth", _use_new_zipfile_serialization=is_zip)
-    assert found.keys() == state.keys()
+    weights = save_and_read(state, tmp_path / "a.pth", _use_new_zipfile_serialization=is_zip)
+    assert weights.keys() == state.keys()
     for key, tensor in state.items():
-        assert str(tensor.dtype) == f"torch.{found[key].dtype}"
-        np.testing.assert_array_equal(found[key].astype("f8"), tensor.detach().double().numpy())
+        assert str(tensor.dtype) == f"torch.{weights[key].dtype}"
+        np.testing.assert_array_equal(weights[key].astype("f8"), tensor.detach().double().numpy())
 
 
 def test_a_flipped_bit_is_detected(tmp_path):
     path, tensor = tmp_path / "a.pth", torch.randn(100)
-    as_saved({"pos_embed": tensor}, path)
+    save_and_read({"pos_embed": tensor}, path)
     data = bytearray(path.read_bytes())
     data[data.find(tensor.numpy().tobytes()) + 9] ^= 1
     path.write_bytes(data)
-    torch.load(path, weights_only=True)  # does not detect it
+    torch.load(path, weights_only=True)  # PyTorch does not detect the flipped bit
     with open_weights(path) as (_, weights), pytest.raises(InputError, match="checksum of the"):
         weights["pos_embed"].read()
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path):
     path = tmp_path / "a.pth"
-    as_saved({"pos_embed": torch.randn(100)}, path)
+    save_and_read({"pos_embed": torch.randn(100)}, path)
     with pytest.raises(InputError, match="changed while it was read"), open_weights(path):
         path.write_bytes(path.read_bytes() + b"more")
 
 
 def test_float64_is_rounded_to_float32_and_reported(tmp_path, capsys):
     state = state_dict("stam_8")
-    key, third = "blocks.0.norm1.weight", torch.full((48,), 1 / 3, dtype=torch.float64)
-    path = save(tmp_path / "in.pth", "stam_8", state | {key: third})
+    state["blocks.0.norm1.weight"] = torch.full((48,), 1 / 3, dtype=torch.float64)
+    path = save(tmp_path / "in.pth", "stam_8", state)
     assert convert("stam_8", path, tmp_path / "model") == 0
     assert "rounded from float64: blocks.0.norm1.scale" in capsys.readouterr().out
     params = split_params(jaxvid.load_model(tmp_path / "model"))[1]
@@ -364,7 +374,7 @@ def test_float64_is_rounded_to_float32_and_reported(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["<f2", ">f4", "<f8"])
-def test_npz_arrays_of_any_layout_are_read(dtype, tmp_path):
+def test_npz_arrays_of_any_byte_order_and_precision_are_read(dtype, tmp_path):
     array = np.asfortranarray(np.random.default_rng(0).normal(size=(3, 4)).astype(dtype))
     np.savez_compressed(tmp_path / "a.npz", embedding=array)
     with open_weights(tmp_path / "a.npz") as (kind, weights):
@@ -374,7 +384,7 @@ def test_npz_arrays_of_any_layout_are_read(dtype, tmp_path):
 
 
 def test_files_that_are_not_weights_are_refused_in_one_line(tmp_path, capsys):
-    good = save(tmp_path / "good.pth", "stam_8", state_dict("stam_8")).read_bytes()
+    valid = save(tmp_path / "valid.pth", "stam_8", state_dict("stam_8")).read_bytes()
     cases = {}
 
     def case(name: str, message: str, data: bytes) -> None:
@@ -386,8 +396,8 @@ def test_files_that_are_not_weights_are_refused_in_one_line(tmp_path, capsys):
     case("text.safetensors", "cannot be read as .safetensors", b"hello")
     case("empty.pth", "cannot be read as a PyTorch checkpoint", b"")
     for tenth in (1, 5, 9):
-        data = good[: len(good) * tenth // 10]
-        case(f"cut{tenth}.pth", "cannot be read as a PyTorch checkpoint", data)
+        data = valid[: len(valid) * tenth // 10]
+        case(f"truncated{tenth}.pth", "cannot be read as a PyTorch checkpoint", data)
     case("pickle.pth", "run as code on loading", pickle.dumps({"model": Malicious()}))
     buffer = io.BytesIO()
     torch.save({"model": {"a": Malicious()}}, buffer)
@@ -408,35 +418,39 @@ def test_files_that_are_not_weights_are_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     cases |= {"folder": "is a folder", "missing.pth": "does not exist"}
     for name, message in cases.items():
-        found = refused("stam_8", tmp_path / name, tmp_path, capsys)
-        assert message in found, (name, found)
-        assert len(found.splitlines()) == 1
+        error = refusal_of("stam_8", tmp_path / name, tmp_path, capsys)
+        assert message in error, (name, error)
+        assert len(error.splitlines()) == 1
     assert "never be printed" not in capsys.readouterr().out
 
 
 def test_a_failed_check_writes_nothing(tmp_path, capsys, monkeypatch):
     path = save(tmp_path / "in.pth", "stam_8", state_dict("stam_8"))
     monkeypatch.setattr(torch_to_flax, "CHECK_BOUND", 1e-12)
-    assert "--check failed" in refused("stam_8", path, tmp_path, capsys, "--check")
+    assert "--check failed" in refusal_of("stam_8", path, tmp_path, capsys, "--check")
 
 
-def test_a_killed_conversion_leaves_no_model_folder(tmp_path, monkeypatch):
+def test_an_interrupted_conversion_leaves_no_model_folder(tmp_path, monkeypatch):
     path = save(tmp_path / "in.pth", "stam_8", state_dict("stam_8"))
-    monkeypatch.setattr(atomic.Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic.Path, "rename", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert("stam_8", path, tmp_path / "model")
     assert not (tmp_path / "model").exists()
     monkeypatch.undo()
 
 
-def test_flax_to_torch_writes_strict_checkpoints_and_refuses_bad_folders(tmp_path, capsys):
+def test_flax_to_torch_checkpoints_load_strictly_and_bad_folders_are_refused(tmp_path, capsys):
     model = jaxvid.create_model("xvit_tiny")
     jaxvid.save_model(model, tmp_path / "demo")
     arguments = ["--input", str(tmp_path / "demo"), "--output", str(tmp_path / "demo.pth")]
     assert flax_to_torch.main(arguments) == 0
     state = torch.load(tmp_path / "demo.pth", weights_only=True)["model_state"]
     build_reference(model.config).load_state_dict(state, strict=True)
-    arguments[1] = str(tmp_path / "nothing")
+    arguments[1] = str(tmp_path / "missing")
     assert flax_to_torch.main(arguments) == InputError.EXIT_CODE
     assert "is not a model folder" in capsys.readouterr().err
     arguments = ["--input", str(tmp_path / "demo"), "--output", str(tmp_path / "no" / "a.pth")]

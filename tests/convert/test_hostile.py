@@ -1,7 +1,7 @@
 """Hostile checkpoints and model folders are refused in one line, within time and memory limits.
 
-The default suite runs a part of the cases in this process. `make test-full` runs all of them in
-processes that are killed if they hang.
+The default suite runs every 8th case in this process. `make test-full` runs all of them in
+separate processes, which are killed if they hang.
 """
 
 import concurrent.futures
@@ -17,14 +17,14 @@ import pytest
 from tests.convert import hostile_checkpoints, hostile_folders
 from tests.convert.hostile_checkpoints import MODEL, members, shrink_preset, write_zip
 
-MAX_SECONDS = 2.0  # of CPU time, so that a busy machine makes no difference
+MAX_SECONDS = 2.0  # CPU time, which does not depend on other work on the machine
 MAX_MEGABYTES = 1000
 HANG_SECONDS = 120
-CHEAP_STEP = 8  # the default suite runs every 8th case
+DEFAULT_STEP = 8  # the default suite runs every 8th case
 
 
 def run_checkpoint(name: str, folder: Path) -> tuple[int, str, float]:
-    """Convert a case and return the exit code, stderr and the CPU seconds."""
+    """Convert the checkpoint of a case; return the exit code, stderr and the CPU seconds."""
     from convert import torch_to_flax
 
     suffix, build, _ = hostile_checkpoints.CASES[name]
@@ -32,15 +32,15 @@ def run_checkpoint(name: str, folder: Path) -> tuple[int, str, float]:
     build(path)
     arguments = ["--model", MODEL, "--output", str(folder / "model")]
     if suffix.startswith("labels"):
-        write_zip(folder / "good.pth", members())
-        arguments += ["--input", str(folder / "good.pth"), "--labels", str(path)]
+        write_zip(folder / "valid.pth", members())
+        arguments += ["--input", str(folder / "valid.pth"), "--labels", str(path)]
     else:
         arguments += ["--input", str(path)]
     return capture(torch_to_flax.main, arguments, str(path))
 
 
 def run_folder(name: str, folder: Path) -> tuple[int, str, float]:
-    """Predict with a case and return the exit code, stderr and the CPU seconds."""
+    """Run `predict` with the folder of a case; return the exit code, stderr and the CPU seconds."""
     from jaxvid import predict
 
     path = folder / "hostile"
@@ -50,6 +50,7 @@ def run_folder(name: str, folder: Path) -> tuple[int, str, float]:
 
 
 def capture(main, arguments: list[str], path: str) -> tuple[int, str, float]:
+    """Call a program; return the exit code, stderr (with PATH for `path`) and the CPU seconds."""
     out, err, start = io.StringIO(), io.StringIO(), time.process_time()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(arguments)
@@ -57,7 +58,7 @@ def capture(main, arguments: list[str], path: str) -> tuple[int, str, float]:
 
 
 RUNS = {"checkpoint": run_checkpoint, "folder": run_folder}
-NAMES = {"checkpoint": hostile_checkpoints.CASES, "folder": hostile_folders.CASES}
+CASES = {"checkpoint": hostile_checkpoints.CASES, "folder": hostile_folders.CASES}
 
 
 def check(kind: str, name: str, code: int, message: str, _: float) -> None:
@@ -68,14 +69,14 @@ def check(kind: str, name: str, code: int, message: str, _: float) -> None:
     assert len(message.splitlines()) == 1, message
     assert message.rstrip("\n").isprintable(), message
     assert len(message) < 6000, message
-    expected = NAMES[kind][name][-1]
+    expected = CASES[kind][name][-1]
     assert any(part in message for part in expected.split("|")), (expected, message)
 
 
-# ------------------------------------------------------------------ a part, in this process
+# ------------------------------------------------------------------ some cases, in this process
 
 
-@pytest.mark.parametrize("name", list(hostile_checkpoints.CASES)[::CHEAP_STEP])
+@pytest.mark.parametrize("name", list(hostile_checkpoints.CASES)[::DEFAULT_STEP])
 def test_a_hostile_checkpoint_is_refused_in_one_line(name, tmp_path, monkeypatch):
     monkeypatch.setitem(hostile_checkpoints.PRESETS, MODEL, hostile_checkpoints.PRESETS[MODEL])
     shrink_preset()
@@ -83,17 +84,17 @@ def test_a_hostile_checkpoint_is_refused_in_one_line(name, tmp_path, monkeypatch
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("name", list(hostile_folders.CASES)[::CHEAP_STEP])
+@pytest.mark.parametrize("name", list(hostile_folders.CASES)[::DEFAULT_STEP])
 def test_a_hostile_model_folder_is_refused_in_one_line(name, tmp_path):
     check("folder", name, *run_folder(name, tmp_path))
 
 
-# ------------------------------------------------------------------ all, in processes
+# ------------------------------------------------------------------ all cases, in processes
 
 
 def measure(kind: str, name: str, folder: Path) -> tuple[int, str, float, float]:
-    """Return exit code, stderr, CPU seconds and peak memory in MB of a case, in another process."""
-    signal.alarm(HANG_SECONDS)  # ends the process
+    """Run a case; return the exit code, stderr, the CPU seconds and the additional memory in MB."""
+    signal.alarm(HANG_SECONDS)  # kills the process after this time
     folder.mkdir()
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
@@ -109,22 +110,22 @@ def _status(field: str) -> int:
 
 
 def prepare() -> None:
-    """Import everything and run a valid case, so that this is not measured."""
+    """Import the modules and run a valid case, so that the imports are not measured."""
     import tempfile
 
     shrink_preset()
     with tempfile.TemporaryDirectory() as folder:
-        write_zip(Path(folder) / "good.pth", members())
+        write_zip(Path(folder) / "valid.pth", members())
         from convert import torch_to_flax
 
-        arguments = ["--model", MODEL, "--input", f"{folder}/good.pth"]
+        arguments = ["--model", MODEL, "--input", f"{folder}/valid.pth"]
         arguments += ["--output", f"{folder}/model"]
         code, message, _ = capture(torch_to_flax.main, arguments, folder)
         assert code == 0, message
-        hostile_folders.build_good(Path(folder) / "good")
+        hostile_folders.build_valid(Path(folder) / "valid")
         from jaxvid.storage.preprocessing import load_model_and_preprocessing
 
-        load_model_and_preprocessing(Path(folder) / "good")
+        load_model_and_preprocessing(Path(folder) / "valid")
 
 
 @pytest.mark.full
@@ -136,7 +137,7 @@ def test_all_hostile_cases_are_refused_within_time_and_memory_limits(kind, tmp_p
     with concurrent.futures.ProcessPoolExecutor(2, spawn, prepare) as pool:
         jobs = {
             name: pool.submit(measure, kind, name, tmp_path / str(index))
-            for index, name in enumerate(NAMES[kind])
+            for index, name in enumerate(CASES[kind])
         }
         for name, job in jobs.items():
             try:

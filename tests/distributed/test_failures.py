@@ -1,4 +1,4 @@
-"""A failure in one of two processes ends both within a minute, with one error line each."""
+"""A failure in one of two processes ends both within a minute; each reports it in one line."""
 
 import contextlib
 import os
@@ -17,36 +17,39 @@ import jaxvid
 from jaxvid.data.synthetic_motion import LABELS
 from jaxvid.errors import InputError
 from jaxvid.storage.model_card import load_card
-from tests.distributed.test_processes import ROOT, read_output, started
+from tests.distributed.test_processes import ROOT, read_output, running_processes
 
-LIMIT = 60  # seconds from the failure to the end of the last process
-SECONDS = 400  # timeout of two processes that compile on a busy machine
-pytestmark = pytest.mark.timeout(2 * SECONDS)
+END_SECONDS = 60  # maximum time from a failure to the end of the other process
+TIMEOUT_SECONDS = 400  # for two processes that compile on a busy machine
+pytestmark = pytest.mark.timeout(2 * TIMEOUT_SECONDS)
 
-# The program of both processes. Process `who` fails with `failure` at the phase `when`.
+# The program of both processes. Process number `failing` fails with `failure` in the given phase,
+# and writes the time of the failure to the file `stamp`.
 FAILING = f"""
 import os, resource, runpy, signal, sys, time
 from pathlib import Path
 
 sys.path.insert(0, {str(ROOT)!r})
-when, failure, who, stamp = sys.argv.pop(1).split(",")
+phase, failure, failing, stamp = sys.argv.pop(1).split(",")
 from jaxvid.distributed import collectives, process_group
 from jaxvid.evaluation import loop
 from jaxvid.storage import model_card, model_folder
 from jaxvid.training import checkpoint, run_config
 
-def note():
+def record_time():
     Path(stamp).write_text(str(time.time()))
 
 def fail(config=None):
-    note()
+    record_time()
     if failure == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
-    elif failure == "elsewhere":
-        os.chdir(Path(stamp).parent / "elsewhere")
+    elif failure == "other directory":
+        os.chdir(Path(stamp).parent / "other")
         load = model_card.load_card
-        noting_load = lambda folder: (note(), load(folder))[1]
-        model_card.load_card = model_folder.load_card = noting_load
+        def load_and_record_time(folder):
+            record_time()
+            return load(folder)
+        model_card.load_card = model_folder.load_card = load_and_record_time
     elif failure == "fields":
         config["optimizer"]["extra"] = 1
         del config["optimizer"]["name"]
@@ -55,54 +58,55 @@ def fail(config=None):
     else:
         os.kill(os.getpid(), getattr(signal, failure))
 
-def failing(function, call):
+def fail_at(function, call):
+    # Wrap a function so that call number `call` fails in process `failing`.
     calls = []
     def wrapped(*args, **kwargs):
         calls.append(1)
-        if len(calls) == call and process_group.current().index == int(who):
+        if len(calls) == call and process_group.current().index == int(failing):
             fail(*args[:1])
         return function(*args, **kwargs)
     return wrapped
 
-if when == "config":
-    run_config.check_same_everywhere = failing(run_config.check_same_everywhere, 1)
-elif when == "training":
-    collectives.any_process = failing(collectives.any_process, 4)
-elif when == "evaluation":
-    split = loop.split_batch
-    loop.split_batch = failing(loop.split_batch, 2)
-elif when == "checkpoint":
-    checkpoint.save_checkpoint = failing(checkpoint.save_checkpoint, 1)
-elif when == "model":
-    model_folder.save_model_folder = failing(model_folder.save_model_folder, 1)
+if phase == "config":
+    run_config.check_same_everywhere = fail_at(run_config.check_same_everywhere, 1)
+elif phase == "training":
+    collectives.any_process = fail_at(collectives.any_process, 4)
+elif phase == "evaluation":
+    loop.split_batch = fail_at(loop.split_batch, 2)
+elif phase == "checkpoint":
+    checkpoint.save_checkpoint = fail_at(checkpoint.save_checkpoint, 1)
+elif phase == "model":
+    model_folder.save_model_folder = fail_at(model_folder.save_model_folder, 1)
 runpy.run_path({str(ROOT / "main.py")!r}, run_name="__main__")
 """
-OPTIONS = {"processes": 2, "devices": 2, "mesh": (1, 4)}  # weights are sharded over both
+OPTIONS = {"processes": 2, "devices": 2, "mesh": (1, 4)}  # both processes hold parts of the weights
 
 
 def lines(workdir: Path, process: int) -> list[str]:
-    """Return the output of a process without the log and the output of C++ libraries."""
+    """Return the output lines of a process, except those of C++ libraries and of the model size."""
     log = re.compile(r"^(\[Gloo\]|[IWEF]\d{4} |\S+: .*parameters)")
     return [line for line in read_output(workdir, process).splitlines() if not log.match(line)]
 
 
-def fail(workdir: Path, when: str, failure: str, who: int, **options) -> list[int]:
-    """Run two processes of which one fails; check that both end in time, and return their codes."""
+def run_failing(workdir: Path, phase: str, failure: str, failing: int, **options) -> list[int]:
+    """Run two processes of which one fails; check the end of the other; return both exit codes."""
     stamp = workdir.parent / "stamp"
-    program = ("-c", FAILING, f"{when},{failure},{who},{stamp}")
-    with started(workdir, **OPTIONS | options, program=program) as runs:
-        other = runs[1 - who]
-        code = other.wait(timeout=SECONDS)
-        took = time.time() - float(stamp.read_text())
+    program = ("-c", FAILING, f"{phase},{failure},{failing},{stamp}")
+    with running_processes(workdir, **OPTIONS | options, program=program) as runs:
+        other = runs[1 - failing]
+        code = other.wait(timeout=TIMEOUT_SECONDS)
+        seconds = time.time() - float(stamp.read_text())
         if failure == "SIGSTOP":
-            runs[who].send_signal(signal.SIGCONT)
-        runs[who].wait(timeout=LIMIT)
-        print(f"{when} {failure} {who}: the other ended after {took:.1f} s")
-        assert took < LIMIT
-        assert code == InputError.EXIT_CODE, read_output(workdir, 1 - who)
+            runs[failing].send_signal(signal.SIGCONT)
+        runs[failing].wait(timeout=END_SECONDS)
+        print(f"{phase} {failure} {failing}: the other ended after {seconds:.1f} s")
+        assert seconds < END_SECONDS
+        assert code == InputError.EXIT_CODE, read_output(workdir, 1 - failing)
         return [run.returncode for run in runs]
 
 
+# Two processes exchange values until one is killed.
 EXCHANGING = """
 import sys
 from jaxvid.distributed import collectives, process_group, setup
@@ -120,7 +124,7 @@ except InputError as error:
     sys.exit(error.EXIT_CODE)
 """
 
-
+# Two processes save a checkpoint; files of process 1 are limited to 8000 bytes.
 SAVING = """
 import resource, sys
 from pathlib import Path
@@ -132,7 +136,7 @@ from jaxvid.distributed import process_group, setup
 from jaxvid.training import checkpoint
 from jaxvid.errors import InputError
 
-class Position:
+class DataIterator:
     def get_state(self):
         return {}
 
@@ -142,21 +146,21 @@ try:
     setup.init_processes(sys.argv[1], 2, int(sys.argv[2]))
     with process_group.failing_together():
         mesh = jax.make_mesh((2,), ("fsdp",))
-        half = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+        row_sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
         data = np.random.default_rng(0).random((200, 1000))
-        weights = jax.make_array_from_callback(data.shape, half, lambda index: data[index])
+        weights = jax.make_array_from_callback(data.shape, row_sharding, data.__getitem__)
         manager = checkpoint.make_manager(Path(sys.argv[3]), keep=2)
         if sys.argv[2] == "1":
             resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
         state = {"step": np.int32(1), "weights": weights}
-        checkpoint.save_checkpoint(manager, state, {"data": Position()})
+        checkpoint.save_checkpoint(manager, state, {"data": DataIterator()})
         checkpoint.finish_saving(manager)
 except InputError as error:
     print(f"error: {error}", flush=True)
     sys.exit(error.EXIT_CODE)
 """
 
-
+# Two processes restore a checkpoint; it fails in process 1.
 RESTORING = """
 import sys
 from pathlib import Path
@@ -169,7 +173,7 @@ from jaxvid.errors import InputError
 def damaged(*args):
     raise ValueError("damaged")
 
-class Position:
+class DataIterator:
     def get_state(self):
         return {}
 
@@ -180,11 +184,11 @@ checkpoint.RESTORE_SECONDS = 3.0
 try:
     setup.init_processes(sys.argv[1], 2, int(sys.argv[2]))
     with process_group.failing_together():
-        workdir, resumables = Path(sys.argv[3]), {"data": Position()}
+        workdir, resumables = Path(sys.argv[3]), {"data": DataIterator()}
         mesh = jax.make_mesh((2,), ("fsdp",))
-        half = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+        row_sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
         data = np.arange(4, dtype=np.float32)
-        weights = jax.make_array_from_callback((4,), half, lambda index: data[index])
+        weights = jax.make_array_from_callback((4,), row_sharding, data.__getitem__)
         step = jax.device_put(np.int32(1), sharding.replicated(mesh))
         state = {"step": step, "weights": weights}
         with checkpoint.make_manager(workdir, keep=2) as manager:
@@ -200,10 +204,14 @@ except InputError as error:
 
 
 @contextlib.contextmanager
-def pair(program: str, *arguments: object) -> Iterator[list[subprocess.Popen]]:
-    """Start a program `COORDINATOR PROCESS ...` in two processes, with pipes for their outputs."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+def two_processes(program: str, *arguments: object) -> Iterator[list[subprocess.Popen]]:
+    """Run a program in two processes; kill them at the end.
+
+    Its arguments are the coordinator's address, the process index and `arguments`. One pipe per
+    process receives stdout and stderr.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:  # finds a free port
+        coordinator = f"127.0.0.1:{server.getsockname()[1]}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     runs = [
         subprocess.Popen(
@@ -232,90 +240,90 @@ def pair(program: str, *arguments: object) -> Iterator[list[subprocess.Popen]]:
     ],
 )
 def test_a_killed_process_ends_the_other_with_one_line(killed, cause):
-    with pair(EXCHANGING) as runs:
+    with two_processes(EXCHANGING) as runs:
         assert [run.stdout.readline() for run in runs] == ["['0', '1']\n"] * 2
-        begun = time.monotonic()
+        start = time.monotonic()
         runs[killed].kill()
-        output, _ = runs[1 - killed].communicate(timeout=SECONDS)
+        output, _ = runs[1 - killed].communicate(timeout=TIMEOUT_SECONDS)
     assert output == f"error: process {killed}: {cause}\n"
     assert runs[1 - killed].returncode == InputError.EXIT_CODE
-    assert time.monotonic() - begun < LIMIT
+    assert time.monotonic() - start < END_SECONDS
 
 
 def test_a_failed_save_in_one_process_ends_both(tmp_path):
-    """In Orbax, the failing process waits at a barrier that the other process does not reach."""
-    with pair(SAVING, tmp_path) as runs:
-        outputs = [run.communicate(timeout=SECONDS)[0] for run in runs]
+    """Orbax alone hangs: the failing process waits at a barrier that the other does not reach."""
+    with two_processes(SAVING, tmp_path) as runs:
+        outputs = [run.communicate(timeout=TIMEOUT_SECONDS)[0] for run in runs]
     assert [run.returncode for run in runs] == [InputError.EXIT_CODE] * 2
-    for output, start in zip(outputs, ("error: process 1: ", "error: "), strict=True):
+    for output, prefix in zip(outputs, ("error: process 1: ", "error: "), strict=True):
         [line] = [line for line in output.splitlines() if "[Gloo]" not in line]
-        assert line.startswith(f"{start}a checkpoint cannot be written to {tmp_path}")
+        assert line.startswith(f"{prefix}a checkpoint cannot be written to {tmp_path}")
 
 
 @pytest.mark.full
 def test_a_failed_restore_in_one_process_ends_both(tmp_path):
-    """The other process restores the checkpoint, or waits for the failed one inside Orbax."""
-    begun = time.monotonic()
-    with pair(RESTORING, tmp_path) as runs:
-        outputs = [run.communicate(timeout=SECONDS)[0] for run in runs]
-    assert time.monotonic() - begun < LIMIT
+    """The other process succeeds, or waits inside Orbax for the process that failed."""
+    start = time.monotonic()
+    with two_processes(RESTORING, tmp_path) as runs:
+        outputs = [run.communicate(timeout=TIMEOUT_SECONDS)[0] for run in runs]
+    assert time.monotonic() - start < END_SECONDS
     assert [run.returncode for run in runs] == [InputError.EXIT_CODE] * 2
-    for output, start in zip(outputs, ("error: process 1: ", "error: "), strict=True):
+    for output, prefix in zip(outputs, ("error: process 1: ", "error: "), strict=True):
         [line] = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert line.startswith(start)
+        assert line.startswith(prefix)
         assert "cannot be restored" in line
         assert "Traceback" not in output
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("failure", ["SIGKILL", "SIGSTOP", "defect"])
-@pytest.mark.parametrize("when", ["training", "evaluation"])
-def test_a_failed_process_ends_the_other(when, failure, who, motion_folder, tmp_path):
+@pytest.mark.parametrize("phase", ["training", "evaluation"])
+def test_a_failed_process_ends_the_other(phase, failure, failing, motion_folder, tmp_path):
     workdir = tmp_path / "w"
-    codes = fail(workdir, when, failure, who, data__folder=motion_folder)
+    codes = run_failing(workdir, phase, failure, failing, data__folder=motion_folder)
     expected = {"SIGKILL": -signal.SIGKILL, "SIGSTOP": InputError.EXIT_CODE, "defect": 1}
-    assert codes[who] == expected[failure], read_output(workdir, who)
-    *_, line = lines(workdir, 1 - who)
-    assert line.startswith(f"error: process {who}: ")
-    assert read_output(workdir, 1 - who).count("error: ") == 1
-    assert "Traceback" not in read_output(workdir, 1 - who)
+    assert codes[failing] == expected[failure], read_output(workdir, failing)
+    *_, line = lines(workdir, 1 - failing)
+    assert line.startswith(f"error: process {failing}: ")
+    assert read_output(workdir, 1 - failing).count("error: ") == 1
+    assert "Traceback" not in read_output(workdir, 1 - failing)
     if failure == "defect":
         assert "ZeroDivisionError: a defect; see the traceback in its output" in line
-        assert read_output(workdir, who).count("Traceback") == 1
-        assert read_output(workdir, who).rstrip().endswith("ZeroDivisionError: a defect")
+        assert read_output(workdir, failing).count("Traceback") == 1
+        assert read_output(workdir, failing).rstrip().endswith("ZeroDivisionError: a defect")
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize("when", ["checkpoint", "model"])
-def test_a_full_disk_of_one_process_ends_both(when, who, motion_folder, tmp_path):
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("phase", ["checkpoint", "model"])
+def test_a_full_disk_in_one_process_ends_both(phase, failing, motion_folder, tmp_path):
     workdir = tmp_path / "w"
-    codes = fail(
-        workdir, when, "full", who, data__folder=motion_folder, checkpoint_every_epochs=1.0
-    )
+    options = {"data__folder": motion_folder, "checkpoint_every_epochs": 1.0}
+    codes = run_failing(workdir, phase, "full", failing, **options)
     assert codes == [InputError.EXIT_CODE] * 2
     for process in (0, 1):
         *_, line = lines(workdir, process)
         assert read_output(workdir, process).count("error: ") == 1, read_output(workdir, process)
         assert "Traceback" not in read_output(workdir, process)
         assert "cannot be written" in line
-        assert line.startswith("error: " if process == who else f"error: process {who}: ")
+        assert line.startswith("error: " if process == failing else f"error: process {failing}: ")
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("field", ["init_from", "distill__teacher"])
 def test_a_model_folder_missing_in_one_process_ends_both(
-    field, who, motion_folder, tmp_path, folders
+    field, failing, motion_folder, tmp_path, folders
 ):
-    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "other").mkdir()
     network = jaxvid.create_model("xvit_tiny", width=16, depth=1, head="mean")
     preprocessing = load_card(folders / "xvit")["preprocessing"]
     jaxvid.save_model(network, tmp_path / "model", preprocessing=preprocessing, labels=list(LABELS))
-    # Process `who` resolves this relative path in another folder.
+    # The failing process resolves this relative path in another working directory.
     workdir, path = tmp_path / "w", os.path.relpath(tmp_path / "model", ROOT)
-    codes = fail(workdir, "config", "elsewhere", who, data__folder=motion_folder, **{field: path})
+    options = {"data__folder": motion_folder, field: path}
+    codes = run_failing(workdir, "config", "other directory", failing, **options)
     assert codes == [InputError.EXIT_CODE] * 2
     for process in (0, 1):
         *_, line = lines(workdir, process)
@@ -324,14 +332,14 @@ def test_a_model_folder_missing_in_one_process_ends_both(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("who", [0, 1])
-def test_different_config_fields_end_both(who, motion_folder, tmp_path):
+@pytest.mark.parametrize("failing", [0, 1])
+def test_different_config_fields_end_both(failing, motion_folder, tmp_path):
     workdir = tmp_path / "w"
-    codes = fail(workdir, "config", "fields", who, data__folder=motion_folder)
+    codes = run_failing(workdir, "config", "fields", failing, data__folder=motion_folder)
     assert codes == [InputError.EXIT_CODE] * 2
     for process in (0, 1):
         *_, line = lines(workdir, process)
-        extra = ["missing", "1"] if who else ["1", "missing"]
+        extra = ["missing", "1"] if failing else ["1", "missing"]
         assert (
             f"optimizer.extra is {extra[0]} in process 0, {extra[1]} in process 1; "
             "optimizer.name is "
@@ -340,29 +348,33 @@ def test_different_config_fields_end_both(who, motion_folder, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_process_that_does_not_join_is_named(who, motion_folder, tmp_path):
-    workdir, begun = tmp_path / "w", time.monotonic()
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_process_that_does_not_join_is_named(absent, motion_folder, tmp_path):
+    workdir, start = tmp_path / "w", time.monotonic()
     flags = (["--join_seconds=15"],) * 2
-    with started(workdir, **OPTIONS, flags=flags, data__folder=motion_folder) as runs:
-        runs[who].kill()
-        assert runs[1 - who].wait(timeout=SECONDS) == InputError.EXIT_CODE
-    print(f"start {who}: the other ended after {time.monotonic() - begun:.1f} s")
-    *_, line = lines(workdir, 1 - who)
-    assert line.startswith(f"error: process {who} ")
+    with running_processes(
+        workdir, **OPTIONS, process_flags=flags, data__folder=motion_folder
+    ) as runs:
+        runs[absent].kill()
+        assert runs[1 - absent].wait(timeout=TIMEOUT_SECONDS) == InputError.EXIT_CODE
+    print(f"start {absent}: the other ended after {time.monotonic() - start:.1f} s")
+    *_, line = lines(workdir, 1 - absent)
+    assert line.startswith(f"error: process {absent} ")
     assert " did not join within 15 s; " in line
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_config_file_missing_in_one_process_ends_both(who, motion_folder, tmp_path):
-    workdir, begun = tmp_path / "w", time.monotonic()
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_config_file_missing_in_one_process_ends_both(failing, motion_folder, tmp_path):
+    workdir, start = tmp_path / "w", time.monotonic()
     flags: tuple[list[str], list[str]] = ([], [])
-    flags[who].append("--config=nowhere.py")
-    with started(workdir, **OPTIONS, flags=flags, data__folder=motion_folder) as runs:
-        assert [run.wait(timeout=SECONDS) for run in runs] == [InputError.EXIT_CODE] * 2
-    assert time.monotonic() - begun < LIMIT
+    flags[failing].append("--config=nowhere.py")
+    with running_processes(
+        workdir, **OPTIONS, process_flags=flags, data__folder=motion_folder
+    ) as runs:
+        assert [run.wait(timeout=TIMEOUT_SECONDS) for run in runs] == [InputError.EXIT_CODE] * 2
+    assert time.monotonic() - start < END_SECONDS
     for process in (0, 1):
         line, *_ = lines(workdir, process)
-        source = "" if process == who else f"process {who}: "
+        source = "" if process == failing else f"process {failing}: "
         assert line.startswith(f"error: {source}--config: nowhere.py does not exist")

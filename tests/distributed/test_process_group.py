@@ -1,6 +1,7 @@
-"""Exchanges and failures between the processes of a run, with a store in memory."""
+"""The processes of a run exchange values and share failures, here with a store in memory."""
 
 import contextlib
+import functools
 import socket
 import threading
 import time
@@ -48,7 +49,7 @@ def make_peers(count: int) -> tuple[MemoryStore, list[ProcessGroup]]:
     return store, [ProcessGroup(store, index, count) for index in range(count)]
 
 
-def in_threads(*functions) -> list:
+def call_in_threads(*functions) -> list:
     """Call functions in threads; return their results or exceptions."""
     results = [None] * len(functions)
 
@@ -67,22 +68,22 @@ def in_threads(*functions) -> list:
     return results
 
 
-def set_beat_interval(peers: ProcessGroup, monkeypatch, seconds: float) -> None:
-    """Set the time between the next heartbeats of a process."""
-    monkeypatch.setattr(peers._clock, "tick", lambda: seconds)
+def set_beat_interval(group: ProcessGroup, monkeypatch, seconds: float) -> None:
+    """Set the time that a process measures between its heartbeats."""
+    monkeypatch.setattr(group._clock, "tick", lambda: seconds)
 
 
 def test_exchange_returns_all_values_and_the_store_stays_small():
     store, peers = make_peers(3)
 
-    def run(one):
-        return [one.exchange([one.index, number, "ü"]) for number in range(50)]
+    def run(peer):
+        return [peer.exchange([peer.index, number, "ü"]) for number in range(50)]
 
-    results = in_threads(*[lambda one=one: run(one) for one in peers])
+    results = call_in_threads(*[functools.partial(run, peer) for peer in peers])
     expected = [[[index, number, "ü"] for index in range(3)] for number in range(50)]
     assert results == [expected] * 3
     assert len(store.values) == 3  # only the last round
-    assert in_threads(*[one.leave for one in peers]) == [None] * 3
+    assert call_in_threads(*[peer.leave for peer in peers]) == [None] * 3
 
 
 def test_a_process_without_heartbeats_is_lost(monkeypatch):
@@ -117,14 +118,14 @@ def test_a_hung_process_fails_the_run_after_a_timeout(monkeypatch):
     _, (first, second) = make_peers(2)
     monkeypatch.setattr(process_group, "HUNG_SECONDS", 11.0)
     set_beat_interval(first, monkeypatch, 3.5)
-    for _ in range(5):  # longer than the timeout, without a synchronization point
+    for _ in range(5):  # longer than the timeout, but no process waits at a synchronization point
         first.beat()
         second.beat()
     first.reach()
     for _ in range(3):
         second.beat()
         first.beat()
-    second.reach()  # it was late
+    second.reach()  # before the timeout
     first.reach()
     for _ in range(4):
         second.beat()
@@ -140,7 +141,7 @@ def test_a_process_that_ends_early_fails_the_run():
     first.reach()
     store.set("jaxvid/state/left/1", "1")
     first.beat()
-    assert first._failure is None  # only process 0 writes the reports
+    assert first._failure is None  # it may leave after its last synchronization point
     first.reach()
     first.beat()
     assert str(first._failure) == "process 1: ended before the others were done"
@@ -150,9 +151,9 @@ def test_process_0_ends_after_the_others():
     store, (first, second) = make_peers(2)
     ended = []
 
-    def end(one):
-        one.leave()
-        ended.append(one.index)
+    def end(peer):
+        peer.leave()
+        ended.append(peer.index)
 
     read = store.get
 
@@ -162,13 +163,13 @@ def test_process_0_ends_after_the_others():
 
     second._store = MemoryStore()
     second._store.values, second._store.get = store.values, read_late
-    in_threads(lambda: end(first), lambda: end(second))
+    call_in_threads(lambda: end(first), lambda: end(second))
     assert ended == [1, 0]
 
 
 @pytest.fixture
 def ends(monkeypatch):
-    """Exit codes that the process would have ended with."""
+    """Calls that would have ended the process: "exit" or "now", and the exit code."""
     codes = []
     for module in (process_group, jax_runtime):
         monkeypatch.setattr(module, "end_at_exit", lambda code: codes.append(("exit", code)))
@@ -218,7 +219,7 @@ def test_runtime_errors_are_replaced_by_their_cause(ends, monkeypatch):
         raised = first.end_together(error)
     assert str(raised) == "process 1: the disk is full"
     assert ends == [("exit", 2)]
-    # The error itself, if no other process fails.
+    # If no other process fails, the error itself is returned.
     monkeypatch.setattr(process_group, "LOST_SECONDS", 0.1)
     _, (alone, _) = make_peers(2)
     error = runtime_error()
@@ -226,7 +227,7 @@ def test_runtime_errors_are_replaced_by_their_cause(ends, monkeypatch):
     assert ends[1:] == [("exit", 1)]
 
 
-def test_failures_of_other_threads_are_raised_in_the_main_thread(ends):
+def test_failures_in_other_threads_are_raised_in_the_main_thread(ends):
     _, (_, second) = make_peers(2)
     second.publish(InputError("the disk is full"))
     with pytest.raises(InputError, match="^the disk is full$"):
@@ -236,7 +237,7 @@ def test_failures_of_other_threads_are_raised_in_the_main_thread(ends):
     assert ends == [("exit", 2)]
 
 
-def test_process_0_ends_once_the_others_know_the_failure(ends, monkeypatch):
+def test_process_0_ends_when_all_others_have_read_the_failure(ends, monkeypatch):
     monkeypatch.setattr(process_group, "GRACE_SECONDS", 20)
     _, (first, second, third) = make_peers(3)
     ending = threading.Thread(target=first.end_together, args=(InputError("no"),))
@@ -249,15 +250,15 @@ def test_process_0_ends_once_the_others_know_the_failure(ends, monkeypatch):
     assert ends == [("exit", 2)]
 
 
-def run_watch(peers: ProcessGroup, ends) -> None:
+def run_watch(group: ProcessGroup, ends) -> None:
     """Run the watch thread of a process until it ends the process."""
-    watch = threading.Thread(target=peers._watch, daemon=True)
+    watch = threading.Thread(target=group._watch, daemon=True)
     watch.start()
-    until = time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while not [code for code in ends if code[0] == "now"]:
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    peers._left.set()
+    group._left.set()
     watch.join(60)
 
 
@@ -334,6 +335,7 @@ class Coordinator:
                 connection.sendall(text)
 
     def hang_up(self) -> None:
+        """Close all connections."""
         for connection in self.connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -367,18 +369,18 @@ def test_the_relay_hides_the_loss_of_the_coordinator_from_the_client():
         coordinator.close()
         assert relay.lost.wait(20)
         client.settimeout(0.5)
-        for _ in range(3):  # the relay cannot forward them
+        for _ in range(3):  # the relay accepts them, but cannot forward them
             client.sendall(b"alive?")
             with pytest.raises(TimeoutError):
                 client.recv(100)
 
 
-def test_join_names_the_missing_processes(monkeypatch, ends):
+def test_join_names_the_missing_process(monkeypatch, ends):
     state = type("State", (), {"num_processes": 2, "process_id": 1, "client": None})
     monkeypatch.setattr(jax_runtime.distributed, "global_state", state)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    make = jax_runtime._jax.get_distributed_runtime_client
+    with socket.create_server(("127.0.0.1", 0)) as server:  # finds a free port
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    original = jax_runtime._jax.get_distributed_runtime_client
 
     def initialize():
         jax_runtime._jax.get_distributed_runtime_client(address, 1, init_timeout=5)
@@ -386,7 +388,7 @@ def test_join_names_the_missing_processes(monkeypatch, ends):
     message = f"process 0 at {address} did not join within 0 s; start all processes with the same"
     with pytest.raises(InputError, match=message):
         jax_runtime.join(initialize, 0.3)
-    assert jax_runtime._jax.get_distributed_runtime_client is make
+    assert jax_runtime._jax.get_distributed_runtime_client is original
     with pytest.raises(InputError, match="the launcher did not join"):
         jax_runtime.join(lambda: time.sleep(1), 0.3)
     assert ends == [("exit", 2)] * 2

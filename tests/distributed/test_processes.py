@@ -1,4 +1,4 @@
-"""Training with several processes equals that with one, and they stop and fail together."""
+"""Several processes compute the same results as one, and they stop and fail together."""
 
 import contextlib
 import json
@@ -20,49 +20,53 @@ import jaxvid
 from jaxvid.distributed import collectives, setup
 from jaxvid.errors import InputError
 from jaxvid.models import split_params
-from jaxvid.training import checkpoint, run_config
+from jaxvid.training import checkpoint, run_config, run_metadata
 from tests import colours
 
 ROOT = Path(__file__).parents[2]
-# 49 videos in batches of 16: 24 steps. The head, the optimizer and XLA's lowest optimization level
-# make compilation fast. Adam would divide a gradient of rounding noise by its own magnitude.
+# 49 videos in batches of 16 are 3 steps per epoch. The mean head, SGD and XLA's lowest optimization
+# level compile fast. Adam would amplify gradients that are only rounding noise, because it divides
+# gradients by their magnitude.
 FIELDS = {
     **{"data.source": "folder", "data.short_side": 72, "model.width": 16, "model.depth": 1},
     **{"model.head": "mean", "batch_size": 16, "num_epochs": 8.0, "log_steps": 2},
     **{"eval.batch_size": 8, "eval.every_epochs": 4.0, "checkpoint_every_epochs": 4.0},
     **{"optimizer.name": "sgd", "optimizer.learning_rate": 0.05, "optimizer.warmup_epochs": 0.67},
 }
-HALF, WHOLE = 12, 24
-SECONDS = 150  # timeout of one command
+FIRST_CHECKPOINT, LAST_STEP = 12, 24  # steps
+TIMEOUT_SECONDS = 150  # for one command
 
 
 @contextlib.contextmanager
-def started(
+def running_processes(
     workdir: Path,
     *,
     processes: int,
     devices: int,
     mesh: tuple[int, int],
-    own=({}, {}),
-    flags=((), ()),
+    process_fields=({}, {}),
+    process_flags=((), ()),
     program=("main.py",),
     **fields,
 ) -> Iterator[list[subprocess.Popen]]:
-    """Start `main.py` in several processes; kill them at the end.
+    """Start a run of one or more processes; kill them at the end.
 
     Args:
         workdir: The run's folder. The output of process I is written to `WORKDIR.I.txt`.
         processes: Number of processes.
         devices: Devices per process.
-        mesh: Sizes of 'data' and 'fsdp'.
-        own: Config fields of each process.
-        flags: Additional flags of each process.
-        program: Arguments of Python.
-        **fields: Fields of all, with `__` for the dot.
+        mesh: Sizes of the mesh axes 'data' and 'fsdp'.
+        process_fields: Config fields of each process.
+        process_flags: Additional flags of each process.
+        program: Arguments of the Python interpreter, to which the flags are appended.
+        **fields: Config fields of all processes, with `__` in place of dots.
+
+    Yields:
+        The processes.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as server:  # finds a free port
+        server.bind(("localhost", 0))
+        port = server.getsockname()[1]
     fields = FIELDS | {name.replace("__", "."): value for name, value in fields.items()}
     fields |= {"mesh.data": mesh[0], "mesh.fsdp": mesh[1]}
     xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
@@ -73,12 +77,12 @@ def started(
         for process in range(processes):
             command = [sys.executable, *program, "--config=configs/motion.py"]
             command += [f"--workdir={workdir}"]
-            for name, value in (fields | own[process]).items():
+            for name, value in (fields | process_fields[process]).items():
                 command.append(f"--config.{name}={value}")
             if processes > 1:
                 command += [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
                 command += [f"--process_id={process}"]
-            command += flags[process]
+            command += process_flags[process]
             with open(f"{workdir}.{process}.txt", "w") as output:
                 runs.append(
                     subprocess.Popen(
@@ -96,9 +100,8 @@ def started(
             run.wait()
 
 
-def codes(runs: list[subprocess.Popen]) -> list[int]:
-    """Wait for processes and return their exit codes."""
-    return [run.wait(timeout=SECONDS) for run in runs]
+def wait_for_exit_codes(runs: list[subprocess.Popen]) -> list[int]:
+    return [run.wait(timeout=TIMEOUT_SECONDS) for run in runs]
 
 
 def read_output(workdir: Path, process: int = 0) -> str:
@@ -106,38 +109,40 @@ def read_output(workdir: Path, process: int = 0) -> str:
 
 
 def train(workdir: Path, **options) -> None:
-    with started(workdir, **options) as runs:
-        assert codes(runs) == [0] * len(runs), read_output(workdir)
+    """Train with the options of `running_processes`; check that all processes succeed."""
+    with running_processes(workdir, **options) as runs:
+        assert wait_for_exit_codes(runs) == [0] * len(runs), read_output(workdir)
 
 
-def half_of(workdir: Path, copy: Path) -> Path:
-    """Copy a run as it was at its first checkpoint."""
+def copy_first_half(workdir: Path, copy: Path) -> Path:
+    """Copy a finished run without its last checkpoint and final outputs, for a resumed run."""
     shutil.copytree(workdir, copy)
-    shutil.rmtree(copy / "checkpoints" / str(WHOLE))
+    shutil.rmtree(copy / "checkpoints" / str(LAST_STEP))
     shutil.rmtree(copy / "model")
     (copy / "eval.json").unlink()
     return copy
 
 
-def lines(path: Path) -> list[dict]:
+def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def weights(workdir: Path) -> dict[str, np.ndarray]:
+def load_weights(workdir: Path) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, split_params(jaxvid.load_model(workdir / "model"))[1])
 
 
 def check_same(workdir: Path, expected: Path) -> None:
-    """Check that two runs have equal results up to the order of float32 additions.
+    """Check that two runs have equal results, apart from rounding.
 
-    Devices sum the gradients of their parts of a batch. 1e-5 is 80 times float32's epsilon 1.2e-7.
+    Gradients are summed over the devices in different orders. The tolerance of 1e-5 is 80 times the
+    float32 epsilon of 1.2e-7.
     """
-    rows, expected_rows = (lines(folder / "metrics.jsonl") for folder in (workdir, expected))
+    rows, expected_rows = (read_jsonl(folder / "metrics.jsonl") for folder in (workdir, expected))
     assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
     for row, expected_row in zip(rows, expected_rows, strict=True):
         for name in ("train/loss", "val/loss", "train/grad_norm"):
             assert row.get(name, 0) == pytest.approx(expected_row.get(name, 0), rel=1e-5), row
-    params, expected_params = weights(workdir), weights(expected)
+    params, expected_params = load_weights(workdir), load_weights(expected)
     assert params.keys() == expected_params.keys()
     for name, array in params.items():
         difference = np.linalg.norm(array - expected_params[name])
@@ -151,90 +156,96 @@ def check_same(workdir: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def data(motion_folder, tmp_path_factory):
-    """The motion clips with a broken video in each split."""
+    """The motion clips and one broken video in each split."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "broken.mp4").write_text("hello")
     (folder / "labels.txt").write_text((motion_folder / "labels.txt").read_text())
     for split in ("train", "val"):
-        listed = (motion_folder / f"{split}.csv").read_text().splitlines()
-        listed = [f"{motion_folder}/{line}" for line in listed]
-        # In the part of the batch that the second process loads.
-        listed.insert(5, "broken.mp4 0")
-        (folder / f"{split}.csv").write_text("\n".join(listed) + "\n")
+        lines = (motion_folder / f"{split}.csv").read_text().splitlines()
+        lines = [f"{motion_folder}/{line}" for line in lines]
+        # The second process loads rows 4 to 7 of an evaluation batch.
+        lines.insert(5, "broken.mp4 0")
+        (folder / f"{split}.csv").write_text("\n".join(lines) + "\n")
     return folder
 
 
 @pytest.fixture(scope="module")
-def one(data, tmp_path_factory):
-    """The workdir of a run of one process."""
+def one_process_workdir(data, tmp_path_factory):
+    """The workdir of a finished run with one process."""
     workdir = tmp_path_factory.mktemp("runs") / "one"
     train(workdir, processes=1, devices=4, mesh=(2, 2), data__folder=data)
     return workdir
 
 
-def test_two_processes_equal_one_and_one_continues_their_run(one, data, tmp_path):
-    two = tmp_path / "two"
-    train(two, processes=2, devices=2, mesh=(2, 2), data__folder=data)
-    check_same(two, one)
+def test_run_of_two_processes_equals_one_process_and_is_resumed_by_one(
+    one_process_workdir, data, tmp_path
+):
+    two_workdir = tmp_path / "two"
+    train(two_workdir, processes=2, devices=2, mesh=(2, 2), data__folder=data)
+    check_same(two_workdir, one_process_workdir)
 
-    # One set of files, without duplicate entries.
-    assert sorted(path.name for path in two.iterdir()) == sorted(
-        path.name for path in one.iterdir()
+    # The two processes write the files of one process, without duplicate entries.
+    assert sorted(path.name for path in two_workdir.iterdir()) == sorted(
+        path.name for path in one_process_workdir.iterdir()
     )
-    [skipped] = lines(two / "skipped.jsonl")
+    [skipped] = read_jsonl(two_workdir / "skipped.jsonl")
     assert skipped["id"].endswith("broken.mp4")
-    report = json.loads((two / "eval.json").read_text())
+    report = json.loads((two_workdir / "eval.json").read_text())
     assert (report["num_videos"], report["num_evaluated"]) == (25, 24)
     assert [video["label"] for video in report["failed"]] == [0]
-    log = (two / "log.txt").read_text()
-    assert log.count("counts as wrong: ") == 2  # evaluations
+    log = (two_workdir / "log.txt").read_text()
+    assert log.count("counts as wrong: ") == 2  # once per evaluation
     assert log.count("skipped: ") == 1
-    [start] = lines(two / "starts.jsonl")
+    [start] = read_jsonl(two_workdir / "starts.jsonl")
     assert start["processes"] == 2
-    assert checkpoint.find_steps(two) == [HALF, WHOLE]
-    assert json.loads((two / "checkpoints.json").read_text()).keys() == {str(HALF), str(WHOLE)}
+    assert checkpoint.find_steps(two_workdir) == [FIRST_CHECKPOINT, LAST_STEP]
+    recorded = json.loads((two_workdir / "checkpoints.json").read_text())
+    assert recorded.keys() == {str(FIRST_CHECKPOINT), str(LAST_STEP)}
 
-    half = half_of(two, tmp_path / "by_one")
+    # One process resumes the run, with one device or with four.
+    options = {"processes": 1, "data__folder": data}
+    resumed = [
+        copy_first_half(two_workdir, tmp_path / name) for name in ("one_device", "four_devices")
+    ]
     with (
-        started(half, processes=1, devices=1, mesh=(1, 1), data__folder=data) as alone,
-        started(
-            half_of(two, tmp_path / "by_four"),
-            **{"processes": 1, "devices": 4, "mesh": (1, 4), "data__folder": data},
-        ) as four,
+        running_processes(resumed[0], devices=1, mesh=(1, 1), **options) as first,
+        running_processes(resumed[1], devices=4, mesh=(1, 4), **options) as second,
     ):
-        assert codes(alone + four) == [0, 0], read_output(half)
-    for name in ("by_one", "by_four"):
-        assert f"step {HALF} of {WHOLE}, continued" in read_output(tmp_path / name)
-        check_same(tmp_path / name, one)
+        assert wait_for_exit_codes(first + second) == [0, 0], read_output(resumed[0])
+    for workdir in resumed:
+        assert f"step {FIRST_CHECKPOINT} of {LAST_STEP}, continued" in read_output(workdir)
+        check_same(workdir, one_process_workdir)
 
 
-STUB = """
+# Evaluates a stub network. With the argument "stop", process 0 exits before its third batch.
+EVALUATING = """
 import os, runpy, sys, jax
 from jaxvid import evaluate
 from jaxvid.evaluation import loop
 from tests import colours
 
-loop.abstract_model, make_step = colours.stub_network, evaluate.make_eval_step
+loop.abstract_model = colours.stub_network
+make_step = evaluate.make_eval_step
 
-def make_failing(*args):
+def make_exiting_step(*args):
     step, calls = make_step(*args), []
 
-    def failing(params, batch):
+    def exiting_step(params, batch):
         calls.append(1)
         if len(calls) == 3 and not jax.process_index():
             os._exit(9)
         return step(params, batch)
 
-    return failing
+    return exiting_step
 
 if sys.argv.pop(1) == "stop":
-    evaluate.make_eval_step = make_failing
+    evaluate.make_eval_step = make_exiting_step
 runpy.run_path("main.py", run_name="__main__")
 """
 
 
-def test_two_processes_evaluate_each_video_once_and_continue_after_a_kill(tmp_path):
-    """20 videos in batches of 8: the second process has no video of the last batch."""
+def test_two_processes_evaluate_each_video_once_and_resume_after_one_exits(tmp_path):
+    """The last of the batches of 8 has 4 of the 20 videos, none of them for the second process."""
     folder, workdir = tmp_path / "data", tmp_path / "w"
     folder.mkdir()
     colours.make_colours(folder)
@@ -245,43 +256,50 @@ def test_two_processes_evaluate_each_video_once_and_continue_after_a_kill(tmp_pa
     options |= {f"model__{name}": value for name, value in sizes.items()}
     options |= {"data__mean": 0.0, "data__std": 1.0, "eval__short_side": 32}
     # Each process has its own copy of the videos and its own number of threads.
-    options["own"] = ({"data.folder": folder}, {"data.folder": copy, "data.num_threads": 1})
-    with started(workdir, **options, program=("-c", STUB, "stop", "--mode=eval")) as runs:
-        assert runs[0].wait(timeout=SECONDS) == 9, read_output(workdir)
+    options["process_fields"] = (
+        {"data.folder": folder},
+        {"data.folder": copy, "data.num_threads": 1},
+    )
+    with running_processes(
+        workdir, **options, program=("-c", EVALUATING, "stop", "--mode=eval")
+    ) as runs:
+        assert runs[0].wait(timeout=TIMEOUT_SECONDS) == 9, read_output(workdir)
     assert not (workdir / "eval.json").exists()
-    with started(workdir, **options, program=("-c", STUB, "go", "--mode=eval")) as runs:
-        assert codes(runs) == [0, 0], read_output(workdir)
+    with running_processes(
+        workdir, **options, program=("-c", EVALUATING, "go", "--mode=eval")
+    ) as runs:
+        assert wait_for_exit_codes(runs) == [0, 0], read_output(workdir)
     assert "8 of 20 videos were evaluated before" in read_output(workdir)
     assert not (workdir / ".unfinished_eval").exists()
     colours.check_known(workdir)
 
 
-def test_a_signal_to_one_process_stops_both_and_they_resume(one, data, tmp_path):
-    """Continues the run of one process with weights that are sharded over two."""
-    workdir = half_of(one, tmp_path / "w")
+def test_a_signal_to_one_process_stops_both_and_they_resume(one_process_workdir, data, tmp_path):
+    """The two processes first resume a run of one process, with its weights sharded over both."""
+    workdir = copy_first_half(one_process_workdir, tmp_path / "w")
     options = {"processes": 2, "devices": 2, "mesh": (1, 4), "data__folder": data}
-    with started(workdir, **options) as runs:
-        until = time.monotonic() + SECONDS
-        while f"step {HALF} of {WHOLE}, continued" not in read_output(workdir):
-            assert time.monotonic() < until
+    with running_processes(workdir, **options) as runs:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while f"step {FIRST_CHECKPOINT} of {LAST_STEP}, continued" not in read_output(workdir):
+            assert time.monotonic() < deadline
             assert [run.poll() for run in runs] == [None, None], read_output(workdir)
             time.sleep(0.05)
         time.sleep(0.5)  # until the signal handlers are installed and the first step is compiled
         runs[1].send_signal(signal.SIGTERM)
-        assert codes(runs) == [128 + signal.SIGTERM] * 2, read_output(workdir)
+        assert wait_for_exit_codes(runs) == [128 + signal.SIGTERM] * 2, read_output(workdir)
     step = max(checkpoint.find_steps(workdir))
-    assert HALF < step < WHOLE
+    assert FIRST_CHECKPOINT < step < LAST_STEP
     assert f"stopped and saved at step {step}" in read_output(workdir)
     train(workdir, **options)
-    assert f"step {step} of {WHOLE}, continued" in read_output(workdir)
-    check_same(workdir, one)
+    assert f"step {step} of {LAST_STEP}, continued" in read_output(workdir)
+    check_same(workdir, one_process_workdir)
 
 
-def test_invalid_input_of_one_process_ends_all_with_one_line(data, tmp_path):
+def test_invalid_input_in_one_process_ends_all_with_one_line_each(data, tmp_path):
     options = {"processes": 2, "devices": 2, "mesh": (2, 2)}
-    own = ({}, {"data.folder": tmp_path / "nowhere"})
-    with started(tmp_path / "w", **options, own=own, data__folder=data) as runs:
-        assert codes(runs) == [InputError.EXIT_CODE] * 2
+    options["process_fields"] = ({}, {"data.folder": tmp_path / "nowhere"})
+    with running_processes(tmp_path / "w", **options, data__folder=data) as runs:
+        assert wait_for_exit_codes(runs) == [InputError.EXIT_CODE] * 2
     errors = [
         [line for line in read_output(tmp_path / "w", process).splitlines() if "Gloo" not in line]
         for process in (0, 1)
@@ -293,23 +311,23 @@ def test_invalid_input_of_one_process_ends_all_with_one_line(data, tmp_path):
     assert first.endswith(second.removeprefix("error: "))
 
 
-def gathered(monkeypatch, *values) -> None:
+def stub_gather(monkeypatch, *values) -> None:
+    """Let `collectives.gather` return this process's value, followed by `values`."""
     monkeypatch.setattr(collectives, "gather", lambda value: [value, *values])
 
 
 def test_processes_with_different_configs_or_videos_are_refused(config, monkeypatch, tmp_path):
     other = config.copy_and_resolve_references().unlock()
-    other.data.folder, other.data.num_threads = "elsewhere", 7
-    gathered(monkeypatch, other.to_dict())
+    other.data.folder = "elsewhere"  # these two fields may differ
+    other.data.num_threads = 7
+    stub_gather(monkeypatch, other.to_dict())
     run_config.check_same_everywhere(config.to_dict())
     other.model.width = 32
-    gathered(monkeypatch, config.to_dict(), other.to_dict())
+    stub_gather(monkeypatch, config.to_dict(), other.to_dict())
     with pytest.raises(InputError, match="model.width: 16 in process 0, 32 in process 2; start"):
         run_config.check_same_everywhere(config.to_dict())
     facts = {"data": {"train": {"videos": 3, "sha256": "a"}}}
-    gathered(monkeypatch, {"train": {"videos": 3, "sha256": "b"}})
-    from jaxvid.training import run_metadata
-
+    stub_gather(monkeypatch, {"train": {"videos": 3, "sha256": "b"}})
     with pytest.raises(InputError, match="process 1: its videos or labels differ"):
         run_metadata.record_start(tmp_path, facts)
     assert not list(tmp_path.iterdir())
@@ -319,10 +337,10 @@ def test_processes_with_different_config_fields_are_refused(config, monkeypatch)
     other = config.copy_and_resolve_references().unlock()
     other.data.extra = 7
     del other["mixup_alpha"]
-    gathered(monkeypatch, other.to_dict())
-    with pytest.raises(InputError) as refusal:
+    stub_gather(monkeypatch, other.to_dict())
+    with pytest.raises(InputError) as error_info:
         run_config.check_same_everywhere(config.to_dict())
-    assert str(refusal.value) == (
+    assert str(error_info.value) == (
         "data.extra: missing in process 0, 7 in process 1; "
         f"mixup_alpha: {config.mixup_alpha} in process 0, missing in process 1; "
         "start all with the same flags"
@@ -330,66 +348,68 @@ def test_processes_with_different_config_fields_are_refused(config, monkeypatch)
 
 
 def test_a_checkpoint_damaged_in_one_process_is_refused_in_all(monkeypatch, tmp_path):
-    gathered(monkeypatch, [False, "1 of 3 files are missing or changed: d/0"])
+    stub_gather(monkeypatch, [False, "1 of 3 files are missing or changed: d/0"])
     with pytest.raises(ValueError, match="1 of 3 files are missing"):
         checkpoint.check_files_on_all_processes(tmp_path, 3)
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-STEP = SLURM | {"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_STEP_NUM_TASKS": "4"}
+SLURM_STEP = SLURM | {"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_STEP_NUM_TASKS": "4"}
 MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "joined"),
+    # expected: number of processes, JAX's detection method and visible devices; None: runs alone
+    ("environment", "expected"),
     [
         ({}, None),
-        # A batch script or a shell in an allocation runs alone.
+        # A batch script or a shell in an allocation.
         (SLURM, None),
-        (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),
-        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, (4, "slurm", "all")),
-        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "4"}, (4, "slurm", "unset")),
-        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, (4, "slurm", "unset")),
+        (SLURM_STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+        (SLURM_STEP | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, (4, "slurm", "all")),
+        (SLURM_STEP | {"SLURM_STEP_TASKS_PER_NODE": "4"}, (4, "slurm", "unset")),
+        (SLURM_STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, (4, "slurm", "unset")),
         (MPI, (4, "mpi4py", "unset")),
         (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, (4, "mpi4py", "all")),
         (MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1"}, (4, "ompi", "unset")),
-        ({**STEP, **MPI, "SLURM_STEP_NUM_TASKS": "2"}, (4, "mpi4py", "unset")),
+        ({**SLURM_STEP, **MPI, "SLURM_STEP_NUM_TASKS": "2"}, (4, "mpi4py", "unset")),
         ({"PMI_SIZE": "3", "MPI_LOCALNRANKS": "3"}, (3, "mpi4py", "unset")),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
         ({"KUBERNETES_SERVICE_HOST": "h"}, None),
         ({"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "1"}, (None, "k8s", "all")),
         (
-            STEP | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "JAX_LOCAL_DEVICE_IDS": "2,3"},
+            SLURM_STEP | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "JAX_LOCAL_DEVICE_IDS": "2,3"},
             (4, "slurm", "2,3"),
         ),
     ],
 )
-def test_launchers_are_recognized(environment, joined, monkeypatch):
+def test_launchers_are_recognized(environment, expected, monkeypatch):
     for name in [*os.environ]:
         if name.startswith(("SLURM_", "OMPI_", "PMI", "MPI_", "KUBERNETES_", "JOB_", "JAX_LOCAL")):
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    calls, devices = [], {}
+    calls, options = [], {}
 
     def initialize(coordinator, num_processes, process_id, *, cluster_detection_method, **_):
         assert (coordinator, process_id) == (None, None)
         calls.append((num_processes, cluster_detection_method))
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    monkeypatch.setattr(jax.config, "update", devices.__setitem__)
+    monkeypatch.setattr(jax.config, "update", options.__setitem__)
     setup.init_processes(None, 1, None)
     assert not calls
     setup.init_processes()
-    calls = [(*call, devices.get("jax_cuda_visible_devices", "unset")) for call in calls]
-    assert calls == ([joined] if joined else [])
+    calls = [(*call, options.get("jax_cuda_visible_devices", "unset")) for call in calls]
+    assert calls == ([expected] if expected else [])
 
 
-def test_processes_with_explicit_arguments_have_all_devices_even_under_slurm(monkeypatch):
+def test_explicit_arguments_disable_launcher_detection(monkeypatch):
+    """JAX's detection of SLURM would restrict each process to one device."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: calls.append(options))
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    for name, value in STEP.items():
+    for name, value in SLURM_STEP.items():
         monkeypatch.setenv(name, value)
     setup.init_processes("host:1", 2, 1)
     assert [options["cluster_detection_method"] for options in calls] == ["deactivate"]
@@ -408,7 +428,7 @@ def test_missing_packages_of_a_launcher_are_named(monkeypatch):
         setup.init_processes()
 
 
-def test_a_long_wait_for_the_others_is_logged(monkeypatch, capfd):
+def test_a_long_wait_for_the_other_processes_is_logged(monkeypatch, capfd):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(setup, "LOG_SECONDS", 0.01)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: time.sleep(0.5))

@@ -1,4 +1,4 @@
-"""Every mixture of parallelism computes what one device computes."""
+"""Every combination of data, FSDP and tensor parallelism gives the results of one device."""
 
 import functools
 import types
@@ -15,22 +15,24 @@ from jaxvid.models import FAMILIES, abstract_model, make_model_config
 from jaxvid.training import steps
 
 XVIT, STAM = FAMILIES["xvit"].tensor_axis, FAMILIES["stam"].tensor_axis
-MIXTURES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 2, 2)]
+# Sizes of the mesh axes 'data', 'fsdp' and 'tensor'.
+COMBINATIONS = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 2, 2)]
 
 
 def make_mesh(data, fsdp, tensor):
     return sharding.make_mesh(sharding.MeshShape(data=data, fsdp=fsdp, tensor=tensor))
 
 
-def train(mesh, put, drop_path=0.0, **options):
+def train(mesh, to_device, drop_path=0.0, **options):
+    """Train for 3 steps; return the weights by name, the losses and the final state."""
     sizes = {"width": 64, "depth": 3, "image_size": 32}
     config = make_model_config("xvit_tiny", **sizes, drop_path=drop_path)
-    # Not Adam, which divides a gradient that is rounding noise by its own size.
+    # Not Adam, which would amplify gradients that are only rounding noise.
     optimizer = optax.sgd(0.03, momentum=0.9, nesterov=True)
     recipe = steps.Recipe(seed=0, label_smoothing=0.1, **options)
     init = functools.partial(steps.init_state, config, optimizer, recipe, seed=0)
-    places = sharding.state_sharding(jax.eval_shape(init), mesh, XVIT)
-    state = jax.jit(init, out_shardings=places)()
+    shardings = sharding.state_sharding(jax.eval_shape(init), mesh, XVIT)
+    state = jax.jit(init, out_shardings=shardings)()
     step = jax.jit(
         functools.partial(
             steps.train_step,
@@ -39,7 +41,7 @@ def train(mesh, put, drop_path=0.0, **options):
             recipe=recipe,
         ),
         donate_argnums=0,
-        out_shardings=(places, sharding.replicated(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
     )
     rng, losses = np.random.default_rng(0), []
     for _ in range(3):
@@ -48,17 +50,17 @@ def train(mesh, put, drop_path=0.0, **options):
             "label": rng.integers(0, 8, 8).astype(np.int32),
             "mask": np.ones(8, bool),
         }
-        state, sums = step(state, put(batch))
+        state, sums = step(state, to_device(batch))
         losses.append(float(sums["loss"]))
     return jax.device_get(all_weights(state)), losses, state
 
 
 def all_weights(state):
-    """Return the weights and their average, if any, by name."""
+    """Return the weights and, if there are any, their moving averages, by name."""
     return {f"{kind}.{k}": v for kind in ("params", "ema") for k, v in state.get(kind, {}).items()}
 
 
-def train_on_one(**options):
+def train_on_one_device(**options):
     mesh = jax.make_mesh(
         (1, 1, 1),
         sharding.AXES,
@@ -70,11 +72,14 @@ def train_on_one(**options):
 
 @pytest.fixture(scope="module")
 def one_device():
-    return train_on_one()
+    return train_on_one_device()
 
 
 def check_equal(result, expected):
-    """Check losses and weights to a relative 5e-6; small weights, to that of a norm of 0.05."""
+    """Check that losses and weights agree to a relative 5e-6.
+
+    The difference of weights with a norm below 0.05 is divided by 0.05.
+    """
     np.testing.assert_allclose(result[1], expected[1], rtol=5e-6)
     worst = max(
         (np.linalg.norm(result[0][name] - value) / max(np.linalg.norm(value), 0.05), name)
@@ -83,8 +88,8 @@ def check_equal(result, expected):
     assert worst[0] <= 5e-6, worst
 
 
-@pytest.mark.parametrize("sizes", MIXTURES, ids=str)
-def test_mixtures_equal_one_device(sizes, one_device):
+@pytest.mark.parametrize("sizes", COMBINATIONS, ids=str)
+def test_combinations_equal_one_device(sizes, one_device):
     mesh = make_mesh(*sizes)
     params, losses, state = train(mesh, lambda batch: sharding.to_global_arrays(batch, mesh))
     check_equal((params, losses), one_device)
@@ -99,7 +104,7 @@ def test_sharded_mixup_and_ema_equal_one_device():
     mesh = make_mesh(2, 2, 2)
     result = train(mesh, lambda batch: sharding.to_global_arrays(batch, mesh), **options)
     assert any(name.startswith("ema.") for name in result[0])
-    check_equal(result, train_on_one(**options))
+    check_equal(result, train_on_one_device(**options))
 
 
 def test_kernels_and_their_moments_have_the_same_sharding():
@@ -111,14 +116,14 @@ def test_kernels_and_their_moments_have_the_same_sharding():
             "b.fc2.kernel": leaf((64, 48), "f4"),
         },
         "opt_state": ({"b.qkv.kernel": leaf((64, 192), "float32")}, leaf((), "int32")),
-        "odd": {"cls_token": leaf((1, 1, 7), "float32")},
+        "indivisible": {"cls_token": leaf((1, 1, 7), "float32")},
     }
     specs = jax.tree.map(lambda s: s.spec, sharding.state_sharding(tree, mesh, XVIT))
     assert specs["params"]["b.qkv.kernel"] == P("fsdp", "tensor")
     assert specs["params"]["b.fc2.kernel"] == P("tensor", "fsdp")
     assert specs["opt_state"][0]["b.qkv.kernel"] == P("fsdp", "tensor")
     assert specs["opt_state"][1] == P()
-    assert specs["odd"]["cls_token"] == P(None, None, None)
+    assert specs["indivisible"]["cls_token"] == P(None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +137,7 @@ def test_kernels_and_their_moments_have_the_same_sharding():
         ("aggregate.layers.0.linear1.kernel", P("fsdp", "tensor")),
         ("aggregate.layers.0.self_attn.out_proj.kernel", P("tensor", "fsdp")),
         ("aggregate.layers.0.linear2.kernel", P("tensor", "fsdp")),
-        ("head.kernel", P("fsdp", None)),  # not a layer of a pair
+        ("head.kernel", P("fsdp", None)),  # not one of two consecutive layers
         ("blocks.0.attn.qkv.bias", P("fsdp", None)),  # not a kernel
     ],
 )
@@ -156,8 +161,8 @@ def test_tensor_parallelism_shards_outputs_of_the_first_layer_and_inputs_of_the_
 )
 def test_fsdp_shards_the_longest_divisible_axis(shape, spec):
     leaf = jax.ShapeDtypeStruct(shape, "float32")
-    found = sharding.state_sharding({"qkv.kernel": leaf}, make_mesh(1, 2, 4), XVIT)
-    assert found["qkv.kernel"].spec == spec
+    shardings = sharding.state_sharding({"qkv.kernel": leaf}, make_mesh(1, 2, 4), XVIT)
+    assert shardings["qkv.kernel"].spec == spec
 
 
 def test_trees_without_names_are_sharded():
@@ -193,8 +198,8 @@ def test_mesh_size_minus_one_uses_the_remaining_devices():
     assert make_mesh(2, 2, 2).axis_types == (jax.sharding.AxisType.Auto,) * 3
     assert all(isinstance(size, int) for size in make_mesh(-1, 2, 1).shape.values())
     for sizes in ((3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1), (-1, 0, 1), (-2, 4, -1)):
-        asked = "mesh.data={}, mesh.fsdp={}, mesh.tensor={}".format(*sizes)
-        with pytest.raises(InputError, match=f"{asked}: do not fit 8 devices"):
+        message = "mesh.data={}, mesh.fsdp={}, mesh.tensor={}".format(*sizes)
+        with pytest.raises(InputError, match=f"{message}: do not fit 8 devices"):
             make_mesh(*sizes)
 
 
@@ -213,14 +218,15 @@ def test_fsdp_over_eight_devices_takes_an_eighth_of_the_state_memory():
     optimizer, recipe = optax.adamw(1e-4), steps.Recipe(seed=0)
     graphdef, _ = abstract_model(config)
     state = jax.eval_shape(functools.partial(steps.init_state, config, optimizer, recipe, seed=0))
-    held = {}
+    state_bytes = {}
     for fsdp in (1, 8):
         mesh = make_mesh(8 // fsdp, fsdp, 1)
         abstract = sharding.with_sharding(state, mesh, XVIT)
-        clips = {"video": ((8, 16, 224, 224, 3), "uint8"), "label": ((8,), "int32")}
+        shapes = {"video": ((8, 16, 224, 224, 3), "uint8"), "label": ((8,), "int32")}
+        shapes["mask"] = ((8,), "bool")
         batch = {
-            name: jax.ShapeDtypeStruct(*what, sharding=sharding.batch_sharding(mesh))
-            for name, what in {**clips, "mask": ((8,), "bool")}.items()
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+            for name, (shape, dtype) in shapes.items()
         }
         step = functools.partial(
             steps.train_step, graphdef=graphdef, optimizer=optimizer, recipe=recipe
@@ -228,10 +234,10 @@ def test_fsdp_over_eight_devices_takes_an_eighth_of_the_state_memory():
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
         memory = step.lower(abstract, batch).compile().memory_analysis()
-        video = 16 * 224 * 224 * 3  # bytes of one clip, the part of the batch on a device
-        held[fsdp] = memory.argument_size_in_bytes - video
-    assert held[8] <= held[1] / 7
-    assert held[1] > 3 * 4 * 93e6  # weights and two moments, float32
+        clip_bytes = 16 * 224 * 224 * 3  # each device has one clip of the batch
+        state_bytes[fsdp] = memory.argument_size_in_bytes - clip_bytes
+    assert state_bytes[8] <= state_bytes[1] / 7
+    assert state_bytes[1] > 3 * 4 * 93e6  # weights and two moments, float32
 
 
 def test_batch_shard_of_one_process_is_the_whole_batch():
@@ -245,19 +251,19 @@ def test_batch_shard_of_one_process_is_the_whole_batch():
         ([(8, 12), (12, 16)], (1, 2)),
         ([(12, 16)], (3, 4)),
         ([(5, 6)], (5, 16)),
-        ([(4, 8), (4, 8)], (1, 4)),  # 'tensor' spans its devices
+        ([(4, 8), (4, 8)], (1, 4)),  # replicated over the axis 'tensor'
         ([(0, 16)], (0, 1)),
-        ([(0, 4), (8, 12)], None),  # not in one piece
+        ([(0, 4), (8, 12)], None),  # not contiguous
         ([(2, 6)], None),  # not one of 4 equal parts
         ([(0, 6)], None),  # 16 is not divisible by 6
     ],
 )
 def test_batch_shard_is_the_rows_of_the_process_devices(slices, expected, monkeypatch):
-    def hold(shape):
+    def indices_map(shape):
         assert shape == (16,)
         return {i: (slice(*bounds),) for i, bounds in enumerate(slices)}
 
-    stub = types.SimpleNamespace(addressable_devices_indices_map=hold)
+    stub = types.SimpleNamespace(addressable_devices_indices_map=indices_map)
     monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: stub)
     mesh = make_mesh(8, 1, 1)
     if expected:

@@ -1,4 +1,4 @@
-"""Model folders: interrupted saves, full disks, damaged files, classes."""
+"""Model folders survive interrupted saves and full disks; damaged ones are refused."""
 
 import json
 import re
@@ -20,31 +20,33 @@ from jaxvid.storage.model_card import check_labels
 from jaxvid.training.distillation import DistillConfig, load_teacher
 
 TINY = {"width": 16, "depth": 1, "image_size": 32}
-SAVE = """
+# Saves a model, but exits instead of one of the renames or deletions: `function` is "rename" or
+# "rmtree", and `count` is the number of its calls, on the model folder or beside it, that succeed.
+INTERRUPTED_SAVE = """
 import os, pathlib, shutil, sys
 import jaxvid
-folder, at, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+folder, function, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 model = jaxvid.create_model("xvit_tiny", width=16, depth=1, image_size=32, seed=4)
-owner = shutil if at == "rmtree" else pathlib.Path
-plain = getattr(owner, at)
+owner = shutil if function == "rmtree" else pathlib.Path
+original = getattr(owner, function)
 
-def call(path, *arguments, **options):
+def call_or_exit(path, *arguments, **options):
     global count
     if pathlib.Path(path).parent == pathlib.Path(folder).parent:
         count -= 1
         if count < 0:
             os._exit(9)
-    return plain(path, *arguments, **options)
+    return original(path, *arguments, **options)
 
-setattr(owner, at, call)
+setattr(owner, function, call_or_exit)
 jaxvid.save_model(model, folder)
 """
-
-FULL_DISK = """
+# Saves a model where no file can be larger than 1000 bytes.
+SAVE_ON_FULL_DISK = """
 import resource, sys
 import jaxvid
 model = jaxvid.create_model("xvit_tiny", width=16, depth=1, image_size=32, seed=4)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))  # no file may be larger
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))
 try:
     jaxvid.save_model(model, sys.argv[1])
 except jaxvid.errors.InputError as error:
@@ -74,14 +76,14 @@ def save(folder: Path, seed: int) -> None:
     model_folder.save_model_folder(folder, split_params(model)[1], card)
 
 
-def bias(folder: Path) -> np.ndarray:
-    """Return a weight that differs between seeds."""
+def load_class_token(folder: Path) -> np.ndarray:
+    """Return the class token, which differs between seeds."""
     return np.asarray(jaxvid.load_model(folder).base_model.cls_token[...])
 
 
 @pytest.fixture
 def best(tmp_path):
-    """A complete model folder, `best` of a run."""
+    """A complete model folder named `best`, as training writes it."""
     save(tmp_path / "best", 3)
     return tmp_path / "best"
 
@@ -90,30 +92,30 @@ def best(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("at", "count", "is_new"),
+    ("function", "count", "is_new"),
     [
-        ("rename", 0, False),  # complete, but not yet in place
-        ("rename", 1, False),  # the old one is moved away, the new one not yet in place
-        ("rmtree", 2, True),  # the new one is in place, the old one not yet deleted
+        ("rename", 0, False),  # before the old folder is moved away
+        ("rename", 1, False),  # the old folder is moved away, the new one is not yet in its place
+        ("rmtree", 2, True),  # the new folder is in its place, the old one is not yet deleted
     ],
 )
-def test_killed_save_leaves_the_old_or_the_new_folder(best, at, count, is_new):
-    before = bias(best)
-    done = run(SAVE, str(best), at, str(count))
+def test_killed_save_leaves_the_old_or_the_new_folder(best, function, count, is_new):
+    before = load_class_token(best)
+    done = run(INTERRUPTED_SAVE, str(best), function, str(count))
     assert done.returncode == 9, done.stderr
-    assert len(list(best.parent.iterdir())) >= 2  # leftovers of the killed process
-    assert (bias(best) == before).all() != is_new
+    assert len(list(best.parent.iterdir())) >= 2  # the folder and leftovers of the killed process
+    assert (load_class_token(best) == before).all() != is_new
     if not is_new:
         assert model_card.best_top1(best.parent) == 3.0
     save(best, 5)
     assert model_card.best_top1(best.parent) == 5.0
-    assert (bias(best) != before).any()
+    assert (load_class_token(best) != before).any()
     assert [path.name for path in best.parent.iterdir()] == ["best"]
 
 
-def test_half_deleted_backup_is_not_restored(best):
+def test_partly_deleted_backup_is_not_restored(best):
     shutil.copytree(best, best.parent / ".best.old")
-    (best.parent / ".best.old" / "model.json").unlink()  # deleted first
+    (best.parent / ".best.old" / "model.json").unlink()  # the file that a deletion removes first
     shutil.rmtree(best)
     assert model_card.best_top1(best.parent) == -1.0
     with pytest.raises(InputError, match="best is not a model folder"):
@@ -121,20 +123,20 @@ def test_half_deleted_backup_is_not_restored(best):
 
 
 def test_full_disk_gives_one_line_error_and_keeps_the_old_folder(best):
-    before = bias(best)
-    # In a process of its own, as Orbax leaves threads behind that keep logging errors.
-    done = run(FULL_DISK, str(best))
+    before = load_class_token(best)
+    # In a separate process, because Orbax's threads continue to log errors.
+    done = run(SAVE_ON_FULL_DISK, str(best))
     assert done.stdout.startswith(f"error: {best} cannot be written (")
     assert "File too large" in done.stdout
     assert len(done.stdout.splitlines()) == 1
-    assert (bias(best) == before).all()
+    assert (load_class_token(best) == before).all()
     assert [path.name for path in best.parent.iterdir()] == ["best"]
 
 
 def test_full_disk_is_detected_before_writing(best, monkeypatch):
     usage = shutil.disk_usage(best)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.delattr(model_folder.ocp, "Checkpointer")
+    monkeypatch.delattr(model_folder.ocp, "Checkpointer")  # an attempt to write would raise
     with pytest.raises(InputError, match="best cannot be written .0 MB free, .* needed.; make"):
         save(best, 4)
     with pytest.raises(InputError, match="cannot be written .0 MB free"):
@@ -166,42 +168,43 @@ def test_orbax_errors_for_a_full_disk_become_one_line(best, monkeypatch, error):
 # ------------------------------------------------------------------ damage
 
 
-def zero_half(path: Path) -> None:
+def zero_second_half(path: Path) -> None:
     data = path.read_bytes()
-    half = len(data) // 2
-    path.write_bytes(data[:half] + bytes(len(data) - half))
+    middle = len(data) // 2
+    path.write_bytes(data[:middle] + bytes(len(data) - middle))
 
 
-def flip(path: Path) -> None:
+def flip_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
-def find_file(folder: Path, which: str) -> Path:
+def find_file(folder: Path, name: str) -> Path:
+    """Return the file of this name in `params`, or the largest file if `name` is "largest"."""
     files = [path for path in (folder / "params").rglob("*") if path.is_file()]
-    if which == "largest":
+    if name == "largest":
         return max(files, key=lambda path: path.stat().st_size)
-    return folder / "params" / which
+    return folder / "params" / name
 
 
-@pytest.mark.parametrize("damage", [zero_half, flip])
-@pytest.mark.parametrize("which", ["largest", "_METADATA"])
-def test_damage_that_keeps_file_sizes_gives_one_line_error(best, damage, which):
-    damage(find_file(best, which))
+@pytest.mark.parametrize("damage", [zero_second_half, flip_bit])
+@pytest.mark.parametrize("name", ["largest", "_METADATA"])
+def test_damage_that_keeps_file_sizes_gives_one_line_error(best, damage, name):
+    damage(find_file(best, name))
     with pytest.raises(InputError, match="params is damaged: 1 of .* have changed") as error:
         jaxvid.load_model(best)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("which", ["largest", "_METADATA"])
-def test_folders_without_checksums_load_and_damage_gives_one_line_error(best, which):
+@pytest.mark.parametrize("name", ["largest", "_METADATA"])
+def test_folders_without_checksums_load_and_damage_gives_one_line_error(best, name):
     card = json.loads((best / "model.json").read_text())
     del card["checksums"]
     (best / "model.json").write_text(json.dumps(card))
     jaxvid.load_model(best)
-    zero_half(find_file(best, which))
-    done = run(LOAD, str(best))  # in its own process, as Orbax leaves coroutines behind
+    zero_second_half(find_file(best, name))
+    done = run(LOAD, str(best))  # in a separate process, because Orbax leaves coroutines behind
     assert done.stdout.startswith(f"error: {best}/params cannot be read (")
     assert len(done.stdout.splitlines()) == 1
 
@@ -212,7 +215,7 @@ def test_newer_format_version_is_refused(best):
         jaxvid.load_model(best)
 
 
-def test_huge_network_is_refused_by_every_reader(best, config, capsys):
+def test_too_large_network_is_refused_by_every_reader(best, config, capsys):
     card = json.loads((best / "model.json").read_text())
     card["config"]["depth"] = 10**9
     (best / "model.json").write_text(json.dumps(card))
@@ -242,7 +245,7 @@ def test_symbolic_links_are_followed(best, tmp_path):
     jaxvid.load_model(best)
 
 
-# ------------------------------------------------------------------ classes
+# ------------------------------------------------------------------ labels
 
 
 @pytest.mark.parametrize(
@@ -257,7 +260,7 @@ def test_symbolic_links_are_followed(best, tmp_path):
         (["1", "0"], ["1", "0"]),
     ],
 )
-def test_equal_classes_are_accepted(model_labels, data_labels):
+def test_matching_labels_are_accepted(model_labels, data_labels):
     check_labels(model_labels, data_labels, "MODEL")
 
 
@@ -275,7 +278,7 @@ def test_equal_classes_are_accepted(model_labels, data_labels):
         (["run", "sit"], ["run"], "MODEL has different classes: 2 in the model, 1 in the data;"),
     ],
 )
-def test_different_classes_are_refused(model_labels, data_labels, message):
+def test_different_labels_are_refused(model_labels, data_labels, message):
     with pytest.raises(InputError, match=message) as error:
         check_labels(model_labels, data_labels, "MODEL")
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Unusable model folders give one-line errors."""
+"""Unusable model folders and preprocessing give one-line errors."""
 
 import dataclasses
 import json
@@ -19,11 +19,12 @@ from jaxvid.storage.preprocessing import Preprocessing, read_preprocessing
 
 @pytest.fixture
 def damaged(folders, tmp_path):
-    """A copy of a model folder, to be damaged."""
+    """A copy of a model folder for a test to damage."""
     return shutil.copytree(folders / "xvit", tmp_path / "damaged")
 
 
 def edit(folder: Path, **changes) -> None:
+    """Change fields of `model.json`; a dict is merged into the old value."""
     card = json.loads((folder / "model.json").read_text())
     for key, value in changes.items():
         if isinstance(value, dict):
@@ -33,7 +34,7 @@ def edit(folder: Path, **changes) -> None:
     (folder / "model.json").write_text(json.dumps(card))
 
 
-def cut(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -49,9 +50,9 @@ def largest(folder: Path) -> Path:
             lambda f: (f / "model.json").unlink(),
             "is not a model folder .no .*model.json",
         ),
-        (lambda f: cut(f / "model.json"), "model.json cannot be read"),
+        (lambda f: truncate(f / "model.json"), "model.json cannot be read"),
         (lambda f: shutil.rmtree(f / "params"), "params is damaged: .* files are missing"),
-        (lambda f: cut(largest(f / "params")), "params is damaged: 1 of "),
+        (lambda f: truncate(largest(f / "params")), "params is damaged: 1 of "),
         (lambda f: largest(f / "params").unlink(), "params is damaged: 1 of "),
         (
             lambda f: edit(f, format_version=9),
@@ -114,14 +115,14 @@ def test_non_finite_weights_are_refused(folders, clips, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kind", "matrix"), [("stam", "bt601"), ("xvit", "tagged"), (None, "tagged")]
 )
-def test_folders_without_color_matrix_get_that_of_the_original_program(damaged, kind, matrix):
+def test_folders_without_color_matrix_use_that_of_the_original_program(damaged, kind, matrix):
     card = model_card.load_card(damaged)
     card["preprocessing"].pop("color_matrix", None)
     card["provenance"] = {"kind": kind} if kind else {}
     assert read_preprocessing(card, damaged / "model.json").color_matrix == matrix
 
 
-def test_the_card_decides_the_color_matrix_unless_the_config_does(config):
+def test_automatic_color_matrix_is_that_of_the_card(config):
     experiment = resolve(config)
     assert experiment.preprocessing.color_matrix == "tagged"
     resolved = experiment.with_color_matrix("bt601")
@@ -131,7 +132,7 @@ def test_the_card_decides_the_color_matrix_unless_the_config_does(config):
     assert experiment.dataset.color_matrix == "auto"
 
 
-def test_preprocessing_survives_json():
+def test_preprocessing_round_trips_through_json():
     preprocessing = Preprocessing(num_frames=8, crop=64, short_side=72, mean=0.5, std=0.25)
     stored = json.loads(json.dumps(preprocessing.to_json()))
     assert Preprocessing.from_json(stored) == preprocessing

@@ -1,4 +1,4 @@
-"""The workdir lock: one run at a time, and no lock outlives its holder."""
+"""The workdir lock admits one run at a time and is released when its process ends."""
 
 import errno
 import fcntl
@@ -15,9 +15,9 @@ from jaxvid.evaluate import evaluate
 from jaxvid.locks import LockedError, locked
 from jaxvid.storage.workdir_lock import exclusive
 from jaxvid.train import train
-from tests.distributed.test_processes import ROOT, read_output, started
+from tests.distributed.test_processes import ROOT, read_output, running_processes
 
-HOLD = """
+HOLD_LOCK = """
 import sys, time
 from pathlib import Path
 from jaxvid.locks import locked
@@ -30,11 +30,11 @@ with locked(Path(sys.argv[1])):
 
 @pytest.fixture
 def held(tmp_path):
-    """A workdir that another process has locked, and that process."""
+    """A workdir that is locked by another process, and that process."""
     workdir = tmp_path / "w"
     workdir.mkdir()
     (workdir / "log.txt").write_text("a run\n")
-    command = [sys.executable, "-c", HOLD, workdir / ".lock"]
+    command = [sys.executable, "-c", HOLD_LOCK, workdir / ".lock"]
     holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
@@ -45,6 +45,7 @@ def held(tmp_path):
 
 
 def contents(folder) -> dict:
+    """Return the content and modification time of each file in a folder."""
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
@@ -52,10 +53,12 @@ def test_second_run_is_refused_and_changes_nothing(held, config):
     workdir, holder = held
     before = contents(workdir)
     for program in (train, evaluate):
-        with pytest.raises(InputError) as refusal:
+        with pytest.raises(InputError) as error_info:
             program(config, workdir)
-        assert f"{workdir}: in use by another run (process {holder.pid} on " in str(refusal.value)
-        assert "\n" not in str(refusal.value)
+        assert f"{workdir}: in use by another run (process {holder.pid} on " in str(
+            error_info.value
+        )
+        assert "\n" not in str(error_info.value)
     assert contents(workdir) == before
 
 
@@ -72,16 +75,16 @@ def test_lock_of_a_killed_run_is_released(held):
     assert [path.name for path in workdir.iterdir()] == ["log.txt"]
 
 
-def test_lock_file_deleted_by_its_holder_is_created_again(tmp_path, monkeypatch):
+def test_lock_file_that_is_deleted_before_locking_is_created_again(tmp_path, monkeypatch):
     flock, calls = fcntl.flock, []
 
-    def removing(file, operation):
+    def delete_and_lock(file, operation):
         calls.append(1)
         if len(calls) == 1:
             (tmp_path / ".lock").unlink()
         flock(file, operation)
 
-    monkeypatch.setattr(fcntl, "flock", removing)
+    monkeypatch.setattr(fcntl, "flock", delete_and_lock)
     with locked(tmp_path / ".lock"), pytest.raises(LockedError), locked(tmp_path / ".lock"):
         pass
     assert len(calls) == 3
@@ -97,7 +100,7 @@ def refusing(config, workdir):
     raise InputError("no")
 
 
-def test_file_systems_without_locks_are_tolerated(tmp_path, monkeypatch, capsys):
+def test_file_systems_without_locks_are_used_with_a_warning(tmp_path, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -116,14 +119,14 @@ def test_refused_run_leaves_no_new_workdir(tmp_path):
 
 
 def test_only_process_0_holds_the_lock(tmp_path, monkeypatch):
-    class Second:
+    class SecondProcess:
         index = 1
 
         def exchange(self, value, seconds):
             return [None, value]
 
     with locked(tmp_path / ".lock"):
-        monkeypatch.setattr(process_group, "current", Second)
+        monkeypatch.setattr(process_group, "current", SecondProcess)
         assert program(None, tmp_path, value=1)[0] == 1
 
 
@@ -131,7 +134,7 @@ def test_only_process_0_holds_the_lock(tmp_path, monkeypatch):
 def test_second_command_is_refused(motion_folder, tmp_path):
     options = {"processes": 1, "devices": 1, "mesh": (1, 1), "data__folder": motion_folder}
     workdir = tmp_path / "w"
-    with started(workdir, **options, num_epochs=1000.0) as [run]:
+    with running_processes(workdir, **options, num_epochs=1000.0) as [run]:
         while "first step" not in read_output(workdir):
             assert run.poll() is None, read_output(workdir)
         for mode in ("train", "eval"):
