@@ -1,5 +1,4 @@
-# make demo · make demo-stam · make test · make lint · make test-full (at full size) ·
-# make test-mutation: each sets up what it needs in .venv, once.
+# Every target first installs the requirements that it needs into .venv, if they are not installed.
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,7 +30,7 @@ format: $(VENV)/.dev-installed
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-# A stamp is written after its installation, so one that was cut short is done again.
+# A stamp file is written after an installation, so that an interrupted installation is repeated.
 $(VENV)/.run-installed: requirements.txt | $(RUN)
 	@echo "installing requirements.txt into $(VENV) (about a minute)"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -49,5 +48,5 @@ $(VENV)/.mutation-installed: requirements-mutation.txt $(VENV)/.dev-installed
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("error: \
-	$(PYTHON) is Python %d.%d; jaxvid needs 3.11 or newer: make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) is Python %d.%d; jaxvid needs 3.11 or newer; run make PYTHON=python3.11" % v[:2])'
 	$(PYTHON) -m venv $(VENV)

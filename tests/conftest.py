@@ -4,7 +4,7 @@ import logging
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling takes most of the time of the tests: half of it without optimisation.
+# Compilation takes most of the time of the tests. Without optimisation, it takes half as long.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
@@ -35,14 +35,14 @@ def _environment(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def motion_folder(tmp_path_factory):
-    """Return a small motion data set: 48 training clips, 24 validation clips."""
+    """Return the folder of a small motion data set: 48 training clips, 24 validation clips."""
     folder = tmp_path_factory.mktemp("data") / "motion"
     make_motion(folder, num_train=48, num_val=24, seed=0)
     return folder
 
 
 def shrunk_config(folder, num_epochs: float = 2.0):
-    """Return the demo's config with a smaller model and a few steps of 16 clips."""
+    """Return the demo's config with a smaller model and batches of 16 clips."""
     config = motion_config.get_config().unlock()
     config.data.source = "folder"
     config.data.folder = str(folder)
@@ -60,7 +60,7 @@ def shrunk_config(folder, num_epochs: float = 2.0):
 
 @pytest.fixture
 def lines():
-    """Yield a list of the lines that are logged."""
+    """Yield a list to which the messages of the log are added during a test."""
     messages = []
     handler, level = logging.Handler(), log.level
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -73,13 +73,13 @@ def lines():
 
 @pytest.fixture
 def config(motion_folder):
-    """Return a config of two epochs."""
+    """Return the shrunk config of the demo on `motion_folder`, with two epochs."""
     return shrunk_config(motion_folder)
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Return a folder with the model folders `xvit` and `stam` of two tiny networks."""
+    """Return a folder with two model folders of tiny, untrained networks: `xvit` and `stam`."""
     folder = tmp_path_factory.mktemp("models")
     preprocessing = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
     for name, sampling in (("xvit", "segments"), ("stam", "uniform_10s")):
@@ -91,5 +91,5 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def clips(motion_folder):
-    """Return the paths of 24 motion clips."""
+    """Return the paths of the 24 validation clips of `motion_folder`."""
     return sorted(map(str, (motion_folder / "val").glob("*.mp4")))

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent / "golden"
 
 
 def load(name: str) -> dict:
-    """Return the arrays of a golden, with decoded `config` and `manifest` and the drawn `clip`."""
+    """Return the arrays of a golden file, with decoded `config` and `manifest`, and its `clip`."""
     with np.load(FOLDER / f"{name}.npz") as arrays:
         golden = dict(arrays)
     for key in ("config", "manifest"):
@@ -24,7 +24,12 @@ def load(name: str) -> dict:
 
 
 def params(abstract: dict, seed: int) -> dict:
-    """Return synthetic values of all weights in `abstract`, in jaxvid's layout."""
+    """Return synthetic values of all weights in `abstract`, in jaxvid's layout.
+
+    Args:
+        abstract: Shapes of the weights, by name.
+        seed: The `param_seed` of a golden file.
+    """
     return {
         name: rules.from_torch(
             name,
@@ -35,13 +40,13 @@ def params(abstract: dict, seed: int) -> dict:
 
 
 def assert_forward(golden: dict, graphdef, params: dict, get_vit) -> None:
-    """Check logits and recorded blocks against the original program to 1e-5.
+    """Compare logits and recorded block outputs with the original program to 1e-5.
 
     Args:
         golden: The result of `load`.
         graphdef: Structure of the network.
         params: Weights of the network.
-        get_vit: Function from the network to its part with `embed` and `blocks`.
+        get_vit: Returns the part of the network that has `embed` and `blocks`.
     """
 
     @jax.jit
@@ -59,7 +64,7 @@ def assert_forward(golden: dict, graphdef, params: dict, get_vit) -> None:
 
 
 def assert_samples(golden: dict, kind: str, arrays: dict) -> None:
-    """Check norms and samples against the original program to a relative 1e-4.
+    """Compare norms and samples with the original program to a relative 1e-4.
 
     Args:
         golden: The result of `load`.
@@ -72,14 +77,14 @@ def assert_samples(golden: dict, kind: str, arrays: dict) -> None:
         np.testing.assert_allclose(np.linalg.norm(array), norm, rtol=1e-4, err_msg=key)
         sample = golden[f"{kind}_sample/{rules.torch_key(key)}"]
         positions = np.linspace(0, array.size - 1, len(sample)).astype(int)
-        # Relative to the larger of the samples and the array's root mean square: single entries
-        # can be zero.
+        # The tolerance is relative to the largest sample or the array's root mean square, whichever
+        # is larger, because single entries can be zero.
         scale = max(np.abs(sample).max(), norm / np.sqrt(array.size))
         np.testing.assert_allclose(array[positions], sample, rtol=0, atol=1e-4 * scale, err_msg=key)
 
 
 def assert_blocks(golden: dict, blocks: list) -> None:
-    """Check class token and token mean of recorded blocks against the original to 1e-5."""
+    """Compare class tokens and token means of recorded blocks with the original program to 1e-5."""
     recorded = {int(key.split("/")[1]) for key in golden if key.startswith("block/")}
     assert {0, len(blocks) - 1} <= recorded
     for i in recorded:

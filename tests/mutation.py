@@ -1,11 +1,11 @@
-"""Mutation testing of the pure modules: `python -m tests.mutation [MODULE...]`.
+"""Mutation testing of selected modules: `python -m tests.mutation [MODULE...]`.
 
 mutmut makes the mutants and this module runs them. mutmut's own runner does not mutate tables and
-defaults of dataclasses, and attributes what a shared fixture calls to one test only. Here a process
-collects the tests of a module and then forks for each mutant, before JAX starts its threads, which
-do not survive a fork. The child replaces the code of the module's functions by the mutant's, and
-runs the tests up to the first failure. Mutants of code that runs at import (tables, defaults of
-dataclasses) are run in a process that imports the mutated module.
+defaults of dataclasses, and attributes the calls of a shared fixture to only one test. Here, a
+process collects the tests of a module and then forks for each mutant. It forks before JAX starts
+its threads, which do not survive a fork. The child replaces the code of the module's functions by
+that of the mutant, and runs the tests up to the first failure. Mutants of code that runs at import
+(tables, defaults of dataclasses) are run in a process that imports the mutated module.
 
 The exit code is 1 if a mutant survives that `docs/mutation.md` does not list.
 """
@@ -30,7 +30,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import cv2  # noqa: F401  imported once, before the forks
+import cv2  # noqa: F401  slow imports are done once, before the forks
 import flax.nnx  # noqa: F401
 import grain  # noqa: F401
 import jax
@@ -45,8 +45,8 @@ from mutmut.mutation import file_mutation
 
 ROOT = Path(__file__).parents[1]
 SURVIVORS = ROOT / "docs" / "mutation.md"
-MIN_SECONDS = 60  # least time limit of a mutant
-SHARED = 40  # mutants of a process, see `Target.share`
+MIN_SECONDS = 60  # lower bound of the time limit of a mutant
+SHARED = 40  # mutants per process with `Target.share`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +57,9 @@ class Target:
         tests: A test file.
         select: pytest's `-k` expression; empty: all tests of the file.
         functions: Names of functions, classes and variables; empty: the whole module.
-        share: Run many mutants in one process, so that JAX starts and compiles once. Only for tests
-            that compile no function of the module for longer than a test.
+        share: Run many mutants in one process, so that JAX starts and compiles only once. Only
+            for tests whose compiled functions do not outlive a test, as later mutants would reuse
+            them.
     """
 
     tests: str
@@ -187,11 +188,10 @@ class Mutant:
     """A changed module.
 
     Attributes:
-        where: The function, class or variable that is changed; empty: none.
+        where: The function, class or variable that contains the change; empty: none does.
         change: The lines that differ, `old → new`.
-        source: The whole module.
-        in_function: Whether the change is in a function, and so has no effect while the module is
-            imported.
+        source: Source of the changed module.
+        in_function: Whether the change is in a function that is not called at import.
     """
 
     where: str
@@ -201,14 +201,14 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """The mutant's entry in the list of survivors."""
+        """The mutant's line in the list of survivors."""
         return f"{self.where}: {self.change}" if self.where else self.change
 
 
 def make_mutants(path: Path, functions: tuple[str, ...] = ()) -> list[Mutant]:
     """Make the mutants of a module.
 
-    Arguments of `raise` and of the log are not mutated.
+    `raise` statements and calls of `log` are not mutated.
 
     Args:
         path: The module's file.
@@ -230,7 +230,7 @@ def make_mutants(path: Path, functions: tuple[str, ...] = ()) -> list[Mutant]:
         if id(old) in messages or (functions and owner not in functions):
             continue
         if isinstance(new, cst.SimpleString) and "XX" not in new.value:
-            continue  # of mutmut's three mutants of a string one is enough
+            continue  # mutmut makes three mutants of a string; one is enough
         mutated = _splice(source, positions[old], module.code_for_node(new))
         function = mutation.contained_by_top_level_function
         in_function = isinstance(function, cst.FunctionDef) and owner not in at_import
@@ -241,7 +241,7 @@ def make_mutants(path: Path, functions: tuple[str, ...] = ()) -> list[Mutant]:
 
 
 def _name(statement: cst.CSTNode) -> str:
-    """Return the name that a statement of a module defines; empty: none."""
+    """Return the name that a top-level statement defines, or an empty string if it defines none."""
     if isinstance(statement, cst.SimpleStatementLine):
         [first, *_] = statement.body
         [target, *_] = getattr(first, "targets", [first])
@@ -256,13 +256,13 @@ def _walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
 
 
 def _messages(module: cst.Module) -> list[cst.CSTNode]:
-    """Return the `raise` statements and the calls of the log."""
+    """Return the `raise` statements and the calls of `log`."""
     log = matchers.Call(func=matchers.Attribute(value=matchers.Name("log")))
     return [*matchers.findall(module, matchers.Raise() | log)]
 
 
 def _splice(source: str, position: CodeRange, text: str) -> str:
-    """Replace a range of a source."""
+    """Replace a range of the source by a text."""
     lines = source.splitlines(keepends=True)
     first, last = position.start.line - 1, position.end.line - 1
     text = lines[first][: position.start.column] + text + lines[last][position.end.column :]
@@ -272,7 +272,7 @@ def _splice(source: str, position: CodeRange, text: str) -> str:
 def _change(source: str, mutated: str) -> str:
     """Describe the lines that differ: `old → new`."""
     old, new = source.splitlines(), mutated.splitlines()
-    for end in (0, -1):  # difflib takes a second for each mutant of a long file
+    for end in (0, -1):  # difflib takes a second per mutant of a long file
         while old and new and old[end] == new[end]:
             del old[end], new[end]
     old, new = (" ".join(line.partition("  #")[0].strip() for line in x) for x in (old, new))
@@ -298,10 +298,10 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
 
 
 def replace_code(module: types.ModuleType, source: str) -> None:
-    """Give the functions and methods of an imported module the code of a changed source."""
+    """Replace the code of all functions and methods of an imported module by a mutated source."""
     changed = types.ModuleType(module.__name__)
     changed.__file__ = module.__file__
-    sys.modules[module.__name__] = changed  # dataclasses look their module up
+    sys.modules[module.__name__] = changed  # `dataclasses` looks up the module by its name
     try:
         exec(compile(source, module.__file__, "exec", dont_inherit=True), vars(changed))
     finally:
@@ -323,7 +323,7 @@ def _replace_functions(old: dict, new: dict, module: str) -> None:
 
 
 class _Forks:
-    """Forks of this process, a few at a time."""
+    """Forks of this process, with a limited number at a time."""
 
     def __init__(self, jobs: int):
         self._jobs = jobs
@@ -334,10 +334,11 @@ class _Forks:
 
         Args:
             seconds: Time limit of the child.
-            done: Called with the child's exit code (None: killed at the limit) and its seconds.
+            done: Called with the child's exit code (None: killed at the limit) and its duration in
+                seconds.
 
         Returns:
-            Whether this is the child.
+            True in the child, False in the parent.
         """
         self.wait(self._jobs - 1)
         sys.stdout.flush()
@@ -368,7 +369,7 @@ class _Forks:
 
 
 class _CacheAll:
-    """Cache all compiled programs: mutants share most of them."""
+    """Pytest plugin that caches all compiled programs, because mutants share most of them."""
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef):
@@ -380,7 +381,15 @@ class _CacheAll:
 
 
 class _RunMutants(_CacheAll):
-    """Run mutants in forks where pytest would run the tests that it has collected."""
+    """Pytest plugin that runs the collected tests once per mutant, in forks.
+
+    Args:
+        name: Name of the module.
+        mutants: Its mutants.
+        jobs: Number of forks at a time.
+        share: As in `Target`.
+        note: Called with a mutant, an exit code (0: it survived; None: time limit) and seconds.
+    """
 
     def __init__(self, name: str, mutants: list[Mutant], *, jobs: int, share: bool, note: Callable):
         self._name, self._mutants, self._share, self._note = name, mutants, share, note
@@ -408,11 +417,11 @@ class _RunMutants(_CacheAll):
         os._exit(0)
 
     def _run_shared(self, session, limit: float) -> list[Mutant]:
-        """Run many mutants in each process; return those that have to run in one of their own.
+        """Run many mutants in each process; return those that must be run in separate processes.
 
-        After its mutants a process runs the tests without one. If they fail, a mutant has left
-        something behind, and all mutants of the process are returned. So are those that exceed the
-        time limit.
+        After its mutants, a process runs the tests without a mutation. If they fail, a mutant has
+        changed the state of the process, and all its mutants are returned. Mutants that exceed the
+        time limit are returned too.
         """
         rest = []
         with tempfile.TemporaryDirectory() as folder:
@@ -430,7 +439,7 @@ class _RunMutants(_CacheAll):
                 if self._forks.fork(limit * (len(mutants) + 1), done):
                     signal.signal(signal.SIGALRM, _raise_timeout)
                     original = (ROOT / sys.modules[self._name].__file__).read_text()
-                    self._fails(session)  # starts JAX
+                    self._fails(session)  # starts JAX, so that it takes no time of a mutant
                     codes = []
                     for mutant in mutants:
                         signal.alarm(math.ceil(limit))
@@ -448,7 +457,7 @@ class _RunMutants(_CacheAll):
         """Return 1 if a test fails with a mutant, 0 otherwise."""
         try:
             replace_code(sys.modules[self._name], mutant.source)
-        except Exception:  # it cannot be imported
+        except Exception:  # the mutant cannot be imported
             return 1
         return self._fails(session)
 
@@ -474,10 +483,10 @@ def run_target(path: str, target: Target, jobs: int, only: str) -> list[tuple[Mu
     """Run the mutants of a target.
 
     Args:
-        path: Of the module.
-        target: Which functions, and which tests.
-        jobs: How many mutants run at a time.
-        only: Part of the names of the mutants to run.
+        path: File of the module.
+        target: The functions to mutate and their tests.
+        jobs: Number of mutants that run at a time.
+        only: Run only mutants whose names contain this text.
 
     Returns:
         The mutants and their outcomes: `killed`, `survived` or `timeout`.
@@ -513,11 +522,13 @@ def run_target(path: str, target: Target, jobs: int, only: str) -> list[tuple[Mu
 
 
 def main() -> int:
-    """Run the modules that the command line names; return the exit code."""
+    """Run the mutants of the modules on the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("modules", nargs="*", help="files to mutate (default: all that are listed)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="(default: %(default)s)")
-    parser.add_argument("--only", default="", help="part of the names of the mutants to run")
+    parser.add_argument("modules", nargs="*", help="keys of TARGETS (default: all)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="mutants at a time (default: CPUs)"
+    )
+    parser.add_argument("--only", default="", help="run only mutants whose names contain this text")
     args = parser.parse_args()
     if unknown := set(args.modules) - set(TARGETS):
         parser.error(f"{', '.join(unknown)}: not one of {', '.join(TARGETS)}")
@@ -525,7 +536,7 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     temporary = tempfile.TemporaryDirectory()
     os.environ["PYTEST_DEBUG_TEMPROOT"] = temporary.name
-    # mutmut asks for its own config, which nothing here depends on.
+    # Without this, mutmut looks for its own config file, which is not needed here.
     configuration._guess_source_paths = lambda: ["jaxvid"]
     listed = SURVIVORS.read_text(encoding="utf-8") if SURVIVORS.exists() else ""
     rows, missing = [], []
@@ -533,14 +544,14 @@ def main() -> int:
         start, results = time.monotonic(), []
         for target in TARGETS[path]:
             results += run_target(path, target, args.jobs, args.only)
-        lived = [mutant for mutant, outcome in results if outcome == "survived"]
+        survivors = [mutant for mutant, outcome in results if outcome == "survived"]
         slow = sum(outcome == "timeout" for _, outcome in results)
-        missing += [f"{path}: {m.name}" for m in lived if m.name not in listed]
-        counts = len(results), len(results) - len(lived), slow, len(lived)
+        missing += [f"{path}: {m.name}" for m in survivors if m.name not in listed]
+        counts = len(results), len(results) - len(survivors), slow, len(survivors)
         seconds = f"{time.monotonic() - start:.0f}"
         rows.append(f"| `{path}` | {' | '.join(map(str, counts))} | {seconds} |")
         print(rows[-1], flush=True)
-    print("| module | mutants | killed | of them by the time limit | survivors | seconds |")
+    print("| module | mutants | killed | by the time limit | survivors | seconds |")
     print("| --- | --- | --- | --- | --- | --- |", *rows, sep="\n")
     print(f"{len(missing)} survivors are not listed in {SURVIVORS.relative_to(ROOT)}")
     print(*missing, sep="\n")

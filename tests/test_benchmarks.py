@@ -1,4 +1,4 @@
-"""The counts that the benchmarks print are those of the papers and of the compiler."""
+"""Multiply-adds equal those of the papers and of the compiler, and the benchmarks run."""
 
 import subprocess
 import sys
@@ -16,20 +16,20 @@ PAPER = {name: cost for f in FAMILIES.values() for name, cost in f.published_cos
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_multiply_adds_are_the_papers(name):
+def test_multiply_adds_equal_the_published_ones(name):
     paper, config = PAPER[name], make_model_config(name)
-    found = paper.num_views * multiply_adds(config, attention=paper.counts_attention) / 1e9
-    assert found == pytest.approx(paper.giga, rel=0.01)
+    giga = paper.num_views * multiply_adds(config, attention=paper.counts_attention) / 1e9
+    assert giga == pytest.approx(paper.giga, rel=0.01)
 
 
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [("stam_8", {}), ("stam_8", {"aggregator": "mean"}), ("xvit_k400", {"summary_tokens": True})],
 )
-def test_multiply_adds_are_the_compilers(name, overrides):
-    """Up to what the compiler counts beside matrix products: norms, softmax, GELU.
+def test_multiply_adds_equal_those_of_the_compiler(name, overrides):
+    """The compiler also counts norms, softmax and GELU, which the tolerance allows for.
 
-    The count is that of every token of every block; a forward pass computes less in the last one.
+    Both count every token of every block. A forward pass computes fewer tokens in the last block.
     """
     config = make_model_config(name, depth=2, **overrides)
     graphdef, params = abstract_model(config)
@@ -51,7 +51,7 @@ def test_multiply_adds_are_the_compilers(name, overrides):
     assert flops / 2 == pytest.approx(multiply_adds(config), rel=0.02)
 
 
-def test_the_table_has_a_line_for_every_model(capsys):
+def test_table_has_a_row_for_every_model(capsys):
     print_table()
     out = capsys.readouterr().out
     assert all(name in out for name in PAPER)
@@ -80,7 +80,7 @@ def test_the_table_has_a_line_for_every_model(capsys):
         ),
     ],
 )
-def test_the_benchmarks_run(arguments, printed):
+def test_benchmarks_run(arguments, printed):
     name, *flags = arguments
     command = [sys.executable, f"benchmarks/{name}", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Every config builds, and so does its model; shrunk, each trains two steps and evaluates."""
+"""Every config and its model build. Shrunk versions train two steps and evaluate."""
 
 import importlib
 import json
@@ -32,7 +32,7 @@ def get_config(name: str, variant: str):
 @pytest.mark.parametrize(("name", "variant"), CONFIGS)
 def test_configs_are_complete_and_locked(name, variant):
     module, config = get_config(name, variant)
-    assert f"configs/{name}.py" in module.__doc__  # says how it is run
+    assert f"configs/{name}.py" in module.__doc__  # the command
     assert config.is_locked
     with pytest.raises(AttributeError, match="locked"):
         config.batch = 1
@@ -43,7 +43,7 @@ def test_configs_are_complete_and_locked(name, variant):
 
 
 def shrink(config, folder):
-    """The same recipe on the motion clips: two steps of 8 clips on a network of one block."""
+    """Return the recipe with a network of one block and two steps of 8 motion clips."""
     config = config.copy_and_resolve_references().unlock()
     small = {"num_classes": 8, "width": 16, "depth": 1, "heads": 2, "image_size": 32}
     small |= {"temporal_heads": 2, "temporal_depth": 1, "temporal_mlp": 16}
@@ -57,12 +57,12 @@ def shrink(config, folder):
 
 
 @pytest.mark.parametrize(("name", "variant"), [c for c in CONFIGS if c[0] != "motion"])
-def test_recipes_train(name, variant, motion_folder, tmp_path):
+def test_shrunk_recipes_train_and_evaluate(name, variant, motion_folder, tmp_path):
     _, config = get_config(name, variant)
     result = train(shrink(config, motion_folder), tmp_path)
     assert result["num_videos"] == 24
-    losses = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in losses if "train/loss" in row] == [1, 2]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,13 @@ def test_recipes_train(name, variant, motion_folder, tmp_path):
         ("stam_k400", "64", 2.5e-6, 1e-3, 0.0, 0.0, 0.0),
     ],
 )
-def test_released_recipes(name, variant, learning_rate, weight_decay, smoothing, mixup, erase):
+def test_recipes_have_the_released_values(
+    name, variant, learning_rate, weight_decay, smoothing, mixup, erase
+):
     _, config = get_config(name, variant)
     optimizer = config.optimizer
-    found = (optimizer.learning_rate, optimizer.weight_decay, config.label_smoothing)
-    assert found == (learning_rate, weight_decay, smoothing)
+    actual = (optimizer.learning_rate, optimizer.weight_decay, config.label_smoothing)
+    assert actual == (learning_rate, weight_decay, smoothing)
     assert (config.mixup_alpha, config.erase_prob) == (mixup, erase)
     xvit = name.startswith("xvit")
     assert (optimizer.name, config.data.augment) == (
@@ -93,15 +95,15 @@ def test_released_recipes(name, variant, learning_rate, weight_decay, smoothing,
 def test_finetune_reads_its_model_and_data(motion_folder, folders, tmp_path):
     get = importlib.import_module("configs.finetune").get_config
     model = jaxvid.create_model("xvit_tiny", num_classes=3, width=16, depth=1)
-    how = {
+    preprocessing = {
         "sampling": "dense_stride",
         "sampling_rate": 2,
         "resize": "torch_bilinear",
         "mean": 0.4,
         "std": 0.2,
     }
-    how |= {"short_side": 72, "num_frames": 8, "crop": 64}
-    jaxvid.save_model(model, tmp_path / "model", preprocessing=how)
+    preprocessing |= {"short_side": 72, "num_frames": 8, "crop": 64}
+    jaxvid.save_model(model, tmp_path / "model", preprocessing=preprocessing)
     config = get(f"{tmp_path / 'model'},{motion_folder}").unlock()
     assert (config.model.num_classes, config.model.width, config.data.mean) == (8, 16, 0.4)
     assert (config.data.source, config.data.sampling) == ("folder", "dense_stride")
@@ -112,21 +114,21 @@ def test_finetune_reads_its_model_and_data(motion_folder, folders, tmp_path):
     train(config.lock(), tmp_path / "run")
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "reinitialised: consensus.mlp_head.4: 3 classes in the folder, 8 in the model" in log
-    older = get(f"{folders / 'stam'},{motion_folder}")  # it says neither rate nor resize
+    older = get(f"{folders / 'stam'},{motion_folder}")  # no sampling_rate, resize, by_time
     assert (older.data.sampling, older.data.sampling_rate, older.data.by_time) == (
         "uniform_10s",
         16,
         0,
     )
     jaxvid.save_model(model, tmp_path / "bare")
-    for names, message in {
+    for folders_argument, message in {
         "": "--config configs/finetune.py:MODEL_FOLDER,DATA_FOLDER",
         f"{tmp_path},{motion_folder}": "is not a model folder",
         f"{tmp_path / 'bare'},{motion_folder}": "preprocessing is missing",
         f"{tmp_path / 'model'},{tmp_path}": "unknown layout; expected train.csv",
     }.items():
         with pytest.raises((ValueError, InputError), match=message):
-            get(names)
+            get(folders_argument)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("_tiny")])
@@ -147,6 +149,6 @@ def test_unknown_variants_are_refused():
 
 
 @pytest.mark.parametrize(("name", "variant"), CONFIGS)
-def test_clips_are_flipped_unless_classes_depend_on_the_direction(name, variant):
+def test_clips_are_flipped_unless_classes_depend_on_direction(name, variant):
     _, config = get_config(name, variant)
     assert config.data.flip_prob == (0.0 if name in ("motion", "xvit_ssv2") else 0.5)

@@ -1,8 +1,8 @@
-"""The documentation is true: its commands and examples run, what it names exists.
+"""The commands and examples of the documentation run, and the files and names in it exist.
 
 The default suite parses every command line of README.md, CONTRIBUTING.md and docs/, builds every
 config that they name, and runs the quick commands and the Python examples in this process. The
-marked suite runs every command as it is written, page by page, and the notebook.
+suite of tests marked `full` runs the commands in subprocesses, page by page, and the notebook.
 """
 
 import argparse
@@ -35,16 +35,16 @@ PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.
 NOTEBOOK = ROOT / "docs" / "finetune.ipynb"
 LANGUAGES = ("bash", "python", "text")
 
-# Commands that no test runs as they are written, each with the reason. They are parsed all the
-# same: flags, config and Makefile targets exist.
+# Patterns of commands that no test runs → reasons. Their flags, configs and Makefile targets are
+# still checked.
 NOT_RUN = {
     r"make ": "installs packages, or runs these tests",
     r"python3 -m venv |\.venv/bin/pip ": "installs packages",
     r"srun ": "needs a Slurm cluster",
     r"python main\.py .*--num_processes 2 ": "waits for a second process: tests/distributed",
     r"python main\.py --config configs/xvit_k600\.py (?!.*--mode schedule)": "needs Kinetics-600",
-    r"python convert/torch_to_flax\.py .*--input (stam_16|vit_b16_in21k)\.pth": "needs files "
-    "of the authors; tests/test_full.py converts others of the same names and shapes",
+    r"python convert/torch_to_flax\.py .*--input (stam_16|vit_b16_in21k)\.pth": "needs "
+    "released weights; tests/test_full.py converts files with the same names and shapes",
     r"python benchmarks/(forward|data|train|windows)\.py": "takes minutes and an idle machine; "
     "tests/test_benchmarks.py runs them on small input",
     r"python -m tests\.mutation ": "needs mutmut and takes minutes",
@@ -56,26 +56,27 @@ QUICK = (
     *("jaxvid.data.prepare", "convert.flax_to_torch"),
 )
 
-# What shortens the training commands of the marked suite.
+# Config → overrides that shorten its training commands in the `full` suite.
 SHRINK = {
     "configs/motion.py": "data.motion.num_train=48 data.motion.num_val=24 "
     "batch_size=16 eval.batch_size=8 num_epochs=2.0 optimizer.warmup_epochs=0.67",
     "configs/finetune.py": "batch_size=8 num_epochs=1.0 optimizer.warmup_epochs=0.5",
 }
 
-FOLDERS = ("benchmarks", "configs", "convert", "docs", "jaxvid", "tests")  # of the repository
+FOLDERS = ("benchmarks", "configs", "convert", "docs", "jaxvid", "tests")  # in the repository
+PYTHON = re.compile(r"^(\.venv/bin/)?python ")  # start of a command that runs Python
 CONFIG_SECTIONS = ("data", "eval", "model", "optimizer", "mesh", "distill")
 
 
 class Block(NamedTuple):
-    """A fenced block of a page: its place (`docs/data.md:12`), its language and its text."""
+    """A fenced block of a page: its location (`docs/data.md:12`), language and text."""
 
-    place: str
+    location: str
     language: str
     text: str
 
     def commands(self) -> list[str]:
-        """Return the commands of a `bash` block, continued lines joined."""
+        """Return the commands of a `bash` block, with continuation lines joined."""
         lines = self.text.replace("\\\n", " ").splitlines()
         return [" ".join(line.split()) for line in lines if line.strip()]
 
@@ -88,8 +89,8 @@ def read_page(page: str) -> str:
 def read_blocks(page: str) -> list[Block]:
     """Return the fenced blocks of a page, in order."""
     text = read_page(page)
-    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [Block(f"{page}:{text.count(chr(10), 0, m.start()) + 1}", m[1], m[2]) for m in found]
+    matches = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(f"{page}:{text.count(chr(10), 0, m.start()) + 1}", m[1], m[2]) for m in matches]
 
 
 def prose(page: str) -> str:
@@ -98,7 +99,7 @@ def prose(page: str) -> str:
 
 
 def reason_not_run(command: str) -> str | None:
-    """Return why a command is not run as it is written; None: it is run."""
+    """Return the reason in `NOT_RUN` for a command, or None if the command is run."""
     return next((reason for pattern, reason in NOT_RUN.items() if re.match(pattern, command)), None)
 
 
@@ -106,7 +107,7 @@ def reason_not_run(command: str) -> str | None:
 
 
 class ParsedError(Exception):
-    """Raised in the place of the return of `parse_args`."""
+    """Raised by the patched `parse_args` instead of returning, so that the program ends."""
 
 
 def program_of(arguments: list[str]) -> tuple[str, list[str]]:
@@ -117,7 +118,7 @@ def program_of(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def absl_flags(source: str) -> flags.FlagValues:
-    """Define the flags that a program defines, apart from those of this process."""
+    """Return the flags that the source of a program defines, without registering them globally."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, lock_config=True, flag_values=values)
     for node in ast.walk(ast.parse(source)):
@@ -144,7 +145,7 @@ def check_command(command: str, monkeypatch) -> None:
         return
     if name in ("python3", ".venv/bin/pip"):
         return
-    assert name == "python", command
+    assert PYTHON.match(command), command
     module, arguments = program_of(arguments)
     source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
     if module.startswith(("benchmarks.", "tests.")):  # importing them changes the environment
@@ -158,7 +159,7 @@ def check_command(command: str, monkeypatch) -> None:
         cli._check_config(argv)
         values = absl_flags(source)
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", argv)  # where config_flags looks for overrides
+            patch.setattr(sys, "argv", argv)  # config_flags reads overrides from it
             assert values(argv) == [module], command
         check_config(values["config"].value)
         return
@@ -175,16 +176,16 @@ def check_command(command: str, monkeypatch) -> None:
             importlib.import_module(module).main()
 
 
-# ------------------------------------------------------------------ what the pages name
+# ------------------------------------------------------------------ files, names and fields
 
 
 @pytest.fixture(scope="module")
 def files() -> list[str]:
-    """The Python files of the repository."""
-    found = [*ROOT.glob("*.py")]
+    """Return the paths of the Python files, relative to the root of the repository."""
+    paths = [*ROOT.glob("*.py")]
     for folder in FOLDERS:
-        found += (ROOT / folder).rglob("*.py")
-    return [str(path.relative_to(ROOT)) for path in found]
+        paths += (ROOT / folder).rglob("*.py")
+    return [str(path.relative_to(ROOT)) for path in paths]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -201,7 +202,7 @@ def test_links_and_files_exist(page, files):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_names_are_in_the_files_that_pages_name(page):
+def test_names_occur_in_the_stated_files(page):
     text = prose(page)
     pairs = re.findall(r"`(\w+)`\s+(?:in|\()\s*`?([\w/]+\.py)", text)
     pairs += [(name, file) for file, name in re.findall(r"`([\w/]+\.py)`\s+\(`(\w+)`\)", text)]
@@ -210,13 +211,13 @@ def test_names_are_in_the_files_that_pages_name(page):
 
 
 def field_names(config: ConfigDict, prefix: str = "") -> set[str]:
-    """Return the fields of a config, `model.width` for one of a section."""
-    found = set()
+    """Return the names of the fields of a config; those of sections are like `model.width`."""
+    names = set()
     for name, value in config.items():
-        found.add(prefix + name)
+        names.add(prefix + name)
         if isinstance(value, ConfigDict):
-            found |= field_names(value, f"{prefix}{name}.")
-    return found
+            names |= field_names(value, f"{prefix}{name}.")
+    return names
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -239,20 +240,20 @@ def test_config_fields_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_blocks_name_their_language(page):
+def test_blocks_have_a_known_language(page):
     assert read_page(page).count("```") == 2 * len(read_blocks(page))
     for block in read_blocks(page):
-        assert block.language in LANGUAGES, block.place
+        assert block.language in LANGUAGES, block.location
 
 
 def link_programs(folder: Path) -> None:
-    """Make a folder look like a checkout, so that commands write nothing into the real one."""
+    """Link the programs into a folder, so that commands do not write into the repository."""
     for name in ("main.py", *FOLDERS):
         (folder / name).symlink_to(ROOT / name)
 
 
 def make_videos(folder: Path, motion_folder: Path) -> None:
-    """Write the videos that the pages name, out of a folder of motion clips."""
+    """Create the videos that the pages name from the clips of `motion_folder`."""
     for split in ("train", "val"):
         for i, line in enumerate((motion_folder / f"{split}.csv").read_text().splitlines()):
             name, label = line.split()
@@ -278,7 +279,7 @@ def make_videos(folder: Path, motion_folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, motion_folder) -> Path:
-    """A folder in which the pages' quick commands run: small videos and an untrained model."""
+    """Return a folder for quick commands, with small videos and an untrained model."""
     folder = tmp_path_factory.mktemp("docs")
     link_programs(folder)
     make_videos(folder, motion_folder)
@@ -293,7 +294,7 @@ def checkout(tmp_path_factory, motion_folder) -> Path:
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")  # absl's
+@pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")  # raised by absl
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_have_valid_flags(page, checkout, monkeypatch):
     monkeypatch.chdir(checkout)
@@ -302,18 +303,18 @@ def test_commands_have_valid_flags(page, checkout, monkeypatch):
             try:
                 check_command(command, monkeypatch)
             except (Exception, SystemExit) as error:
-                pytest.fail(f"{block.place}: {command}: {error!r}")
+                pytest.fail(f"{block.location}: {command}: {error!r}")
 
 
-def test_every_reason_is_for_a_command():
+def test_every_pattern_in_not_run_matches_a_command():
     commands = [c for page in PAGES for b in read_blocks(page) for c in b.commands()]
     for pattern in NOT_RUN:
         assert any(re.match(pattern, command) for command in commands), pattern
 
 
 def run_in_process(command: str, monkeypatch) -> None:
-    """Call the `main` of a quick program; any other command is left to the marked suite."""
-    if not command.startswith("python ") or reason_not_run(command):
+    """Call the `main` of a quick program. Commands of other programs are ignored."""
+    if not PYTHON.match(command) or reason_not_run(command):
         return
     module, arguments = program_of(shlex.split(command)[1:])
     if module not in QUICK:
@@ -329,7 +330,7 @@ def run_in_process(command: str, monkeypatch) -> None:
 
 def run_python(block: Block) -> None:
     """Run a `python` block in this process."""
-    exec(compile(block.text, block.place, "exec"), {"__name__": "example"})
+    exec(compile(block.text, block.location, "exec"), {"__name__": "example"})
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -343,16 +344,16 @@ def test_quick_examples_run(page, checkout, monkeypatch):
                 run_in_process(command, monkeypatch)
 
 
-# ------------------------------------------------------------------ all examples, as written
+# ------------------------------------------------------------------ all examples
 
 
 def run_command(command: str, folder: Path) -> None:
-    """Run a command in a folder, on one CPU device; trainings are shortened by `SHRINK`."""
+    """Run a command in a folder, on one CPU device. `SHRINK` shortens training commands."""
     for config, fields in SHRINK.items():
         if f"--config {config}" in command:
             command += "".join(f" --config.{field}" for field in fields.split())
     done = subprocess.run(
-        ["bash", "-c", re.sub(r"^python ", f"{shlex.quote(sys.executable)} ", command)],
+        ["bash", "-c", PYTHON.sub(f"{shlex.quote(sys.executable)} ", command, count=1)],
         cwd=folder,
         env=os.environ | {"XLA_FLAGS": ""},
         capture_output=True,
@@ -363,7 +364,7 @@ def run_command(command: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with small videos and the demo's run, which the pages continue and use."""
+    """Return a folder with small videos and a shortened run of the demo, for all commands."""
     folder = tmp_path_factory.mktemp("trained")
     link_programs(folder)
     make_motion(folder / "data" / "motion", num_train=48, num_val=24, seed=0)
@@ -396,7 +397,7 @@ def notebook_code() -> list[str]:
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
-def test_the_notebook_is_python_and_has_no_outputs():
+def test_notebook_is_valid_python_without_outputs():
     for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
         assert cell["cell_type"] in ("markdown", "code")
         if cell["cell_type"] == "code":
@@ -408,7 +409,7 @@ def test_the_notebook_is_python_and_has_no_outputs():
 
 @pytest.mark.full
 @pytest.mark.timeout(1200)
-def test_the_notebook_runs(tmp_path):
+def test_notebook_runs(tmp_path):
     link_programs(tmp_path)
     (tmp_path / "cells.py").write_text("\n\n".join(notebook_code()), encoding="utf-8")
     done = subprocess.run(
@@ -422,4 +423,4 @@ def test_the_notebook_runs(tmp_path):
     print(done.stdout)
     report = json.loads((tmp_path / "runs/notebook/finetuned/eval.json").read_text())
     assert report["num_videos"] == 48
-    assert report["top1"] > 50  # four classes
+    assert report["top1"] > 50  # chance level of four classes: 25 %

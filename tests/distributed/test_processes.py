@@ -21,7 +21,7 @@ from jaxvid.distributed import collectives, setup
 from jaxvid.errors import InputError
 from jaxvid.models import split_params
 from jaxvid.training import checkpoint, run_config, run_metadata
-from tests import colours
+from tests import coloured_videos
 
 ROOT = Path(__file__).parents[2]
 # 49 videos in batches of 16 are 3 steps per epoch. The mean head, SGD and XLA's lowest optimization
@@ -222,9 +222,9 @@ EVALUATING = """
 import os, runpy, sys, jax
 from jaxvid import evaluate
 from jaxvid.evaluation import loop
-from tests import colours
+from tests import coloured_videos
 
-loop.abstract_model = colours.stub_network
+loop.abstract_model = coloured_videos.abstract_stub
 make_step = evaluate.make_eval_step
 
 def make_exiting_step(*args):
@@ -248,10 +248,10 @@ def test_two_processes_evaluate_each_video_once_and_resume_after_one_exits(tmp_p
     """The last of the batches of 8 has 4 of the 20 videos, none of them for the second process."""
     folder, workdir = tmp_path / "data", tmp_path / "w"
     folder.mkdir()
-    colours.make_colours(folder)
+    coloured_videos.make_coloured_videos(folder)
     copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy)
     sizes = {"num_classes": 4, "image_size": 32, "width": 16, "depth": 1, "head": "mean"}
-    colours.save_stub(tmp_path / "stub", name="xvit_tiny", **sizes)
+    coloured_videos.save_stub(tmp_path / "stub", name="xvit_tiny", **sizes)
     options = {"processes": 2, "devices": 2, "mesh": (2, 2), "init_from": tmp_path / "stub"}
     options |= {f"model__{name}": value for name, value in sizes.items()}
     options |= {"data__mean": 0.0, "data__std": 1.0, "eval__short_side": 32}
@@ -271,7 +271,7 @@ def test_two_processes_evaluate_each_video_once_and_resume_after_one_exits(tmp_p
         assert wait_for_exit_codes(runs) == [0, 0], read_output(workdir)
     assert "8 of 20 videos were evaluated before" in read_output(workdir)
     assert not (workdir / ".unfinished_eval").exists()
-    colours.check_known(workdir)
+    coloured_videos.check_outputs(workdir)
 
 
 def test_a_signal_to_one_process_stops_both_and_they_resume(one_process_workdir, data, tmp_path):

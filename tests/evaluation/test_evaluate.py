@@ -27,16 +27,16 @@ from jaxvid.models import create_model, split_params
 from jaxvid.storage import model_folder
 from jaxvid.storage.preprocessing import normalize
 from jaxvid.train import train
-from tests.colours import (
-    HOW,
+from tests.coloured_videos import (
     NAMES,
+    PREPROCESSING,
     RIGHT,
     VIDEOS,
-    Colour,
-    check_known,
-    make_colours,
+    ColourStub,
+    abstract_stub,
+    check_outputs,
+    make_coloured_videos,
     save_stub,
-    stub_network,
 )
 from tests.conftest import shrunk_config
 from tests.data.test_transforms import GOLDENS
@@ -47,8 +47,8 @@ SIZES = {"num_classes": 4, "image_size": 32, "width": 16, "depth": 1}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with the videos of `make_colours`."""
-    return make_colours(tmp_path_factory.mktemp("colours"))
+    """Return a folder with the videos of `make_coloured_videos`."""
+    return make_coloured_videos(tmp_path_factory.mktemp("colours"))
 
 
 def make_config(folder, **settings):
@@ -63,7 +63,7 @@ def make_config(folder, **settings):
 
 def run(config, source="folder", folder=None):
     """Evaluate the stub on the validation videos; return the results and the report."""
-    graphdef, params = split_params(Colour())
+    graphdef, params = split_params(ColourStub())
     config = config.copy_and_resolve_references().unlock()
     config.data.update(source=source, folder=str(folder or config.data.folder))
     experiment = resolve(config)
@@ -123,14 +123,14 @@ def test_packs_and_videos_agree(folder, tmp_path):
 def tiny_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "m"
     model = create_model("xvit_tiny", **SIZES, seed=1)
-    model_folder.save_model(model, folder, preprocessing=HOW)
+    model_folder.save_model(model, folder, preprocessing=PREPROCESSING)
     return folder
 
 
 @pytest.fixture
 def stub(folder, tmp_path, monkeypatch):
     """Return a config whose `init_from` is a model folder of the stub."""
-    monkeypatch.setattr(loop, "abstract_model", stub_network)
+    monkeypatch.setattr(loop, "abstract_model", abstract_stub)
     config = make_config(folder).unlock()
     save_stub(tmp_path / "stub", **config.model)
     config.init_from = str(tmp_path / "stub")
@@ -147,7 +147,7 @@ def changed(config, **settings):
 def test_one_and_eight_devices_give_the_same_report(stub, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "LINE_SECONDS", 0)
     result = evaluate.evaluate(stub, tmp_path / "eight")  # batches of 8, 8 and 4
-    check_known(tmp_path / "eight")
+    check_outputs(tmp_path / "eight")
     progress_lines = [
         line.split("evaluating: ")[1].partition(",")[0] + line.rpartition(",")[2]
         for line in (tmp_path / "eight" / "log.txt").read_text().splitlines()
@@ -161,7 +161,7 @@ def test_one_and_eight_devices_give_the_same_report(stub, tmp_path, monkeypatch)
     mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types, devices=jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda _: mesh)
     one_device = evaluate.evaluate(changed(stub, eval__batch_size=3), tmp_path / "one")
-    check_known(tmp_path / "one")
+    check_outputs(tmp_path / "one")
     for report in (result, one_device):
         for name in ("seconds", "clips_per_second"):
             assert report.pop(name) > 0

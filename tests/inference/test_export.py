@@ -1,4 +1,4 @@
-"""Exported programs run without jaxvid and match the model; exported weights equal its weights."""
+"""Exported programs run without jaxvid and match the model; exported weights are identical."""
 
 import hashlib
 import json
@@ -21,7 +21,8 @@ from jaxvid.storage.preprocessing import load_model_and_preprocessing, normalize
 
 PREPROCESSING = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.25, "std": 0.5}
 LABELS = [f"class {i}" for i in range(5)]
-RUN = """
+# Runs an exported program as its description says; arguments: the program, an .npz file of clips.
+SCRIPT = """
 import json, sys
 import jax
 import numpy as np
@@ -57,7 +58,7 @@ def test_exported_program_matches_the_model_without_jaxvid(folder, tmp_path, cap
     assert "logits = model.call(clips)" in capsys.readouterr().out
     clips = {"one": make_clips(1), "three": make_clips(3)}
     np.savez(tmp_path / "clips.npz", **clips)
-    command = [sys.executable, "-c", RUN, file, tmp_path / "clips.npz"]
+    command = [sys.executable, "-c", SCRIPT, file, tmp_path / "clips.npz"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=file.parent)
     assert done.returncode == 0, done.stderr
     model = jax.jit(jaxvid.load_model(folder))
@@ -79,7 +80,7 @@ def test_exported_program_matches_the_model_without_jaxvid(folder, tmp_path, cap
     assert about["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def test_program_is_lowered_for_both_platforms(folder):
+def test_program_is_lowered_for_cpu_and_cuda(folder):
     _, model, preprocessing = load_model_and_preprocessing(folder)
     spec = preprocessing.spec
     data = export.export_stablehlo(model, spec, mean=0.0, std=1.0)
@@ -97,7 +98,7 @@ def test_safetensors_equal_the_weights_of_the_model(folder, tmp_path):
         card = json.loads(opened.metadata()["model.json"])
     assert card["labels"] == LABELS
     assert card["preprocessing"]["mean"] == 0.25
-    assert not {"files", "checksums"} & card.keys()  # describe files of the folder
+    assert not {"files", "checksums"} & card.keys()  # these describe the files of the model folder
     original = jaxvid.load_model(folder)
     weights = load_file(file)
     params = split_params(original)[1]
@@ -111,7 +112,7 @@ def test_safetensors_equal_the_weights_of_the_model(folder, tmp_path):
     assert about["parameters"] == sum(leaf.size for leaf in params.values())
 
 
-def test_output_name_that_is_not_utf8(folder, tmp_path, capsys):
+def test_output_name_with_invalid_utf8_is_accepted(folder, tmp_path, capsys):
     output = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     arguments = ["--model", str(folder), "--output", output, "--format", "safetensors"]
     assert export.main(arguments) == 0
@@ -121,7 +122,7 @@ def test_output_name_that_is_not_utf8(folder, tmp_path, capsys):
 
 
 def test_bad_input_gives_one_line_error_and_no_files(folder, tmp_path, capsys, monkeypatch):
-    def refused(output, **changes) -> str:
+    def export_error(output, **changes) -> str:
         arguments = {"--model": folder, "--output": tmp_path / output, **changes}
         command = [str(part) for pair in arguments.items() for part in pair]
         assert export.main(command) == 2
@@ -131,8 +132,8 @@ def test_bad_input_gives_one_line_error_and_no_files(folder, tmp_path, capsys, m
         return error
 
     (tmp_path / "folder").mkdir()
-    assert "folder cannot be written (Is a directory)" in refused("folder")
-    assert "is not a model folder" in refused("x", **{"--model": tmp_path})
+    assert "folder cannot be written (Is a directory)" in export_error("folder")
+    assert "is not a model folder" in export_error("x", **{"--model": tmp_path})
     monkeypatch.setattr(export, "MAX_BYTES", 1000)
-    assert "use --format safetensors" in refused("large")
+    assert "use --format safetensors" in export_error("large")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -30,7 +30,7 @@ PREPROCESSING = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "st
 
 
 def logits_of(folder: Path, clip: str, **views) -> np.ndarray:
-    """Compute the logits of a clip without Classifier: `(v, num_classes)`."""
+    """Compute the logits `(v, num_classes)` of a clip without `Classifier`."""
     fields = dict(model_card.load_card(folder)["preprocessing"])
     mean, std = fields.pop("mean"), fields.pop("std")
     video = load_eval_views(clip, ClipSpec(**fields, **views))["video"]
@@ -44,7 +44,7 @@ def softmax(logits) -> np.ndarray:
 # ------------------------------------------------------------------ whole videos
 
 
-def test_predict_one_video(folders, clips):
+def test_prediction_equals_the_model(folders, clips):
     classifier = jaxvid.Classifier(folders / "xvit")
     prediction = classifier.predict(clips[3], top_k=3)
     expected = softmax(logits_of(folders / "xvit", clips[3])[0])
@@ -57,7 +57,9 @@ def test_predict_one_video(folders, clips):
 
 
 @pytest.mark.parametrize(("batch_size", "count"), [(1, 3), (4, 6), (4, 4)])
-def test_batches_change_no_prediction_and_compile_one_program(folders, clips, batch_size, count):
+def test_batch_size_does_not_change_predictions_and_one_program_is_compiled(
+    folders, clips, batch_size, count
+):
     classifier = jaxvid.Classifier(folders / "xvit", batch_size=batch_size)
     predictions = classifier.predict(clips[:count])
     assert [prediction.video for prediction in predictions] == clips[:count]
@@ -73,7 +75,7 @@ def test_scores_of_a_partial_batch(folders):
     assert jaxvid.Classifier(folders / "xvit", batch_size=2).scores(views).shape == (3, 8)
 
 
-def test_undecodable_files_keep_their_position(folders, clips, tmp_path):
+def test_errors_of_undecodable_files_are_returned_in_input_order(folders, clips, tmp_path):
     (tmp_path / "broken.mp4").write_text("hello")
     videos = [tmp_path / "broken.mp4", clips[0], tmp_path / "none.mp4", clips[1], clips[2]]
     classifier = jaxvid.Classifier(folders / "xvit", batch_size=2)
@@ -93,12 +95,12 @@ def test_undecodable_files_keep_their_position(folders, clips, tmp_path):
 
 def test_sampling_comes_from_the_model_card(folders, clips):
     prediction = jaxvid.Classifier(folders / "stam").predict(clips[3])
-    assert prediction.padded  # 17 frames are shorter than 10 s
+    assert prediction.padded  # the 17 frames last less than 10 s
     expected = softmax(logits_of(folders / "stam", clips[3])[0])
     assert prediction.probabilities[0] == pytest.approx(expected.max(), rel=1e-4)
 
 
-def test_views_are_summed_and_default_to_the_model_card(folders, clips, tmp_path):
+def test_logits_of_views_are_summed_and_views_default_to_the_model_card(folders, clips, tmp_path):
     views = {"num_clips": 2, "num_crops": 3}
     expected = softmax(logits_of(folders / "xvit", clips[3], **views).mean(axis=0))
     overridden = jaxvid.Classifier(folders / "xvit", **views).predict(clips[3])
@@ -113,7 +115,7 @@ def test_views_are_summed_and_default_to_the_model_card(folders, clips, tmp_path
     assert one_view.probabilities != overridden.probabilities
 
 
-def test_preprocessing_written_by_training_is_read(folders, clips, tmp_path):
+def test_preprocessing_of_a_training_config_is_read(folders, clips, tmp_path):
     preprocessing = resolve(motion_config.get_config()).preprocessing.to_json()
     assert preprocessing.items() >= PREPROCESSING.items()
     model = jaxvid.load_model(folders / "xvit")
@@ -124,7 +126,7 @@ def test_preprocessing_written_by_training_is_read(folders, clips, tmp_path):
     assert prediction.labels == tuple(str(LABELS.index(label)) for label in expected.labels)
 
 
-def test_predictions_equal_the_evaluation(motion_folder, clips, tmp_path):
+def test_predictions_equal_those_of_the_evaluation(motion_folder, clips, tmp_path):
     config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
     config.eval.update(num_crops=3, num_clips=2, short_side=80)
     train(config.lock(), tmp_path / "run")
@@ -145,7 +147,9 @@ def test_predictions_equal_the_evaluation(motion_folder, clips, tmp_path):
     ("views", "count", "size"),
     [((1, 1), 12, 8), ((1, 3), 12, 2), ((3, 3), 12, 1), ((1, 1), 3, 3), ((1, 3), 1, 1)],
 )
-def test_default_batch_has_about_8_views(folders, clips, monkeypatch, views, count, size):
+def test_default_batch_has_at_most_8_views_or_one_video(
+    folders, clips, monkeypatch, views, count, size
+):
     shapes = []
 
     def run(self, function, inputs):
@@ -176,7 +180,7 @@ def test_out_of_range_values_are_refused(folders, clips):
 # ------------------------------------------------------------------ command line
 
 
-def test_expand_files_folders_and_patterns(tmp_path):
+def test_inputs_expand_to_video_files(tmp_path):
     for name in ("b.mp4", "a.MKV", "sub/c.webm", "notes.txt", ".hidden.mp4", "d[1].mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -187,8 +191,8 @@ def test_expand_files_folders_and_patterns(tmp_path):
         videos = [str(Path(path).relative_to(tmp_path)) for path in paths]
         return videos, [failure["error"].removeprefix(f"{tmp_path}/") for failure in failures]
 
-    below = ["a.MKV", "b.mp4", "d[1].mp4", "sub/c.webm"]
-    assert names(".") == (below, [])
+    all_videos = ["a.MKV", "b.mp4", "d[1].mp4", "sub/c.webm"]
+    assert names(".") == (all_videos, [])
     assert names("*.mp4") == (["b.mp4", "d[1].mp4"], [])
     assert names("**/*.webm", "notes.txt") == (["sub/c.webm", "notes.txt"], [])
     assert names("d[1].mp4", "b.mp4", ".") == (["d[1].mp4", "b.mp4", "a.MKV", "sub/c.webm"], [])
@@ -217,7 +221,7 @@ def test_failures_are_printed_and_counted(folders, clips, tmp_path, capsys):
     assert main([str(folders / f"{i}.mp4") for i in range(120)] + ["--model", model]) == 99
 
 
-def test_json_is_printed_or_written(folders, clips, tmp_path, capsys):
+def test_json_is_printed_or_written_to_a_file(folders, clips, tmp_path, capsys):
     broken = str(tmp_path / "no.mp4")
     arguments = [clips[0], broken, "--model", str(folders / "xvit"), "--top_k", "2", "--json"]
     assert main(arguments) == 1
@@ -233,15 +237,15 @@ def test_json_is_printed_or_written(folders, clips, tmp_path, capsys):
     assert os.listdir(tmp_path / "new") == ["out.json"]
 
 
-def test_json_option_does_not_overwrite_a_video(folders, clips, tmp_path, capsys):
+def test_json_option_refuses_to_overwrite_a_video(folders, clips, tmp_path, capsys):
     video = tmp_path / "clip.mp4"
-    video.write_bytes(b"precious")
+    video.write_bytes(b"content")
     assert main([clips[0], "--model", str(folders / "xvit"), "--json", str(video)]) == 2
     assert "clip.mp4: the output file must end in .json" in capsys.readouterr().err
-    assert video.read_bytes() == b"precious"
+    assert video.read_bytes() == b"content"
 
 
-def test_file_names_that_are_not_utf8_are_preserved(folders, clips, tmp_path, capsys):
+def test_file_names_with_invalid_utf8_are_preserved(folders, clips, tmp_path, capsys):
     video = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
     shutil.copy(clips[0], video)
     model = ["--model", str(folders / "stam")]
@@ -301,7 +305,9 @@ def test_bad_options_give_one_line_error_and_exit_code_2(
     assert len(err.splitlines()) == 1
 
 
-def test_windows_need_one_video_and_prediction_needs_any(folders, clips, tmp_path, capsys):
+def test_windows_need_exactly_one_video_and_prediction_at_least_one(
+    folders, clips, tmp_path, capsys
+):
     windows = ("--window", "1", "--stride", "1")
     assert main([*clips[:2], "--model", str(folders / "xvit"), *windows]) == 2
     assert "--window: expected one video, got 2" in capsys.readouterr().err
@@ -322,6 +328,7 @@ def test_command_line_in_a_subprocess(folders, clips, tmp_path):
 
 
 def write_audio(path: Path) -> None:
+    """Write a file without a video stream."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
@@ -331,6 +338,7 @@ def write_audio(path: Path) -> None:
 
 
 def write_empty(path: Path) -> None:
+    """Write a video without frames."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=8)
         stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
@@ -359,7 +367,7 @@ def test_bad_videos_give_one_line_errors(folders, tmp_path, capsys, write, messa
     assert last == "1 of 1 failed"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read all files")
 def test_videos_and_folders_without_permission_give_one_line_errors(
     folders, clips, tmp_path, capsys
 ):
@@ -392,7 +400,7 @@ def test_files_skipped_in_folders_are_counted_in_one_line(clips, folders, tmp_pa
 
 
 def test_unreadable_subfolders_are_reported(tmp_path, monkeypatch):
-    """Simulates missing permission, as tests may run as root."""
+    """`os.walk` is patched, because tests that run as root can read all folders."""
     (tmp_path / "a.mp4").touch()
 
     def walk(top, onerror):

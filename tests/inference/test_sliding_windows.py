@@ -1,4 +1,4 @@
-"""Sliding windows of a long video."""
+"""Sliding windows of long videos: planning, probabilities and outputs."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ from jaxvid.storage.preprocessing import normalize
 
 @pytest.fixture(scope="module")
 def long_videos(tmp_path_factory):
-    """Videos of 30 s with changing scenes, at 8 and 25 fps."""
+    """Return a folder with two videos of 30 s with changing scenes, at 8 and 25 fps."""
     folder = tmp_path_factory.mktemp("long")
     scenes = [render_scene(np.random.default_rng(i), i % 4) for i in range(10)]
     for fps in (8, 25):
@@ -52,12 +52,12 @@ def test_windows_are_sampled_like_whole_videos(long_videos, sampling):
     plan = make_plan(long_videos / "25.mp4", spec, 4.0, 3.0, align=False)
     assert plan.starts.tolist() == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]
     assert plan.ends.tolist() == [4, 7, 10, 13, 16, 19, 22, 25, 28, 30]
-    for start, end, row, padded in zip(*map(list, (
-        plan.starts, plan.ends, plan.indices, plan.padded)), strict=True):  # fmt: skip
+    windows = zip(plan.starts, plan.ends, plan.indices, plan.padded, strict=True)
+    for start, end, row, padded in windows:
         length = round(25 * (end - start))
         expected = make_indices(sampling, length, 8, sampling_rate=4, fps=25)
         np.testing.assert_array_equal(row, round(25 * start) + expected)
-        assert padded == (sampling == "uniform_10s")  # 4 s are shorter than 10 s
+        assert padded == (sampling == "uniform_10s")  # a window of 4 s is shorter than 10 s
     assert plan.stride == 3
 
 
@@ -81,11 +81,11 @@ def test_aligned_windows_share_frames(long_videos, fps, requested, stride, max_f
     assert len(np.unique(plan.indices)) <= max_frames
     first = make_indices("uniform_10s", 10 * fps, 8, sampling_rate=1, fps=fps)
     np.testing.assert_array_equal(plan.indices[0], first)
-    # No frame is more than one away from where a separate video of the window would have it.
-    separate = np.round(plan.starts * fps)[:, None] + first
-    whole = ~plan.padded
-    assert whole.sum() >= len(whole) - 1
-    assert np.abs(plan.indices - separate)[whole].max() <= 1
+    # Each frame number differs by at most one from that of a separate video of the window.
+    separate_indices = np.round(plan.starts * fps)[:, None] + first
+    unpadded = ~plan.padded
+    assert unpadded.sum() >= len(unpadded) - 1
+    assert np.abs(plan.indices - separate_indices)[unpadded].max() <= 1
     assert (np.diff(plan.indices, axis=0) >= 0).all()
     plan = make_plan(long_videos / "8.mp4", spec, 10.0, 2.5, align=True)
     np.testing.assert_array_equal(
@@ -97,15 +97,15 @@ def test_aligned_windows_share_frames_of_segments(long_videos):
     spec = ClipSpec(num_frames=8, crop=64, short_side=72, sampling="segments")
     plan = make_plan(long_videos / "8.mp4", spec, 65 / 8, 2.1, align=True)  # every 8th frame
     assert plan.stride == 2.0
-    whole = plan.indices[~plan.padded]
-    np.testing.assert_array_equal(whole[1][:6], whole[0][2:])
+    indices = plan.indices[~plan.padded]
+    np.testing.assert_array_equal(indices[1][:6], indices[0][2:])
 
 
 @pytest.mark.parametrize(
     ("name", "crops", "batch_size"), [("stam", 1, 1), ("stam", 3, 2), ("xvit", 1, 2)]
 )
 def test_window_probabilities_equal_the_model(folders, long_videos, name, crops, batch_size):
-    """With and without shared features, windows equal clips that are computed separately."""
+    """Windows equal separately computed clips, with and without shared frame features."""
     classifier = jaxvid.Classifier(folders / name, num_crops=crops, batch_size=batch_size)
     path = long_videos / "25.mp4"
     timeline = classifier.windows(path, 10.0, 2.5)
@@ -122,7 +122,9 @@ def test_window_probabilities_equal_the_model(folders, long_videos, name, crops,
     assert timeline.ends[-1] == 30
 
 
-def test_frames_are_decoded_and_encoded_once_and_released(folders, long_videos, monkeypatch):
+def test_frames_are_decoded_and_encoded_once_and_their_features_are_released(
+    folders, long_videos, monkeypatch
+):
     decoded, computed, held = [], [], []
     original = VideoFile.iter_frames
 
@@ -155,7 +157,7 @@ def test_frames_are_decoded_and_encoded_once_and_released(folders, long_videos, 
     assert max(held) <= 2 * 8
 
 
-def test_short_video_has_one_window(folders, clips):
+def test_video_shorter_than_a_window_has_one_window(folders, clips):
     timeline = jaxvid.Classifier(folders / "stam").windows(clips[3], 10.0, 2.5)
     assert timeline.padded.tolist() == [True]
     whole = jaxvid.Classifier(folders / "stam").predict(clips[3], top_k=8)
@@ -164,25 +166,25 @@ def test_short_video_has_one_window(folders, clips):
 
 
 @pytest.mark.parametrize("name", ["stam", "xvit"])
-def test_damage_detected_at_the_end_leaves_no_timeline(
+def test_decode_error_at_the_end_leaves_no_timeline(
     folders, long_videos, tmp_path, capsys, monkeypatch, name
 ):
     original = VideoFile.iter_frames
 
     def iter_frames(self, indices):
         yield from original(self, indices)
-        raise DecodeError("x.mp4: frame 3 was damaged after all")
+        raise DecodeError("x.mp4: frame 3 is damaged")
 
     monkeypatch.setattr(VideoFile, "iter_frames", iter_frames)
     arguments = [str(long_videos / "25.mp4"), "--model", str(folders / name)]
     arguments += ["--window", "10", "--stride", "2.5", "--output", str(tmp_path / "timeline")]
     assert main(arguments) == 1
-    assert "failed: x.mp4: frame 3 was damaged after all" in capsys.readouterr().err
+    assert "failed: x.mp4: frame 3 is damaged" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
 
 
 class FakeReader:
-    """A reader with or without frame rate and timestamps."""
+    """The attributes of a reader, with or without frame rate and timestamps."""
 
     def __init__(self, num_frames=40, fps=None, times=None):
         self.num_frames, self.fps, self.times = num_frames, fps, times
@@ -206,7 +208,7 @@ def test_windows_follow_timestamps():
     assert constant.ends.tolist() == [1, 2, 3, 4]
 
 
-def test_timeline_outputs(folders, long_videos, tmp_path, capsys):
+def test_timeline_is_written_or_printed(folders, long_videos, tmp_path, capsys):
     video = str(long_videos / "25.mp4")
     arguments = [video, "--model", str(folders / "stam"), "--window", "10", "--stride", "2.4"]
     prefix = tmp_path / "new" / "timeline"
@@ -242,8 +244,8 @@ def test_timeline_outputs(folders, long_videos, tmp_path, capsys):
     assert len(os.listdir(prefix.parent)) == 3
     assert main([*arguments, "--json"]) == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert printed[0] == {"video": video, **jaxvid.Classifier(folders / "stam").windows(
-        video, 10, 2.5).rows(5)[0]}  # fmt: skip
+    timeline = jaxvid.Classifier(folders / "stam").windows(video, 10, 2.5)
+    assert printed[0] == {"video": video, **timeline.rows(5)[0]}
     assert main(arguments) == 0
     assert len(capsys.readouterr().out.splitlines()) == 9
 

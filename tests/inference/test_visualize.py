@@ -1,4 +1,4 @@
-"""Attention rollout of known networks: heat maps, bars, and output files."""
+"""Attention rollout of networks with known attention: heat maps, bars and output files."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from jaxvid.inference.attention_rollout import compute_rollout, find_crop_box, r
 from jaxvid.models import merge_params, split_params
 from jaxvid.visualize import BAR, BAR_HEIGHT, SHEET_PANEL, draw_frame, draw_sheet
 
-FRAME, ROW, COLUMN = 5, 1, 2  # position of the bright patch, in a grid of 4 rows and columns
+FRAME, ROW, COLUMN = 5, 1, 2  # bright patch: frame of the clip, and position in 4 × 4 patches
 PREPROCESSING = {"num_frames": 8, "crop": 64, "short_side": 72, "mean": 0.0, "std": 1.0}
 # Height and width of the upright video, rotation tag in degrees, and resize.
 GEOMETRIES = [
@@ -31,7 +31,7 @@ GEOMETRIES = [
 
 
 def bright_box(size: tuple[int, int]) -> list[int]:
-    """Return top, left, bottom and right of the bright patch, in pixels of the whole frame."""
+    """Return top, left, bottom and right of the bright patch, in pixels of the uncropped frame."""
     scale = min(size) / PREPROCESSING["short_side"]
     corners = []
     for i in (0, 1):
@@ -42,7 +42,13 @@ def bright_box(size: tuple[int, int]) -> list[int]:
 
 
 def write_video(path, size, turn=None):
-    """Write 17 dark frames at 4 fps, one with a bright patch. Clips sample every second frame."""
+    """Write 17 dark frames at 4 fps, one with a bright patch; clips sample every second frame.
+
+    Args:
+        path: The file.
+        size: Height and width of the upright video.
+        turn: Rotation tag in degrees, or None.
+    """
     frames = np.full((17, *size, 3), 40, np.uint8)
     top, left, bottom, right = bright_box(size)
     frames[2 * FRAME + 1, top:bottom, left:right] = 255
@@ -63,7 +69,7 @@ def write_video(path, size, turn=None):
 
 @pytest.fixture(scope="module")
 def seeker():
-    """A STAM whose class tokens attend to the brightest patch and to the frame that contains it.
+    """Return a STAM that attends to the brightest patch and to the frame that contains it.
 
     Channel 0 is the brightness of a patch, channel 1 is always 1. The only head of the only block
     compares keys from channel 0 with a constant query, and copies channel 0 to channel 2 of the
@@ -124,7 +130,7 @@ def box_of(mask: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize(("size", "turn", "resize"), GEOMETRIES)
-def test_heat_covers_the_bright_patch(seeker, tmp_path, size, turn, resize):
+def test_heat_map_covers_the_bright_patch(seeker, tmp_path, size, turn, resize):
     jaxvid.save_model(seeker, tmp_path / "model", preprocessing={**PREPROCESSING, "resize": resize})
     rollout = compute_rollout(write_video(tmp_path / "clip.mp4", size, turn), tmp_path / "model")
     assert rollout.frames.shape == (8, *size, 3)
@@ -133,8 +139,8 @@ def test_heat_covers_the_bright_patch(seeker, tmp_path, size, turn, resize):
     assert rollout.patch_attention.shape == (8, 4, 4)
     np.testing.assert_allclose(rollout.patch_attention.sum((1, 2)), 1, rtol=1e-5)
     assert rollout.patch_attention[FRAME, ROW, COLUMN] > 0.99
-    others = np.delete(rollout.patch_attention, FRAME, axis=0)
-    np.testing.assert_allclose(others, 1 / 16, atol=0.01)  # compression leaves some noise
+    other_frames = np.delete(rollout.patch_attention, FRAME, axis=0)
+    np.testing.assert_allclose(other_frames, 1 / 16, atol=0.01)  # compression leaves some noise
     assert rollout.frame_attention[FRAME] > 0.99
     assert rollout.frame_attention.sum() == pytest.approx(1)
     for t in range(8):
@@ -144,7 +150,7 @@ def test_heat_covers_the_bright_patch(seeker, tmp_path, size, turn, resize):
             assert not is_lit(panel).any()
             continue
         lit_box, expected = box_of(is_lit(panel)), bright_box(size)
-        # Exact where patches have a whole number of pixels.
+        # Exact unless the size of a patch is not a whole number of pixels.
         assert np.abs(np.subtract(lit_box, expected)).max() <= (size == (150, 202))
 
 
@@ -166,7 +172,7 @@ def test_crop_is_outlined_and_the_rest_darkened(seeker_folder, tmp_path, size, t
 
 
 @pytest.mark.parametrize(("resize", "width"), [("pil_bilinear", 1952), ("torch_bilinear", 1951)])
-def test_crop_box_of_both_resizes(resize, width):
+def test_crop_box_follows_the_rounding_of_each_resize(resize, width):
     """549 / 63 · 224 is 1952, but torch_bilinear computes 1951 in floating point."""
     spec = ClipSpec(num_frames=8, crop=224, short_side=224, resize=resize)
     left, right = math.ceil((width - 224) / 2) / width, math.ceil((width + 224) / 2) / width
@@ -174,7 +180,7 @@ def test_crop_box_of_both_resizes(resize, width):
     assert find_crop_box(549, 63, spec) == pytest.approx((left, 0, right, 1), abs=1e-9)
 
 
-def test_contact_sheet(seeker_folder, tmp_path):
+def test_contact_sheet_shows_heat_and_bars(seeker_folder, tmp_path):
     clip = write_video(tmp_path / "clip.mp4", (144, 288))
     arguments = [str(clip), "--model", str(seeker_folder), "--output", str(tmp_path / "sheet.PNG")]
     assert visualize.main(arguments) == 0
@@ -194,14 +200,14 @@ def test_contact_sheet(seeker_folder, tmp_path):
     assert max(np.delete(heights, FRAME)) <= 1
 
 
-def test_slide_show(seeker_folder, tmp_path):
+def test_slide_show_shows_heat_beside_the_frame(seeker_folder, tmp_path):
     clip = write_video(tmp_path / "clip.mp4", (288, 144), -90)
     output = tmp_path / "12:30.mp4"
     visualize.visualize(clip, seeker_folder, output)
     with av.open(f"file:{output}") as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
-        assert stream.average_rate == 2  # like the clip
+        assert stream.average_rate == 2  # the rate of the sampled frames
         assert stream.width % 2 == stream.height % 2 == 0
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == 8
@@ -268,7 +274,7 @@ def test_rollout_of_every_architecture(motion_folder, tmp_path, name, options, m
     assert shares == sorted(shares, reverse=True)
 
 
-def test_clip_option(seeker_folder, motion_folder):
+def test_clip_option_selects_the_clip(seeker_folder, motion_folder):
     video = motion_folder / "val" / "00003.mp4"
     middles, starts = (compute_rollout(video, seeker_folder, clip=clip).indices for clip in (0, 1))
     np.testing.assert_array_equal(starts, np.arange(8) * 2)
@@ -296,7 +302,7 @@ def test_long_texts_are_wrapped(seeker_folder, motion_folder):
         assert ink.sum() == pytest.approx(wide.sum(), rel=0.02)
 
 
-def test_file_names_that_are_not_utf8(seeker_folder, motion_folder, tmp_path, capsys):
+def test_file_names_with_invalid_utf8_are_accepted(seeker_folder, motion_folder, tmp_path, capsys):
     video, output = (
         os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9." + end) for end in (b"mp4", b"png")
     )

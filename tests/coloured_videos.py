@@ -1,4 +1,4 @@
-"""Videos of one colour each, and a network whose answers to them are known in advance."""
+"""Videos of one colour each, and a stub network whose predictions for them are known."""
 
 import csv
 import json
@@ -12,16 +12,19 @@ from jaxvid.data.synthetic_motion import write_clip
 from jaxvid.models import make_model_config, split_params
 from jaxvid.storage import model_card, model_folder
 
-# Colours of the videos (their mean is what the network answers), and labels: 13 of 19 are right.
+# (RGB colour, label) of each video. The stub predicts 13 of the 19 labels.
 RIGHT = [((200, 30, 30), 0), ((30, 200, 30), 1), ((30, 30, 200), 2)] * 4 + [((90, 90, 90), 3)]
 WRONG = [((200, 150, 30), 1), ((150, 30, 200), 0), ((30, 30, 30), 2)] * 2
 VIDEOS = RIGHT + WRONG
 NAMES = ["red", "green", "blue", "grey"]
-HOW = {"sampling": "segments", "sampling_rate": 16, "mean": 0.0, "std": 1.0}
+PREPROCESSING = {"sampling": "segments", "sampling_rate": 16, "mean": 0.0, "std": 1.0}
 
 
-class Colour(nnx.Module):
-    """Answers with the mean of each colour, and .5 and a bias for a fourth class."""
+class ColourStub(nnx.Module):
+    """Returns the mean of each colour channel as the logits of three classes.
+
+    The logit of the fourth class is 0.5 plus a bias.
+    """
 
     def __init__(self):
         self.bias = nnx.Param(jnp.zeros(()))
@@ -31,22 +34,25 @@ class Colour(nnx.Module):
         return jnp.concatenate([means, jnp.full((len(video), 1), 0.5) + self.bias[...]], axis=1)
 
 
-def stub_network(_):
-    """The stub in the place of what `models.abstract_model` gives for a config."""
-    graphdef, params = split_params(Colour())
+def abstract_stub(_):
+    """Return the graphdef and shapes of the stub, in place of `models.abstract_model`."""
+    graphdef, params = split_params(ColourStub())
     return graphdef, jax.eval_shape(lambda: params)
 
 
 def save_stub(folder, bias=0.0, **config):
-    """A model folder that holds the stub's weight under the name of a config's network."""
+    """Save a model folder with the config of a network, but the weight of the stub."""
     card = model_card.make_card(
-        make_model_config(**config), preprocessing=HOW, labels=NAMES, provenance={}
+        make_model_config(**config), preprocessing=PREPROCESSING, labels=NAMES, provenance={}
     )
     model_folder.save_model_folder(folder, {"bias": jnp.full((), bias)}, card)
 
 
-def make_colours(folder):
-    """19 videos of one colour each, of which the second is too short, and a broken one."""
+def make_coloured_videos(folder):
+    """Write 19 videos of one colour each (the second is shorter than a clip) and a broken video.
+
+    All 20 are listed for validation: the broken one has index 7.
+    """
     lines = []
     for i, (colour, label) in enumerate(VIDEOS):
         frames = np.full((4 if i == 1 else 12, 36, 48, 3), colour, np.uint8)
@@ -60,8 +66,8 @@ def make_colours(folder):
     return folder
 
 
-def check_known(workdir):
-    """The report of an evaluation of the stub has the numbers that are known."""
+def check_outputs(workdir):
+    """Check the outputs of an evaluation of the stub on all videos."""
     report = json.loads((workdir / "eval.json").read_text())
     assert (report["top1"], report["top5"]) == (100 * len(RIGHT) / 20, 95)
     counts = [report[f"num_{name}"] for name in ("videos", "evaluated", "padded", "failed")]
@@ -75,11 +81,12 @@ def check_known(workdir):
     assert report["confusion"] == [[4, 0, 2, 0], [2, 4, 0, 0], [0, 0, 4, 2], [0, 0, 0, 1]]
     with (workdir / "eval_videos.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    expected = [names_of(colour) for colour, _ in VIDEOS]
+    expected = [predicted_name(colour) for colour, _ in VIDEOS]
     expected.insert(7, "")
     assert [row["prediction"] for row in rows] == expected
     assert [row["padded"] for row in rows] == ["1" if i == 1 else "0" for i in range(20)]
 
 
-def names_of(colour):
+def predicted_name(colour):
+    """Return the class that the stub predicts for a colour."""
     return NAMES[int(np.argmax([*colour, 127.5]))]
