@@ -325,15 +325,8 @@ def main() -> None:
     )
     parser.add_argument("--size", default="340x256", help="size of the videos in pixels")
     parser.add_argument("--videos", type=int, default=6, help="number of videos")
-    parser.add_argument(
-        "--rounds", type=int, default=24, help="clips per side; three times as many if augmented"
-    )
-    parser.add_argument(
-        "--frames_per_record",
-        type=int,
-        default=Settings.frames_per_record,
-        help="frames per record of the pack",
-    )
+    parser.add_argument("--rounds", type=int, default=24, help="clips per side")
+    parser.add_argument("--frames_per_record", type=int, default=Settings.frames_per_record)
     args = parser.parse_args()
     width, height = (int(n) for n in args.size.split("x"))
     cv2.setNumThreads(1)
@@ -391,13 +384,10 @@ def main() -> None:
 
         with VideoFile(paths[0]) as video:
             frames = video.get_frames(np.array(clip_indices(video.num_frames)))
+        make_rng = np.random.default_rng
         sides = {
-            "jaxvid AutoAugment": lambda i: autoaugment.autoaugment(
-                frames, np.random.default_rng(i)
-            ),
-            "Pillow, frame by frame": lambda i: pillow_autoaugment(
-                frames, np.random.default_rng(i)
-            ),
+            "jaxvid AutoAugment": lambda i: autoaugment.autoaugment(frames, make_rng(i)),
+            "Pillow, frame by frame": lambda i: pillow_autoaugment(frames, make_rng(i)),
         }
         compare("AutoAugment of 16 frames", sides, list(range(3 * args.rounds)))
         print_stages(paths, args.rounds)

@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.batch_size = 32
     # In STAM only class tokens attend to other frames, so rotations take longer to learn.
-    config.num_epochs = 10.0 if variant == "stam" else 8.0
+    config.num_epochs = 10.0 if variant == "stam" else 6.0
 
     config.data.source = "motion"
     config.data.folder = "data/motion"

@@ -327,8 +327,7 @@ def _replace_stream(name: str) -> None:
 def _open_closed_descriptors() -> None:
     """Open /dev/null in place of a closed standard stream.
 
-    Otherwise, the next file to be opened would get this descriptor, and messages would be written
-    to that file.
+    Otherwise, the next opened file would get this descriptor, and messages would be written to it.
     """
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:

@@ -119,7 +119,7 @@ TARGETS = {
         ),
         Target(
             "tests/training/test_steps.py",
-            "linear or fresh_state or each_part",
+            "linear or fresh_state or each_part or recipes",
             (
                 "Recipe",
                 "Teacher",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,9 +42,13 @@ def load_card(folder: str | Path) -> dict:
         path = atomic.resolve(folder, CARD_NAME) / CARD_NAME
         data = read_limited(path, MAX_CARD_BYTES)
     except FileNotFoundError:
+        reason = (
+            f"is not a model folder (no {Path(folder) / CARD_NAME})"
+            if os.path.lexists(folder)
+            else "does not exist"
+        )
         raise InputError(
-            f"{folder} is not a model folder (no {Path(folder) / CARD_NAME}); choose a folder "
-            "written by training or by a converter"
+            f"{folder} {reason}; choose a folder written by training or by a converter"
         ) from None
     except OSError as error:  # e.g. no permission, or a name that is too long
         raise InputError(

@@ -341,8 +341,7 @@ def test_different_config_fields_end_both(failing, motion_folder, tmp_path):
         *_, line = lines(workdir, process)
         extra = ["missing", "1"] if failing else ["1", "missing"]
         assert (
-            f"optimizer.extra is {extra[0]} in process 0, {extra[1]} in process 1; "
-            "optimizer.name is "
+            f"optimizer.extra: {extra[0]} in process 0, {extra[1]} in process 1; optimizer.name: "
         ) in line
         assert line.endswith("; start all with the same flags")
 

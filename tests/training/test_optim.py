@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import motion, xvit_k600, xvit_ssv2
+from configs import common, motion, xvit_k600, xvit_ssv2
 from jaxvid.errors import InputError
 from jaxvid.models import FAMILIES, abstract_model, make_model_config
 from jaxvid.training.optim import (
@@ -22,6 +22,15 @@ from jaxvid.training.optim import (
 from tests import goldens
 
 MOTION = OptimizerConfig(**motion.get_config().optimizer)
+
+
+def test_default_options_equal_those_of_the_configs():
+    defaults = {field.name: field.default for field in dataclasses.fields(OptimizerConfig)}
+    config = common.default_config("xvit_tiny").optimizer
+    assert defaults == config.to_dict()
+    assert {name: type(value) for name, value in defaults.items()} == {
+        field.name: field.type for field in dataclasses.fields(OptimizerConfig)
+    }
 
 
 def test_warm_up_is_linear_and_the_final_rate_is_zero():

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from configs import xvit_k600
+from jaxvid.errors import InputError
 from jaxvid.models import (
     FAMILIES,
     abstract_model,
@@ -410,7 +411,17 @@ def test_a_linear_step_is_the_masked_mean_gradient():
         targets = np.eye(4)[batch["label"]]
         check_step(result, state, batch, targets, video, scale=scale, smoothing=smoothing)
     assert recipe.trainable({"a": 1}) == {"a": 1}
-    assert (Recipe(seed=0).mean, Recipe(seed=0).std) == (0.5, 0.5)
+
+
+def test_impossible_recipes_are_refused_and_defaults_are_off():
+    for decay in (-0.1, 1.0, 1.5):
+        with pytest.raises(InputError, match=f"ema_decay={decay}"):
+            Recipe(seed=0, ema_decay=decay)
+    with pytest.raises(InputError, match="mixup_alpha=0.2, cutmix_alpha=1.0: "):
+        Recipe(seed=0, mixup_alpha=0.2, cutmix_alpha=1.0)
+    recipe = Recipe(seed=0)
+    assert (recipe.mean, recipe.std) == (0.5, 0.5)
+    assert (recipe.mixup_alpha, recipe.cutmix_alpha, recipe.erase_prob) == (0.0, 0.0, 0.0)
 
 
 def test_a_linear_step_on_masked_clips_changes_nothing():
