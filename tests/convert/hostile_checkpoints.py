@@ -305,10 +305,10 @@ for _name, _message, _edit in (
     ),
     ("member offset of 2 GB", "cannot be read", lambda d: _edit_entry(d, 42, UINT32_2GB)),
     ("member offset of another member", "cannot be read", lambda d: _edit_entry(d, 42, bytes(4))),
-    ("member size of 4 GB", "not read", lambda d: _edit_entry(d, 24, UINT32_MAX)),
+    ("member size of 4 GB", "in a file of 0 MB", lambda d: _edit_entry(d, 24, UINT32_MAX)),
     (
         "compressed and full size of 4 GB",
-        "not read",
+        "in a file of 0 MB",
         lambda d: _edit_entry(d, 20, 2 * UINT32_MAX),
     ),
     ("member size of one byte", "compressed", lambda d: _edit_entry(d, 24, b"\x01\0\0\0")),
