@@ -277,7 +277,7 @@ case("params: additional file of a terabyte", "MB of files for weights", _add_hu
 
 # ---- the folder itself
 for _name, _build, _message in (
-    ("missing", lambda p: None, "is not a model folder"),
+    ("missing", lambda p: None, "does not exist"),
     ("empty", lambda p: p.mkdir(), "is not a model folder"),
     ("file", lambda p: p.write_bytes(b"hello"), "model.json|Not a directory"),
     ("fifo", os.mkfifo, "Not a directory"),

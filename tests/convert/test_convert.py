@@ -452,7 +452,7 @@ def test_flax_to_torch_checkpoints_load_strictly_and_bad_folders_are_refused(tmp
     build_reference(model.config).load_state_dict(state, strict=True)
     arguments[1] = str(tmp_path / "missing")
     assert flax_to_torch.main(arguments) == InputError.EXIT_CODE
-    assert "is not a model folder" in capsys.readouterr().err
+    assert "missing does not exist" in capsys.readouterr().err
     arguments = ["--input", str(tmp_path / "demo"), "--output", str(tmp_path / "no" / "a.pth")]
     assert flax_to_torch.main(arguments) == InputError.EXIT_CODE
     assert "cannot be written" in capsys.readouterr().err

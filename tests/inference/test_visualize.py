@@ -328,7 +328,7 @@ def test_bad_input_gives_one_line_error(seeker, seeker_folder, motion_folder, tm
     cases = [
         (tmp_path / "no.mp4", seeker_folder, output, [], "no.mp4 does not exist"),
         (text, seeker_folder, output, [], "text.mp4: cannot be decoded"),
-        (clip, tmp_path / "no", output, [], "no is not a model folder"),
+        (clip, tmp_path / "no", output, [], "no does not exist"),
         (clip, tmp_path / "bare", output, [], "preprocessing is missing; export the model again"),
         (clip, tmp_path / "broken", output, [], "not finite"),
         (clip, tmp_path / "one", output, [], "one/model.json: labels has 1 entries, expected num_"),

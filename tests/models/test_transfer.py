@@ -472,4 +472,4 @@ def test_damaged_folders_are_refused(folders, tmp_path):
     del card["config"]["name"]
     (folder / "model.json").write_text(json.dumps(card))
     assert "model.json: " in refusal(folder, XVIT)
-    assert "is not a model folder" in refusal(tmp_path / "nowhere", XVIT)
+    assert "nowhere does not exist" in refusal(tmp_path / "nowhere", XVIT)

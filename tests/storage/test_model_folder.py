@@ -118,7 +118,7 @@ def test_partly_deleted_backup_is_not_restored(best):
     (best.parent / ".best.old" / "model.json").unlink()  # the file that a deletion removes first
     shutil.rmtree(best)
     assert model_card.best_top1(best.parent) == -1.0
-    with pytest.raises(InputError, match="best is not a model folder"):
+    with pytest.raises(InputError, match="best does not exist; choose"):
         jaxvid.load_model(best)
 
 

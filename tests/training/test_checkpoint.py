@@ -112,7 +112,7 @@ def test_damaged_model_folders_are_refused(folder, tmp_path):
         with pytest.raises(InputError, match=message) as error:
             jaxvid.load_model(damaged(str(i), change))
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="is not a model folder"):
+    with pytest.raises(InputError, match="nowhere does not exist"):
         jaxvid.load_model(tmp_path / "nowhere")
 
 

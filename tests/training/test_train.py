@@ -319,7 +319,7 @@ def test_invalid_configs_are_refused_before_anything_is_written(config, tmp_path
         "num_epochs=-3.0: must be above 0": ("", "num_epochs", -3.0),
         "eval.every_epochs=0.0: must be": ("eval", "every_epochs", 0.0),
         "warmup_epochs=9.0 .* does not fit": ("optimizer", "warmup_epochs", 9.0),
-        "is not a model folder": ("", "init_from", "nowhere"),
+        "nowhere does not exist; choose a folder": ("", "init_from", "nowhere"),
     }
     for message, (section, field, value) in cases.items():
         other = config.copy_and_resolve_references().unlock()
