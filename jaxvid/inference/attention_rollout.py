@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 
 from jaxvid.data.clips.clip import (
     ClipSpec,
@@ -16,7 +17,7 @@ from jaxvid.data.clips.clip import (
 from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.distributed import setup
 from jaxvid.errors import InputError
-from jaxvid.models import family_of
+from jaxvid.models import Params, family_of, merge_params, split_params
 from jaxvid.storage.preprocessing import load_model_and_preprocessing, normalize
 
 TOP_K = 3  # number of classes in AttentionRollout.top
@@ -119,19 +120,24 @@ def compute_rollout(
     indices = views["indices"][clip]
     frames, times = _read_frames(video, indices, spec)
 
+    graphdef, params = split_params(model)
+
     @jax.jit
-    def run(clip: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def run(params: Params, clip: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model = merge_params(graphdef, params)
         attention = {name: roll_out(a[0]) for name, a in model.attention(clip).items()}
-        return jax.nn.softmax(model(clip))[0], attention
+        return model(clip)[0], attention
 
     view = views["video"][clip : clip + 1]
     view = normalize(view, preprocessing.mean, preprocessing.std)
-    probabilities, attention = jax.device_get(run(view))
-    if not np.isfinite(probabilities).all():
+    # The logits are checked, because XLA's softmax on CPU turns NaN into finite numbers.
+    logits, attention = jax.device_get(run(params, view))
+    if not np.isfinite(logits).all():
         raise InputError(
             f"{folder}: the logits for {video} are not finite, so the weights are damaged; retrain "
             "or reconvert the model"
         )
+    probabilities = scipy.special.softmax(logits)
     side = spec.crop // model.config.patch_size
     patch_attention = attention["spatial"].reshape(-1, side, side)
     t = len(patch_attention)
