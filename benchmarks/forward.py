@@ -38,19 +38,20 @@ import optax
 
 from benchmarks.cost import multiply_adds
 from jaxvid.models import Params, create_model, make_model_config, merge_params, split_params
+from jaxvid.models.precision import ACTIVATIONS, DTYPES, PRECISIONS
 from jaxvid.training.steps import cross_entropy
 
 
 def matmul_peak(dtype: str) -> float:
     """Measure the highest rate of a large matrix product in JAX, in multiply-adds per second."""
     n = 8192 if jax.default_backend() == "gpu" else 2048
-    a = jnp.ones((n, n), dtype)
-    product = jax.jit(lambda a: a @ a)
-    product(a).block_until_ready()
+    a = jnp.ones((n, n), ACTIVATIONS[dtype])
+    product = jax.jit(functools.partial(jnp.matmul, precision=PRECISIONS[dtype]))
+    product(a, a).block_until_ready()
     best = 0.0
     for _ in range(10):
         start = time.perf_counter()
-        product(a).block_until_ready()
+        product(a, a).block_until_ready()
         best = max(best, n**3 / (time.perf_counter() - start))
     return best
 
@@ -107,7 +108,8 @@ def make_torch(args: argparse.Namespace) -> Callable[[], None]:
     model, clip, label = make_inputs(args)
     on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
     device = "cuda" if on_gpu else "cpu"
-    dtype = getattr(torch, args.dtype)
+    dtype = getattr(torch, ACTIVATIONS[args.dtype])
+    torch.backends.cuda.matmul.allow_tf32 = args.dtype == "tfloat32"
     torch.set_num_threads(THREADS)
     reference = build_reference(model.config, fused=on_gpu).to(device)
     reference.load_state_dict(to_state_dict(split_params(model)[1], model.config), strict=True)
@@ -172,7 +174,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype",
         default="float32",
-        choices=("float32", "bfloat16"),
+        choices=DTYPES,
         help="compute dtype (default float32)",
     )
     parser.add_argument(

@@ -74,7 +74,7 @@ def _default_eval() -> ConfigDict:
     section.num_clips = 1  # per video
     section.num_crops = 1  # per clip: 1 or 3
     section.score = "logits"  # summed over the views; or probabilities, averaged
-    section.dtype = "float32"  # or bfloat16; independent of model.dtype
+    section.dtype = "float32"  # or tfloat32, bfloat16; independent of model.dtype
     section.short_side = 256  # of frames before the crop, in pixels
     section.batch_size = 16  # videos per step, over all devices and processes
     section.every_epochs = 1.0

@@ -36,6 +36,7 @@ from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.errors import InputError, printable
 from jaxvid.inference.class_timeline import KINDS
 from jaxvid.inference.classifier import Classifier
+from jaxvid.models.precision import DTYPES
 
 MAX_EXIT_CODE = 99
 STDOUT = "-"
@@ -107,7 +108,7 @@ def predict(
         batch_size: Videos per batch; None: as many as have 8 views, at least one.
         num_clips: Clips per video; None: from the model card.
         num_crops: Crops per clip, 1 or 3; None: from the model card.
-        dtype: Compute dtype, `float32` or `bfloat16`.
+        dtype: Compute dtype, one of `precision.DTYPES`.
 
     Yields:
         `Prediction.to_json()` of each video, in order.
@@ -240,7 +241,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
     add("--batch_size", type=int, help="videos per batch (default: 8 divided by clips × crops, at "
         "least 1); with --window, windows per batch (default: 1)")  # fmt: skip
-    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+    add("--dtype", choices=DTYPES, default="float32",
         help="compute dtype (default: float32, as in evaluation)")  # fmt: skip
     add("--window", type=float, metavar="SECONDS", help="classify sliding windows of this "
         "length instead of the whole video")  # fmt: skip

@@ -4,13 +4,13 @@ import dataclasses
 from typing import Any
 
 from jaxvid.errors import InputError, check_option
+from jaxvid.models.precision import DTYPES
 from jaxvid.storage.preprocessing import Preprocessing
 
 SCORES = {
     "logits": "sum of logits over the views",
     "probabilities": "mean of probabilities over the views",
 }
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class EvalProtocol:
     Attributes:
         preprocessing: Preprocessing of clips, including the numbers of clips and crops per video.
         score: Score that classes are ranked by, one of `SCORES`.
-        dtype: Compute dtype, one of `DTYPES`; independent of the model's.
+        dtype: Compute dtype, one of `precision.DTYPES`; independent of the model's.
         batch_size: Videos per step, over all devices and processes.
         every_epochs: Epochs of training between two evaluations.
 

@@ -74,7 +74,7 @@ def roll_out(weights: jax.Array) -> jax.Array:
     weights = weights / weights.sum(axis=-1, keepdims=True)
     row = jnp.zeros(weights.shape[1:-1]).at[..., 0].set(1)  # (... n)
     for block in weights[::-1]:
-        row = 0.5 * row + 0.5 * jnp.einsum("...i,...ij->...j", row, block)
+        row = 0.5 * row + 0.5 * jnp.einsum("...i,...ij->...j", row, block, precision="highest")
     total = row[..., 1:].sum(axis=-1, keepdims=True)
     # A class token that attends only to itself has a total of 0.
     return jnp.where(total > 0, row[..., 1:] / total, 1 / (n - 1))

@@ -80,7 +80,7 @@ class Classifier:
         num_clips: Clips per video; None: from the model card.
         num_crops: Crops per clip, 1 or 3; None: from the model card.
         num_threads: Decoder threads; None: one per CPU core.
-        dtype: Compute dtype, `float32` or `bfloat16`, like the config field `eval.dtype`.
+        dtype: Compute dtype, one of `precision.DTYPES`, like the config field `eval.dtype`.
 
     Attributes:
         labels: Class names, in the order of the logits.

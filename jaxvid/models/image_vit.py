@@ -14,6 +14,7 @@ from jaxvid.errors import check_option
 from jaxvid.models.counts import block_multiply_adds, block_params, linear_params
 from jaxvid.models.layers import Block, PatchEmbed, layer_norm, run_blocks
 from jaxvid.models.limits import check_divisible, check_fields, check_size
+from jaxvid.models.precision import ACTIVATIONS, DTYPES, in_model_precision
 from jaxvid.models.resize import resize_pos_embed
 
 Initializer = Callable[..., jax.Array]
@@ -48,7 +49,8 @@ class ImageViTConfig:
             first block.
         remat: Whether to store only the input of each block of the image ViT, and to run the block
             again in the backward pass.
-        dtype: Compute dtype, `float32` or `bfloat16`. Weights are always float32.
+        dtype: Compute dtype: `float32` (IEEE), `tfloat32` (float32 activations, matrix products
+            in TensorFloat-32 on NVIDIA GPUs) or `bfloat16`. Weights are always float32.
     """
 
     name: str
@@ -67,8 +69,13 @@ class ImageViTConfig:
     def __post_init__(self):
         check_fields(self)
         check_divisible(self, width="heads", image_size="patch_size")
-        check_option("dtype", self.dtype, ("float32", "bfloat16"))
+        check_option("dtype", self.dtype, DTYPES)
         check_size(self)
+
+    @property
+    def compute_dtype(self) -> str:
+        """Dtype of the activations: `float32` or `bfloat16`."""
+        return ACTIVATIONS[self.dtype]
 
     @property
     def num_tokens(self) -> int:
@@ -115,7 +122,9 @@ class ImageViT(nnx.Module):
     ) -> None:
         """Allocate the patch embedding, the class token and the positional embedding."""
         self.config = config
-        self.patch_embed = PatchEmbed(config.patch_size, config.width, config.dtype, rngs=rngs)
+        self.patch_embed = PatchEmbed(
+            config.patch_size, config.width, config.compute_dtype, rngs=rngs
+        )
         self.cls_token = nnx.Param(normal_init(rngs.params(), (1, 1, config.width)))
         self.pos_embed = nnx.Param(pos_init(rngs.params(), (1, config.num_tokens, config.width)))
 
@@ -145,14 +154,15 @@ class ImageViT(nnx.Module):
                     eps,
                     lambda i=i: make_attention(i),
                     make_linear,
-                    cfg.dtype,
+                    cfg.compute_dtype,
                     rngs=rngs,
                 )
                 for i in range(cfg.depth)
             ]
         )
-        self.norm = layer_norm(cfg.width, eps, cfg.dtype, rngs=rngs)
+        self.norm = layer_norm(cfg.width, eps, cfg.compute_dtype, rngs=rngs)
 
+    @in_model_precision
     def embed(self, video: jax.Array) -> jax.Array:
         """Return the tokens before the first block: `(b t h w c)` → `(b t n d)`."""
         x = self.patch_embed(video)
@@ -162,6 +172,7 @@ class ImageViT(nnx.Module):
         pos_embed = resize_pos_embed(self.pos_embed[...], (h // p, w // p))
         return jnp.concatenate([cls_token, x], axis=2) + pos_embed[:, None].astype(x.dtype)
 
+    @in_model_precision
     def frame_features(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Return the class token of each frame: `(b t h w c)` → `(b t d)`.
 

@@ -33,6 +33,7 @@ from jaxvid.models.layers import (
     record_attention,
 )
 from jaxvid.models.limits import check_divisible
+from jaxvid.models.precision import in_model_precision
 
 EPS = 1e-5
 # Initialisers of the Linear kernels, the image ViT's `pos_embed` and the aggregator's `pos_embed`.
@@ -127,8 +128,8 @@ class EncoderLayer(nnx.Module):
         self.self_attn = FrameAttention(cfg, rngs=rngs)
         self.linear1 = _linear(cfg, cfg.width, cfg.temporal_mlp, rngs=rngs)
         self.linear2 = _linear(cfg, cfg.temporal_mlp, cfg.width, rngs=rngs)
-        self.norm1 = layer_norm(cfg.width, EPS, cfg.dtype, rngs=rngs)
-        self.norm2 = layer_norm(cfg.width, EPS, cfg.dtype, rngs=rngs)
+        self.norm1 = layer_norm(cfg.width, EPS, cfg.compute_dtype, rngs=rngs)
+        self.norm2 = layer_norm(cfg.width, EPS, cfg.compute_dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         keys = (None,) * 4 if key is None else jax.random.split(key, 4)
@@ -143,7 +144,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, cfg: STAMConfig, *, rngs: nnx.Rngs):
         self.layers = nnx.List([EncoderLayer(cfg, rngs=rngs) for _ in range(cfg.temporal_depth)])
-        self.norm = layer_norm(cfg.width, EPS, cfg.dtype, rngs=rngs)
+        self.norm = layer_norm(cfg.width, EPS, cfg.compute_dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         for i, layer in enumerate(self.layers):
@@ -190,21 +191,25 @@ class STAM(ImageViT):
             self.aggregate = Aggregator(config, rngs=rngs)
         self.head = nnx.Linear(config.width, config.num_classes, kernel_init=linear_init, rngs=rngs)
 
+    @in_model_precision
     def video_features(self, frames: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Aggregate the frames' features: `(b t d)` → `(b d)`."""
         if self.config.aggregator == "mean":
             return frames.mean(axis=1)
         return self.aggregate(frames, key=key)
 
+    @in_model_precision
     def classify(self, frames: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Classify clips from their frames' features: `(b t d)` → logits `(b, num_classes)`."""
         return self.head(self.video_features(frames, key=key))
 
+    @in_model_precision
     def features(self, video: jax.Array) -> dict[str, jax.Array]:
         """Return the features `frames` `(b t d)` and `video` `(b d)` of clips `(b t h w c)`."""
         frames = self.frame_features(video)
         return {"frames": frames, "video": self.video_features(frames)}
 
+    @in_model_precision
     def attention(self, video: jax.Array) -> dict[str, jax.Array]:
         """Return the attention weights of a forward pass.
 
@@ -227,6 +232,7 @@ class STAM(ImageViT):
             x = layer(x)
         return {"spatial": spatial, "temporal": jnp.stack(temporal, axis=1)}
 
+    @in_model_precision
     def __call__(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Classify clips.
 
@@ -248,7 +254,9 @@ class STAM(ImageViT):
 
 
 def _linear(cfg: STAMConfig, fan_in: int, fan_out: int, *, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(fan_in, fan_out, kernel_init=INITS[cfg.init][0], dtype=cfg.dtype, rngs=rngs)
+    return nnx.Linear(
+        fan_in, fan_out, kernel_init=INITS[cfg.init][0], dtype=cfg.compute_dtype, rngs=rngs
+    )
 
 
 def _spatial_attention(cfg: STAMConfig, rngs: nnx.Rngs) -> SelfAttention:

@@ -35,6 +35,7 @@ from jaxvid.models.layers import (
     torch_linear,
 )
 from jaxvid.models.limits import check_divisible
+from jaxvid.models.precision import in_model_precision
 from jaxvid.models.space_time_mixing import Mixing, MixingAttention
 
 BACKBONE_EPS = 1e-6
@@ -159,18 +160,18 @@ class TemporalHead(nnx.Module):
         self.dropout = cfg.dropout
         self.cls_token = nnx.Param(jnp.zeros((1, 1, cfg.width)))
         hidden = cfg.mlp_ratio * cfg.width
-        linear = functools.partial(torch_linear, dtype=cfg.dtype, rngs=rngs)
+        linear = functools.partial(torch_linear, dtype=cfg.compute_dtype, rngs=rngs)
         attention = functools.partial(_head_attention, cfg, rngs)
         self.temporal_encoder = nnx.List(
             [
-                Block(cfg.width, hidden, HEAD_EPS, attention, linear, cfg.dtype, rngs=rngs)
+                Block(cfg.width, hidden, HEAD_EPS, attention, linear, cfg.compute_dtype, rngs=rngs)
                 for _ in range(cfg.head_depth)
             ]
         )
         self.mlp_head = nnx.List(
             [
-                layer_norm(cfg.width, HEAD_EPS, cfg.dtype, rngs=rngs),
-                torch_linear(cfg.width, cfg.width, cfg.dtype, rngs=rngs),
+                layer_norm(cfg.width, HEAD_EPS, cfg.compute_dtype, rngs=rngs),
+                torch_linear(cfg.width, cfg.width, cfg.compute_dtype, rngs=rngs),
                 None,  # GELU; the released checkpoints count it and the dropout in their indices
                 None,  # dropout
                 torch_linear(cfg.width, cfg.num_classes, "float32", rngs=rngs),
@@ -211,6 +212,7 @@ class XViT(nnx.Module):
         else:
             self.new_fc = torch_linear(config.width, config.num_classes, "float32", rngs=rngs)
 
+    @in_model_precision
     def features(self, video: jax.Array) -> dict[str, jax.Array]:
         """Return the features `frames` `(b t d)` and `video` `(b d)` of clips `(b t h w c)`."""
         self._check_length(video)
@@ -219,6 +221,7 @@ class XViT(nnx.Module):
             return {"frames": frames, "video": frames.mean(axis=1)}
         return {"frames": frames, "video": self.consensus.video_features(frames)}
 
+    @in_model_precision
     def attention(self, video: jax.Array) -> dict[str, jax.Array]:
         """Return the attention weights of a forward pass.
 
@@ -239,6 +242,7 @@ class XViT(nnx.Module):
         _, temporal = record_attention(self.consensus.temporal_encoder, x, heads)
         return {"spatial": spatial, "temporal": temporal[:, :, 0]}
 
+    @in_model_precision
     def __call__(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Classify clips.
 
@@ -271,7 +275,9 @@ class XViT(nnx.Module):
 
 def _linear(cfg: XViTConfig, fan_in: int, fan_out: int, *, rngs: nnx.Rngs) -> nnx.Linear:
     """Return a Linear layer of the backbone."""
-    return nnx.Linear(fan_in, fan_out, kernel_init=INITS[cfg.init][0], dtype=cfg.dtype, rngs=rngs)
+    return nnx.Linear(
+        fan_in, fan_out, kernel_init=INITS[cfg.init][0], dtype=cfg.compute_dtype, rngs=rngs
+    )
 
 
 def _mixing(cfg: XViTConfig, index: int, rngs: nnx.Rngs) -> MixingAttention:
@@ -293,8 +299,10 @@ def _mixing(cfg: XViTConfig, index: int, rngs: nnx.Rngs) -> MixingAttention:
 def _head_attention(cfg: XViTConfig, rngs: nnx.Rngs) -> SelfAttention:
     """Return the temporal head's attention over frames; its qkv layer has no bias."""
     init = {"use_bias": False, "kernel_init": torch_kernel_init}
-    qkv = nnx.Linear(cfg.width, 3 * cfg.width, **init, dtype=cfg.dtype, rngs=rngs)
-    return SelfAttention(cfg.heads, qkv, torch_linear(cfg.width, cfg.width, cfg.dtype, rngs=rngs))
+    qkv = nnx.Linear(cfg.width, 3 * cfg.width, **init, dtype=cfg.compute_dtype, rngs=rngs)
+    return SelfAttention(
+        cfg.heads, qkv, torch_linear(cfg.width, cfg.width, cfg.compute_dtype, rngs=rngs)
+    )
 
 
 def multiply_adds(config: XViTConfig, attention: bool) -> int:

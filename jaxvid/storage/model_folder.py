@@ -227,7 +227,7 @@ def load_model(folder: str | Path, *, dtype: str | None = None) -> nnx.Module:
 
     Args:
         folder: The model folder, written by training, by a converter or by `save_model`.
-        dtype: Compute dtype, `float32` or `bfloat16`, or None for that of the model card.
+        dtype: Compute dtype, one of `precision.DTYPES`, or None for that of the model card.
 
     Returns:
         The network in evaluation mode. `model(video)` maps normalised float clips `(b t h w c)` to

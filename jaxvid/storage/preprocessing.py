@@ -155,7 +155,7 @@ def load_model_and_preprocessing(
 
     Args:
         folder: The model folder, written by training, by a converter or by `save_model`.
-        dtype: Compute dtype, `float32` or `bfloat16`, or None for that of the model card.
+        dtype: Compute dtype, one of `precision.DTYPES`, or None for that of the model card.
 
     Returns:
         The contents of its `model.json`, with `labels` always a list and `preprocessing` complete;

@@ -45,7 +45,7 @@ class FrameViT(image_vit.ImageViT):
     """A vision transformer that processes each frame on its own."""
 
     def __init__(self, cfg: PooledConfig, *, rngs: nnx.Rngs):
-        d, linear = cfg.width, functools.partial(nnx.Linear, dtype=cfg.dtype, rngs=rngs)
+        d, linear = cfg.width, functools.partial(nnx.Linear, dtype=cfg.compute_dtype, rngs=rngs)
         self.init_embeddings(cfg, image_vit.normal_init, rngs=rngs)
         attention = lambda _: SelfAttention(cfg.heads, linear(d, 3 * d), linear(d, d))  # noqa: E731
         self.init_blocks(1e-6, linear, attention, rngs=rngs)
