@@ -24,6 +24,7 @@ elif __name__ == "__mp_main__":  # a worker process, which imports this file fir
 import functools
 import gc
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 
@@ -71,6 +72,8 @@ def run(_) -> None:
     from jaxvid.training.run_config import check_same_everywhere
 
     try:
+        # Joining the processes starts JAX's backend, which fixes XLA's flags.
+        setup.prepare_compilation(Path(WORKDIR.value), deterministic=CONFIG.value.deterministic)
         setup.init_processes(
             COORDINATOR.value,
             NUM_PROCESSES.value,

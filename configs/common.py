@@ -19,6 +19,7 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     config.batch_size = 64  # clips per step, over all devices and processes
     config.accumulate_steps = 1  # microbatches per batch, for gradient accumulation; 1: off
     config.num_epochs = 30.0
+    config.deterministic = False  # on GPUs: bit-identical results and resume, at some speed
     config.init_from = ""  # model folder: initial weights in training, weights in evaluation
     config.label_smoothing = 0.0
     config.mixup_alpha = 0.0  # λ is drawn from Beta(alpha, alpha); 0: off

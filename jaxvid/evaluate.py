@@ -55,7 +55,7 @@ def evaluate(
             another run uses the workdir.
     """
     experiment, workdir = resolve(config), Path(workdir)
-    setup.use_compilation_cache()
+    setup.prepare_compilation(workdir, deterministic=experiment.deterministic)
     mesh = sharding.make_mesh(experiment.mesh)
     sharding.check_batch_size("eval.batch_size", experiment.protocol.batch_size, mesh)
     before = collectives.raise_on_all_processes(read_table, compare_with) if compare_with else None

@@ -21,6 +21,7 @@ from jaxvid.training.optim import OptimizerConfig
 from jaxvid.training.steps import Recipe
 
 Config = ConfigDict
+TOP_FIELDS = ("batch_size", "num_epochs", "deterministic", "init_from", "log_steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Experiment:
         fields: The complete config as a nested dict, which is saved and compared with other runs.
         batch_size: Clips per training step, over all devices and processes.
         num_epochs: Length of the training.
+        deterministic: Whether results on GPUs are bit-identical between executions.
         init_from: Model folder with the initial weights of a training or the weights to evaluate;
             empty: none.
         log_steps: Training steps per row of `metrics.jsonl`.
@@ -55,6 +57,7 @@ class Experiment:
     fields: dict[str, Any]
     batch_size: int
     num_epochs: float
+    deterministic: bool
     init_from: str
     log_steps: int
     stall_seconds: float
@@ -110,7 +113,7 @@ def resolve(config: Config) -> Experiment:
     preprocessing = _make_preprocessing(config, model, dataset)
     return Experiment(
         fields=config.to_dict(),
-        **{name: config[name] for name in ("batch_size", "num_epochs", "init_from", "log_steps")},
+        **{name: config[name] for name in TOP_FIELDS},
         stall_seconds=config.data.stall_seconds,
         max_failed_share=config.data.max_failed_share,
         mesh=MeshShape(**config.mesh),

@@ -148,7 +148,7 @@ def _set_up(
     make_batches: Callable[..., BatchIterator],
 ) -> Run:
     """Open the data and make everything that does not depend on checkpoints."""
-    setup.use_compilation_cache()
+    setup.prepare_compilation(workdir, deterministic=experiment.deterministic)
     mesh = sharding.make_mesh(experiment.mesh)
     check_batch_sizes(experiment, mesh)
     run_config.check_same_run(experiment.fields, workdir)

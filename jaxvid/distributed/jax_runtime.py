@@ -1,8 +1,9 @@
 """JAX's distributed runtime. All uses of its private API are in this file.
 
-This use was checked with jax 0.10.2: `jax._src.distributed.global_state`, the constructor of the
-distributed client in `jax._src.lib._jax`, and the client's key-value functions, which release the
-GIL and raise JaxRuntimeError if process 0 cannot be reached.
+This use was checked with jax 0.10.2: `jax._src.xla_bridge.backends_are_initialized`,
+`jax._src.distributed.global_state`, the constructor of the distributed client in
+`jax._src.lib._jax`, and the client's key-value functions, which release the GIL and raise
+JaxRuntimeError if process 0 cannot be reached.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax._src import distributed
+from jax._src import distributed, xla_bridge
 from jax._src.lib import _jax
 
 from jaxvid.distributed.exits import end_at_exit, exit_code
@@ -21,6 +22,11 @@ from jaxvid.distributed.store import Store
 from jaxvid.errors import InputError
 
 _relay: Relay | None = None
+
+
+def devices_are_used() -> bool:
+    """Return whether JAX has started a backend, which fixes XLA's flags."""
+    return xla_bridge.backends_are_initialized()
 
 
 class JaxStore:

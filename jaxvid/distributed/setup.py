@@ -28,6 +28,7 @@ LOG_SECONDS = 10  # of waiting for the other processes, after which a line is pr
 SHUTDOWN_SECONDS = 60  # timeout of the barrier at exit, once all processes have finished
 # JAX's own heartbeats must not time out: that aborts the process with a stack dump.
 HEARTBEAT_SECONDS = 10**6
+DETERMINISTIC_FLAG = "--xla_gpu_exclude_nondeterministic_ops=true"
 REPORT_SECONDS = 30.0  # for which a process with an invalid command line waits for the others
 
 
@@ -135,6 +136,33 @@ def use_compilation_cache() -> None:
     except RuntimeError:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache / "jaxvid" / "xla"))
+
+
+def prepare_compilation(workdir: Path, *, deterministic: bool) -> None:
+    """Choose how XLA compiles for a run. It must be called before JAX uses a device.
+
+    A deterministic run excludes GPU operations whose results change between executions. It keeps
+    compiled programs and the results of autotuning in its workdir, so that a resumed run executes
+    the same kernels.
+
+    Args:
+        workdir: The run's folder.
+        deterministic: Whether the run is deterministic on GPUs. On CPUs, every run is.
+
+    Raises:
+        InputError: JAX has already used a device, so that XLA's flags are fixed.
+    """
+    if not deterministic:
+        use_compilation_cache()
+        return
+    if DETERMINISTIC_FLAG not in os.environ.get("XLA_FLAGS", "").split():
+        if jax_runtime.devices_are_used():
+            raise InputError(
+                "deterministic=True: JAX has already used a device; set "
+                f"XLA_FLAGS={DETERMINISTIC_FLAG} in the environment"
+            )
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAG}".strip()
+    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "xla_cache"))
 
 
 def end_other_processes(values: dict[str, str], cause: str) -> None:

@@ -22,7 +22,7 @@ FREE_FIELDS = (
 )
 
 # Fields that config.json of an older run does not contain, and the values that the run used.
-ADDED_FIELDS = {"data.color_matrix": "auto"}
+ADDED_FIELDS = {"data.color_matrix": "auto", "deterministic": False}
 
 # Fields that may differ between the processes of one run.
 OWN_FIELDS = ("data.folder", "data.prefix", "data.num_threads", "data.num_workers")
