@@ -24,6 +24,7 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     config.label_smoothing = 0.0
     config.mixup_alpha = 0.0  # λ is drawn from Beta(alpha, alpha); 0: off
     config.cutmix_alpha = 0.0  # λ is drawn from Beta(alpha, alpha); 0: off; not with mixup
+    config.mix_within = "device"  # mix clips of the same device; or batch
     config.erase_prob = 0.0  # probability of erasing a box of a training clip
     config.ema_decay = 0.0  # decay of the moving average of weights, which is evaluated; 0: off
     config.log_steps = 50  # training steps per row of metrics.jsonl; at most a tenth of the run

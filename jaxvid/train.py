@@ -184,7 +184,8 @@ def _set_up(
     )
     optimizer = optim.make_optimizer(experiment.optimizer, schedule, family)
     frozen = optim.frozen_names(experiment.optimizer, abstract_params, family)
-    recipe = dataclasses.replace(experiment.recipe, frozen=frozen)
+    recipe = experiment.recipe.for_mesh(mesh, experiment.batch_size)
+    recipe = dataclasses.replace(recipe, frozen=frozen)
     teacher, teacher_params = load_teacher(experiment.distill, experiment.model, data.labels, mesh)
     init = functools.partial(
         steps.init_state, experiment.model, optimizer, recipe, seed=recipe.seed

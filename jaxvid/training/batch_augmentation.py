@@ -5,6 +5,7 @@ traced arrays.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +13,29 @@ import jax.numpy as jnp
 _ERASE_ATTEMPTS = 10
 
 
-def erase(
-    video: jax.Array,
+def draw_boxes(
+    shape: tuple[int, int, int],
     key: jax.Array,
     probability: float = 0.5,
     *,
     area: tuple[float, float] = (0.02, 1 / 3),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> jax.Array:
-    """Set a random box of some clips to zero, in all frames (Zhong et al., arXiv:1708.04896).
+    """Draw a box for some clips, which is erased in all frames (Zhong et al., arXiv:1708.04896).
 
     Args:
-        video: `(b, t, h, w, c)`, normalized.
+        shape: Number of clips, height and width of their frames, `(b, h, w)`.
         key: Random key for the choice of clips and boxes.
         probability: Probability that a clip gets a box.
         area: Range of a box's area, as a share of the frame's area. It is drawn uniformly.
         aspect: Range of a box's height / width. Its logarithm is drawn uniformly.
 
     Returns:
-        The clips, like `video`. Ten sizes of boxes are drawn per clip, and the first one that fits
-        into the frame is used. If none fits, the clip is unchanged.
+        A mask `(b, h, w)` that is True for the pixels in the box of a clip. Ten sizes of boxes are
+        drawn per clip, and the first one that fits into the frame is used. If none fits, the clip
+        has no box.
     """
-    b, _, h, w, _ = video.shape
+    b, h, w = shape
     key_boxes, key_places = jax.random.split(key)
     draws = jax.random.uniform(key_boxes, (2, b, _ERASE_ATTEMPTS))
     pixels = h * w * (area[0] + (area[1] - area[0]) * draws[0])  # (b attempts)
@@ -48,18 +50,63 @@ def erase(
     happens = (happens < probability) & fits.any(axis=1)
     top = jnp.floor(down * (h - height + 1)).astype(int)
     left = jnp.floor(right * (w - width + 1)).astype(int)
-    rows = _between(h, top, top + height)[:, None, :, None, None]
-    columns = _between(w, left, left + width)[:, None, None, :, None]
-    return jnp.where(rows & columns & happens[:, None, None, None, None], 0, video)
+    rows = _between(h, top, top + height)[:, :, None]
+    columns = _between(w, left, left + width)[:, None, :]
+    return rows & columns & happens[:, None, None]
 
 
-def mixup(video: jax.Array, key: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def erase(video: jax.Array, boxes: jax.Array) -> jax.Array:
+    """Set the boxes `(b, h, w)` of `draw_boxes` to zero in the clips `(b, t, h, w, c)`."""
+    return jnp.where(boxes[:, None, :, :, None], 0, video)
+
+
+def draw_permutation(key: jax.Array, size: int, groups: int = 1) -> jax.Array:
+    """Draw a permutation that exchanges elements only within consecutive groups of equal size.
+
+    Args:
+        key: Random key.
+        size: Number of elements; a multiple of `groups`.
+        groups: Number of groups.
+
+    Returns:
+        `(size,)` indices.
+    """
+    if groups == 1:
+        return jax.random.permutation(key, size)
+    length = size // groups
+    permute = jax.vmap(lambda key: jax.random.permutation(key, length))
+    starts = length * jnp.arange(groups)[:, None]
+    return (permute(jax.random.split(key, groups)) + starts).reshape(size)
+
+
+def permute(x: jax.Array, permutation: jax.Array, groups: int = 1) -> jax.Array:
+    """Return `x[permutation]` for a permutation of `draw_permutation`.
+
+    If every group is on one device, no data is exchanged between devices.
+    """
+    length = len(x) // groups
+    rows = permutation.reshape(groups, length) % length
+    grouped = x.reshape(groups, length, *x.shape[1:])
+    return jax.vmap(lambda x, rows: x[rows])(grouped, rows).reshape(x.shape)
+
+
+def mixup(
+    video: jax.Array,
+    key: jax.Array,
+    alpha: float,
+    *,
+    groups: int = 1,
+    partners: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Blend each clip with another clip of the batch (Zhang et al., arXiv:1710.09412).
 
     Args:
         video: `(b, t, h, w, c)`, floats.
         key: Random key for the permutation and λ.
         alpha: λ is drawn from Beta(alpha, alpha), once per batch; 0: no mixing.
+        groups: Clips are mixed within this number of groups, see `draw_permutation`.
+        partners: Function that returns `video[permutation]` for a permutation. By default, the
+            clips are permuted.
 
     Returns:
         `λ · video + (1 - λ) · video[permutation]`; the permutation, `(b,)` integers; and λ. The
@@ -70,13 +117,19 @@ def mixup(video: jax.Array, key: jax.Array, alpha: float) -> tuple[jax.Array, ja
         return video, jnp.arange(len(video)), jnp.ones(())
     key_lam, key_permutation = jax.random.split(key)
     lam = jax.random.beta(key_lam, alpha, alpha)
-    permutation = jax.random.permutation(key_permutation, len(video))
-    mixed = lam * video + (1 - lam) * video[permutation]
+    permutation = draw_permutation(key_permutation, len(video), groups)
+    other = partners(permutation) if partners else permute(video, permutation, groups)
+    mixed = lam * video + (1 - lam) * other
     return mixed.astype(video.dtype), permutation, lam
 
 
 def cutmix(
-    video: jax.Array, key: jax.Array, alpha: float
+    video: jax.Array,
+    key: jax.Array,
+    alpha: float,
+    *,
+    groups: int = 1,
+    partners: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Paste a box of another clip into all frames of each clip (Yun et al., arXiv:1905.04899).
 
@@ -84,6 +137,8 @@ def cutmix(
         video: `(b, t, h, w, c)`.
         key: Random key for the permutation, λ and the position of the box.
         alpha: λ is drawn from Beta(alpha, alpha), once per batch; 0: no mixing.
+        groups: As in `mixup`.
+        partners: As in `mixup`.
 
     Returns:
         The clips; the permutation, `(b,)` indices of the clips that the boxes are copied from; and
@@ -96,7 +151,8 @@ def cutmix(
     _, _, h, w, _ = video.shape
     key_lam, key_permutation, key_place = jax.random.split(key, 3)
     side = jnp.sqrt(1 - jax.random.beta(key_lam, alpha, alpha))  # of the box, relative to the frame
-    permutation = jax.random.permutation(key_permutation, len(video))
+    permutation = draw_permutation(key_permutation, len(video), groups)
+    other = partners(permutation) if partners else permute(video, permutation, groups)
     height, width = jnp.floor(side * h).astype(int), jnp.floor(side * w).astype(int)
     down, right = jax.random.uniform(key_place, (2,))  # centre of the box
     top = jnp.floor(down * h).astype(int) - height // 2
@@ -104,7 +160,7 @@ def cutmix(
     rows, columns = _between(h, top, top + height), _between(w, left, left + width)
     lam = 1 - rows.sum() * columns.sum() / (h * w)
     box = (rows[:, None] & columns[None])[None, None, :, :, None]
-    return jnp.where(box, video[permutation], video), permutation, lam
+    return jnp.where(box, other, video), permutation, lam
 
 
 def _between(size: int, start: jax.Array, stop: jax.Array) -> jax.Array:

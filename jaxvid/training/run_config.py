@@ -22,7 +22,7 @@ FREE_FIELDS = (
 )
 
 # Fields that config.json of an older run does not contain, and the values that the run used.
-ADDED_FIELDS = {"data.color_matrix": "auto", "deterministic": False}
+ADDED_FIELDS = {"data.color_matrix": "auto", "deterministic": False, "mix_within": "batch"}
 
 # Fields that may differ between the processes of one run.
 OWN_FIELDS = ("data.folder", "data.prefix", "data.num_threads", "data.num_workers")
@@ -94,6 +94,9 @@ def compare_config(workdir: Path, config: Mapping[str, Any]) -> dict[str, str]:
         raise InputError(f"{path} is damaged; choose another --workdir") from None
     now = flatten(json.loads(json.dumps(config)))
     before = {name: value for name, value in ADDED_FIELDS.items() if name in now} | before
+    for fields in (before, now):
+        if not (fields.get("mixup_alpha") or fields.get("cutmix_alpha")):
+            fields.pop("mix_within", None)  # not used
     for fields in (before, now):  # training treats `auto` as `tagged`
         if fields.get("data.color_matrix") == "auto":
             fields["data.color_matrix"] = "tagged"

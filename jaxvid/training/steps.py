@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxvid.distributed import sharding
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, check_option
 from jaxvid.models import ModelConfig, Params, build_model, merge_params, split_params
 from jaxvid.storage.preprocessing import normalize
 from jaxvid.training import batch_augmentation
@@ -29,6 +29,9 @@ class Recipe:
         label_smoothing: ε, the weight of the uniform distribution in the smoothed labels.
         mixup_alpha: Parameter of mixup, which draws λ from Beta(alpha, alpha); 0: off.
         cutmix_alpha: The same for CutMix; 0: off. Mixup and CutMix cannot be combined.
+        mix_within: What clips are mixed within: `device` (each device's part of the batch, without
+            communication) or `batch`.
+        mix_groups: Number of groups within which clips are mixed; set by `for_mesh`.
         erase_prob: Probability that a box of a clip is erased.
         accumulate_steps: Number of microbatches per batch for gradient accumulation; 1: off.
         ema_decay: Decay of the exponential moving average of the weights; 0: no average.
@@ -44,16 +47,35 @@ class Recipe:
     label_smoothing: float = 0.0
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
+    mix_within: str = "device"
+    mix_groups: int = 1
     erase_prob: float = 0.0
     accumulate_steps: int = 1
     ema_decay: float = 0.0
 
     def __post_init__(self):
+        check_option("mix_within", self.mix_within, ("device", "batch"))
         if self.mixup_alpha and self.cutmix_alpha:
             values = f"mixup_alpha={self.mixup_alpha}, cutmix_alpha={self.cutmix_alpha}"
             raise InputError(f"{values}: only one can be used")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay={self.ema_decay}: must be at least 0 and below 1")
+
+    def for_mesh(self, mesh: Mesh, batch_size: int) -> "Recipe":
+        """Return the recipe with `mix_groups` for a mesh.
+
+        Raises:
+            InputError: Clips are to be mixed within devices, but each device has one clip only.
+        """
+        if self.mix_within == "batch" or not (self.mixup_alpha or self.cutmix_alpha):
+            return self
+        groups = mesh.shape["data"] * mesh.shape["fsdp"]
+        if batch_size < 2 * groups:
+            raise InputError(
+                f"mix_within='device': batch_size={batch_size} gives each device one clip, which "
+                "has no other clip to mix with; increase batch_size or set mix_within='batch'"
+            )
+        return dataclasses.replace(self, mix_groups=groups)
 
     def trainable(self, params: Params) -> Params:
         """Return the weights that are trained."""
@@ -245,15 +267,31 @@ def _prepare_clips(
     if random:
         key, erase_key, mix_key = jax.random.split(key, 3)
     label, mask = batch["label"], batch["mask"]
-    video = normalize(batch["video"], recipe.mean, recipe.std)
+    b, _, h, w, _ = batch["video"].shape
+    boxes = None
     if recipe.erase_prob:
-        video = batch_augmentation.erase(video, erase_key, recipe.erase_prob)
+        boxes = batch_augmentation.draw_boxes((b, h, w), erase_key, recipe.erase_prob)
+
+    def prepare(pixels: jax.Array, boxes: jax.Array | None) -> jax.Array:
+        video = normalize(pixels, recipe.mean, recipe.std)
+        return video if boxes is None else batch_augmentation.erase(video, boxes)
+
+    def prepare_partners(permutation: jax.Array) -> jax.Array:
+        """Permute the pixels, which are four times smaller than the prepared clips."""
+        permute = functools.partial(
+            batch_augmentation.permute, permutation=permutation, groups=recipe.mix_groups
+        )
+        return prepare(*jax.tree.map(permute, (batch["video"], boxes)))
+
+    video = prepare(batch["video"], boxes)
     if not (recipe.mixup_alpha or recipe.cutmix_alpha):
         return key, {"video": video, "label": label, "mask": mask}
+    options = {"groups": recipe.mix_groups, "partners": prepare_partners}
     if recipe.mixup_alpha:
-        video, partner, weight = batch_augmentation.mixup(video, mix_key, recipe.mixup_alpha)
+        mixed = batch_augmentation.mixup(video, mix_key, recipe.mixup_alpha, **options)
     else:
-        video, partner, weight = batch_augmentation.cutmix(video, mix_key, recipe.cutmix_alpha)
+        mixed = batch_augmentation.cutmix(video, mix_key, recipe.cutmix_alpha, **options)
+    video, partner, weight = mixed
     return key, {
         "video": video,
         "label": label,

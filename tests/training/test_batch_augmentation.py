@@ -7,13 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxvid.training.batch_augmentation import cutmix, erase, mixup
+from jaxvid.training.batch_augmentation import (
+    cutmix,
+    draw_boxes,
+    draw_permutation,
+    erase,
+    mixup,
+    permute,
+)
 
 B, T, H, W = 8, 2, 32, 40
 ALPHA = 0.4
 
+
 # Compiled once: all tests use clips of the same shape.
-erase_jit = jax.jit(erase)
+def erase_clips(video, key, probability=0.5, **options):
+    """Draw boxes and erase them."""
+    b, _, h, w, _ = video.shape
+    return erase(video, draw_boxes((b, h, w), key, probability, **options))
+
+
+erase_jit = jax.jit(erase_clips)
 mix_jit = {mix: jax.jit(mix, static_argnums=2) for mix in (mixup, cutmix)}
 
 
@@ -74,15 +88,15 @@ def test_clips_are_erased_with_the_given_probability():
 def test_erasing_skips_boxes_that_do_not_fit():
     video = numbered()
     # A box of 36 × 36 pixels is higher than the frame.
-    too_high = erase(video, jax.random.key(0), 1.0, area=(1.0, 1.0), aspect=(1.0, 1.0))
+    too_high = erase_clips(video, jax.random.key(0), 1.0, area=(1.0, 1.0), aspect=(1.0, 1.0))
     np.testing.assert_array_equal(too_high, video)
-    full_frame = erase(video, jax.random.key(0), 1.0, area=(1.0, 1.0), aspect=(H / W, H / W))
+    full_frame = erase_clips(video, jax.random.key(0), 1.0, area=(1.0, 1.0), aspect=(H / W, H / W))
     np.testing.assert_array_equal(full_frame, np.zeros_like(video))
 
 
 def test_erasing_takes_the_first_box_that_fits_in_each_clip():
     """One in ten boxes of 0.9 of the frame's area fits, so a third of the clips get none."""
-    large = jax.jit(functools.partial(erase, area=(0.9, 0.9)))  # default probability: 0.5
+    large = jax.jit(functools.partial(erase_clips, area=(0.9, 0.9)))  # default probability: 0.5
     shares = []
     for key in jax.random.split(jax.random.key(2), 60):
         boxes = np.asarray(large(numbered(), key))[:, 0, :, :, 0] == 0
@@ -95,7 +109,7 @@ def test_erasing_takes_the_first_box_that_fits_in_each_clip():
 
 def test_erased_boxes_lie_anywhere_inside_the_frame():
     """Boxes with a quarter of the frame's area and its aspect ratio have half its sides."""
-    quarter = jax.jit(functools.partial(erase, area=(0.25, 0.25), aspect=(H / W, H / W)))
+    quarter = jax.jit(functools.partial(erase_clips, area=(0.25, 0.25), aspect=(H / W, H / W)))
     corners = set()
     for key in jax.random.split(jax.random.key(8), 60):
         for box in np.asarray(quarter(numbered(), key))[:, 0, :, :, 0] == 0:
@@ -130,7 +144,9 @@ def test_mixing_depends_on_its_key(mix):
     assert first[2] != other[2]
 
 
-@pytest.mark.parametrize("function", [erase, lambda *x: mixup(*x, ALPHA), lambda *x: cutmix(*x, 1)])
+@pytest.mark.parametrize(
+    "function", [erase_clips, lambda *x: mixup(*x, ALPHA), lambda *x: cutmix(*x, 1)]
+)
 def test_the_dtype_and_shape_are_preserved(function):
     video = jax.ShapeDtypeStruct((B, T, H, W, 3), jnp.bfloat16)
     result = jax.tree.leaves(jax.eval_shape(function, video, jax.random.key(0)))[0]
@@ -197,3 +213,31 @@ def test_cutmix_boxes_are_centred_on_their_draw_and_cut_off_at_the_edges(
     np.testing.assert_array_equal(mixed, expected)
     np.testing.assert_array_equal(permutation, np.arange(B)[::-1])
     assert float(lam) == pytest.approx(1 - len(rows) * len(columns) / (H * W))
+
+
+def test_permutations_stay_within_groups():
+    for groups in (1, 2, 4):
+        permutations = np.array(
+            [draw_permutation(jax.random.key(seed), 8, groups) for seed in range(20)]
+        )
+        assert (np.sort(permutations) == np.arange(8)).all()
+        assert (permutations * groups // 8 == np.arange(8) * groups // 8).all()
+        assert len(np.unique(permutations, axis=0)) > 5
+        if groups > 1:  # every group has a permutation of its own
+            first, second = permutations[:, : 8 // groups], permutations[:, 8 // groups :]
+            assert (first != second[:, : 8 // groups] - 8 // groups).any()
+        x = np.random.default_rng(0).integers(0, 255, (8, 3), np.uint8)
+        for permutation in permutations:
+            np.testing.assert_array_equal(permute(x, permutation, groups), x[permutation])
+
+
+@pytest.mark.parametrize("mix", [mixup, cutmix])
+def test_partners_replace_the_permuted_clips(mix):
+    """In groups of two clips, each clip is mixed with what `partners` returns for it."""
+    video, key = numbered(), jax.random.key(5)
+    expected = mix(video, key, ALPHA, groups=B // 2)
+    result = mix(video, key, ALPHA, groups=B // 2, partners=lambda index: jnp.asarray(video)[index])
+    for actual, reference in zip(result, expected, strict=True):
+        np.testing.assert_array_equal(actual, reference)
+    negative = mix(video, key, ALPHA, groups=B // 2, partners=lambda index: -jnp.asarray(video))[0]
+    assert (negative < 0).any()

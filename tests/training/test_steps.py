@@ -443,20 +443,23 @@ def test_a_linear_step_mixes_labels_and_masks_partners_of_masked_clips(
     permutation, share, calls = np.array([1, 2, 3, 0, 4]), 0.3, []
     batch = linear_batch()
 
-    def mix(video, key, alpha):
+    def mix(video, key, alpha, *, groups, partners):
         calls.append((jax.random.key_data(key).tolist(), alpha))
-        mixed = share * video + (1 - share) * video[permutation]
+        assert groups == 1
+        mixed = share * video + (1 - share) * partners(jnp.asarray(permutation))
         return mixed, jnp.asarray(permutation), jnp.float32(share)
 
-    def erase(video, key, probability):
+    def draw_boxes(shape, key, probability):
         calls.append((jax.random.key_data(key).tolist(), probability))
-        return video + 1
+        return jnp.broadcast_to(jnp.arange(1.0, 6.0)[:, None, None], shape)
 
     for name in ("mixup", "cutmix"):
         monkeypatch.setattr(
             f"jaxvid.training.batch_augmentation.{name}", mix if name == kind else None
         )
-    monkeypatch.setattr("jaxvid.training.batch_augmentation.erase", erase)
+    monkeypatch.setattr("jaxvid.training.batch_augmentation.draw_boxes", draw_boxes)
+    add_boxes = lambda video, boxes: video + boxes[:, None, :, :, None]  # noqa: E731
+    monkeypatch.setattr("jaxvid.training.batch_augmentation.erase", add_boxes)
     options = {f"{kind}_alpha": 0.4} if kind else {}
     recipe = Recipe(seed=3, erase_prob=erase_prob, label_smoothing=0.1, **options)
     state = linear_state(recipe)
@@ -464,7 +467,9 @@ def test_a_linear_step_mixes_labels_and_masks_partners_of_masked_clips(
     keys = keys_of(3, 6)
     expected = [(keys[1], erase_prob)] * bool(erase_prob) + [(keys[2], 0.4)] * bool(kind)
     assert calls == [(jax.random.key_data(key).tolist(), value) for key, value in expected]
-    video = (batch["video"] / 255 - 0.5) / 0.5 + bool(erase_prob)
+    video = (batch["video"] / 255 - 0.5) / 0.5
+    if erase_prob:
+        video += np.arange(1.0, 6.0).reshape(5, 1, 1, 1, 1)
     targets = np.eye(4)[batch["label"]]
     if kind:
         video = share * video + (1 - share) * video[permutation]
