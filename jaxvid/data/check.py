@@ -43,7 +43,7 @@ from jaxvid.files import check_regular
 SOME_BROKEN = 3  # exit code if some videos are broken
 MAX_SECONDS = 3600.0  # time limit for opening and decoding a video
 CLIP_FRAMES = 16  # a video with fewer frames is reported as short
-CHUNK_BYTES = 128 * 2**20  # maximum size of a chunk of decoded frames; larger frames are alone
+CHUNK_BYTES = 128 * 2**20  # maximum size of a chunk of decoded frames, if it has several
 
 
 @dataclasses.dataclass

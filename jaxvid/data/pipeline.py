@@ -22,7 +22,7 @@ from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.protocols import VideoRecord
 
-# Thread id → id of the video that the thread is decoding, and the `time.monotonic()` of its start.
+# Thread id → id of the video that the thread is decoding, and when it started (`time.monotonic`).
 _loading: dict[int, tuple[str, float]] = {}
 TEXT_BYTES = 512  # size of each id and decode error in a batch; longer texts are truncated
 

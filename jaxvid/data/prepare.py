@@ -222,7 +222,7 @@ def prepare(
 
     Raises:
         InputError: The input is invalid; the output folder cannot be written, contains something
-            else or is being written by another run of this job; or no video of the pack can be read.
+            else or is being written by another run of this job; or no video can be read.
     """
     output, skipped = Path(output), Skipped()
     records, labels = gather(inputs, prefix, skipped=skipped)

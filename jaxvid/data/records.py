@@ -21,9 +21,9 @@ NO_LABEL = -1  # label of videos in lists without labels
 MAX_LIST_BYTES = 2**30
 MAX_LINES = 20_000_000
 MAX_LINE = 10_000  # maximum number of characters in a line
-HEAD_BYTES = 2**20  # size of the start of a file that is searched for signs of a file without text
+HEAD_BYTES = 2**20  # number of bytes at the start of a file that are checked for binary data
 
-# Checks that the files of a list exist.
+# Limits for checking that the files of a list exist.
 CHECK_FILES = 16_000  # number of records that are read before their files are checked
 CHUNK_FILES = 1000  # number of files that one task of the thread pool checks
 MAX_MISSING = 1000  # number of missing files after which reading stops with an error
@@ -218,12 +218,12 @@ def _hint(record: VideoRecord) -> str:
 
 
 def find_missing(records: Sequence[VideoRecord]) -> Iterator[tuple[int, str]]:
-    """Find records whose file has a `file_state`, without opening the files.
+    """Find the records whose file is missing, inaccessible, not regular or empty.
 
-    Records without a file are skipped.
+    No file is opened. Records whose `path` is None are skipped.
 
     Yields:
-        The index of each such record, and the state of its file.
+        The index of each such record, and the `file_state` of its file.
     """
 
     def check_chunk(start: int) -> list[tuple[int, str]]:
@@ -243,9 +243,9 @@ def find_missing(records: Sequence[VideoRecord]) -> Iterator[tuple[int, str]]:
 
 
 class Listings:
-    """Existing files, for tests as `path in listings`: folders are listed once and kept in memory.
+    """Test whether files exist: `path in listings`.
 
-    One listing per folder is faster than one look-up per file.
+    Each folder is listed once, which is faster than one look-up per file.
     """
 
     def __init__(self):
@@ -333,12 +333,12 @@ def read_text(path: Path, *, names: bool = False, max_bytes: int = MAX_LIST_BYTE
 
 
 def _check_head(path: Path, head: bytes) -> None:
-    """Raise an InputError if the start of a file is binary or UTF-16, or lacks a line break.
+    """Raise an InputError if a file starts with binary data, UTF-16 text or an over-long line.
 
-    JSON files need no line break.
+    JSON files may have long lines.
     """
     is_utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
-    # A file with few null characters is refused later, with a line number.
+    # Files with only a few null characters are refused later, with a line number.
     if is_utf16 or head.count(0) > len(head) / 4:
         kind = "UTF-16 text" if is_utf16 else "not text: it contains null bytes"
         raise InputError(f"{path}: cannot be read: {kind}; save it as UTF-8")

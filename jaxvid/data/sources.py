@@ -33,15 +33,15 @@ class DatasetConfig:
         folder: The folder of the data, or the name of a TFDS data set.
         prefix: Folder that paths in lists are relative to; empty: the list's folder.
         missing: Missing files in lists: `error` refuses them, `keep` counts them as decode errors.
-        skip_broken: Whether to leave out training videos that are known to be missing or broken,
-            and to continue training however many of the others cannot be decoded. In the other
-            splits, missing and broken videos remain listed and count as wrong.
+        skip_broken: Whether to leave out training videos that are known to be missing or broken.
+            Training then also continues if more videos cannot be decoded. In the other splits,
+            missing and broken videos remain listed and count as wrong.
         color_matrix: Conversion to RGB: `tagged`, `bt601`, or `auto`: that of the model card, or
             `tagged` without a card.
         motion: For `source="motion"`: `num_train`, `num_val` and `seed` of the clips to generate.
 
     Raises:
-        InputError: There is no such source, or `source` is `motion` without `motion`.
+        InputError: There is no such source, or `motion` is missing for `source="motion"`.
     """
 
     source: str
@@ -229,7 +229,9 @@ def _leave_out(
 
 
 def guess_source(folder: Path) -> tuple[str, int]:
-    """Return `pack`, `folder` or `class_folders`, the source that fits a folder; and its class count.
+    """Return the value of `data.source` for a data folder, and the folder's number of classes.
+
+    The source is `pack`, `folder` or `class_folders`.
 
     Raises:
         InputError: The folder has none of these layouts, or its class names cannot be read.

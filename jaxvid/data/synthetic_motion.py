@@ -24,7 +24,7 @@ from jaxvid.progress import Progress
 
 LABELS = ("left", "right", "up", "down", "growing", "shrinking", "clockwise", "counter-clockwise")
 SIZE = 72  # height and width of a clip in pixels
-NUM_FRAMES = 17  # 8 · 2 + 1: the bounds of eight `segments` are then two frames apart
+NUM_FRAMES = 17  # 8 · 2 + 1: divisible into eight segments with bounds two frames apart
 FPS = 15
 SHAPES = ("disc", "square", "triangle", "star", "bar", "cross")
 TEXTURES = ("stripes", "halves", "spot")
@@ -146,8 +146,8 @@ def make_motion(folder: str | Path, *, num_train: int, num_val: int, seed: int) 
         folder: Folder for `train/`, `val/`, `train.csv`, `val.csv` (`path label`), `labels.txt` and
             `motion.json` (the settings).
         num_train: Number of training clips, a multiple of 8.
-        num_val: Number of validation clips, a multiple of 8. Their scenes are not in
-            the training clips.
+        num_val: Number of validation clips, a multiple of 8. Their scenes differ
+            from those of the training clips.
         seed: Seed of all clips.
 
     Raises:
