@@ -113,7 +113,7 @@ def test_deeply_nested_json_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("labels.json", '["x", "x"]', "labels.json: 'x' is named twice"),
+        ("labels.json", '["x", "x"]', "labels.json: 'x' occurs more than once"),
         ("labels.json", '{"x": 0, "y": 1.5}', "labels.json: must be a list of names"),
         ("labels.txt", "x\n\ny\n", "labels.txt: class 1 has no name"),
     ],

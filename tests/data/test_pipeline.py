@@ -309,7 +309,7 @@ def test_all_augmentations_return_clips_of_the_crop_size(records):
         ("a.mp4\n", "list.csv:1: 'a.mp4' is not 'path label'"),
         ("a.mp4 0\na.mp4 x\n", "list.csv:2: 'a.mp4 x' is not 'path label'"),
         ("a.mp4 -1\n", "is not 'path label'"),
-        ("a.mp4 8\n", "list.csv:1: label 8 is out of range: model.num_classes=8 allows 0 to 7"),
+        ("a.mp4 8\n", "list.csv:1: label 8 is out of range: with 8 classes, labels are 0 to 7"),
         ("b.mp4 0\n", "list.csv:1: .*b.mp4 does not exist"),
         ("a.mp4 0\nempty.mp4 0\n", "list.csv:2: .*empty.mp4 is empty"),
     ],

@@ -105,7 +105,7 @@ def test_prefix_replaces_the_folder_of_the_list(clips):
         ("a.mp4 0\nb c.mp4 one\n", "list.csv:2: 'b c.mp4 one' is not 'path label'"),
         ("a.mp4 1.0\n", "is not 'path label'"),
         ("a.mp4 ²\n", "is not 'path label'"),
-        ("path label\n", "list.csv is empty; it needs one line per video"),
+        ("path label\n", "list.csv is empty; it needs one entry per video"),
         ("a.mp4 0\npath label\n", "list.csv:2: 'path label' is not"),
         ("loop.mp4 0\n", "list.csv:1: .*loop.mp4 cannot be read .*symbolic links"),
         ("sub 0\n", "list.csv:1: .*sub is not a file"),
@@ -150,7 +150,7 @@ def test_malformed_label_files_are_refused(clips, names):
 
 def test_duplicate_class_names_are_refused(clips):
     write(clips / "labels.txt", "x\nx\n")
-    with pytest.raises(InputError, match="labels.txt: 'x' is named twice"):
+    with pytest.raises(InputError, match="labels.txt: 'x' occurs more than once"):
         open_dataset(section("folder", clips), 2, ("val",))
 
 
