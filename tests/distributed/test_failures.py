@@ -235,8 +235,8 @@ def two_processes(program: str, *arguments: object) -> Iterator[list[subprocess.
 @pytest.mark.parametrize(
     ("killed", "cause"),
     [
-        (0, "lost connection; it was killed or cannot be reached"),
-        (1, "no heartbeat for 10 s; it was killed or hangs"),
+        (0, "connection lost; the process was killed or is unreachable"),
+        (1, "no heartbeat for 10 s; the process was killed or hangs"),
     ],
 )
 def test_a_killed_process_ends_the_other_with_one_line(killed, cause):

@@ -146,7 +146,7 @@ def test_a_full_or_read_only_disk_is_refused_at_the_start(tmp_path, monkeypatch)
         outputs.check_writable(tmp_path / "file", 1000)
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match="1 MB free, but checkpoints need 2 MB"):
+    with pytest.raises(InputError, match="1 MB free, but the outputs need 2 MB"):
         outputs.check_writable(tmp_path, 2 * 10**6)
     outputs.check_writable(tmp_path, 10**6)  # exactly enough
     # Existing outputs count as free space, because they will be replaced.
