@@ -186,11 +186,12 @@ def test_tables_are_read_back_and_compared_by_id(tmp_path):
     after = write(tmp_path / "b", better)
     lines = compare_tables(before, after, tmp_path)
     expected = (
-        "+25.00 % top-1 on 4 shared videos (2 gained, 1 lost, 0 still wrong with another "
-        "prediction); not significant"
+        "top-1 +25.00 percentage points on 4 shared videos (2 gained, 1 lost, 0 still wrong with "
+        "another prediction); not significant"
     )
     assert expected in lines[0]
-    assert lines[1] == "videos not shared: 1 only before, 0 only now"
+    report = tmp_path / "a" / "eval.json"
+    assert lines[1] == f"videos not shared: 1 only in {report}, 0 only in this evaluation"
     assert lines[2].startswith("gained: v1.mp4, v3.mp4")
     assert lines[3].startswith("lost: v2.mp4")
     assert len(lines) == 4
