@@ -6,10 +6,9 @@ much attention its patches receive, and bars show how much attention each frame 
 suffix .png, FILE is a contact sheet; with .mp4, it is a slide show.
 
 Frames are shown uncropped and upright, and darkened outside the network's crop. The colour scale
-starts at 1 / (number of patches per frame), the share of each patch if attention is uniform. It
-ends at the share of the strongest patch in the clip, or at twice its start if that is higher.
-Rollout follows attention only and ignores values and MLPs: it shows where a network looks, not why
-it decides.
+starts at the uniform share, 1 / (number of patches per frame). It ends at the share of the
+strongest patch in the clip, or at twice the uniform share if that is higher. Rollout follows
+attention only and ignores values and MLPs: it shows where a network looks, not why it decides.
 
 In some networks (XViT), attention within a frame also reads keys and values of other frames. The
 rollout assigns all attention to the frame's own patches, so that the heat map is approximate in

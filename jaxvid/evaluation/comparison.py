@@ -27,7 +27,7 @@ def check_shared(before: dict, ids: Iterable[str]) -> None:
     """
     if before["videos"].keys().isdisjoint(ids):
         raise InputError(
-            f"{before['path']} shares no video with the data; name an evaluation of the same list"
+            f"{before['path']} shares no video with the data; choose an evaluation of the same list"
         )
 
 
@@ -61,7 +61,7 @@ def compare_tables(before: dict, after: dict, workdir: Path) -> list[str]:
         "still_wrong": still_wrong,
     }
     changes = {name: [shared[i] for i in np.flatnonzero(mask)] for name, mask in masks.items()}
-    # Reports without `color_matrix` are older: the matrix tagged in each file was used.
+    # Older reports have no `color_matrix`; they were made with the matrix tagged in each file.
     protocols = [
         {"color_matrix": "tagged"} | translate(side["protocol"]) for side in (before, after)
     ]

@@ -41,7 +41,8 @@ class PartialResults:
         parts = []
         while part := self._read(len(parts)):
             parts.append(part)
-        # New files on a shared file system may not be visible to all machines yet.
+        # Use only batches that all processes see: on a shared file system, new files may not be
+        # visible to all machines yet.
         self._count = min(collectives.gather(len(parts)))
         return parts[: self._count]
 

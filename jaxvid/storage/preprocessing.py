@@ -114,8 +114,8 @@ def read_preprocessing(card: dict[str, Any], path: Path) -> Preprocessing:
 def default_color_matrix(card: dict) -> str:
     """Return the color matrix to use for a model card without the field `color_matrix`.
 
-    For weights converted from an original program, it is that of the program. For other models, it
-    is `tagged`.
+    For weights converted from an original program, it is the color matrix of that program. For
+    other models, it is `tagged`.
     """
     kind = (card["provenance"] or {}).get("kind")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
