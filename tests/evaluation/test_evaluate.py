@@ -300,8 +300,8 @@ def test_compare_with_another_evaluation(stub, folder, tmp_path, monkeypatch):
     assert lost["p_value"] == 2 / 2**12
     text = (tmp_path / "b" / "log.txt").read_text()
     expected = (
-        "-60.00 % top-1 on 20 shared videos (0 gained, 12 lost, 4 still wrong with another "
-        "prediction); significant"
+        "top-1 -60.00 percentage points on 20 shared videos (0 gained, 12 lost, 4 still wrong with "
+        "another prediction); significant"
     )
     assert expected in text
     evaluate.evaluate(stub, tmp_path / "c", compare_with=tmp_path / "b" / "eval.json")

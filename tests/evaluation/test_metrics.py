@@ -186,11 +186,12 @@ def test_tables_are_read_back_and_compared_by_id(tmp_path):
     after = write(tmp_path / "b", better)
     lines = compare_tables(before, after, tmp_path)
     expected = (
-        "+25.00 % top-1 on 4 shared videos (2 gained, 1 lost, 0 still wrong with another "
-        "prediction); not significant"
+        "top-1 +25.00 percentage points on 4 shared videos (2 gained, 1 lost, 0 still wrong with "
+        "another prediction); not significant"
     )
     assert expected in lines[0]
-    assert lines[1] == "videos not shared: 1 only before, 0 only now"
+    report = tmp_path / "a" / "eval.json"
+    assert lines[1] == f"videos not shared: 1 only in {report}, 0 only in this evaluation"
     assert lines[2].startswith("gained: v1.mp4, v3.mp4")
     assert lines[3].startswith("lost: v2.mp4")
     assert len(lines) == 4
@@ -198,7 +199,7 @@ def test_tables_are_read_back_and_compared_by_id(tmp_path):
     with pytest.raises(InputError, match="this file or eval_videos.csv in .*; choose an eval.json"):
         read_table(tmp_path / "b" / "eval.json")
     check_shared(before, ["v9.mp4", "v4.mp4"])
-    with pytest.raises(InputError, match=r"a/eval.json shares no video with the data; name an"):
+    with pytest.raises(InputError, match=r"a/eval.json shares no video with the data; choose an"):
         check_shared(before, ["v9.mp4"])
     (tmp_path / "a" / "eval.json").write_text('{"num_videos": 5, "protocol": 1}')
     with pytest.raises(InputError, match="protocol: expected a dict, got 1.*choose an eval.json"):
@@ -288,7 +289,7 @@ def test_unwritable_files_are_refused(tmp_path):
         (tmp_path / name / "x").mkdir(parents=True)
     with pytest.raises(InputError, match=r"eval_videos.csv cannot be written \(Is a directory\)"):
         write_table(tmp_path / "eval_videos.csv", RESULTS, ["a", "b", "c"])
-    with pytest.raises(InputError, match=r"0.npz cannot be written \(Is a directory\); name"):
+    with pytest.raises(InputError, match=r"0.npz cannot be written \(Is a directory\); choose"):
         PartialResults(tmp_path, {}).add({"scores": np.zeros(1), "error": [""]})
     assert not list(tmp_path.glob(".*.partial"))
     table = write(tmp_path / "a", RESULTS)
