@@ -325,7 +325,8 @@ def main() -> None:
     )
     parser.add_argument("--size", default="340x256", help="size of the videos in pixels")
     parser.add_argument("--videos", type=int, default=6, help="number of videos")
-    parser.add_argument("--rounds", type=int, default=24, help="rounds; 3 × for training clips")
+    parser.add_argument("--rounds", type=int, default=24,
+                        help="rounds per comparison; training clips: 3 times as many")  # fmt: skip
     parser.add_argument("--frames_per_record", type=int, default=Settings.frames_per_record,
                         help="frames per record of the pack")  # fmt: skip
     args = parser.parse_args()
