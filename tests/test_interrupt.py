@@ -398,7 +398,7 @@ def measure_duration(name: str, out: Path, inputs: dict[str, Path]) -> float:
         begin = wait_for_signal_handlers(process)
         for line in process.stderr:
             lines.append(line)
-            if name == "train" and line.startswith("first step"):
+            if name == "train" and line.startswith("the first step"):
                 duration = time.monotonic() - begin
     assert process.returncode == 0, "".join(lines)
     return duration if name == "train" else time.monotonic() - begin
