@@ -54,7 +54,7 @@ def write_frames(path: Path, key: str, mode: str = "w") -> None:
 
 @pytest.fixture
 def clips(tmp_path):
-    """A folder of files that may be listed as videos; they contain no video."""
+    """A folder of text files named as videos, for lists whose videos are not opened."""
     for name in ("a.mp4", "b c.mp4", "d,e.mp4", "影é.mp4"):
         write(tmp_path / name)
     return tmp_path
@@ -649,8 +649,8 @@ def test_unknown_sources_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "", "\n\n", "a\n", "a\nb, c\nd\n", "a\na\n"])
-def test_packs_without_class_names_are_refused(pack_copy, text):
-    """Without these names, TFDS would name the classes by their numbers."""
+def test_packs_with_missing_or_wrong_class_names_are_refused(pack_copy, text):
+    """If the file of class names is missing, TFDS returns the label numbers as names."""
     path = pack_copy / "label.labels.txt"
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(InputError) as error:
