@@ -292,7 +292,7 @@ def test_unwritable_files_are_refused(tmp_path):
         (tmp_path / name / "x").mkdir(parents=True)
     with pytest.raises(InputError, match=r"eval_videos.csv cannot be written \(Is a directory\)"):
         write_table(tmp_path / "eval_videos.csv", RESULTS, ["a", "b", "c"])
-    with pytest.raises(InputError, match=r"0.npz cannot be written \(Is a directory\); name"):
+    with pytest.raises(InputError, match=r"0.npz cannot be written \(Is a directory\); choose"):
         PartialResults(tmp_path, {}).add({"scores": np.zeros(1), "error": [""]})
     assert not list(tmp_path.glob(".*.partial"))
     table = write(tmp_path / "a", RESULTS)

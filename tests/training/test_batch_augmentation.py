@@ -83,9 +83,10 @@ def test_erasing_skips_boxes_that_do_not_fit():
 
 
 def test_erasing_takes_the_first_box_that_fits_in_each_clip():
-    """Boxes cover 0.9 of the frame, and one in nine fits into it.
+    """Boxes have 0.9 of the frame's area, and about one in nine fits into the frame.
 
-    Half of the clips are selected. In 0.69 of these, one of the ten boxes fits: 0.35 of all clips.
+    Half of the clips are selected. For 0.69 of these, at least one of ten boxes fits, so that 0.35
+    of all clips are erased.
     """
     large = jax.jit(functools.partial(erase, area=(0.9, 0.9)))  # default probability: 0.5
     shares = []
