@@ -37,7 +37,7 @@ def test_warm_up_is_linear_and_the_final_rate_is_zero():
     settings = MOTION
     schedule = make_schedule(settings, batch_size=32, total_steps=1000, steps_per_epoch=125)
     assert schedule(0) == 0
-    top = 1e-3 * 0.5 * (1 + math.cos(0.1 * math.pi))  # of the cosine at the end of the warm-up
+    top = 1e-3 * 0.5 * (1 + math.cos(0.1 * math.pi))  # the cosine at the end of the warm-up
     assert schedule(50) == pytest.approx(top / 2)
     assert schedule(100) == pytest.approx(top)
     assert schedule(500) == pytest.approx(5e-4)

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module", autouse=True)
 def _log_windows_of_two_steps():
-    """Let log windows have `log_steps` steps, although short runs get shorter windows."""
+    """Give runs of at least 4 steps log windows of `log_steps` steps, which is 2 in these tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metric_window, "MIN_ROWS", 2)
         yield
@@ -99,6 +99,7 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_resumed(run, tmp_path):
     workdir, config, _ = run
     timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
+    # The signal must not end pytest if it comes before or after the run handles signals.
     signal.signal(signal.SIGTERM, lambda *_: None)
 
     class SignalSoon(train_program.StopSignals):
@@ -124,13 +125,14 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_resumed(run, tmp_path):
 def test_signals_at_any_moment_change_no_output(run, tmp_path, monkeypatch, several_processes):
     """Signals stop the run in a log window, an evaluation, the last step and the last evaluation.
 
-    A signal while the final report is written does not stop it. With `several_processes`, the loop
-    gets signals from the metrics, as it does with several processes.
+    A signal during the writing of the final report does not stop the run. With `several_processes`,
+    the loop learns of signals only from the metrics, as in a run of several processes. Only the
+    stop in the last step is tested then.
     """
     workdir, config, _ = run
     if several_processes:
         monkeypatch.setattr(signals.StopSignals, "stops_alone", False)
-    # Where the next signal comes: in this step, or after so many evaluations.
+    # The next signal is raised in this step, or in the evaluation after this number of evaluations.
     stop_step, evaluations_before = None, None
     add, evaluate_params = metric_window.MetricWindow.add, loop.evaluate_params
 
@@ -179,7 +181,7 @@ def test_outputs_of_a_run_with_deleted_checkpoints_are_moved_aside(run, tmp_path
     shutil.copytree(workdir, tmp_path / "w")
     shutil.rmtree(tmp_path / "w" / "checkpoints")
     card = tmp_path / "w" / "best" / "model.json"
-    # No later model can exceed this accuracy.
+    # Prefix the accuracy with the digits 99, so that no later model can exceed it.
     card.write_text(card.read_text().replace('"top1": ', '"top1": 99'))
     assert train(config, tmp_path / "w", stop_step=4) is None
     assert model_card.load_card(tmp_path / "w" / "best")["provenance"]["step"] == 3
@@ -307,7 +309,7 @@ def test_init_from_sets_the_initial_weights(run, tmp_path):
     assert weights(tmp_path / "w") == result["weights_sha256"]
 
 
-def test_invalid_configs_are_refused_before_anything_is_written(config, tmp_path):
+def test_invalid_configs_are_refused_and_not_saved(config, tmp_path):
     cases = {
         "num_crops=2: must be one of 1, 3": ("eval", "num_crops", 2),
         "batch_size=3 must be a positive multiple": ("", "batch_size", 3),
@@ -419,7 +421,7 @@ def test_invalid_data_gives_a_one_line_error_and_exit_code_2(
 
 @pytest.fixture
 def with_broken(motion_folder, tmp_path):
-    """Return the motion clips with a broken video at the start of the list of each split."""
+    """Return a folder whose lists contain a broken video, followed by the motion clips."""
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "broken.mp4").write_text("hello")
@@ -467,7 +469,8 @@ def test_skip_broken_keeps_the_order_of_the_remaining_videos(with_broken, tmp_pa
     [start] = (tmp_path / "skipping" / "starts.jsonl").read_text().splitlines()
     assert json.loads(start)["left_out"] == {"missing or broken": 1, "no longer listed": 0}
 
-    # Without skip_broken the run stops; after the fix that its message names, it is resumed.
+    # Without skip_broken, the run stops. It is resumed after the broken video is taken out of the
+    # list, as the error message suggests.
     listed = (with_broken / "train.csv").read_text().removeprefix("none.mp4 0\n")
     (with_broken / "train.csv").write_text(listed)
     config = config.copy_and_resolve_references().unlock()
@@ -505,7 +508,7 @@ def flip_bit(path: Path) -> None:
 
 
 def damage_arrays(folder: Path, damage) -> None:
-    """Damage all array files of a checkpoint, as Orbax decides which ones it reads."""
+    """Damage all array files of a checkpoint, because Orbax chooses which of them it reads."""
     for path in (folder / "state").rglob("d/*"):
         damage(path)
 
@@ -539,7 +542,7 @@ def test_an_intact_checkpoint_is_never_moved(run, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_evaluation_is_repeated(run, tmp_path, monkeypatch):
-    """The checksums are written during the evaluation, not only by the next save."""
+    """The checksums of the newest checkpoint are written during the evaluation that follows it."""
     workdir, config, _ = run
 
     def signal_after_the_checksums(*_, **__):
