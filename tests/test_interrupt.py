@@ -121,7 +121,8 @@ def test_signals_end_programs_with_one_line(start, name):
 def test_signals_are_blocked_in_starting_workers(start):
     """Workers inherit the blocked signals from the thread that starts them.
 
-    The resource tracker must already be running: starting it in the thread would unblock the signals.
+    The resource tracker must already be running, because starting it in the thread would unblock
+    the signals.
     """
     source = """
         import multiprocessing, threading, time
