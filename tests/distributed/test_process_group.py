@@ -141,7 +141,7 @@ def test_a_process_that_ends_early_fails_the_run():
     first.reach()
     store.set("jaxvid/state/left/1", "1")
     first.beat()
-    assert first._failure is None  # process 1 may leave after its last synchronization point
+    assert first._failure is None  # it may leave after its last synchronization point
     first.reach()
     first.beat()
     assert str(first._failure) == "process 1: ended before the others were done"
