@@ -141,7 +141,10 @@ def main() -> None:
                 f"{config.image_size} px: {len(indices)} windows of {WINDOW:g} s every {stride:g} s"
             )
             ratio = indices.size / len(needed)
-            print(f"frames: {len(needed)} shared, {indices.size} alone: {ratio:.2f} × as many")
+            print(
+                f"frames to compute: {len(needed)} with sharing, {indices.size} without: "
+                f"{ratio:.2f} × as many"
+            )
             logits = time_in_turns(
                 "compute",
                 {

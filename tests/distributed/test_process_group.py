@@ -1,4 +1,4 @@
-"""The processes of a run exchange values and share failures, here with a store in memory."""
+"""Processes exchange values and failures. Here they are threads that share a store in memory."""
 
 import contextlib
 import functools
@@ -362,14 +362,14 @@ def test_the_relay_hides_the_loss_of_the_coordinator_from_the_client():
     with connect(relay.address) as client:
         client.sendall(b"alive?")
         assert client.recv(100) == b"alive?"
-        coordinator.hang_up()  # closes only this connection
+        coordinator.hang_up()  # the server still accepts connections
         assert client.recv(100) == b""
     assert not relay.lost.is_set()
     with connect(relay.address) as client:
         coordinator.close()
         assert relay.lost.wait(20)
         client.settimeout(0.5)
-        for _ in range(3):  # the relay accepts them, but cannot forward them
+        for _ in range(3):  # the relay accepts the messages, but cannot forward them
             client.sendall(b"alive?")
             with pytest.raises(TimeoutError):
                 client.recv(100)

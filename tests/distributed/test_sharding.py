@@ -1,4 +1,4 @@
-"""Every combination of data, FSDP and tensor parallelism gives the results of one device."""
+"""Data, FSDP and tensor parallelism, alone and combined, give the results of one device."""
 
 import functools
 import types
@@ -150,7 +150,7 @@ def test_tensor_parallelism_shards_outputs_of_the_first_layer_and_inputs_of_the_
 @pytest.mark.parametrize(
     ("shape", "spec"),
     [
-        ((64, 6), P("fsdp", None)),  # 6 outputs are not divisible by 4, 64 inputs are by 2
+        ((64, 6), P("fsdp", None)),  # 6 is not divisible by tensor=4, but 64 by fsdp=2
         ((7, 4), P(None, "tensor")),
         ((64,), P("fsdp")),
         ((2, 4, 8), P(None, None, "fsdp")),  # only matrices have a tensor axis
@@ -245,6 +245,8 @@ def test_batch_shard_of_one_process_is_the_whole_batch():
 
 
 @pytest.mark.parametrize(
+    # slices: rows of each device of the process; expected: index and number of parts, or None if
+    # the rows are not one of several equal parts
     ("slices", "expected"),
     [
         ([(0, 4), (4, 8)], (0, 2)),
@@ -276,7 +278,7 @@ def test_batch_shard_is_the_rows_of_the_process_devices(slices, expected, monkey
 
 
 def test_process_flags_must_be_complete(monkeypatch):
-    setup.init_processes()  # the environment has no launcher
+    setup.init_processes()  # without flags and launcher variables: a single process
     for flags in (("host:1", None, None), (None, 2, 0), ("host:1", 2, 2), ("host:1", 2, -1)):
         with pytest.raises(InputError, match="all three are required"):
             setup.init_processes(*flags)
