@@ -285,7 +285,7 @@ def test_non_finite_weights_are_refused(run, tmp_path):
     jaxvid.save_model(model, tmp_path / "nan", preprocessing=preprocessing)
     other = config.copy_and_resolve_references().unlock()
     other.init_from = str(tmp_path / "nan")
-    with pytest.raises(InputError, match="logits that are not finite"):
+    with pytest.raises(InputError, match="logits are not finite"):
         evaluate.evaluate(other.lock(), tmp_path / "w")
     assert not (tmp_path / "w" / "eval.json").exists()
 
@@ -320,7 +320,7 @@ def test_invalid_configs_are_refused_and_not_saved(config, tmp_path):
         "checkpoint_keep=0: must be above 0": ("", "checkpoint_keep", 0),
         "num_epochs=-3.0: must be above 0": ("", "num_epochs", -3.0),
         "eval.every_epochs=0.0: must be": ("eval", "every_epochs", 0.0),
-        "warmup_epochs=9.0 .* does not fit": ("optimizer", "warmup_epochs", 9.0),
+        "warmup_epochs=9.0 .* must be 0 or more, and less": ("optimizer", "warmup_epochs", 9.0),
         "nowhere does not exist; choose a folder": ("", "init_from", "nowhere"),
     }
     for message, (section, field, value) in cases.items():
@@ -335,7 +335,7 @@ def test_invalid_configs_are_refused_and_not_saved(config, tmp_path):
 def test_a_non_finite_loss_stops_the_run(config, tmp_path):
     other = config.copy_and_resolve_references().unlock()
     other.optimizer.update({"learning_rate": 1e30, "warmup_epochs": 0.0})
-    with pytest.raises(InputError, match="not finite at step .*videos .*is none; begin .*lower"):
+    with pytest.raises(InputError, match="not finite at step .*videos .*is none; start .*lower"):
         train(other.lock(), tmp_path / "w")
     assert checkpoint.find_steps(tmp_path / "w") == []
 
