@@ -1,15 +1,16 @@
 """Train and evaluate.
 
-python main.py --config FILE.py --workdir FOLDER                train and evaluate; resumes
-python main.py --config FILE.py --workdir FOLDER --mode eval    evaluate the newest checkpoint
+python main.py --config FILE.py --workdir FOLDER                train or resume, then evaluate
+python main.py --config FILE.py --workdir FOLDER --mode eval    evaluate the newest checkpoint, or
+                                                   the model folder --config.init_from if it is set
 python main.py --config FILE.py --workdir FOLDER --mode schedule    plot the learning rate
-... --config.FIELD=VALUE                           override a field; the config file lists them
+... --config.FIELD=VALUE                           override a field of configs/common.py
 ... --mode eval --compare OTHER/eval.json          compare with another evaluation
-... --profile 10:20                                write a profiler trace of steps 10 to 20
+... --profile 10:20                                write a profiler trace of steps 10 to 19
 ... --coordinator HOST:PORT --num_processes N --process_id I     one process of several
 
-Exit codes: 0 done; 2 invalid input, printed as one line; 130 and 143: SIGINT and SIGTERM in any
-process of the run. The state was saved; run the same command to resume.
+Exit codes: 0: done; 2: invalid input, printed as one line; 130 or 143: stopped by SIGINT or SIGTERM
+in any process of the run. Training saves its state before it stops; run the same command to resume.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -36,15 +37,21 @@ MODE = flags.DEFINE_enum(
     "mode",
     "train",
     ["train", "eval", "schedule"],
-    "train (and evaluate; resumes), eval, or schedule: plot the learning rate. Default: train.",
+    "train: train or resume, then evaluate. eval: evaluate the newest checkpoint, or the model "
+    "folder --config.init_from if it is set. schedule: plot the learning rate. Default: train.",
 )
 COMPARE = flags.DEFINE_string(
     "compare",
     None,
-    "Another eval.json: list the videos whose result changed, and test the difference.",
+    "eval.json of an earlier evaluation. The videos whose result changed are written to "
+    "comparison.json, and the difference is tested for significance. Requires --mode eval.",
 )
-PROFILE = flags.DEFINE_string("profile", None, "START:STOP: training steps to profile.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+PROFILE = flags.DEFINE_string(
+    "profile", None, "START:STOP: training steps to trace, without STOP. Requires --mode train."
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, the same in all processes."
+)
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 JOIN_SECONDS = flags.DEFINE_float(
@@ -54,7 +61,7 @@ for _name, _mode in (("compare", "eval"), ("profile", "train")):
     flags.register_multi_flags_validator(
         ("mode", _name),
         lambda values, name=_name, mode=_mode: not values[name] or values["mode"] == mode,
-        f"--{_name} needs --mode {_mode}; leave one of the two out",
+        f"--{_name} requires --mode {_mode}; set --mode {_mode} or remove --{_name}",
     )
 
 

@@ -48,7 +48,7 @@ NUM_FRAMES, SHORT_SIDE, CROP = 16, 256, 224
 SECONDS, FPS = 10, 30
 SPEC = ClipSpec(num_frames=NUM_FRAMES, crop=CROP, short_side=SHORT_SIDE)
 _TRAIN = dataclasses.replace(SPEC, train_crop="multiscale", flip_prob=0.5)
-TRAIN_SPECS = {  # XViT's training on Kinetics, and the same without AutoAugment
+TRAIN_SPECS = {  # training clips of XViT on Kinetics, with and without AutoAugment
     "with AutoAugment": dataclasses.replace(_TRAIN, augment="autoaugment"),
     "multi-scale crop, flip": _TRAIN,
 }
@@ -325,8 +325,10 @@ def main() -> None:
     )
     parser.add_argument("--size", default="340x256", help="size of the videos in pixels")
     parser.add_argument("--videos", type=int, default=6, help="number of videos")
-    parser.add_argument("--rounds", type=int, default=24, help="clips per side")
-    parser.add_argument("--frames_per_record", type=int, default=Settings.frames_per_record)
+    parser.add_argument("--rounds", type=int, default=24,
+                        help="rounds per comparison; training clips: 3 times as many")  # fmt: skip
+    parser.add_argument("--frames_per_record", type=int, default=Settings.frames_per_record,
+                        help="frames per record of the pack")  # fmt: skip
     args = parser.parse_args()
     width, height = (int(n) for n in args.size.split("x"))
     cv2.setNumThreads(1)

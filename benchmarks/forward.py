@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 THREADS = 2
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory to PyTorch
-# Keep freed memory in the process (glibc). A virtual machine may take seconds to provide a fresh
-# GB, which would be counted as the other side's time.
+# Keep freed memory in the process (glibc). Otherwise each step would allocate fresh memory. A
+# virtual machine may take seconds to provide a GB, which would be counted as time of the step.
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 40))
@@ -57,7 +57,7 @@ def matmul_peak(dtype: str) -> float:
 
 
 def make_inputs(args: argparse.Namespace, **overrides) -> tuple[object, np.ndarray, np.ndarray]:
-    """Return a network with fresh weights, clips and labels, the same in every process."""
+    """Return a newly initialised network, clips and labels; they are equal in every process."""
     # Without dropout, both sides do the same arithmetic.
     model = create_model(args.model, dtype=args.dtype, dropout=0.0, **overrides)
     cfg = model.config
@@ -186,7 +186,7 @@ def main() -> None:
         "--against",
         default="pytorch",
         choices=others,
-        help="what to compare with (default pytorch)",
+        help="what to compare with; nothing: run jaxvid alone (default pytorch)",
     )
     args = parser.parse_args()
     config = make_model_config(args.model)

@@ -1,7 +1,7 @@
 """Measure the overhead of the training loop in `jaxvid.train.train`.
 
 python benchmarks/train.py                       the demo's model: one repeated batch, and a pack
-python benchmarks/train.py --trace               also trace the device, and wait for each step
+python benchmarks/train.py --trace               also trace the device, and add `read at once`
 python benchmarks/train.py --input pack --input folder           a pack and H.264 files
 python benchmarks/train.py --config FILE.py --config.FIELD=VALUE         a different model
 
@@ -11,10 +11,11 @@ first steps of a turn are not counted, because their batches were decoded during
 The side `read at once` waits for the device before each draw of a batch, like a training loop that
 reads its metrics after each step.
 
-Columns: A step lasts from one draw of a batch to the next. `python` is the CPU time of the training
-loop's thread per step, without draws. `busy` is the share of time in which the device runs a
-program (CPU), or has a kernel or a copy in a stream (GPU). It is measured in a trace of some more
-steps, which slows Python more than the device.
+Columns: A step lasts from one draw of a batch to the next. `of the peak` is the rate of the model's
+multiply-adds as a share of the measured matmul peak. `input wait` is the share of time spent in
+draws. `python` is the CPU time of the training loop's thread per step, without draws. `busy` is the
+share of time in which the device runs a program (CPU), or has a kernel or a copy in a stream (GPU).
+It is measured in a trace of some more steps, which slows Python more than the device.
 """
 
 import contextlib
@@ -54,15 +55,15 @@ INPUT = flags.DEFINE_multi_enum(
     "input",
     ["synthetic", "pack"],
     ["synthetic", "pack", "folder"],
-    "Sources of batches; the others are compared with the first.",
+    "Sources of batches; each is compared with the first.",
 )
 STEPS = flags.DEFINE_integer("steps", 20, "Counted steps per turn.", lower_bound=1)
 TURNS = flags.DEFINE_integer("turns", 5, "Turns per side.", lower_bound=1)
-TRACE = flags.DEFINE_boolean("trace", False, "Also trace the device and wait for each step.")
-CLIPS = 128  # generated training clips, if they are large enough for the model
-VIDEOS = 4  # generated training videos otherwise
+TRACE = flags.DEFINE_boolean("trace", False, "Also trace, and add the side `read at once`.")
+CLIPS = 128  # training clips of 72 px as in the demo, for models with an input of at most 72 px
+VIDEOS = 4  # training videos of 340 × 256 px, for models with a larger input
 TRACED_STEPS = 10  # traced steps per side
-FILLING_STEPS = 3  # the first of the traced steps, which are not counted
+FILLING_STEPS = 3  # number of a side's first traced steps, which are not counted
 
 
 # ------------------------------------------------------------------ sides and turns
@@ -75,7 +76,7 @@ class Side(NamedTuple):
         name: Name in the table.
         kind: Input: `synthetic`, `pack` or `folder`.
         waits: Whether training waits for the device before each draw.
-        other: Name of the side that this one is compared with; its own name: with none.
+        other: Name of the side that this one is compared with; equal to `name` if there is none.
     """
 
     name: str
@@ -108,7 +109,7 @@ class Plan(NamedTuple):
         """Return the side that a step belongs to."""
         if step < self.total:
             turn = step // (self.skipped + self.steps)
-        else:  # traced, or -1 for the step `total`, which belongs to the last side
+        else:  # a traced step; for the step `total` itself, -1 selects the last side
             turn = (step - self.total - 1) // TRACED_STEPS
         return self.sides[turn % len(self.sides)]
 
@@ -124,8 +125,8 @@ def make_plan(config: Config) -> Plan:
     sides = [Side(kind, kind, False, kinds[0]) for kind in kinds]
     if TRACE.value:
         sides.append(Side(f"{kinds[-1]}, read at once", kinds[-1], True, kinds[-1]))
-    # An upper bound of the batches that were decoded during other sides' turns, and of the steps by
-    # which the device lags behind.
+    # Upper bound of the number of batches that were decoded during other sides' turns, plus the
+    # number of steps by which the device lags behind.
     skipped = (config.data.num_threads + 4) * max(1, config.data.num_workers)
     return Plan(sides, skipped, STEPS.value, TURNS.value)
 
@@ -263,8 +264,8 @@ def busy_shares(folder: Path, plan: Plan) -> dict[str, float]:
     """Compute how busy the device is from the trace of `jax.profiler` in `folder`.
 
     Returns:
-        Name of a side → the share of time between its first counted draw and its last in which the
-        device is busy. Several GPUs are averaged.
+        Name of a side → the share of time in which the device is busy, from the first counted draw
+        of the side to its last draw. Several GPUs are averaged.
     """
     (path,) = folder.glob("**/*.xplane.pb")
     planes = {plane.name: plane for plane in ProfileData.from_file(str(path)).planes}

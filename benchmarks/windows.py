@@ -4,15 +4,16 @@ python benchmarks/windows.py                                  a ViT-Ti/16 STAM-1
 python benchmarks/windows.py --model stam_16 --windows 8 --rounds 1          the full ViT-B/16
 python benchmarks/windows.py --model stam_tiny                                          quick
 
-A STAM with random weights classifies windows of 10 s of a synthetic video in three ways, which take
-turns:
+A STAM with random weights classifies windows of 10 s of a synthetic video in three ways, in
+alternating runs:
 `shared`: `Classifier.windows` decodes each frame once and computes its features once.
 `alone`: Each window is decoded and classified separately. The video stays open, and a thread
 decodes ahead.
 `apart`: As `alone`, but the video is opened again for each window, as by `predict` for each file.
 
 For `n` windows that overlap by 75 %, `alone` computes `4n / (n + 3)` times as many frames as
-`shared`, always less than 4 times as many.
+`shared`, always less than 4 times as many. The times are printed for the computation alone (not for
+`apart`) and including the decoding.
 """
 
 import argparse
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument(
         "--overlap", type=float, default=0.75, help="overlap of consecutive windows, 0 to 1"
     )
-    parser.add_argument("--rounds", type=int, default=2, help="rounds, of which the fastest counts")
+    parser.add_argument("--rounds", type=int, default=2, help="runs per way; the fastest counts")
     args = parser.parse_args()
     stride = WINDOW * (1 - args.overlap)
 
@@ -140,7 +141,10 @@ def main() -> None:
                 f"{config.image_size} px: {len(indices)} windows of {WINDOW:g} s every {stride:g} s"
             )
             ratio = indices.size / len(needed)
-            print(f"frames: {len(needed)} shared, {indices.size} alone: {ratio:.2f} × as many")
+            print(
+                f"frames to compute: {len(needed)} with sharing, {indices.size} without: "
+                f"{ratio:.2f} × as many"
+            )
             logits = time_in_turns(
                 "compute",
                 {

@@ -47,8 +47,8 @@ def _default_data() -> ConfigDict:
     data = ConfigDict()
     data.source = "folder"  # motion, folder, class_folders, xvit_h5, pack or tfds
     data.folder = ""
-    data.prefix = ""  # directory of the paths in lists; empty: the list's directory
-    data.missing = "error"  # for missing listed files; or keep: they count as decode errors
+    data.prefix = ""  # directory that paths in lists are relative to; empty: the list's
+    data.missing = "error"  # refuse missing listed files; or keep: count as decode errors
     data.skip_broken = False  # True: train without broken and missing videos, however many
     data.max_failed_share = 0.05  # training stops if a larger share cannot be decoded
     data.stall_seconds = 300.0  # a stage that blocks longer is logged
@@ -57,8 +57,8 @@ def _default_data() -> ConfigDict:
     data.sampling = "segments"  # or uniform_10s, dense_stride
     data.sampling_rate = 16  # of dense_stride: distance between sampled frames, at 30 fps
     data.by_time = False  # sample by timestamp, for videos with a variable frame rate
-    data.resize = "pil_bilinear"  # antialiased, as Pillow; or torch_bilinear, without antialiasing
-    data.color_matrix = "auto"  # tagged or bt601; auto: from the model card, else tagged
+    data.resize = "pil_bilinear"  # antialiased as in Pillow; or torch_bilinear, not antialiased
+    data.color_matrix = "auto"  # tagged or bt601; auto: the model card's in evaluation, else tagged
     data.train_crop = "random"  # or multiscale
     data.short_side = 256  # of training frames before the crop, in pixels
     data.short_side_max = 0  # if above short_side: drawn uniformly between the two

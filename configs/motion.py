@@ -25,7 +25,8 @@ def get_config(variant: str = "") -> ConfigDict:
     """Return the config of the demo.
 
     Args:
-        variant: ``, `blind` (no shift, no temporal embedding, mean over frames) or `stam`.
+        variant: Empty for XViT; `blind` for XViT without shift and temporal embedding, with a mean
+            over the frames; or `stam`.
     """
     common.check_variant("motion.py", variant, ("", "blind", "stam"))
     if variant == "stam":

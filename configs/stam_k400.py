@@ -1,13 +1,15 @@
-"""STAM on Kinetics-400: an image ViT for each frame of 10 s, and a transformer over the frames.
+"""STAM on Kinetics-400: an image ViT on frames sampled from 10 s, then a temporal transformer.
 
 Sharir et al., "An Image is Worth 16x16 Words, What is a Video Worth?", 2021, arXiv:2103.13915.
 Published top-1 (1 view, 224 px): 77.5 % with 8 frames, 79.3 % with 16, 79.95 % with 32 and
 80.5 % with 64.
-The training code was never released. The authors have given these values in answers: AdamW, weight
-decay 1e-3, 100 epochs with 10 of warm-up, cosine decay, averaged weights, the learning rates and
-the batch sizes. These are choices of this recipe: the decay of the average, random crops of
-256-pixel frames, flips, and weight decay on kernels only.
-Not run here: it needs the data and an ImageNet-21k ViT-B/16 to start from.
+The training code was never released. In replies to questions on GitHub (Alibaba-MIIL/STAM), the
+authors gave these values for 16 and 64 frames: AdamW, weight decay 1e-3, 100 epochs including 10 of
+warm-up, cosine decay, a moving average of the weights, the batch sizes and the learning rates. The
+rest was chosen for this recipe: the values of 16 frames for 8 and 32 frames, the decay of the
+moving average, random crops of frames with a shorter side of 256 pixels, flips, and weight decay on
+kernels only.
+This recipe has not been run: it needs the dataset and the weights of an ImageNet-21k ViT-B/16.
 
     python convert/torch_to_flax.py --model stam_16 --input vit_b16_in21k.pth --output models/vit
     python -m jaxvid.data.prepare --input data/k400 --output data/k400_packed
@@ -15,7 +17,8 @@ Not run here: it needs the data and an ImageNet-21k ViT-B/16 to start from.
         --config.init_from=models/vit --config.data.source=pack \
         --config.data.folder=data/k400_packed
 
-The variants 8, 16, 32 and 64 are numbers of frames. To evaluate the released weights, converted:
+The variants `8`, `16`, `32` and `64` differ in the number of frames. To evaluate the released
+weights after their conversion to the model folder FOLDER:
 
     python main.py --config configs/stam_k400.py:16 --workdir runs/eval --mode eval \
         --config.init_from=FOLDER

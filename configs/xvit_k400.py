@@ -2,7 +2,7 @@
 
 Bulat et al., "Space-time Mixing Attention for Video Transformer", NeurIPS 2021, arXiv:2106.05968.
 Published: 80.2 / 94.7 % top-1 / top-5 (1 clip × 3 crops; paper).
-Not run here: it needs the data and an ImageNet-21k ViT-B/16 to start from.
+This recipe has not been run: it needs the dataset and the weights of an ImageNet-21k ViT-B/16.
 
     python convert/torch_to_flax.py --model xvit_k400 --input vit_b16_in21k.pth --output models/vit
     python -m jaxvid.data.prepare --input data/k400 --output data/k400_packed
@@ -11,7 +11,8 @@ Not run here: it needs the data and an ImageNet-21k ViT-B/16 to start from.
         --config.data.folder=data/k400_packed
 
 `configs/xvit_k400.py:paper` has the values of the paper where they differ from the released
-program: batch size 128 and no label smoothing. To evaluate the released weights, converted:
+program: batch size 128 and no label smoothing. To evaluate the released weights after their
+conversion to the model folder FOLDER:
 
     python main.py --config configs/xvit_k400.py --workdir runs/eval --mode eval \
         --config.init_from=FOLDER

@@ -2,7 +2,7 @@
 
 Bulat et al., "Space-time Mixing Attention for Video Transformer", NeurIPS 2021, arXiv:2106.05968.
 Published: 67.19 / 91.00 % top-1 / top-5 (2 clips × 3 crops).
-Not run here: it needs the data and an ImageNet-21k ViT-B/16 to start from.
+This recipe has not been run: it needs the dataset and the weights of an ImageNet-21k ViT-B/16.
 
     python convert/torch_to_flax.py --model xvit_ssv2 --input vit_b16_in21k.pth --output models/vit
     python -m jaxvid.data.prepare --input data/ssv2 --output data/ssv2_packed
@@ -12,7 +12,7 @@ Not run here: it needs the data and an ImageNet-21k ViT-B/16 to start from.
 
 `configs/xvit_ssv2.py:paper` has the values of the paper where they differ from the released
 program: learning rate 0.05 at batch size 128, and label smoothing 0.3. To evaluate the released
-weights, converted:
+weights after their conversion to the model folder FOLDER:
 
     python main.py --config configs/xvit_ssv2.py --workdir runs/eval --mode eval \
         --config.init_from=FOLDER

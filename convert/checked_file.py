@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxvid.errors import InputError, short_repr
 
-# Maximum bytes of a pickle, a JSON header or a zip directory; those of real files have < 1 MB.
+# Maximum size in bytes of a pickle, a JSON header or a zip directory. Those of real files are below
+# 1 MB.
 MAX_HEADER = 4 * 2**20
 BLOCK = 16 * 2**20  # bytes per step of a checksum
 MAX_EXPANSION = 4  # maximum uncompressed bytes per byte of a zip file; weights hardly compress
@@ -37,7 +38,7 @@ class CheckedFile(io.BufferedReader):
         """Return `size` bytes of the file from `offset` on, as a writable uint8 array.
 
         Raises:
-            ValueError: The file is too short.
+            ValueError: The file is too short, or became shorter.
         """
         if offset + size > os.fstat(self.fileno()).st_size:
             raise ValueError("it declares more bytes than it has")
@@ -59,7 +60,7 @@ def check_start(file: CheckedFile) -> None:
     """Refuse a file whose first bytes show that it is not a checkpoint, e.g. a web page.
 
     Raises:
-        ValueError: The message says what the file is.
+        ValueError: It is not a checkpoint; the message says what it is.
     """
     start = file.read_at(0, min(512, os.fstat(file.fileno()).st_size)).tobytes()
     if not start:
@@ -82,7 +83,8 @@ def open_zip(path: Path, file: CheckedFile, stack: contextlib.ExitStack) -> zipf
 
     Raises:
         ValueError: Two members have the same name, or a member is encrypted or has a path outside
-            the archive.
+            the archive, or the directory is larger than `MAX_HEADER`.
+        zipfile.BadZipFile: The archive is damaged.
         InputError: The archive declares far more bytes than the file has.
     """
     file.seek(0)

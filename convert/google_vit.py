@@ -53,8 +53,8 @@ def _flatten(array: np.ndarray) -> np.ndarray:
 def to_torch(weights: dict[str, Weight], source: Path) -> dict[str, Weight]:
     """Convert Google's names and layouts to those of a timm ViT state_dict.
 
-    A weight whose key or number of axes matches no rule keeps its name, so that it is reported
-    later.
+    A weight whose key or number of axes matches no rule keeps its name and layout, so that
+    `rules.make_plan` reports it as unknown.
 
     Args:
         weights: The file's weights.
@@ -92,7 +92,7 @@ def to_torch(weights: dict[str, Weight], source: Path) -> dict[str, Weight]:
             out[name] = concatenate(
                 [parts[part] for part in ("query", "key", "value") if part in parts]
             )
-        except (ValueError, IndexError):  # they do not fit together: keep them, to be reported
+        except (ValueError, IndexError):  # shapes do not match: keep the keys, to be reported
             prefix = ATTENTION.replace(r"(\d+)", index)
             out |= {f"{prefix}{part}/{leaf}": parts[part] for part in parts}
     return out

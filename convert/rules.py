@@ -111,7 +111,7 @@ def make_plan(
     Args:
         source: The rules of this kind of file.
         shapes: Key in the file, without DDP's prefix `module.` → shape.
-        abstract_params: Shapes of the model's weights.
+        abstract_params: Name of a weight of the model → its shape and dtype.
         family: The model's family.
     """
     plan, remaining = Plan(), dict(shapes)  # `remaining`: keys without a weight so far

@@ -1,4 +1,4 @@
-"""Reading of checkpoints that `torch.save` wrote: zip archives, and files before PyTorch 1.6."""
+"""Read checkpoints that `torch.save` wrote: zip archives, and the format before PyTorch 1.6."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from convert.weight import FLOATS, Weight
 from jaxvid.errors import InputError, short_repr
 from jaxvid.models import FAMILIES
 
-MAX_SPREAD = 16  # maximum bytes that a strided tensor may span, per byte of its values
+MAX_SPREAD = 16  # bytes of storage that a strided tensor may span per byte of its values, + 1 MiB
 ITEM_SIZES = {  # dtype → bytes per element
     **{"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8},
     **{"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8},
@@ -54,10 +54,11 @@ def open_torch(path: Path, file: CheckedFile, stack: contextlib.ExitStack) -> tu
         stack: Closes the archive, if the file is one.
 
     Returns:
-        The kind of file, which is `timm_vit` or the name of a family; and the weights.
+        The kind of file, which is `timm_vit` or the name of a family; and the weights by key.
 
     Raises:
-        InputError: The file contains no weights, or values other than dense tensors.
+        InputError: The file contains no weights of a known model, or values other than dense
+            tensors.
         ValueError: The file is damaged or would run code.
     """
     file.seek(0)
@@ -222,7 +223,8 @@ def _check_tensor(key: object, tensor: Tensor, span: _Span) -> None:
     """Check that the storage of a tensor has the declared size and contains the tensor.
 
     Raises:
-        ValueError: It does not, or the sizes are impossible.
+        ValueError: The storage has a different size or does not contain the tensor, or a size, a
+            stride or the offset is impossible.
     """
     name, storage = short_repr(key), tensor.storage
     numbers = (storage.numel, tensor.offset, *tensor.shape, *tensor.strides)
@@ -245,16 +247,18 @@ def _last_index(tensor: Tensor) -> int:
 
 
 def _read_tensor(file: CheckedFile, tensor: Tensor, span: _Span, verified: set[str]) -> np.ndarray:
-    """Read a tensor. When a storage is read for the first time, its checksum is compared.
+    """Read a tensor. When a storage is read for the first time, its checksum, if any, is compared.
 
     Args:
         file: The checkpoint.
         tensor: The tensor.
-        span: Location of its storage.
-        verified: Keys of the storages whose checksums have been compared. This one is added.
+        span: Location of the tensor's storage.
+        verified: Keys of the storages whose checksums have been compared. The key of this tensor's
+            storage is added.
 
     Raises:
-        ValueError: The checksum differs, or the tensor is spread over too many bytes.
+        ValueError: The checksum differs, the tensor is spread over too many bytes, or the file
+            became shorter.
     """
     dtype = FLOATS[tensor.dtype]
     if 0 in tensor.shape:

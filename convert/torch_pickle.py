@@ -20,7 +20,8 @@ _STORAGES = {  # prefix of the name of a storage class → dtype
     **{"Long": "int64", "ComplexFloat": "complex64", "ComplexDouble": "complex128"},
     **{"QInt8": "qint8", "QUInt8": "quint8", "QInt32": "qint32", "Untyped": "uint8"},
 }
-# Other functions and classes that a state_dict or an optimizer's state names.
+# Functions and classes that a state_dict or an optimizer's state may name, in addition to the
+# patterns in `_find_global`.
 _HARMLESS = {
     *("collections.OrderedDict", "collections.Counter", "builtins.set", "builtins.complex"),
     *("builtins.bytearray", "_codecs.encode", "torch.device", "torch.Size", "torch.Tensor"),
@@ -91,7 +92,8 @@ def interpret(stream: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
         The value, and the storages that the pickle declares, by key.
 
     Raises:
-        ValueError: The pickle is damaged, too long, or would run code.
+        ValueError: The pickle is damaged or too long, would run code, or has a dict with a repeated
+            key or a key that is neither text nor an integer.
     """
     machine = _Machine()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):

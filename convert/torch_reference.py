@@ -171,7 +171,7 @@ class Shift(nn.Module):
     """Temporal shift of `(b·t, n, d)`; see `jaxvid.models.space_time_mixing.shift_time`.
 
     Args:
-        segment: Number of frames between which features are shifted.
+        segment: Number of consecutive frames within which features are shifted.
         fold: Number of features that are shifted in each direction.
     """
 
@@ -281,7 +281,8 @@ def build_reference(config: ModelConfig, *, fused: bool = False) -> nn.Module:
     """Return the PyTorch model of a config, in evaluation mode.
 
     Args:
-        config: The model config. Only sizes may differ from those of the released models.
+        config: The model config. Only sizes and STAM's `aggregator` may differ from those of the
+            released models.
         fused: Use PyTorch's fused attention kernel (`attend_fused`) instead of `attend`.
 
     Raises:

@@ -58,13 +58,14 @@ def infer_config(
 
     Args:
         model: The preset's name.
-        kind: The kind of file.
+        kind: The kind of file; see `rules.get_source`.
         weights: The file's weights.
         num_classes: The value of `--num_classes`, or None for that of the preset.
         source: The file, for messages.
 
     Raises:
-        InputError: The file contradicts the preset; the message contains both values.
+        InputError: The preset is unknown; the file contradicts it (the message contains both
+            values); or a size in the file is invalid.
     """
     config = make_model_config(model)
     family = family_of(config)
@@ -115,8 +116,8 @@ def convert(
     """Convert the weights of a file to those of a model.
 
     Args:
-        kind: The kind of file.
-        weights: The file's weights. Only weights of the expected shape are read.
+        kind: The kind of file; see `rules.get_source`.
+        weights: The file's weights. Only those that the plan uses are read.
         config: The model's config.
         source: The file, for messages.
 
@@ -278,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--input", required=True, type=Path, help=".pth, .safetensors or .npz file")
     parser.add_argument("--output", required=True, type=Path, help="model folder that is written")
     parser.add_argument(
-        "--labels", type=Path, help="file of class names: one per line, or a JSON list"
+        "--labels", type=Path, help="file of class names: one per line, or a JSON list (.json)"
     )
     parser.add_argument(
         "--num_classes", type=int, help="number of classes (default: from the preset)"
@@ -354,7 +355,8 @@ def _read_labels(path: Path, num_classes: int) -> list[str]:
     """Read class names.
 
     Raises:
-        InputError: The file cannot be read, or does not have one name per class.
+        InputError: The file cannot be read, is not a list of names, or does not have one name per
+            class.
     """
     try:
         text = read_limited(path, MAX_LABELS_BYTES).decode("utf-8")
@@ -365,7 +367,8 @@ def _read_labels(path: Path, num_classes: int) -> list[str]:
         raise
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{path}: cannot be read ({one_line(error)}); save it as UTF-8, one name per line"
+            f"{path}: cannot be read ({one_line(error)}); save it as UTF-8, one name per line or "
+            "as a JSON list (.json)"
         ) from None
     if not isinstance(labels, list):
         raise InputError(f"{path}: expected a list of names, got {type(labels).__name__}")

@@ -36,7 +36,7 @@ def open_weights(path: Path) -> Iterator[tuple[str, dict[str, Weight]]]:
 
     Yields:
         The kind of file (see `rules.get_source`), and its weights by key. If the kind is
-        `google_vit`, they have Google's names and layouts, see `google_vit.to_torch`.
+        `google_vit`, keys and layouts are Google's; `google_vit.to_torch` converts them.
 
     Raises:
         InputError: The file is not a checkpoint, is damaged, would run code, or changes while it is
@@ -170,7 +170,7 @@ def _open_safetensors(
             tensor = archive.get_tensor(key)
             return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
-        # F32 → float32, BF16 → bfloat16. Other names stay similar; `convert` refuses them later.
+        # F32 → float32, BF16 → bfloat16. `convert` refuses other dtypes, e.g. I64 or float8_E4M3.
         dtype = re.sub("F(?=[0-9])", "float", part.get_dtype()).replace("B", "b", 1)
         weights[key] = Weight(tuple(part.get_shape()), dtype, read)
     return "timm_vit", weights

@@ -45,7 +45,7 @@ def write_file(path: Path, data: bytes, *, writer: str = "") -> Path:
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Write indented JSON atomically. File names that are not UTF-8 can be restored from it.
+    """Write a value as indented JSON, atomically; see `format_json`.
 
     Raises:
         InputError: The file cannot be written.
@@ -76,7 +76,7 @@ def check_output(option: str, path: Path) -> None:
         InputError: The parent folder cannot be created or written to, or the path exists and is
             not a regular file.
     """
-    # The name is as long as that of the temporary file of `write_file`.
+    # As long as the name of the temporary file of `write_file`, so that too long names are refused.
     probe = path.with_name(f".{path.name}.probing")
     try:
         if path.is_dir():

@@ -42,7 +42,8 @@ def parse_flags(
         module: The module whose flags `--help` shows.
         needed: Required flag → placeholder for its value, e.g. `{"workdir": "FOLDER"}`.
         end_other_processes: Called with the distributed flags and the error message if the command
-            line is wrong and this is one of several processes. Otherwise, the others would wait.
+            line is wrong and this is one of several processes, so that the others do not wait for
+            it. None: not called.
 
     Returns:
         The positional arguments: only the program's name.
@@ -79,7 +80,7 @@ def _distributed_flags(argv: list[str]) -> dict[str, str]:
 
 
 def _check_config(argv: list[str]) -> None:
-    """Refuse a config file or an overridden field that does not exist.
+    """Refuse a missing or invalid config file, and overridden fields that do not exist.
 
     Raises:
         ValueError: The message names the file or the field.

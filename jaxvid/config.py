@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from jaxvid.errors import InputError
 
-# Old name → new name. Configs with an old name are refused; files of an older version are
-# translated.
+# Old name → new name. Configs with an old name are refused. Names in the config.json, model.json
+# and eval.json of older versions are translated.
 RENAMED_FIELDS = {
     "mixup": "mixup_alpha",
     "cutmix": "cutmix_alpha",
@@ -33,7 +33,7 @@ def check_names(config: Mapping) -> None:
 
 
 def translate(values: Mapping) -> dict:
-    """Return flat config or preprocessing values of an older file with the current names."""
+    """Replace old names and values in a flat config, preprocessing or protocol of an older file."""
     translated = {}
     for name, value in values.items():
         renamed = RENAMED_VALUES.get(name.rpartition(".")[2], {})
@@ -61,12 +61,13 @@ def differences(
     Args:
         before: The first flat config.
         after: The second flat config.
-        there: Text for the messages that says where `before` is from, e.g. `in FOLDER`.
-        here: Text that says where `after` is from, e.g. `in the config`.
+        there: Origin of `before`, for the messages, e.g. `in FOLDER`.
+        here: Origin of `after`, for the messages, e.g. `in the config`.
         ignore: Names of fields that may differ.
 
     Returns:
-        Name → `NAME: VALUE in FOLDER, VALUE in the config`, for each field that differs.
+        Name → message, e.g. `NAME: VALUE in FOLDER, VALUE in the config`, for each field that
+        differs or is missing in one of the configs.
     """
     names = sorted({*before, *after} - {*ignore})
     return {

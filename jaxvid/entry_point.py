@@ -74,8 +74,8 @@ def run(module: str, hint: str = "") -> NoReturn:
     for name in ("stdout", "stderr"):
         _replace_stream(name)
     if supervisor.parent_fd is not None:
-        # absl enables faulthandler, which asks sys.stderr for its descriptor. Its dump must go to
-        # descriptor 2, whose output the supervisor buffers.
+        # absl enables faulthandler, which calls `sys.stderr.fileno()`. Dumps by faulthandler must
+        # go to descriptor 2, whose output the supervisor buffers.
         sys.stderr.reported_fd = 2
     process = _process = _Process(hint, supervisor)
     try:
@@ -90,7 +90,7 @@ def run(module: str, hint: str = "") -> NoReturn:
         if process.status == 1:
             raise
         process.print_line(line)
-        # Otherwise, threads and finalizers that fail during the exit would print tracebacks.
+        # Suppress tracebacks of threads and finalizers that fail during the exit.
         sys.unraisablehook = threading.excepthook = lambda _: None
     process.flush()
     sys.exit(process.status)
@@ -364,7 +364,7 @@ def _supervise() -> _Supervisor:
         The child's descriptors. Only the child returns; the parent ends as the child did.
     """
     noise_fd = os.memfd_create("stderr")
-    parent_fd, alive_fd = os.pipe()  # closed when the parent dies
+    parent_fd, alive_fd = os.pipe()  # the system closes `alive_fd` when the parent dies
     read_fd, ended_fd = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -25,7 +25,7 @@ from jaxvid.storage import model_card, model_folder, workdir_lock
 from jaxvid.storage.preprocessing import check_preprocessing, default_color_matrix
 from jaxvid.training import checkpoint, outputs, run_config, run_metadata
 
-# Preprocessing fields that accuracies depend on, apart from the input size of the network.
+# Preprocessing fields that are compared with the model's. Differences are logged as a warning.
 COMPARED_FIELDS = (
     *("data.sampling", "data.sampling_rate", "data.by_time", "data.resize", "data.color_matrix"),
     "eval.short_side",
@@ -36,23 +36,24 @@ COMPARED_FIELDS = (
 def evaluate(
     config: Config, workdir: str | Path, *, compare_with: str | Path | None = None
 ) -> dict:
-    """Evaluate the model folder `init_from`; if it is empty, the newest checkpoint of the workdir.
+    """Evaluate the model folder `init_from`, or the workdir's newest checkpoint if it is not set.
 
     An interrupted evaluation is resumed when the same command is run again.
 
     Args:
         config: A locked config.
         workdir: Output directory of `eval.json`, `eval_videos.csv`, `eval.html` and
-            `confusion.png`; without `init_from` also the folder of the run.
-        compare_with: Another `eval.json`. The videos whose result changed are listed, and the
-            difference is tested for significance.
+            `confusion.png`. If `init_from` is not set, it must contain a training run.
+        compare_with: The `eval.json` of another evaluation. Its results are compared with the new
+            ones, video by video, in the log and in `WORKDIR/comparison.json`.
 
     Returns:
-        The contents of `eval.json`.
+        The contents of `eval.json` without `class_accuracy`, `confusion` and `labels`.
 
     Raises:
-        InputError: There is no model to evaluate, it does not fit the config or the data, or
-            another run uses the workdir.
+        InputError: There is no model to evaluate, the model does not fit the config or the data,
+            its logits are not finite, a file cannot be read or written, or another run uses the
+            workdir.
     """
     experiment, workdir = resolve(config), Path(workdir)
     setup.prepare_compilation(workdir, deterministic=experiment.deterministic)
@@ -110,7 +111,8 @@ class Weights:
     Attributes:
         params: The weights.
         source: The model folder or the checkpoint that they come from.
-        experiment: The config; a color matrix of `auto` is replaced by that of the model card.
+        experiment: The config; a color matrix of `auto` is replaced by that of the model card, if
+            there is one.
         card: The model card, which names the classes; None if there is none.
         card_folder: The folder of the card.
     """
@@ -159,7 +161,7 @@ def _load_checkpoint(experiment: Experiment, workdir: Path, mesh: Mesh) -> Weigh
             f"{workdir} contains a different model ({'; '.join(model_changes)}); change the config "
             "or choose another --workdir"
         )
-    folder = workdir / "best"  # its model card names the classes, which a checkpoint does not
+    folder = workdir / "best"  # its model card has the class names; checkpoints have none
     card = model_card.load_card(folder) if model_card.exists(folder) else None
     if card and experiment.dataset.color_matrix == "auto":
         changed.pop("data.color_matrix", None)
@@ -180,7 +182,7 @@ def _abstract_params(experiment: Experiment, mesh: Mesh) -> Params:
 
 
 def _log_source(source: str, experiment: Experiment, changed: dict[str, str]) -> None:
-    """Log what is evaluated, and how its preprocessing differs from that of the training."""
+    """Log the source of the weights; warn if the preprocessing differs from the model's."""
     log.info("evaluating %s", source)
     ignored = {"data.sampling_rate"} if experiment.preprocessing.sampling != "dense_stride" else ()
     lines = [changed[name] for name in changed if name in COMPARED_FIELDS and name not in ignored]
@@ -192,10 +194,13 @@ def _log_source(source: str, experiment: Experiment, changed: dict[str, str]) ->
 
 
 def _open_videos(weights: Weights) -> tuple[Sequence[Record], list[str]]:
-    """Open the validation videos, and check that their classes are those of the weights.
+    """Open the validation videos, and check that their classes match the model card, if any.
 
     Returns:
-        The videos, and the names of the classes.
+        The videos, and the names of their classes.
+
+    Raises:
+        InputError: The data set is unusable, or its classes differ from those of the model card.
     """
     experiment, card = weights.experiment, weights.card
     data = collectives.raise_on_all_processes(
@@ -213,7 +218,10 @@ def _open_videos(weights: Weights) -> tuple[Sequence[Record], list[str]]:
 
 
 def _resume_key(experiment: Experiment, records: Sequence[Record], sha256: str) -> dict[str, Any]:
-    """Return everything that the results of an evaluation depend on; all processes call it."""
+    """Return everything that the results of an evaluation depend on, for `PartialResults`.
+
+    All processes must call this, because file fingerprints are gathered from all of them.
+    """
     fields = experiment.fields
     return {
         "weights": sha256,

@@ -29,7 +29,8 @@ class Experiment:
     """A resolved config.
 
     Attributes:
-        fields: The complete config as a nested dict, which is saved and compared with other runs.
+        fields: The complete config as a nested dict, which is saved, and compared when the run is
+            resumed.
         batch_size: Clips per training step, over all devices and processes.
         num_epochs: Length of the training.
         deterministic: Whether results on GPUs are bit-identical between executions.
@@ -183,14 +184,16 @@ def check_batch_sizes(experiment: Experiment, mesh: Mesh) -> None:
     """Refuse batch sizes of training and evaluation that cannot be divided over the mesh.
 
     Raises:
-        InputError: Names the field, its value and what it must be a multiple of.
+        InputError: A batch size is not a positive multiple of the required number, or
+            `accumulate_steps` is below 1.
     """
     check_batch_size("batch_size", experiment.batch_size, mesh)
     num_parts = experiment.recipe.accumulate_steps
     multiple = mesh.shape["data"] * mesh.shape["fsdp"] * max(1, num_parts)
     if num_parts < 1 or experiment.batch_size % multiple:
         raise InputError(
-            f"accumulate_steps={num_parts}, batch_size={experiment.batch_size}: the batch must be "
-            f"a multiple of {multiple} (mesh.data · mesh.fsdp · accumulate_steps)"
+            f"accumulate_steps={num_parts}, batch_size={experiment.batch_size}: accumulate_steps "
+            f"must be at least 1, and batch_size must be a multiple of {multiple} "
+            "(mesh.data · mesh.fsdp · accumulate_steps)"
         )
     check_batch_size("eval.batch_size", experiment.protocol.batch_size, mesh)

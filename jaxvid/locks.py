@@ -26,7 +26,8 @@ def locked(path: Path) -> Iterator[bool]:
     """Hold a lock while the body runs. The system releases it if the process dies.
 
     Args:
-        path: The lock file. It is created, contains the holder's name, and is removed at the end.
+        path: The lock file. It is created, contains the process id and machine of the holder, and
+            is removed at the end.
 
     Yields:
         True if the lock is held; False if the file system does not support locks.

@@ -17,9 +17,9 @@ log = logging.getLogger("jaxvid")
 def setup_logging(workdir: Path) -> None:
     """Send the `jaxvid` log to the console and `WORKDIR/log.txt`.
 
-    Progress lines have the level `debug`. They are always written to the file, but to the console
-    only if it is not a terminal, which shows a progress bar. Processes other than the first log
-    only warnings, and only to their consoles.
+    Progress lines have the level `debug`. They are always written to the file. They are written to
+    the console only if it is not a terminal, because terminals show a progress bar instead.
+    Processes other than the first log only warnings, and only to their consoles.
     """
     for handler in log.handlers[:]:
         log.removeHandler(handler)
@@ -59,5 +59,6 @@ class RunProgress(progress.Progress):
     """
 
     def __init__(self, total: int, *, done: int = 0, unit: str, title: str, lines: bool = False):
-        bar, write_line = not jax.process_index(), log.debug if lines else None
+        bar = not jax.process_index()
+        write_line = log.debug if lines else None
         super().__init__(total, title=title, unit=unit, done=done, bar=bar, write_line=write_line)

@@ -3,15 +3,16 @@
 A folder stands for all videos below it. Quote patterns (`'clips/**/*.mp4'`), so that this program
 expands them instead of the shell. --window and --stride classify sliding windows of one long video.
 
-Preprocessing and the number of views come from the model card: those of the evaluation for a
-trained model, those of the released protocol for a converted one. Predictions then equal those of
---mode eval. --clips and --crops set a different number of views; fewer views are faster.
+Preprocessing and the number of views come from the model card. A trained model has those of its
+evaluation during training; a converted model has those of the released protocol. Predictions equal
+those of --mode eval with the same settings. --clips and --crops set a different number of views;
+fewer views are faster.
 
-The exit code is the number of inputs that failed, at most 99. Each of them is reported as a line
-`failed: ...` on stderr, and the last line there is `N of M failed`. The other inputs are still
-classified. As in every program of jaxvid, the exit code is also 2 if nothing can be classified or
-an output cannot be written, e.g. because of a bad model folder or option. The last line is then
-`error: ...`.
+The exit code is the number of inputs that failed, at most 99. Each failed input is reported on
+stderr as a line `failed: ...`, and the last line of stderr is `N of M failed`. The other inputs are
+still classified. As in every program of jaxvid, the exit code is also 2 if the program cannot run,
+e.g. because the model folder or an option is bad, or an output cannot be written. The last line of
+stderr is then `error: ...`.
 """
 
 if __name__ == "__main__":  # before the slow imports below
@@ -44,7 +45,7 @@ DEFAULT_BATCH_VIEWS = 8  # views per batch, summed over its videos
 
 
 def expand(inputs: Sequence[str], skipped: Skipped | None = None) -> tuple[list[str], list[dict]]:
-    """Expand the inputs of the command line to video files.
+    """Return the video files that the inputs on the command line stand for.
 
     Args:
         inputs: Files, with any suffix; folders, which stand for all videos below them, sorted; and
@@ -69,9 +70,15 @@ def expand(inputs: Sequence[str], skipped: Skipped | None = None) -> tuple[list[
 
 
 def list_videos(folder: str, skipped: Skipped | None = None) -> tuple[list[str], list[str]]:
-    """Return the videos below a folder, sorted, and one error line per folder that cannot be read.
+    """List the videos below a folder.
 
-    If there are neither videos nor unreadable folders, this is an error, too.
+    Args:
+        folder: The folder.
+        skipped: Counter of the files and subfolders that are skipped.
+
+    Returns:
+        The videos, sorted within each folder; and one error message per folder that cannot be read.
+        If all folders can be read but contain no videos, one error message says so.
     """
     unreadable, files = [], []
     skipped = Skipped() if skipped is None else skipped
@@ -105,7 +112,8 @@ def predict(
         videos: Video files.
         folder: Model folder.
         top_k: Number of classes to return.
-        batch_size: Videos per batch; None: as many as have 8 views, at least one.
+        batch_size: Videos per batch; None: 8 divided by the number of views per video, but at least
+            1 and at most the number of videos.
         num_clips: Clips per video; None: from the model card.
         num_crops: Crops per clip, 1 or 3; None: from the model card.
         dtype: Compute dtype, one of `precision.DTYPES`.
@@ -189,10 +197,14 @@ def _classify_windows(video: str, args: argparse.Namespace) -> str:
 
 
 def check_options(args: argparse.Namespace, num_videos: int) -> None:
-    """Check for conflicting options and output files that cannot be written.
+    """Refuse invalid or conflicting options, and output files that cannot be written.
+
+    Args:
+        args: The parsed command line.
+        num_videos: Number of videos to classify.
 
     Raises:
-        InputError: The message names the option and what to do.
+        InputError: The message names the option.
     """
     writes_json = args.json not in (None, STDOUT)
     if writes_json and not args.json.endswith(".json"):
@@ -224,7 +236,7 @@ def check_options(args: argparse.Namespace, num_videos: int) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the command line."""
+    """Return the command-line parser."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxvid.predict",
         description=__doc__,

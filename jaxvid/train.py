@@ -71,8 +71,8 @@ def train(
         workdir: The run's folder. Training resumes from the newest checkpoint that it contains. The
             result is bit-identical to that of an uninterrupted run.
         stop_step: Save and return at this step; the next call resumes.
-        profile_steps: First step of a trace in `WORKDIR/profile`, and the step before which it
-            ends. Steps that an earlier start has done are left out.
+        profile_steps: `(start, stop)`: the steps to trace in `WORKDIR/profile`, without `stop`.
+            Steps that an earlier start of the run has done are left out.
         make_batches: Like `pipeline.make_train_iter`; benchmarks pass their own function.
 
     Returns:
@@ -82,8 +82,8 @@ def train(
         InputError: The config, the data or the workdir is unusable; another run uses the workdir;
             or the loss is not finite.
         SystemExit: SIGINT or SIGTERM was received, by this or another process of the run, and the
-            state was saved; the code is 128 + the signal's number. Once the final evaluation is
-            done, the run finishes instead.
+            state was saved. The code is 128 + the signal's number, or 143 in a process that did not
+            receive the signal itself. Once the final evaluation is done, the run finishes instead.
     """
     began, workdir = time.monotonic(), Path(workdir)
     run = _set_up(resolve(config), workdir, stop_step, make_batches)
@@ -112,7 +112,7 @@ def train(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """The objects of a run that are made from its config and its data.
+    """The config and the data of a run, and the objects that are made from them.
 
     Attributes:
         experiment: The resolved config.
@@ -121,7 +121,7 @@ class Run:
         abstract_state: Shapes, dtypes and shardings of the training state.
         init: Makes a fresh training state.
         data: Training and validation videos.
-        lost: Ids of videos of the first start that are no longer listed.
+        lost: Ids of training videos that the first start used and that are missing now.
         batches: The training batches of this process.
         milestones: Steps at which the loop evaluates, saves, logs and stops.
         schedule: Function from the step to the learning rate.
@@ -184,8 +184,7 @@ def _set_up(
     )
     optimizer = optim.make_optimizer(experiment.optimizer, schedule, family)
     frozen = optim.frozen_names(experiment.optimizer, abstract_params, family)
-    recipe = experiment.recipe.for_mesh(mesh, experiment.batch_size)
-    recipe = dataclasses.replace(recipe, frozen=frozen)
+    recipe = experiment.recipe.for_run(mesh, experiment.batch_size, frozen)
     teacher, teacher_params = load_teacher(experiment.distill, experiment.model, data.labels, mesh)
     init = functools.partial(
         steps.init_state, experiment.model, optimizer, recipe, seed=recipe.seed
@@ -226,7 +225,7 @@ def _restore(
     Args:
         run: The run.
         profile_steps: As in `train`.
-        resources: Exit stack that gets the closing of the checkpoint manager, iterator and trace.
+        resources: Exit stack that will close the checkpoint manager, the iterator and the trace.
 
     Returns:
         The training state, the checkpoint manager, the open log window and the trace.
@@ -256,8 +255,8 @@ def _restore(
 
     outputs.tidy_outputs(workdir)
     left_out = {"missing or broken": len(run.data.left_out), "no longer listed": len(run.lost)}
-    facts = run_metadata.describe_run(run.mesh, run.data.records, left_out)
-    run_metadata.record_start(workdir, facts)
+    metadata = run_metadata.describe_run(run.mesh, run.data.records, left_out)
+    run_metadata.record_start(workdir, metadata)
     collectives.raise_on_all_processes(training_videos.save, workdir, run.data)
     run_config.save_config(run.experiment.fields, workdir)
     run_metadata.log_network(
@@ -342,7 +341,7 @@ def _make_validation(
     experiment, data = run.experiment, run.data
     graphdef, _ = abstract_eval_model(experiment.model, experiment.protocol)
     eval_step = make_eval_step(experiment.protocol, graphdef, run.mesh)
-    # All processes use what the first one reads, as another may see an older file.
+    # All processes use the values that process 0 reads: others may still see older files.
     best, evaluated = collectives.gather(
         [model_card.best_top1(run.workdir), metric_writer.last_evaluation(run.workdir)]
     )[0]

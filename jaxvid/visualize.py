@@ -6,12 +6,13 @@ much attention its patches receive, and bars show how much attention each frame 
 suffix .png, FILE is a contact sheet; with .mp4, it is a slide show.
 
 Frames are shown uncropped and upright, and darkened outside the network's crop. The colour scale
-starts at a uniform share of a frame's attention. It ends at the strongest patch of the clip, but
-not below twice the uniform share. Rollout follows attention only and ignores values and MLPs: it
-shows where a network looks, not why it decides.
+starts at the uniform share, 1 / (number of patches per frame). It ends at the share of the
+strongest patch in the clip, or at twice the uniform share if that is higher. Rollout follows
+attention only and ignores values and MLPs: it shows where a network looks, not why it decides.
 
-Some networks take part of their keys and values from the neighbouring frames. The rollout ignores
-this and leaves out summary tokens, so that the heat is approximate in time.
+In some networks (XViT), attention within a frame also reads keys and values of other frames. The
+rollout assigns all attention to the frame's own patches, so that the heat map is approximate in
+time.
 """
 
 if __name__ == "__main__":  # before the slow imports below
@@ -41,7 +42,7 @@ COLUMNS = 8  # frames per row of a contact sheet
 SHEET_PANEL, SLIDE_PANEL = (152, 152), (480, 360)  # px; maximum width and height of a frame
 MIN_WIDTH, BAR_HEIGHT, GAP = 480, 44, 8  # px
 RATES = (1.0, 4.0)  # lowest and highest frame rate of a slide show, in frames/s
-UNTIMED_RATE = 2.0  # frame rate if the times of the frames are unknown
+UNTIMED_RATE = 2.0  # frame rate if the times of the frames are unknown or all equal
 # Pillow's default font lacks accented letters.
 FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 COLOURS = matplotlib.colormaps["plasma"]
@@ -72,10 +73,11 @@ def draw_frame(
         x = (columns / (right - left) / width, 0, -left * columns / (right - left))
         y = (0, rows / (bottom - top) / height, -top * rows / (bottom - top))
         uniform = 1 / (rows * columns)
-        # Twice the uniform share at least: otherwise, almost uniform attention would look strong.
+        # At least twice the uniform share, so that almost uniform attention does not look strong.
         peak = max(attention.max(), 2 * uniform)
         strength = ((attention[t] - uniform) / (peak - uniform)).clip(0, 1).astype(np.float32)
         to_patches = (picture.size, Image.Transform.AFFINE, x + y)
+        # -1 marks pixels outside the crop.
         strength = Image.fromarray(strength).transform(*to_patches, fillcolor=-1)
         strength = np.asarray(strength)[..., None]  # (h w 1)
         alpha = ALPHA * np.sqrt(strength.clip(0, 1))
@@ -210,11 +212,11 @@ def visualize(
 
     Raises:
         InputError: The model folder or the video is unusable, `clip` is out of range, or the output
-            cannot be written.
+            has a different suffix or cannot be written.
     """
     output = Path(output)
     if (suffix := output.suffix.lower()) not in (".png", ".mp4"):
-        raise InputError(f"{output}: the suffix must be .png or .mp4")
+        raise InputError(f"{output}: the suffix must be .png or .mp4; choose another file name")
     if not output.parent.is_dir():
         raise InputError(f"{output}: {output.parent} is not a folder; create it or choose another")
     if output.exists() and Path(video).exists() and output.samefile(video):

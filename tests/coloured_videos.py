@@ -12,7 +12,8 @@ from jaxvid.data.synthetic_motion import write_clip
 from jaxvid.models import make_model_config, split_params
 from jaxvid.storage import model_card, model_folder
 
-# (RGB colour, label) of each video. The stub predicts 13 of the 19 labels.
+# (RGB colour, label) of each video. The stub predicts the label of every video in RIGHT, and a
+# different class for every video in WRONG.
 RIGHT = [((200, 30, 30), 0), ((30, 200, 30), 1), ((30, 30, 200), 2)] * 4 + [((90, 90, 90), 3)]
 WRONG = [((200, 150, 30), 1), ((150, 30, 200), 0), ((30, 30, 30), 2)] * 2
 VIDEOS = RIGHT + WRONG
@@ -41,7 +42,7 @@ def abstract_stub(_):
 
 
 def save_stub(folder, bias=0.0, **config):
-    """Save a model folder with the config of a network, but the weight of the stub."""
+    """Save a model folder with the config of a real network and the stub's only weight."""
     card = model_card.make_card(
         make_model_config(**config), preprocessing=PREPROCESSING, labels=NAMES, provenance={}
     )
@@ -51,7 +52,7 @@ def save_stub(folder, bias=0.0, **config):
 def make_coloured_videos(folder):
     """Write 19 videos of one colour each (the second is shorter than a clip) and a broken video.
 
-    All 20 are listed for validation: the broken one has index 7.
+    All 20 are listed in `val.csv`, the broken one at index 7. Return the folder.
     """
     lines = []
     for i, (colour, label) in enumerate(VIDEOS):
@@ -67,7 +68,7 @@ def make_coloured_videos(folder):
 
 
 def check_outputs(workdir):
-    """Check the outputs of an evaluation of the stub on all videos."""
+    """Check the outputs of an evaluation of the stub on all 20 videos."""
     report = json.loads((workdir / "eval.json").read_text())
     assert (report["top1"], report["top5"]) == (100 * len(RIGHT) / 20, 95)
     counts = [report[f"num_{name}"] for name in ("videos", "evaluated", "padded", "failed")]

@@ -4,7 +4,8 @@ import logging
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compilation takes most of the time of the tests. Without optimisation, it takes half as long.
+# Most of the time of the tests is spent in compilation, which takes half as long without
+# optimisation.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
@@ -24,7 +25,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def _environment(tmp_path_factory):
     """Mark absl flags as parsed, which Grain's workers need, and use a temporary compilation cache.
 
-    The workers of one test run share the cache.
+    The processes of pytest-xdist share the cache.
     """
     flags.FLAGS.mark_as_parsed()
     cache = str(tmp_path_factory.getbasetemp().parent / "xla")
@@ -60,7 +61,7 @@ def shrunk_config(folder, num_epochs: float = 2.0):
 
 @pytest.fixture
 def lines():
-    """Yield a list to which the messages of the log are added during a test."""
+    """Yield a list to which log messages of level INFO and above are added during a test."""
     messages = []
     handler, level = logging.Handler(), log.level
     handler.emit = lambda record: messages.append(record.getMessage())

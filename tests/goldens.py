@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent / "golden"
 
 
 def load(name: str) -> dict:
-    """Return the arrays of a golden file, with decoded `config` and `manifest`, and its `clip`."""
+    """Return the arrays of a golden file, with `config` and `manifest` parsed, and its `clip`."""
     with np.load(FOLDER / f"{name}.npz") as arrays:
         golden = dict(arrays)
     for key in ("config", "manifest"):
@@ -40,13 +40,13 @@ def params(abstract: dict, seed: int) -> dict:
 
 
 def assert_forward(golden: dict, graphdef, params: dict, get_vit) -> None:
-    """Compare logits and recorded block outputs with the original program to 1e-5.
+    """Check that logits and block outputs differ from the original program by at most 1e-5.
 
     Args:
         golden: The result of `load`.
         graphdef: Structure of the network.
         params: Weights of the network.
-        get_vit: Returns the part of the network that has `embed` and `blocks`.
+        get_vit: Function that returns the part of a network that has `embed` and `blocks`.
     """
 
     @jax.jit
@@ -64,12 +64,14 @@ def assert_forward(golden: dict, graphdef, params: dict, get_vit) -> None:
 
 
 def assert_samples(golden: dict, kind: str, arrays: dict) -> None:
-    """Compare norms and samples with the original program to a relative 1e-4.
+    """Check the norm and sampled entries of each array against the original program.
+
+    The relative tolerance is 1e-4.
 
     Args:
         golden: The result of `load`.
         kind: `grad` (gradients) or `final` (weights after training).
-        arrays: One array per weight, under jaxvid's names.
+        arrays: One array per weight; the keys are jaxvid's names of the weights.
     """
     for key, array in arrays.items():
         array = rules.to_torch(key, np.asarray(array)).astype(np.float64).ravel()
@@ -77,14 +79,14 @@ def assert_samples(golden: dict, kind: str, arrays: dict) -> None:
         np.testing.assert_allclose(np.linalg.norm(array), norm, rtol=1e-4, err_msg=key)
         sample = golden[f"{kind}_sample/{rules.torch_key(key)}"]
         positions = np.linspace(0, array.size - 1, len(sample)).astype(int)
-        # The tolerance is relative to the largest sample or the array's root mean square, whichever
-        # is larger, because single entries can be zero.
+        # The tolerance of the samples is relative to the largest sample or the array's root mean
+        # square, whichever is larger, because single entries can be zero.
         scale = max(np.abs(sample).max(), norm / np.sqrt(array.size))
         np.testing.assert_allclose(array[positions], sample, rtol=0, atol=1e-4 * scale, err_msg=key)
 
 
 def assert_blocks(golden: dict, blocks: list) -> None:
-    """Compare class tokens and token means of recorded blocks with the original program to 1e-5."""
+    """Check that class tokens and token means of recorded blocks differ by at most 1e-5."""
     recorded = {int(key.split("/")[1]) for key in golden if key.startswith("block/")}
     assert {0, len(blocks) - 1} <= recorded
     for i in recorded:

@@ -2,10 +2,11 @@
 
 mutmut makes the mutants and this module runs them. mutmut's own runner does not mutate tables and
 defaults of dataclasses, and attributes the calls of a shared fixture to only one test. Here, a
-process collects the tests of a module and then forks for each mutant. It forks before JAX starts
-its threads, which do not survive a fork. The child replaces the code of the module's functions by
-that of the mutant, and runs the tests up to the first failure. Mutants of code that runs at import
-(tables, defaults of dataclasses) are run in a process that imports the mutated module.
+process collects the tests of a module and then forks for each mutant, or for several mutants with
+`Target.share`. It forks before JAX starts its threads, which do not survive a fork. The child
+replaces the code of the module's functions by that of the mutant, and runs the tests up to the
+first failure. Mutants of code that runs at import (tables, defaults of dataclasses) are run in a
+process that imports the mutated module.
 
 The exit code is 1 if a mutant survives that `docs/mutation.md` does not list.
 """
@@ -188,7 +189,7 @@ class Mutant:
     """A changed module.
 
     Attributes:
-        where: The function, class or variable that contains the change; empty: none does.
+        where: The function, class or variable that contains the change, or an empty string.
         change: The lines that differ, `old → new`.
         source: Source of the changed module.
         in_function: Whether the change is in a function that is not called at import.
@@ -280,7 +281,7 @@ def _change(source: str, mutated: str) -> str:
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
-    """Import one module from a mutated source."""
+    """Import hook that loads one module from a mutated source."""
 
     def __init__(self, name: str, path: Path, source: str):
         self._name, self._path, self._source = name, path, source
@@ -385,7 +386,7 @@ class _RunMutants(_CacheAll):
 
     Args:
         name: Name of the module.
-        mutants: Its mutants.
+        mutants: Mutants of the module.
         jobs: Number of forks at a time.
         share: As in `Target`.
         note: Called with a mutant, an exit code (0: it survived; None: time limit) and seconds.
@@ -399,7 +400,7 @@ class _RunMutants(_CacheAll):
     def pytest_runtestloop(self, session):
         if session.testsfailed or not session.items:
             os._exit(1)
-        clean = []
+        clean = []  # exit code and duration of the tests without a mutation
         if self._forks.fork(3600, lambda *result: clean.append(result)):
             os._exit(self._fails(session))
         self._forks.wait()
@@ -420,8 +421,8 @@ class _RunMutants(_CacheAll):
         """Run many mutants in each process; return those that must be run in separate processes.
 
         After its mutants, a process runs the tests without a mutation. If they fail, a mutant has
-        changed the state of the process, and all its mutants are returned. Mutants that exceed the
-        time limit are returned too.
+        changed the state of the process, and all mutants of the process are returned. Mutants that
+        exceed the time limit are returned too.
         """
         rest = []
         with tempfile.TemporaryDirectory() as folder:
@@ -505,8 +506,8 @@ def run_target(path: str, target: Target, jobs: int, only: str) -> list[tuple[Mu
             print(f"{outcome}: {path}: {mutant.name} ({seconds:.1f} s)", flush=True)
 
     if not (pid := os.fork()):
-        inside = [mutant for mutant in mutants if mutant.in_function]
-        runner = _RunMutants(name, inside, jobs=jobs, share=target.share, note=note)
+        in_functions = [mutant for mutant in mutants if mutant.in_function]
+        runner = _RunMutants(name, in_functions, jobs=jobs, share=target.share, note=note)
         pytest.main(options, plugins=[runner])
         os._exit(1)
     if os.waitpid(pid, 0)[1]:

@@ -8,6 +8,7 @@ from jaxvid.models import split_params
 from jaxvid.storage import model_card, model_folder
 from jaxvid.training import checkpoint
 
+# Fields of `metrics.jsonl` that depend on time.
 TIMES = ("clips_per_second", "input_wait_share")
 
 
@@ -17,9 +18,9 @@ def weights(workdir: Path, name: str = "model") -> str:
 
 
 def measured(report: dict) -> dict:
-    """Return the fields of an `eval.json` that depend neither on time nor on its folder."""
-    others = ("checkpoint", "seconds", "clips_per_second")
-    return {name: value for name, value in report.items() if name not in others}
+    """Return the fields of an `eval.json` that depend neither on time nor on the workdir."""
+    excluded = ("checkpoint", "seconds", "clips_per_second")
+    return {name: value for name, value in report.items() if name not in excluded}
 
 
 def rows(workdir: Path) -> list[str]:

@@ -37,7 +37,8 @@ class Program:
             `{data}` for the data folder, `{model}` for a model folder and `{pth}` for a PyTorch
             checkpoint.
         outputs: Files and folders below `{out}` that are written atomically.
-        logs: Pattern of the lines that the program may write to stderr before an error.
+        logs: Pattern of the lines that the program may write to stderr before the line that reports
+            an error or a signal.
     """
 
     arguments: list[str]
@@ -151,7 +152,7 @@ def check_outputs(name: str, out: Path) -> None:
 
 
 def list_files(out: Path) -> set[str]:
-    """Return the files below a folder, except TensorBoard events and weights: their names vary."""
+    """List the files below a folder, except TensorBoard events and weights, whose names vary."""
     return {
         str(path.relative_to(out))
         for path in out.rglob("*")

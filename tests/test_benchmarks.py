@@ -1,4 +1,4 @@
-"""Multiply-adds equal those of the papers and of the compiler, and the benchmarks run."""
+"""Multiply-adds equal those of the papers and the compiler's count; the benchmarks run."""
 
 import subprocess
 import sys
@@ -26,10 +26,12 @@ def test_multiply_adds_equal_the_published_ones(name):
     ("name", "overrides"),
     [("stam_8", {}), ("stam_8", {"aggregator": "mean"}), ("xvit_k400", {"summary_tokens": True})],
 )
-def test_multiply_adds_equal_those_of_the_compiler(name, overrides):
+def test_multiply_adds_equal_the_count_of_the_compiler(name, overrides):
     """The compiler also counts norms, softmax and GELU, which the tolerance allows for.
 
-    Both count every token of every block. A forward pass computes fewer tokens in the last block.
+    `multiply_adds` counts every token of every block. So does the compiler, because it is given a
+    program that computes all tokens. The model's own forward pass computes fewer tokens in the last
+    block.
     """
     config = make_model_config(name, depth=2, **overrides)
     graphdef, params = abstract_model(config)
@@ -71,12 +73,12 @@ def test_table_has_a_row_for_every_model(capsys):
         pytest.param(
             ("train.py", "--input", "pack", "--trace", "--turns", "1", "--steps", "2")
             + ("--config.batch_size=8", "--config.model.depth=1"),
-            "pack, read at once is",
+            "pack, read at once is",  # name of the side that waits for the device at each step
             marks=pytest.mark.full,
         ),
         (
             ("windows.py", "--model", "stam_tiny", "--windows", "4", "--rounds", "1"),
-            "frames: 14 shared, 32 alone",
+            "frames to compute: 14 with sharing, 32 without",
         ),
     ],
 )

@@ -25,11 +25,12 @@ FIELDS = {
     "checkpoint_every_epochs": 0.67,  # 2 steps
 }
 
-# 30 steps with log windows of 3 steps. Some checkpoints and evaluations are within a window.
+# 30 steps. `log_steps` is reduced to a tenth of the run, i.e. windows of 3 steps. Some checkpoints
+# and evaluations are within a window.
 SHORT_FIELDS = FIELDS | {"num_epochs": 10.0, "eval.every_epochs": 2.67, "log_steps": 50}
 NUM_KILLS, NUM_SIGNALS = 100, 200
 NUM_PARALLEL = 2  # runs at a time
-HANG_SECONDS = 120  # timeout of a run's start, and from a signal to the run's end
+HANG_SECONDS = 120  # timeout for each phase of a run, and from a signal to the run's end
 # Moments of the kills: while a run starts, between its steps, and while it saves a checkpoint or
 # the model folder.
 MOMENTS = [*["start", "steps", "save", "save"] * 2, "start", "model"]
@@ -59,7 +60,7 @@ def wait_for(run: subprocess.Popen, condition) -> None:
     """Wait until a condition holds; fail if the run ends first."""
     deadline = time.monotonic() + HANG_SECONDS
     while not condition():
-        assert run.poll() is None, "the run ended before it was killed"
+        assert run.poll() is None, "the run ended too early"
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -130,23 +131,25 @@ def test_randomly_killed_runs_are_bit_identical(motion_folder, tmp_path):
 
 
 def count_loop_starts(workdir: Path) -> int:
-    """Return how many starts of a run have reached the training loop."""
+    """Return how many times a run, including its resumptions, has reached the training loop."""
     return read_output(workdir).count("M parameters, ")
 
 
 def wait_for_random_moment(run: subprocess.Popen, workdir: Path, starts: int, rng, seconds) -> None:
-    """Wait until a random moment of a run, or until the run ends before it.
+    """Wait until a random moment of a run; return early if the run ends first.
 
-    With equal probability, the moment is uniform over the whole run or over its training loop.
+    The moment is drawn uniformly from the duration of an uninterrupted run, counted from now, or
+    from the duration of its training loop, counted from the start of the loop. Both cases have a
+    probability of 1/2.
 
     Args:
-        run: The run.
-        workdir: Its workdir.
-        starts: How many earlier starts of the run had reached the training loop.
+        run: The process of the run.
+        workdir: Workdir of the run.
+        starts: Result of `count_loop_starts` before this process was started.
         rng: Random generator.
-        seconds: Durations of an uninterrupted run and of its training loop.
+        seconds: Durations of an uninterrupted run: in all, and from the start of its training loop.
     """
-    from_loop = rng.integers(2)
+    from_loop = rng.integers(2)  # 1: wait for the training loop first
     deadline = time.monotonic() + HANG_SECONDS
     while from_loop and count_loop_starts(workdir) == starts and run.poll() is None:
         assert time.monotonic() < deadline, read_output(workdir)
@@ -210,7 +213,7 @@ def interrupt_runs(
     [((signal.SIGKILL,), NUM_KILLS), ((signal.SIGTERM, signal.SIGINT), NUM_SIGNALS)],
 )
 def test_randomly_stopped_runs_equal_uninterrupted_runs(motion_folder, tmp_path, signals, count):
-    # The second run is the one that is timed: its programs are already in the compilation cache.
+    # Only the second run is timed, because its programs are already in the compilation cache.
     for name in ("uninterrupted", "timed"):
         run_start = time.monotonic()
         run = start(tmp_path / name, motion_folder, SHORT_FIELDS)

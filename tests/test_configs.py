@@ -1,4 +1,4 @@
-"""Every config and its model build. Shrunk versions train two steps and evaluate."""
+"""Every config and its model can be built. Shrunk configs train for two steps and evaluate."""
 
 import importlib
 import json
@@ -14,6 +14,7 @@ from jaxvid.storage.preprocessing import Preprocessing
 from jaxvid.train import train
 
 ROOT = Path(__file__).parents[1]
+# Config → variants to test; `finetune` has its own test, and `common` is not a config.
 VARIANTS = {"motion": ("", "blind", "stam"), "common": (), "finetune": ()}
 VARIANTS |= dict.fromkeys(("xvit_k400", "xvit_k600", "xvit_ssv2"), ("released", "paper"))
 VARIANTS["stam_k400"] = ("8", "16", "32", "64")
@@ -32,7 +33,7 @@ def get_config(name: str, variant: str):
 @pytest.mark.parametrize(("name", "variant"), CONFIGS)
 def test_configs_are_complete_and_locked(name, variant):
     module, config = get_config(name, variant)
-    assert f"configs/{name}.py" in module.__doc__  # the command
+    assert f"configs/{name}.py" in module.__doc__  # the docstring contains the command
     assert config.is_locked
     with pytest.raises(AttributeError, match="locked"):
         config.batch = 1
@@ -43,7 +44,7 @@ def test_configs_are_complete_and_locked(name, variant):
 
 
 def shrink(config, folder):
-    """Return the recipe with a network of one block and two steps of 8 motion clips."""
+    """Shrink a config to a network of one block and two steps of 8 motion clips."""
     config = config.copy_and_resolve_references().unlock()
     small = {"num_classes": 8, "width": 16, "depth": 1, "heads": 2, "image_size": 32}
     small |= {"temporal_heads": 2, "temporal_depth": 1, "temporal_mlp": 16}
@@ -114,7 +115,8 @@ def test_finetune_reads_its_model_and_data(motion_folder, folders, tmp_path):
     train(config.lock(), tmp_path / "run")
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "reinitialised: consensus.mlp_head.4: 3 classes in the folder, 8 in the model" in log
-    older = get(f"{folders / 'stam'},{motion_folder}")  # no sampling_rate, resize, by_time
+    # The preprocessing of this folder has no sampling_rate, resize or by_time.
+    older = get(f"{folders / 'stam'},{motion_folder}")
     assert (older.data.sampling, older.data.sampling_rate, older.data.by_time) == (
         "uniform_10s",
         16,

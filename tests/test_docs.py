@@ -1,8 +1,9 @@
 """The commands and examples of the documentation run, and the files and names in it exist.
 
 The default suite parses every command line of README.md, CONTRIBUTING.md and docs/, builds every
-config that they name, and runs the quick commands and the Python examples in this process. The
-suite of tests marked `full` runs the commands in subprocesses, page by page, and the notebook.
+config that is named in these commands, and runs the quick commands and the Python examples in this
+process. The suite of tests marked `full` runs the commands in subprocesses, page by page, and the
+notebook.
 """
 
 import argparse
@@ -41,7 +42,8 @@ NOT_RUN = {
     r"make ": "installs packages, or runs these tests",
     r"python3 -m venv |\.venv/bin/pip ": "installs packages",
     r"srun ": "needs a Slurm cluster",
-    r"python main\.py .*--num_processes 2 ": "waits for a second process: tests/distributed",
+    r"python main\.py .*--num_processes 2 ": "waits for a second process; "
+    "tests/distributed starts both processes",
     r"python main\.py --config configs/xvit_k600\.py (?!.*--mode schedule)": "needs Kinetics-600",
     r"python convert/torch_to_flax\.py .*--input (stam_16|vit_b16_in21k)\.pth": "needs "
     "released weights; tests/test_full.py converts files with the same names and shapes",
@@ -63,7 +65,8 @@ SHRINK = {
     "configs/finetune.py": "batch_size=8 num_epochs=1.0 optimizer.warmup_epochs=0.5",
 }
 
-FOLDERS = ("benchmarks", "configs", "convert", "docs", "jaxvid", "tests")  # in the repository
+# Folders of the repository.
+FOLDERS = ("benchmarks", "configs", "convert", "docs", "jaxvid", "tests")
 PYTHON = re.compile(r"^(\.venv/bin/)?python ")  # start of a command that runs Python
 CONFIG_SECTIONS = ("data", "eval", "model", "optimizer", "mesh", "distill")
 
@@ -130,12 +133,12 @@ def absl_flags(source: str) -> flags.FlagValues:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Resolve a config, which refuses impossible values."""
+    """Check the values of a config by resolving it."""
     resolve(config)
 
 
 def check_command(command: str, monkeypatch) -> None:
-    """Parse a command line and build its config, without running it."""
+    """Check the flags of a command and build its config, if it has one, without running it."""
     name, *arguments = shlex.split(command)
     if name == "make":
         subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
@@ -148,7 +151,7 @@ def check_command(command: str, monkeypatch) -> None:
     assert PYTHON.match(command), command
     module, arguments = program_of(arguments)
     source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-    if module.startswith(("benchmarks.", "tests.")):  # importing them changes the environment
+    if module.startswith(("benchmarks.", "tests.")):  # importing these changes the environment
         for argument in arguments:
             if argument.startswith("--"):
                 option = argument.partition("=")[0]
@@ -211,7 +214,7 @@ def test_names_occur_in_the_stated_files(page):
 
 
 def field_names(config: ConfigDict, prefix: str = "") -> set[str]:
-    """Return the names of the fields of a config; those of sections are like `model.width`."""
+    """Return the names of the fields of a config, e.g. `batch_size`, `model` and `model.width`."""
     names = set()
     for name, value in config.items():
         names.add(prefix + name)
@@ -253,7 +256,7 @@ def link_programs(folder: Path) -> None:
 
 
 def make_videos(folder: Path, motion_folder: Path) -> None:
-    """Create the videos that the pages name from the clips of `motion_folder`."""
+    """Create the videos that are named in the pages, with the content of `motion_folder`."""
     for split in ("train", "val"):
         for i, line in enumerate((motion_folder / f"{split}.csv").read_text().splitlines()):
             name, label = line.split()

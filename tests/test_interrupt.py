@@ -119,7 +119,11 @@ def test_signals_end_programs_with_one_line(start, name):
 
 
 def test_signals_are_blocked_in_starting_workers(start):
-    """A thread starts the worker. Starting the resource tracker there would unblock the signals."""
+    """Workers inherit the blocked signals from the thread that starts them.
+
+    The resource tracker must already be running, because starting it in the thread would unblock
+    the signals.
+    """
     source = """
         import multiprocessing, threading, time
         from pathlib import Path
@@ -178,7 +182,7 @@ def test_ctrl_c_while_workers_start_stops_training(motion_folder, tmp_path):
 
 
 def test_only_a_second_signal_ends_training_while_it_saves(start):
-    """While `StopSignals` is active, the first signal is recorded and the second one acts."""
+    """While `StopSignals` is active, the first signal is recorded; the second ends the program."""
     source = """
         import hashlib, sys, time
         from jaxvid.training.signals import StopSignals
@@ -249,7 +253,8 @@ LIMITED = "ulimit -v 2000000; {}"  # the program then runs in a child process
 
 
 @pytest.mark.parametrize(
-    ("body", "shell", "expected"),  # expected: exit code and start of the line on stderr
+    # expected: exit code and start of the line on stderr; None: 0 or 141, and no line
+    ("body", "shell", "expected"),
     [
         (MANY_LINES, "{} | head -1", (141, "")),
         ("print('short')", "{} | sleep 0; exit ${{PIPESTATUS[0]}}", None),
@@ -369,7 +374,7 @@ BUSY_FACTOR = 5  # allowance for other work on the machine, e.g. of the second t
 
 
 def has_signal_handlers(process: subprocess.Popen) -> bool:
-    """Return whether the program has installed its handlers: Python has none for SIGTERM."""
+    """Return whether the program has installed its handlers; Python installs none for SIGTERM."""
     try:
         status = Path(f"/proc/{process.pid}/status").read_text()
     except OSError:
@@ -391,14 +396,15 @@ def wait_for_signal_handlers(process: subprocess.Popen) -> float:
 def measure_duration(name: str, out: Path, inputs: dict[str, Path]) -> float:
     """Run a program; return the seconds from the installation of its handlers to its end.
 
-    For training, return the seconds to its first step: after that, a signal makes it save first.
+    For training, return the seconds until the first step. Training that receives a signal later
+    saves before it stops.
     """
     lines = []
     with programs.start(name, out, inputs) as process:
         begin = wait_for_signal_handlers(process)
         for line in process.stderr:
             lines.append(line)
-            if name == "train" and line.startswith("first step"):
+            if name == "train" and line.startswith("the first step"):
                 duration = time.monotonic() - begin
     assert process.returncode == 0, "".join(lines)
     return duration if name == "train" else time.monotonic() - begin
@@ -415,7 +421,8 @@ def interrupt(name: str, out: Path, inputs, moment: float, number: int) -> tuple
         number: The signal.
 
     Returns:
-        "finished", "saved" (by training) or "stopped", and the seconds from the signal to the end.
+        How the program ended, "finished", "saved" (only training) or "stopped", and the seconds
+        from the signal to the end.
     """
     with programs.start(name, out, inputs) as process:
         try:
@@ -423,7 +430,7 @@ def interrupt(name: str, out: Path, inputs, moment: float, number: int) -> tuple
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(begin + moment - time.monotonic())
             sent = time.monotonic()
-            if number == signal.SIGINT:  # as a terminal does
+            if number == signal.SIGINT:  # sent to the process group, as by a terminal
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, number)
             else:
@@ -437,7 +444,7 @@ def interrupt(name: str, out: Path, inputs, moment: float, number: int) -> tuple
     lines = stderr.splitlines()
     context = f"{name}, signal {number} after {moment:.3f} s, {process.returncode}:\n{stderr}"
     assert "Traceback" not in stderr, context
-    # The program finished, or training logged that it saves, or has saved, before it stops.
+    # The program finished, or training logged that it will save before it stops, or has saved.
     if process.returncode == 0 or re.search("then stopping|stopping; everything", stderr):
         assert not re.search(r"^(interrupted|terminated)", stderr, re.MULTILINE), context
         assert process.returncode in (0, 128 + number), context
@@ -467,7 +474,7 @@ def test_signals_at_random_moments(name, inputs, tmp_path):
     endings, delays = collections.Counter(), []
 
     def interrupt_repeatedly(thread: int) -> None:
-        """Interrupt a command at every second moment, then let it finish and check its files.
+        """Interrupt a command at half of the moments, then let it finish and check its files.
 
         Each training gets a new folder; the other programs are run in the same folder again.
         """

@@ -10,10 +10,13 @@ import pytest
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--compare=eval.json",), "--compare needs --mode eval; leave one of the two out"),
+        (
+            ("--compare=eval.json",),
+            "--compare requires --mode eval; set --mode eval or remove --compare",
+        ),
         (
             ("--mode=eval", "--profile=1:2"),
-            "--profile needs --mode train; leave one of the two out",
+            "--profile requires --mode train; set --mode train or remove --profile",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from jaxvid.data import check
 
 
 class Stream(io.StringIO):
-    """A stand-in for stderr that is a terminal or not."""
+    """A stand-in for stderr. `terminal`: whether it is a terminal."""
 
     def __init__(self, terminal: bool):
         super().__init__()
@@ -20,7 +20,7 @@ class Stream(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A list whose only entry is the time in seconds."""
+    """Return a list whose only entry is the time in seconds that `time.monotonic` returns."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -55,7 +55,7 @@ def test_bar_on_a_terminal_is_removed_at_the_end(clock, monkeypatch):
     clock[0] += 60
     bar.advance(2_000_000)
     time.sleep(0.15)  # tqdm reads the real clock and draws ten times a second
-    bar.advance(-1)  # a missing file
+    bar.advance(-1)  # the size of a missing file
     bar.close()
     shown = sys.stderr.getvalue()
     assert "reading:  50%" in shown

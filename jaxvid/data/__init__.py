@@ -1,1 +1,1 @@
-"""Data sources, decoding and augmentation: from video files to uint8 clips."""
+"""Data sources, decoding and augmentation: from video files to clips."""

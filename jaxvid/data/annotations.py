@@ -8,7 +8,14 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxvid.data.folder_scan import BESIDE, HIDDEN, SUBFOLDER, VIDEO_SUFFIXES, Skipped, pick_videos
+from jaxvid.data.folder_scan import (
+    HIDDEN,
+    NOT_IN_CLASS_FOLDER,
+    SUBFOLDER,
+    VIDEO_SUFFIXES,
+    Skipped,
+    pick_videos,
+)
 from jaxvid.data.kinetics_ssv2 import (
     MAX_JSON_BYTES,
     is_kinetics,
@@ -31,6 +38,7 @@ from jaxvid.errors import InputError, printable
 MAX_CLASSES = 1_000_000
 SPLITS = ("train", "val", "test")
 MAX_CLASS_NAME = 1000  # characters in a class name
+# Names of the label column in the header of a list.
 _LABEL_HEADERS = ("label", "labels", "class", "class_id", "target")
 _LABEL_FILES = ("labels.txt", "labels.json")
 
@@ -42,14 +50,15 @@ def read_labels(folder: Path) -> tuple[list[str], str]:
     """Read the class names of a data folder, in the order of the labels.
 
     They come from the first of these that exists: `labels.txt` (one name per line), `labels.json`
-    (a list, or name → index as in Something-Something), and the label columns of Kinetics lists,
-    whose names are sorted.
+    (a list, or name → index as in Something-Something), and the label columns of the official
+    Kinetics lists. Names from Kinetics lists are sorted.
 
     Returns:
         The names, and the file or files that they come from.
 
     Raises:
-        InputError: There is no such file, or it is malformed.
+        InputError: None of these files exists, the file is malformed, or the Kinetics lists have no
+            labels.
     """
     path = next((folder / name for name in _LABEL_FILES if os.path.lexists(folder / name)), None)
     kinetics = [file for file in sorted(folder.glob("*.csv")) if is_kinetics(file)]
@@ -67,7 +76,7 @@ def read_labels(folder: Path) -> tuple[list[str], str]:
             labels.pop()
     if "" in labels:
         raise InputError(
-            f"{path}: class {labels.index('')} has no name; remove the empty line or add the name"
+            f"{path}: class {labels.index('')} has no name; add the name or remove the empty entry"
         )
     if len(labels) > MAX_CLASSES:
         raise InputError(f"{path}: names {len(labels)} classes; the maximum is {MAX_CLASSES}")
@@ -76,7 +85,9 @@ def read_labels(folder: Path) -> tuple[list[str], str]:
             raise InputError(f"{path}: the name of class {i} {problem}; correct it")
     duplicates = [name for name, count in collections.Counter(labels).items() if count > 1]
     if duplicates:
-        raise InputError(f"{path}: {duplicates[0]!r} is named twice; class names must be unique")
+        raise InputError(
+            f"{path}: {duplicates[0]!r} occurs more than once; class names must be unique"
+        )
     return labels, str(path)
 
 
@@ -111,7 +122,7 @@ def name_problem(name: str) -> str:
 
 
 def names_classes(folder: Path) -> bool:
-    """Return whether a folder has a file of class names, readable or not."""
+    """Return whether a folder contains `labels.txt` or `labels.json`, readable or not."""
     return any(os.path.lexists(folder / name) for name in _LABEL_FILES)
 
 
@@ -123,10 +134,11 @@ def read_labels_or_numbers(folder: Path, count: int) -> tuple[list[str], str]:
         count: Number of classes.
 
     Returns:
-        The names, and the file that they come from, or the folder if there is none.
+        The names or numbers; and the file of class names, or the folder if it has no such file.
 
     Raises:
-        InputError: The file of class names is malformed, or is missing from a pack that had one.
+        InputError: The file of class names is malformed, or is missing from a folder that
+            `prepare` wrote.
     """
     if names_classes(folder):
         return read_labels(folder)
@@ -142,10 +154,10 @@ def read_labels_or_numbers(folder: Path, count: int) -> tuple[list[str], str]:
 
 
 def find_split(folder: Path, split: str) -> Path:
-    """Return the path of a split's list, or `SPLIT.csv` if there is no list.
+    """Return the path of a split's list, or the path of `SPLIT.csv` if there is no list.
 
-    Other valid names are those of Kinetics (`validate.csv`) and Something-Something (`SPLIT.json`,
-    `something-something-v2-SPLIT.json`).
+    The list is the first of these that exists: `SPLIT.csv`, `something-something-v2-SPLIT.json`
+    and `SPLIT.json`. The lists of `val` may also be named `validate` or `validation`.
     """
     names = ("val", "validate", "validation") if split == "val" else (split,)
     forms = ("{}.csv", "something-something-v2-{}.json", "{}.json")
@@ -156,17 +168,20 @@ def find_split(folder: Path, split: str) -> Path:
 def read_split(
     folder: Path, split: str, labels: list[str], prefix: str, missing: str
 ) -> list[Record]:
-    """Read the list of a split in any format. Arguments and errors: `read_records`."""
+    """Find and read the list of a split. Other arguments and errors: `read_records`."""
     return read_records(find_split(folder, split), labels, prefix=prefix, missing=missing)
 
 
 def read_records(
     path: Path, labels: list[str] | None, *, prefix: str, missing: str, labelled: bool = True
 ) -> list[Record]:
-    """Read a list in any format.
+    """Read a list of Kinetics or Something-Something, or one that `read_list` reads.
 
-    `labels` are the class names, or None if the classes have no names. Other arguments and errors:
+    `labels` are the class names, or None if the classes have no names. For the other arguments, see
     `read_list`.
+
+    Raises:
+        InputError: As in `read_list`, or a class of an official list is not in `labels`.
     """
     options = {"prefix": prefix, "missing": missing, "labelled": labelled}
     if path.suffix == ".json":
@@ -188,14 +203,17 @@ def read_list(
 
     Args:
         path: The list.
-        num_classes: Number of classes, which labels must be below; None: any label is valid.
+        num_classes: Number of classes; labels are 0 to `num_classes` - 1. None: up to
+            `MAX_CLASSES` - 1.
         prefix: Folder that the paths are relative to; empty: the list's folder.
-        missing: `error` to refuse missing files, or `keep` to list them; opening them then fails.
+        missing: `error` to raise an error if a file is missing or empty, or `keep` to return its
+            record, which cannot be opened.
         labelled: Whether labels are required. If not, all lines may be paths without labels.
 
     Raises:
         InputError: The list is missing or empty, a line is malformed or repeats an earlier path, a
-            label is out of range, or a video is missing or empty. The message names the line.
+            label is out of range, or a video is missing or empty and `missing` is `error`. The
+            message names the list and, if a line is wrong, its number.
     """
     base, records = Path(prefix) if prefix else path.parent, RecordList(path, missing)
     lines_read = enumerate(read_lines(path, names=True), 1)
@@ -209,15 +227,16 @@ def read_list(
         check_line(path, number, line)
         name, label = split_line(line)
         if number == rows[0][0] and label.lower() in _LABEL_HEADERS:
-            continue
+            continue  # the header
         if not name or not is_label(label):
             raise InputError(
-                f"{path}:{number}: {line!r} is not 'path label', as in 'clips/first.mp4 0'"
+                f"{path}:{number}: {line!r} is not 'path label' with a label of 0 to "
+                f"{MAX_CLASSES - 1}, as in 'clips/first.mp4 0'; correct the line"
             )
         if num_classes is not None and int(label) >= num_classes:
             raise InputError(
-                f"{path}:{number}: label {label} is out of range: model.num_classes={num_classes} "
-                f"allows 0 to {num_classes - 1}; correct the line or the config"
+                f"{path}:{number}: label {label} is out of range: with {num_classes} classes, "
+                f"labels are 0 to {num_classes - 1}; correct the line or the class names"
             )
         records.add(number, Record(base / name, int(label), name))
     return records.finish()
@@ -235,7 +254,9 @@ def is_label(text: str) -> bool:
 def read_class_folders(
     folder: Path, splits: tuple[str, ...], skipped: Skipped | None = None
 ) -> tuple[list[str], dict]:
-    """Read `FOLDER/SPLIT/CLASS/*.mp4`, or `FOLDER/CLASS/*.mp4` for a single split.
+    """Read the videos in `FOLDER/SPLIT/CLASS`.
+
+    If only one split is requested and it has no folder, the videos in `FOLDER/CLASS` are read.
 
     Args:
         folder: The data folder.
@@ -243,11 +264,12 @@ def read_class_folders(
         skipped: Counter of the entries of these splits that are skipped, or None.
 
     Returns:
-        The class names (from `labels.txt` or `labels.json`, otherwise the sorted names of the
-        folders); and split → records.
+        The class names (from `labels.txt` or `labels.json`; without these files, the sorted names
+        of the class folders of all splits); and split → records.
 
     Raises:
-        InputError: A folder is missing, unreadable or without videos, or a class name is invalid.
+        InputError: The folder of a split is missing, unreadable or without videos; a class name is
+            invalid or not in the file of class names; or this file is malformed.
     """
     skipped = Skipped() if skipped is None else skipped
     roots = {split: folder / split for split in splits}
@@ -279,13 +301,13 @@ def read_class_folders(
             for video in trees[root][name]
         ]
         if not records[split]:
-            left_out = f" (skipped: {skipped})" if str(skipped) else ""
-            raise InputError(f"{root}: contains no CLASS/*.mp4{left_out}")
+            note = f" (skipped: {skipped})" if str(skipped) else ""
+            raise InputError(f"{root}: contains no CLASS/*.mp4{note}")
     return labels, records
 
 
 def _list_classes(root: Path, skipped: Skipped) -> dict[str, list[str]]:
-    """Return class → names of its videos, sorted."""
+    """Return class → sorted file names of its videos. Classes are sorted too."""
     classes = {}
     try:
         for name in sorted(os.listdir(root)):
@@ -294,7 +316,7 @@ def _list_classes(root: Path, skipped: Skipped) -> dict[str, list[str]]:
             elif stat.S_ISDIR(os.stat(root / name).st_mode):
                 classes[name] = _list_videos(root / name, skipped)
             elif name not in _LABEL_FILES:
-                skipped.add(BESIDE)
+                skipped.add(NOT_IN_CLASS_FOLDER)
     except OSError as error:
         raise InputError(
             f"{error.filename} cannot be read ({error.strerror}); expected {root}/CLASS/*.mp4"
@@ -303,20 +325,20 @@ def _list_classes(root: Path, skipped: Skipped) -> dict[str, list[str]]:
 
 
 def _list_videos(folder: Path, skipped: Skipped) -> list[str]:
-    """Return the names of the videos of a class folder, sorted."""
+    """Return the sorted file names of the videos in a class folder."""
     files = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.name.startswith(".") and _is_kind(entry.is_dir):
+            if not entry.name.startswith(".") and _false_on_error(entry.is_dir):
                 skipped.add(SUBFOLDER)
             else:
-                files.append((entry.name, functools.partial(_is_kind, entry.is_file)))
+                files.append((entry.name, functools.partial(_false_on_error, entry.is_file)))
         return pick_videos(files, skipped)
 
 
-def _is_kind(test: Callable[[], bool]) -> bool:
-    """Return the result of `is_dir` or `is_file` of a directory entry, or False if it fails."""
+def _false_on_error(test: Callable[[], bool]) -> bool:
+    """Call `is_dir` or `is_file` of a directory entry; return False if it raises an OSError."""
     try:
         return test()
-    except OSError:  # a loop of links
+    except OSError:  # e.g. links that form a loop
         return False

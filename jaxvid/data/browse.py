@@ -61,13 +61,16 @@ def draw_sheet(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], output: Path)
 
 
 def make_rows(config: Config, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Load clips of `count` videos of each split, as training and evaluation do.
+    """Load clips of up to `count` evenly spaced videos of each split.
+
+    Clips are loaded as in training and evaluation. Videos that cannot be decoded are left out.
 
     Returns:
         The rows of `draw_sheet`.
 
     Raises:
-        InputError: The data cannot be opened, or none of the videos can be decoded.
+        InputError: The config is invalid, the data cannot be opened, or none of the chosen videos
+            can be decoded.
     """
     experiment = resolve(config)
     data = open_dataset(experiment.dataset, experiment.model.num_classes, ("train", "val"))

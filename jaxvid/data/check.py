@@ -41,9 +41,9 @@ from jaxvid.errors import InputError, printable
 from jaxvid.files import check_regular
 
 SOME_BROKEN = 3  # exit code if some videos are broken
-MAX_SECONDS = 3600.0  # time limit for decoding a video
+MAX_SECONDS = 3600.0  # time limit for opening and decoding a video
 CLIP_FRAMES = 16  # a video with fewer frames is reported as short
-CHUNK_BYTES = 128 * 2**20  # size of the decoded frames that are in memory at a time
+CHUNK_BYTES = 128 * 2**20  # maximum size of a chunk of decoded frames, if it has several
 
 
 @dataclasses.dataclass
@@ -56,9 +56,9 @@ class Finding:
         num_frames: Number of frames; 0 if the video cannot be opened.
         fps: Frames per second, or None if unknown.
         odd: Unusual properties of a video that can be opened, one phrase each.
-        broken: Decode error, or None if there was none.
-        readable: Number of frames that can be read.
-        size: Size of the file in bytes; -1 if it does not exist or is not a readable regular file.
+        broken: Reason why the video or a requested frame cannot be read, or None.
+        readable: Number of frames that can be decoded; 0 if counting them takes too long.
+        size: Size of the file in bytes; -1 if it is missing, inaccessible or not a regular file.
     """
 
     id: str
@@ -91,14 +91,15 @@ def gather(
         Split → records; and the class names, or the label numbers if there are no names.
 
     Raises:
-        InputError: A list or folder is missing, malformed or empty, or a split occurs twice.
+        InputError: A list or folder is missing, malformed or empty; a split occurs twice; the class
+            names of two inputs differ; or a label is out of range.
     """
     records, names, names_path = {}, None, None
     for path in map(Path, paths):
         new_records, labels = _gather_one(path, prefix, labelled, skipped)
         for split in new_records:
             if split in records:
-                raise InputError(f"{path}: split {split!r} is given twice; rename one of the lists")
+                raise InputError(f"{path}: split {split!r} is given twice; merge the two inputs")
         records.update(new_records)
         if labels is not None and names is not None and labels != names:
             raise InputError(
@@ -121,7 +122,7 @@ def gather(
 def _gather_one(
     path: Path, prefix: str, labelled: bool, skipped: Skipped | None
 ) -> tuple[dict[str, list[Record]], list[str] | None]:
-    """List the videos of one list or folder; the class names are None if there are none."""
+    """Return split → records of one list or folder; and the class names, or None without names."""
     if not os.path.isdir(path):
         with contextlib.suppress(FileNotFoundError):  # reported when the list is read
             check_regular(path, MAX_LIST_BYTES)
@@ -140,7 +141,7 @@ def _gather_one(
 
 
 def note_skipped(skipped: Skipped) -> None:
-    """Print one line about the files that a scan of class folders skipped, if any."""
+    """Print one line about the entries that a scan of class folders skipped, if any."""
     if counts := str(skipped):
         print(f"skipped in class folders: {counts}", file=sys.stderr)
 
@@ -149,7 +150,9 @@ def _split_of(path: Path) -> str:
     """Return the split that a list is named after."""
     split = path.stem.removeprefix("something-something-v2-")
     if not split.isidentifier():
-        raise InputError(f"{path}: the file is not named after a split; rename it to train.csv")
+        raise InputError(
+            f"{path}: the file is not named after a split; rename it, e.g. to train.csv"
+        )
     return "val" if split in ("validate", "validation") else split
 
 
@@ -202,14 +205,14 @@ def examine(
 
 
 def spread(length: int, num: int) -> np.ndarray:
-    """Return the numbers of the frames to read: at most `num`, evenly spaced, or all if it is 0."""
+    """Return `num` evenly spaced frame numbers; all if `num` is 0 or at least `length`."""
     if not num or num >= length:
         return np.arange(length)
     return np.rint(np.linspace(0, length - 1, num)).astype(int)
 
 
 def iter_frames(reader: VideoFile, indices: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield frames in chunks `(t, h, w, c)` of at most `CHUNK_BYTES`."""
+    """Yield frames in chunks `(t, h, w, c)` of at most `CHUNK_BYTES`, but at least one frame."""
     if len(indices) < reader.num_frames and reader.times is not None:  # seek to the frames
         step = max(1, CHUNK_BYTES // reader.get_frames(indices[:1]).nbytes)
         for start in range(0, len(indices), step):
@@ -251,7 +254,7 @@ class Progress:
         self._progress, self._bytes = progress.Progress(total, title=title, unit="video"), 0
 
     def advance(self, num_bytes: int) -> None:
-        """Count a video of `num_bytes` bytes."""
+        """Count a video of `num_bytes` bytes; a negative number counts as 0."""
         self._bytes += max(num_bytes, 0)
         self._progress.advance(1, f"{self._bytes / 1e6:.1f} MB")
 
@@ -261,7 +264,7 @@ class Progress:
 
 
 def make_report(findings: Sequence[Finding], seconds: float) -> dict:
-    """Return the JSON report of a check; `seconds` is the time that reading took."""
+    """Return the report of a check as a JSON object; `seconds` is the time that reading took."""
     broken = [
         {"id": f.id, "split": f.split, "reason": f.broken, "readable": f.readable,
          "num_frames": f.num_frames}
@@ -290,7 +293,7 @@ def print_report(report: dict, done: str) -> None:
     Args:
         report: The report. Each broken or unusual video is printed as one line, with special
             characters escaped.
-        done: Participle for the readable videos in the last line, e.g. `packed`.
+        done: Predicate of the readable videos in the last line, e.g. `can be read` or `packed`.
     """
     for row in report["broken"]:
         print(f"broken: {printable(row['reason'])}")

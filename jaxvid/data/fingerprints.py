@@ -33,7 +33,11 @@ def fingerprint_labels(records: Sequence[VideoRecord]) -> str:
 
 
 def fingerprint_files(records: Sequence[VideoRecord]) -> str:
-    """Return the SHA-256 of the sizes and modification times of the files of a split's videos."""
+    """Return the SHA-256 of the sizes and modification times of the files of a split's videos.
+
+    The files of a pack are its ArrayRecord files. Videos whose file is missing or inaccessible, or
+    which have no file, are replaced by empty texts.
+    """
     is_pack = isinstance(records, PackRecords)
     paths = records.paths if is_pack else [record.path for record in records]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # network file systems are slow

@@ -13,15 +13,15 @@ VIDEO_SUFFIXES = (
     *(".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".m2ts", ".mts"),
     *(".wmv", ".asf", ".flv", ".f4v", ".ogv", ".mxf", ".rm", ".rmvb", ".dv", ".nut", ".y4m"),
 )
-NAMED_SUFFIXES = 5  # the most frequent suffixes of skipped files are named in the log line
+NAMED_SUFFIXES = 5  # number of suffixes of skipped files in the log line, most frequent first
 
-# Reasons for skipping an entry of a folder; they follow its count in the log line.
+# Reasons for skipping an entry of a folder. The log line shows the number of entries before each.
 HIDDEN = "hidden"
 OTHER_KIND = "files without a video suffix"
 SUBFOLDER = "sub-folders"
 LINKED_FOLDER = "links to folders"
 BROKEN = "broken links or not regular files"
-BESIDE = "files beside the class folders"
+NOT_IN_CLASS_FOLDER = "files beside the class folders"
 
 
 class Skipped:
@@ -58,12 +58,12 @@ def _sort(counts: collections.Counter) -> list[tuple[str, int]]:
 def pick_videos(
     entries: Iterable[tuple[str, Callable[[], bool]]], skipped: Skipped | None
 ) -> list[str]:
-    """Select the video files among the entries of a folder; sub-folders must be excluded before.
+    """Select the video files among the entries of a folder.
 
     Args:
-        entries: The name of each entry, and a function that returns whether it is a regular file
-            or a link to one.
-        skipped: Counter of the other entries, or None.
+        entries: The name of each entry that is not a sub-folder, and a function that returns
+            whether the entry is a regular file or a link to one.
+        skipped: Counter of the entries that are not selected, or None.
 
     Returns:
         The names of the videos, sorted.

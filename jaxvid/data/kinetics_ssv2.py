@@ -41,7 +41,7 @@ def read_kinetics(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the line number and the columns of each row of an official Kinetics list.
 
     Raises:
-        InputError: The file cannot be read, or a line is not CSV.
+        InputError: The file cannot be read, or a line is too long or not CSV.
     """
     lines = read_lines(path, names=True)
     for number, line in enumerate(lines, 1):
@@ -65,8 +65,9 @@ def read_kinetics_list(
     """Read an official Kinetics list: columns `label`, `youtube_id`, `time_start`, `time_end`.
 
     The file of a video is `ID_START_END.mp4`, with times in seconds as six digits. It may be in the
-    folder of the videos, in its subfolder of the split, or in a subfolder of one of these two that
-    is named after the class, with spaces or `_`.
+    folder of the videos, or in its subfolder that is named after the list (`train` for
+    `train.csv`). In both folders, it may also be in a subfolder that is named after the class, with
+    spaces or `_`.
 
     Args:
         path: The list.
@@ -144,7 +145,14 @@ def _without_brackets(template: str) -> str:
 def _find_label(
     path: Path, number: int, name: str | None, label_of: dict[str, int] | None, labelled: bool
 ) -> int:
-    """Return the label of a class, or `NO_LABEL` if it has none and labels are not required."""
+    """Return the label of a class.
+
+    If labels are not required, return `NO_LABEL` if the entry has no class name or there is no list
+    of classes.
+
+    Raises:
+        InputError: The entry has no class name, or the class is unknown.
+    """
     if not labelled and (not name or label_of is None):
         return NO_LABEL
     if not name:

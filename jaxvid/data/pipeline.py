@@ -1,9 +1,9 @@
-"""The Grain chain: records → decoded, cropped, batched uint8 clips.
+"""Data loading with Grain: from video records to batches of decoded and cropped clips.
 
-All random choices come from the generator that Grain derives from the seed and the position in the
-stream. Therefore batches do not depend on the number of threads, workers or restarts. A video that
-cannot be decoded is masked in its batch, which also contains the reason. It is not replaced by
-another video.
+All random choices for a clip come from the generator that Grain derives from the seed and the
+position in the stream. Therefore batches do not depend on the number of threads, workers or
+restarts. A video that cannot be decoded is masked in its batch, which also contains the reason. It
+is not replaced by another video.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.protocols import VideoRecord
 
-# Thread → id of the video that it decodes, and the start time.
+# Thread id → id of the video that the thread is decoding, and when it started (`time.monotonic`).
 _loading: dict[int, tuple[str, float]] = {}
-TEXT_BYTES = 512  # size of each id and decode error in a batch; longer ones are truncated
+TEXT_BYTES = 512  # size of each id and decode error in a batch; longer texts are truncated
 
 Batch = dict[str, np.ndarray]
 
@@ -65,10 +65,12 @@ def make_train_iter(
             global batch.
 
     Returns:
-        An iterator of `{"video": (b, t, h, w, c) uint8, "label": (b,) int32, "mask": (b,) bool,
-        "padded": (b,) bool, "indices": (b, t) int32, "id": (b, bytes), "error": (b, bytes)}`. For
-        a video that cannot be decoded, the mask is False, the pixels are zero, and `error` is the
-        reason.
+        An iterator of dicts of `video` `(b, t, h, w, c)` uint8; `label` `(b,)` int32; `mask` `(b,)`
+        bool, whether the video could be decoded; `indices` `(b, t)` int32, the frame numbers;
+        `padded` `(b,)` bool, whether the video is so short that frames are repeated; `id` and
+        `error` `(b, TEXT_BYTES)` uint8, texts padded with zeros. If a video cannot be decoded,
+        `video`, `indices` and `padded` are zero, and `error` is the reason. Otherwise, `error` is
+        empty.
     """
     zeros = {
         "video": np.zeros((spec.num_frames, spec.crop, spec.crop, 3), np.uint8),
@@ -91,14 +93,15 @@ def make_eval_iter(
     num_workers: int = 0,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
-    """Return an iterator that yields every video once, in order.
+    """Return an iterator of evaluation batches, in which every video occurs once, in order.
 
-    All shards have the same number of batches. The last batch is padded with masked entries, whose
-    `id` is empty. Arguments: `make_train_iter`.
+    All shards have the same number of batches. To this end, the last batches are padded with
+    entries whose `mask` is False and whose `id` is empty. Arguments: `make_train_iter`.
 
     Returns:
-        An iterator of batches as in `make_train_iter`, but with `video` `(b, v, t, h, w, c)` of
-        `spec.eval_dtype` and `released` `(b,)` bool from `load_eval_views`.
+        An iterator of batches as in `make_train_iter`, except that `video` is `(b, v, t, h, w, c)`
+        of `spec.eval_dtype` and `indices` is `(b, num_clips, t)`. In addition, `released` `(b,)`
+        bool is whether STAM's released evaluation counts the video.
     """
     count = -(-len(records) // (batch_size * shard[1])) * batch_size * shard[1]
     views, t, size = spec.num_clips * spec.num_crops, spec.num_frames, spec.crop
@@ -119,12 +122,13 @@ def make_eval_iter(
 
 
 def _example(record: VideoRecord | None, load: Callable[[], Batch] | None, zeros: Batch) -> Batch:
-    """Load a clip or the views of a video, and add the other fields of a batch.
+    """Return an element of a batch: the clip or views of a video, and the other fields.
 
     Args:
         record: The video, or None for padding.
         load: Function that loads the clip or views, or None for padding.
-        zeros: Replacement of the loaded fields for padding and if the video cannot be decoded.
+        zeros: Values of the loaded fields except `padded`, for padding and for a video that cannot
+            be decoded.
     """
     example = {**zeros, "padded": np.bool_(False)}
     error = ""
@@ -148,7 +152,10 @@ def _example(record: VideoRecord | None, load: Callable[[], Batch] | None, zeros
 
 
 def describe_decoding() -> str:
-    """Describe the videos that this process is decoding, longest first, for stall warnings."""
+    """Describe the videos that this process is decoding, longest-running first, for stall warnings.
+
+    Videos that worker processes decode are not included.
+    """
     videos = sorted(_loading.copy().values(), key=lambda entry: entry[1])
     now = time.monotonic()
     return "; ".join(f"reading {id_} for {now - start:.0f} s" for id_, start in videos)
@@ -162,7 +169,10 @@ def _text(text: str) -> np.ndarray:
 
 
 def split_batch(batch: Batch) -> tuple[Batch, list[str], list[str]]:
-    """Split a batch into the device arrays, the ids, and the decode errors (empty if none)."""
+    """Split a batch into the arrays for the device, the ids, and the decode errors.
+
+    The error of a video without a decode error is an empty text.
+    """
     arrays = {name: batch[name] for name in ("video", "label", "mask")}
     ids = [_read_id(row) for row in batch["id"]]
     errors = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in batch["error"]]
@@ -185,7 +195,7 @@ def _to_iter(
     num_threads: int,
     num_workers: int,
 ) -> "grain.DatasetIterator | _WorkerIterator":
-    """Batch the examples, select this process's part of each global batch, and start reading.
+    """Batch the examples, select this process's part of each global batch, and return an iterator.
 
     Random maps come before sharding, so that the random choices for an example depend on its
     position in the global stream: global batches do not depend on the number of processes. Batching

@@ -61,7 +61,7 @@ def _write_part(
     partials = output / ".parts"
 
     def readable() -> Iterator[tuple[str, Clip]]:
-        """Yield the names and clips of readable videos; note the results of all videos."""
+        """Yield the names and clips of readable videos; collect `findings` and `rows` of all."""
         for name, clip in zip(part.names, clips, strict=True):
             findings.append(clip.finding)
             has_times = int(clip.times is not None)
@@ -94,7 +94,9 @@ def _write_part(
             write_h5(partial, name, clip.jpegs)
             commit(partial, f"seq_h5/{part.split}/{name}.h5")
     state = {
-        "kept": rows,  # of all videos: file name, id, label, number of frames, fps, has_times
+        # One row per video, also for broken ones: file name, id, label, number of frames, fps,
+        # has_times.
+        "kept": rows,
         "findings": [dataclasses.asdict(finding) for finding in findings],
         "files": files,
         "seconds": time.monotonic() - start,
@@ -103,14 +105,16 @@ def _write_part(
 
 
 def _load_state(part: Part, output: Path) -> dict | None:
-    """Return the state of a complete part, or None if the part must be written.
+    """Return the contents of a part's state file, or None if the part must be written.
 
-    A complete part is written again if one of its files is missing or has a different size, or if
-    the size of a broken video has changed.
+    A part must be written if it has no readable state file, if one of its files is missing or
+    does not have the size in the state file, or if a broken video now has a different size: it may
+    have been repaired.
     """
     try:
         state = json.loads(part.state_path(output).read_text())
-        complete = all((output / n).stat().st_size == size for n, size in state["files"].items())
+        sizes = state["files"].items()
+        complete = all((output / name).stat().st_size == size for name, size in sizes)
         findings = [Finding(**finding) for finding in state["findings"]]
         pairs = list(zip(part.records, findings, strict=True))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -125,18 +129,20 @@ def _claim(output: Path, settings: dict) -> None:
     """Create the output folder, or check that it contains a pack with the same settings.
 
     Raises:
-        InputError: The folder contains something else, or a pack with different settings.
+        InputError: The path is not a folder, or the folder contains something else, a pack with
+            different settings, class names or lists, or a damaged settings file.
     """
     parts = output / ".parts"
     if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is not a folder; choose another one")
+        raise InputError(f"{output} is not a folder; choose another path")
     if not parts.exists() and output.exists() and any(output.iterdir()):
         raise InputError(f"{output} is not empty and is not a pack; choose another folder")
     parts.mkdir(parents=True, exist_ok=True)
     path = parts / "settings.json"
     try:
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
-        before = {"color_matrix": "tagged"} | before  # the only value before this setting was added
+        # Settings files of older versions have no `color_matrix`; they always used `tagged`.
+        before = {"color_matrix": "tagged"} | before
         names = [name for name in settings if before.get(name) != settings[name]]
     except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{path}: is damaged; delete {output} and prepare it again") from None
@@ -148,10 +154,14 @@ def _claim(output: Path, settings: dict) -> None:
     _write_text(path, json.dumps(settings, ensure_ascii=False))
 
 
-def _finish(
+def _write_metadata(
     output: Path, parts: list[Part], states: list[dict], labels: list[str], settings: Settings
 ) -> None:
-    """Write the metadata of a complete pack, which depends only on its parts."""
+    """Write the indices or lists, metadata and class names of a pack whose parts are complete.
+
+    `states` are the results of `_load_state` for the parts.
+    """
+    # Split → number of records of each file, total size of the files, and rows of the videos.
     lengths, sizes, rows = {}, {}, {}
     for part, state in zip(parts, states, strict=True):
         listed = list_videos([row[1:] for row in state["kept"]], settings.frames_per_record)
@@ -170,9 +180,11 @@ def _finish(
             raise
         return
     (output / "annotations").mkdir(exist_ok=True)
-    (output / "annotation").mkdir(exist_ok=True)  # the original program reads frame rates here
+    # The original program reads the lists from `annotations` and the frame rates from `annotation`.
+    (output / "annotation").mkdir(exist_ok=True)
     for split, split_rows in rows.items():
-        readable = [row for row in split_rows if row[3]]  # the original program fails on others
+        # Leave out videos without frames, on which the original program fails.
+        readable = [row for row in split_rows if row[3]]
         lines = "".join(f"{name},{frames},{label}\n" for name, _, label, frames, *_ in readable)
         rates = "".join(f"{row[0]},{row[4]}\n" for row in readable)
         _write_text(output / "annotations" / f"{split}.txt", lines)
@@ -205,53 +217,58 @@ def prepare(
 
     Returns:
         The report of `check.make_report` with three more keys: `packed_bytes`, `settings`, and
-        `complete` (whether the pack is finished). It covers all videos if the pack is finished,
-        otherwise those of this job.
+        `complete` (whether the pack is finished). If it is, the report covers all videos, otherwise
+        those of this job.
 
     Raises:
-        InputError: The input is invalid, the folder cannot be written or contains something else,
-            or no video can be read.
+        InputError: The input is invalid; the output folder cannot be written, contains something
+            else or is being written by another run of this job; or no video can be read.
     """
     output, skipped = Path(output), Skipped()
     records, labels = gather(inputs, prefix, skipped=skipped)
     note_skipped(skipped)
     for name in labels:
-        if name != name.strip():  # labels.txt cannot represent the spaces
+        if name != name.strip():  # reading labels.txt strips the spaces
             raise InputError(f"the class {name!r} begins or ends with a space; rename it")
     if labels == [str(i) for i in range(len(labels))]:
-        print("no labels.txt: the class names are the label numbers", file=sys.stderr)
+        print(
+            "the class names are the label numbers; write labels.txt to name them", file=sys.stderr
+        )
     lines = [[split, r.id, r.label] for split, videos in records.items() for r in videos]
     list_digest = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
     parts = plan(records, settings)
-    mine, tag = parts[shard[0] :: shard[1]], f".{shard[0]}-of-{shard[1]}.partial"
+    job_parts = parts[shard[0] :: shard[1]]
+    tag = f".{shard[0]}-of-{shard[1]}.partial"  # suffix of the temporary files of this job
     try:
         _claim(output, {**dataclasses.asdict(settings), "labels": labels, "list": list_digest})
         with locked(output / ".parts" / f"lock{tag}"):
             try:
-                _do_parts(mine, output, settings, labels, tag, workers)
-                return _conclude(parts, mine, output, labels, settings)
+                _write_parts(job_parts, output, settings, labels, tag, workers)
+                return _finish(parts, job_parts, output, labels, settings)
             finally:
                 for partial in (output / ".parts").glob(f"*{tag}"):
                     partial.unlink(missing_ok=True)
     except LockedError as error:
         raise InputError(
-            f"{output}: another prepare is writing it ({error.holder}); wait until it has finished"
+            f"{output}: another prepare is writing it with the same --shard ({error.holder}); wait "
+            "until it has finished"
         ) from None
     except OSError as error:
         raise InputError(
-            f"{error.filename or output}: cannot be written ({error.strerror or error}); correct "
-            "the cause and run the same command again to continue"
+            f"{error.filename or output}: cannot be written ({error.strerror or error}); fix this "
+            "and run the same command again to continue"
         ) from None
 
 
-def _do_parts(
-    mine: list[Part], output: Path, settings: Settings, labels: list[str], tag: str, workers: int
+def _write_parts(
+    parts: list[Part], output: Path, settings: Settings, labels: list[str], tag: str, workers: int
 ) -> None:
     """Write the parts of this job that are not complete."""
-    todo = [part for part in mine if _load_state(part, output) is None]
-    if len(todo) < len(mine):
-        print(f"{len(mine) - len(todo)} of {len(mine)} parts are complete", file=sys.stderr)
-    items = [(record, part.split) for part in todo for record in part.records]
+    remaining = [part for part in parts if _load_state(part, output) is None]
+    num_complete = len(parts) - len(remaining)
+    if num_complete:
+        print(f"{num_complete} of {len(parts)} parts are complete", file=sys.stderr)
+    items = [(record, part.split) for part in remaining for record in part.records]
     progress = Progress(len(items), "packing")
     with contextlib.closing(
         map_in_order(lambda item: encode(*item, settings), items, workers)
@@ -264,19 +281,25 @@ def _do_parts(
                 yield clip
 
         try:
-            for part in todo:
+            for part in remaining:
                 _write_part(part, clips_of(part), output, settings, labels, tag)
         finally:
             progress.close()
 
 
-def _conclude(
-    parts: list[Part], mine: list[Part], output: Path, labels: list[str], settings: Settings
+def _finish(
+    parts: list[Part], job_parts: list[Part], output: Path, labels: list[str], settings: Settings
 ) -> dict:
-    """Finish the pack if all its parts are complete, and return the report."""
+    """Finish the pack if all its parts are complete, and return the report, as in `prepare`.
+
+    `job_parts` are the parts of this job, which are complete.
+
+    Raises:
+        InputError: All parts are complete, but no video can be read.
+    """
     states = [_load_state(part, output) for part in parts]
     complete = None not in states
-    reported = states if complete else [_load_state(part, output) for part in mine]
+    reported = states if complete else [_load_state(part, output) for part in job_parts]
     findings = [finding for state in reported for finding in state["findings"]]
     report = make_report(findings, sum(state["seconds"] for state in reported))
     report["packed_bytes"] = sum(sum(state["files"].values()) for state in reported)
@@ -285,12 +308,13 @@ def _conclude(
         if not report["readable"]:
             print_report(report, "packed")
             raise InputError(
-                f"{output}: none of {report['videos']} videos can be read; restore them"
+                f"{output}: none of {report['videos']} videos can be read; check the paths and the "
+                "files"
             )
         for folder in (".parts", ".", "annotations", "annotation"):
             for partial in (output / folder).glob("*.partial"):  # files of jobs that were killed
                 partial.unlink(missing_ok=True)
-        _finish(output, parts, states, labels, settings)
+        _write_metadata(output, parts, states, labels, settings)
         write_file(output / "report.json", format_json(report), writer=str(os.getpid()))
     return report
 
@@ -302,18 +326,18 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="LIST_OR_FOLDER", help="lists or data folders")
-    add("--output", required=True, metavar="DIR", help="folder of the pack")
+    add("--output", required=True, metavar="DIR", help="folder to write the pack to")
     add(
         "--prefix",
         default="",
         help="folder that paths in lists are relative to; empty: the list's folder",
     )
-    add("--format", default="arrayrecord", help="arrayrecord or h5")
+    add("--format", default="arrayrecord", help="arrayrecord, or h5 for the XViT program")
     add(
         "--short_side",
         type=int,
         default=256,
-        help="shorter side of larger frames, in pixels; 0: unchanged",
+        help="shorter side to which larger frames are scaled down, in pixels; 0: no scaling",
     )
     add("--frames", default="all", help="number of evenly spaced frames per video, or all")
     add("--quality", type=int, default=90, help="JPEG quality, 1 to 100")
@@ -324,13 +348,14 @@ def main() -> None:
         "--frames_per_record",
         type=int,
         default=Settings.frames_per_record,
-        help="number of frames that are read together",
+        help="number of consecutive frames in a record of an ArrayRecord file, which are read "
+        "together",
     )
     add(
         "--color_matrix",
         default="tagged",
-        help="conversion to RGB: tagged (by the matrix in the file), or bt601 (always BT.601, for "
-        "converted STAM weights)",
+        help="conversion of YUV to RGB: tagged (by the color matrix that the video file names), or "
+        "bt601 (always BT.601, for converted STAM weights)",
     )
     args = parser.parse_args()
     try:

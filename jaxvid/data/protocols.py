@@ -25,15 +25,16 @@ class VideoReader(Protocol):
     def times(self) -> np.ndarray | None:
         """Time of each frame in seconds, relative to the first frame.
 
-        `(num_frames,)` float64, non-decreasing; None if the frame rate is constant or the times are
-        unknown. Only `data.by_time` uses it.
+        `(num_frames,)` float64, non-decreasing; None if the times are unknown or, because they are
+        not needed, if the frame rate is constant. Training and evaluation use the times only if
+        `data.by_time` is set.
         """
 
     def get_frames(self, indices: Iterable[int]) -> np.ndarray:
         """Decode frames.
 
         Args:
-            indices: Frame numbers below `num_frames`, in any order, with repetitions.
+            indices: Frame numbers below `num_frames`, in any order, possibly repeated.
 
         Returns:
             `(t, h, w, c)` uint8, RGB, one frame per index.

@@ -16,18 +16,23 @@ from jaxvid.errors import InputError, printable
 from jaxvid.files import check_regular
 
 NO_LABEL = -1  # label of videos in lists without labels
-# Limits of a list or another text file.
+
+# Limits for lists and other text files.
 MAX_LIST_BYTES = 2**30
 MAX_LINES = 20_000_000
-MAX_LINE = 10_000  # characters in a line
-HEAD_BYTES = 2**20  # read first, to recognize files that are not text
-CHECK_FILES = 16_000  # files whose existence is checked together
-CHUNK_FILES = 1000  # files that one task of a thread checks
-MAX_MISSING = 1000  # reading a list stops after this number of missing files
-NAMED_MISSING = 5  # the error message names this number of missing files
+MAX_LINE = 10_000  # maximum number of characters in a line
+HEAD_BYTES = 2**20  # number of bytes at the start of a file that are checked for binary data
+
+# Limits for checking that the files of a list exist.
+CHECK_FILES = 16_000  # number of records that are read before their files are checked
+CHUNK_FILES = 1000  # number of files that one task of the thread pool checks
+MAX_MISSING = 1000  # number of missing files after which reading stops with an error
+NAMED_MISSING = 5  # maximum number of missing files that the error message names
+
+# End of an error message about a list or a line of it.
 HAS_NO_LABEL = (
-    "has no label, as in a test list; remove the list, because training, evaluation and packs need "
-    "labels (jaxvid.data.check does not)"
+    "has no label, as in a test list; remove the list from the data folder or the command line, "
+    "because training, evaluation and packs need labels (jaxvid.data.check does not)"
 )
 
 
@@ -38,7 +43,7 @@ class Record:
     Attributes:
         path: The file.
         label: Index of its class, or `NO_LABEL`.
-        id: Its path as written in the list; by default, `path`.
+        id: Name of the video, e.g. its path as written in the list; by default, `path`.
     """
 
     path: Path
@@ -53,7 +58,8 @@ class Record:
         """Open the video.
 
         Raises:
-            DecodeError: The file is missing, is not a video, or has no frames.
+            DecodeError: The file is missing, is not a video, has no frames, or exceeds a limit of
+                `VideoFile`.
         """
         return VideoFile(self.path)
 
@@ -113,7 +119,7 @@ def split_line(line: str) -> tuple[str, str]:
     The path is empty if the line has only one field.
     """
     text = line.strip()
-    # Not with regular expressions, which take cubic time on a long line of separators.
+    # Regular expressions would take cubic time on a long line of separators.
     label = text.split(None)[-1].rpartition(",")[2] if text else ""
     before = text.removesuffix(label) if label else ""
     if not before:
@@ -135,11 +141,11 @@ def check_line(path: Path, number: int, line: str) -> None:
 
 
 class RecordList:
-    """Collector of the records of a list, which checks that their files exist.
+    """Collector of the records of a list. It checks that ids are unique and that files exist.
 
     Args:
         path: The list.
-        missing: `error` to refuse missing files, or `keep` to list them.
+        missing: `error` to raise an error if files are missing, or `keep` to skip this check.
     """
 
     def __init__(self, path: Path, missing: str):
@@ -156,9 +162,10 @@ class RecordList:
             InputError: An earlier line has the same id, or `MAX_MISSING` files are missing.
         """
         if (line := self._lines.get(record.id)) is not None:
+            unit = "entry" if self._path.suffix == ".json" else "line"
             raise InputError(
-                f"{self._path}:{number}: {record.id!r} is already in line {line}; delete one of "
-                "the two lines"
+                f"{self._path}:{number}: {record.id!r} is already in {unit} {line}; delete one of "
+                "the two"
             )
         self._lines[record.id] = number
         self._records.append(record)
@@ -169,10 +176,11 @@ class RecordList:
         """Return the records.
 
         Raises:
-            InputError: The list is empty, or files are missing; the message names the first ones.
+            InputError: The list is empty, or files are missing. The message names the first missing
+                files.
         """
         if not self._records:
-            raise InputError(f"{self._path} is empty; it needs one line per video")
+            raise InputError(f"{self._path} is empty; it needs one entry per video")
         self._check()
         if self._missing:
             self._refuse(f"{len(self._missing)} in total")
@@ -188,7 +196,10 @@ class RecordList:
                 self._refuse("the rest of the list was not read")
 
     def _refuse(self, note: str) -> None:
-        """Raise an InputError that names the first missing files, with a note on the others."""
+        """Raise an InputError that names the first missing files and the number of the others.
+
+        `note` follows this number.
+        """
         numbers = list(self._lines.values())
         named = [
             f"{self._path}:{numbers[i]}: {self._records[i].path} {state}{_hint(self._records[i])}"
@@ -196,8 +207,10 @@ class RecordList:
         ]
         more = len(self._missing) - NAMED_MISSING
         rest = f"; and {more} more ({note})" if more > 0 else ""
-        objects = "it or delete the line" if len(self._missing) == 1 else "them or delete the lines"
-        raise InputError(f"{printable('; '.join(named))}{rest}; restore {objects}")
+        remedy = "restore them or delete the lines"
+        if len(self._missing) == 1:
+            remedy = "restore it or delete the line"
+        raise InputError(f"{printable('; '.join(named))}{rest}; {remedy}")
 
 
 def _hint(record: VideoRecord) -> str:
@@ -205,10 +218,12 @@ def _hint(record: VideoRecord) -> str:
 
 
 def find_missing(records: Sequence[VideoRecord]) -> Iterator[tuple[int, str]]:
-    """Find the files of a list that are missing, unreadable or empty, without opening any.
+    """Find the records whose file is missing, inaccessible, not regular or empty.
+
+    No file is opened. Records whose `path` is None are skipped.
 
     Yields:
-        The index of each such file, and its `file_state`.
+        The index of each such record, and the `file_state` of its file.
     """
 
     def check_chunk(start: int) -> list[tuple[int, str]]:
@@ -220,15 +235,18 @@ def find_missing(records: Sequence[VideoRecord]) -> Iterator[tuple[int, str]]:
         )
         return [(i, state) for i, state in states if state]
 
-    # In threads, because network file systems are slow. In chunks, because one task per file takes
-    # gigabytes for a million files.
+    # Threads hide the latency of network file systems. Chunks save memory: with one task per file,
+    # a million files would take gigabytes.
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         for missing in pool.map(check_chunk, range(0, len(records), CHUNK_FILES)):
             yield from missing
 
 
 class Listings:
-    """Test whether files exist, with one listing per folder instead of one look-up per file."""
+    """Test whether files exist: `path in listings`.
+
+    Each folder is listed once, which is faster than one look-up per file.
+    """
 
     def __init__(self):
         self._names = functools.cache(self._list)
@@ -237,7 +255,7 @@ class Listings:
     def _list(folder: str) -> frozenset[str] | None:
         try:
             return frozenset(os.listdir(folder))
-        except PermissionError:  # its files may still be readable
+        except PermissionError:  # files in the folder may still be readable
             return None
         except (OSError, ValueError):
             return frozenset()
@@ -250,7 +268,10 @@ class Listings:
 
 
 def file_state(path: Path) -> str:
-    """Return what is wrong with a file, or an empty string; the file is not opened."""
+    """Return why a file is unusable, e.g. `is empty`, or an empty string if it is usable.
+
+    Only its metadata is read, so a file without read permission counts as usable.
+    """
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -265,11 +286,15 @@ def file_state(path: Path) -> str:
 
 
 def read_lines(path: Path, *, names: bool = False) -> list[str]:
-    """Return the lines of a text file. Arguments and errors: `read_text`."""
+    """Return the lines of a text file. Arguments: `read_text`.
+
+    Raises:
+        InputError: As in `read_text`, or the file has more than `MAX_LINES` lines.
+    """
     text = read_text(path, names=names)
     if text.count("\n") > MAX_LINES:
         raise InputError(f"{path}: has more than {MAX_LINES} lines; split the list")
-    # No `splitlines`: file names may contain other line separators of Unicode.
+    # `splitlines` would also split at the line separators of Unicode, which file names may contain.
     return text.removesuffix("\n").split("\n")
 
 
@@ -283,7 +308,8 @@ def read_text(path: Path, *, names: bool = False, max_bytes: int = MAX_LIST_BYTE
         max_bytes: Largest accepted size of the file.
 
     Raises:
-        InputError: The file is missing, unreadable, not UTF-8 text, too large or empty.
+        InputError: The file is missing, not regular, unreadable, not UTF-8 text, too large or
+            empty, or its first line is too long.
     """
     errors = "surrogateescape" if names else "strict"
     try:
@@ -302,19 +328,23 @@ def read_text(path: Path, *, names: bool = False, max_bytes: int = MAX_LIST_BYTE
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if not text.strip():
-        raise InputError(f"{path} is empty; it needs one line per entry")
+        raise InputError(f"{path} is empty; it needs at least one entry")
     return text
 
 
 def _check_head(path: Path, head: bytes) -> None:
-    """Raise an InputError if the first bytes of a file are not UTF-8 text."""
+    """Raise an InputError if a file starts with binary data, UTF-16 text or an over-long line.
+
+    JSON files may have long lines.
+    """
     is_utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
-    # Single null characters are refused later, with their line number.
+    # Files with only a few null characters are refused later, with a line number.
     if is_utf16 or head.count(0) > len(head) / 4:
         kind = "UTF-16 text" if is_utf16 else "not text: it contains null bytes"
         raise InputError(f"{path}: cannot be read: {kind}; save it as UTF-8")
     is_json = Path(path).suffix == ".json"
-    if len(head) == HEAD_BYTES and not is_json and not {*b"\r\n"} & {*head}:
+    has_line_break = b"\n" in head or b"\r" in head
+    if len(head) == HEAD_BYTES and not is_json and not has_line_break:
         raise InputError(
             f"{path}: the first line has over {HEAD_BYTES} bytes; expected one entry per line"
         )

@@ -33,14 +33,15 @@ class DatasetConfig:
         folder: The folder of the data, or the name of a TFDS data set.
         prefix: Folder that paths in lists are relative to; empty: the list's folder.
         missing: Missing files in lists: `error` refuses them, `keep` counts them as decode errors.
-        skip_broken: Whether to leave out training videos that are known to be missing or broken. In
-            other splits they remain listed and count as wrong.
+        skip_broken: Whether to leave out training videos that are known to be missing or broken.
+            Training then also continues if more videos cannot be decoded. In the other splits,
+            missing and broken videos remain listed and count as wrong.
         color_matrix: Conversion to RGB: `tagged`, `bt601`, or `auto`: that of the model card, or
             `tagged` without a card.
         motion: For `source="motion"`: `num_train`, `num_val` and `seed` of the clips to generate.
 
     Raises:
-        InputError: There is no such source.
+        InputError: There is no such source, or `motion` is missing for `source="motion"`.
     """
 
     source: str
@@ -89,7 +90,8 @@ def open_dataset(data: DatasetConfig, num_classes: int, splits: tuple[str, ...])
 
     Raises:
         InputError: The source is unknown, a list or file is missing or empty, a line is malformed,
-            a label is out of range, or the number of classes differs.
+            a label is out of range, the number of classes differs, or all training videos are
+            missing or broken with `skip_broken`.
     """
     dataset = SOURCES[data.source](data, num_classes, splits)
     check_num_classes(dataset.labels, data.folder, num_classes)
@@ -112,7 +114,7 @@ def _open_lists(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) 
     """Read `SPLIT.csv` and `labels.txt`, or official lists of Kinetics or Something-Something."""
     folder = Path(data.folder)
     labels, labels_file = read_labels(folder)
-    # Checked before reading the lists, which may be long.
+    # Check the number before reading the lists, which may be long.
     check_num_classes(labels, labels_file, num_classes)
     missing = missing_policy(data)
     records = {split: read_split(folder, split, labels, data.prefix, missing) for split in splits}
@@ -171,7 +173,7 @@ SOURCES: dict[str, Callable[[DatasetConfig, int, tuple[str, ...]], VideoDataset]
 
 
 def missing_policy(data: DatasetConfig) -> str:
-    """Return `error` if missing files are refused when a list is read, or `keep`."""
+    """Return the argument `missing` for reading lists: `error` or `keep`, as in `read_list`."""
     return "keep" if data.skip_broken else data.missing
 
 
@@ -189,7 +191,7 @@ def check_num_classes(labels: Sequence[str], labels_file: str, num_classes: int)
 
 
 def _compare_color_matrix(data: DatasetConfig) -> tuple[str, ...]:
-    """Return a note if the `color_matrix` of a pack differs from that of the config."""
+    """Return a note if a pack's `color_matrix` differs from the config's, otherwise no note."""
     used = data.used_color_matrix
     packed = read_color_matrix(data.folder)
     if packed in (None, used):
@@ -212,24 +214,27 @@ def _leave_out(
         InputError: No video is left.
     """
     if isinstance(records, PackRecords):
-        bad = set(records.find_broken())
+        broken = set(records.find_broken())
     else:
-        bad = {i for i, _ in find_missing(records)}
-    if not bad:
+        broken = {i for i, _ in find_missing(records)}
+    if not broken:
         return records, ()
-    good = [i for i in range(len(records)) if i not in bad]
-    if not good:
+    remaining = [i for i in range(len(records)) if i not in broken]
+    if not remaining:
         raise InputError(
-            f"{folder}: all {len(bad)} training videos are missing or broken; restore them"
+            f"{folder}: all {len(broken)} training videos are missing or broken; check the paths "
+            "and the files"
         )
-    return Selection(records, good), tuple(records[i].id for i in sorted(bad))
+    return Selection(records, remaining), tuple(records[i].id for i in sorted(broken))
 
 
 def guess_source(folder: Path) -> tuple[str, int]:
-    """Return the source of a data folder and the number of its classes.
+    """Return the value of `data.source` for a data folder, and the folder's number of classes.
+
+    The source is `pack`, `folder` or `class_folders`.
 
     Raises:
-        InputError: The folder has none of the known layouts.
+        InputError: The folder has none of these layouts, or its class names cannot be read.
     """
     if os.path.isfile(folder / "dataset_info.json"):
         return "pack", len(PackRecords(str(folder), "train", is_folder=True).labels)

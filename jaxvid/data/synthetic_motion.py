@@ -2,9 +2,9 @@
 
     python -m jaxvid.data.synthetic_motion --output data/motion
 
-There are eight classes in four pairs. The two clips of a pair are one scene, played forwards and
-backwards. They have the same set of frames, so a model without temporal information reaches at most
-50 % accuracy.
+There are eight classes in four pairs. Each scene is written as two clips, one of each class of a
+pair: played forwards and backwards. The two clips have the same set of frames, so a model without
+temporal information reaches at most 50 % accuracy.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from jaxvid.progress import Progress
 
 LABELS = ("left", "right", "up", "down", "growing", "shrinking", "clockwise", "counter-clockwise")
 SIZE = 72  # height and width of a clip in pixels
-NUM_FRAMES = 17  # 8 · 2 + 1: eight segments with bounds that are two frames apart
+NUM_FRAMES = 17  # 8 · 2 + 1: divisible into eight segments with bounds two frames apart
 FPS = 15
 SHAPES = ("disc", "square", "triangle", "star", "bar", "cross")
 TEXTURES = ("stripes", "halves", "spot")
@@ -90,7 +90,7 @@ def _distance(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndar
 
 
 def _texture(rng: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return a random texture with values in [0, 1], in the coordinates of `_distance`."""
+    """Evaluate a random texture with values in [0, 1]. `u` and `v`: see `_distance`."""
     kind = rng.choice(TEXTURES)
     if kind == "stripes":
         return 0.5 + 0.5 * np.sin(rng.uniform(2, 4) * u + rng.uniform(0, 2 * np.pi))
@@ -143,13 +143,16 @@ def make_motion(folder: str | Path, *, num_train: int, num_val: int, seed: int) 
     """Write the data set into `folder` atomically, unless it is already complete.
 
     Args:
-        folder: Folder for `train/`, `val/`, `train.csv`, `val.csv` (`path label`) and `labels.txt`.
+        folder: Folder for `train/`, `val/`, `train.csv`, `val.csv` (`path label`), `labels.txt` and
+            `motion.json` (the settings).
         num_train: Number of training clips, a multiple of 8.
-        num_val: Number of validation clips, a multiple of 8. They show other scenes.
+        num_val: Number of validation clips, a multiple of 8. Their scenes differ
+            from those of the training clips.
         seed: Seed of all clips.
 
     Raises:
-        InputError: The folder contains something else, or a number is not a multiple of 8.
+        InputError: The folder contains something else or cannot be written, or a number is not a
+            positive multiple of 8.
     """
     folder = Path(folder)
     settings = {"num_train": num_train, "num_val": num_val, "seed": seed, "version": 1}

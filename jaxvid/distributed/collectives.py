@@ -1,4 +1,4 @@
-"""Collective operations of the processes of a run."""
+"""Collective operations: calls that all processes of a run must make."""
 
 import math
 from collections.abc import Callable
@@ -23,11 +23,11 @@ def gather(value: Any, seconds: float = math.inf) -> list:
 
     Args:
         value: A value that JSON can represent.
-        seconds: Time to wait for the other processes.
+        seconds: Maximum time to wait for the other processes; infinite: no limit.
 
     Raises:
         process_group.PeerError: Another process failed.
-        TimeoutError: Another process did not call it in time.
+        TimeoutError: Another process did not call this function within `seconds`.
     """
     peers = process_group.current()
     return peers.exchange(value, seconds) if peers else [value]
@@ -36,7 +36,8 @@ def gather(value: Any, seconds: float = math.inf) -> list:
 def raise_on_all_processes(function: Callable[..., Result], *args: Any) -> Result:
     """Call a function. If it raises an InputError in any process, raise one in all processes.
 
-    Otherwise, the other processes would wait forever. All processes must call it.
+    If only one process raised it, the other processes would wait for that process forever. All
+    processes must call this function.
 
     Raises:
         InputError: The error of this process; or a `PeerError` with the message of another process.
@@ -63,7 +64,7 @@ def any_process(flag: bool, mesh: Mesh) -> jax.Array | np.bool_:
     """
     if jax.process_count() == 1:
         return np.bool_(flag)
-    process_group.current().reach()
+    process_group.current().count_sync_point()
     everywhere = NamedSharding(mesh, P(mesh.axis_names))
     local = np.full(len(mesh.local_devices), flag)
     flags = jax.make_array_from_process_local_data(everywhere, local, (mesh.size,))

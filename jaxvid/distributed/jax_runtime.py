@@ -96,7 +96,7 @@ class _Joining:
 
     Attributes:
         relay: Relay from this process to process 0; None in process 0.
-        missing: Name of the process or launcher that the call is waiting for, for messages.
+        missing: Description of the process that the call is waiting for, for messages.
         given_up: Whether the thread that connects to process 0 shall stop waiting.
 
     Args:
@@ -106,7 +106,7 @@ class _Joining:
     def __init__(self, make: Callable):
         self._make = make
         self.relay: Relay | None = None
-        self.missing = "the launcher"
+        self.missing = "another process"
         self.given_up = False
 
     def make_client(self, address: str, process: int, *args: Any, **options: Any) -> Any:
@@ -128,12 +128,12 @@ def join(initialize: Callable[[], None], seconds: float) -> None:
     """Join the other processes of the run.
 
     JAX's call waits in C++ and aborts the process after its timeout. Therefore it runs in another
-    thread with a timeout of its own, so that signals are handled and a timeout is reported in one
-    line.
+    thread, with a timeout that is never reached, and this function measures the time. Signals are
+    then handled, and a timeout is reported in one line.
 
     Args:
         initialize: Calls `jax.distributed.initialize`.
-        seconds: Time to wait for the other processes.
+        seconds: Maximum time to wait for the other processes.
 
     Raises:
         InputError: Some processes did not join in time.

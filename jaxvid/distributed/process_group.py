@@ -32,11 +32,11 @@ from jaxvid.distributed.heartbeat import Clock, Heartbeat
 from jaxvid.distributed.store import Store
 from jaxvid.errors import InputError
 
-JOIN_SECONDS = 300.0  # within which all processes of a run must start
-BEAT_SECONDS = 1.0  # between two heartbeats
-LOST_SECONDS = 30.0  # without a heartbeat, after which a process counts as lost
-HUNG_SECONDS = 1800.0  # without progress, after which a process that is alive counts as hung
-GRACE_SECONDS = 5.0  # that the main thread has to report a failure and end the process
+JOIN_SECONDS = 300.0  # time limit for the start of all processes of a run
+BEAT_SECONDS = 1.0  # time between two heartbeats
+LOST_SECONDS = 30.0  # time without a heartbeat after which a process counts as lost
+HUNG_SECONDS = 1800.0  # time without progress after which a running process counts as hung
+GRACE_SECONDS = 5.0  # time for the main thread to report a failure and end the process
 
 
 class PeerError(InputError):
@@ -93,8 +93,8 @@ def failing_together() -> Iterator[None]:
 def publish(error: BaseException | None) -> None:
     """Publish a failure of this process to the other processes of the run.
 
-    Call it in a `finally` clause if the other processes may be waiting in a collective that this
-    process did not reach.
+    Call it in an `except` or `finally` clause if the other processes may be waiting in a collective
+    that this process did not reach.
 
     Args:
         error: The exception that is being raised; None and SystemExit are not failures.
@@ -141,8 +141,8 @@ class ProcessGroup:
 
     # -------------------------------------------------------------- exchanges
 
-    def reach(self) -> None:
-        """Count a synchronization point, which all processes reach."""
+    def count_sync_point(self) -> None:
+        """Count a synchronization point: a collective operation that this process is starting."""
         self._reached += 1
 
     def exchange(self, value: Any, seconds: float = math.inf) -> list:
@@ -150,14 +150,14 @@ class ProcessGroup:
 
         Args:
             value: A value that JSON can represent.
-            seconds: Time to wait for the other processes.
+            seconds: Maximum time to wait for the other processes; infinite: no limit.
 
         Raises:
             PeerError: Another process failed.
-            TimeoutError: Another process did not call it in time.
+            TimeoutError: Another process did not call this method within `seconds`.
         """
         deadline = time.monotonic() + seconds
-        self.reach()
+        self.count_sync_point()
         number, self._rounds = self._rounds, self._rounds + 1
         self._check()
         with self._failure_first():
@@ -166,15 +166,17 @@ class ProcessGroup:
                 json.loads(self._wait_for(f"jaxvid/value/{number}/{process}", deadline))
                 for process in range(self.count)
             ]
-            if number:  # all processes have sent this value, so all have read the previous one
+            # All processes have sent their values for this round, so all have read those of the
+            # previous round.
+            if number:
                 self._store.delete(f"jaxvid/value/{number - 1}/{self.index}")
         return values
 
     def leave(self) -> None:
         """Wait until all processes have finished.
 
-        Process 0 also waits until the other processes know that all have finished. The store ends
-        with process 0, and the others would take the loss of the store for a failure.
+        Process 0 also waits until the other processes know that all have finished. The store
+        disappears when process 0 ends. A process that still waits would report that as a failure.
 
         Raises:
             PeerError: Another process failed.
@@ -203,7 +205,10 @@ class ProcessGroup:
             raise self._as_error(self._failure)
 
     def _is_own(self, failure: PeerError) -> bool:
-        """Return whether an exception in this process is the failure, not a lost connection."""
+        """Return whether the run failed because of an exception in this process.
+
+        The alternative is that other processes lost contact with this process.
+        """
         return failure.process == self.index and self._own is not None
 
     def _as_error(self, failure: PeerError) -> InputError:
@@ -214,7 +219,7 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def _failure_first(self) -> Iterator[None]:
-        """If the store cannot be reached, wait for the failure that caused this, and raise it."""
+        """If the body cannot reach the store, wait until the cause is recorded, and raise it."""
         try:
             yield
         except jax.errors.JaxRuntimeError:
@@ -259,7 +264,8 @@ class ProcessGroup:
     def end_together(self, error: BaseException) -> BaseException:
         """Publish a failure, and make this process end within seconds even if its threads hang.
 
-        Process 0 waits until the other processes know the failure: they read it from its store.
+        Process 0 hosts the store. Therefore it first waits until the others have read the failure,
+        for at most 10 s.
 
         Returns:
             The exception to raise: `error`, or the failure of another process that caused it.
@@ -282,10 +288,10 @@ class ProcessGroup:
         return all(f"jaxvid/state/knows/{process}" in states for process in others)
 
     def _claim(self, reporter: str) -> bool:
-        """Claim the report of the failure for a thread, `main` or `watch`; the first claim wins.
+        """Decide which thread reports the failure, `main` or `watch`: the first that calls this.
 
         Returns:
-            Whether this thread reports the failure.
+            Whether `reporter` reports the failure.
         """
         with self._lock:
             self._reporter = self._reporter or reporter
@@ -322,13 +328,13 @@ class ProcessGroup:
             self._write_failure()
 
     def _watch(self) -> None:
-        """Detect the loss of process 0. After a failure, end a process whose main thread hangs."""
+        """Detect the loss of process 0. After a failure, end this process even if it hangs."""
         clock, silent = Clock(2 * BEAT_SECONDS), 0.0
         while not self._left.wait(BEAT_SECONDS / 4):
             silent = clock.tick() + (0.0 if self._contact else silent)
             self._contact = False
             if self._lost.is_set():
-                self._fail(0, "lost connection; it was killed or cannot be reached")
+                self._fail(0, "connection lost; the process was killed or is unreachable")
             elif silent > LOST_SECONDS:
                 self._fail(0, _describe_silence(LOST_SECONDS))
             if self._failed.is_set():
@@ -349,7 +355,7 @@ class ProcessGroup:
             deadline = time.monotonic() + 3 * GRACE_SECONDS
             while self._code is None and time.monotonic() < deadline:
                 time.sleep(0.05)
-            time.sleep(GRACE_SECONDS)  # while the main thread prints the error
+            time.sleep(GRACE_SECONDS)  # the main thread prints the error in this time
         end_now(InputError.EXIT_CODE if self._code is None else self._code)
 
 
@@ -357,4 +363,4 @@ _current: ProcessGroup | None = None
 
 
 def _describe_silence(seconds: float) -> str:
-    return f"no heartbeat for {seconds:.0f} s; it was killed or hangs"
+    return f"no heartbeat for {seconds:.0f} s; the process was killed or hangs"

@@ -27,16 +27,16 @@ class Relay:
         self._clients: list[socket.socket] = []  # references, or Python would close the sockets
         self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
         self.lost = threading.Event()
-        # Otherwise, gRPC would connect to the relay through an HTTP proxy set in the environment.
+        # Bypass any HTTP proxy set in the environment: gRPC would use it to connect to the relay.
         no_proxy = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy")  # noqa: SIM112
         os.environ["no_grpc_proxy"] = f"{no_proxy or ''},127.0.0.1".lstrip(",")  # noqa: SIM112
         threading.Thread(target=self._serve, daemon=True).start()
 
     def finds_coordinator(self) -> bool:
-        """Return whether the coordinator accepts a connection and sends data.
+        """Return whether the coordinator is running: it accepts a connection and sends data.
 
-        An accepted connection is not enough: the kernel still accepts connections to a process that
-        is ending.
+        An accepted connection alone does not prove it, because the kernel still accepts connections
+        to a process that is ending.
         """
         try:
             with socket.create_connection(self._target, timeout=5) as probe:
@@ -50,7 +50,7 @@ class Relay:
             try:
                 remote = socket.create_connection(self._target, timeout=5)
             except OSError:
-                client.close()  # gRPC then connects again
+                client.close()  # gRPC then tries to connect again
                 continue
             self._clients.append(client)
             remote.settimeout(None)
@@ -76,7 +76,7 @@ class Relay:
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> bool:
-    """Copy until a connection breaks; return whether the source was closed regularly."""
+    """Copy bytes until the source is closed (return True) or a connection breaks (False)."""
     with contextlib.suppress(OSError):
         while block := source.recv(2**16):
             sink.sendall(block)

@@ -24,12 +24,12 @@ LAUNCHERS = {
 }
 # Cluster-detection method → what it requires.
 NEEDS = {"mpi4py": "the package mpi4py", "k8s": "the package kubernetes", "slurm": "srun"}
-LOG_SECONDS = 10  # of waiting for the other processes, after which a line is printed
+LOG_SECONDS = 10  # time waiting for the other processes after which a line is printed
 SHUTDOWN_SECONDS = 60  # timeout of the barrier at exit, once all processes have finished
 # JAX's own heartbeats must not time out: that aborts the process with a stack dump.
 HEARTBEAT_SECONDS = 10**6
 DETERMINISTIC_FLAG = "--xla_gpu_exclude_nondeterministic_ops=true"
-REPORT_SECONDS = 30.0  # for which a process with an invalid command line waits for the others
+REPORT_SECONDS = 30.0  # time that a process with an invalid command line waits for the others
 
 
 def init_processes(
@@ -44,17 +44,18 @@ def init_processes(
     Without arguments, the number of processes is read from the environment that Slurm (`srun`),
     MPI or an indexed Kubernetes job sets. Open MPI 5 and other MPI libraries need the package
     `mpi4py`, Kubernetes needs `kubernetes`. A process uses all devices of its machine, or one
-    device if a launcher started several processes on the machine.
+    device if a launcher started several processes on the machine. `JAX_LOCAL_DEVICE_IDS` selects
+    other devices.
 
     Args:
         coordinator: `HOST:PORT` of process 0, the same in all processes.
-        num_processes: Number of processes. If it is 1 and the other arguments are None, the process
-            runs alone, and the environment is ignored.
+        num_processes: Number of processes. If it is 1 and `coordinator` and `process_id` are None,
+            the process runs alone, and the environment is ignored.
         process_id: Index of this process.
-        join_seconds: Time to wait for the other processes.
+        join_seconds: Maximum time to wait for the other processes.
 
     Raises:
-        InputError: The arguments are incomplete, or joining the processes failed.
+        InputError: The arguments are incomplete or invalid, or joining the processes failed.
     """
     explicit = (coordinator, num_processes, process_id)
     # With explicit arguments, JAX's detection is off: it would restrict the process to one device.

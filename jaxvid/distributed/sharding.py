@@ -23,7 +23,8 @@ class MeshShape:
 
     Attributes:
         data: Number of groups of devices; each group has a copy of the weights.
-        fsdp: Number of devices that share one copy of the weights.
+        fsdp: Number of devices over which a group shards the weights. Batches are split over `data`
+            and `fsdp`.
         tensor: Number of devices that share each matrix product. One of the three sizes may be -1:
             the number of devices divided by the product of the two others.
     """
@@ -76,9 +77,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def state_sharding(abstract_state: Tree, mesh: Mesh, tensor_axis: Mapping[str, int]) -> Tree:
     """Return the sharding of every leaf of the state, or of any tree whose dict keys name weights.
 
-    A matrix in `tensor_axis` is sharded over 'tensor' along the given axis, if its size is
-    divisible by the number of devices. Of the other axes with a divisible size, the longest is
-    sharded over 'fsdp'. The moments of the optimizer have the sharding of their weights.
+    A matrix in `tensor_axis` is sharded over 'tensor' along the given axis, if the size of this
+    axis is divisible by the size of 'tensor'. Of the other axes whose size is divisible by that of
+    'fsdp', the longest is sharded over 'fsdp'. The moments of the optimizer have the sharding of
+    their weights.
 
     Args:
         abstract_state: Tree of arrays or shapes.

@@ -11,7 +11,7 @@ from jaxvid.config import differences, translate
 from jaxvid.errors import InputError, printable
 from jaxvid.evaluation.metrics import compare_hits
 
-MAX_NAMED = 10  # videos per kind of change that the log names
+MAX_NAMED = 10  # maximum number of videos that the log lists per kind of change
 SIGNIFICANCE_LEVEL = 0.05
 
 
@@ -27,7 +27,7 @@ def check_shared(before: dict, ids: Iterable[str]) -> None:
     """
     if before["videos"].keys().isdisjoint(ids):
         raise InputError(
-            f"{before['path']} shares no video with the data; name an evaluation of the same list"
+            f"{before['path']} shares no video with the data; choose an evaluation of the same list"
         )
 
 
@@ -61,7 +61,7 @@ def compare_tables(before: dict, after: dict, workdir: Path) -> list[str]:
         "still_wrong": still_wrong,
     }
     changes = {name: [shared[i] for i in np.flatnonzero(mask)] for name, mask in masks.items()}
-    # Older reports lack the field; their videos were converted with the matrix tagged in each file.
+    # Older reports have no `color_matrix`; they were made with the matrix tagged in each file.
     protocols = [
         {"color_matrix": "tagged"} | translate(side["protocol"]) for side in (before, after)
     ]
@@ -91,7 +91,8 @@ def _describe(comparison: dict, protocol_changes: list[str], path: Path) -> list
     """
     significant = comparison["p_value"] < SIGNIFICANCE_LEVEL
     lines = [
-        f"compared with {comparison['before']}: {comparison['difference']:+.2f} % top-1 on "
+        f"compared with {comparison['before']}: top-1 "
+        f"{comparison['difference']:+.2f} percentage points on "
         f"{comparison['num_videos']} shared videos ({comparison['gained']} gained, "
         f"{comparison['lost']} lost, {comparison['still_wrong']} still wrong with another "
         f"prediction); {'significant' if significant else 'not significant'} "
@@ -103,7 +104,10 @@ def _describe(comparison: dict, protocol_changes: list[str], path: Path) -> list
         lines.append(f"labels differ for {comparison['relabelled']} of the shared videos")
     only_before, only_after = comparison["only_before"], comparison["only_after"]
     if only_before or only_after:
-        lines.append(f"videos not shared: {only_before} only before, {only_after} only now")
+        lines.append(
+            f"videos not shared: {only_before} only in {comparison['before']}, "
+            f"{only_after} only in this evaluation"
+        )
     for name in ("gained", "lost", "still_wrong"):
         videos = comparison[f"{name}_videos"]
         if videos:

@@ -1,7 +1,7 @@
 """The evaluation report: one self-contained HTML page, `WORKDIR/eval.html`.
 
-The numbers are inserted into the template `html_report.html` as JSON, and its script draws them.
-The script inserts names only as text nodes, so no name can become markup.
+The numbers are inserted as JSON into the template `html_report.html`, whose script draws them. The
+script inserts names only as text nodes and attribute values, so that no name can become markup.
 """
 
 import base64
@@ -76,7 +76,7 @@ def save_page(
 
 
 def make_page(data: dict) -> str:
-    """Fill the template.
+    """Return the page: the template with the data filled in.
 
     Args:
         data: The result of `page_data`, with `curves`.
@@ -103,7 +103,8 @@ def page_data(result: dict, results: Results, labels: list[str], records: Sequen
     Returns:
         The fields named in `SHOWN`, and:
         - `protocol`: lines of text; `failed`: the first failed videos.
-        - `labels`, and per class: `count` of videos, `correct` predictions, `failed_of_class`.
+        - `labels`, and per class: the numbers of videos (`count`), of correct predictions
+          (`correct`) and of failed videos (`failed_of_class`).
         - `confusion`: the non-zero counts, flattened as label, prediction, count, label, ...
         - `near`: an order of the classes, from `metrics.order_by_confusion`.
         - `bins`: the reliability diagram; `mistakes`: the result of `find_mistakes`.

@@ -24,7 +24,8 @@ from jaxvid.models import ModelConfig, Params, abstract_model
 from jaxvid.storage.eval_step import eval_step as classify_batch
 
 EvalStep = Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]]
-BATCHES_AHEAD = 1  # batches that the device computes while the results of an earlier one are read
+# Number of batches that the device computes while the host collects the results of earlier ones.
+BATCHES_AHEAD = 1
 
 
 def abstract_eval_model(
@@ -68,6 +69,9 @@ def evaluate_params(
         unfinished: Stores the results of each batch; those of an interrupted run are reused. None:
             nothing is stored.
 
+    Returns:
+        The results of all videos, in the order of `records`.
+
     Raises:
         InputError: The network's logits are not finite, or results cannot be stored.
     """
@@ -80,25 +84,30 @@ def evaluate_params(
         shard=(index, count),
         **dataclasses.asdict(loader),
     )
-    running = deque()  # outputs that the device may still compute, and labels and decode errors
+    # Pairs of a batch's outputs, which the device may still be computing, and its metadata.
+    pending = deque()
     try:
         for batch in batches:
             arrays = sharding.to_global_arrays({"video": batch["video"]}, mesh)
-            running.append((eval_step(params, arrays), _video_facts(batch)))
-            if len(running) > BATCHES_AHEAD:
-                collector.add(*running.popleft())
-        while running:
-            collector.add(*running.popleft())
+            pending.append((eval_step(params, arrays), _video_metadata(batch)))
+            if len(pending) > BATCHES_AHEAD:
+                collector.add(*pending.popleft())
+        while pending:
+            collector.add(*pending.popleft())
     finally:
         collector.close()
         batches.close()
     return collector.results()
 
 
-def _video_facts(batch: dict[str, np.ndarray]) -> list[list]:
-    """Return four lists about a batch's videos: `label`, `padded`, `released` and decode errors."""
+def _video_metadata(batch: dict[str, np.ndarray]) -> dict[str, list]:
+    """Return lists with one entry per video: `label`, `padded`, `released` and `error`.
+
+    `padded` and `released` are explained in `Results`. `error` is the decode error, or empty.
+    """
     _, _, errors = split_batch(batch)
-    return [*(batch[name].tolist() for name in ("label", "padded", "released")), errors]
+    arrays = {name: batch[name].tolist() for name in ("label", "padded", "released")}
+    return {**arrays, "error": errors}
 
 
 class _Collector:
@@ -134,33 +143,38 @@ class _Collector:
             len(records), done=self.done, unit="video", title="evaluating", lines=True
         )
 
-    def add(self, outputs: dict[str, jax.Array], facts: list[list]) -> None:
+    def add(self, outputs: dict[str, jax.Array], metadata: dict[str, list]) -> None:
         """Add the results of a batch; wait for the device.
 
         Args:
             outputs: Outputs of the evaluation step for the videos of all processes.
-            facts: The result of `_video_facts` for this process's part of the batch.
+            metadata: The result of `_video_metadata` for this process's part of the batch.
+
+        Raises:
+            InputError: The network's logits are not finite, or results cannot be stored.
         """
         count = min(self._batch_size, len(self._records) - self.done)
-        # Every process has the scores of all videos, but labels and errors only of its own.
-        shards = dict(collectives.gather([self._shard_index, facts]))
-        labels, padded, released, errors = (
-            sum((shards[i][k] for i in sorted(shards)), [])[:count] for k in range(4)
-        )
+        # The outputs are replicated. The metadata is gathered, because each process has only that
+        # of its own videos. Processes with the same shard have the same videos.
+        shards = dict(collectives.gather([self._shard_index, metadata]))
+        columns = {
+            name: sum((shards[i][name] for i in sorted(shards)), [])[:count] for name in metadata
+        }
+        errors = columns["error"]
         part = {name: np.asarray(array)[:count] for name, array in outputs.items()}
-        part |= {"label": np.array(labels), "padded": np.array(padded), "error": errors}
-        part["released"] = np.array(released)
-        good = np.array([not error for error in errors])
-        if not np.isfinite(part["scores"][good]).all():
+        part |= {name: np.array(columns[name]) for name in ("label", "padded", "released")}
+        part["error"] = errors
+        decoded = np.array([not error for error in errors])
+        if not np.isfinite(part["scores"][decoded]).all():
             raise InputError(
                 "the network's logits are not finite, as its weights are damaged; evaluate another "
                 "checkpoint or model folder"
             )
         for name in ("scores", "probabilities"):
-            part[name] = np.where(good[:, None], part[name], 0)
+            part[name] = np.where(decoded[:, None], part[name], 0)
         for error in filter(None, errors):
             log.warning("counts as wrong: %s", error)
-        part["hit"] = good & (part["scores"].argmax(axis=1) == part["label"])
+        part["hit"] = decoded & (part["scores"].argmax(axis=1) == part["label"])
         now = time.monotonic()
         part["seconds"] = now - self._began
         self._began = now

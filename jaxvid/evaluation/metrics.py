@@ -16,11 +16,13 @@ class Results:
 
     Attributes:
         ids: The videos' ids.
-        labels: `(n,)` integers.
+        labels: `(n,)` class indices.
         scores: `(n, num_classes)` float32; a higher score ranks higher. Zeros if decoding failed.
         probabilities: `(n, num_classes)` float32. Rows sum to 1, or are zeros if decoding failed.
-        padded: `(n,)` booleans: the video is shorter than its clips, which repeat frames.
-        released: `(n,)` booleans: STAM's released evaluation, with `uniform_10s`, counts the video.
+        padded: `(n,)` booleans: the video is shorter than its clips, which repeat frames. False if
+            decoding failed.
+        released: `(n,)` booleans: STAM's released evaluation would count the video, because it
+            lasts at least 10 s. False if decoding failed.
         errors: The decode error of each video; an empty string if it was decoded.
         seconds: Wall time in seconds, summed over all runs of an interrupted evaluation.
     """
@@ -65,7 +67,10 @@ class Results:
         return counts
 
     def per_class(self) -> np.ndarray:
-        """Return the top-1 accuracy per class in percent, `(num_classes,)`; nan without videos."""
+        """Return the top-1 accuracy per class in percent, `(num_classes,)`.
+
+        It is nan for classes without videos.
+        """
         count = np.bincount(self.labels, minlength=self.num_classes)
         correct = np.bincount(self.labels[self.hits(1)], minlength=self.num_classes)
         with np.errstate(invalid="ignore"):
@@ -148,8 +153,8 @@ def order_by_confusion(confusion: Sequence | np.ndarray) -> np.ndarray:
     """Order the classes so that those often confused with each other are adjacent.
 
     The algorithm is greedy. It starts with the class that is confused most often, and repeatedly
-    appends the class that is confused most often with the classes before it. The weight of a class
-    in this choice is halved whenever another one is appended.
+    appends the class that is confused most often with the classes already in the order. In this
+    count, confusions with the last class have weight 1, with the class before it 1/2, then 1/4, ...
 
     Args:
         confusion: `(num_classes, num_classes)` counts, from `Results.confusion`.

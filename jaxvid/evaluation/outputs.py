@@ -25,7 +25,7 @@ def save_report(
 
     Args:
         workdir: Output directory.
-        result: The summary of the evaluation, with `weights_sha256`.
+        result: The result of `summary.make_report`, with `weights_sha256`.
         results: The per-video results.
         labels: Class names.
         records: The videos of `results`, in the same order.
@@ -55,6 +55,9 @@ def save_report(
 
 def write_table(path: Path, results: Results, labels: list[str]) -> None:
     """Write one CSV row per video, with the columns `COLUMNS`.
+
+    `top5` and `probabilities` are JSON lists of the five best classes and their probabilities;
+    `failed` is the decode error or empty. If decoding failed, the lists and `prediction` are empty.
 
     Args:
         path: CSV file.

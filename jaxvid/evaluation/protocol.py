@@ -41,8 +41,8 @@ class EvalProtocol:
             raise InputError(f"eval.every_epochs={self.every_epochs}: must be above 0")
 
     def to_report(self) -> dict[str, Any]:
-        """Return the `protocol` of `eval.json`: everything that accuracies depend on."""
+        """Return the `protocol` of `eval.json`: what accuracies depend on, except mean and std."""
         fields = self.preprocessing.to_json()
-        del fields["mean"], fields["std"]  # they belong to the weights
+        del fields["mean"], fields["std"]  # they are properties of the weights
         fields["image_size"] = fields.pop("crop")
         return fields | {"dtype": self.dtype, "score": SCORES[self.score]}

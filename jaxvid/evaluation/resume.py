@@ -27,10 +27,12 @@ class PartialResults:
         self._count = 0
 
     def load(self) -> list[dict]:
-        """Return the stored batches in order. All processes must call this.
+        """Return the stored batches in order, or an empty list if the key differs.
+
+        All processes must call this.
 
         Raises:
-            InputError: The folder cannot be written.
+            InputError: The folder cannot be written, or old batches cannot be deleted.
         """
         # Process 0 decides for all: no other process may read what it deletes.
         if not collectives.gather(self._has_same_key())[0]:
@@ -39,7 +41,8 @@ class PartialResults:
         parts = []
         while part := self._read(len(parts)):
             parts.append(part)
-        # A shared file system may show new files later on another machine.
+        # Use only batches that all processes see: on a shared file system, new files may not be
+        # visible to all machines yet.
         self._count = min(collectives.gather(len(parts)))
         return parts[: self._count]
 
@@ -58,7 +61,10 @@ class PartialResults:
             return False
 
     def _read(self, number: int) -> dict | None:
-        """Return a batch, or None if it is missing or damaged; it is then evaluated again."""
+        """Return a batch, or None if it is missing or damaged.
+
+        A damaged batch and all batches after it are evaluated again.
+        """
         try:
             # np.load does not close a damaged file that it opened itself.
             file = io.BytesIO((self._folder / f"{number}.npz").read_bytes())

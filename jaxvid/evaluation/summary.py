@@ -1,4 +1,4 @@
-"""The contents of eval.json, and the one-line summary."""
+"""The metrics in `eval.json`, and their one-line summary."""
 
 import math
 
@@ -10,7 +10,7 @@ from jaxvid.evaluation.protocol import EvalProtocol
 
 
 def make_report(results: Results, protocol: EvalProtocol, *, data: str, checkpoint: str) -> dict:
-    """Return the contents of `eval.json`.
+    """Return the contents of `eval.json`, to which `evaluate` and `save_report` add some fields.
 
     Failed videos count as wrong, except in `released_subset`, which leaves them out. The loss and
     the calibration error are computed from the decoded videos, and are None if there are none.
@@ -23,11 +23,11 @@ def make_report(results: Results, protocol: EvalProtocol, *, data: str, checkpoi
 
     Returns:
         Accuracies in percent, counts of videos, `protocol`, and more. `seconds` includes the time
-        of interrupted runs of the same evaluation.
+        of interrupted runs of the same evaluation. `clips_per_second` counts every view as a clip.
     """
-    hits, good = results.hits(1), ~results.failed
+    hits, decoded = results.hits(1), ~results.failed
     confidences = results.probabilities.max(axis=1)
-    _, calibration_error = metrics.calibration(confidences[good], hits[good])
+    _, calibration_error = metrics.calibration(confidences[decoded], hits[decoded])
     losses, views = results.losses(), protocol.preprocessing.num_views
     return {
         "top1": metrics.accuracy(hits),
@@ -35,15 +35,15 @@ def make_report(results: Results, protocol: EvalProtocol, *, data: str, checkpoi
         "top5": metrics.accuracy(results.hits(5)),
         "mean_class_accuracy": float(np.nanmean(results.per_class())),
         "calibration_error": None if math.isnan(calibration_error) else calibration_error,
-        "loss": float(losses[good].mean()) if good.any() else None,
+        "loss": float(losses[decoded].mean()) if decoded.any() else None,
         "num_classes": results.num_classes,
         "num_videos": len(hits),
-        "num_evaluated": int(good.sum()),
+        "num_evaluated": int(decoded.sum()),
         "num_padded": int(results.padded.sum()),
-        "num_failed": int((~good).sum()),
+        "num_failed": int((~decoded).sum()),
         "failed": [
             {"id": results.ids[i], "label": int(results.labels[i]), "error": results.errors[i]}
-            for i in np.flatnonzero(~good)
+            for i in np.flatnonzero(~decoded)
         ],
         "released_subset": released_subset(results)
         if protocol.preprocessing.sampling == "uniform_10s"
@@ -57,9 +57,9 @@ def make_report(results: Results, protocol: EvalProtocol, *, data: str, checkpoi
 
 
 def released_subset(results: Results) -> dict:
-    """Return the accuracies on the videos that STAM's released evaluation counts (`uniform_10s`).
+    """Return the accuracies on the videos that STAM's released evaluation counts.
 
-    The published figures are accuracies on these videos.
+    It drops videos shorter than 10 s; the published figures are accuracies on the other videos.
 
     Returns:
         `num_videos`; `top1` and `top5` in percent, None if there are no such videos.
@@ -84,8 +84,10 @@ def summary(result: dict) -> str:
     ]
     subset = result["released_subset"]
     if subset and 0 < subset["num_videos"] < result["num_videos"]:
-        counts.append(f"top-1 {subset['top1']:.2f} % on the {subset['num_videos']} that the "
-                      "released evaluation counts")  # fmt: skip
+        counts.append(
+            f"top-1 {subset['top1']:.2f} % on the {subset['num_videos']} videos that the released "
+            "evaluation counts"
+        )
     low, high = result["top1_interval"]
     sizes = [f"{protocol['num_frames']} frames", f"{protocol['image_size']} px", *counts]
     top5 = f", top-5 {result['top5']:.2f} %" if result["num_classes"] > 5 else ""

@@ -108,7 +108,7 @@ class ClassTimeline:
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         axes.grid(color=GRID, lw=0.6)
         axes.set_axisbelow(True)
-        # Each window colours the strip halfway to its neighbours' middles.
+        # The colour changes halfway between the middles of consecutive windows.
         edges = np.concatenate([self.starts[:1], (middles[1:] + middles[:-1]) / 2, self.ends[-1:]])
         colours = [colour_of.get(c, OTHERS) for c in top1.tolist()]
         strip.bar(edges[:-1], 1, np.diff(edges), align="edge", color=colours)
@@ -123,7 +123,11 @@ class ClassTimeline:
     def _choose_classes(self, top1: np.ndarray) -> dict[int, str]:
         """Choose the classes to draw; return class index → colour.
 
-        The classes that are top-1 in most windows come first, then those with the highest peaks.
+        The classes are sorted by the number of windows in which they are top-1, and then by their
+        highest probability. The first ones are drawn, one per colour in `COLOURS`.
+
+        Args:
+            top1: Index of the top-1 class of each window `(windows,)`.
         """
         counts = np.bincount(top1, minlength=len(self.labels))
         order = np.lexsort((-self.probabilities.max(axis=0), -counts))

@@ -173,7 +173,7 @@ class Classifier:
         yield from self._predict_group(group, top_k)
 
     def scores(self, views: np.ndarray) -> np.ndarray:
-        """Classify the views of videos; return their logits, summed over the views.
+        """Classify videos from all their views.
 
         Args:
             views: Pixels `(b, v, t, h, w, c)`: the `video` arrays that `load_eval_views` returns
@@ -235,8 +235,9 @@ class Classifier:
             video: Video file with a frame rate or timestamps.
             window: Length of a window in seconds. `uniform_10s` sampling uses only the first 10 s
                 of a window.
-            stride: Time between the starts of consecutive windows in seconds. If it is adjusted,
-                the new value is printed to stderr.
+            stride: Time between the starts of consecutive windows in seconds. A stride shorter than
+                a frame is replaced by the duration of a frame. If the stride is changed, the new
+                value is printed to stderr.
 
         Returns:
             The probabilities of all classes over time, from one clip per window with all crops.

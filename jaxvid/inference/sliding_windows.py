@@ -13,8 +13,8 @@ from jaxvid.data.clips.clip import ClipSpec, cut_eval_crops, resize_eval_frames,
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.errors import InputError
 
-# A stride is aligned to a multiple of step / n with n ≤ MAX_DENOMINATOR. `step` is the distance
-# between consecutive frames of a clip.
+# Strides are aligned to multiples of step / n with n ≤ MAX_DENOMINATOR. `step` is the distance
+# between consecutive frames of a clip. For strides below step / MAX_DENOMINATOR, see `_align_hop`.
 MAX_DENOMINATOR = 4
 
 
@@ -43,9 +43,10 @@ def plan_windows(
 ) -> WindowPlan:
     """Plan the windows of a video, each sampled like a separate video.
 
-    Windows start every `stride` seconds. The first one that reaches the end of the video is the
-    last one, and is cut off there. If windows do not overlap, the end may lie between two of them.
-    If the video has timestamps, frames are selected by them, so that the frame rate may vary.
+    Windows start every `stride` seconds, or once per frame if `stride` is shorter than a frame. The
+    first window that reaches the end of the video is the last one, and is cut off there. If windows
+    do not overlap, the end may lie between two of them. If the video has timestamps, frames are
+    selected by timestamp, so that the frame rate may vary.
 
     Args:
         reader: Open video.
@@ -66,7 +67,7 @@ def plan_windows(
     # Length of a window and distance between the starts of consecutive windows, both in frames.
     size, hop = max(1, round(window * fps)), max(stride * fps, 1.0)
     step = _sampling_step(spec, size, fps)
-    fraction = Fraction(0)  # hop / step if the stride is aligned
+    fraction = Fraction(0)  # hop / step if the stride is aligned, otherwise 0
     if align and step > 0 and hop < size:
         fraction = _align_hop(hop, step)
         hop = float(fraction) * step
@@ -102,6 +103,8 @@ def plan_windows(
 def _frame_rate_and_length(reader: VideoFile, name: str) -> tuple[float, int]:
     """Return the frame rate, and the number of frames that the video has at this constant rate.
 
+    If only timestamps are known, the average frame rate is returned.
+
     Raises:
         DecodeError: Neither frame rate nor timestamps are known.
     """
@@ -129,8 +132,8 @@ def _sampling_step(spec: ClipSpec, size: int, fps: float) -> float:
 def _align_hop(hop: float, step: float) -> Fraction:
     """Align the distance between windows with the sampled frames; return it in units of `step`.
 
-    The distance becomes the nearest multiple of the step, or of a half, a third or a quarter of it.
-    If it is below a quarter of the step, it becomes step / n with the nearest n.
+    The distance becomes the nearest multiple of step, step / 2, step / 3 or step / 4. A distance
+    below step / 4 becomes step / n for an integer n.
 
     Args:
         hop: Distance between the starts of consecutive windows, in frames of the video.
@@ -144,9 +147,10 @@ def _align_hop(hop: float, step: float) -> Fraction:
 def _aligned_indices(window: int, fraction: Fraction, step: float, t: int) -> np.ndarray:
     """Return the frame numbers `(t,)` of an aligned window under `uniform_10s` sampling.
 
-    An aligned window may start between two frames of the video. Each of its sampling times selects
-    the last frame up to then. If every window started at a frame instead, windows would rarely
-    share frames when their distance is not a whole number of frames, e.g. 2.5 s at 25 frames/s.
+    An aligned window may start between two frames of the video. Each sampling time selects the last
+    frame that starts at or before this time. If every window started at a frame instead, windows
+    would rarely share frames when their distance is not a whole number of frames, e.g. 2.5 s at
+    25 frames/s.
 
     Args:
         window: Index of the window.
@@ -184,7 +188,7 @@ def read_frames(
     for start in range(0, len(indices), size):
         numbers = indices[start : start + size]
         crops = np.zeros((size, spec.num_crops, spec.crop, spec.crop, 3), spec.eval_dtype)
-        # `range` comes first, because `zip` takes an item of it before it takes a frame.
+        # `range` is the first argument: when it is exhausted, `zip` stops without taking a frame.
         for i, frame in zip(range(len(numbers)), frames, strict=False):
             crops[i] = np.concatenate(cut_eval_crops(resize_eval_frames(frame[None], spec), spec))
         yield numbers, crops
@@ -192,10 +196,10 @@ def read_frames(
 
 
 def prefetch(iterator: Iterator, ahead: int = 2) -> Iterator:
-    """Yield the items of an iterator, none of which is None; a thread computes them ahead.
+    """Yield the items of an iterator, which a thread computes ahead.
 
     Args:
-        iterator: The iterator.
+        iterator: The iterator. No item may be None.
         ahead: Number of items that are computed ahead.
     """
     with ThreadPoolExecutor(1) as pool:
@@ -211,7 +215,7 @@ def prefetch(iterator: Iterator, ahead: int = 2) -> Iterator:
 def gather_clips(
     indices: np.ndarray, items: Iterator[tuple[np.ndarray, np.ndarray]]
 ) -> Iterator[np.ndarray]:
-    """Assemble the clips of windows from frames that windows share.
+    """Assemble the clips of windows, which may share frames.
 
     A frame is held in memory only until the last window that needs it.
 

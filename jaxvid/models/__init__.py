@@ -1,7 +1,7 @@
 """The networks, independent of data, training and files.
 
-A network's weights are a flat dict, `{"blocks.0.attn.qkv.kernel": array}`. Its keys follow
-PyTorch's state_dict. Sharding rules, decay masks, checkpoints and converters all use these keys.
+A network's weights are a flat dict, `{"blocks.0.attn.qkv.kernel": array}`. The keys resemble those
+of PyTorch's state_dict. Sharding rules, decay masks, checkpoints and converters all use these keys.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def make_model_config(name: str, **overrides: Any) -> ModelConfig:
         **overrides: Fields of the preset's config.
 
     Raises:
-        InputError: There is no such preset or field, or the values contradict each other.
+        InputError: There is no such preset or field, or a value is invalid.
     """
     if not isinstance(name, str) or name not in PRESETS:
         known = ", ".join(PRESETS)
@@ -77,7 +77,7 @@ def create_model(name: str, *, seed: int = 0, **overrides: Any) -> nnx.Module:
         `(b, num_classes)`.
 
     Raises:
-        InputError: There is no such preset or field, or the values contradict each other.
+        InputError: There is no such preset or field, or a value is invalid.
     """
     config = make_model_config(name, **overrides)
     graphdef, _ = abstract_model(config)

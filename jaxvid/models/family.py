@@ -1,7 +1,7 @@
 """The `Family` record: everything that differs between model families.
 
 Conversion, weight transfer, the optimizer, tensor parallelism, window classification, the cost
-table and visualisation read these differences from the record. They contain no family names.
+table and visualisation read these differences from the record, and contain no family names.
 """
 
 import dataclasses
@@ -53,11 +53,11 @@ class TorchFormat:
 
     Attributes:
         marker: Prefix of state_dict keys that occurs only in this family's files.
-        zeros: Patterns of keys that may be missing from a file and are then filled with zeros → the
-            reason.
-        ignored: Patterns of keys that are not read → the reason.
+        zeros: Regular expression for keys that may be missing from a file, and whose weights are
+            then filled with zeros → the reason.
+        ignored: Regular expression for keys that are not read → the reason.
         unused_shapes: Function from a config to `{key: shape}` of the tensors that the original
-            program requires in a file but never reads.
+            program requires in a file but never uses.
         wrap: Function from a state_dict to the contents of a file that the original program loads.
     """
 
@@ -103,8 +103,8 @@ class Family:
             `model.json`.
         torch: Format of the original program's checkpoint files.
         frame_embeddings: Name of an embedding with one row per frame → its layout.
-        optional_parts: Patterns of weight prefixes, the largest part first. Depending on its
-            config, a network has either all weights of such a part or none.
+        optional_parts: Regular expressions for prefixes of weights, the largest part first.
+            Depending on its config, a network has either all weights of such a part or none.
         published_cost: Name of a preset → its cost as stated in the paper.
         shares_frames: Whether a frame's features do not depend on the other frames of the clip.
             Windows that overlap then share the features.
@@ -150,7 +150,7 @@ class Family:
         return name.startswith(self.image_prefix) and image_name.startswith(IMAGE_WEIGHTS)
 
     def block_index(self, name: str) -> int | None:
-        """Return the index of the image ViT's block with this weight, or None if there is none."""
+        """Return the index of the image ViT's block with this weight, or None for other weights."""
         prefix = f"{self.image_prefix}blocks."
         if not name.startswith(prefix):
             return None

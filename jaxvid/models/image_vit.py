@@ -32,14 +32,15 @@ normal_init = nnx.initializers.truncated_normal(0.02)  # truncated at ±2σ
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageViTConfig:
-    """Config fields that all families share. A ValueError names the field if a value is invalid.
+    """Config fields that all families share.
 
     Attributes:
         name: The preset that the config is derived from.
         num_classes: Number of logits.
         num_frames: Frames per clip, `t`.
-        image_size: Height and width in pixels of the frames that `pos_embed` is made for. Frames of
-            different multiples of `patch_size` are accepted: `pos_embed` is resized for them.
+        image_size: Height and width in pixels of the frames that `pos_embed` is made for. Frames
+            may have any height and width that are multiples of `patch_size`; `pos_embed` is then
+            resized in the forward pass.
         patch_size: Height and width of a patch in pixels.
         width: Token width `d`.
         depth: Number of transformer blocks in the image ViT.
@@ -51,6 +52,9 @@ class ImageViTConfig:
             again in the backward pass.
         dtype: Compute dtype: `float32` (IEEE), `tfloat32` (float32 activations, matrix products
             in TensorFloat-32 on NVIDIA GPUs) or `bfloat16`. Weights are always float32.
+
+    Raises:
+        ValueError: A value is invalid, or the network is too large.
     """
 
     name: str
@@ -97,6 +101,9 @@ def image_vit_params(config: ImageViTConfig) -> int:
 def image_vit_multiply_adds(config: ImageViTConfig, *, attention: bool, extra_keys: int = 0) -> int:
     """Return the multiply-adds of the image ViT's matrix products on all frames of a clip.
 
+    All tokens of all blocks are counted, although `run_blocks` computes only the class tokens in
+    the last block.
+
     Args:
         config: The network's config.
         attention: Whether to count the attention products, q·kᵀ and weights·v, too.
@@ -114,7 +121,7 @@ class ImageViT(nnx.Module):
     """A ViT that runs on each frame of a clip.
 
     A subclass calls `init_embeddings` and then `init_blocks`. If it has embeddings of its own, it
-    adds them in between. Initial weights are drawn in the order of these calls.
+    allocates them in between. Initial weights are drawn in the order of these calls.
     """
 
     def init_embeddings(
@@ -174,7 +181,7 @@ class ImageViT(nnx.Module):
 
     @in_model_precision
     def frame_features(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Return the class token of each frame: `(b t h w c)` → `(b t d)`.
+        """Return the class token of each frame after the final norm: `(b t h w c)` → `(b t d)`.
 
         Args:
             video: Normalised clips.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# torch.nn.Linear's default: uniform within ±1/sqrt(fan_in), for the kernel and for the bias.
+# Default of torch.nn.Linear and torch.nn.Conv2d for the kernel: uniform within ±1/sqrt(fan_in).
 torch_kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -78,9 +78,9 @@ def attend(
 ) -> jax.Array:
     """Apply scaled dot-product attention within each frame, with a float32 softmax.
 
-    The result is divided by the softmax's denominator, instead of the weights, which have `m / e`
-    times as many elements. On a CPU this takes half the time of `softmax @ v` and a quarter of the
-    time of `jax.nn.dot_product_attention`.
+    The softmax's denominator divides the result and not the attention weights, because these have
+    `m / e` times as many elements. On a CPU, this takes half the time of `softmax @ v` and a
+    quarter of the time of `jax.nn.dot_product_attention`.
 
     Args:
         q: Queries `(b, t, n, d)`, the heads side by side in `d`.
@@ -224,7 +224,8 @@ class Block(nnx.Module):
         width: Token width `d`.
         hidden: Hidden width of the MLP.
         eps: ε of both norms.
-        make_attention: Returns the attention module, which is called as `attn(x, num_queries=...)`.
+        make_attention: Function that returns the attention module, which is called as
+            `attn(x, num_queries=...)`.
         make_linear: As in `Mlp`.
         dtype: Compute dtype of the norms.
         rngs: Source of the initial weights.
@@ -281,10 +282,10 @@ def run_blocks(
 ) -> jax.Array:
     """Run an image ViT's blocks and return the class token of each frame.
 
-    Consecutive blocks of equal structure run as one `lax.scan`. If the blocks are unrolled, XLA
-    takes twice as long to compile a training step. On a CPU, it then also fuses the backward pass
-    of each block with those of all later blocks and recomputes their residual gradients: a step
-    takes 22 s instead of 13 s.
+    Consecutive blocks of equal structure, except the last block, run as one `lax.scan`. If they
+    were unrolled, XLA would take twice as long to compile a training step. On a CPU, it would also
+    fuse the backward pass of each block with those of all later blocks and recompute the residual
+    gradients of these blocks: a step would take 22 s instead of 13 s.
 
     Without `remat`, the outputs of the Linear layers are stored for the backward pass, which
     recomputes the rest. This is as fast as storing everything and takes less than half the memory.

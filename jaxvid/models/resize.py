@@ -31,8 +31,8 @@ def resize_pos_embed(pos_embed: jax.Array, grid: tuple[int, int]) -> jax.Array:
 def resize_time(embed: jax.Array, num_frames: int, *, leading_rows: int) -> jax.Array:
     """Resize the frames' rows of an embedding linearly: half-pixel centres, no antialiasing.
 
-    Positions before the first row's centre or after the last row's get a copy of that row. A single
-    row is therefore copied to all frames.
+    Positions outside of the centres of the first and last row get a copy of the nearer of the two.
+    A single row is therefore copied to all frames.
 
     Args:
         embed: `(1, leading_rows + t, ...)`.

@@ -43,8 +43,8 @@ def shift_time(x: jax.Array, segment: int, fold: int, *, groups: int = 1) -> jax
 def summarize(x: jax.Array, segment: int) -> jax.Array:
     """Return the summary tokens that each frame attends to.
 
-    They are the mean patch tokens of all frames of the frame's segment, and therefore the same for
-    all these frames.
+    The mean of the patch tokens of a frame is one summary token. Each frame attends to the summary
+    tokens of all frames of its segment.
 
     Args:
         x: Keys or values `(b, t, n, d)`. Token 0 is the class token, which the means leave out.

@@ -1,8 +1,8 @@
 """STAM: an image ViT for each frame, then a transformer over the frames' class tokens.
 
 Sharir et al., "An Image is Worth 16x16 Words, What is a Video Worth?", 2021, arXiv:2103.13915.
-Attribute names equal the paths in the released checkpoints' state_dict. The axis letters of shapes
-are listed in layers.py.
+Attributes have the names of the modules in the original program, as in the state_dict of its
+checkpoints. The axis letters of shapes are listed in layers.py.
 """
 
 import dataclasses
@@ -57,10 +57,11 @@ class STAMConfig(ImageViTConfig):
         temporal_heads: Number of attention heads in the aggregator.
         temporal_mlp: Hidden width of the aggregator's feed-forward layers.
         dropout: Dropout rate inside the aggregator.
-        init: Initial weights: `released` (truncated normal, std 0.02) or `small`, with which
-            networks of a small width learn far faster. The std of `small` is 1/sqrt(fan_in) for
-            Linear kernels and 0.3 for the image ViT's positional embedding. For the aggregator's it
-            is 1, because the aggregator's input is layer-normalised.
+        init: Initial weights: `released` or `small`, with which networks of a small width learn far
+            faster. `released`: truncated normal with std 0.02 for Linear kernels and positional
+            embeddings. `small`: std 1/sqrt(fan_in) for Linear kernels, 0.3 for the image ViT's
+            positional embedding, and 1 for the aggregator's, because the aggregator's input is
+            layer-normalised.
     """
 
     num_classes: int = 400

@@ -1,8 +1,8 @@
 """XViT: a ViT whose keys and values are shifted in time (space-time mixing attention).
 
 Bulat et al., "Space-time Mixing Attention for Video Transformer", NeurIPS 2021, arXiv:2106.05968.
-Attribute names equal the paths in the released checkpoints' state_dict. The axis letters of shapes
-are listed in layers.py.
+Attributes have the names of the modules in the original program, as in the state_dict of its
+checkpoints. The axis letters of shapes are listed in layers.py.
 """
 
 import dataclasses
@@ -73,10 +73,10 @@ class XViTConfig(ImageViTConfig):
         head_depth: Number of transformer blocks in the temporal head. They have the same `heads`
             and `mlp_ratio` as the backbone.
         dropout: Dropout rate on the frame features and inside the head.
-        init: Initial weights of the backbone: `released` (truncated normal, std 0.02; temporal
-            embedding zero) or `small`, with which networks of a small width learn far faster. The
-            std of `small` is 1/sqrt(fan_in) for Linear kernels and 0.3 for positional and temporal
-            embeddings.
+        init: Initial weights of the backbone: `released` or `small`, with which networks of a small
+            width learn far faster. `released`: truncated normal with std 0.02 for Linear kernels
+            and the positional embedding, and zeros for the temporal embedding. `small`: std
+            1/sqrt(fan_in) for Linear kernels, and 0.3 for both embeddings.
     """
 
     temporal_embedding_frames: int = 8
@@ -317,7 +317,7 @@ def multiply_adds(config: XViTConfig, attention: bool) -> int:
 
 
 def released_preprocessing(config: XViTConfig) -> dict[str, Any]:
-    """Return the preprocessing of the released program: three crops that span the short side.
+    """Return the preprocessing of the released program: three square crops along the longer side.
 
     Args:
         config: The network's config; its name, number of frames and image size are used.
@@ -340,7 +340,7 @@ def released_preprocessing(config: XViTConfig) -> dict[str, Any]:
 
 
 def unused_torch_shapes(config: XViTConfig) -> dict[str, tuple[int, ...]]:
-    """Return `{key: shape}` of the tensors that the original program requires but never reads."""
+    """Return `{key: shape}` of the tensors that the original program requires but never uses."""
     return {
         "new_fc.weight": (config.num_classes, config.width),
         "new_fc.bias": (config.num_classes,),
@@ -375,7 +375,7 @@ FAMILY = Family(
     released_preprocessing=released_preprocessing,
     torch=TorchFormat(
         marker="base_model.",
-        ignored={r"new_fc\..*": "the original program never reads it"},
+        ignored={r"new_fc\..*": "the original program has this layer, but never uses it"},
         unused_shapes=unused_torch_shapes,
         wrap=wrap_checkpoint,
     ),

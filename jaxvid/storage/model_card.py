@@ -16,10 +16,10 @@ from jaxvid.models import (
 )
 
 FORMAT_VERSION = 1
-MAX_CARD_BYTES = 32 * 10**6  # a card with 20,000 classes has 1 MB
+MAX_CARD_BYTES = 32 * 10**6  # a card with 20,000 classes has about 1 MB
 CARD_NAME = "model.json"  # written last; a folder without this file is not a model folder
 CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance", "files")
-# Fields of a model config that change neither the weights nor how they are used.
+# Fields of a model config that may differ between networks with the same weights.
 RATE_FIELDS = ("name", "init", "dropout", "drop_path", "remat", "dtype")
 
 
@@ -32,8 +32,9 @@ def load_card(folder: str | Path) -> dict:
     """Read and validate the `model.json` of a model folder.
 
     Returns:
-        The contents of the file. All values have the expected type, the network of `config` can be
-        built, and `labels`, unless null, has one entry per class.
+        The contents of the file. All values have the expected type, `config` is a valid model
+        config, and `labels`, unless null, has one entry per class. Old names in `preprocessing` are
+        translated; its fields are not checked.
 
     Raises:
         InputError: The file is missing or invalid, or has a different format version.

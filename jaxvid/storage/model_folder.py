@@ -1,7 +1,9 @@
 """Model folders: the weights of a network, with everything needed to use them.
 
-`params/` contains the weights, written by Orbax. `model.json` contains the name, config,
-preprocessing, labels (or null), provenance, and the size and CRC-32 of each file in `params/`.
+`params/` contains the weights, written by Orbax. `model.json` contains the format version, name,
+config, preprocessing (or null), labels (or null), provenance, and the size and CRC-32 of each file
+in `params/`.
+
 Converters and training write model folders; all programs load them.
 """
 
@@ -42,8 +44,9 @@ from jaxvid.storage.model_card import (
     model_differences,
 )
 
-MAX_FILES = 10_000  # in `params`; Orbax writes about ten per process
-# Fields that may differ when weights are transferred, in addition to those of frame embeddings.
+MAX_FILES = 10_000  # files and folders in `params`; Orbax writes about ten per process
+# Fields of a model config that may differ when weights are transferred, in addition to
+# `RATE_FIELDS` and the fields of the family's frame embeddings.
 SIZE_FIELDS = ("num_classes", "num_frames", "image_size")
 
 
@@ -51,7 +54,7 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
     """Write a model folder, `model.json` and `params/`, atomically.
 
     Args:
-        folder: Folder to write. An existing model folder is replaced, unless writing fails.
+        folder: Folder to write. An existing model folder is replaced. If writing fails, it is kept.
         params: The weights.
         card: The model card, from `model_card.make_card`.
 
@@ -112,8 +115,8 @@ def load_params(folder: str | Path, abstract_params: Params) -> Params:
         abstract_params: Expected shapes and dtypes, and optional shardings.
 
     Raises:
-        InputError: Files are damaged; or weights are missing or unexpected, or have wrong shapes,
-            in which case the message names all of them.
+        InputError: The folder is not a model folder, or its files are damaged; or weights are
+            missing or unexpected, or have wrong shapes: the message then names all of them.
     """
     card = load_card(folder)
     path = Path(os.path.abspath(atomic.resolve(folder, CARD_NAME) / "params"))  # Orbax requires it
@@ -161,7 +164,7 @@ def load_init(
     fresh: Params,
     labels: Sequence[str] | None = None,
 ) -> tuple[Params, list[str]]:
-    """Load the weights of a model folder into a network that may differ from it.
+    """Load the weights of a model folder into a network that may differ from the folder's.
 
     Classes, frames, resolution and optional parts may differ: see `transfer.plan_transfer`. Peak
     memory is one copy of the weights in addition to `fresh`.
@@ -259,8 +262,8 @@ def save_model(
     Args:
         model: A network from `create_model` or `load_model`.
         folder: Folder to write. An existing model folder is replaced.
-        preprocessing: Its preprocessing, as in the `model.json` of a trained model, or None if
-            it is unknown.
+        preprocessing: Preprocessing of the network's clips, as in the `model.json` of a trained
+            model, or None if it is unknown.
         labels: Class names in the order of the class indices, or None if they are unknown.
 
     Raises:
@@ -283,7 +286,10 @@ def fingerprint(params: Params) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of an error, or of the first error in a group."""
+    """Return the first line of an error, or of the first error in a group.
+
+    Of a long line, only the end is returned.
+    """
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     line = one_line(getattr(error, "strerror", None) or error, sys.maxsize)

@@ -1,7 +1,7 @@
-"""Preprocessing of a model's clips, shared by all programs, and the normalization of pixels.
+"""Preprocessing of a model's clips, shared by all programs, and the normalisation of pixels.
 
-Training and the converters write the preprocessing to the model card. Evaluation, prediction and
-export read it.
+Training and the converters write the preprocessing to the model card. Prediction, visualisation and
+export use it. Evaluation takes the preprocessing from the config and compares it with the card.
 """
 
 import dataclasses
@@ -24,9 +24,10 @@ from jaxvid.storage import model_card, model_folder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocessing(ViewSpec):
-    """How clips are made and normalized when a model is evaluated: `preprocessing` in `model.json`.
+    """How clips are made and normalised when a model is evaluated: `preprocessing` in `model.json`.
 
-    If a field is missing in an older model folder, its default value is used.
+    If a field is missing in an older model folder, its default value is used. The default of
+    `color_matrix` is then that of `default_color_matrix`.
 
     Attributes:
         mean: Mean that is subtracted from pixels in [0, 1].
@@ -44,7 +45,7 @@ class Preprocessing(ViewSpec):
 
     @property
     def spec(self) -> ClipSpec:
-        """Specification of the clips, without the normalization."""
+        """Specification of the clips, without the normalisation."""
         fields = self.to_json()
         del fields["mean"], fields["std"]
         return ClipSpec(**fields)
@@ -79,14 +80,14 @@ class Preprocessing(ViewSpec):
 
 
 def _is_valid(field: dataclasses.Field, value: object) -> bool:
-    """Return whether a JSON value has a field's type and is in its range."""
+    """Return whether a JSON value has the type of a field and, if a number, is in range."""
     if field.type in (bool, str):
         return isinstance(value, field.type)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     if field.type is int:
         return isinstance(value, int) and value > 0
-    # Pixels are normalized in float32. NaN fails both comparisons.
+    # Pixels are normalised in float32. NaN fails both comparisons.
     return 1e-6 <= value <= 1e6 if field.name == "std" else abs(value) <= 1e6
 
 
@@ -113,7 +114,8 @@ def read_preprocessing(card: dict[str, Any], path: Path) -> Preprocessing:
 def default_color_matrix(card: dict) -> str:
     """Return the color matrix to use for a model card without the field `color_matrix`.
 
-    It is that of the original program for its converted weights, and `tagged` for other models.
+    For weights converted from an original program, it is the color matrix of that program. For
+    other models, it is `tagged`.
     """
     kind = (card["provenance"] or {}).get("kind")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
@@ -125,7 +127,7 @@ def default_color_matrix(card: dict) -> str:
 def check_preprocessing(folder: str | Path, preprocessing: Preprocessing) -> None:
     """Refuse to evaluate a model folder with preprocessing that differs from its model card.
 
-    Only the sampling of frames and the normalization are compared. Sizes and views may differ.
+    Only `sampling`, `mean` and `std` are compared, and `sampling_rate` for `dense_stride` sampling.
 
     Raises:
         InputError: The message names every difference.
@@ -158,12 +160,13 @@ def load_model_and_preprocessing(
         dtype: Compute dtype, one of `precision.DTYPES`, or None for that of the model card.
 
     Returns:
-        The contents of its `model.json`, with `labels` always a list and `preprocessing` complete;
-        the network; and the preprocessing, with the views that the model was evaluated with.
+        The contents of the folder's `model.json`, with `labels` always a list and `preprocessing`
+        complete; the network; and the preprocessing, with the views that the model was evaluated
+        with.
 
     Raises:
-        InputError: The folder is incomplete, damaged or of a newer version, or its preprocessing
-            does not fit the network.
+        InputError: The folder is incomplete, damaged or of a different version, or its
+            preprocessing does not fit the network.
     """
     card, path = model_card.load_card(folder), Path(folder) / "model.json"
     preprocessing = read_preprocessing(card, path)
@@ -191,7 +194,7 @@ def clip_shape(spec: ClipSpec, *leading: int) -> tuple[int, ...]:
 
 
 def normalize(video: jax.Array, mean: float, std: float) -> jax.Array:
-    """Normalize pixels: return `(pixel / 255 - mean) / std` in float32, with the same shape.
+    """Normalise pixels: return `(pixel / 255 - mean) / std` in float32, with the same shape.
 
     Args:
         video: Pixels as uint8, or as uint16 in units of 1 / `transforms.FRACTIONS`.

@@ -17,11 +17,12 @@ LOCK = ".lock"
 def exclusive(program: Callable) -> Callable:
     """Make a program `(config, workdir, ...)` hold the workdir's lock while it runs.
 
-    Training and evaluation write the same reports, so that they exclude each other. The first
-    process of a run holds the lock for all its processes.
+    Training and evaluation write the same files and therefore exclude each other. The first process
+    of a run holds the lock for all processes of the run.
 
     Raises:
-        InputError: Another run holds the lock. The workdir is then unchanged.
+        InputError: Another run holds the lock, or the lock file cannot be opened. The workdir is
+            then unchanged.
     """
 
     @functools.wraps(program)

@@ -26,14 +26,14 @@ def draw_boxes(
     Args:
         shape: Number of clips, height and width of their frames, `(b, h, w)`.
         key: Random key for the choice of clips and boxes.
-        probability: Probability that a clip gets a box.
+        probability: Probability that a clip is selected for erasing.
         area: Range of a box's area, as a share of the frame's area. It is drawn uniformly.
         aspect: Range of a box's height / width. Its logarithm is drawn uniformly.
 
     Returns:
-        A mask `(b, h, w)` that is True for the pixels in the box of a clip. Ten sizes of boxes are
-        drawn per clip, and the first one that fits into the frame is used. If none fits, the clip
-        has no box.
+        A mask `(b, h, w)` that is True for the pixels in the box of a clip. Ten box sizes are drawn
+        for each clip, and the first one that fits into the frame is used. A selected clip has no
+        box if none of its ten sizes fits.
     """
     b, h, w = shape
     key_boxes, key_places = jax.random.split(key)
@@ -143,8 +143,8 @@ def cutmix(
     Returns:
         The clips; the permutation, `(b,)` indices of the clips that the boxes are copied from; and
         λ, the share of pixels that stay unchanged. The box has the frame's aspect ratio and covers
-        a share 1 - λ of the frame. It is cut off at the edges of the frame, and the returned λ is
-        corrected for that. The loss is mixed as in `mixup`.
+        a share 1 - λ of the frame for the λ that was drawn. It is cut off at the edges of the
+        frame, and the returned λ is corrected for that. The loss must be mixed as in `mixup`.
     """
     if not alpha:
         return video, jnp.arange(len(video)), jnp.ones(())
@@ -164,7 +164,16 @@ def cutmix(
 
 
 def _between(size: int, start: jax.Array, stop: jax.Array) -> jax.Array:
-    """Return booleans `(..., size)`: the pixel is in [start, stop). The bounds are `(...)`."""
+    """Return a mask of the pixels in [start, stop).
+
+    Args:
+        size: Number of pixels.
+        start: First pixel, `()` or `(b,)`.
+        stop: The pixel after the last one, with the shape of `start`.
+
+    Returns:
+        Booleans, `(size,)` or `(b, size)`.
+    """
     pixels = jnp.arange(size)
     if start.ndim:
         pixels, start, stop = pixels[None], start[:, None], stop[:, None]

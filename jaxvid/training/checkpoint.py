@@ -22,7 +22,7 @@ from jaxvid.training.checkpoint_files import (
     write_checksums,
 )
 
-RESTORE_SECONDS = 30.0  # a process that cannot restore waits this long for the others
+RESTORE_SECONDS = 30.0  # time that a process that cannot restore waits for the others
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,12 +60,12 @@ class CheckpointManager(ocp.CheckpointManager):
     """Orbax's checkpoint manager, which also writes checksums of each complete checkpoint.
 
     If a save fails in this process, the error is published to the other processes at once. Orbax
-    raises it only after a barrier that they never reach.
+    raises it only after a barrier that the other processes never reach.
     """
 
     _checksum_thread: threading.Thread | None = None
 
-    def _wait_for_checkpointers(self) -> None:  # a private method of orbax-checkpoint 0.12
+    def _wait_for_checkpointers(self) -> None:  # overrides a private method of orbax 0.12
         try:
             super()._wait_for_checkpointers()
         except Exception as error:
@@ -75,10 +75,12 @@ class CheckpointManager(ocp.CheckpointManager):
     def write_checksums_in_background(self) -> None:
         """Start a thread that waits for the save and writes the checksums of its files.
 
-        Otherwise a run that is killed before the next save would leave a checkpoint without them.
+        If the checksums were written only at the next save, a run that is killed before that save
+        would leave a checkpoint without checksums.
 
-        `join_checksum_thread` and `close` join the thread. A daemon thread would keep running while
-        the interpreter shuts down, and could start JAX's backends again after their teardown.
+        `join_checksum_thread` and `close` join the thread. It is not a daemon thread, because such
+        a thread would keep running while the interpreter shuts down, and could start JAX's backends
+        again after their teardown.
         """
         self.join_checksum_thread()
         self._checksum_thread = threading.Thread(target=self._write_checksums, name="checksums")
@@ -176,7 +178,7 @@ def _errors_as_input_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 def _not_written(manager: ocp.CheckpointManager, error: Exception) -> Exception:
-    """Return the InputError for a failed save; return errors of JAX's runtime unchanged."""
+    """Return the InputError for a failed save; keep InputErrors and errors of JAX's runtime."""
     if isinstance(error, jax.errors.JaxRuntimeError | InputError):
         return error
     steps = ", ".join(map(str, find_steps(Path(manager.directory).parent))) or "none"
@@ -231,7 +233,7 @@ def restore_newest(
             is_intact = check_files_on_all_processes(workdir, step)
             state = _restore_on_all_processes(manager, step, abstract_state, resumables)
             return manager, state
-        except Exception as error:  # Orbax raises bare ones
+        except Exception as error:  # Orbax raises plain Exceptions
             if not _may_be_damage(error):
                 raise
             reason = one_line(error, 200)
@@ -274,7 +276,7 @@ def _restore_on_all_processes(
     state, failure = None, None
     try:
         state = _restore(manager, step, abstract_state, resumables)
-    except Exception as error:  # Orbax raises bare ones
+    except Exception as error:  # Orbax raises plain Exceptions
         if not _may_be_damage(error):
             raise
         failure = error
@@ -309,7 +311,7 @@ def _restore(
     resumables: dict[str, Resumable],
 ) -> dict:
     folder = Path(manager.directory) / str(step)
-    # Older checkpoints have no log window; it starts empty.
+    # Older checkpoints have no log window. The window then starts empty.
     names = [name for name in resumables if name != "log" or (folder / name).exists()]
     items = {name: ocp.args.JsonRestore() for name in names}
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), **items)

@@ -23,7 +23,7 @@ from jaxvid.training.signals import StopSignals
 from jaxvid.training.validation import Validation
 from jaxvid.training.watchdog import Watchdog
 
-STEPS_AHEAD = 2  # steps that are dispatched to the device before Python waits for the oldest one
+STEPS_AHEAD = 2  # number of newest steps that Python does not wait for
 TrainStep = Callable[[dict, dict[str, jax.Array]], tuple[dict, dict[str, jax.Array]]]
 
 
@@ -105,16 +105,16 @@ class Loop:
         milestones: Steps at which the loop evaluates, saves, logs and stops.
         batches: The training batches of this process.
         train_step: The jitted training step; it donates the state.
-        mesh: Batches are sharded over it.
+        mesh: The device mesh, over which batches are sharded.
         manager: Saves checkpoints.
-        resumables: Parts of a checkpoint beside the state: data iterator and log window.
+        resumables: Parts of a checkpoint apart from the state: data iterator and log window.
         metrics: Reads and writes the metrics of the steps.
         validation: Evaluates the weights.
         writer: Writes the first clips to TensorBoard.
         signals: Receives SIGINT and SIGTERM.
         stalls: Logs stages that block.
         trace: The profiler's trace.
-        began: `time.monotonic` at the start of the program, in seconds.
+        began: `time.monotonic` at the start of `train`, in seconds.
     """
 
     workdir: Path
@@ -146,12 +146,13 @@ def run_loop(loop: Loop, state: dict) -> tuple[dict, StopReason]:
     Raises:
         InputError: The loss is not finite, too many videos cannot be decoded, or an output cannot
             be written.
-        SystemExit: A signal was received during an evaluation; the state was saved before it.
+        SystemExit: A signal was received during an evaluation; the state was saved before the
+            evaluation.
     """
     try:
         state, reason = _train(loop, state)
         checkpoint.finish_saving(loop.manager)
-    except SystemExit:  # the save before the evaluation may still run, and fail
+    except SystemExit:  # the save before the evaluation may still be running, and may fail
         if jax.process_count() == 1:
             checkpoint.finish_saving(loop.manager)
         raise
@@ -172,8 +173,8 @@ def _train(loop: Loop, state: dict) -> tuple[dict, StopReason]:
         signalled = loop.signals.stops_alone
         if saves or signalled or metrics.window.stop:
             metrics.read()
-        # Nothing else decides whether a signal stops the run. If there are several processes, they
-        # learn of the signal from the metrics, so that all stop at the same step.
+        # Except during an evaluation, this alone decides whether a signal stops the run. Several
+        # processes learn of the signal from the metrics, so that all stop at the same step.
         stopped = signalled or metrics.window.stop
         if (saves or stopped) and step != saved:
             # The iterator is saved with the state, before the next batch is drawn, so that a

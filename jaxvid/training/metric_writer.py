@@ -42,7 +42,7 @@ class MetricWriter:
             folder.mkdir(exist_ok=True)
             # tensorboardX's SummaryWriter hangs for ever once its thread has failed to write.
             self._files = path.open("a"), EventsWriter(str(folder / "events"))
-        # Makes TensorBoard hide the events of later steps that an earlier start wrote.
+        # This makes TensorBoard hide the events of later steps that an earlier start wrote.
         start = SessionLog(status=SessionLog.START)
         self._write_event(step=step + 1, session_log=start)
 
@@ -94,7 +94,7 @@ class MetricWriter:
     def close(self) -> None:
         """Close the files."""
         for file in self._files or ():
-            with contextlib.suppress(OSError):  # the error was raised when it was written
+            with contextlib.suppress(OSError):  # the error was raised when the row was written
                 file.close()
 
 
@@ -121,5 +121,5 @@ def last_evaluation(workdir: Path) -> int:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except ValueError:  # an incomplete last line: the run was killed while it wrote
+    except ValueError:  # an incomplete last line: the run was killed while writing it
         return float("inf")

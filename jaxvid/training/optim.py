@@ -89,8 +89,8 @@ def make_schedule(
     warmup_steps = optimizer.warmup_epochs * steps_per_epoch
     if not 0 <= warmup_steps < total_steps:
         raise InputError(
-            f"optimizer.warmup_epochs={optimizer.warmup_epochs} ({warmup_steps:.0f} steps) does "
-            f"not fit into {total_steps} training steps; lower it or raise num_epochs"
+            f"optimizer.warmup_epochs={optimizer.warmup_epochs} ({warmup_steps:.0f} steps): must "
+            f"be 0 or more, and less than the {total_steps} training steps; change it or num_epochs"
         )
     scale = batch_size / optimizer.reference_batch_size
     peak, start = scale * optimizer.learning_rate, scale * optimizer.warmup_start_rate
@@ -175,7 +175,7 @@ def _decays(name: str, grouping: str, family: Family) -> bool:
 
 
 def _layer(name: str, family: Family) -> int | None:
-    """Return 0 for an embedding, i + 1 for a weight of block i, None for all after the blocks."""
+    """Return 0 for an embedding, i + 1 for a weight of block i, None for later weights."""
     block = family.block_index(name)
     if block is not None:
         return block + 1

@@ -1,4 +1,4 @@
-"""Checks of free disk space, and removal of an earlier run's outputs from the workdir."""
+"""Checks of free disk space, and moving of an earlier run's outputs out of the way."""
 
 import math
 import shutil
@@ -29,7 +29,8 @@ def check_writable(workdir: Path, need_bytes: int) -> None:
 
     Args:
         workdir: The folder, which is created.
-        need_bytes: Size of all checkpoints and model folders, including those that exist already.
+        need_bytes: Total size of the outputs. Checkpoints and model folders that exist already are
+            included: their space counts as free.
 
     Raises:
         InputError: The folder cannot be written, or its disk has too little free space.
@@ -50,7 +51,7 @@ def check_writable(workdir: Path, need_bytes: int) -> None:
         ) from None
     if free < need_bytes:
         raise InputError(
-            f"{workdir}: {free / 1e6:.0f} MB free, but checkpoints need {need_bytes / 1e6:.0f} MB; "
+            f"{workdir}: {free / 1e6:.0f} MB free, but the outputs need {need_bytes / 1e6:.0f} MB; "
             "make room or choose another --workdir"
         )
 
@@ -67,8 +68,9 @@ def check_room(workdir: Path, abstract_state: dict, *, keep: int) -> None:
         InputError: The folder cannot be written, or its disk has too little free space.
     """
     state_bytes, weight_bytes = map(num_bytes, (abstract_state, abstract_state["params"]))
-    # One more checkpoint, as the oldest is deleted after the newest is saved; and three times the
-    # weights: two model folders, and a new version of one of them while it is saved.
+    # The disk must hold keep + 1 checkpoints, because the oldest is deleted only after the newest
+    # is saved. It must hold the weights three times: in `best`, in `model`, and in the new version
+    # of one of these folders while it is saved. 1 MB is reserved for the other files.
     check_writable(workdir, state_bytes * (keep + 1) + 3 * weight_bytes + 10**6)
 
 
@@ -78,7 +80,11 @@ def num_bytes(tree: dict) -> int:
 
 
 def starts_over(workdir: Path) -> bool:
-    """Return whether the checkpoints of an earlier run were deleted, but not its other outputs."""
+    """Return whether the workdir has outputs of an earlier run whose checkpoints were deleted.
+
+    Only `LATE_OUTPUTS` count. The other outputs may be those of a run that was killed before its
+    first checkpoint, which the next start completes.
+    """
     return not checkpoint.find_steps(workdir) and any(
         (workdir / name).exists() for name in LATE_OUTPUTS
     )
@@ -87,10 +93,10 @@ def starts_over(workdir: Path) -> bool:
 def tidy_outputs(workdir: Path) -> None:
     """Repair half-written model folders of a killed run, and move outputs of an earlier run aside.
 
-    If the checkpoints of an earlier run were deleted, its outputs are moved to `WORKDIR/previous`.
-    Otherwise the new run would append to its metrics and compare its models with its best one. The
-    files of a run that was killed before its first checkpoint stay, as the next start writes the
-    same files again. All processes must call this.
+    If the checkpoints of an earlier run were deleted, the other outputs of that run are moved to
+    `WORKDIR/previous`. If they stayed, the new run would append to the old metrics and compare its
+    models with the old best model. The files of a run that was killed before its first checkpoint
+    stay, as the next start writes the same files again. All processes must call this function.
 
     Args:
         workdir: The run's folder.

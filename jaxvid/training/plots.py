@@ -63,7 +63,8 @@ def draw_schedule(
         The path of the plot.
 
     Raises:
-        InputError: The warm-up is longer than the training, or the folder cannot be written.
+        InputError: The warm-up is negative or not shorter than the training, or the plot cannot be
+            written.
     """
     steps_per_epoch = 100  # only the resolution of the plot: rates depend on the epoch alone
     total_steps = max(1, round(num_epochs * steps_per_epoch))

@@ -94,27 +94,27 @@ def last_start(workdir: Path) -> dict | None:
 
 
 def _read_starts(path: Path) -> list[str]:
-    """Return the lines of `starts.jsonl`. Only newlines count: names may have other separators."""
+    """Return the lines of `starts.jsonl`, split only at newlines: ids may have other breaks."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [line for line in text.split("\n") if line]
 
 
-def record_start(workdir: Path, facts: dict[str, Any]) -> None:
+def record_start(workdir: Path, metadata: dict[str, Any]) -> None:
     """Append a start of the run to `WORKDIR/starts.jsonl` (on the first process).
 
     Args:
         workdir: The run's folder.
-        facts: The metadata from `describe_run`.
+        metadata: The metadata from `describe_run`.
 
     Raises:
         InputError: The training videos or their labels differ from those of the last start, so
             that it would be a different run; or videos or labels differ between processes.
     """
-    check_same_videos(facts["data"])
+    check_same_videos(metadata["data"])
     path = workdir / "starts.jsonl"
     lines = _read_starts(path)
-    last = last_start(workdir) or facts
-    now, before = facts["data"]["train"], last["data"]["train"]
+    last = last_start(workdir) or metadata
+    now, before = metadata["data"]["train"], last["data"]["train"]
     # Starts that older versions recorded have no fingerprint of the labels.
     changed = [name for name in before if before[name] != now[name]]
     if changed == ["labels_sha256"]:
@@ -129,20 +129,20 @@ def record_start(workdir: Path, facts: dict[str, Any]) -> None:
             f"{before['sha256'][:12]}), now there are {now['videos']} ({now['sha256'][:12]}); "
             "restore the list or choose another --workdir"
         )
-    if "val" in last["data"] and last["data"]["val"] != facts["data"]["val"]:
-        counts = [start["data"]["val"]["videos"] for start in (last, facts)]
+    if "val" in last["data"] and last["data"]["val"] != metadata["data"]["val"]:
+        counts = [start["data"]["val"]["videos"] for start in (last, metadata)]
         log.warning(
             "the validation list has changed since the last start (%d videos, now %d): accuracies "
             "before and after cannot be compared",
             *counts,
         )
     if not jax.process_index():
-        lines.append(json.dumps(facts, ensure_ascii=False))
+        lines.append(json.dumps(metadata, ensure_ascii=False))
         write_file(path, ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def _revision() -> str | None:
-    """Return the git commit of this code, plus `+` if files were changed, or None without git."""
+    """Return the git commit of this code, plus `+` if files were changed; None if there is none."""
     root = Path(__file__).parents[2]
     git = ["git", "-C", str(root)]
     try:

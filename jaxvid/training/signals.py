@@ -30,7 +30,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         try:
-            # Otherwise `entry_point` would end the process before the state is saved.
+            # If the wake-up descriptor stayed, `entry_point` would end the process before the state
+            # is saved.
             self._wakeup_fd = signal.set_wakeup_fd(-1)
             self._before = {
                 number: signal.signal(number, self._handle)
@@ -73,7 +74,7 @@ class StopSignals:
         return call
 
     def finish_run(self) -> None:
-        """From now on, log on a signal that the run only writes its last outputs and then ends."""
+        """Change what is logged on a signal: the run ends as soon as its outputs are written."""
         self._consequence = "the run ends as soon as its outputs are written"
 
     @property
@@ -109,7 +110,7 @@ class StopSignals:
 
 
 def _swallows_exceptions(frame: FrameType | None) -> bool:
-    """Return whether a frame runs in a finalizer, whose exceptions Python prints and ignores."""
+    """Return whether a frame runs in a finalizer or callback whose exceptions Python ignores."""
     callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
         module = frame.f_globals.get("__name__")

@@ -22,7 +22,8 @@ class SkippedVideos:
         workdir: The run's folder.
         num_videos: Number of training videos.
         max_share: Share of them that may fail before the run stops; 1: all but one video may fail.
-        lost: Ids of videos that are no longer listed, which are not counted.
+        lost: Ids of training videos that the first start used and that are missing now. They are
+            not counted.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class SkippedVideos:
         self._path, self._lost = workdir / "skipped.jsonl", set(lost)
         self._num_videos, self._max_share = num_videos - len(lost), max_share
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-        # The last line is incomplete if a run was killed while it wrote.
+        # The last line is incomplete if a run was killed while writing it.
         lines = text[: text.rfind("\n") + 1]
         if lines != text and not jax.process_index():
             write_file(self._path, lines.encode())

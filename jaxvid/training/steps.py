@@ -31,7 +31,7 @@ class Recipe:
         cutmix_alpha: The same for CutMix; 0: off. Mixup and CutMix cannot be combined.
         mix_within: What clips are mixed within: `device` (each device's part of the batch, without
             communication) or `batch`.
-        mix_groups: Number of groups within which clips are mixed; set by `for_mesh`.
+        mix_groups: Number of groups within which clips are mixed; set by `for_run`.
         erase_prob: Probability that a box of a clip is erased.
         accumulate_steps: Number of microbatches per batch for gradient accumulation; 1: off.
         ema_decay: Decay of the exponential moving average of the weights; 0: no average.
@@ -61,21 +61,15 @@ class Recipe:
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay={self.ema_decay}: must be at least 0 and below 1")
 
-    def for_mesh(self, mesh: Mesh, batch_size: int) -> "Recipe":
-        """Return the recipe with `mix_groups` for a mesh.
+    def for_run(self, mesh: Mesh, batch_size: int, frozen: frozenset[str]) -> "Recipe":
+        """Return the recipe with the fields that depend on the network and the mesh.
 
-        Raises:
-            InputError: Clips are to be mixed within devices, but each device has one clip only.
+        If each device has only one clip, a group of `mix_groups` has the clips of several devices.
         """
-        if self.mix_within == "batch" or not (self.mixup_alpha or self.cutmix_alpha):
-            return self
-        groups = mesh.shape["data"] * mesh.shape["fsdp"]
-        if batch_size < 2 * groups:
-            raise InputError(
-                f"mix_within='device': batch_size={batch_size} gives each device one clip, which "
-                "has no other clip to mix with; increase batch_size or set mix_within='batch'"
-            )
-        return dataclasses.replace(self, mix_groups=groups)
+        groups = mesh.shape["data"] * mesh.shape["fsdp"] if self.mix_within == "device" else 1
+        while groups > 1 and (batch_size < 2 * groups or batch_size % groups):
+            groups //= 2
+        return dataclasses.replace(self, mix_groups=groups, frozen=frozen)
 
     def trainable(self, params: Params) -> Params:
         """Return the weights that are trained."""

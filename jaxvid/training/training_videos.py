@@ -1,8 +1,8 @@
 """The training videos of a run, in the order of its first start.
 
 The order of the batches depends on the number of videos and on their positions. A run that is
-resumed with a shorter list therefore keeps the positions of missing videos. These fail like broken
-videos, and all other videos are drawn in the same order as before.
+resumed with a shorter list therefore keeps the positions of missing videos. The missing videos
+fail like broken ones, and all other videos are drawn in the same order as before.
 """
 
 import dataclasses
@@ -71,8 +71,8 @@ def align(workdir: Path, data: VideoDataset) -> tuple[VideoDataset, tuple[str, .
     notes = []
     if lost:
         notes.append(
-            f"{len(lost)} of the run's {len(videos)} training videos are no longer in the list "
-            f"(the first is {lost[0]}); their positions in the batches stay empty"
+            f"{len(lost)} of the run's {len(videos)} training videos are missing from the list "
+            f"or left out (the first is {lost[0]}); their positions in the batches stay empty"
         )
     if returned:
         notes.append(
@@ -92,13 +92,13 @@ def save(workdir: Path, data: VideoDataset) -> None:
 
     Args:
         workdir: The run's folder.
-        data: What `align` returned.
+        data: The data that `align` returned.
 
     Raises:
         InputError: The file cannot be written.
     """
     records = data.records["train"]
-    # Packs without ids name their videos by position; there is no list to keep.
+    # Packs without ids name their videos by position, so there is no list to save.
     numbered = isinstance(records, PackRecords) and not records.has_ids
     if jax.process_index() or numbered or _load(workdir) is not None:
         return
@@ -111,7 +111,7 @@ def save(workdir: Path, data: VideoDataset) -> None:
 
 
 def _load(workdir: Path) -> dict | None:
-    """Return the list of the first start, or None if there is none or it is from another run."""
+    """Return the list of the first start; None if it is missing, damaged or from another run."""
     last = run_metadata.last_start(workdir)
     try:
         first = json.loads(gzip.decompress((workdir / FILE).read_bytes()))

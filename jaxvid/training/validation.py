@@ -80,12 +80,11 @@ class Validation:
         if not jax.process_index():
             plots.draw_curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
         log.info("step %d: validation %s", step, self.describe(self.report))
-        self.stalls.share(
-            "input"
-        )  # restarts the measurement, to exclude the time of the evaluation
+        # This call restarts the measurement, to exclude the time of the evaluation.
+        self.stalls.share("input")
 
     def save_model(self, folder: Path, state: dict) -> None:
-        """Save the weights that were evaluated as a model folder.
+        """Save the evaluated weights as a model folder.
 
         Args:
             folder: The folder; an existing model folder is replaced.

@@ -21,9 +21,8 @@ class Watchdog:
     def __init__(self, seconds: float):
         self._limit, self._current, self._began = seconds, None, time.monotonic()
         self.waited: dict[str, float] = {}
-        self._shared: dict[
-            str, tuple[float, float]
-        ] = {}  # stage → (seconds spent, time) at the last call of `share`
+        # Stage → (seconds spent in it, time) at the last call of `share`.
+        self._shared: dict[str, tuple[float, float]] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -45,7 +44,10 @@ class Watchdog:
             self.waited[name] = self.waited.get(name, 0.0) + time.monotonic() - start
 
     def share(self, name: str) -> float:
-        """Return the share of time spent in a stage since the last call for this stage."""
+        """Return the share of time spent in a stage since the last call for this stage.
+
+        The first call counts from the start of the watchdog.
+        """
         now, waited = time.monotonic(), self.waited.get(name, 0.0)
         before, since = self._shared.get(name, (0.0, self._began))
         self._shared[name] = (waited, now)

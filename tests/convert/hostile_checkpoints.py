@@ -113,7 +113,7 @@ def tensor(
         key: Name of the storage in the archive.
         kind: Type of the storage, e.g. "Half".
         dtype: Dtype of an untyped storage.
-        flags: Further arguments, such as `{"neg": True}`.
+        flags: Further arguments of the function that rebuilds the tensor, such as `{"neg": True}`.
     """
     if strides is None:
         strides = tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
@@ -136,7 +136,7 @@ def members(changes: dict | None = None, tree: Any = None) -> dict[str, bytes]:
     """Return the members of a PyTorch archive.
 
     Args:
-        changes: Values of the state_dict that are replaced.
+        changes: Key → new value, for values of the state_dict that are replaced.
         tree: The pickled object; None: a dict with the state_dict under "model".
     """
     state = make_state()
@@ -155,7 +155,7 @@ def write_zip(path: Path, parts: dict[str, bytes], compression=zipfile.ZIP_STORE
 # ------------------------------------------------------------------ cases
 
 Build = Callable[[Path], None]
-# name → suffix of the file, its builder, and a part of the message ("a|b": one of two parts).
+# name → suffix of the file, its builder, and a part of the message ("a|b": any of these).
 CASES: dict[str, tuple[str, Build, str]] = {}
 
 
@@ -619,7 +619,7 @@ case(
 
 
 def _huge_grid(path: Path) -> None:
-    """Write an image ViT whose positional embedding of 4 GB would have to be resized."""
+    """Write a positional embedding of 4 GB, whose grid would have to be resized."""
     data = safetensors(entry(shape=(1, 2**26 + 1, 16), offsets=(0, 64 * (2**26 + 1))), b"")
     sparse_file(len(data) + 64 * (2**26 + 1), data)(path)
 

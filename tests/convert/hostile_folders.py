@@ -16,13 +16,13 @@ SIZES = {"width": 16, "depth": 1, "heads": 2, "image_size": 32, "num_classes": 5
 PREPROCESSING = {"num_frames": 8, "short_side": 36, "crop": 32, "mean": 0.5, "std": 0.5}
 PREPROCESSING |= {"sampling": "segments"}
 Build = Callable[[Path], None]
-# name → builder, and a part of the message ("a|b": one of two parts).
+# name → builder, and a part of the message ("a|b": any of these).
 CASES: dict[str, tuple[Build, str]] = {}
 
 
 @functools.cache
 def _valid_folder() -> tempfile.TemporaryDirectory:
-    """Write a valid model folder of a tiny network, once per process."""
+    """Return a temporary folder with a valid model folder, `model`; write it once per process."""
     folder = tempfile.TemporaryDirectory()
     model = jaxvid.create_model("xvit_tiny", **SIZES)
     labels = [f"class {i}" for i in range(5)]
@@ -47,7 +47,7 @@ def case(name: str, message: str, change: Callable[[Path], None]) -> None:
 
 
 def text_case(name: str, message: str, data: bytes) -> None:
-    """Add a case: another content of `model.json`."""
+    """Add a case: different contents of `model.json`."""
     case(f"model.json: {name}", message, lambda p: (p / "model.json").write_bytes(data))
 
 
@@ -207,7 +207,7 @@ def params_case(name: str, message: str, change: Callable[[Path], None]) -> None
 
 
 def _replace_folder(build: Build) -> Callable[[Path], None]:
-    """Replace the whole folder."""
+    """Return a function that replaces the whole folder."""
 
     def change(path: Path) -> None:
         shutil.rmtree(path)
@@ -221,7 +221,7 @@ def _largest(path: Path) -> Path:
 
 
 def _replace_largest(build: Build) -> Callable[[Path], None]:
-    """Replace the largest file of the folder."""
+    """Return a function that replaces the largest file of a folder."""
 
     def change(path: Path) -> None:
         largest = _largest(path)

@@ -84,7 +84,7 @@ def test_round_trips_are_bit_identical(name, tmp_path, capsys):
     converted = tree["model" if name.startswith("stam") else "model_state"]
     build_reference(make_model_config(name)).load_state_dict(converted, strict=True)
     assert converted.keys() == state.keys()
-    for key, tensor in state.items():
+    for key, tensor in state.items():  # XViT never uses `new_fc`, which is not converted
         expected = torch.zeros_like(tensor) if key.startswith("new_fc.") else tensor
         assert torch.equal(converted[key], expected), key
     assert convert(name, output, tmp_path / "model2") == 0
@@ -266,7 +266,8 @@ def test_all_problems_are_reported_together(tmp_path, capsys):
     state["base_model.blocks.0.mlp.fc1.bias"] = torch.zeros(5)
     state["base_model.blocks.1.mlp.fc1.bias"] = torch.full((192,), float("nan"))
     state["base_model.norm.weight"] = torch.ones(48, dtype=torch.int32)
-    message = refusal_of("xvit_ssv2", save(tmp_path / "in.pth", "x", state), tmp_path, capsys)
+    path = save(tmp_path / "in.pth", "xvit_ssv2", state)
+    message = refusal_of("xvit_ssv2", path, tmp_path, capsys)
     assert "5 problems" in message
     for part in (
         "base_model.norm.bias: missing in the file; the model has (48,)",
@@ -300,7 +301,7 @@ def test_sizes_are_read_from_the_file(tmp_path, capsys):
     state["base_model.temp_embed"] = torch.randn(1, 16, 1, 48)
     state["consensus.mlp_head.4.weight"] = torch.randn(9, 48)
     state["consensus.mlp_head.4.bias"] = torch.randn(9)
-    path = save(tmp_path / "in.pth", "x", state)
+    path = save(tmp_path / "in.pth", "xvit_k600", state)
     assert "--num_classes 9 sets the number" in refusal_of("xvit_k600", path, tmp_path, capsys)
     assert convert("xvit_k600", path, tmp_path / "m", "--num_classes", "9") == 0
     config = jaxvid.load_model(tmp_path / "m").config
@@ -461,4 +462,5 @@ def test_flax_to_torch_checkpoints_load_strictly_and_bad_folders_are_refused(tmp
 def test_the_torch_reference_supports_only_released_models():
     with pytest.raises(ValueError, match="supports only the released XViT"):
         build_reference(make_model_config("xvit_k400", summary_tokens=True))
+    # jaxvid supports this option.
     assert abstract_model(make_model_config("xvit_k400", summary_tokens=True))

@@ -18,8 +18,8 @@ from tests.convert import hostile_checkpoints, hostile_folders
 from tests.convert.hostile_checkpoints import MODEL, members, shrink_preset, write_zip
 
 MAX_SECONDS = 2.0  # CPU time, which does not depend on other work on the machine
-MAX_MEGABYTES = 1000
-HANG_SECONDS = 120
+MAX_MEGABYTES = 1000  # additional memory per case
+HANG_SECONDS = 120  # a case that runs longer is killed
 DEFAULT_STEP = 8  # the default suite runs every 8th case
 
 
@@ -97,7 +97,7 @@ def measure(kind: str, name: str, folder: Path) -> tuple[int, str, float, float]
     signal.alarm(HANG_SECONDS)  # kills the process after this time
     folder.mkdir()
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM, the peak memory
     result = RUNS[kind](name, folder)
     signal.alarm(0)
     return *result, (_status("VmHWM") - before) / 1000

@@ -101,7 +101,7 @@ def test_histograms_with_few_values_equal_pillow(name, values):
 
 
 def test_equalize_excludes_only_the_highest_value():
-    """510 of the 511 pixels are below the highest value: just enough for steps of two pixels."""
+    """510 of the 511 pixels are below the highest value, so the step is 510 // 255 = 2 pixels."""
     clip = np.repeat(np.arange(511, dtype=np.uint8)[:, None] % 190, 3, axis=1)
     clip = clip.reshape(1, 7, 73, 3)
     clip[0, 3, 5] = 200

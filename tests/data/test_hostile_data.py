@@ -28,10 +28,10 @@ from tests.data.test_video_fuzz import mutate
 
 ROOT = Path(__file__).parents[2]
 MAX_CPU_SECONDS = 2.0  # per case; wall time would depend on the load of the machine
-MAX_EXTRA_BYTES = 500e6  # peak memory above that before the case
+MAX_EXTRA_BYTES = 500e6  # peak memory of a case above the memory in use before it
 MAX_WALL_SECONDS = 120  # after this time, a case counts as hanging
 
-# Contents that replace those of each file in TARGETS.
+# Name → contents that replace those of each file in TARGETS.
 CONTENTS = {
     "nothing": b"",
     "line ends": b"\n\r\n\r\n",
@@ -70,8 +70,8 @@ CONTENTS = {
     "zip": b"PK\x03\x04" + bytes(100),
     "escapes": b"\x1b[2J\x07 0\n",
 }
-# Name → function that creates something other than a readable file of normal size at a path. These
-# replace each file in TARGETS.
+# Name → function that creates something other than a readable file of normal size at a path. It
+# replaces each file in TARGETS.
 NODES = {
     "pipe": os.mkfifo,
     "device": lambda path: path.symlink_to("/dev/zero"),
@@ -109,7 +109,7 @@ SOURCES = {  # kind of folder → `data.source`
     "classes": "class_folders",
 }
 KINETICS = b"label,youtube_id,time_start,time_end,split\n"
-LISTS = {  # contents that replace those of train.csv only
+LISTS = {  # name → contents that replace those of train.csv only
     "twice": b"a.mp4 0\na.mp4 1\n",
     "no label": b"a.mp4\n",
     "windows": b"clips\\a.mp4,0\r\nclips\\b.mp4,1\r\n",
@@ -144,7 +144,7 @@ NUM_MUTATIONS = 8  # per file of a pack or of an HDF5 folder
 
 
 def change_json(name, *changes):
-    """Return a function of a folder that changes a JSON file; a change is `(*keys, value)`."""
+    """Return a function that changes a JSON file of a folder; a change is `(*keys, value)`."""
 
     def build(folder):
         tree = json.loads((folder / name).read_text())
@@ -159,7 +159,7 @@ def change_json(name, *changes):
 
 
 def make_h5(**options):
-    """Return a function of a folder that replaces a video by an HDF5 data set."""
+    """Return a function that replaces the HDF5 file of a video; `options` define its data set."""
 
     def build(folder):
         with h5py.File(folder / "seq_h5" / "train" / "a.h5", "w") as file:
@@ -169,7 +169,7 @@ def make_h5(**options):
 
 
 def make_class(name: bytes, video: bytes = b"1.mp4"):
-    """Return a function of a folder that adds a class folder with a video."""
+    """Return a function that adds a class folder with a video to a data folder."""
 
     def build(folder):
         path = os.fsencode(folder) + b"/train/" + name
@@ -240,7 +240,12 @@ def make_cases() -> dict[str, tuple]:
 
 
 def replace(path: Path, content) -> None:
-    """Replace a file or folder by a file of these bytes, or call `content` with its path."""
+    """Replace a file or folder.
+
+    Args:
+        path: The file or folder; it may be missing.
+        content: Bytes of the new file, or a function that creates something at `path`.
+    """
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -350,7 +355,7 @@ def test_hostile_files_are_refused_in_one_line_within_time_and_memory(tmp_path):
             num_refused += bool(errors)
             problems += [f"{name}: {line!r}" for line in errors if "\n" in line]
             problems += [
-                f"{name}: no file named: {x}" for x in errors if not names_file(x, tmp_path)
+                f"{name}: names no file: {x}" for x in errors if not names_file(x, tmp_path)
             ]
             if seconds > MAX_CPU_SECONDS or extra > MAX_EXTRA_BYTES:
                 problems.append(f"{name}: {seconds:.1f} s, {extra / 1e6:.0f} MB")
@@ -405,7 +410,7 @@ COMMAND_CASES += (
 
 
 def run_command(intact: Path, folder: Path, name: str, program: str) -> None:
-    """Check that a program exits with at most one error line, without a traceback."""
+    """Check that a program prints no traceback, and one error line if its exit code is 2."""
     kind, change = make_cases()[name]
     folder = Path(shutil.copytree(intact / kind, folder))
     change(folder)

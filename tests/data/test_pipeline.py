@@ -53,7 +53,7 @@ def test_batches_do_not_depend_on_threads_or_workers(records):
 
 
 def test_workers_ignore_signals_and_end_with_their_parent(records, tmp_path):
-    """Ctrl-C signals all processes of a terminal, but a run needs its workers until it saved."""
+    """Ctrl-C signals the workers too, but the run needs them until it has saved its state."""
     batches = make_train_iter(
         records, spec=SPEC, batch_size=8, seed=0, num_threads=1, num_workers=1
     )
@@ -281,7 +281,7 @@ def test_training_short_side_is_drawn_between_its_bounds(records, monkeypatch):
     assert sizes - {SPEC.short_side} == {64, 65, 66, 67}
 
 
-def test_all_augmentations_return_clips_of_the_crop_size(records):
+def test_augmented_clips_are_reproducible_and_have_the_crop_size(records):
     recipes = [
         {
             "sampling": "dense_stride",
@@ -309,7 +309,7 @@ def test_all_augmentations_return_clips_of_the_crop_size(records):
         ("a.mp4\n", "list.csv:1: 'a.mp4' is not 'path label'"),
         ("a.mp4 0\na.mp4 x\n", "list.csv:2: 'a.mp4 x' is not 'path label'"),
         ("a.mp4 -1\n", "is not 'path label'"),
-        ("a.mp4 8\n", "list.csv:1: label 8 is out of range: model.num_classes=8 allows 0 to 7"),
+        ("a.mp4 8\n", "list.csv:1: label 8 is out of range: with 8 classes, labels are 0 to 7"),
         ("b.mp4 0\n", "list.csv:1: .*b.mp4 does not exist"),
         ("a.mp4 0\nempty.mp4 0\n", "list.csv:2: .*empty.mp4 is empty"),
     ],

@@ -33,8 +33,8 @@ def test_segment_views_equal_the_original():
 
 def test_training_draws_cover_each_segment_including_both_ends():
     rng = np.random.default_rng(0)
-    draws = np.stack([segment_indices(17, 8, rng=rng) for _ in range(300)])  # segments of 2 frames
-    for i in range(8):
+    draws = np.stack([segment_indices(17, 8, rng=rng) for _ in range(300)])
+    for i in range(8):  # segment i extends from frame 2 i to frame 2 i + 2
         assert set(draws[:, i]) == {2 * i, 2 * i + 1, 2 * i + 2}
     for length in (1, 3, 8, 100):
         drawn = segment_indices(length, 8, rng=rng)
@@ -44,7 +44,7 @@ def test_training_draws_cover_each_segment_including_both_ends():
 
 
 def test_motion_clips_are_sampled_symmetrically_in_time():
-    """Otherwise the set of sampled frames would distinguish a clip from its reversal."""
+    """Asymmetric sampling would select different frames of a clip and of its reversal."""
     middle = segment_indices(17, 8, view=0)
     np.testing.assert_array_equal(16 - middle[::-1], middle)
 
@@ -79,7 +79,7 @@ def test_dense_stride_rounds_as_the_original():
 
 
 def test_uniform_10s_equals_the_original_for_videos_that_are_not_dropped():
-    """The original drops videos shorter than 10 s, even if only an unsampled frame is missing."""
+    """The original drops videos shorter than 10 s, even if all sampled frames exist."""
     dropped = []
     for case in CASES["stam"]:
         length, t, fps = case["num_video_frames"], case["num_frames"], case["fps"]

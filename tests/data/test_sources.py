@@ -54,7 +54,7 @@ def write_frames(path: Path, key: str, mode: str = "w") -> None:
 
 @pytest.fixture
 def clips(tmp_path):
-    """A folder of files that may be listed as videos; they contain no video."""
+    """A folder of text files named as videos, for lists whose videos are not opened."""
     for name in ("a.mp4", "b c.mp4", "d,e.mp4", "影é.mp4"):
         write(tmp_path / name)
     return tmp_path
@@ -105,7 +105,7 @@ def test_prefix_replaces_the_folder_of_the_list(clips):
         ("a.mp4 0\nb c.mp4 one\n", "list.csv:2: 'b c.mp4 one' is not 'path label'"),
         ("a.mp4 1.0\n", "is not 'path label'"),
         ("a.mp4 ²\n", "is not 'path label'"),
-        ("path label\n", "list.csv is empty; it needs one line per video"),
+        ("path label\n", "list.csv is empty; it needs one entry per video"),
         ("a.mp4 0\npath label\n", "list.csv:2: 'path label' is not"),
         ("loop.mp4 0\n", "list.csv:1: .*loop.mp4 cannot be read .*symbolic links"),
         ("sub 0\n", "list.csv:1: .*sub is not a file"),
@@ -150,7 +150,7 @@ def test_malformed_label_files_are_refused(clips, names):
 
 def test_duplicate_class_names_are_refused(clips):
     write(clips / "labels.txt", "x\nx\n")
-    with pytest.raises(InputError, match="labels.txt: 'x' is named twice"):
+    with pytest.raises(InputError, match="labels.txt: 'x' occurs more than once"):
         open_dataset(section("folder", clips), 2, ("val",))
 
 
@@ -649,8 +649,8 @@ def test_unknown_sources_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "", "\n\n", "a\n", "a\nb, c\nd\n", "a\na\n"])
-def test_packs_without_class_names_are_refused(pack_copy, text):
-    """Without these names, TFDS would name the classes by their numbers."""
+def test_packs_with_missing_or_wrong_class_names_are_refused(pack_copy, text):
+    """If the file of class names is missing, TFDS returns the label numbers as names."""
     path = pack_copy / "label.labels.txt"
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(InputError) as error:

@@ -96,9 +96,8 @@ def test_interrupted_generation_leaves_no_files_and_can_be_repeated(tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["motion"]
     assert len(list(folder.glob("*/*.mp4"))) == 24
     before = (folder / "train.csv").stat().st_mtime_ns
-    synthetic_motion.make_motion(
-        folder, num_train=16, num_val=8, seed=0
-    )  # already generated: nothing is written
+    # The clips are already generated, so that nothing is written.
+    synthetic_motion.make_motion(folder, num_train=16, num_val=8, seed=0)
     assert (folder / "train.csv").stat().st_mtime_ns == before
 
 

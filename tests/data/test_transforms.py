@@ -135,11 +135,9 @@ def test_multi_scale_sizes_close_to_the_crop_become_the_crop(short_side, sides):
 
 
 def test_multi_scale_sizes_of_frames_as_small_as_the_crop():
-    assert {side for pair in multi_scale_sizes(10, 10) for side in pair} == {
-        10,
-        7,
-        6,
-    }  # 8 becomes 10
+    # The sides are 10, 8, 7 and 6 pixels; 8 differs from the crop by 2 pixels and becomes 10.
+    expected = {10, 7, 6}
+    assert {side for pair in multi_scale_sizes(10, 10) for side in pair} == expected
 
 
 def test_multi_scale_crops_start_at_13_positions():
@@ -149,7 +147,7 @@ def test_multi_scale_crops_start_at_13_positions():
         crop = multi_scale_crop(clip, 26, rng)
         assert crop.shape == (2, 26, 26, 3)
         np.testing.assert_array_equal(crop[0, :, :, :2], crop[1, :, :, :2])
-        # Crops of 26 × 26 pixels are not resized, so their values still are the positions.
+        # Crops of 26 × 26 pixels are not resized, so their values still are the rows and columns.
         if crop[0, -1, -1, 0] - crop[0, 0, 0, 0] == 25 == crop[0, -1, -1, 1] - crop[0, 0, 0, 1]:
             corner = tuple(int(i) for i in crop[0, 0, 0, :2])
             corners[corner] = corners.get(corner, 0) + 1
@@ -162,7 +160,11 @@ def test_multi_scale_crops_start_at_13_positions():
 
 @pytest.mark.parametrize(("height", "width"), [(40, 56), (56, 40), (9, 12), (33, 35)])
 def test_multi_scale_crops_equal_resizing_with_pillow(height, width):
-    """Exactly if a side shrinks, otherwise within one grey level; frames may be below the crop."""
+    """A crop is bit-identical to Pillow's if its height or width shrinks.
+
+    Otherwise it is enlarged by OpenCV and may differ from Pillow's by one grey level. Some of the
+    frames are smaller than the result of 32 × 32 pixels.
+    """
     clip = np.random.default_rng(1).integers(0, 256, (2, height, width, 3)).astype(np.uint8)
     candidates = []
     for crop_h, crop_w in multi_scale_sizes(min(height, width), 32):

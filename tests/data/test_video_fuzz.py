@@ -1,4 +1,4 @@
-"""Damaged video files yield correct frames or a `DecodeError`, in bounded time, without crashes."""
+"""Damaged video files yield frames or a `DecodeError`, in bounded time, without crashes."""
 
 import collections
 import concurrent.futures
@@ -48,8 +48,8 @@ def damage(source, path, position: int, kind: str):
         source: The intact MP4 file.
         path: The copy.
         position: Index of the packet.
-        kind: `data` to overwrite half of the packet, from a third on; `length` to overwrite its
-            first four bytes, which are the length of the encoded picture.
+        kind: `data` to overwrite half of the packet, starting at a third of its size; `length` to
+            overwrite its first four bytes, which are the length of the encoded picture.
 
     Returns:
         `path`.
@@ -66,7 +66,8 @@ def damage(source, path, position: int, kind: str):
     return path
 
 
-# Between key frames only lengths are damaged: a decoder may accept any data there as a picture.
+# Packets 0 and 24 are key frames. In other packets only the length is damaged, because a decoder
+# may accept any data as the picture of a frame that is not a key frame.
 @pytest.mark.parametrize(
     ("position", "kind"), [(0, "data"), (5, "length"), (13, "length"), (24, "data"), (30, "length")]
 )
@@ -90,7 +91,7 @@ def test_damage_affects_frames_up_to_the_next_key_frame(h264, tmp_path, position
 
 
 def test_truncated_videos_yield_their_frames_or_an_error(tmp_path):
-    """A video cut at each tenth has fewer frames, the first intact, or raises a DecodeError."""
+    """Truncated videos have fewer frames, of which the first is intact, or raise a DecodeError."""
     source = write_video(tmp_path / "intact.mkv", options={"bf": "3", "g": "12"})
     data, expected = source.read_bytes(), decode_with_pyav(source)
     for tenth in range(1, 10):
@@ -106,7 +107,10 @@ def test_truncated_videos_yield_their_frames_or_an_error(tmp_path):
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """Damage data in one to four places, about half of them in the headers at the start."""
+    """Truncate data, or damage them in one to four places.
+
+    On average, at least half of the places are in the first 1000 bytes, which contain headers.
+    """
     changed = np.frombuffer(data, np.uint8).copy()
     kind = rng.choice(["flip", "zero", "noise", "splice", "truncate", "delete"])
     for _ in range(rng.integers(1, 5)):
@@ -133,7 +137,7 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def run_case(folder: Path, case: int) -> tuple[str, float]:
-    """Read a mutated file in a worker process; return its decode error, or "", and the seconds."""
+    """Read a mutated file in a worker process; return its decode error or "", and the seconds."""
     rng = np.random.default_rng([3, case])
     source = folder / list(CLIPS)[case % len(CLIPS)]
     path = folder / f"{case}{source.suffix}"
@@ -162,7 +166,8 @@ def run_case(folder: Path, case: int) -> tuple[str, float]:
 def test_mutated_files_yield_frames_or_a_decode_error(tmp_path):
     for name, settings in CLIPS.items():
         write_video(tmp_path / name, **settings)
-    # A crash of a worker process breaks the pool. The first failure is close to its cause.
+    # If a worker process crashes, all cases that have not finished fail. The first of them is the
+    # case that crashed, or is close to it.
     outcomes, failures, slowest = collections.Counter(), [], 0.0
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool:

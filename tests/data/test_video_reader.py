@@ -160,12 +160,12 @@ EXACT = (
 @pytest.mark.parametrize("max_bytes", [video_reader.MAX_PACKET_BYTES, 0])
 @pytest.mark.parametrize("name", EXACT.split())
 def test_frames_by_index_are_exact(videos, name, max_bytes, monkeypatch):
-    monkeypatch.setattr(video_reader, "MAX_PACKET_BYTES", max_bytes)  # 0: seeks in the file
+    monkeypatch.setattr(video_reader, "MAX_PACKET_BYTES", max_bytes)  # 0: no packet cache
     expected = decode_with_pyav(videos[name])
     rng = np.random.default_rng(0)
     with VideoFile(videos[name]) as video:
         assert video.num_frames == len(expected) == video.count_readable()
-        choices = [rng.integers(0, len(expected), 5) for _ in range(12)]  # repeats, any order
+        choices = [rng.integers(0, len(expected), 5) for _ in range(12)]  # unsorted, repeated
         choices += [np.arange(len(expected)), np.array([len(expected) - 1]), np.array([0, 0])]
         for indices in choices:
             np.testing.assert_array_equal(video.get_frames(indices), expected[indices])
@@ -279,7 +279,7 @@ def test_decode_errors_name_the_file_and_the_reason(videos, tmp_path):
 
 
 def test_frames_by_index_are_read_without_decoding_the_whole_file(videos, monkeypatch):
-    """Otherwise, the tests of random access would compare sequential decoding with itself."""
+    """Without this test, tests of random access might compare sequential decoding with itself."""
     monkeypatch.setattr(VideoFile, "_decode_all", None)
     for name in ("h264", "one_gop", "matroska", "vfr", "hevc", "av1"):
         with VideoFile(videos[name]) as video:
@@ -287,7 +287,7 @@ def test_frames_by_index_are_read_without_decoding_the_whole_file(videos, monkey
 
 
 def test_frames_whose_reference_frames_were_cut_off_are_damaged(videos):
-    """These are the frames shown before the first key frame; all later frames are intact."""
+    """Only frames that are shown before the first key frame are damaged."""
     with VideoFile(videos["open_cut"]) as video:
         damaged = video.num_frames - video.count_readable()
         assert 0 < damaged <= 3
@@ -327,7 +327,7 @@ def test_frame_times_and_frame_rate(videos, tmp_path):
     ],
 )
 def test_the_display_matrix_is_applied(tmp_path, turn, filters, oddity):
-    """The `ffmpeg` program inserts the same filters for such a file."""
+    """The reference is the result of the filters that `ffmpeg` inserts for such a file."""
     path = write_video(tmp_path / "turned.mp4", frames=3, turn=turn)
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0)).reformat(format="rgb24")

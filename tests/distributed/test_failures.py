@@ -1,4 +1,4 @@
-"""A failure in one of two processes ends both within a minute; each reports it in one line."""
+"""A failure in one of two processes ends the other within a minute, with one error line."""
 
 import contextlib
 import os
@@ -84,13 +84,16 @@ OPTIONS = {"processes": 2, "devices": 2, "mesh": (1, 4)}  # both processes hold 
 
 
 def lines(workdir: Path, process: int) -> list[str]:
-    """Return the output lines of a process, except those of C++ libraries and of the model size."""
+    """Return the output lines of a process, except logs of C++ libraries and the model size."""
     log = re.compile(r"^(\[Gloo\]|[IWEF]\d{4} |\S+: .*parameters)")
     return [line for line in read_output(workdir, process).splitlines() if not log.match(line)]
 
 
 def run_failing(workdir: Path, phase: str, failure: str, failing: int, **options) -> list[int]:
-    """Run two processes of which one fails; check the end of the other; return both exit codes."""
+    """Run two processes of which one fails; check that the other ends in time with an error.
+
+    Return both exit codes.
+    """
     stamp = workdir.parent / "stamp"
     program = ("-c", FAILING, f"{phase},{failure},{failing},{stamp}")
     with running_processes(workdir, **OPTIONS | options, program=program) as runs:
@@ -160,7 +163,7 @@ except InputError as error:
     sys.exit(error.EXIT_CODE)
 """
 
-# Two processes restore a checkpoint; it fails in process 1.
+# Two processes restore a checkpoint; restoring fails in process 1.
 RESTORING = """
 import sys
 from pathlib import Path
@@ -235,8 +238,8 @@ def two_processes(program: str, *arguments: object) -> Iterator[list[subprocess.
 @pytest.mark.parametrize(
     ("killed", "cause"),
     [
-        (0, "lost connection; it was killed or cannot be reached"),
-        (1, "no heartbeat for 10 s; it was killed or hangs"),
+        (0, "connection lost; the process was killed or is unreachable"),
+        (1, "no heartbeat for 10 s; the process was killed or hangs"),
     ],
 )
 def test_a_killed_process_ends_the_other_with_one_line(killed, cause):
@@ -251,7 +254,7 @@ def test_a_killed_process_ends_the_other_with_one_line(killed, cause):
 
 
 def test_a_failed_save_in_one_process_ends_both(tmp_path):
-    """Orbax alone hangs: the failing process waits at a barrier that the other does not reach."""
+    """With Orbax alone, the failing process waits at a barrier that the other never reaches."""
     with two_processes(SAVING, tmp_path) as runs:
         outputs = [run.communicate(timeout=TIMEOUT_SECONDS)[0] for run in runs]
     assert [run.returncode for run in runs] == [InputError.EXIT_CODE] * 2

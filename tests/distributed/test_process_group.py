@@ -1,4 +1,4 @@
-"""The processes of a run exchange values and share failures, here with a store in memory."""
+"""Processes exchange values and failures. Here they are threads that share a store in memory."""
 
 import contextlib
 import functools
@@ -96,7 +96,7 @@ def test_a_process_without_heartbeats_is_lost(monkeypatch):
     for _ in range(3):
         second.beat()
         first.beat()
-    message = "process 2: no heartbeat for 30 s; it was killed or hangs"
+    message = "process 2: no heartbeat for 30 s; the process was killed or hangs"
     assert str(first._failure) == message
     second.beat()  # reads the failure
     assert str(second._failure) == message
@@ -121,12 +121,12 @@ def test_a_hung_process_fails_the_run_after_a_timeout(monkeypatch):
     for _ in range(5):  # longer than the timeout, but no process waits at a synchronization point
         first.beat()
         second.beat()
-    first.reach()
+    first.count_sync_point()
     for _ in range(3):
         second.beat()
         first.beat()
-    second.reach()  # before the timeout
-    first.reach()
+    second.count_sync_point()  # before the timeout
+    first.count_sync_point()
     for _ in range(4):
         second.beat()
         first.beat()
@@ -138,11 +138,11 @@ def test_a_hung_process_fails_the_run_after_a_timeout(monkeypatch):
 
 def test_a_process_that_ends_early_fails_the_run():
     store, (first, second) = make_peers(2)
-    first.reach()
+    first.count_sync_point()
     store.set("jaxvid/state/left/1", "1")
     first.beat()
     assert first._failure is None  # it may leave after its last synchronization point
-    first.reach()
+    first.count_sync_point()
     first.beat()
     assert str(first._failure) == "process 1: ended before the others were done"
 
@@ -362,14 +362,14 @@ def test_the_relay_hides_the_loss_of_the_coordinator_from_the_client():
     with connect(relay.address) as client:
         client.sendall(b"alive?")
         assert client.recv(100) == b"alive?"
-        coordinator.hang_up()  # closes only this connection
+        coordinator.hang_up()  # the server still accepts connections
         assert client.recv(100) == b""
     assert not relay.lost.is_set()
     with connect(relay.address) as client:
         coordinator.close()
         assert relay.lost.wait(20)
         client.settimeout(0.5)
-        for _ in range(3):  # the relay accepts them, but cannot forward them
+        for _ in range(3):  # the relay accepts the messages, but cannot forward them
             client.sendall(b"alive?")
             with pytest.raises(TimeoutError):
                 client.recv(100)
@@ -389,7 +389,7 @@ def test_join_names_the_missing_process(monkeypatch, ends):
     with pytest.raises(InputError, match=message):
         jax_runtime.join(initialize, 0.3)
     assert jax_runtime._jax.get_distributed_runtime_client is original
-    with pytest.raises(InputError, match="the launcher did not join"):
+    with pytest.raises(InputError, match="another process did not join"):
         jax_runtime.join(lambda: time.sleep(1), 0.3)
     assert ends == [("exit", 2)] * 2
 

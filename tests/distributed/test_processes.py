@@ -156,7 +156,7 @@ def check_same(workdir: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def data(motion_folder, tmp_path_factory):
-    """The motion clips and one broken video in each split."""
+    """Return a folder with lists of the motion clips and one broken video in each split."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "broken.mp4").write_text("hello")
     (folder / "labels.txt").write_text((motion_folder / "labels.txt").read_text())
@@ -184,7 +184,7 @@ def test_run_of_two_processes_equals_one_process_and_is_resumed_by_one(
     train(two_workdir, processes=2, devices=2, mesh=(2, 2), data__folder=data)
     check_same(two_workdir, one_process_workdir)
 
-    # The two processes write the files of one process, without duplicate entries.
+    # Two processes write the same files as one process, without duplicate entries.
     assert sorted(path.name for path in two_workdir.iterdir()) == sorted(
         path.name for path in one_process_workdir.iterdir()
     )
@@ -326,10 +326,10 @@ def test_processes_with_different_configs_or_videos_are_refused(config, monkeypa
     stub_gather(monkeypatch, config.to_dict(), other.to_dict())
     with pytest.raises(InputError, match="model.width: 16 in process 0, 32 in process 2; start"):
         run_config.check_same_everywhere(config.to_dict())
-    facts = {"data": {"train": {"videos": 3, "sha256": "a"}}}
+    metadata = {"data": {"train": {"videos": 3, "sha256": "a"}}}
     stub_gather(monkeypatch, {"train": {"videos": 3, "sha256": "b"}})
     with pytest.raises(InputError, match="process 1: its videos or labels differ"):
-        run_metadata.record_start(tmp_path, facts)
+        run_metadata.record_start(tmp_path, metadata)
     assert not list(tmp_path.iterdir())
 
 
@@ -359,7 +359,8 @@ MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
 
 
 @pytest.mark.parametrize(
-    # expected: number of processes, JAX's detection method and visible devices; None: runs alone
+    # expected: number of processes, JAX's detection method and visible devices, or None if the
+    # process runs alone
     ("environment", "expected"),
     [
         ({}, None),

@@ -1,9 +1,11 @@
-"""Every combination of data, FSDP and tensor parallelism gives the results of one device."""
+"""Data, FSDP and tensor parallelism, alone and combined, give the results of one device."""
 
 import functools
+import re
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -150,7 +152,7 @@ def test_tensor_parallelism_shards_outputs_of_the_first_layer_and_inputs_of_the_
 @pytest.mark.parametrize(
     ("shape", "spec"),
     [
-        ((64, 6), P("fsdp", None)),  # 6 outputs are not divisible by 4, 64 inputs are by 2
+        ((64, 6), P("fsdp", None)),  # 6 is not divisible by tensor=4, but 64 by fsdp=2
         ((7, 4), P(None, "tensor")),
         ((64,), P("fsdp")),
         ((2, 4, 8), P(None, None, "fsdp")),  # only matrices have a tensor axis
@@ -245,6 +247,8 @@ def test_batch_shard_of_one_process_is_the_whole_batch():
 
 
 @pytest.mark.parametrize(
+    # slices: rows of each device of the process; expected: index and number of parts, or None if
+    # the rows are not one of several equal parts
     ("slices", "expected"),
     [
         ([(0, 4), (4, 8)], (0, 2)),
@@ -276,7 +280,37 @@ def test_batch_shard_is_the_rows_of_the_process_devices(slices, expected, monkey
 
 
 def test_process_flags_must_be_complete(monkeypatch):
-    setup.init_processes()  # the environment has no launcher
+    setup.init_processes()  # without flags and launcher variables: a single process
     for flags in (("host:1", None, None), (None, 2, 0), ("host:1", 2, 2), ("host:1", 2, -1)):
         with pytest.raises(InputError, match="all three are required"):
             setup.init_processes(*flags)
+
+
+@pytest.mark.parametrize("mix", ["mixup_alpha", "cutmix_alpha"])
+def test_mixing_within_devices_needs_no_communication(mix):
+    """Mixing within the batch, in contrast, gathers its pixels as uint8."""
+    mesh, batch = make_mesh(8, 1, 1), jax.ShapeDtypeStruct
+    rows = sharding.batch_sharding(mesh)
+    arguments = (
+        {
+            "video": batch((32, 2, 16, 16, 3), jnp.uint8, sharding=rows),
+            "label": batch((32,), jnp.int32, sharding=rows),
+            "mask": batch((32,), jnp.bool_, sharding=rows),
+        },
+        jax.eval_shape(lambda: jax.random.key(0)),
+    )
+    collectives = {}
+    for groups in (8, 1):
+        recipe = steps.Recipe(seed=0, erase_prob=0.5, mix_groups=groups, **{mix: 0.4})
+        prepare = jax.jit(lambda batch, key, r=recipe: steps._prepare_clips(batch, key, r)[1])
+        prepare = jax.jit(lambda *x, f=prepare: {k: v for k, v in f(*x).items() if k != "mask"})
+        text = prepare.lower(*arguments).compile().as_text()
+        collectives[groups] = [
+            line
+            for line in text.splitlines()
+            if re.search(r"= .* (all-gather|all-reduce|all-to-all|collective-permute)", line)
+            and re.search(r"\[\d+,2,16,16,3\]|\[\d+,16,16\]|\[\d+,\d+,2,16,16,3\]", line)
+        ]
+    assert not collectives[8]
+    assert collectives[1]
+    assert not any("f32[" in line for line in collectives[1]), collectives[1]

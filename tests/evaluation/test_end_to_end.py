@@ -29,7 +29,7 @@ from tests import goldens
 from tests.golden.synthetic import synthetic_param
 
 FOLDER = goldens.FOLDER / "end_to_end"
-RECORDED_FRAMES = [0, 7, 15]  # frames of a clip in `pixels` (STAM) and `thumbs`
+RECORDED_FRAMES = [0, 7, 15]  # frames in the goldens' `pixels` (STAM) and `thumbs` (XViT)
 GREY_TOLERANCE, SCORE_TOLERANCE = 0.02, 1e-4  # grey levels; logits
 RECIPES = {"stam_16": stam_16_k400, "xvit_k600": xvit_k600, "xvit_ssv2": xvit_ssv2}
 
@@ -75,7 +75,12 @@ def write_data(name: str, golden: dict, folder: Path) -> str:
 
 
 def open_golden(name: str, tmp_path: Path):
-    """Return a golden, the config of its recipe with its videos and depth, and a model folder."""
+    """Load a golden, and write its videos and a model folder with its weights.
+
+    Returns:
+        The golden's arrays; the config of the recipe, changed to these videos, the golden's depth
+        and this model folder; and the model folder.
+    """
     golden = load(name)
     config = RECIPES[name].get_config().unlock()
     config.data.source = write_data(name, golden, tmp_path / "data")
@@ -97,7 +102,7 @@ def open_golden(name: str, tmp_path: Path):
 
 
 def read_frames(path: Path, indices: np.ndarray) -> np.ndarray:
-    """Decode frames of an mp4 or HDF5 file sequentially and convert them with BT.601."""
+    """Decode frames of an mp4 file, or of an HDF5 file of JPEGs; convert them with BT.601."""
     if path.suffix == ".h5":
         with h5py.File(path) as file:
             pictures = [Image.open(io.BytesIO(file["frames"][i].tobytes())) for i in indices]
@@ -110,7 +115,11 @@ def read_frames(path: Path, indices: np.ndarray) -> np.ndarray:
 
 
 def crop_as_stam(frames: np.ndarray) -> torch.Tensor:
-    """Apply torchvision's Resize(256), CenterCrop(224) and ToTensor: `(t h w c)`."""
+    """Apply the same Resize(256) and CenterCrop(224) as torchvision.
+
+    Returns:
+        `(t h w c)`, in [0, 1].
+    """
     crops = []
     for frame in frames:
         picture = Image.fromarray(frame)
@@ -196,7 +205,7 @@ def run_evaluation(config, workdir: Path, monkeypatch) -> tuple[dict, np.ndarray
     """Evaluate as `main.py --mode eval` does.
 
     Returns:
-        `eval.json`, and every video's scores `(n, num_classes)`.
+        The evaluation's report, and the scores of all videos `(n, num_classes)`.
     """
     scores, original = [], evaluate.save_report
 
@@ -239,7 +248,7 @@ def test_stam_equals_the_original(tmp_path, monkeypatch):
 
 
 def load_color_matrix(folder: Path) -> str:
-    """Return the color matrix in a model card."""
+    """Return the colour matrix in a model card."""
     return model_card.load_card(folder)["preprocessing"]["color_matrix"]
 
 

@@ -171,7 +171,7 @@ def test_one_and_eight_devices_give_the_same_report(stub, tmp_path, monkeypatch)
     assert result == one_device
 
 
-def test_different_classes_or_order_are_refused(stub, folder, tmp_path):
+def test_different_classes_or_a_different_order_are_refused(stub, folder, tmp_path):
     source = tmp_path / "data"
     class_folders = {name: source / "val" / name for name in NAMES}
     for path in class_folders.values():
@@ -295,13 +295,13 @@ def test_compare_with_another_evaluation(stub, folder, tmp_path, monkeypatch):
     lost = json.loads((tmp_path / "b" / "comparison.json").read_text())
     coloured = [f"{i}.mp4" for i in range(12)]
     assert (lost["lost_videos"], lost["gained_videos"]) == (coloured, [])
-    # Videos 15 and 18 are wrong in both, but with the same prediction: grey.
+    # Videos 15 and 18 are wrong in both evaluations, but with the same prediction: grey.
     assert lost["still_wrong_videos"] == [f"{i}.mp4" for i in (13, 14, 16, 17)]
     assert lost["p_value"] == 2 / 2**12
     text = (tmp_path / "b" / "log.txt").read_text()
     expected = (
-        "-60.00 % top-1 on 20 shared videos (0 gained, 12 lost, 4 still wrong with another "
-        "prediction); significant"
+        "top-1 -60.00 percentage points on 20 shared videos (0 gained, 12 lost, 4 still wrong with "
+        "another prediction); significant"
     )
     assert expected in text
     evaluate.evaluate(stub, tmp_path / "c", compare_with=tmp_path / "b" / "eval.json")
@@ -320,7 +320,7 @@ def test_compare_with_another_evaluation(stub, folder, tmp_path, monkeypatch):
         )
 
 
-def test_file_names_that_are_not_utf8(stub, folder, tmp_path, capfd):
+def test_file_names_that_are_not_utf8_are_evaluated_and_compared(stub, folder, tmp_path, capfd):
     names = [b"0\xe9.mp4", b"2.mp4", b"broken\xff.mp4"]
     for name, source, file in zip(NAMES, ("0", "2", "broken"), names, strict=False):
         class_folder = tmp_path / "data" / "val" / name
@@ -360,7 +360,7 @@ def test_evaluation_crops_equal_the_original(name):
             pass
 
         def get_frames(self, indices):
-            return clip[indices // 16]  # one frame from each of the clip's segments
+            return clip[indices // 16]  # each frame of `clip` lasts for one segment: 16 frames
 
     class Video:
         open = Reader
@@ -574,7 +574,7 @@ def test_unknown_score_is_refused(folder):
 
 
 def test_running_accuracy_counts_failed_videos_as_wrong(folder, monkeypatch):
-    """The scores of a failed video are zeros: their argmax is class 0, which is its label here."""
+    """The scores of a failed video are zeros. Their argmax is class 0, the video's label here."""
     messages = []
 
     def load(record, spec):

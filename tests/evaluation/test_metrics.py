@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from jaxvid.evaluation.resume import PartialResults
 
 
 def results(scores, labels, errors=None):
-    """Return the results of videos `v0.mp4`, `v1.mp4`, ...; `v1.mp4` is padded."""
+    """Return the results of videos `v0.mp4`, `v1.mp4`, ...; `v1.mp4` is padded and not released."""
     scores = np.asarray(scores, np.float32)
     errors = errors or [""] * len(labels)
     exp = np.exp(scores)
@@ -49,7 +48,8 @@ RESULTS = results(
 def test_failed_videos_count_as_wrong():
     assert RESULTS.hits(1).tolist() == [True, False, True, False, False]
     assert RESULTS.hits(2).tolist() == [True, True, True, False, False]
-    assert RESULTS.hits(5).tolist() == [True, True, True, False, True]  # only three classes
+    # With three classes, the five best classes are all classes.
+    assert RESULTS.hits(5).tolist() == [True, True, True, False, True]
     assert RESULTS.top(1)[:, 0].tolist() == [0, 1, 2, -1, 2]
     assert metrics.accuracy(RESULTS.hits(1)) == 40.0
     assert RESULTS.confusion().tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 1]]
@@ -160,7 +160,8 @@ def test_class_order_starts_with_most_confused_class_and_favours_recent_ones():
     confusion = np.diag([90, 0, 0, 0, 50, 0])
     for i, j, count in ((3, 1, 10), (3, 2, 6), (1, 4, 4), (3, 5, 1)):
         confusion[i, j] = count
-    # After 3 and 1: 4 is confused with 1 four times, 2 with 3 six times, which counts half.
+    # The order starts with 3 and 1. Class 4 is next: it has a weight of 4, from the confusions with
+    # 1. Class 2 has a weight of 3: its 6 confusions with 3 count half, as 3 is not the last class.
     assert metrics.order_by_confusion(confusion).tolist() == [3, 1, 4, 2, 5, 0]
     assert metrics.order_by_confusion(confusion.T.tolist()).tolist() == [3, 1, 4, 2, 5, 0]
 
@@ -186,11 +187,12 @@ def test_tables_are_read_back_and_compared_by_id(tmp_path):
     after = write(tmp_path / "b", better)
     lines = compare_tables(before, after, tmp_path)
     expected = (
-        "+25.00 % top-1 on 4 shared videos (2 gained, 1 lost, 0 still wrong with another "
-        "prediction); not significant"
+        "top-1 +25.00 percentage points on 4 shared videos (2 gained, 1 lost, 0 still wrong with "
+        "another prediction); not significant"
     )
     assert expected in lines[0]
-    assert lines[1] == "videos not shared: 1 only before, 0 only now"
+    report = tmp_path / "a" / "eval.json"
+    assert lines[1] == f"videos not shared: 1 only in {report}, 0 only in this evaluation"
     assert lines[2].startswith("gained: v1.mp4, v3.mp4")
     assert lines[3].startswith("lost: v2.mp4")
     assert len(lines) == 4
@@ -198,7 +200,7 @@ def test_tables_are_read_back_and_compared_by_id(tmp_path):
     with pytest.raises(InputError, match="this file or eval_videos.csv in .*; choose an eval.json"):
         read_table(tmp_path / "b" / "eval.json")
     check_shared(before, ["v9.mp4", "v4.mp4"])
-    with pytest.raises(InputError, match=r"a/eval.json shares no video with the data; name an"):
+    with pytest.raises(InputError, match=r"a/eval.json shares no video with the data; choose an"):
         check_shared(before, ["v9.mp4"])
     (tmp_path / "a" / "eval.json").write_text('{"num_videos": 5, "protocol": 1}')
     with pytest.raises(InputError, match="protocol: expected a dict, got 1.*choose an eval.json"):
@@ -257,6 +259,7 @@ def test_damaged_batches_are_not_loaded(tmp_path):
     data = (tmp_path / "1.npz").read_bytes()
     for damaged in (b"", data[:40], data[: len(data) // 2]):
         (tmp_path / "1.npz").write_bytes(damaged)
+        # Loading stops at the damaged batch, the second of three.
         assert len(PartialResults(tmp_path, {"a": 1}).load()) == 1
     (tmp_path / "key.json").write_bytes(b"\xff")
     assert PartialResults(tmp_path, {"a": 1}).load() == []
@@ -271,16 +274,18 @@ def test_undeletable_partial_results_are_refused(tmp_path, monkeypatch):
 
 def test_process_0_decides_which_partial_results_are_loaded(tmp_path, monkeypatch):
     add_parts(tmp_path, 3)
-    # Values of both processes. First load: whether they find the key, and errors; second load:
-    # whether they find the key, and how many batches they find.
+    # What `gather` returns: a value of process 0 and one of process 1. In the first load, these are
+    # whether it finds the key, and its error; in the second, whether it finds the key, and the
+    # number of batches that it finds.
     gathered = iter([[False, True], [None, None], [True, True], [3, 2]])
     monkeypatch.setattr(collectives, "gather", lambda value: next(gathered))
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    # Process 0 finds a different key and deletes the folder, which process 1 may still see.
-    # Process 1 must neither read it nor fail.
-    monkeypatch.setattr(Path, "exists", lambda path: True)
-    assert PartialResults(tmp_path / "deleted", {"a": 1}).load() == []
-    assert len(PartialResults(tmp_path, {"a": 1}).load()) == 2  # process 1 finds only two
+    with monkeypatch.context() as patch:
+        # This is process 1. Process 0 finds a different key and deletes the batches, but process 1
+        # may still see them. It must neither load nor delete them.
+        patch.setattr(jax, "process_index", lambda: 1)
+        assert PartialResults(tmp_path, {"a": 1}).load() == []
+    # This is process 0, which finds three batches. Process 1 finds only two.
+    assert len(PartialResults(tmp_path, {"a": 1}).load()) == 2
 
 
 def test_unwritable_files_are_refused(tmp_path):
@@ -288,7 +293,7 @@ def test_unwritable_files_are_refused(tmp_path):
         (tmp_path / name / "x").mkdir(parents=True)
     with pytest.raises(InputError, match=r"eval_videos.csv cannot be written \(Is a directory\)"):
         write_table(tmp_path / "eval_videos.csv", RESULTS, ["a", "b", "c"])
-    with pytest.raises(InputError, match=r"0.npz cannot be written \(Is a directory\); name"):
+    with pytest.raises(InputError, match=r"0.npz cannot be written \(Is a directory\); choose"):
         PartialResults(tmp_path, {}).add({"scores": np.zeros(1), "error": [""]})
     assert not list(tmp_path.glob(".*.partial"))
     table = write(tmp_path / "a", RESULTS)

@@ -1,4 +1,4 @@
-"""Exported programs run without jaxvid and match the model; exported weights are identical."""
+"""Exported programs run without jaxvid and match the model; weights are exported unchanged."""
 
 import hashlib
 import json
@@ -29,10 +29,10 @@ import numpy as np
 about = json.load(open(sys.argv[1] + ".json"))
 clips = dict(np.load(sys.argv[2]))
 for name in clips:
-    space = {"clips": clips[name]}
-    exec("\\n".join(about["load"]), space)
-    assert space["logits"].dtype == about["output"]["dtype"]
-    np.save(f"{sys.argv[2]}.{name}.npy", space["logits"])
+    namespace = {"clips": clips[name]}
+    exec("\\n".join(about["load"]), namespace)
+    assert namespace["logits"].dtype == about["output"]["dtype"]
+    np.save(f"{sys.argv[2]}.{name}.npy", namespace["logits"])
 loaded = {"flax", "jaxvid", "orbax", "grain"} & {*sys.modules}
 assert not loaded, loaded
 """

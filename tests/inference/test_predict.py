@@ -100,7 +100,7 @@ def test_sampling_comes_from_the_model_card(folders, clips):
     assert prediction.probabilities[0] == pytest.approx(expected.max(), rel=1e-4)
 
 
-def test_logits_of_views_are_summed_and_views_default_to_the_model_card(folders, clips, tmp_path):
+def test_logits_of_views_are_averaged_and_views_default_to_the_model_card(folders, clips, tmp_path):
     views = {"num_clips": 2, "num_crops": 3}
     expected = softmax(logits_of(folders / "xvit", clips[3], **views).mean(axis=0))
     overridden = jaxvid.Classifier(folders / "xvit", **views).predict(clips[3])
@@ -267,7 +267,7 @@ def test_unwritable_output_is_refused_before_any_work(clips, tmp_path, capsys, m
     (tmp_path / "file").write_text("")
     for kind in ("json", "png"):
         (tmp_path / f"folder.{kind}").mkdir()
-    monkeypatch.delattr("jaxvid.predict.Classifier")  # nothing is loaded
+    monkeypatch.delattr("jaxvid.predict.Classifier")  # loading a model would fail
     path = tmp_path / output
     windows = ["--window", "1", "--stride", "1", "--output", str(path)]
     for options in (["--json", f"{path}.json"], windows):

@@ -81,12 +81,14 @@ def test_aligned_windows_share_frames(long_videos, fps, requested, stride, max_f
     assert len(np.unique(plan.indices)) <= max_frames
     first = make_indices("uniform_10s", 10 * fps, 8, sampling_rate=1, fps=fps)
     np.testing.assert_array_equal(plan.indices[0], first)
-    # Each frame number differs by at most one from that of a separate video of the window.
+    # A frame number differs by at most one from that of the same window as a separate video.
     separate_indices = np.round(plan.starts * fps)[:, None] + first
     unpadded = ~plan.padded
     assert unpadded.sum() >= len(unpadded) - 1
     assert np.abs(plan.indices - separate_indices)[unpadded].max() <= 1
     assert (np.diff(plan.indices, axis=0) >= 0).all()
+    # At 8 frames/s, the stride is 20 frames: the frame numbers relative to the start are the same
+    # in all windows.
     plan = make_plan(long_videos / "8.mp4", spec, 10.0, 2.5, align=True)
     np.testing.assert_array_equal(
         plan.indices[:9], np.round(8 * plan.starts[:9, None]) + plan.indices[0]
@@ -105,7 +107,7 @@ def test_aligned_windows_share_frames_of_segments(long_videos):
     ("name", "crops", "batch_size"), [("stam", 1, 1), ("stam", 3, 2), ("xvit", 1, 2)]
 )
 def test_window_probabilities_equal_the_model(folders, long_videos, name, crops, batch_size):
-    """Windows equal separately computed clips, with and without shared frame features."""
+    """Windows equal separately computed clips. STAM shares frame features, XViT does not."""
     classifier = jaxvid.Classifier(folders / name, num_crops=crops, batch_size=batch_size)
     path = long_videos / "25.mp4"
     timeline = classifier.windows(path, 10.0, 2.5)
@@ -114,8 +116,8 @@ def test_window_probabilities_equal_the_model(folders, long_videos, name, crops,
     with VideoFile(path) as reader:
         for row, probabilities in zip(plan.indices, timeline.probabilities, strict=True):
             frames = reader.get_frames(row)
-            margin = {1: (4,), 3: (0, 4, 8)}[crops]
-            views = np.stack([frames[:, 4:68, left : left + 64] for left in margin])
+            offsets = {1: (4,), 3: (0, 4, 8)}[crops]
+            views = np.stack([frames[:, 4:68, left : left + 64] for left in offsets])
             logits = model(normalize(views, 0.5, 0.5)).mean(axis=0)
             np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=1e-5)
     assert np.ptp(np.log(timeline.probabilities), axis=0).max() > 1e-2  # windows differ
@@ -184,7 +186,7 @@ def test_decode_error_at_the_end_leaves_no_timeline(
 
 
 class FakeReader:
-    """The attributes of a reader, with or without frame rate and timestamps."""
+    """A stand-in for `VideoFile`, with or without frame rate and timestamps."""
 
     def __init__(self, num_frames=40, fps=None, times=None):
         self.num_frames, self.fps, self.times = num_frames, fps, times

@@ -196,7 +196,7 @@ def test_contact_sheet_shows_heat_and_bars(seeker_folder, tmp_path):
     assert abs(left - starts[FRAME] - bright_box((144, 288))[1] * scale) < 1.5
     bars = (pixels == [int(BAR[i : i + 2], 16) for i in (1, 3, 5)]).all(-1)
     heights = [int(bars[:, start + 20].sum()) for start in starts]
-    assert heights[FRAME] >= BAR_HEIGHT - 1  # minus the line of a uniform share
+    assert heights[FRAME] >= BAR_HEIGHT - 1  # the line that marks a uniform share covers one pixel
     assert max(np.delete(heights, FRAME)) <= 1
 
 
@@ -218,7 +218,8 @@ def test_slide_show_shows_heat_beside_the_frame(seeker_folder, tmp_path):
         lit[:100] = False  # text
         assert lit.any() == (t == FRAME)
     top, left, bottom, right = box_of(is_lit(expected))
-    # The frame without heat, to the left, has the bright patch at the same position.
+    # The frame without heat has the bright patch at the same position. It is 180 px wide and to the
+    # left of the frame with heat, with a gap of 8 px between them.
     beside = np.asarray(expected)[top:bottom, left - 180 - 8 : right - 180 - 8]
     assert (beside[1:-1, 1:-1] > 240).mean() > 0.98
     assert abs(int(frames[FRAME][top + 9, left + 9, 0]) - 245) < 15
@@ -243,19 +244,20 @@ def test_rollout_equals_naive_computation():
             product = layer @ product
         expected = product[0, 1:] / product[0, 1:].sum()
         np.testing.assert_allclose(shares[frame], expected, rtol=1e-5)
-    alone = jnp.broadcast_to(jnp.eye(n), (blocks, k, n, n))
-    np.testing.assert_allclose(roll_out(alone), np.full(n - 1, 1 / (n - 1)))
+    # The class token attends only to itself: the patches have equal shares.
+    identity = jnp.broadcast_to(jnp.eye(n), (blocks, k, n, n))
+    np.testing.assert_allclose(roll_out(identity), np.full(n - 1, 1 / (n - 1)))
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "mixes"),
+    ("name", "options", "mixes_frames"),
     [
         ("xvit_tiny", {"head_depth": 2, "summary_tokens": True}, True),
         ("xvit_tiny", {"head": "mean", "shift": "none"}, False),
         ("stam_tiny", {"aggregator": "mean"}, False),
     ],
 )
-def test_rollout_of_every_architecture(motion_folder, tmp_path, name, options, mixes):
+def test_rollout_of_every_architecture(motion_folder, tmp_path, name, options, mixes_frames):
     model = jaxvid.create_model(name, width=16, depth=1, **options)
     jaxvid.save_model(model, tmp_path / "model", preprocessing=PREPROCESSING)
     rollout = compute_rollout(motion_folder / "val" / "00003.mp4", tmp_path / "model")
@@ -268,7 +270,7 @@ def test_rollout_of_every_architecture(motion_folder, tmp_path, name, options, m
     else:
         assert np.ptp(rollout.frame_attention) > 0
         assert "attention to each frame" in rollout.notes[0]
-    assert ("approximate in time" in rollout.notes[-1]) == mixes
+    assert ("approximate in time" in rollout.notes[-1]) == mixes_frames
     shares = [share for _, share in rollout.top]
     assert len(shares) == 3
     assert shares == sorted(shares, reverse=True)

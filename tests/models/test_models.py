@@ -60,6 +60,6 @@ def test_large_networks_are_accepted(name, options):
 
 
 def test_abstract_model_of_the_largest_depth():
-    """It takes seconds, although it took two minutes with the counters of nnx.Rngs."""
+    """This takes seconds. With the counters of nnx.Rngs, it would take two minutes."""
     _, params = abstract_model(make_model_config("xvit_tiny", depth=128))
     assert "base_model.blocks.127.attn.qkv.kernel" in params

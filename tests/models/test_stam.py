@@ -92,7 +92,7 @@ def test_sizes_of_released_models(name, frames, millions):
 
 
 def run(model, video, key=None):
-    """Return the logits of a clip; dropout is active if there is a key."""
+    """Return the logits of clips; dropout is active if there is a key."""
     graphdef, params = split_params(model)
     program = jax.jit(lambda params: merge_params(graphdef, params)(video, key=key))
     return program(params)
@@ -139,7 +139,7 @@ def test_the_mean_aggregator_ignores_the_order_of_frames():
     assert jnp.abs(run(model, video) - run(model, video[:, ::-1])).max() > 1e-3
 
 
-def test_scale_of_small_initial_weights_depends_on_the_width():
+def test_weights_of_the_small_init_scale_with_the_fan_in():
     _, params = split_params(create_model("stam_tiny"))
     kernels = {name: leaf for name, leaf in params.items() if name.endswith("kernel")}
     assert len(kernels) > 10

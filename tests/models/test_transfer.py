@@ -85,7 +85,7 @@ def random_clips(options: dict) -> jax.Array:
 
 
 def refusal(folder, options: dict) -> str:
-    """Return the error message of a transfer, which must be a single line with the folder."""
+    """Return the error message of a refused transfer: a single line that names the folder."""
     with pytest.raises(InputError) as error:
         model_folder.load_init(folder, make_model_config(**options), random_network(options, 2)[1])
     assert "\n" not in str(error.value)
@@ -113,7 +113,8 @@ def test_frame_rows_are_interpolated_between_their_centres(t, new, leading_rows)
     expected = [np.interp(positions, np.arange(t), row) for row in embed[0, leading_rows:].T]
     np.testing.assert_array_equal(resized[:, :leading_rows], embed[:, :leading_rows])
     expected = np.stack(expected, -1)
-    # A float32 position near 13 has an error of up to 1e-6, times the difference of two rows.
+    # A float32 position near 13 has an error of up to 1e-6, which the interpolation multiplies by
+    # the difference of two rows.
     np.testing.assert_allclose(resized[0, leading_rows:], expected, rtol=0, atol=1e-5)
     # Between the outermost centres, a ramp of frame numbers gives the positions themselves.
     ramp = jnp.arange(t, dtype=jnp.float32).reshape(1, t, 1, 1)
@@ -124,7 +125,7 @@ def test_frame_rows_are_interpolated_between_their_centres(t, new, leading_rows)
 
 
 class Case(NamedTuple):
-    """A transfer of weights, and what is expected of it.
+    """A transfer of weights, and its expected result.
 
     Attributes:
         folder: Name of the model folder.
@@ -132,7 +133,7 @@ class Case(NamedTuple):
         resized: Weights that are resized.
         reinitialised: Prefixes of the weights that keep their initial values.
         unused: Prefixes of the folder's weights that are not used.
-        report: Lines of the log, without the number of weights loaded.
+        report: Lines of the log after the first, which is the number of loaded weights.
     """
 
     folder: str
@@ -154,7 +155,7 @@ CASES = {
             "(2 weights)",
         ),
     ),
-    "xvit mean's classes": Case(
+    "xvit_mean classes": Case(
         "xvit_mean",
         {**XVIT, "head": "mean", "num_classes": 3},
         reinitialised=("new_fc.",),

@@ -91,7 +91,7 @@ def demo_model(variant: str, **overrides):
 
 
 def run(model, video, key=None) -> jax.Array:
-    """Return the logits of a clip; dropout is active if there is a key."""
+    """Return the logits of clips; dropout is active if there is a key."""
     graphdef, params = split_params(model)
     program = jax.jit(lambda params: merge_params(graphdef, params)(video, key=key))
     return program(params)
@@ -165,9 +165,10 @@ def test_scanned_blocks_equal_blocks_run_one_by_one():
 
 
 def test_bfloat16_model_has_float32_weights_and_logits():
-    model, half = demo_model(""), demo_model("", dtype="bfloat16")
-    assert {leaf.dtype for leaf in split_params(half)[1].values()} == {jnp.dtype("float32")}
-    logits = run(half, clips())
+    model, bfloat16_model = demo_model(""), demo_model("", dtype="bfloat16")
+    params = split_params(bfloat16_model)[1]
+    assert {leaf.dtype for leaf in params.values()} == {jnp.dtype("float32")}
+    logits = run(bfloat16_model, clips())
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, run(model, clips()), atol=0.05)
 

@@ -87,7 +87,7 @@ def test_lock_file_that_is_deleted_before_locking_is_created_again(tmp_path, mon
     monkeypatch.setattr(fcntl, "flock", delete_and_lock)
     with locked(tmp_path / ".lock"), pytest.raises(LockedError), locked(tmp_path / ".lock"):
         pass
-    assert len(calls) == 3
+    assert len(calls) == 3  # two of the first `locked`, one of the second
 
 
 @exclusive
@@ -149,4 +149,5 @@ def test_second_command_is_refused(motion_folder, tmp_path):
         run.send_signal(signal.SIGTERM)
         assert run.wait() == 128 + signal.SIGTERM
     assert not (workdir / ".lock").exists()
+    # Only the first run has logged this line.
     assert (workdir / "log.txt").read_text().count("parameters, 48 training") == 1

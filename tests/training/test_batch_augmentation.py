@@ -38,7 +38,7 @@ def numbered() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def erased() -> np.ndarray:
-    """Mask of the erased pixels `(b, t, h, w, c)` of 2048 clips; the probability is 1."""
+    """Return the mask `(2048, t, h, w, c)` of erased pixels, with an erasing probability of 1."""
     keys = jax.random.split(jax.random.key(0), 2048 // B)
     return np.concatenate([np.asarray(erase_jit(numbered(), key, 1.0)) == 0 for key in keys])
 
@@ -56,21 +56,23 @@ def test_erased_boxes_have_the_requested_sizes_and_aspect_ratios(erased):
     boxes = erased[:, 0, :, :, 0]
     heights, widths = boxes.any(axis=2).sum(axis=1), boxes.any(axis=1).sum(axis=1)
     share = heights * widths / (H * W)
-    # The tolerances allow for rounding of the sides to pixels; the shortest sides have 3.
+    # The tolerances allow for the rounding of sides to pixels. The shortest sides have 3 pixels.
     assert 0.02 * 5 / 6 < share.min() < 0.03
     assert 0.3 < share.max() < 0.35
-    assert 0.15 < share.mean() < 0.19  # uniform: 0.177; less, as large boxes may not fit
+    # A uniform distribution has the mean 0.177. It is lower here, as some large boxes do not fit.
+    assert 0.15 < share.mean() < 0.19
     log_aspect = np.log(heights / widths)
     assert np.abs(log_aspect).max() < np.log(1 / 0.3) + 0.25
     # The standard error is 0.7/√2048 = 0.015, but the frame is not square, which shifts the mean.
     assert abs(log_aspect.mean()) < 0.12
-    assert 0.55 < log_aspect.std() < 0.75  # uniform: 2·ln(1/0.3)/√12 = 0.695
-    # Area and aspect ratio are drawn independently, but large boxes that are too high or too wide
-    # do not fit, which correlates them slightly.
+    assert 0.55 < log_aspect.std() < 0.75  # of a uniform distribution: 2·ln(1/0.3)/√12 = 0.695
+    # Area and aspect ratio are drawn independently. A slight correlation remains, because large
+    # boxes that are too high or too wide are rejected, and the frame is not square.
     assert abs(np.corrcoef(share, log_aspect)[0, 1]) < 0.2
     rows, columns = boxes.any(axis=2).mean(axis=0), boxes.any(axis=1).mean(axis=0)
     assert min(rows[0], rows[-1], columns[0], columns[-1]) > 0.01  # every edge is reached
-    # The positions are distributed symmetrically. Four standard deviations: 4·√(2·¼/2048) = 0.06.
+    # The positions are distributed symmetrically. The tolerance is four standard deviations:
+    # 4·√(2·¼/2048) = 0.06.
     np.testing.assert_allclose(rows, rows[::-1], atol=0.06)
     np.testing.assert_allclose(columns, columns[::-1], atol=0.06)
 
@@ -87,15 +89,19 @@ def test_clips_are_erased_with_the_given_probability():
 
 def test_erasing_skips_boxes_that_do_not_fit():
     video = numbered()
-    # A box of 36 × 36 pixels is higher than the frame.
-    too_high = erase_clips(video, jax.random.key(0), 1.0, area=(1.0, 1.0), aspect=(1.0, 1.0))
-    np.testing.assert_array_equal(too_high, video)
+    # The boxes have 36 × 36 pixels, but the frame is only 32 pixels high.
+    unchanged = erase_clips(video, jax.random.key(0), 1.0, area=(1.0, 1.0), aspect=(1.0, 1.0))
+    np.testing.assert_array_equal(unchanged, video)
     full_frame = erase_clips(video, jax.random.key(0), 1.0, area=(1.0, 1.0), aspect=(H / W, H / W))
     np.testing.assert_array_equal(full_frame, np.zeros_like(video))
 
 
 def test_erasing_takes_the_first_box_that_fits_in_each_clip():
-    """One in ten boxes of 0.9 of the frame's area fits, so a third of the clips get none."""
+    """Boxes have 0.9 of the frame's area, and about one in nine fits into the frame.
+
+    Half of the clips are selected. For 0.69 of these, at least one of ten boxes fits, so that 0.35
+    of all clips are erased.
+    """
     large = jax.jit(functools.partial(erase_clips, area=(0.9, 0.9)))  # default probability: 0.5
     shares = []
     for key in jax.random.split(jax.random.key(2), 60):
@@ -108,7 +114,7 @@ def test_erasing_takes_the_first_box_that_fits_in_each_clip():
 
 
 def test_erased_boxes_lie_anywhere_inside_the_frame():
-    """Boxes with a quarter of the frame's area and its aspect ratio have half its sides."""
+    """Boxes of a quarter of the frame's area and the same aspect ratio have half its sides."""
     quarter = jax.jit(functools.partial(erase_clips, area=(0.25, 0.25), aspect=(H / W, H / W)))
     corners = set()
     for key in jax.random.split(jax.random.key(8), 60):
@@ -170,17 +176,18 @@ def test_mixup_lambda_follows_the_beta_distribution():
     assert 0.99 < lam.max() <= 1
 
 
-def test_cutmix_lambda_is_the_share_of_own_pixels():
+def test_cutmix_lambda_is_the_share_of_unchanged_pixels():
     video = numbered()
     lams, coverage = [], np.zeros((H, W))
     for key in jax.random.split(jax.random.key(0), 200):
         mixed, permutation, lam = (np.asarray(x) for x in mix_jit[cutmix](video, key, ALPHA))
-        own = mixed == video
-        assert (own | (mixed == video[permutation])).all()
-        own = own[permutation != np.arange(B)]
-        assert (own == own[:1, :1, :, :, :1]).all()  # the same box in all
-        np.testing.assert_allclose(lam, own.mean(), atol=1e-6)
-        box = ~own[0, 0, :, :, 0]
+        unchanged = mixed == video
+        assert (unchanged | (mixed == video[permutation])).all()
+        unchanged = unchanged[permutation != np.arange(B)]  # leave out clips mixed with themselves
+        # The box is the same in all clips, frames and channels.
+        assert (unchanged == unchanged[:1, :1, :, :, :1]).all()
+        np.testing.assert_allclose(lam, unchanged.mean(), atol=1e-6)
+        box = ~unchanged[0, 0, :, :, 0]
         assert (box == box.any(axis=1)[:, None] & box.any(axis=0)[None]).all()
         lams.append(float(lam))
         coverage += box

@@ -146,7 +146,7 @@ def test_a_full_or_read_only_disk_is_refused_at_the_start(tmp_path, monkeypatch)
         outputs.check_writable(tmp_path / "file", 1000)
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match="1 MB free, but checkpoints need 2 MB"):
+    with pytest.raises(InputError, match="1 MB free, but the outputs need 2 MB"):
         outputs.check_writable(tmp_path, 2 * 10**6)
     outputs.check_writable(tmp_path, 10**6)  # exactly enough
     # Existing outputs count as free space, because they will be replaced.
@@ -239,7 +239,7 @@ def test_closing_a_manager_during_a_save_leaves_no_thread(tmp_path, monkeypatch)
     assert [*json.loads((tmp_path / "checkpoints.json").read_text())] == ["1"]
 
 
-def test_checkpoints_contain_the_log_window_which_may_be_missing(tmp_path):
+def test_checkpoints_restore_the_log_window_unless_it_is_missing(tmp_path):
     save(tmp_path, 3)
     resumables = counters(0, 0)
     manager, state = checkpoint.restore_newest(tmp_path, ABSTRACT, resumables, keep=2)
@@ -253,7 +253,7 @@ def test_checkpoints_contain_the_log_window_which_may_be_missing(tmp_path):
     assert (int(state["step"]), resumables["data"].value, resumables["log"].value) == (3, 3, 0)
 
 
-def test_outputs_of_a_run_without_checkpoints_are_moved_aside(tmp_path, lines):
+def test_outputs_are_moved_aside_only_if_checkpoints_were_deleted(tmp_path, lines):
     for name in ("metrics.jsonl", "config.json", "mine.txt", "log.txt"):
         (tmp_path / name).write_text(name)
     # The run was killed before its first checkpoint: its outputs stay.
@@ -367,7 +367,7 @@ def test_intact_checkpoints_with_a_different_structure_are_not_moved(tmp_path):
 
 def test_checkpoints_without_checksums_are_restored(tmp_path):
     save_steps(tmp_path, 3)
-    (tmp_path / "checkpoints.json").write_text("{")  # killed while it was written
+    (tmp_path / "checkpoints.json").write_text("{")  # the run was killed while it wrote the file
     assert restore(tmp_path) == (3, 30, 60)
     (tmp_path / "checkpoints.json").unlink()
     assert restore(tmp_path) == (3, 30, 60)

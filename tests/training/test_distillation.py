@@ -17,8 +17,8 @@ PREPROCESSING |= {"mean": 0.25, "std": 0.75}
 
 
 @pytest.fixture
-def teach(motion_folder, tmp_path):
-    """Return a function that saves a teacher and loads it for a student of the motion clips."""
+def save_and_load(motion_folder, tmp_path):
+    """Return a function that saves a teacher and loads it for training on the motion clips."""
 
     def load(labels=None, preprocessing=PREPROCESSING, **options):
         model = jaxvid.create_model("stam_tiny", width=16, depth=1, **options)
@@ -32,8 +32,8 @@ def teach(motion_folder, tmp_path):
 
 
 @pytest.mark.parametrize("labels", [LABELS, None, [str(i) for i in range(8)]])
-def test_a_teacher_with_the_same_or_unnamed_classes_is_loaded(teach, labels):
-    teacher, params = teach(labels and list(labels))
+def test_a_teacher_with_the_same_or_unnamed_classes_is_loaded(save_and_load, labels):
+    teacher, params = save_and_load(labels and list(labels))
     assert (teacher.mean, teacher.std, teacher.weight) == (0.25, 0.75, 0.5)
     assert {str(leaf.dtype) for leaf in params.values()} == {"bfloat16"}
 
@@ -62,9 +62,9 @@ def test_without_a_teacher_nothing_is_loaded():
         ),
     ],
 )
-def test_unsuitable_teachers_are_refused(teach, options, message):
+def test_unsuitable_teachers_are_refused(save_and_load, options, message):
     with pytest.raises(InputError, match=message) as error:
-        teach(**options)
+        save_and_load(**options)
     assert "\n" not in str(error.value)
 
 

@@ -37,7 +37,7 @@ def test_warm_up_is_linear_and_the_final_rate_is_zero():
     settings = MOTION
     schedule = make_schedule(settings, batch_size=32, total_steps=1000, steps_per_epoch=125)
     assert schedule(0) == 0
-    top = 1e-3 * 0.5 * (1 + math.cos(0.1 * math.pi))  # of the cosine at the end of the warm-up
+    top = 1e-3 * 0.5 * (1 + math.cos(0.1 * math.pi))  # the cosine at the end of the warm-up
     assert schedule(50) == pytest.approx(top / 2)
     assert schedule(100) == pytest.approx(top)
     assert schedule(500) == pytest.approx(5e-4)
@@ -46,9 +46,11 @@ def test_warm_up_is_linear_and_the_final_rate_is_zero():
 
 def test_a_warm_up_longer_than_training_is_refused():
     settings = MOTION
-    with pytest.raises(InputError, match=r"warmup_epochs=0.8 \(100 steps\) does not fit into 50"):
+    with pytest.raises(
+        InputError, match=r"0.8 \(100 steps\): must be 0 or more, and less than the 50"
+    ):
         make_schedule(settings, batch_size=32, total_steps=50, steps_per_epoch=125)
-    with pytest.raises(InputError, match="does not fit into 100 training steps"):
+    with pytest.raises(InputError, match="less than the 100 training steps"):
         make_schedule(settings, batch_size=32, total_steps=100, steps_per_epoch=125)
 
 

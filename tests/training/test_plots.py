@@ -62,7 +62,7 @@ def test_learning_curves_are_drawn(tmp_path):
 
 @pytest.mark.parametrize(("count", "marker"), [(1, "o"), (2, "None")])
 def test_a_single_training_point_has_a_marker(tmp_path, monkeypatch, count, marker):
-    drawn = {}  # colour → line
+    drawn = {}  # colour → first line of this colour
     plot = Axes.plot
 
     def record(axes, *args, **options):
@@ -77,6 +77,6 @@ def test_a_single_training_point_has_a_marker(tmp_path, monkeypatch, count, mark
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    for colour in (TRAIN, INK):  # training curves; learning rate
+    for colour in (TRAIN, INK):  # TRAIN: training curves; INK: learning rate
         assert len(drawn[colour].get_xdata()) == count
         assert drawn[colour].get_marker() == marker

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from configs import xvit_k600
+from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
 from jaxvid.models import (
     FAMILIES,
@@ -179,7 +180,7 @@ def test_the_released_recipe_reproduces_the_original_training(monkeypatch):
     optimizer = make_optimizer(config.optimizer, schedule, FAMILIES["xvit"])
     lams, permutations = jnp.float32(golden["lams"]), jnp.asarray(golden["perms"])
 
-    def recorded_mixup(video, key, alpha):
+    def recorded_mixup(video, key, alpha, **_):
         # The step is not an argument: find it by comparing the key with those of all steps.
         bits = jax.random.key_data(key)[None]
         step = (jax.random.key_data(keys) == bits).all(axis=-1).argmax()
@@ -239,7 +240,8 @@ def test_accumulation_equals_the_full_batch(options):
     assert distance(full_batch, accumulated) <= 1e-6
     for name, value in expected.items():
         assert sums[name] == pytest.approx(value, rel=1e-5), name
-    assert sums["count"] <= 7  # one is masked; with mixing, also its partner
+    # One clip is masked. With mixing, the clip that it is mixed into is masked too.
+    assert sums["count"] <= 7
 
 
 def test_ema_follows_the_weights():
@@ -309,7 +311,10 @@ def test_training_decreases_the_distillation_loss():
 
 
 class Linear(nnx.Module):
-    """A linear classifier of the mean colour, which a key scales at random, as dropout would."""
+    """A linear classifier of a clip's mean colour.
+
+    With a key, the mean colour is scaled at random; this takes the place of dropout.
+    """
 
     def __init__(self, rngs: nnx.Rngs):
         self.kernel = nnx.Param(rngs.normal((3, 4)))
@@ -397,7 +402,7 @@ def check_step(result, state, batch, targets, video, *, scale, rate=0.1, smoothi
     assert new_state["step"] == 7
 
 
-def test_a_linear_step_is_the_masked_mean_gradient():
+def test_a_linear_step_follows_the_masked_mean_gradient():
     for smoothing, options in ((0.0, {}), (0.3, {"label_smoothing": 0.3, "mean": 0.2, "std": 0.4})):
         recipe, batch = Recipe(seed=3, **options), linear_batch()
         if smoothing:
@@ -424,7 +429,7 @@ def test_impossible_recipes_are_refused_and_defaults_are_off():
     assert (recipe.mixup_alpha, recipe.cutmix_alpha, recipe.erase_prob) == (0.0, 0.0, 0.0)
 
 
-def test_a_linear_step_on_masked_clips_changes_nothing():
+def test_a_linear_step_on_masked_clips_changes_no_weights():
     recipe, batch = Recipe(seed=0), linear_batch()
     batch["mask"] = np.zeros(5, bool)
     state = linear_state(recipe)
@@ -439,7 +444,7 @@ def test_a_linear_step_on_masked_clips_changes_nothing():
 def test_a_linear_step_mixes_labels_and_masks_partners_of_masked_clips(
     kind, erase_prob, monkeypatch
 ):
-    """The second of 5 clips is masked. The first is mixed with it, so it is masked too."""
+    """The second of 5 clips is masked. It is mixed into the first, so the first is masked too."""
     permutation, share, calls = np.array([1, 2, 3, 0, 4]), 0.3, []
     batch = linear_batch()
 
@@ -477,6 +482,18 @@ def test_a_linear_step_mixes_labels_and_masks_partners_of_masked_clips(
         batch["mask"] = np.array([False, False, True, True, True])
     scale = 0.5 + float(jax.random.uniform(keys[0]))
     check_step(result, state, batch, targets, video, scale=scale, smoothing=0.1)
+
+
+def test_clips_are_mixed_within_devices_unless_each_has_one_clip():
+    def mix_groups(batch_size, data, **options):
+        mesh = sharding.make_mesh(sharding.MeshShape(data=data, fsdp=8 // data, tensor=1))
+        return Recipe(seed=0, **options).for_run(mesh, batch_size, frozenset({"a"})).mix_groups
+
+    assert mix_groups(16, data=8) == mix_groups(32, data=4) == 8
+    assert mix_groups(8, data=8) == 4  # pairs of devices
+    assert mix_groups(16, data=8, mix_within="batch") == 1
+    with pytest.raises(InputError, match="mix_within='node': must be one of 'device', 'batch'"):
+        Recipe(seed=0, mix_within="node")
 
 
 def test_a_linear_step_updates_the_ema_with_warm_up():
@@ -539,7 +556,7 @@ def test_accumulation_spreads_each_part_over_the_batch():
 
 
 def test_a_linear_step_with_accumulation_equals_the_full_batch(monkeypatch):
-    # Without the random scale, whose key differs between the parts of a batch.
+    # Remove the random scale, because its key differs between the parts of a batch.
     monkeypatch.setattr(Linear, "__call__", lambda self, video, key: unscaled_logits(self, video))
     results = []
     for num_parts in (1, 3):
@@ -557,7 +574,7 @@ def unscaled_logits(model, video):
 
 
 def test_a_fresh_state_has_moments_of_trained_weights_only(monkeypatch):
-    # `Linear` takes the place of the model config.
+    # `init_state` gets `Linear` instead of a model config.
     monkeypatch.setattr("jaxvid.training.steps.build_model", lambda module, rngs: module(rngs))
     optimizer = optax.sgd(0.1, momentum=0.9)
     state = init_state(Linear, optimizer, Recipe(seed=0), seed=5)

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module", autouse=True)
 def _log_windows_of_two_steps():
-    """Let log windows have `log_steps` steps, although short runs get shorter windows."""
+    """Give runs of at least 4 steps log windows of `log_steps` steps, which is 2 in these tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metric_window, "MIN_ROWS", 2)
         yield
@@ -99,6 +99,7 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_resumed(run, tmp_path):
     workdir, config, _ = run
     timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
+    # The signal must not end pytest if it comes before or after the run handles signals.
     signal.signal(signal.SIGTERM, lambda *_: None)
 
     class SignalSoon(train_program.StopSignals):
@@ -124,13 +125,14 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_resumed(run, tmp_path):
 def test_signals_at_any_moment_change_no_output(run, tmp_path, monkeypatch, several_processes):
     """Signals stop the run in a log window, an evaluation, the last step and the last evaluation.
 
-    A signal while the final report is written does not stop it. With `several_processes`, the loop
-    gets signals from the metrics, as it does with several processes.
+    A signal during the writing of the final report does not stop the run. With `several_processes`,
+    the loop learns of signals only from the metrics, as in a run of several processes. Only the
+    stop in the last step is tested then.
     """
     workdir, config, _ = run
     if several_processes:
         monkeypatch.setattr(signals.StopSignals, "stops_alone", False)
-    # Where the next signal comes: in this step, or after so many evaluations.
+    # The next signal is raised in this step, or in the evaluation after this number of evaluations.
     stop_step, evaluations_before = None, None
     add, evaluate_params = metric_window.MetricWindow.add, loop.evaluate_params
 
@@ -179,7 +181,7 @@ def test_outputs_of_a_run_with_deleted_checkpoints_are_moved_aside(run, tmp_path
     shutil.copytree(workdir, tmp_path / "w")
     shutil.rmtree(tmp_path / "w" / "checkpoints")
     card = tmp_path / "w" / "best" / "model.json"
-    # No later model can exceed this accuracy.
+    # Prefix the accuracy with the digits 99, so that no later model can exceed it.
     card.write_text(card.read_text().replace('"top1": ', '"top1": 99'))
     assert train(config, tmp_path / "w", stop_step=4) is None
     assert model_card.load_card(tmp_path / "w" / "best")["provenance"]["step"] == 3
@@ -283,7 +285,7 @@ def test_non_finite_weights_are_refused(run, tmp_path):
     jaxvid.save_model(model, tmp_path / "nan", preprocessing=preprocessing)
     other = config.copy_and_resolve_references().unlock()
     other.init_from = str(tmp_path / "nan")
-    with pytest.raises(InputError, match="logits that are not finite"):
+    with pytest.raises(InputError, match="logits are not finite"):
         evaluate.evaluate(other.lock(), tmp_path / "w")
     assert not (tmp_path / "w" / "eval.json").exists()
 
@@ -307,7 +309,7 @@ def test_init_from_sets_the_initial_weights(run, tmp_path):
     assert weights(tmp_path / "w") == result["weights_sha256"]
 
 
-def test_invalid_configs_are_refused_before_anything_is_written(config, tmp_path):
+def test_invalid_configs_are_refused_and_not_saved(config, tmp_path):
     cases = {
         "num_crops=2: must be one of 1, 3": ("eval", "num_crops", 2),
         "batch_size=3 must be a positive multiple": ("", "batch_size", 3),
@@ -318,7 +320,7 @@ def test_invalid_configs_are_refused_before_anything_is_written(config, tmp_path
         "checkpoint_keep=0: must be above 0": ("", "checkpoint_keep", 0),
         "num_epochs=-3.0: must be above 0": ("", "num_epochs", -3.0),
         "eval.every_epochs=0.0: must be": ("eval", "every_epochs", 0.0),
-        "warmup_epochs=9.0 .* does not fit": ("optimizer", "warmup_epochs", 9.0),
+        "warmup_epochs=9.0 .* must be 0 or more, and less": ("optimizer", "warmup_epochs", 9.0),
         "nowhere does not exist; choose a folder": ("", "init_from", "nowhere"),
     }
     for message, (section, field, value) in cases.items():
@@ -333,7 +335,7 @@ def test_invalid_configs_are_refused_before_anything_is_written(config, tmp_path
 def test_a_non_finite_loss_stops_the_run(config, tmp_path):
     other = config.copy_and_resolve_references().unlock()
     other.optimizer.update({"learning_rate": 1e30, "warmup_epochs": 0.0})
-    with pytest.raises(InputError, match="not finite at step .*videos .*is none; begin .*lower"):
+    with pytest.raises(InputError, match="not finite at step .*videos .*is none; start .*lower"):
         train(other.lock(), tmp_path / "w")
     assert checkpoint.find_steps(tmp_path / "w") == []
 
@@ -419,7 +421,7 @@ def test_invalid_data_gives_a_one_line_error_and_exit_code_2(
 
 @pytest.fixture
 def with_broken(motion_folder, tmp_path):
-    """Return the motion clips with a broken video at the start of the list of each split."""
+    """Return a folder whose lists contain a broken video, followed by the motion clips."""
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "broken.mp4").write_text("hello")
@@ -467,7 +469,8 @@ def test_skip_broken_keeps_the_order_of_the_remaining_videos(with_broken, tmp_pa
     [start] = (tmp_path / "skipping" / "starts.jsonl").read_text().splitlines()
     assert json.loads(start)["left_out"] == {"missing or broken": 1, "no longer listed": 0}
 
-    # Without skip_broken the run stops; after the fix that its message names, it is resumed.
+    # Without skip_broken, the run stops. It is resumed after the broken video is taken out of the
+    # list, as the error message suggests.
     listed = (with_broken / "train.csv").read_text().removeprefix("none.mp4 0\n")
     (with_broken / "train.csv").write_text(listed)
     config = config.copy_and_resolve_references().unlock()
@@ -478,7 +481,9 @@ def test_skip_broken_keeps_the_order_of_the_remaining_videos(with_broken, tmp_pa
     resumed = train(config, tmp_path / "w")
     assert resumed["weights_sha256"] == skipping["weights_sha256"]
     log = (tmp_path / "w" / "log.txt").read_text()
-    assert "49 training videos are no longer in the list (the first is broken.mp4)" in log
+    assert (
+        "49 training videos are missing from the list or left out (the first is broken.mp4)" in log
+    )
 
 
 def test_resumed_training_with_mixup_and_erasing_is_bit_identical(motion_folder, tmp_path):
@@ -503,7 +508,7 @@ def flip_bit(path: Path) -> None:
 
 
 def damage_arrays(folder: Path, damage) -> None:
-    """Damage all array files of a checkpoint, as Orbax decides which ones it reads."""
+    """Damage all array files of a checkpoint, because Orbax chooses which of them it reads."""
     for path in (folder / "state").rglob("d/*"):
         damage(path)
 
@@ -537,7 +542,7 @@ def test_an_intact_checkpoint_is_never_moved(run, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_evaluation_is_repeated(run, tmp_path, monkeypatch):
-    """The checksums are written during the evaluation, not only by the next save."""
+    """The checksums of the newest checkpoint are written during the evaluation that follows it."""
     workdir, config, _ = run
 
     def signal_after_the_checksums(*_, **__):

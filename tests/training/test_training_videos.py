@@ -43,7 +43,7 @@ def start(workdir, videos, left_out=()):
 
 
 def skip(workdir, *videos):
-    """List videos in `skipped.jsonl`."""
+    """Add videos to `skipped.jsonl`."""
     skipped = SkippedVideos(workdir, num_videos=100, max_share=1.0)
     skipped.note([(training_videos.stored_id(video.id), "broken") for video in videos])
 
@@ -121,7 +121,7 @@ def test_a_damaged_list_of_the_first_start_is_ignored(videos, tmp_path, damage):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Six clips, of which the second and the fifth are broken."""
+    """Return a folder of six clips and their pack; the second and the fifth clip are broken."""
     folder = tmp_path_factory.mktemp("clips")
     for i in range(6):
         if i in (1, 4):
@@ -174,7 +174,7 @@ def test_batches_do_not_change_when_broken_videos_are_removed(folder, tmp_path, 
 
 @pytest.mark.parametrize("source", ["folder", "pack"])
 def test_skip_broken_leaves_out_videos_known_to_be_broken(folder, tmp_path, source):
-    """Known are missing files of a list, and videos without frames in a pack."""
+    """These are missing files of a list, and videos of a pack that have no frames."""
     if source == "pack":
         broken = ["1.mp4", "4.mp4"]
         data = section("pack", folder / "pack")

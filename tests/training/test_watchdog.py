@@ -35,7 +35,8 @@ def test_a_stall_is_logged_with_its_cause_and_again_after_twice_the_time(lines):
     assert watchdog.share("input") == 0  # no time since the last call
 
 
-def sums(loss=1.0, stop=False):
+def step_metrics(loss=1.0, stop=False):
+    """Return the metrics of a training step on four clips."""
     return {
         "loss": np.float32(loss),
         "grad_norm": np.float32(1.0),
@@ -47,7 +48,7 @@ def sums(loss=1.0, stop=False):
 def test_metrics_are_read_in_order_and_summed_once():
     window = MetricWindow()
     for step in range(1, 6):
-        window.add(step, sums(loss=step, stop=step == 4), [])
+        window.add(step, step_metrics(loss=step, stop=step == 4), [])
         window.read(leave=2)
     assert not window.stop  # steps 4 and 5 are not read yet
     total, count = window.take()
@@ -62,7 +63,7 @@ def test_restored_sums_are_bit_identical():
     losses = np.random.default_rng(0).uniform(0, 3, 20)
     uninterrupted = MetricWindow()
     for step, loss in enumerate(losses, 1):
-        uninterrupted.add(step, sums(loss), [])
+        uninterrupted.add(step, step_metrics(loss), [])
     uninterrupted.read()
     expected = uninterrupted.take()
     for split in range(len(losses)):
@@ -71,7 +72,7 @@ def test_restored_sums_are_bit_identical():
             window = MetricWindow()
             window.set_state(json.loads(json.dumps(state)))
             for step, loss in enumerate(part, 1):
-                window.add(step, sums(loss), [])
+                window.add(step, step_metrics(loss), [])
             window.read()
             state = window.get_state()
         assert window.take() == expected
@@ -80,8 +81,8 @@ def test_restored_sums_are_bit_identical():
 
 def test_a_non_finite_loss_names_its_step_and_videos():
     window = MetricWindow()
-    window.add(1, sums(), ["a.mp4"])
-    window.add(2, sums(loss=np.nan), ["b.mp4"])
+    window.add(1, step_metrics(), ["a.mp4"])
+    window.add(2, step_metrics(loss=np.nan), ["b.mp4"])
     window.read(leave=1)
     with pytest.raises(NonFiniteLossError) as error:
         window.read()
@@ -143,7 +144,8 @@ def test_a_signal_during_a_finalizer_acts_at_the_next_check():
     gc.callbacks.append(signal_once)
     try:
         with StopSignals() as signals, signals.end_at_once():
-            gc.collect()  # pytest fails if an exception is raised and dropped in it
+            # If the handler raised here, Python would drop the exception, and pytest would fail.
+            gc.collect()
             assert signals.received == signal.SIGTERM
             with pytest.raises(SystemExit) as stop:
                 signals.checked(calls.append)(1)

@@ -46,8 +46,8 @@ def autoaugment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
     Args:
         frames: `(t, h, w, c)` uint8 RGB.
-        rng: Generator that draws the sub-policy, and for each of its operations whether it is
-            applied, its sign and its interpolation.
+        rng: Generator that draws the sub-policy, whether each operation of it is applied, and the
+            sign and interpolation of shears, rotations and shifts.
 
     Returns:
         An array like `frames`.
@@ -65,7 +65,8 @@ def randaugment(
 
     Args:
         frames: `(t, h, w, c)` uint8 RGB.
-        rng: Generator that draws the operations, their signs and their interpolations.
+        rng: Generator that draws the operations, and the sign and interpolation of shears,
+            rotations and shifts.
         num_layers: Number of operations, drawn with replacement.
         magnitude: Level of the operations, from 0 to 10.
 
@@ -88,8 +89,9 @@ def apply_operation(
 ) -> np.ndarray:
     """Apply the operation `name` of `OPERATIONS` at a level from 0 to 10.
 
-    Levels are those of the TPU EfficientNet program: a higher level shears, rotates, shifts and
-    brightens more, but solarizes and posterizes less.
+    Levels are those of the TPU EfficientNet program. A higher level shears, rotates and shifts
+    more. It increases brightness, contrast, saturation, sharpness and the addition of
+    `solarize_add`, but solarizes and posterizes less. It has no effect on the other operations.
     """
     operation, arguments = OPERATIONS[name]
     return operation(frames, *arguments(level, rng))
@@ -104,7 +106,10 @@ def _enhancement(level: float, rng: np.random.Generator) -> tuple[float]:
 
 
 def _geometry(full: float) -> Callable:
-    """Return a function from a level to ±level / 10 · `full` and an interpolation, both random."""
+    """Return a function from a level to ±level / 10 · `full` and an interpolation.
+
+    The sign and the interpolation are random.
+    """
 
     def arguments(level: float, rng: np.random.Generator) -> tuple[float, int]:
         value = level / 10 * full * rng.choice((-1, 1))

@@ -38,7 +38,8 @@ class ViewSpec:
             number.
         resize: `pil_bilinear` (antialiased, as Pillow) or `torch_bilinear` (not antialiased).
         color_matrix: Conversion of decoded video to RGB: `tagged` (by the matrix in the file) or
-            `bt601` (always BT.601). It has no effect on packs, whose frames are RGB already.
+            `bt601` (always BT.601). It has no effect on packs and HDF5 files, whose frames
+            are JPEG images.
         num_clips: Number of clips per video.
         num_crops: Number of crops per clip, 1 or 3.
     """
@@ -213,7 +214,7 @@ def _open(record: VideoRecord, spec: ClipSpec) -> VideoReader:
 def _enumerate_frames(reader: VideoReader, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yield positions in `indices` and their frames `(h, w, c)`, in any order.
 
-    Frames of packs are decoded one at a time. Other readers decode all frames first.
+    JPEG frames are decoded one at a time. Other readers decode all frames first.
     """
     if isinstance(reader, JpegFrames):
         return reader.enumerate_frames(indices)
@@ -227,7 +228,7 @@ def _indices(
     rng: np.random.Generator | None = None,
     view: int = 0,
 ) -> np.ndarray:
-    """Return the frame numbers `(t,)` of a training clip if `rng` is given, else of a view."""
+    """Return the frame numbers `(t,)` of a clip, for evaluation if `rng` is None."""
     length, times = _length(reader, spec)
     indices = sampling.make_indices(
         spec.sampling,

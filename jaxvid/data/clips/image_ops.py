@@ -190,6 +190,7 @@ def _shift(
     for i, frame in enumerate(frames):
         rows[:, i, 1:] = cv2.transpose(frame) if columns else frame
     rows[:, :, 0] = rows[:, :, 1]
+    # All rows between two bounds have the same shift.
     bounds = [0, *np.flatnonzero(np.diff(shifts)) + 1, h]
     for top, bottom in itertools.pairwise(bounds):
         run, shift = rows[top:bottom], shifts[top]
@@ -225,7 +226,7 @@ def _look_up(frames: np.ndarray, tables: np.ndarray) -> np.ndarray:
 
     Args:
         frames: `(t, h, w, c)` uint8.
-        tables: `(256,)` for all values, or `(t, c, 256)` for each channel of each frame.
+        tables: `(256,)` for all channels of all frames, or `(t, c, 256)`; entries 0 to 255.
 
     Returns:
         An array like `frames`.
@@ -238,7 +239,7 @@ def _look_up(frames: np.ndarray, tables: np.ndarray) -> np.ndarray:
 
 
 def _luma(frame: np.ndarray) -> np.ndarray:
-    """Convert a frame `(h, w, c)` to grey `(h, w)` with Pillow's weights, both uint8."""
+    """Convert a frame `(h, w, c)` uint8 to grey `(h, w)` uint8 with Pillow's weights."""
     # Exact: Pillow's weights are multiples of 2⁻¹⁶, so every sum fits into the 24-bit mantissa of a
     # float32.
     weights = np.float32([19595, 38470, 7471]) / 2**16
@@ -248,7 +249,10 @@ def _luma(frame: np.ndarray) -> np.ndarray:
 
 
 def _blend_table(start: int, factor: float) -> np.ndarray:
-    """Return `start + factor · (value - start)` for all values, in float32 as Pillow's blend."""
+    """Return the table `(256,)` uint8 of `start + factor · (value - start)`.
+
+    As in Pillow's blend, entries are computed in float32, clipped and truncated.
+    """
     blended = np.arange(256, dtype=np.float32) - np.float32(start)
     blended = blended * np.float32(factor) + np.float32(start)
     return blended.clip(0, 255).astype(np.uint8)

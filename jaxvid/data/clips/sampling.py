@@ -159,6 +159,7 @@ def frames_at_times(indices: np.ndarray, times: np.ndarray, fps: float) -> np.nd
     Returns:
         `(t,)` numbers of the frames that are shown at the same times.
     """
+    # The frame in the middle of the interval in which a frame at the constant rate is shown.
     shown = np.searchsorted(times, indices / fps + 0.5 / fps, side="right") - 1
     return np.maximum(shown, 0)
 

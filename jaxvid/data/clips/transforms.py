@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 
 NUM_CROPS = (1, 3)  # numbers of crops that evaluation supports
-FRACTIONS = 256  # one grey level in the units of uint16 pixels
+FRACTIONS = 256  # units per grey level in uint16 frames of `resize_bilinear`
 
-_SCALES = (1.0, 0.875, 0.75, 0.66)  # sides of the multi-scale crop, relative to the shorter side
+# Sides of the multi-scale crop, relative to the shorter side of the frame.
+_SCALES = (1.0, 0.875, 0.75, 0.66)
 # The 13 positions of the multi-scale crop, (down, right) in quarters of the free space: corners,
 # centres of the edges, the centre, and the four points between the corners and the centre.
 _POSITIONS = tuple((i, j) for i in (0, 2, 4) for j in (0, 2, 4)) + ((1, 1), (1, 3), (3, 1), (3, 3))
@@ -64,12 +65,13 @@ def resize_bilinear(frames: np.ndarray, short_side: int, *, exact: bool = False)
         frames: `(t, h, w, c)` uint8.
         short_side: Shorter side of the result in pixels. The longer side keeps the aspect ratio,
             rounded down.
-        exact: Whether to keep fractions of a grey level, as the original program does, which
-            resizes floats.
+        exact: Whether to keep fractions of a grey level. XViT's original program keeps them,
+            because it resizes float frames.
 
     Returns:
-        `(t, h, w, c)` uint8, within one grey level of the result for floats. With `exact`, uint16
-        in units of 1 / `FRACTIONS` grey level, within 0.003 grey levels of that result.
+        `(t, height, width, c)`. Without `exact`: uint8, within one grey level of what PyTorch
+        returns for float frames. With `exact`: uint16, in which `FRACTIONS` stands for one grey
+        level, within 0.003 grey levels of PyTorch.
     """
     _, h, w, _ = frames.shape
     if exact:
@@ -81,7 +83,10 @@ def resize_bilinear(frames: np.ndarray, short_side: int, *, exact: bool = False)
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
-    """Round frames of `resize_bilinear(..., exact=True)` to uint8; leave uint8 frames unchanged."""
+    """Round frames of `resize_bilinear(..., exact=True)` to whole grey levels, as uint8.
+
+    Frames that are uint8 already are returned unchanged.
+    """
     if frames.dtype != np.uint16:
         return frames
     return np.rint(frames / FRACTIONS).astype(np.uint8)
@@ -159,8 +164,9 @@ def eval_crops(
         size: Height and width of a crop in pixels.
         num_crops: 1: the centre. 3: both ends and the centre of the longer side. In the original
             protocol with 3 crops, the shorter side of the frames is `size`.
-        rounding: How half a pixel in the offset of the centre crop is rounded: `up`, as in XViT's
-            program, or to `even`, as in torchvision's `CenterCrop`, which STAM uses.
+        rounding: How an offset of the centre crop that ends in half a pixel is rounded: `up`, as in
+            XViT's program, or to the nearest `even` number, as in torchvision's `CenterCrop`, which
+            STAM's program uses.
 
     Returns:
         `num_crops` arrays `(t, size, size, c)`; with 3: left, centre, right or top, centre, bottom.

@@ -1,1 +1,1 @@
-"""Readers and writers of video files, JPEG frames, packs and XViT's HDF5 files."""
+"""Readers of video files, JPEG frames, packs and XViT's HDF5 files; writers of packs and HDF5."""

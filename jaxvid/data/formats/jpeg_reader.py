@@ -39,7 +39,7 @@ def keep_freed_memory() -> None:
 
 
 class JpegFrames:
-    """An open video whose frames are JPEG images; a `VideoReader`.
+    """An open video whose frames are JPEG images. It implements the protocol `VideoReader`.
 
     Attributes:
         num_frames: Number of frames.
@@ -52,7 +52,7 @@ class JpegFrames:
         get: Function from a frame number to the bytes of the JPEG image. Each call of `get_frames`
             requests the frames in ascending order.
         close: Function that closes the underlying file; None: there is nothing to close.
-        get_times: Function that returns `times`; None: the frame rate is constant.
+        get_times: Function that returns `times`; None: no times are known.
     """
 
     def __init__(
@@ -72,7 +72,8 @@ class JpegFrames:
     def times(self) -> np.ndarray | None:
         """Time of each frame in seconds, relative to the first frame.
 
-        `(num_frames,)` float64, non-decreasing; None if the frame rate is constant.
+        `(num_frames,)` float64, non-decreasing; None if the frame rate is constant or the times
+        are unknown.
 
         Raises:
             DecodeError: The times cannot be read.
@@ -89,7 +90,10 @@ class JpegFrames:
             `(t, h, w, c)` uint8, RGB, one frame per index.
 
         Raises:
-            DecodeError: An image is damaged, or the sizes of the images differ.
+            DecodeError: A frame cannot be read or decoded, has more than `MAX_PIXELS` pixels, or
+                has a different size than the other frames.
+            IndexError: A frame number is out of range.
+            InputError: The package simplejpeg is not installed.
         """
         indices, frames = list(indices), None
         for position, frame in self.enumerate_frames(indices):
@@ -101,11 +105,11 @@ class JpegFrames:
     def enumerate_frames(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Decode frames one at a time, so that each is still in the CPU cache when it is cropped.
 
-        Arguments and errors: `get_frames`.
+        Arguments and errors: as in `get_frames`.
 
         Yields:
             Pairs of a position in `indices` and its frame `(h, w, c)` uint8, in ascending order of
-            frame numbers. The next frame overwrites the array.
+            frame numbers. All frames share one array, which the next frame overwrites.
         """
         simplejpeg = import_or_explain("simplejpeg", "simplejpeg")
         numbers = [int(i) for i in indices]

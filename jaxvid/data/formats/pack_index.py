@@ -1,4 +1,4 @@
-"""Index of a pack: metadata of its videos and the numbers of their records."""
+"""Index file of a split of a pack: the metadata and the records of each video."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ import numpy as np
 from jaxvid.errors import InputError
 from jaxvid.files import check_regular
 
-MAX_TABLE_BYTES = 2**30
+MAX_TABLE_BYTES = 2**30  # size limit of an index file
 # Column → lowest and highest valid value. The upper bounds are far above what `prepare` writes, and
 # low enough that sums of a column stay below 2^63.
 BOUNDS = {
@@ -30,7 +30,7 @@ class PackedVideoInfo(NamedTuple):
         label: Index of its class.
         num_frames: Number of frames; 0 if the video could not be decoded when the pack was made.
         fps: Frames per second; 0: unknown.
-        record: Number of its first record.
+        record: Index of its first record in the split.
         frames_per_record: Frames per record; the last record may have fewer.
         has_times: 1 if the first record contains the times of all frames; 0 if the frame rate is
             constant or unknown.
@@ -46,7 +46,7 @@ class PackedVideoInfo(NamedTuple):
 
     @property
     def num_records(self) -> int:
-        """Number of its records."""
+        """Number of records of the video; 0 if it has no frames."""
         return -(-self.num_frames // self.frames_per_record)
 
 
@@ -59,7 +59,8 @@ class PackIndex(Sequence):
         num_classes: Number of classes.
 
     Raises:
-        InputError: The file is missing or damaged, has an older layout, or does not match the pack.
+        InputError: The file is missing or damaged, has an older layout, lists no readable video, or
+            does not match the pack.
     """
 
     _NUMBERS = np.dtype([(name, np.float64 if name == "fps" else np.int64)

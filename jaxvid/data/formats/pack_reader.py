@@ -1,4 +1,4 @@
-"""Packs: random access to the frames of ArrayRecord files of JPEG images."""
+"""Reader of packs and other TFDS data sets whose ArrayRecord files contain JPEG frames."""
 
 import bisect
 import contextlib
@@ -22,7 +22,7 @@ from jaxvid.errors import InputError, one_line
 from jaxvid.files import read_limited
 
 LABEL_FILE = "label.labels.txt"  # class names, as TFDS stores them
-# Features of a record of `prepare` besides `frames`.
+# Features besides `frames` of a record that `prepare` wrote.
 FIELDS = ("label", "fps", "id", "first", "num_frames", "times")
 
 
@@ -30,7 +30,7 @@ def _check_label_file(path: Path, num_classes: int) -> None:
     """Check the class names of a pack. Without the file, TFDS would return label numbers as names.
 
     Raises:
-        InputError: The file is missing, or its number of names is not the number of classes.
+        InputError: The file is missing or unreadable, or does not contain `num_classes` names.
     """
     try:
         names = {line.strip() for line in path.read_text(encoding="utf-8").split("\n")} - {""}
@@ -52,6 +52,7 @@ def read_color_matrix(folder: str | Path) -> str | None:
     """Return the `color_matrix` that a pack was made with, or None if it is unknown."""
     try:
         report = json.loads(read_limited(Path(folder) / "report.json", MAX_METADATA_BYTES))
+        # Reports without this setting are of older packs, which were made with "tagged".
         return report["settings"].get("color_matrix", "tagged")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -133,7 +134,7 @@ class PackRecords(Sequence):
             `prepare`, all features of `tfds_api.make_features`.
 
         Raises:
-            DecodeError: The record is damaged.
+            DecodeError: The record is damaged, or a feature is missing or invalid.
         """
         try:
             file = self._file_of(record)
@@ -166,7 +167,11 @@ class PackRecords(Sequence):
         )
 
     def path_of(self, record: int) -> Path:
-        """Return the file that contains a record."""
+        """Return the file that contains a record.
+
+        Videos without frames at the end of a split have a record index past the last record. The
+        last file is returned for them.
+        """
         return Path(self.paths[min(self._file_of(record), len(self.paths) - 1)])
 
     def _file_of(self, record: int) -> int:
@@ -174,7 +179,7 @@ class PackRecords(Sequence):
         return bisect.bisect_right(self._ends, record)
 
     def _open_file(self, file: int) -> Any:
-        """Return the `ArrayRecordReader` of a file, which is thread-safe; open the file once."""
+        """Return the thread-safe `ArrayRecordReader` of a file; open the file only once."""
         if reader := self._readers.get(file):
             return reader
         with self._lock:
@@ -210,7 +215,7 @@ class PackRecords(Sequence):
 
 
 def encode_id(id_: str) -> bytes:
-    """Encode an id as in records: as the bytes of a path, which need not be UTF-8."""
+    """Encode an id as records store it: as the bytes of a file name, which need not be UTF-8."""
     return id_.encode("utf-8", "surrogateescape")
 
 
@@ -261,6 +266,7 @@ class PackedVideo:
 
         def get_times() -> np.ndarray:
             data = read(0)["times"]
+            # Drop an incomplete last value, so that the check below reports truncated data.
             times = np.frombuffer(data[: len(data) // 8 * 8], "<f8")
             if len(times) != listed.num_frames or not (np.diff(times) >= 0).all():
                 raise self.records.error(listed.record, "has no valid frame times")
@@ -300,11 +306,11 @@ class PackedVideo:
 
 @dataclasses.dataclass
 class TfdsVideo:
-    """A labelled video that is one record of a TFDS data set. Its label is known after reading it.
+    """A labelled video that is one record of a TFDS data set. Reading the label reads the record.
 
     Attributes:
         records: The split that contains it.
-        index: Number of its record.
+        index: Index of its record in the split.
     """
 
     records: PackRecords
@@ -313,7 +319,7 @@ class TfdsVideo:
 
     @property
     def id(self) -> str:
-        """Its split and record number, so that it is known without reading the record."""
+        """Split and index of its record: an id that is known without reading the record."""
         return f"{self.records.split}/{self.index}"
 
     @property
@@ -335,10 +341,10 @@ class TfdsVideo:
         Raises:
             DecodeError: Its record is damaged.
         """
-        self._label = 0  # if the record is damaged
+        self._label = 0  # remains if reading the record fails
         values = self.records.read(self.index)
         self._label = values["label"]
         frames, fps = values["frames"], values.get("fps", 0.0)
-        # Converted through the shortest decimal, because 6.4 is 6.4000001 in float32.
+        # The shortest decimal gives back 6.4, which float32 stores as 6.4000001.
         rate = float(str(np.float32(fps))) if 0.01 <= fps <= 1000 else None
         return JpegFrames(f"{self.records.name}: {self.id}", len(frames), rate, frames.__getitem__)

@@ -21,7 +21,7 @@ from jaxvid.errors import InputError, check_option, one_line
 
 METADATA = ("dataset_info.json", "features.json", "label.labels.txt")  # written by TFDS
 FORMATS = ("arrayrecord", "h5")
-MIN_CLIPS = 64  # videos per file, by default
+MIN_CLIPS = 64  # videos per file by default, unless a split would need over MAX_FILES files
 MAX_FILES = 256  # per split: readers keep all files open, and a process may open about 1000
 
 
@@ -32,14 +32,15 @@ class Settings:
     Attributes:
         format: `arrayrecord`, which TFDS reads, or `h5`, which the original XViT program reads.
         short_side: Shorter side in pixels to which larger frames are scaled down; 0: unchanged.
-        frames: Number of evenly spaced frames to pack per video, which lowers the frame rate;
-            0: all frames.
+        frames: Maximum number of frames to pack per video. Longer videos are sampled evenly, which
+            lowers the frame rate; 0: all frames.
         quality: JPEG quality, 1 to 100; the chroma subsampling is 4:2:0.
         clips_per_file: Videos per ArrayRecord file; 0: 64, or more if a split would have over 256
             files. A run that is resumed after it was killed repeats at most one file.
-        frames_per_record: Frames that are read together. Larger records read more frames than
-            requested, but take less memory: array_record keeps 8 bytes per record in every reading
-            process (0.6 GB for 240,000 videos of 300 frames with one frame per record).
+        frames_per_record: Frames per record; a record is always read completely. With larger
+            records, more frames are read than requested, but less memory is needed: array_record
+            keeps 8 bytes per record in every reading process (0.6 GB for 240,000 videos of 300
+            frames with one frame per record).
         color_matrix: Conversion to RGB, one of `rgb.COLOR_MATRICES`.
 
     Raises:
@@ -72,9 +73,9 @@ class Clip:
         finding: Result of reading the video.
         label: Index of its class.
         fps: Frame rate of the packed frames; 0 if unknown.
-        jpegs: JPEG bytes of each frame; empty if the video is broken.
-        times: Time of each frame in seconds, relative to the first frame; None if the frame rate is
-            constant or unknown.
+        jpegs: JPEG bytes of each packed frame; empty if the video is broken.
+        times: Time of each packed frame in seconds, relative to the first frame; None if the frame
+            rate is constant or unknown.
     """
 
     finding: Finding
@@ -108,7 +109,7 @@ class Part:
 
 
 def encode(record: Record, split: str, settings: Settings) -> Clip:
-    """Decode a video and encode its frames as JPEG; a broken video gets no frames."""
+    """Decode a video and encode its frames as JPEG; the result for a broken video has no frames."""
     simplejpeg = import_or_explain("simplejpeg", "simplejpeg")
     jpegs = []
 
@@ -130,7 +131,11 @@ def encode(record: Record, split: str, settings: Settings) -> Clip:
 
 
 def _variable_times(times: np.ndarray, fps: float) -> np.ndarray | None:
-    """Return the times, or None if sampling by time and by frame number give the same frames."""
+    """Return the times, or None if they are not needed.
+
+    They are not needed if sampling by time and by frame number give the same frames, or if the
+    frame rate is unknown (`fps` is 0).
+    """
     indices = np.arange(len(times))
     is_even = not fps or (
         round(times[-1] * fps) + 1 == len(times)
@@ -149,7 +154,7 @@ def _shrink(frame: np.ndarray, short_side: int) -> np.ndarray:
 
 
 def plan(records: dict[str, list[Record]], settings: Settings) -> list[Part]:
-    """Divide the videos into parts. They depend only on the settings and the lists."""
+    """Divide the videos into parts, which depend only on the settings and the lists."""
     parts = []
     for split, videos in records.items():
         names, size = _make_names(videos), settings.clips_per_file
@@ -199,11 +204,13 @@ def write_array_record(path: Path, examples: Iterator[dict], labels: Sequence[st
 
     Raises:
         OSError: The file cannot be written.
+        InputError: A required package is not installed.
     """
     tfds_api.import_tfds()  # raises an InputError if a package is missing
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")  # JPEG does not compress
+    # JPEG data is already compressed.
+    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
     for record in tfds_api.serialize_examples(examples, labels):
         with _as_os_error():
             writer.write(record)

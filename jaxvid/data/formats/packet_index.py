@@ -21,7 +21,7 @@ class PacketIndex:
     Attributes:
         num_packets: Number of packets.
         num_frames: Number of frames that can be decoded and are not hidden.
-        num_headless: Number of frames before the first key frame, which cannot be decoded.
+        num_headless: Number of packets before the first key frame. They cannot be decoded.
         positions: Position of each frame's packet in the file.
         stamps: Timestamp of each frame in units of the time base, or None if they are not usable.
         key_positions: Positions of the key frames' packets in the file.
@@ -56,14 +56,16 @@ class PacketIndex:
         # Even at a constant rate, steps between timestamps in rounded milliseconds differ by 1.
         return bool(len(steps) and np.ptp(steps) > max(1, np.median(steps) / 2))
 
-    def find_intact(self, seen: set[int], failed: set[int], *, one_each: bool) -> set[int]:
+    def find_intact(self, seen: set[int], failed: set[int], *, frame_per_packet: bool) -> set[int]:
         """Return the indices of the decoded frames that are not affected by damage.
+
+        The timestamps must be usable.
 
         Args:
             seen: Indices of the frames that a decoder returned.
             failed: Positions of damaged packets.
-            one_each: Whether the decoder returns a frame for every intact packet. If so, packets
-                without a frame are damaged.
+            frame_per_packet: Whether the decoder returns a frame for every intact packet. If so, a
+                packet without a frame is damaged.
         """
         failed = set(failed)
         starts = {}  # frame → position of the first packet that it may depend on
@@ -74,7 +76,7 @@ class PacketIndex:
             # frame, so a leading frame that is not returned does not count as damage.
             is_leading = self.stamps[i] < self.key_stamps[gop]
             starts[i] = self.key_positions[max(gop - is_leading, 0)]
-            if i not in seen and not is_leading and one_each:
+            if i not in seen and not is_leading and frame_per_packet:
                 failed.add(position)
         # A frame is intact if the first damaged packet from `starts` on comes after its own packet.
         failures = [*sorted(failed), math.inf]

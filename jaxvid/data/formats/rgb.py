@@ -5,13 +5,14 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
-# Numbers of colour matrices in H.273: "unspecified", and those that swscale supports. swscale
-# refuses frames that are tagged with other matrices.
+# Colour matrices are numbered as in the standard H.273. swscale refuses frames whose matrix is not
+# in MATRICES, and uses BT.601 if it is UNSPECIFIED.
 UNSPECIFIED = 2
 MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
 COLOR_MATRICES = ("tagged", "bt601")
-# (x and y exchanged, x flipped, y flipped) → clockwise rotation. Other combinations mirror
-# the frame; three times False leaves it unchanged.
+# Steps that turn a frame upright → the clockwise rotation that they amount to. The steps are, in
+# this order: exchange x and y, flip x, flip y. Other combinations also mirror the frame, except for
+# (False, False, False), which leaves it unchanged.
 TURNS = {(True, True, False): "90°", (False, True, True): "180°", (True, False, True): "270°"}
 
 
@@ -24,13 +25,13 @@ def to_rgb(
         frame: A decoded frame.
         reformatter: Converter, which all frames of a video should share, because it computes its
             tables only once.
-        color_matrix: `tagged`: the matrix in the frame's tag, BT.601 without a tag. `bt601`: always
-            BT.601, as decoders did when the original programs were written. The value range is
-            always that of the frame's tag.
+        color_matrix: `tagged`: the matrix in the frame's tag, or BT.601 if there is no tag or
+            swscale does not support the matrix. `bt601`: always BT.601, as in the version of PyAV
+            that STAM's original program used. The value range always follows the frame's tag.
 
     Returns:
-        The image `(h, w, c)` uint8; and a description of the rotation or mirroring that was undone,
-        or an empty string if there was none.
+        The image `(h, w, c)` uint8; and a description of the rotation or mirroring that made it
+        upright (rotations are clockwise), or an empty string if none was needed.
     """
     if color_matrix == "bt601" or frame.colorspace not in MATRICES:
         frame.colorspace = UNSPECIFIED

@@ -53,8 +53,9 @@ class SplitFiles:
         splits: Names of all splits of the data set.
         file_format: Format of the files.
         features: Names of the features of a record.
-        labels: Names of the classes, or None if the feature `label` is not a ClassLabel.
-        num_classes: Number of classes.
+        labels: Names of the classes, or None if the feature `label` is not a ClassLabel or has no
+            classes.
+        num_classes: Number of classes; 0 if `labels` is None.
         paths: Files of the split; empty if the split does not exist.
         lengths: Number of records of each file.
     """
@@ -78,7 +79,7 @@ def read_metadata(name: str, split: str, *, is_folder: bool) -> SplitFiles:
         is_folder: Whether `name` is a folder.
 
     Raises:
-        InputError: The metadata is missing or damaged.
+        InputError: The metadata is missing or damaged, or a required package is not installed.
     """
     tfds = import_tfds()
     if is_folder:
@@ -142,7 +143,7 @@ def parse_record(data: bytes) -> dict[str, list]:
 def make_features(labels: Sequence[str]) -> Any:
     """Return the features of a record, a `tfds.features.FeaturesDict`.
 
-    `Sequence(Text())` keeps JPEG bytes unchanged.
+    The JPEG bytes are declared as text, because `Sequence(Text())` stores bytes unchanged.
     """
     tfds = import_tfds()
     return tfds.features.FeaturesDict(
@@ -162,7 +163,7 @@ def make_features(labels: Sequence[str]) -> Any:
 
 
 def serialize_examples(examples: Iterable[dict], labels: Sequence[str]) -> Iterator[bytes]:
-    """Serialize examples of `make_features`; equal examples give identical bytes."""
+    """Yield examples of `make_features` as bytes; equal examples give identical bytes."""
     features = make_features(labels)
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 

@@ -24,8 +24,8 @@ from jaxvid.errors import InputError, printable
 MAX_PIXELS = 64_000_000  # per frame: twice that of 8K video
 MAX_FRAMES = 1_000_000  # nine hours at 30 frames/s
 MAX_SECONDS = 60.0  # wall time of opening a file and decoding it
-MAX_EARLY = 64  # frames that may be decoded before an earlier one; more than any codec reorders
-MAX_PACKET_BYTES = 64 * 2**20  # smaller files are read once, and their packets stay in memory
+MAX_EARLY = 64  # decoded frames that may wait for an earlier one; more than any codec reorders
+MAX_PACKET_BYTES = 64 * 2**20  # in a file; if there are more, packets are not kept in memory
 
 # Containers that store the frames themselves. Other formats can refer to other files or network
 # addresses.
@@ -33,7 +33,7 @@ CONTAINERS = (
     "asf,avi,dv,flv,gif,h264,hevc,ivf,matroska,mov,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,"
     "yuv4mpegpipe"
 )
-# Codecs that always mark non-reference frames: frames that no other frame refers to.
+# Codecs that always mark frames that no other frame refers to, so that decoders can skip them.
 SKIPPABLE = ("h264", "mpeg1video", "mpeg2video", "mpeg4")
 
 
@@ -45,7 +45,7 @@ class DecodeError(InputError):
 
 
 class VideoFile:
-    """An open video file; a `VideoReader`. It is not thread-safe.
+    """An open video file. It implements the protocol `VideoReader` and is not thread-safe.
 
     Opening reads all packets of the container, without decoding, to find the number of frames and
     their timestamps. The header is not trusted.
@@ -55,15 +55,15 @@ class VideoFile:
         max_seconds: Limit of the wall time of opening and decoding together.
 
     Attributes:
-        num_frames: Number of frames.
+        num_frames: Number of frames, without hidden frames and those before the first key frame.
         fps: Average number of frames per second, or None if it is unknown or implausible.
         times: Time of each frame in seconds, relative to the first frame: `(num_frames,)` float64,
             non-decreasing; None if the file has no usable timestamps.
-        oddities: Unusual properties of the file, one phrase each. Decoding may add some.
+        oddities: Unusual properties of the file, one phrase each. Decoding may add phrases.
         color_matrix: Conversion to RGB, one of `rgb.COLOR_MATRICES`; set it before decoding.
 
     Raises:
-        DecodeError: The file is missing, is not a video, has no frames, or exceeds a limit.
+        DecodeError: The file is missing, unreadable, not a video or empty, or exceeds a limit.
     """
 
     def __init__(self, path: str | Path, *, max_seconds: float = MAX_SECONDS):
@@ -138,7 +138,7 @@ class VideoFile:
         return self._packets()
 
     def _packets(self, packets: list[av.Packet] | None = None) -> Iterator[av.Packet]:
-        """Yield the non-empty packets, of the container by default, within the time limit."""
+        """Yield the non-empty packets of a list, or of the container; raise at the deadline."""
         for packet in self._container.demux(self._stream) if packets is None else packets:
             if time.monotonic() > self._deadline:
                 raise self._error(f"decoding takes longer than {self._max_seconds:g} s")
@@ -146,12 +146,13 @@ class VideoFile:
                 yield packet
 
     def _scan(self) -> None:
-        """Open the file and read all packets to set the attributes."""
+        """Open the file and read all its packets, to index the frames and set the attributes."""
         self._open()
         is_avi = self._container.format.name == "avi"
         is_vp8 = self._stream.codec_context.name == "vp8"
         guessed, num_bytes, cached, packets = False, 0, [], []
         for packet in self._packets():
+            # AVI has no timestamps. FFmpeg's guesses are wrong if frames are reordered (pts ≠ dts).
             guessed |= is_avi and packet.pts != packet.dts
             # Edit lists discard frames. A bit in a VP8 frame's header says whether it is shown.
             hidden = packet.is_discard or (is_vp8 and not memoryview(packet)[0] & 0x10)
@@ -162,8 +163,6 @@ class VideoFile:
             if len(packets) > MAX_FRAMES:
                 raise self._error(f"more than {MAX_FRAMES} frames")
         self._cached = cached if len(cached) == len(packets) else None
-        # AVI has no timestamps. FFmpeg's guesses are correct only if frames are stored in
-        # presentation order.
         self._index = index = PacketIndex(packets, ordered=not guessed)
         if not index.num_frames:
             raise self._error("no frames")
@@ -192,32 +191,34 @@ class VideoFile:
             `(t, h, w, c)` uint8, RGB, one frame per index.
 
         Raises:
-            DecodeError: A requested frame is damaged, or decoding takes too long.
+            DecodeError: A frame is damaged, frame sizes differ, or decoding takes too long.
+            IndexError: A frame number is out of range.
         """
         requested, intact = sorted({int(i) for i in indices}), set()
         self._check_indices(requested)
         with self._bounded():
             frames = self._decode_groups(requested) if self._index.stamps else {}
-            if len(frames) < len(requested):  # open GOPs, damage, no timestamps
+            if len(frames) < len(requested):  # open or interlaced GOPs, damage, no timestamps
                 frames = dict(self._decode_all(requested, intact))
                 frames = {i: frame for i, frame in frames.items() if i in intact}
         self._check_frames(requested, frames, {frame.shape for frame in frames.values()})
         return np.stack([frames[int(i)] for i in indices])
 
     def iter_frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
-        """Decode frames in one pass, for many frames or files without usable timestamps.
+        """Decode frames in one pass, which suits many frames and files without usable timestamps.
 
         Do not call other methods during the iteration.
 
         Args:
-            indices: Frame numbers, ascending.
+            indices: Frame numbers, ascending, without repetitions.
 
         Yields:
             Each frame `(h, w, c)` uint8.
 
         Raises:
-            DecodeError: As in `get_frames`, at the latest after the last frame. Affected frames may
+            DecodeError: As in `get_frames`, at the latest after the last frame. Damaged frames may
                 be yielded before the error is raised.
+            IndexError: A frame number is out of range.
         """
         requested, intact = [int(i) for i in indices], set()
         self._check_indices(requested)
@@ -228,9 +229,9 @@ class VideoFile:
                 with self._bounded():
                     if (item := next(decoded, None)) is None:
                         break
-                if item[0] >= i:  # a lower index is a repeated timestamp, already yielded
+                if item[0] >= i:  # a lower one: the timestamp of a yielded frame occurs again
                     early[item[0]] = item[1]
-            if i not in early:  # it is damaged
+            if i not in early:  # the frame is damaged
                 break
             frame = early.pop(i)
             shapes.add(frame.shape)
@@ -259,7 +260,8 @@ class VideoFile:
     def count_readable(self) -> int:
         """Decode the whole file and count the frames that are not affected by damage.
 
-        Damage affects all frames that are decoded after it, up to the next key frame.
+        Damage affects all frames that are decoded after it, up to the next key frame. Without
+        usable timestamps, it affects all frames up to the end of the file.
 
         Raises:
             DecodeError: Decoding takes too long.
@@ -274,10 +276,13 @@ class VideoFile:
         return self._readable
 
     def _decode_groups(self, requested: list[int]) -> dict[int, np.ndarray]:
-        """Decode only the frames that requested frames need; omit damaged and interlaced frames."""
+        """Decode the requested frames in groups, each from a key frame on; see `_decode_group`.
+
+        An error of FFmpeg ends decoding: this group and the following ones are missing.
+        """
         index = self._index
         keys = sorted(zip(index.key_stamps, index.key_positions, strict=True))
-        # Timestamp and position of a key frame → requested frames from it on: timestamp → index
+        # (timestamp, position) of a key frame → {timestamp: index} of requested frames from it on
         groups: dict[tuple[int, int], dict[int, int]] = {}
         for i in requested:
             num_before = bisect.bisect(keys, (index.stamps[i], math.inf))
@@ -297,11 +302,11 @@ class VideoFile:
             group: Timestamp → index of the requested frames.
 
         Returns:
-            Index → frame; empty if a frame is damaged or interlaced.
+            Index → frame; empty if a frame is damaged or, in codecs of `SKIPPABLE`, interlaced.
         """
         context = self._stream.codec_context
         skip_others = "NONREF" if context.name in SKIPPABLE else "DEFAULT"
-        frames, unsent = {}, set(group)  # timestamps that were not sent to the decoder yet
+        frames, unsent = {}, set(group)  # `unsent`: timestamps not yet sent to the decoder
         for packet in self._packets_from(*key):
             # Non-reference frames are decoded only if they are requested.
             context.skip_frame = "DEFAULT" if packet.pts in group else skip_others
@@ -329,12 +334,12 @@ class VideoFile:
 
         Args:
             requested: Indices of the frames to yield.
-            intact: Set to which the end of the iteration adds the indices of all decoded frames
-                that are not affected by damage.
+            intact: Set that is filled when the iteration ends, with the indices of all decoded
+                frames that are not affected by damage.
 
         Yields:
-            Indices and frames, in the order in which the decoder returns them. They may be affected
-            by damage.
+            Indices and frames, in the order in which the decoder returns them. The frames may be
+            affected by damage.
         """
         index = self._index
         frame_of = {stamp: i for i, stamp in enumerate(index.stamps or ())}
@@ -364,8 +369,8 @@ class VideoFile:
                     seen.add(i)
                     if i in requested:
                         yield i, self._to_rgb(frame)
-        one_each = context.name == "h264"
-        intact |= index.find_intact(seen, failed, one_each=one_each) if frame_of else seen
+        per_packet = context.name == "h264"  # other decoders may drop frames of intact packets
+        intact |= index.find_intact(seen, failed, frame_per_packet=per_packet) if frame_of else seen
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """Convert a frame to upright RGB; report a rotation in `oddities`."""

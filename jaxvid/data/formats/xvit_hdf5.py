@@ -46,7 +46,7 @@ class H5Record:
         """Open the video.
 
         Raises:
-            DecodeError: The file is missing or damaged, or has no such key or no frames.
+            DecodeError: The file is missing or damaged, or has no valid data set of frames.
         """
         h5py = import_or_explain("h5py", "h5py")
         if (state := file_state(self.path)) and state != "is empty":  # a pipe could block forever
@@ -141,8 +141,15 @@ def read_xvit_list(
     frames are the data set NAME in `seq_h5/NAME.h5`, or in `Something-Something-v2-frames.h5` for
     all videos. As in the original, `test` means `val` if there is no list of `test`.
 
+    Args:
+        folder: The data folder.
+        split: Name of the split.
+        num_classes: Number of classes, which labels must be below; None: any label is valid.
+        missing: `error` to refuse missing files, or `keep` to list them.
+
     Raises:
-        InputError: As in `read_list`, or the file of a video is outside of the folder.
+        InputError: As in `annotations.read_list`, the list of frame rates is malformed, or the name
+            of a video is a path outside of the folder.
     """
     lists = [
         (path, name)
@@ -193,9 +200,10 @@ def read_xvit_list(
 
 
 def _read_frame_rates(folder: Path, split: str) -> dict[str, float | None]:
-    """Return name → frames per second, or None if unknown; {} if there is no file.
+    """Return the frame rate of each video name, None if unknown; {} if there is no file of rates.
 
-    The file is in `annotations`, or in `annotation`, from which the original program reads it.
+    The file is in the subfolder `annotations` or `annotation`. The original program reads the
+    latter.
     """
     for subfolder in ("annotations", "annotation"):
         path = folder / subfolder / f"{split}_fps.txt"
