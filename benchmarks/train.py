@@ -174,7 +174,7 @@ class TimedInput:
     """
 
     def __init__(self, batches: dict[str, Iterator[dict]], plan: Plan):
-        """Start before the first draw."""
+        """Create the input, with no draws recorded."""
         self._batches, self._plan = batches, plan
         self.marks: list[tuple[float, ...]] = []
         self.peak_bytes = 0

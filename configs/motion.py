@@ -1,4 +1,4 @@
-"""The demo: a tiny XViT learns eight kinds of motion from H.264 clips that it generates.
+"""The demo: a tiny XViT learns eight kinds of motion from generated H.264 clips.
 
     python main.py --config configs/motion.py --workdir runs/motion
 

@@ -19,7 +19,10 @@ MAX_EXPANSION = 4  # maximum uncompressed bytes per byte of a zip file; weights 
 
 
 class CheckedFile(io.BufferedReader):
-    """A file whose reads are bounded, because libraries trust the sizes that a file declares."""
+    """A file that refuses to read more than `MAX_HEADER` bytes at once.
+
+    Libraries trust the sizes that a file declares. A `read` without a size is not limited.
+    """
 
     def read(self, size: int | None = -1) -> bytes:
         """Read like `BufferedReader`, but refuse a `size` above `MAX_HEADER`.

@@ -94,15 +94,17 @@ def infer_config(
         "width": config.width,
         "num_frames": config.num_frames,
     }
+    origins = {"num_classes": "--num_classes"} if num_classes else {}
     problems = [
-        f"{field} is {sizes[field]} in {locations[field][0]} but {value} in {model}"
+        f"{field} is {sizes[field]} in {locations[field][0]} but {value} in "
+        f"{origins.get(field, model)}"
         for field, value in expected.items()
         if field in sizes and sizes[field] != value
     ]
     if problems:
         hint = ""
         if "num_classes" in sizes and sizes["num_classes"] != expected["num_classes"]:
-            hint = f"; --num_classes {sizes['num_classes']} sets the number of classes"
+            hint = f"; pass --num_classes {sizes['num_classes']}"
         raise InputError(f"{source} contradicts --model {model}: {'; '.join(problems)}{hint}")
     try:
         return dataclasses.replace(config, **sizes)

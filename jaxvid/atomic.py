@@ -76,7 +76,8 @@ def check_output(option: str, path: Path) -> None:
         InputError: The parent folder cannot be created or written to, or the path exists and is
             not a regular file.
     """
-    # As long as the name of the temporary file of `write_file`, so that too long names are refused.
+    # The probe's name is as long as that of `write_file`'s temporary file, so that names that are
+    # too long are refused here.
     probe = path.with_name(f".{path.name}.probing")
     try:
         if path.is_dir():

@@ -97,7 +97,9 @@ def _check_config(argv: list[str]) -> None:
     if not Path(file).is_file():
         files = sorted(path for path in Path("configs").glob("*.py") if path.stem != "common")
         available = ", ".join(map(str, files))
-        raise ValueError(f"--config: {file} does not exist; there are {available or 'no configs'}")
+        raise ValueError(
+            f"--config: {file} does not exist; available configs: {available or 'none'}"
+        )
     get_config = runpy.run_path(file).get("get_config")
     if get_config is None:
         raise ValueError(f"--config: {file} is not a config file; it has no function get_config()")

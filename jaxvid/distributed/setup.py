@@ -26,8 +26,9 @@ LAUNCHERS = {
 NEEDS = {"mpi4py": "the package mpi4py", "k8s": "the package kubernetes", "slurm": "srun"}
 LOG_SECONDS = 10  # time waiting for the other processes after which a line is printed
 SHUTDOWN_SECONDS = 60  # timeout of the barrier at exit, once all processes have finished
-# JAX's own heartbeats must not time out: that aborts the process with a stack dump.
-HEARTBEAT_SECONDS = 10**6
+# JAX's own timeouts of joining and of heartbeats must never be reached: they abort the process with
+# a stack dump. `jax_runtime.join` limits the join, and `process_group` has its own heartbeats.
+UNLIMITED_SECONDS = 10**6
 DETERMINISTIC_FLAG = "--xla_gpu_exclude_nondeterministic_ops=true"
 REPORT_SECONDS = 30.0  # time that a process with an invalid command line waits for the others
 
@@ -87,8 +88,8 @@ def init_processes(
         jax.distributed.initialize,
         *(coordinator, num_processes, process_id),
         cluster_detection_method=method,
-        initialization_timeout=HEARTBEAT_SECONDS,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        initialization_timeout=UNLIMITED_SECONDS,
+        heartbeat_timeout_seconds=UNLIMITED_SECONDS,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
     try:

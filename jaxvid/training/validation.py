@@ -62,17 +62,18 @@ class Validation:
     report: dict[str, Any] | None = None
 
     def run(self, state: dict, step: int) -> None:
-        """Evaluate a training state, write the row of its step and keep the best weights."""
+        """Evaluate a training state, write its metrics and keep the best weights."""
         with self.signals.end_at_once():
             self.results = self.evaluate(eval_params(state))
         self.report = self.make_report(self.results, checkpoint=f"step {step}")
         if self.report["top1"] > self.best:
             self.best = self.report["top1"]
-            # If no checkpoint existed, the next start would treat the model as an earlier run's.
+            # If the process were killed with `best` on disk but no checkpoint, the next start would
+            # move `best` aside as the output of an earlier run.
             with self.stalls.stage("the checkpoint"):
                 checkpoint.finish_saving(self.manager)
             self.save_model(self.workdir / "best", state)
-        if step != self.evaluated:  # the row of a repeated evaluation exists already
+        if step != self.evaluated:  # a resumed run may repeat an evaluation
             self.evaluated = step
             scalars = {f"val/{name}": self.report[name] for name in ("top1", "top5", "loss")}
             self.writer.write(step, scalars)
@@ -80,7 +81,8 @@ class Validation:
         if not jax.process_index():
             plots.draw_curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
         log.info("step %d: validation %s", step, self.describe(self.report))
-        # This call restarts the measurement, to exclude the time of the evaluation.
+        # `share` starts a new measuring interval, so that the next logged share of the input's time
+        # excludes the evaluation.
         self.stalls.share("input")
 
     def save_model(self, folder: Path, state: dict) -> None:

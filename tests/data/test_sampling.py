@@ -257,6 +257,7 @@ def test_unknown_frame_rate_counts_as_30():
 
 def test_sampling_by_time_selects_the_frames_that_are_shown():
     times = np.array([3.0, 3.5, 5.0])
-    # The middles of the requested frames are at 0.5, 3.5 (the start of a frame), 4.5 and 9.5 s.
+    # The middles of the requested frames are at 0.5 s (before the first frame, which is returned),
+    # 3.5 s (the start of frame 1), 4.5 s and 9.5 s.
     indices = frames_at_times(np.array([0, 3, 4, 9]), times, fps=1.0)
     assert indices.tolist() == [0, 1, 1, 2]

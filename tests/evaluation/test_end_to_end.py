@@ -30,7 +30,7 @@ from tests.golden.synthetic import synthetic_param
 
 FOLDER = goldens.FOLDER / "end_to_end"
 RECORDED_FRAMES = [0, 7, 15]  # frames in the goldens' `pixels` (STAM) and `thumbs` (XViT)
-GREY_TOLERANCE, SCORE_TOLERANCE = 0.02, 1e-4  # grey levels; logits
+PIXEL_TOLERANCE, SCORE_TOLERANCE = 0.02, 1e-4  # pixels from 0 to 255; logits
 RECIPES = {"stam_16": stam_16_k400, "xvit_k600": xvit_k600, "xvit_ssv2": xvit_ssv2}
 
 
@@ -190,8 +190,8 @@ def make_views(config) -> list[dict]:
     return [load_eval_views(record, spec) for record in data.records["val"]]
 
 
-def to_grey(video: np.ndarray) -> np.ndarray:
-    """Convert pixels to float64 grey levels."""
+def to_8bit_scale(video: np.ndarray) -> np.ndarray:
+    """Convert uint8 pixels, or uint16 pixels in units of 1/256, to floats from 0 to 255."""
     return video / (256 if video.dtype == np.uint16 else 1)
 
 
@@ -258,12 +258,12 @@ def test_xvit_views_equal_the_original(name, tmp_path):
     for row, views in enumerate(make_views(config)):
         indices = np.repeat(views["indices"], 3, axis=0)
         np.testing.assert_array_equal(indices, golden["indices"][row])
-        video = to_grey(views["video"])
+        video = to_8bit_scale(views["video"])
         thumbs = make_thumbs(video[:, RECORDED_FRAMES])
-        np.testing.assert_allclose(thumbs, golden["thumbs"][row], rtol=0, atol=GREY_TOLERANCE)
+        np.testing.assert_allclose(thumbs, golden["thumbs"][row], rtol=0, atol=PIXEL_TOLERANCE)
         if "pixels" in golden:
             pixels = golden["pixels"][row]
-            np.testing.assert_allclose(video[:, 7], pixels, rtol=0, atol=GREY_TOLERANCE)
+            np.testing.assert_allclose(video[:, 7], pixels, rtol=0, atol=PIXEL_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["xvit_k600", pytest.param("xvit_ssv2", marks=pytest.mark.full)])

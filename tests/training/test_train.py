@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module", autouse=True)
 def _log_windows_of_two_steps():
-    """Give runs of at least 4 steps log windows of `log_steps` steps, which is 2 in these tests."""
+    """Lower `MIN_ROWS`, so that log windows of 2 steps (`log_steps` here) are not shortened."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metric_window, "MIN_ROWS", 2)
         yield
@@ -482,8 +482,9 @@ def test_skip_broken_keeps_the_order_of_the_remaining_videos(with_broken, tmp_pa
     assert resumed["weights_sha256"] == skipping["weights_sha256"]
     log = (tmp_path / "w" / "log.txt").read_text()
     assert (
-        "49 training videos are missing from the list or left out (the first is broken.mp4)" in log
-    )
+        "1 of the run's 49 training videos are missing from the list or left out "
+        "(the first is broken.mp4)"
+    ) in log
 
 
 def test_resumed_training_with_mixup_and_erasing_is_bit_identical(motion_folder, tmp_path):
@@ -581,12 +582,12 @@ import resource, runpy, sys
 from jaxvid.training import checkpoint
 original = checkpoint.save_checkpoint
 
-def save_on_a_full_disk(manager, state, data_iter):
+def save_on_a_full_disk(manager, state, resumables):
     if int(state["step"]) == 6:
         manager.wait_until_finished()
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # max. bytes of a file
-    original(manager, state, data_iter)
+    original(manager, state, resumables)
     checkpoint.finish_saving(manager)
 
 checkpoint.save_checkpoint = save_on_a_full_disk

@@ -96,9 +96,9 @@ def dense_stride_indices(
     # second half from the end, with fused multiply-adds. Products and sums are exact in float64,
     # so each frame number is rounded to float32 only once, as in torch.
     steps = np.arange(num_frames)
-    rising = np.float64(start) + np.float64(step) * steps
-    falling = np.float64(last) - np.float64(step) * (num_frames - 1 - steps)
-    indices = np.where(steps < max(num_frames // 2, 1), rising, falling).astype(np.float32)
+    from_start = np.float64(start) + np.float64(step) * steps
+    from_end = np.float64(last) - np.float64(step) * (num_frames - 1 - steps)
+    indices = np.where(steps < max(num_frames // 2, 1), from_start, from_end).astype(np.float32)
     return np.clip(indices, 0, length - 1).astype(int)
 
 

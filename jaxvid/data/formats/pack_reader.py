@@ -148,7 +148,7 @@ class PackRecords(Sequence):
                 if name in features:
                     values[name] = features[name][0]
             if not values["frames"] or not isinstance(values["frames"][0], bytes):
-                raise ValueError("the frames are not JPEG bytes")
+                raise ValueError("the feature 'frames' is missing, empty or not bytes")
             if self._index is not None and len(values) <= len(FIELDS):
                 raise ValueError(f"it has only the features {', '.join(values)}")
             if not 0 <= values["label"] < len(self.labels):
