@@ -18,6 +18,7 @@ from jaxvid.data.clips.transforms import (
     resize,
     resize_bilinear,
     resize_short_side,
+    to_uint8,
 )
 from tests.goldens import FOLDER
 
@@ -233,3 +234,11 @@ def test_small_frames_are_enlarged_to_the_crop(resize_to):
 def test_frames_smaller_than_the_crop_are_refused():
     with pytest.raises(ValueError, match="9 × 5 pixels"):
         eval_crops(frames(5, 9), 8, 1)
+
+
+def test_uint16_pixels_are_rounded_to_uint8():
+    frames = np.array([0, 127, 129, 255 * FRACTIONS - 129, 255 * FRACTIONS], np.uint16)
+    rounded = to_uint8(frames)
+    assert rounded.dtype == np.uint8
+    assert rounded.tolist() == [0, 0, 1, 254, 255]
+    assert to_uint8(rounded) is rounded

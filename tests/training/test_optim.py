@@ -64,11 +64,11 @@ def test_without_a_warm_up_the_rate_starts_at_the_peak():
 def test_only_kernels_decay_and_gradients_are_clipped():
     settings = MOTION
     optimizer = make_optimizer(settings, lambda _: 0.1, FAMILIES["xvit"])
-    names = ("a.kernel", "a.in_proj_weight", "a.bias", "norm.scale")
+    names = ("blocks.0.a.kernel", "a.in_proj_weight", "a.bias", "norm.scale")
     params = {name: jnp.ones(4) for name in names}
     zeros = {name: jnp.zeros(4) for name in params}
     updates, state = optimizer.update(zeros, optimizer.init(params), params)
-    assert updates["a.kernel"] == pytest.approx(-0.1 * settings.weight_decay)
+    assert updates["blocks.0.a.kernel"] == pytest.approx(-0.1 * settings.weight_decay)
     assert updates["a.in_proj_weight"] == pytest.approx(-0.1 * settings.weight_decay)
     assert not updates["a.bias"].any()
     assert not updates["norm.scale"].any()
