@@ -4,6 +4,7 @@ python main.py --config FILE.py --workdir FOLDER                train or resume,
 python main.py --config FILE.py --workdir FOLDER --mode eval    evaluate the newest checkpoint, or
                                                    the model folder --config.init_from if it is set
 python main.py --config FILE.py --workdir FOLDER --mode schedule    plot the learning rate
+python main.py --config FILE.py --workdir FOLDER --mode plan    print the memory of a training step
 ... --config.FIELD=VALUE                           override a field of configs/common.py
 ... --mode eval --compare OTHER/eval.json          compare with another evaluation
 ... --profile 10:20                                write a profiler trace of steps 10 to 19
@@ -36,15 +37,19 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "schedule"],
+    ["train", "eval", "schedule", "plan"],
     "train: train or resume, then evaluate. eval: evaluate the newest checkpoint, or the model "
-    "folder --config.init_from if it is set. schedule: plot the learning rate. Default: train.",
+    "folder --config.init_from if it is set. schedule: plot the learning rate. plan: print the "
+    "memory of a training step, without data. Default: train.",
 )
 COMPARE = flags.DEFINE_string(
     "compare",
     None,
     "eval.json of an earlier evaluation. The videos whose result changed are written to "
     "comparison.json, and the difference is tested for significance. Requires --mode eval.",
+)
+MEMORY = flags.DEFINE_float(
+    "memory_gb", None, "Memory of a device in GB: also print the largest batch size that fits."
 )
 PROFILE = flags.DEFINE_string(
     "profile", None, "START:STOP: training steps to trace, without STOP. Requires --mode train."
@@ -57,7 +62,7 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, fr
 JOIN_SECONDS = flags.DEFINE_float(
     "join_seconds", 300.0, "Seconds to wait for the other processes at the start. Default: 300."
 )
-for _name, _mode in (("compare", "eval"), ("profile", "train")):
+for _name, _mode in (("compare", "eval"), ("profile", "train"), ("memory_gb", "plan")):
     flags.register_multi_flags_validator(
         ("mode", _name),
         lambda values, name=_name, mode=_mode: not values[name] or values["mode"] == mode,
@@ -74,6 +79,7 @@ def run(_) -> None:
     from jaxvid.errors import InputError
     from jaxvid.evaluate import evaluate
     from jaxvid.experiment import resolve
+    from jaxvid.plan import describe
     from jaxvid.train import train
     from jaxvid.training.plots import draw_schedule
     from jaxvid.training.run_config import check_same_everywhere
@@ -94,6 +100,8 @@ def run(_) -> None:
                 train(CONFIG.value, WORKDIR.value, profile_steps=profile_steps)
             elif MODE.value == "eval":
                 evaluate(CONFIG.value, WORKDIR.value, compare_with=COMPARE.value)
+            elif MODE.value == "plan":
+                print(describe(resolve(CONFIG.value), MEMORY.value))
             else:
                 experiment = resolve(CONFIG.value)
                 picture = draw_schedule(
