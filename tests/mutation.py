@@ -120,7 +120,7 @@ TARGETS = {
         ),
         Target(
             "tests/training/test_steps.py",
-            "linear or fresh_state or each_part or recipes",
+            "linear or fresh_state or each_part or recipes or mixed_within",
             (
                 "Recipe",
                 "Teacher",

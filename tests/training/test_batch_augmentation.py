@@ -148,6 +148,8 @@ def test_mixing_depends_on_its_key(mix):
     assert sorted(first[1].tolist()) == list(range(B))
     assert (first[1] != other[1]).any()
     assert first[2] != other[2]
+    partners = {int(mix_jit[mix](numbered(), jax.random.key(i), ALPHA)[1][0]) for i in range(12)}
+    assert max(partners) >= B // 2  # the whole batch is one group by default
 
 
 @pytest.mark.parametrize(

@@ -487,10 +487,14 @@ def test_a_linear_step_mixes_labels_and_masks_partners_of_masked_clips(
 def test_clips_are_mixed_within_devices_unless_each_has_one_clip():
     def mix_groups(batch_size, data, **options):
         mesh = sharding.make_mesh(sharding.MeshShape(data=data, fsdp=8 // data, tensor=1))
-        return Recipe(seed=0, **options).for_run(mesh, batch_size, frozenset({"a"})).mix_groups
+        recipe = Recipe(seed=0, **options).for_run(mesh, batch_size, frozenset({"a"}))
+        assert (recipe.seed, recipe.frozen) == (0, {"a"})
+        return recipe.mix_groups
 
     assert mix_groups(16, data=8) == mix_groups(32, data=4) == 8
     assert mix_groups(8, data=8) == 4  # pairs of devices
+    assert mix_groups(20, data=8) == 4  # not divisible by 8
+    assert mix_groups(1, data=8) == 1
     assert mix_groups(16, data=8, mix_within="batch") == 1
     with pytest.raises(InputError, match="mix_within='node': must be one of 'device', 'batch'"):
         Recipe(seed=0, mix_within="node")
