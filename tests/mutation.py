@@ -104,12 +104,14 @@ TARGETS = {
     ],
     "jaxvid/training/batch_augmentation.py": [
         Target(
-            "tests/training/test_batch_augmentation.py", "erased or erasing or dtype", ("erase",)
+            "tests/training/test_batch_augmentation.py",
+            "erased or erasing or dtype",
+            ("erase", "draw_boxes"),
         ),
         Target(
             "tests/training/test_batch_augmentation.py",
-            "mixup or cutmix or dtype",
-            ("mixup", "cutmix", "_between"),
+            "mixup or cutmix or dtype or permutations",
+            ("mixup", "cutmix", "_between", "draw_permutation", "permute"),
         ),
     ],
     "jaxvid/training/steps.py": [

@@ -488,7 +488,7 @@ def test_clips_are_mixed_within_devices_unless_each_has_one_clip():
     def mix_groups(batch_size, data, **options):
         mesh = sharding.make_mesh(sharding.MeshShape(data=data, fsdp=8 // data, tensor=1))
         recipe = Recipe(seed=0, **options).for_run(mesh, batch_size, frozenset({"a"}))
-        assert (recipe.seed, recipe.frozen) == (0, {"a"})
+        assert (recipe.seed, recipe.frozen, type(recipe.mix_groups)) == (0, {"a"}, int)
         return recipe.mix_groups
 
     assert mix_groups(16, data=8) == mix_groups(32, data=4) == 8
