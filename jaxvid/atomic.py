@@ -144,9 +144,13 @@ def _remove(folder: Path, mark: str) -> None:
 
 
 def _remove_staging(folder: Path) -> None:
-    """Remove a staging folder. Retry, because threads of a failed save may still write to it."""
-    for _ in range(20):
+    """Remove a staging folder, and wait until threads of a failed save no longer write to it."""
+    if not folder.exists():
+        return
+    absent_checks = 0
+    for _ in range(60):
         shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+        absent_checks = 0 if folder.exists() else absent_checks + 1
+        if absent_checks == 10:
             return
         time.sleep(0.05)

@@ -302,7 +302,7 @@ def test_sizes_are_read_from_the_file(tmp_path, capsys):
     state["consensus.mlp_head.4.weight"] = torch.randn(9, 48)
     state["consensus.mlp_head.4.bias"] = torch.randn(9)
     path = save(tmp_path / "in.pth", "xvit_k600", state)
-    assert "--num_classes 9 sets the number" in refusal_of("xvit_k600", path, tmp_path, capsys)
+    assert "pass --num_classes 9" in refusal_of("xvit_k600", path, tmp_path, capsys)
     assert convert("xvit_k600", path, tmp_path / "m", "--num_classes", "9") == 0
     config = jaxvid.load_model(tmp_path / "m").config
     assert (config.num_classes, config.temporal_embedding_frames) == (9, 16)

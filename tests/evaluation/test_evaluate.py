@@ -561,7 +561,9 @@ def test_comparison_of_equal_evaluations(folder, tiny_model, tmp_path):
 
 def test_unknown_dtype_is_refused(folder):
     config = make_config(folder, dtype="float16")
-    with pytest.raises(InputError, match="eval.dtype='float16': must be one of 'float32', 'bf"):
+    with pytest.raises(
+        InputError, match="eval.dtype='float16': must be one of 'float32', 'tfloat32', 'bf"
+    ):
         resolve(config)
 
 

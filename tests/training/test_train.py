@@ -366,7 +366,10 @@ MOTION = ("--config", "configs/motion.py", "--workdir")
     [
         ((), "--config FILE.py is needed"),
         (("--config", "configs/motion.py"), "--workdir FOLDER is needed"),
-        (("--config", "configs/none.py", "--workdir", "w"), "configs/none.py does not exist; ther"),
+        (
+            ("--config", "configs/none.py", "--workdir", "w"),
+            "configs/none.py does not exist; available configs: ",
+        ),
         (("--config=configs/motion.py:x", "--workdir", "w"), "must be '', 'blind' or 'stam'"),
         ((*MOTION, "w", "--config.model.dept=1"), "did you mean --config.model.depth?"),
         ((*MOTION, "w", "--config.sed=1"), "did you mean --config.seed?"),
