@@ -145,12 +145,12 @@ def _remove(folder: Path, mark: str) -> None:
 
 def _remove_staging(folder: Path) -> None:
     """Remove a staging folder, and wait until threads of a failed save no longer write to it."""
-    if not folder.exists():
-        return
-    absent_checks = 0
-    for _ in range(60):
-        shutil.rmtree(folder, ignore_errors=True)
-        absent_checks = 0 if folder.exists() else absent_checks + 1
-        if absent_checks == 10:
-            return
+    existed = folder.exists()
+    shutil.rmtree(folder, ignore_errors=True)
+    absent_checks, deadline = 0, time.monotonic() + 3
+    while existed and absent_checks < 10 and time.monotonic() < deadline:
         time.sleep(0.05)
+        absent_checks += 1
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            absent_checks = 0
