@@ -75,11 +75,11 @@ def run(_) -> None:
     # Silence INFO logs from JAX, Orbax and Grain; failures are raised and printed as one line.
     logging.set_verbosity(logging.FATAL)
     cli.hide_unfinished_saves()
+    from jaxvid import plan
     from jaxvid.distributed import process_group, setup
     from jaxvid.errors import InputError
     from jaxvid.evaluate import evaluate
     from jaxvid.experiment import resolve
-    from jaxvid.plan import describe
     from jaxvid.train import train
     from jaxvid.training.plots import draw_schedule
     from jaxvid.training.run_config import check_same_everywhere
@@ -101,7 +101,7 @@ def run(_) -> None:
             elif MODE.value == "eval":
                 evaluate(CONFIG.value, WORKDIR.value, compare_with=COMPARE.value)
             elif MODE.value == "plan":
-                print(describe(resolve(CONFIG.value), MEMORY.value))
+                print(plan.describe(resolve(CONFIG.value), MEMORY.value))
             else:
                 experiment = resolve(CONFIG.value)
                 picture = draw_schedule(

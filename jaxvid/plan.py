@@ -6,7 +6,6 @@ only a rough estimate for a GPU.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -14,10 +13,10 @@ import jax.numpy as jnp
 
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
-from jaxvid.experiment import Experiment
-from jaxvid.models import abstract_model, family_of
+from jaxvid.experiment import Experiment, check_batch_sizes
+from jaxvid.models import family_of
 from jaxvid.storage.preprocessing import clip_shape
-from jaxvid.training import optim, steps
+from jaxvid.training.step_program import make_step_program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,17 +49,19 @@ def measure(experiment: Experiment, batch_size: int) -> Memory:
         batch_size: Clips per step, over all devices.
 
     Raises:
-        InputError: The mesh does not fit the devices, or the batch size does not fit the mesh.
+        InputError: The mesh does not fit the devices, or a batch size does not fit the mesh.
     """
     mesh = sharding.make_mesh(experiment.mesh)
-    sharding.check_batch_size("batch_size", batch_size, mesh)
-    family = family_of(experiment.model)
-    graphdef, abstract_params = abstract_model(experiment.model)
-    optimizer = optim.make_optimizer(experiment.optimizer, lambda step: 0.0 * step, family)
-    frozen = optim.frozen_names(experiment.optimizer, abstract_params, family)
-    recipe = experiment.recipe.for_run(mesh, batch_size, frozen)
-    init = functools.partial(steps.init_state, experiment.model, optimizer, recipe, seed=0)
-    state = sharding.with_sharding(jax.eval_shape(init), mesh, family.tensor_axis)
+    check_batch_sizes(dataclasses.replace(experiment, batch_size=batch_size), mesh)
+    program = make_step_program(
+        experiment.model,
+        experiment.optimizer,
+        experiment.recipe,
+        schedule=lambda step: 0.0 * step,
+        mesh=mesh,
+        batch_size=batch_size,
+    )
+    state = program.abstract_state
     rows = sharding.batch_sharding(mesh)
     shape = clip_shape(experiment.train_clips, batch_size)
     batch = {
@@ -68,10 +69,7 @@ def measure(experiment: Experiment, batch_size: int) -> Memory:
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
         "mask": jax.ShapeDtypeStruct((batch_size,), jnp.bool_, sharding=rows),
     }
-    step = steps.jit_train_step(
-        state, mesh, None, graphdef=graphdef, optimizer=optimizer, recipe=recipe
-    )
-    compiled = step.func.lower(state, batch, teacher_params=None).compile()
+    compiled = program.train_step.func.lower(state, batch, teacher_params=None).compile()
     return Memory(
         weights=_bytes(state["params"]) + _bytes(state.get("ema", {})),
         optimizer=_bytes(state["opt_state"]),

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import optax
 from jax.sharding import Mesh
 
@@ -23,7 +22,6 @@ from jaxvid.evaluation.outputs import save_report
 from jaxvid.evaluation.summary import make_report, summary
 from jaxvid.experiment import Config, Experiment, check_batch_sizes, resolve
 from jaxvid.logs import log
-from jaxvid.models import abstract_model, family_of
 from jaxvid.storage import model_card, model_folder, workdir_lock
 from jaxvid.training import (
     checkpoint,
@@ -52,6 +50,7 @@ from jaxvid.training.loop import (
 )
 from jaxvid.training.metric_flusher import MetricFlusher
 from jaxvid.training.signals import StopSignals
+from jaxvid.training.step_program import make_step_program
 from jaxvid.training.validation import Validation
 
 
@@ -152,8 +151,6 @@ def _set_up(
     mesh = sharding.make_mesh(experiment.mesh)
     check_batch_sizes(experiment, mesh)
     run_config.check_same_run(experiment.fields, workdir)
-    family = family_of(experiment.model)
-    graphdef, abstract_params = abstract_model(experiment.model)
 
     data = collectives.raise_on_all_processes(
         open_dataset, experiment.dataset, experiment.model.num_classes, ("train", "val")
@@ -182,35 +179,27 @@ def _set_up(
         total_steps=milestones.total,
         steps_per_epoch=milestones.steps_per_epoch,
     )
-    optimizer = optim.make_optimizer(experiment.optimizer, schedule, family)
-    frozen = optim.frozen_names(experiment.optimizer, abstract_params, family)
-    recipe = experiment.recipe.for_run(mesh, experiment.batch_size, frozen)
-    teacher, teacher_params = load_teacher(experiment.distill, experiment.model, data.labels, mesh)
-    init = functools.partial(
-        steps.init_state, experiment.model, optimizer, recipe, seed=recipe.seed
-    )
-    abstract_state = sharding.with_sharding(jax.eval_shape(init), mesh, family.tensor_axis)
-    train_step = steps.jit_train_step(
-        abstract_state,
-        mesh,
-        teacher_params,
-        graphdef=graphdef,
-        optimizer=optimizer,
-        recipe=recipe,
-        teacher=teacher,
+    program = make_step_program(
+        experiment.model,
+        experiment.optimizer,
+        experiment.recipe,
+        schedule=schedule,
+        mesh=mesh,
+        batch_size=experiment.batch_size,
+        teacher=load_teacher(experiment.distill, experiment.model, data.labels, mesh),
     )
     return Run(
         experiment=experiment,
         workdir=workdir,
         mesh=mesh,
-        abstract_state=abstract_state,
-        init=init,
+        abstract_state=program.abstract_state,
+        init=program.init,
         data=data,
         lost=lost,
         batches=batches,
         milestones=milestones,
         schedule=schedule,
-        train_step=train_step,
+        train_step=program.train_step,
     )
 
 

@@ -97,7 +97,6 @@ def compare_config(workdir: Path, config: Mapping[str, Any]) -> dict[str, str]:
     for fields in (before, now):
         if not (fields.get("mixup_alpha") or fields.get("cutmix_alpha")):
             fields.pop("mix_within", None)  # not used
-    for fields in (before, now):  # training treats `auto` as `tagged`
         if fields.get("data.color_matrix") == "auto":
-            fields["data.color_matrix"] = "tagged"
+            fields["data.color_matrix"] = "tagged"  # as training does
     return differences(before, now, there="before", here="now")
