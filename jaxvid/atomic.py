@@ -6,17 +6,31 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxvid.errors import InputError
+from etils import epath
+
+from jaxvid.errors import InputError, one_line
+
+OutputPath = Path | epath.Path
 
 
-def write_file(path: Path, data: bytes, *, writer: str = "") -> Path:
+def output_path(path: str | Path) -> OutputPath:
+    """Return the path of an output that a user names, which may be remote: `gs://`, `s3://`.
+
+    Local paths do not become an `epath.Path` (etils 1.15.0), whose `is_file` is true for devices
+    and whose `stat` needs an entry of the user in /etc/passwd.
+    """
+    return epath.Path(path) if "://" in str(path) else Path(path)
+
+
+def write_file(path: OutputPath, data: bytes, *, writer: str = "") -> OutputPath:
     """Write a file atomically, and create its parent folders.
 
     Args:
-        path: The file.
+        path: The file; remote if `output_path` made it from a URL.
         data: Its contents.
         writer: Name of this process, if several processes may write the file at the same time. It
             is added to the name of the temporary file.
@@ -28,6 +42,10 @@ def write_file(path: Path, data: bytes, *, writer: str = "") -> Path:
         InputError: The file cannot be written.
     """
     partial = path.with_name(f".{path.name}{writer and f'.{writer}'}.partial")
+    if not isinstance(path, Path):
+        with _remote_errors(path):
+            path.write_bytes(data)  # object stores show a file only when it is complete
+        return path
     try:
         # Replacing /dev/null would remove the device.
         if path.exists() and not (path.is_file() or path.is_dir()):
@@ -65,7 +83,7 @@ def format_json(value: Any) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def check_output(option: str, path: Path) -> None:
+def check_output(option: str, path: OutputPath) -> None:
     """Refuse an output file that cannot be written, before any work is done.
 
     Args:
@@ -79,6 +97,11 @@ def check_output(option: str, path: Path) -> None:
     # The probe's name is as long as that of `write_file`'s temporary file, so that names that are
     # too long are refused here.
     probe = path.with_name(f".{path.name}.probing")
+    if not isinstance(path, Path):
+        with _remote_errors(path):
+            probe.write_bytes(b"")
+            probe.unlink()
+        return
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -90,6 +113,18 @@ def check_output(option: str, path: Path) -> None:
     except OSError as error:
         raise InputError(
             f"{option}: {path} cannot be written ({error.strerror}); choose another file"
+        ) from None
+
+
+@contextlib.contextmanager
+def _remote_errors(path: epath.Path) -> Iterator[None]:
+    """Turn any exception of a client for remote storage into an InputError."""
+    try:
+        yield
+    except Exception as error:  # each client has exceptions of its own
+        raise InputError(
+            f"{path} cannot be written ({one_line(error)}); check the address and your access "
+            "rights, and install gcsfs for gs:// or s3fs for s3://"
         ) from None
 
 

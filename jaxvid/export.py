@@ -28,7 +28,7 @@ from flax import nnx
 from jax import export as jax_export
 from safetensors.numpy import save as safetensors_bytes
 
-from jaxvid.atomic import write_file, write_json
+from jaxvid.atomic import OutputPath, output_path, write_file, write_json
 from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import InputError
 from jaxvid.models import split_params
@@ -94,7 +94,7 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
             written.
     """
     card, model, preprocessing = load_model_and_preprocessing(folder)
-    spec, output = preprocessing.spec, Path(output)
+    spec, output = preprocessing.spec, output_path(output)
     # Leave out the sizes and checksums, which describe files of the model folder.
     card = {key: value for key, value in card.items() if key not in ("files", "checksums")}
     description = {"file": output.name, "format": format_, "model": card["name"]}
@@ -106,6 +106,7 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
         description |= _describe_weights(output, model)
     description |= {
         "jax": jax.__version__,
+        "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         **{key: card[key] for key in ("labels", "preprocessing", "config", "provenance")},
     }
@@ -114,7 +115,7 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
     return description
 
 
-def _describe_program(output: Path, model: nnx.Module, spec: ClipSpec) -> dict:
+def _describe_program(output: OutputPath, model: nnx.Module, spec: ClipSpec) -> dict:
     """Describe the input and output of a StableHLO program, and how to load it."""
     meaning = (
         "clips (b, t, h, w, RGB) with pixels from 0 to 255, sampled, resized and cropped as "
@@ -141,7 +142,7 @@ def _describe_program(output: Path, model: nnx.Module, spec: ClipSpec) -> dict:
     }
 
 
-def _describe_weights(output: Path, model: nnx.Module) -> dict:
+def _describe_weights(output: OutputPath, model: nnx.Module) -> dict:
     """Describe a safetensors file, and how to load it."""
     params = split_params(model)[1]
     return {
@@ -180,9 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return InputError.EXIT_CODE
-    size = Path(args.output).stat().st_size
     name = os.fsencode(args.output).decode(errors="replace")
-    print(f"{name}: {description['model']}, {description['format']}, {size / 1e6:.1f} MB")
+    size = f"{description['bytes'] / 1e6:.1f} MB"
+    print(f"{name}: {description['model']}, {description['format']}, {size}")
     print(f"{name}.json: description of the exported file; load that file with:")
     print(*(f"    {line}" for line in description["load"]), sep="\n")
     return 0

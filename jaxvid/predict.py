@@ -30,7 +30,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jaxvid.atomic import check_output, write_file
+from jaxvid.atomic import check_output, output_path, write_file
 from jaxvid.data import folder_scan
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.video_reader import DecodeError
@@ -219,7 +219,7 @@ def check_options(args: argparse.Namespace, num_videos: int) -> None:
             if getattr(args, name) is not None:
                 raise InputError(f"--{name} needs --window SECONDS")
         if writes_json:
-            check_output("--json", Path(args.json))
+            check_output("--json", output_path(args.json))
         return
     if args.stride is None:
         raise InputError("--window needs --stride SECONDS, the time between the starts of windows")
@@ -232,7 +232,7 @@ def check_options(args: argparse.Namespace, num_videos: int) -> None:
             f"--json {args.json} cannot be combined with --window; use --output PREFIX"
         )
     for kind in KINDS if args.output else ():
-        check_output("--output", Path(f"{args.output}.{kind}"))
+        check_output("--output", output_path(f"{args.output}.{kind}"))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json not in (None, STDOUT):
             lines = ",\n".join(json.dumps(result, ensure_ascii=False) for result in results)
             data = f"[\n{lines}\n]\n".encode("utf-8", "backslashreplace")
-            write_file(Path(args.json), data)
+            write_file(output_path(args.json), data)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return InputError.EXIT_CODE

@@ -12,14 +12,13 @@ import functools
 import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
 from jaxvid import cli
-from jaxvid.atomic import write_file
+from jaxvid.atomic import OutputPath, output_path, write_file
 from jaxvid.data.clips import transforms
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.video_reader import DecodeError
@@ -35,7 +34,7 @@ OUTPUT = flags.DEFINE_string("output", None, "PNG file to write.")
 COUNT = flags.DEFINE_integer("count", 4, "Number of videos per split.", lower_bound=1)
 
 
-def draw_sheet(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], output: Path) -> None:
+def draw_sheet(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], output: OutputPath) -> None:
     """Draw clips as rows of frames.
 
     Args:
@@ -110,7 +109,7 @@ def _rows_of(
 
 def run(_: list[str]) -> None:
     """Draw the image; for invalid input, print one line and exit with code 2."""
-    output = Path(OUTPUT.value)
+    output = output_path(OUTPUT.value)
     try:
         rows = make_rows(CONFIG.value, COUNT.value)
         draw_sheet(rows, output)

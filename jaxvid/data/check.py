@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxvid import progress
-from jaxvid.atomic import check_output, write_json
+from jaxvid.atomic import check_output, output_path, write_json
 from jaxvid.data.annotations import (
     SPLITS,
     find_split,
@@ -341,7 +341,9 @@ def main() -> None:
         default="",
         help="folder that paths in lists are relative to (default: the list's folder)",
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the report to this file")
+    parser.add_argument(
+        "--json", type=output_path, metavar="OUT", help="write the report to this file"
+    )
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="number of threads (default: CPUs)"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxvid.atomic import write_file, write_json
+from jaxvid.atomic import OutputPath, output_path, write_file, write_json
 from jaxvid.plot_style import GRID, INK
 
 COLOURS = ("#0b6fb8", "#d1495b", "#3f8f4f", "#e0912f", "#7a52a8", "#2aa5a0")  # one per drawn class
@@ -60,7 +60,7 @@ class ClassTimeline:
             for i, top in enumerate(order)
         ]
 
-    def save(self, prefix: str | Path, top_k: int = 5) -> list[Path]:
+    def save(self, prefix: str | Path, top_k: int = 5) -> list[OutputPath]:
         """Write `PREFIX.csv`, `PREFIX.json` and `PREFIX.png`, each atomically.
 
         Args:
@@ -84,7 +84,7 @@ class ClassTimeline:
             writer.writerow([*span, *(x for pair in pairs for x in pair)])
         document = {"video": self.video, "stride": round(self.stride, 6), "windows": rows}
         self.draw().savefig(plot, format="png")
-        paths = [Path(f"{prefix}.{kind}") for kind in KINDS]
+        paths = [output_path(f"{prefix}.{kind}") for kind in KINDS]
         write_file(paths[0], table.getvalue().encode())
         write_json(paths[1], document)
         write_file(paths[2], plot.getvalue())
