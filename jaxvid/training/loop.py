@@ -23,7 +23,9 @@ from jaxvid.training.signals import StopSignals
 from jaxvid.training.validation import Validation
 from jaxvid.training.watchdog import Watchdog
 
-STEPS_AHEAD = 2  # number of newest steps that Python does not wait for
+# Number of newest steps that Python does not wait for. The device already has the batches of these
+# steps when it finishes the step before them.
+STEPS_AHEAD = 2
 TrainStep = Callable[[dict, dict[str, jax.Array]], tuple[dict, dict[str, jax.Array]]]
 
 
