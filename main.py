@@ -4,7 +4,7 @@ python main.py --config FILE.py --workdir FOLDER                train or resume,
 python main.py --config FILE.py --workdir FOLDER --mode eval    evaluate the newest checkpoint, or
                                                    the model folder --config.init_from if it is set
 python main.py --config FILE.py --workdir FOLDER --mode schedule    plot the learning rate
-python main.py --config FILE.py --workdir FOLDER --mode plan    print the memory of a training step
+python main.py --config FILE.py --mode plan                     print the memory of a training step
 ... --config.FIELD=VALUE                           override a field of configs/common.py
 ... --mode eval --compare OTHER/eval.json          compare with another evaluation
 ... --profile 10:20                                write a profiler trace of steps 10 to 19
@@ -85,6 +85,12 @@ def run(_) -> None:
     from jaxvid.training.run_config import check_same_everywhere
 
     try:
+        if MODE.value == "plan":
+            experiment = resolve(CONFIG.value)
+            setup.use_compilation_cache()
+            setup.provide_cpu_devices(experiment.mesh.size)
+            print(plan.describe(experiment, MEMORY.value))
+            return
         # Joining the processes starts JAX's backend, which fixes XLA's flags.
         setup.prepare_compilation(Path(WORKDIR.value), deterministic=CONFIG.value.deterministic)
         setup.init_processes(
@@ -100,8 +106,6 @@ def run(_) -> None:
                 train(CONFIG.value, WORKDIR.value, profile_steps=profile_steps)
             elif MODE.value == "eval":
                 evaluate(CONFIG.value, WORKDIR.value, compare_with=COMPARE.value)
-            elif MODE.value == "plan":
-                print(plan.describe(resolve(CONFIG.value), MEMORY.value))
             else:
                 experiment = resolve(CONFIG.value)
                 picture = draw_schedule(
@@ -129,7 +133,7 @@ def main() -> None:
         cli.parse_flags,
         doc=__doc__,
         module=__name__,
-        needed={"workdir": "FOLDER"},
+        needed=lambda: {} if MODE.value == "plan" else {"workdir": "FOLDER"},
         end_other_processes=_end_other_processes,
     )
     app.run(run, flags_parser=parse)

@@ -9,7 +9,7 @@ its preprocessing and evaluation views come from the model folder, the classes f
 The recipe suits about a thousand clips: AdamW, 20 epochs, and layer-wise learning-rate decay (Bao
 et al., "BEiT", arXiv:2106.08254). The accuracy depends on your classes. The recipe has not been
 run on a released model. To save memory, set `--config.accumulate_steps=4`,
-`--config.model.remat=true`, or `--config.optimizer.freeze=backbone`, which is also faster.
+`--config.model.remat=full`, or `--config.optimizer.freeze=backbone`, which is also faster.
 """
 
 from pathlib import Path

@@ -31,7 +31,7 @@ def parse_flags(
     *,
     doc: str,
     module: str,
-    needed: dict[str, str],
+    needed: Callable[[], dict[str, str]],
     end_other_processes: Callable[[dict[str, str], str], None] | None = None,
 ) -> list[str]:
     """Parse the command line; print one line and exit with code 2 if it is wrong.
@@ -40,7 +40,8 @@ def parse_flags(
         argv: The arguments, with the program's name first.
         doc: Text that `--help` shows before the flags.
         module: The module whose flags `--help` shows.
-        needed: Required flag → placeholder for its value, e.g. `{"workdir": "FOLDER"}`.
+        needed: Called after parsing. Returns required flag → placeholder for its value, e.g.
+            `{"workdir": "FOLDER"}`.
         end_other_processes: Called with the distributed flags and the error message if the command
             line is wrong and this is one of several processes, so that the others do not wait for
             it. None: not called.
@@ -56,7 +57,7 @@ def parse_flags(
         positional = flags.FLAGS(argv)
         if len(positional) > 1:
             raise ValueError(f"{positional[1]!r}: not a flag; see --help")
-        for name, value in needed.items():
+        for name, value in needed().items():
             if not flags.FLAGS[name].value:
                 raise ValueError(f"--{name} {value} is needed; see --help")
     except (flags.Error, ValueError, TypeError, SyntaxError, ImportError) as error:

@@ -15,6 +15,7 @@ RENAMED_FIELDS = {
 RENAMED_VALUES = {
     "sampling": {"rate": "uniform_10s", "dense": "dense_stride"},
     "resize": {"antialiased": "pil_bilinear", "bilinear": "torch_bilinear"},
+    "remat": {False: "dots", True: "full", "false": "dots", "true": "full"},
 }
 
 
@@ -28,7 +29,7 @@ def check_names(config: Mapping) -> None:
         if name in RENAMED_FIELDS:
             raise InputError(f"{name}: was renamed to {RENAMED_FIELDS[name]}")
         renamed = RENAMED_VALUES.get(name.rpartition(".")[2], {})
-        if isinstance(value, str) and value in renamed:
+        if isinstance(value, str | bool) and value in renamed:
             raise InputError(f"{name}={value!r}: was renamed to {renamed[value]!r}")
 
 
@@ -37,7 +38,7 @@ def translate(values: Mapping) -> dict:
     translated = {}
     for name, value in values.items():
         renamed = RENAMED_VALUES.get(name.rpartition(".")[2], {})
-        is_old = isinstance(value, str) and value in renamed
+        is_old = isinstance(value, str | bool) and value in renamed
         translated[RENAMED_FIELDS.get(name, name)] = renamed[value] if is_old else value
     return translated
 

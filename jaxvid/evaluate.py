@@ -21,6 +21,7 @@ from jaxvid.evaluation.summary import make_report, summary
 from jaxvid.experiment import Config, Experiment, resolve
 from jaxvid.logs import log
 from jaxvid.models import Params, family_of
+from jaxvid.models.implementation import CHOICES
 from jaxvid.storage import model_card, model_folder, workdir_lock
 from jaxvid.storage.preprocessing import check_preprocessing, default_color_matrix
 from jaxvid.training import checkpoint, outputs, run_config, run_metadata
@@ -155,7 +156,8 @@ def _load_checkpoint(experiment: Experiment, workdir: Path, mesh: Mesh) -> Weigh
     if model_changes := [
         text
         for name, text in changed.items()
-        if name.startswith(("model.", "data.mean", "data.std")) and name != "model.dtype"
+        if name.startswith(("model.", "data.mean", "data.std"))
+        and name.removeprefix("model.") not in ("dtype", *CHOICES)
     ]:
         raise InputError(
             f"{workdir} contains a different model ({'; '.join(model_changes)}); change the config "

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from configs import motion
 from jaxvid import plan
+from jaxvid.distributed import setup
 from jaxvid.distributed.sharding import MeshShape
 from jaxvid.errors import InputError
 from jaxvid.experiment import resolve
@@ -59,3 +61,16 @@ def test_the_description_contains_all_figures(experiment):
     distill = dataclasses.replace(experiment.distill, teacher="x")
     with pytest.raises(InputError, match="distill.teacher: --mode plan does not support"):
         plan.describe(dataclasses.replace(experiment, distill=distill))
+
+
+def test_a_cpu_gets_as_many_devices_as_the_mesh(monkeypatch):
+    updates = {}
+    monkeypatch.setattr(setup.jax, "config", SimpleNamespace(update=updates.__setitem__))
+    size = MeshShape(data=2, fsdp=3, tensor=2).size
+    setup.provide_cpu_devices(size)  # XLA_FLAGS of the tests already sets the number
+    assert not updates
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=AVX2")
+    setup.provide_cpu_devices(MeshShape().size)
+    assert not updates
+    setup.provide_cpu_devices(size)
+    assert updates == {"jax_num_cpu_devices": 12}

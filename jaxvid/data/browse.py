@@ -121,6 +121,7 @@ def run(_: list[str]) -> None:
 
 def main() -> None:
     """Run the command line of this module."""
-    needed = {"output": "FILE.png"}
-    parse = functools.partial(cli.parse_flags, doc=__doc__, module=__name__, needed=needed)
+    parse = functools.partial(
+        cli.parse_flags, doc=__doc__, module=__name__, needed=lambda: {"output": "FILE.png"}
+    )
     app.run(run, flags_parser=parse)

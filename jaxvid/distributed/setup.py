@@ -140,6 +140,18 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache / "jaxvid" / "xla"))
 
 
+def provide_cpu_devices(count: int | None) -> None:
+    """Give JAX's CPU backend this number of fake devices, so that a larger machine can be planned.
+
+    It has no effect if XLA_FLAGS sets the number. It must be called before JAX uses a device.
+
+    Args:
+        count: Number of devices; None: one.
+    """
+    if count and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", count)
+
+
 def prepare_compilation(workdir: Path, *, deterministic: bool) -> None:
     """Choose how XLA compiles for a run. It must be called before JAX uses a device.
 

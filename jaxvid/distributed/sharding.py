@@ -33,6 +33,12 @@ class MeshShape:
     fsdp: int = 1
     tensor: int = 1
 
+    @property
+    def size(self) -> int | None:
+        """Number of devices, or None if a size is -1."""
+        sizes = [getattr(self, axis) for axis in AXES]
+        return math.prod(sizes) if min(sizes) > 0 else None
+
 
 def make_mesh(shape: MeshShape) -> Mesh:
     """Return a mesh ('data', 'fsdp', 'tensor') over all devices.

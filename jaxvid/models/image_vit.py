@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxvid.errors import check_option
 from jaxvid.models.counts import block_multiply_adds, block_params, linear_params
+from jaxvid.models.implementation import check_choices
 from jaxvid.models.layers import Block, PatchEmbed, layer_norm, run_blocks
 from jaxvid.models.limits import check_divisible, check_fields, check_size
 from jaxvid.models.precision import ACTIVATIONS, DTYPES, in_model_precision
@@ -48,8 +49,14 @@ class ImageViTConfig:
         mlp_ratio: Hidden width of the image ViT's MLPs, divided by `width`.
         drop_path: Stochastic depth rate of the last block. The rates rise linearly from 0 in the
             first block.
-        remat: Whether to store only the input of each block of the image ViT, and to run the block
-            again in the backward pass.
+        attention: Implementation of the attention within frames: explicit matrix products
+            (`matmul`), `jax.nn.dot_product_attention` compiled by XLA (`xla`) or by cuDNN (`cudnn`,
+            on NVIDIA GPUs in bfloat16), or the fastest one of this backend (`auto`).
+        scan: Whether blocks of equal structure run as one `lax.scan` (`on`) or one after the other
+            (`off`, which compiles for longer); `auto`: the fastest one of this backend.
+        remat: Which results of the image ViT's blocks are stored for the backward pass, which
+            computes the others again: all (`none`), the outputs of the Linear layers (`dots`), or
+            only the input of each block (`full`).
         dtype: Compute dtype: `float32` (IEEE), `tfloat32` (float32 activations, matrix products
             in TensorFloat-32 on NVIDIA GPUs) or `bfloat16`. Weights are always float32.
 
@@ -67,13 +74,16 @@ class ImageViTConfig:
     heads: int = 12
     mlp_ratio: int = 4
     drop_path: float = 0.0
-    remat: bool = False
+    attention: str = "auto"
+    scan: str = "auto"
+    remat: str = "dots"
     dtype: str = "float32"
 
     def __post_init__(self):
         check_fields(self)
         check_divisible(self, width="heads", image_size="patch_size")
         check_option("dtype", self.dtype, DTYPES)
+        check_choices(self)
         check_size(self)
 
     @property
@@ -188,5 +198,12 @@ class ImageViT(nnx.Module):
             key: PRNG key of the stochastic depth; None in evaluation.
         """
         cfg = self.config
-        x = run_blocks(self.blocks, self.embed(video), rate=cfg.drop_path, key=key, remat=cfg.remat)
+        x = run_blocks(
+            self.blocks,
+            self.embed(video),
+            rate=cfg.drop_path,
+            key=key,
+            scan=cfg.scan,
+            remat=cfg.remat,
+        )
         return self.norm(x)

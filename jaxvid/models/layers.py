@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxvid.models.implementation import choose
+
 # Default of torch.nn.Linear and torch.nn.Conv2d for the kernel: uniform within ±1/sqrt(fan_in).
 torch_kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -73,32 +75,48 @@ def attend(
     v: jax.Array,
     heads: int,
     *,
+    implementation: str = "matmul",
     rate: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """Apply scaled dot-product attention within each frame, with a float32 softmax.
 
-    The softmax's denominator divides the result and not the attention weights, because these have
-    `m / e` times as many elements. On a CPU, this takes half the time of `softmax @ v` and a
-    quarter of the time of `jax.nn.dot_product_attention`.
+    In the explicit implementation, the softmax's denominator divides the result and not the
+    attention weights, because these have `m / e` times as many elements. On a CPU, this takes half
+    the time of `softmax @ v` and a quarter of the time of `jax.nn.dot_product_attention`.
 
     Args:
         q: Queries `(b, t, n, d)`, the heads side by side in `d`.
         k: Keys `(b, t, m, d)`.
         v: Values `(b, t, m, d)`.
         heads: Number of heads; divides `d`.
-        rate: Dropout rate of the attention weights.
+        implementation: A value of the config field `attention`. A single query always uses explicit
+            matrix products.
+        rate: Dropout rate of the attention weights; above 0 only with `matmul`.
         key: PRNG key of the dropout; None in evaluation: no dropout.
 
     Returns:
         `(b, t, n, d)`, in the dtype of `v`.
     """
+    implementation = choose("attention", implementation)
+    if implementation != "matmul" and q.shape[2] > 1:
+        return _fused_attention(q, k, v, heads, implementation)
     scores = attention_scores(q, k, heads)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)  # (b t k n 1)
     weights = dropout(weights, rate, key).astype(v.dtype)
     mixed = jnp.matmul(weights, split_heads(v, heads), preferred_element_type=jnp.float32) / total
     return mixed.astype(v.dtype).swapaxes(2, 3).reshape(q.shape)
+
+
+def _fused_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, heads: int, implementation: str
+) -> jax.Array:
+    """Apply attention by `jax.nn.dot_product_attention`; the arguments are those of `attend`."""
+    b, t, _, d = q.shape
+    q_heads, k_heads, v_heads = (x.reshape(b * t, x.shape[2], heads, d // heads) for x in (q, k, v))
+    mixed = jax.nn.dot_product_attention(q_heads, k_heads, v_heads, implementation=implementation)
+    return mixed.reshape(q.shape)
 
 
 def record_attention(
@@ -201,12 +219,16 @@ class SelfAttention(nnx.Module):
         heads: Number of heads.
         qkv: Linear layer from `d` to queries, keys and values, side by side.
         proj: Linear layer of the output.
+        implementation: A value of the config field `attention`.
     """
 
-    def __init__(self, heads: int, qkv: nnx.Linear, proj: nnx.Linear):
+    def __init__(
+        self, heads: int, qkv: nnx.Linear, proj: nnx.Linear, implementation: str = "matmul"
+    ):
         self.heads = heads
         self.qkv = qkv
         self.proj = proj
+        self.implementation = implementation
 
     def split(self, x: jax.Array) -> list[jax.Array]:
         """Return queries, keys and values, each `(b t n d)`."""
@@ -214,7 +236,8 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, *, num_queries: int | None = None) -> jax.Array:
         q, k, v = self.split(x)
-        return self.proj(attend(q[:, :, :num_queries], k, v, self.heads))
+        q = q[:, :, :num_queries]
+        return self.proj(attend(q, k, v, self.heads, implementation=self.implementation))
 
 
 class Block(nnx.Module):
@@ -276,20 +299,21 @@ def run_blocks(
     blocks: Sequence[Block],
     x: jax.Array,
     *,
-    rate: float,
-    key: jax.Array | None,
-    remat: bool,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+    scan: str = "auto",
+    remat: str = "dots",
 ) -> jax.Array:
     """Run an image ViT's blocks and return the class token of each frame.
 
-    Consecutive blocks of equal structure, except the last block, run as one `lax.scan`. If they
-    were unrolled, XLA would take twice as long to compile a training step. On a CPU, it would also
-    fuse the backward pass of each block with those of all later blocks and recompute the residual
-    gradients of these blocks: a step would take 22 s instead of 13 s.
+    With `scan`, consecutive blocks of equal structure, except the last block, run as one
+    `lax.scan`, which halves the time to compile a training step. On a CPU, XLA fuses the backward
+    pass of each unrolled block with those of all later blocks and computes the gradients of their
+    residual branches again: a step takes 22 s instead of 13 s.
 
-    Without `remat`, the outputs of the Linear layers are stored for the backward pass, which
-    recomputes the rest. This is as fast as storing everything and takes less than half the memory.
-    The last block computes only the class tokens, because no other token is used after it.
+    The outputs of the Linear layers (`remat="dots"`) need less than half the memory of all results,
+    and the step is as fast. The last block computes only the class tokens, because no other token
+    is used after it.
 
     Args:
         blocks: The ViT's blocks.
@@ -297,12 +321,14 @@ def run_blocks(
         rate: Stochastic depth rate of the last block. The rates rise linearly from 0 in the first
             block.
         key: PRNG key of the stochastic depth; None in evaluation.
-        remat: Store only the input of each block, and run the block again in the backward pass.
+        scan: A value of the config field `scan`.
+        remat: A value of the config field `remat`.
 
     Returns:
         Class tokens `(b, t, d)`.
     """
     last_index = max(len(blocks) - 1, 1)  # at least 1, as a divisor
+    scans = choose("scan", scan) == "on"
 
     def run(
         graphdef: nnx.GraphDef, num_queries: int | None, x: jax.Array, block: tuple
@@ -316,19 +342,28 @@ def run_blocks(
         )
         return x, None
 
-    policies = jax.checkpoint_policies
-    policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
     *inner, last = map(nnx.split, blocks)
     start = 0
     for graphdef, group in itertools.groupby(inner, key=operator.itemgetter(0)):
         states = [state for _, state in group]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        indices = jnp.arange(start, start + len(states))
-        step = jax.checkpoint(
-            functools.partial(run, graphdef, None), policy=policy, prevent_cse=False
-        )
-        x, _ = jax.lax.scan(step, x, (stacked, indices))
+        step = _rematerialise(functools.partial(run, graphdef, None), remat, in_scan=scans)
+        if scans:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+            x, _ = jax.lax.scan(step, x, (stacked, jnp.arange(start, start + len(states))))
+        else:
+            for index, state in enumerate(states, start):
+                x, _ = step(x, (state, index))
         start += len(states)
     # The last block has one query per frame. It needs so little memory that it stores everything.
     x, _ = run(last[0], 1, x, (last[1], start))
     return x[:, :, 0]
+
+
+def _rematerialise(step: Callable, remat: str, *, in_scan: bool) -> Callable:
+    """Wrap a block so that its backward pass computes some results again; see `run_blocks`."""
+    if remat == "none":
+        return step
+    policies = jax.checkpoint_policies
+    policy = {"dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}
+    # In a scan, XLA cannot merge the repeated computation with the original one anyway.
+    return jax.checkpoint(step, policy=policy[remat], prevent_cse=not in_scan)

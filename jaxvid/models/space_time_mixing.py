@@ -84,8 +84,15 @@ class Mixing:
 class MixingAttention(SelfAttention):
     """Self-attention within each frame, with space-time mixing of keys and values."""
 
-    def __init__(self, heads: int, qkv: nnx.Linear, proj: nnx.Linear, mixing: Mixing):
-        super().__init__(heads, qkv, proj)
+    def __init__(
+        self,
+        heads: int,
+        qkv: nnx.Linear,
+        proj: nnx.Linear,
+        mixing: Mixing,
+        implementation: str = "matmul",
+    ):
+        super().__init__(heads, qkv, proj, implementation)
         self.mixing = mixing
 
     def split(self, x: jax.Array) -> list[jax.Array]:

@@ -262,7 +262,8 @@ def _linear(cfg: STAMConfig, fan_in: int, fan_out: int, *, rngs: nnx.Rngs) -> nn
 
 def _spatial_attention(cfg: STAMConfig, rngs: nnx.Rngs) -> SelfAttention:
     qkv = _linear(cfg, cfg.width, 3 * cfg.width, rngs=rngs)
-    return SelfAttention(cfg.heads, qkv, _linear(cfg, cfg.width, cfg.width, rngs=rngs))
+    proj = _linear(cfg, cfg.width, cfg.width, rngs=rngs)
+    return SelfAttention(cfg.heads, qkv, proj, cfg.attention)
 
 
 def multiply_adds(config: STAMConfig, attention: bool) -> int:

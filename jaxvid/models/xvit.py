@@ -187,7 +187,7 @@ class TemporalHead(nnx.Module):
     def video_features(self, frames: jax.Array) -> jax.Array:
         """Return the class token after the blocks and the norm: `(b t d)` → `(b d)`."""
         x = self.embed(frames)
-        x = run_blocks(self.temporal_encoder, x, rate=0.0, key=None, remat=False)
+        x = run_blocks(self.temporal_encoder, x)
         return self.mlp_head[0](x[:, 0])
 
     def __call__(self, frames: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
@@ -293,7 +293,8 @@ def _mixing(cfg: XViTConfig, index: int, rngs: nnx.Rngs) -> MixingAttention:
         summary_tokens=cfg.summary_tokens,
     )
     qkv = _linear(cfg, cfg.width, 3 * cfg.width, rngs=rngs)
-    return MixingAttention(cfg.heads, qkv, _linear(cfg, cfg.width, cfg.width, rngs=rngs), mixing)
+    proj = _linear(cfg, cfg.width, cfg.width, rngs=rngs)
+    return MixingAttention(cfg.heads, qkv, proj, mixing, cfg.attention)
 
 
 def _head_attention(cfg: XViTConfig, rngs: nnx.Rngs) -> SelfAttention:

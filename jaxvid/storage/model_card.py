@@ -10,17 +10,15 @@ from jaxvid import atomic
 from jaxvid.config import differences, translate
 from jaxvid.errors import InputError, one_line, short_repr
 from jaxvid.files import read_limited
-from jaxvid.models import (
-    ModelConfig,
-    make_model_config,
-)
+from jaxvid.models import ModelConfig, make_model_config
+from jaxvid.models.implementation import CHOICES
 
 FORMAT_VERSION = 1
 MAX_CARD_BYTES = 32 * 10**6  # a card with 20,000 classes has about 1 MB
 CARD_NAME = "model.json"  # written last; a folder without this file is not a model folder
 CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance", "files")
 # Fields of a model config that may differ between networks with the same weights.
-RATE_FIELDS = ("name", "init", "dropout", "drop_path", "remat", "dtype")
+RATE_FIELDS = ("name", "init", "dropout", "drop_path", "dtype", *CHOICES)
 
 
 def exists(folder: str | Path) -> bool:
@@ -74,6 +72,8 @@ def load_card(folder: str | Path) -> dict:
             "null; export the model again"
         )
     try:
+        if isinstance(card["config"], dict):
+            card["config"] = translate(card["config"])
         _check_card(card)
     except (InputError, TypeError) as error:
         reason = one_line(error, 300)
@@ -144,9 +144,11 @@ def make_card(
         labels: Class names in the order of the class indices, or None if they are unknown.
         provenance: Origin of the weights, e.g. step and accuracy of a training run.
     """
+    config = dataclasses.asdict(model_config)
     return {
         "name": model_config.name,
-        "config": dataclasses.asdict(model_config),
+        # `CHOICES` depend on the machine and are not properties of the weights.
+        "config": {name: value for name, value in config.items() if name not in CHOICES},
         "preprocessing": preprocessing,
         "labels": labels,
         "provenance": provenance,

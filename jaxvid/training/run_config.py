@@ -11,18 +11,23 @@ from jaxvid.atomic import write_file
 from jaxvid.config import differences, flatten, translate
 from jaxvid.distributed import collectives
 from jaxvid.errors import InputError
+from jaxvid.models.implementation import CHOICES
 from jaxvid.training.checkpoint import find_steps
 
 # Fields, or prefixes of fields, that may change when a run is resumed: they do not affect the
-# training itself.
+# training itself except for rounding.
 FREE_FIELDS = (
     *("mesh.", "eval.", "checkpoint_", "log_steps"),
     *("data.num_threads", "data.max_failed_share", "data.missing", "data.stall_seconds"),
     "data.skip_broken",
+    *(f"model.{field}" for field in CHOICES),
 )
 
 # Fields that config.json of an older run does not contain, and the values that the run used.
-ADDED_FIELDS = {"data.color_matrix": "auto", "deterministic": False, "mix_within": "batch"}
+ADDED_FIELDS = {
+    **{"data.color_matrix": "auto", "deterministic": False, "mix_within": "batch"},
+    **{"model.attention": "auto", "model.scan": "auto"},
+}
 
 # Fields that may differ between the processes of one run.
 OWN_FIELDS = ("data.folder", "data.prefix", "data.num_threads", "data.num_workers")

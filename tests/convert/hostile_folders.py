@@ -76,7 +76,7 @@ for _name, _message, _config in (
     ("dropout is NaN", "dropout=nan: must be", {"dropout": float("nan")}),
     ("dropout of 1e308", "must be 0 to 1", {"dropout": 1e308}),
     ("drop_path as text", "expected type float", {"drop_path": "0"}),
-    ("remat as a number", "remat=1: expected type bool", {"remat": 1}),
+    ("remat as a number", "remat=1: expected type str", {"remat": 1}),
     ("temporal embedding of 1e9", "must be 0 to 4096", {"temporal_embedding_frames": 10**9}),
     ("shift_blocks as a number", "shift_blocks=5", {"shift_blocks": 5}),
     ("shift_blocks as text", "shift_blocks='abc'", {"shift_blocks": "abc"}),

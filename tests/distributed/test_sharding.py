@@ -18,7 +18,12 @@ from jaxvid.training import steps
 
 XVIT, STAM = FAMILIES["xvit"].tensor_axis, FAMILIES["stam"].tensor_axis
 # Sizes of the mesh axes 'data', 'fsdp' and 'tensor'.
-COMBINATIONS = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 2, 2)]
+COMBINATIONS = [
+    (1, 8, 1),
+    (1, 1, 8),
+    (2, 2, 2),
+    *(pytest.param(sizes, marks=pytest.mark.full) for sizes in ((8, 1, 1), (4, 2, 1))),
+]
 
 
 def make_mesh(data, fsdp, tensor):
@@ -215,8 +220,11 @@ def test_indivisible_batch_sizes_are_refused():
 
 
 def test_fsdp_over_eight_devices_takes_an_eighth_of_the_state_memory():
-    """Compares the compiler's memory plan of a ViT-B training step with fsdp=8 and data=8."""
-    config = make_model_config("xvit_k400", remat=True)
+    """Compares the compiler's memory plan of a training step with fsdp=8 and data=8.
+
+    The blocks are those of a ViT-B.
+    """
+    config = make_model_config("xvit_k400", depth=3, remat="full")
     optimizer, recipe = optax.adamw(1e-4), steps.Recipe(seed=0)
     graphdef, _ = abstract_model(config)
     state = jax.eval_shape(functools.partial(steps.init_state, config, optimizer, recipe, seed=0))
@@ -239,7 +247,8 @@ def test_fsdp_over_eight_devices_takes_an_eighth_of_the_state_memory():
         clip_bytes = 16 * 224 * 224 * 3  # each device has one clip of the batch
         state_bytes[fsdp] = memory.argument_size_in_bytes - clip_bytes
     assert state_bytes[8] <= state_bytes[1] / 7
-    assert state_bytes[1] > 3 * 4 * 93e6  # weights and two moments, float32
+    # Weights and two moments in float32.
+    assert state_bytes[1] >= 3 * 4 * config.num_params() > 3 * 4 * 28e6
 
 
 def test_batch_shard_of_one_process_is_the_whole_batch():

@@ -1,6 +1,7 @@
 """Prediction: the Classifier class and the command line."""
 
 import csv
+import functools
 import json
 import os
 import shutil
@@ -34,7 +35,12 @@ def logits_of(folder: Path, clip: str, **views) -> np.ndarray:
     fields = dict(model_card.load_card(folder)["preprocessing"])
     mean, std = fields.pop("mean"), fields.pop("std")
     video = load_eval_views(clip, ClipSpec(**fields, **views))["video"]
-    return np.asarray(jaxvid.load_model(folder)(normalize(video, mean, std)))
+    return np.asarray(_jitted(folder)(normalize(video, mean, std)))
+
+
+@functools.cache
+def _jitted(folder: Path):
+    return jax.jit(jaxvid.load_model(folder))
 
 
 def softmax(logits) -> np.ndarray:

@@ -35,7 +35,7 @@ def test_num_params_equals_the_built_network(name, options):
         ({"depth": 12.0}, "depth=12.0: expected type int"),
         ({"mlp_ratio": 0}, "mlp_ratio=0: must be 1 to 64"),
         ({"dropout": math.nan}, "dropout=nan: must be 0 to 1"),
-        ({"remat": 1}, "remat=1: expected type bool"),
+        ({"remat": 1}, "remat=1: expected type str"),
         ({"width": 32768, "heads": 1, "depth": 128}, "[0-9]+ G parameters, at most 10 G"),
         ({"image_size": 8192, "patch_size": 2}, "16777216 patches per frame, at most 65536"),
     ],

@@ -31,10 +31,13 @@ def lower(function, *arguments, platform):
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("attention", ["matmul", "xla"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["xvit_tiny", "stam_tiny"])
-def test_all_products_of_a_training_step_have_the_precision_of_the_dtype(name, dtype, platform):
-    config = make_model_config(name, dtype=dtype, drop_path=0.1, **TINY)
+def test_all_products_of_a_training_step_have_the_precision_of_the_dtype(
+    name, dtype, attention, platform
+):
+    config = make_model_config(name, dtype=dtype, attention=attention, drop_path=0.1, **TINY)
     graphdef, _ = abstract_model(config)
     optimizer, recipe = optax.adam(1e-3), Recipe(seed=0)
     state = jax.eval_shape(functools.partial(init_state, config, optimizer, recipe, seed=0))
@@ -65,7 +68,8 @@ def test_all_methods_of_a_network_have_the_precision_of_the_dtype(name, dtype):
 def test_dtypes_change_rounding_only():
     clip = np.random.default_rng(0).normal(size=(1, 8, 32, 32, 3)).astype(np.float32)
     logits = {
-        dtype: np.asarray(create_model("xvit_tiny", dtype=dtype, **TINY)(clip)) for dtype in DTYPES
+        dtype: np.asarray(jax.jit(create_model("xvit_tiny", dtype=dtype, **TINY))(clip))
+        for dtype in DTYPES
     }
     assert {values.dtype for values in logits.values()} == {np.dtype(np.float32)}
     np.testing.assert_array_equal(logits["tfloat32"], logits["float32"])  # the same on a CPU

@@ -117,7 +117,7 @@ def test_damaged_model_folders_are_refused(folder, tmp_path):
 
 
 def test_a_different_network_is_refused_with_the_differences(folder):
-    other = make_model_config("xvit_tiny", **TINY, dropout=0.3, remat=True)
+    other = make_model_config("xvit_tiny", **TINY, dropout=0.3, remat="full")
     model_card.check_same_model(folder, other)
     with pytest.raises(InputError, match="depth: 1 in the folder, 2 in the config"):
         model_card.check_same_model(folder, make_model_config("xvit_tiny", **{**TINY, "depth": 2}))
@@ -178,6 +178,13 @@ def test_configs_are_compared_field_by_field(tmp_path):
     config["data"]["color_matrix"] = "bt601"
     differences = run_config.compare_config(tmp_path, config)
     assert differences == {"data.color_matrix": "data.color_matrix: 'tagged' before, 'bt601' now"}
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"remat": True}}))  # an older run
+    now = {"model": {"remat": "full", "attention": "auto", "scan": "auto"}}
+    assert run_config.compare_config(tmp_path, now) == {}
+    now["model"]["remat"] = "dots"
+    assert run_config.compare_config(tmp_path, now) == {
+        "model.remat": "model.remat: 'full' before, 'dots' now"
+    }
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json is damaged"):
         run_config.compare_config(tmp_path, config)
