@@ -6,23 +6,23 @@ python convert/flax_to_torch.py --input FOLDER --output FILE.pth
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 if __name__ == "__main__":  # before the imports below, which take seconds
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     from jaxvid import entry_point
 
     entry_point.run("convert.flax_to_torch")
 
-import argparse
 import os
 
 import numpy as np
 import torch
 
-from convert import rules
+from jaxvid import parsers
 from jaxvid.errors import InputError
 from jaxvid.models import ModelConfig, Params, family_of, split_params
 from jaxvid.storage import model_folder
+
+from . import rules
 
 
 def to_state_dict(params: Params, config: ModelConfig) -> dict[str, torch.Tensor]:
@@ -41,10 +41,7 @@ def to_state_dict(params: Params, config: ModelConfig) -> dict[str, torch.Tensor
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input", required=True, type=Path, help="model folder")
-    parser.add_argument("--output", required=True, type=Path, help=".pth file that is written")
-    args = parser.parse_args(argv)
+    args = parsers.convert_to_torch().parse_args(argv)
     try:
         model = model_folder.load_model(args.input)
         state = to_state_dict(split_params(model)[1], model.config)

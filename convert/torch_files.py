@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from convert.checked_file import MAX_HEADER, CheckedFile, open_zip
-from convert.torch_pickle import Tensor, describe_kind, interpret
-from convert.weight import FLOATS, Weight
 from jaxvid.errors import InputError, short_repr
 from jaxvid.models import FAMILIES
+
+from .checked_file import MAX_HEADER, CheckedFile, open_zip
+from .torch_pickle import Tensor, describe_kind, interpret
+from .weight import FLOATS, Weight
 
 MAX_SPREAD = 16  # bytes of storage that a strided tensor may span per byte of its values, + 1 MiB
 ITEM_SIZES = {  # dtype → bytes per element

@@ -11,9 +11,8 @@ initialised. Otherwise nothing is written.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 if __name__ == "__main__":  # before the imports below, which take seconds
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     from jaxvid import entry_point
 
     entry_point.run("convert.torch_to_flax")
@@ -28,13 +27,10 @@ import jax
 import numpy as np
 import torch
 
-from convert import google_vit, rules
-from convert.weight import FLOATS, Weight
-from convert.weight_files import load_state_dict, open_weights
+from jaxvid import parsers
 from jaxvid.errors import InputError, one_line, short_repr
 from jaxvid.files import read_limited
 from jaxvid.models import (
-    PRESETS,
     ModelConfig,
     Params,
     abstract_model,
@@ -46,6 +42,10 @@ from jaxvid.models import (
 )
 from jaxvid.models.resize import resize_pos_embed
 from jaxvid.storage import model_card, model_folder
+
+from . import google_vit, rules
+from .weight import FLOATS, Weight
+from .weight_files import load_state_dict, open_weights
 
 MAX_LABELS_BYTES = 32 * 10**6
 CHECK_BOUND = 1e-4  # maximum absolute difference of logits and of frame features, in float32
@@ -258,7 +258,7 @@ def check(path: Path, config: ModelConfig, params: Params) -> list[tuple[str, fl
 
 def _run_reference(path: Path, config: ModelConfig, clip: np.ndarray) -> list[np.ndarray]:
     """Return the logits, frame features and outputs of all blocks of the PyTorch reference."""
-    from convert.torch_reference import build_reference
+    from .torch_reference import build_reference
 
     reference = build_reference(config)
     state = {key: value.float() for key, value in load_state_dict(path).items()}
@@ -276,20 +276,7 @@ def _run_reference(path: Path, config: ModelConfig, clip: np.ndarray) -> list[np
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help=f"a preset: {', '.join(PRESETS)}")
-    parser.add_argument("--input", required=True, type=Path, help=".pth, .safetensors or .npz file")
-    parser.add_argument("--output", required=True, type=Path, help="model folder that is written")
-    parser.add_argument(
-        "--labels", type=Path, help="file of class names: one per line, or a JSON list (.json)"
-    )
-    parser.add_argument(
-        "--num_classes", type=int, help="number of classes (default: from the preset)"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="compare with the PyTorch reference before writing"
-    )
-    args = parser.parse_args(argv)
+    args = parsers.convert().parse_args(argv)
     try:
         return _run(args)
     except InputError as error:

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from convert import torch_files
-from convert.checked_file import MAX_HEADER, CheckedFile, check_start, open_zip
-from convert.weight import Weight
 from jaxvid.errors import InputError, one_line, short_repr
 from jaxvid.files import open_regular
+
+from . import torch_files
+from .checked_file import MAX_HEADER, CheckedFile, check_start, open_zip
+from .weight import Weight
 
 
 @contextlib.contextmanager

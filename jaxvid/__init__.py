@@ -6,19 +6,41 @@ print(jaxvid.Classifier("FOLDER").predict("clip.mp4").labels[0])
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from jaxvid.inference.classifier import Classifier, Prediction
+    from jaxvid.model_list import list_models
+    from jaxvid.models import create_model
+    from jaxvid.storage.model_folder import load_model, save_model
+
+__version__ = "0.1.0"
 # Public name → module that defines it.
 _MODULES = {
     "Classifier": "inference.classifier",
+    "Prediction": "inference.classifier",
     "create_model": "models",
+    "list_models": "model_list",
     "load_model": "storage.model_folder",
     "save_model": "storage.model_folder",
 }
-__all__ = ["Classifier", "create_model", "load_model", "save_model"]
+__all__ = [
+    "Classifier",
+    "Prediction",
+    "__version__",
+    "create_model",
+    "list_models",
+    "load_model",
+    "save_model",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Import on first use: decoding workers and `--help` import this package, but do not need JAX.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

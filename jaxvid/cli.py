@@ -12,7 +12,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxvid.config import RENAMED_FIELDS
+from jaxvid.config import RENAMED_FIELDS, flatten
+from jaxvid.config_files import config_names, find_config, provide_configs
 from jaxvid.errors import InputError
 
 # Prefixes of environment variables that launchers set for one of several processes.
@@ -20,7 +21,7 @@ LAUNCHERS = ("SLURM_STEP", "OMPI_", "PMI_", "JOB_COMPLETION_INDEX")
 
 
 def define_config() -> flags.FlagHolder:
-    """Define `--config FILE.py[:VARIANT]` and its overrides `--config.FIELD=VALUE`."""
+    """Define `--config CONFIG[:VARIANT]` and its overrides `--config.FIELD=VALUE`."""
     return config_flags.DEFINE_config_file(
         "config", None, "Config file. --config.FIELD=VALUE overrides a field.", lock_config=True
     )
@@ -53,8 +54,13 @@ def parse_flags(
         print(doc + flags.FLAGS.module_help(module))
         sys.exit(0)
     try:
-        _check_config(argv)
-        positional = flags.FLAGS(argv)
+        provide_configs()
+        argv = _find_configs(argv)
+        config = _check_config(argv)
+        try:
+            positional = flags.FLAGS(argv)
+        except flags.UnrecognizedFlagError as error:
+            raise ValueError(_explain_flag(error.flagname, config)) from None
         if len(positional) > 1:
             raise ValueError(f"{positional[1]!r}: not a flag; see --help")
         for name, value in needed().items():
@@ -70,6 +76,20 @@ def parse_flags(
     return positional
 
 
+def _find_configs(argv: list[str]) -> list[str]:
+    """Replace the names of configs in `--config NAME` and `--config=NAME` by their files."""
+    flag_names = ("--config", "-config")
+    found = []
+    for before, argument in zip(["", *argv], argv, strict=False):
+        name, equals, value = argument.partition("=")
+        if name in flag_names and equals:
+            argument = f"{name}={find_config(value)}"
+        elif before in flag_names:
+            argument = find_config(argument)
+        found.append(argument)
+    return found
+
+
 def _distributed_flags(argv: list[str]) -> dict[str, str]:
     """Return the values of --coordinator, --num_processes and --process_id that are set."""
     return {
@@ -80,8 +100,19 @@ def _distributed_flags(argv: list[str]) -> dict[str, str]:
     }
 
 
-def _check_config(argv: list[str]) -> None:
+def _explain_flag(name: str, config: ConfigDict) -> str:
+    """Return the error message for a flag that does not exist."""
+    if fields := [field for field in flatten(config.to_dict()) if f".{field}".endswith(f".{name}")]:
+        return f"--{name}: is not a flag, but a field of the config; use --config.{fields[0]}=VALUE"
+    near = difflib.get_close_matches(name, list(flags.FLAGS), n=1)
+    return f"--{name}: is not a flag; " + (f"did you mean --{near[0]}?" if near else "see --help")
+
+
+def _check_config(argv: list[str]) -> ConfigDict:
     """Refuse a missing or invalid config file, and overridden fields that do not exist.
+
+    Returns:
+        The config, without the overrides.
 
     Raises:
         ValueError: The message names the file or the field.
@@ -93,14 +124,14 @@ def _check_config(argv: list[str]) -> None:
         if argument.partition("=")[0] in ("--config", "-config")
     ]
     if not values:
-        raise ValueError("--config FILE.py is needed; see --help")
+        raise ValueError("--config CONFIG is needed; see --help")
     file, _, variant = values[-1].partition(":")
     if not Path(file).is_file():
-        files = sorted(path for path in Path("configs").glob("*.py") if path.stem != "common")
-        available = ", ".join(map(str, files))
-        raise ValueError(
-            f"--config: {file} does not exist; available configs: {available or 'none'}"
-        )
+        names = config_names()
+        near = difflib.get_close_matches(Path(file).stem, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        available = ", ".join(names) or "none"
+        raise ValueError(f"--config: {file} does not exist; {hint}available configs: {available}")
     get_config = runpy.run_path(file).get("get_config")
     if get_config is None:
         raise ValueError(f"--config: {file} is not a config file; it has no function get_config()")
@@ -108,6 +139,7 @@ def _check_config(argv: list[str]) -> None:
     for argument in argv:
         if argument.startswith("--config."):
             _check_field(config, argument.partition("=")[0].removeprefix("--config."))
+    return config
 
 
 def _check_field(config: ConfigDict, name: str) -> None:

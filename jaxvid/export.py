@@ -1,18 +1,10 @@
-"""Export a model folder: python -m jaxvid.export --model FOLDER --output FILE [--format F].
-
-`stablehlo` (default): the network with weights and normalisation as one program, for CPU and CUDA
-and any batch size. Running it requires jax and flatbuffers, but not jaxvid.
-`safetensors`: only the weights, under the same names as in model folders, with `model.json` as
-metadata.
-FILE.json describes the contents of FILE and how to load it.
-"""
+"""Export a model folder: the command `jaxvid export`."""
 
 if __name__ == "__main__":  # before the slow imports below
     from jaxvid import entry_point
 
     entry_point.run("jaxvid.export")
 
-import argparse
 import hashlib
 import json
 import math
@@ -28,13 +20,13 @@ from flax import nnx
 from jax import export as jax_export
 from safetensors.numpy import save as safetensors_bytes
 
+from jaxvid import parsers
 from jaxvid.atomic import OutputPath, output_path, write_file, write_json
 from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import InputError
 from jaxvid.models import split_params
 from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing, normalize
 
-FORMATS = ("stablehlo", "safetensors")
 PLATFORMS = ("cpu", "cuda")
 MAX_BYTES = 2**31 - 2**20  # size limit of the weights: serialised programs have 32-bit offsets
 
@@ -84,7 +76,7 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
     Args:
         folder: Model folder.
         output: File to write. The description is written to `OUTPUT.json`.
-        format_: One of `FORMATS`.
+        format_: One of `parsers.FORMATS`.
 
     Returns:
         The contents of `OUTPUT.json`.
@@ -157,25 +149,7 @@ def _describe_weights(output: OutputPath, model: nnx.Module) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 2 if the input is unusable."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxvid.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="model folder")
-    parser.add_argument(
-        "--output",
-        required=True,
-        metavar="FILE",
-        help="file to write; its description is written to FILE.json",
-    )
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default=FORMATS[0],
-        help=f"contents of the file; see above (default: {FORMATS[0]})",
-    )
-    args = parser.parse_args(argv)
+    args = parsers.export().parse_args(argv)
     try:
         description = export(args.model, args.output, args.format)
     except InputError as error:

@@ -1,19 +1,4 @@
-"""Classify video files: python -m jaxvid.predict FILE|FOLDER|PATTERN... --model FOLDER.
-
-A folder stands for all videos below it. Quote patterns (`'clips/**/*.mp4'`), so that this program
-expands them instead of the shell. --window and --stride classify sliding windows of one long video.
-
-Preprocessing and the number of views come from the model card. A trained model has those of its
-evaluation during training; a converted model has those of the released protocol. Predictions equal
-those of --mode eval with the same settings. --clips and --crops set a different number of views;
-fewer views are faster.
-
-The exit code is the number of inputs that failed, at most 99. Each failed input is reported on
-stderr as a line `failed: ...`, and the last line of stderr is `N of M failed`. The other inputs are
-still classified. As in every program of jaxvid, the exit code is also 2 if the program cannot run,
-e.g. because the model folder or an option is bad, or an output cannot be written. The last line of
-stderr is then `error: ...`.
-"""
+"""Classify video files: the command `jaxvid predict`."""
 
 if __name__ == "__main__":  # before the slow imports below
     from jaxvid import entry_point
@@ -30,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jaxvid import parsers
 from jaxvid.atomic import check_output, output_path, write_file
 from jaxvid.data import folder_scan
 from jaxvid.data.folder_scan import Skipped
@@ -37,10 +23,8 @@ from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.errors import InputError, printable
 from jaxvid.inference.class_timeline import KINDS
 from jaxvid.inference.classifier import Classifier
-from jaxvid.models.precision import DTYPES
 
 MAX_EXIT_CODE = 99
-STDOUT = "-"
 DEFAULT_BATCH_VIEWS = 8  # views per batch, summed over its videos
 
 
@@ -206,7 +190,7 @@ def check_options(args: argparse.Namespace, num_videos: int) -> None:
     Raises:
         InputError: The message names the option.
     """
-    writes_json = args.json not in (None, STDOUT)
+    writes_json = args.json not in (None, parsers.STDOUT)
     if writes_json and not args.json.endswith(".json"):
         raise InputError(
             f"--json {args.json}: the output file must end in .json; to print JSON instead, put "
@@ -235,39 +219,9 @@ def check_options(args: argparse.Namespace, num_videos: int) -> None:
         check_output("--output", output_path(f"{args.output}.{kind}"))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the command-line parser."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxvid.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="video file, folder, or quoted pattern")
-    add("--model", required=True, metavar="FOLDER", help="model folder")
-    add("--top_k", type=int, default=5, help="number of classes to report (default: 5)")
-    add("--json", nargs="?", const=STDOUT, metavar="FILE", help="print one JSON object per "
-        "line, or write a list of the objects to FILE, whose suffix must be .json")  # fmt: skip
-    add("--clips", type=int, help="clips per video, whose logits are averaged (default: from the "
-        "model card)")  # fmt: skip
-    add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
-    add("--batch_size", type=int, help="videos per batch (default: 8 divided by clips × crops, at "
-        "least 1); with --window, windows per batch (default: 1)")  # fmt: skip
-    add("--dtype", choices=DTYPES, default="float32",
-        help="compute dtype (default: float32, as in evaluation)")  # fmt: skip
-    add("--window", type=float, metavar="SECONDS", help="classify sliding windows of this "
-        "length instead of the whole video")  # fmt: skip
-    add("--stride", type=float, metavar="SECONDS", help="time between the starts of windows. "
-        "For a network that encodes frames separately, it is adjusted so that windows share "
-        "frames; the new value is printed")  # fmt: skip
-    add("--output", metavar="PREFIX", help="write the classes of all windows to PREFIX.csv, "
-        "PREFIX.json and PREFIX.png instead of printing them")  # fmt: skip
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    args = make_parser().parse_args(argv)
+    args = parsers.predict().parse_args(argv)
     results, skipped = [], Skipped()
     try:
         videos, failures = expand(args.inputs, skipped)
@@ -277,9 +231,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError("; ".join(failure["error"] for failure in failures))
         check_options(args, len(videos))
         for result in itertools.chain(run(videos, args), failures):
-            print_result(result, as_json=args.json == STDOUT)
+            print_result(result, as_json=args.json == parsers.STDOUT)
             results.append(result)
-        if args.json not in (None, STDOUT):
+        if args.json not in (None, parsers.STDOUT):
             lines = ",\n".join(json.dumps(result, ensure_ascii=False) for result in results)
             data = f"[\n{lines}\n]\n".encode("utf-8", "backslashreplace")
             write_file(output_path(args.json), data)

@@ -1,26 +1,10 @@
-"""Visualise attention: python -m jaxvid.visualize VIDEO --model FOLDER --output FILE.
-
-The output shows the frames of one clip with their attention rollout (Abnar & Zuidema, "Quantifying
-Attention Flow in Transformers", ACL 2020, arXiv:2005.00928). A heat map over each frame shows how
-much attention its patches receive, and bars show how much attention each frame receives. With the
-suffix .png, FILE is a contact sheet; with .mp4, it is a slide show.
-
-Frames are shown uncropped and upright, and darkened outside the network's crop. The colour scale
-starts at the uniform share, 1 / (number of patches per frame). It ends at the share of the
-strongest patch in the clip, or at twice the uniform share if that is higher. Rollout follows
-attention only and ignores values and MLPs: it shows where a network looks, not why it decides.
-
-In some networks (XViT), attention within a frame also reads keys and values of other frames. The
-rollout assigns all attention to the frame's own patches, so that the heat map is approximate in
-time.
-"""
+"""Visualise attention: the command `jaxvid visualize`."""
 
 if __name__ == "__main__":  # before the slow imports below
     from jaxvid import entry_point
 
     entry_point.run("jaxvid.visualize")
 
-import argparse
 import contextlib
 import math
 import os
@@ -35,6 +19,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from jaxvid import parsers
 from jaxvid.errors import InputError
 from jaxvid.inference.attention_rollout import AttentionRollout, compute_rollout
 
@@ -240,20 +225,7 @@ def visualize(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 2 if the input is unusable."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxvid.visualize",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("video", metavar="VIDEO", help="video file")
-    add("--model", required=True, metavar="FOLDER", help="model folder")
-    add("--output", required=True, metavar="FILE", help="file to write, with the suffix .png "
-        "(contact sheet) or .mp4 (slide show)")  # fmt: skip
-    add("--clip", type=int, default=0, help="index of the clip, from 0 (default: 0)")
-    add("--num_clips", type=int, default=3, help="number of clips, spread over the video as in "
-        "evaluation (default: 3)")  # fmt: skip
-    args = parser.parse_args(argv)
+    args = parsers.visualize().parse_args(argv)
     try:
         visualize(args.video, args.model, args.output, clip=args.clip, num_clips=args.num_clips)
     except InputError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jaxvid.data.browse import make_rows
+from jaxvid.data.clip_sheet import make_rows
 from tests.conftest import shrunk_config
 
 ROOT = Path(__file__).parents[2]
