@@ -27,6 +27,7 @@ from ml_collections import ConfigDict, config_flags
 import jaxvid
 from configs import motion, stam_16_k400, xvit_k600
 from jaxvid import cli
+from jaxvid.command import COMMANDS
 from jaxvid.data.synthetic_motion import LABELS, make_motion
 from jaxvid.experiment import resolve
 
@@ -60,14 +61,15 @@ QUICK = (
 
 # Config → overrides that shorten its training commands in the `full` suite.
 SHRINK = {
-    "configs/motion.py": "data.motion.num_train=48 data.motion.num_val=24 "
+    "motion": "data.motion.num_train=48 data.motion.num_val=24 "
     "batch_size=16 eval.batch_size=8 num_epochs=2.0 optimizer.warmup_epochs=0.67",
-    "configs/finetune.py": "batch_size=8 num_epochs=1.0 optimizer.warmup_epochs=0.5",
+    "finetune": "batch_size=8 num_epochs=1.0 optimizer.warmup_epochs=0.5",
 }
 
 # Folders of the repository.
 FOLDERS = ("benchmarks", "configs", "convert", "docs", "jaxvid", "tests")
 PYTHON = re.compile(r"^(\.venv/bin/)?python ")  # start of a command that runs Python
+JAXVID = re.compile(r"^(\.venv/bin/)?jaxvid ")
 CONFIG_SECTIONS = ("data", "eval", "model", "optimizer", "mesh", "distill")
 
 
@@ -79,9 +81,13 @@ class Block(NamedTuple):
     text: str
 
     def commands(self) -> list[str]:
-        """Return the commands of a `bash` block, with continuation lines joined."""
+        """Return the commands of a `bash` block, with continuation lines joined.
+
+        `jaxvid` is replaced by `python -m jaxvid`, which does not need an installed package.
+        """
         lines = self.text.replace("\\\n", " ").splitlines()
-        return [" ".join(line.split()) for line in lines if line.strip()]
+        commands = [" ".join(line.split()) for line in lines if line.strip()]
+        return [JAXVID.sub("python -m jaxvid ", command) for command in commands]
 
 
 def read_page(page: str) -> str:
@@ -115,8 +121,13 @@ class ParsedError(Exception):
 
 def program_of(arguments: list[str]) -> tuple[str, list[str]]:
     """Split the arguments of `python` into the program's module and its own arguments."""
+    if arguments[:2] == ["-m", "jaxvid"]:
+        command = COMMANDS[arguments[2]]
+        return command.module, [*command.arguments, *arguments[3:]]
     if arguments[0] == "-m":
         return arguments[1], arguments[2:]
+    if arguments[0] == "main.py":
+        return "jaxvid.main", arguments[1:]
     return arguments[0].removesuffix(".py").replace("/", "."), arguments[1:]
 
 
@@ -158,7 +169,7 @@ def check_command(command: str, monkeypatch) -> None:
                 assert {f'"{option}"', f'"{option[2:]}"'} & {*re.findall(r'"[\w-]+"', source)}
         return
     if "cli.define_config" in source:
-        argv = [module, *arguments]
+        argv = cli._find_configs([module, *arguments])
         cli._check_config(argv)
         values = absl_flags(source)
         with monkeypatch.context() as patch:
@@ -353,7 +364,7 @@ def test_quick_examples_run(page, checkout, monkeypatch):
 def run_command(command: str, folder: Path) -> None:
     """Run a command in a folder, on one CPU device. `SHRINK` shortens training commands."""
     for config, fields in SHRINK.items():
-        if f"--config {config}" in command:
+        if re.search(rf"--config (configs/)?{config}\b", command):
             command += "".join(f" --config.{field}" for field in fields.split())
     done = subprocess.run(
         ["bash", "-c", PYTHON.sub(f"{shlex.quote(sys.executable)} ", command, count=1)],
