@@ -32,12 +32,14 @@ def shift_time(x: jax.Array, segment: int, fold: int, *, groups: int = 1) -> jax
         The shifted `x`, `(b, t, n, d)`.
     """
     b, t, n, d = x.shape
-    parts = x.reshape(b, t // segment, segment, n, groups, d // groups)
-    zeros = jnp.zeros_like(parts[:, :, :1, ..., :fold])
-    from_next = jnp.concatenate([parts[:, :, 1:, ..., :fold], zeros], axis=2)
-    from_previous = jnp.concatenate([zeros, parts[:, :, :-1, ..., fold : 2 * fold]], axis=2)
-    unchanged = parts[..., 2 * fold :]
-    return jnp.concatenate([from_next, from_previous, unchanged], axis=-1).reshape(x.shape)
+    frames = x.reshape(b, t // segment, segment, n, d)
+    zeros = jnp.zeros_like(frames[:, :, :1])
+    following = jnp.concatenate([frames[:, :, 1:], zeros], axis=2)
+    previous = jnp.concatenate([zeros, frames[:, :, :-1]], axis=2)
+    channel = (jnp.arange(d) % (d // groups)).reshape(1, 1, 1, 1, d)
+    # Select elementwise: with tensor parallelism, slices of `d` would be exchanged between devices.
+    shifted = jnp.where(channel < fold, following, jnp.where(channel < 2 * fold, previous, frames))
+    return shifted.reshape(x.shape)
 
 
 def summarize(x: jax.Array, segment: int) -> jax.Array:
