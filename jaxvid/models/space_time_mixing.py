@@ -86,11 +86,11 @@ class Mixing:
 class MixingAttention(SelfAttention):
     """Self-attention within each frame, with space-time mixing of keys and values."""
 
-    def __init__(self, heads: int, qkv: nnx.Linear, proj: nnx.Linear, mixing: Mixing):
+    def __init__(self, heads: int, qkv: nnx.LinearGeneral, proj: nnx.Linear, mixing: Mixing):
         super().__init__(heads, qkv, proj)
         self.mixing = mixing
 
-    def split(self, x: jax.Array) -> list[jax.Array]:
+    def split(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """Return the queries `(b t n d)`, and the keys and values after mixing `(b t m d)`.
 
         m is n, plus `segment` if there are summary tokens.
@@ -106,4 +106,4 @@ class MixingAttention(SelfAttention):
                 jnp.concatenate([shifted, summarize(unshifted, mixing.segment)], axis=2)
                 for shifted, unshifted in zip(mixed, (k, v), strict=True)
             ]
-        return [q, *mixed]
+        return q, *mixed
