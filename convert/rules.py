@@ -2,7 +2,7 @@
 
 Weights are named by PyTorch's paths (see jaxvid/models/__init__.py). Only the last part differs: a
 Linear or convolution `weight` is a `kernel` with its output axis last, and a LayerNorm's `weight`
-is its `scale`.
+is its `scale`. The output axis `3·d` of queries, keys and values is two axes, `(3, d)`.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxvid.models import FAMILIES, Params
-from jaxvid.models.family import MATRIX_LEAVES, Family
+from jaxvid.models.family import MATRIX_LEAVES, QKV_WEIGHTS, Family
 from jaxvid.models.limits import MAX_TOKENS
 
 
@@ -24,16 +24,24 @@ def torch_key(name: str) -> str:
 
 def to_torch(name: str, array: np.ndarray) -> np.ndarray:
     """Return a weight in PyTorch's layout: `(out, in)` or `(out, in, h, w)`."""
+    if name.endswith(QKV_WEIGHTS):
+        array = array.reshape(*array.shape[:-2], -1)  # (... 3 d) → (... 3·d)
     if name.rpartition(".")[2] not in MATRIX_LEAVES:
         return array
     return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
 
 
 def from_torch(name: str, array: np.ndarray) -> np.ndarray:
-    """Return a weight in Flax's layout, `(in, out)` or `(h, w, in, out)`; inverse of `to_torch`."""
-    if name.rpartition(".")[2] not in MATRIX_LEAVES:
-        return array
-    return array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
+    """Return a weight in jaxvid's layout; inverse of `to_torch`.
+
+    A matrix becomes `(in, out)`, a convolution `(h, w, in, out)`. The `out` of queries, keys and
+    values becomes `(3, d)`.
+    """
+    if name.rpartition(".")[2] in MATRIX_LEAVES:
+        array = array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
+    if name.endswith(QKV_WEIGHTS):
+        array = array.reshape(*array.shape[:-1], 3, -1)  # (... 3·d) → (... 3 d)
+    return array
 
 
 def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

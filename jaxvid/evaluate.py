@@ -179,8 +179,8 @@ def _load_checkpoint(experiment: Experiment, workdir: Path, mesh: Mesh) -> Weigh
 
 def _abstract_params(experiment: Experiment, mesh: Mesh) -> Params:
     _, abstract_params = abstract_eval_model(experiment.model, experiment.protocol)
-    tensor_axis = family_of(experiment.model).tensor_axis
-    return sharding.with_sharding(abstract_params, mesh, tensor_axis)
+    splits = family_of(experiment.model).tensor_splits(experiment.model)
+    return sharding.with_sharding(abstract_params, mesh, splits)
 
 
 def _log_source(source: str, experiment: Experiment, changed: dict[str, str]) -> None:

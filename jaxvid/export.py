@@ -139,6 +139,11 @@ def _describe_weights(output: OutputPath, model: nnx.Module) -> dict:
     params = split_params(model)[1]
     return {
         "weights": {name: list(leaf.shape) for name, leaf in params.items()},
+        "layout": (
+            "kernels are (in, out), those of convolutions (h, w, in, out); layers that compute "
+            "queries, keys and values have kernels (in, 3, d) and biases (3, d), with the heads "
+            "one after the other in d"
+        ),
         "parameters": sum(math.prod(leaf.shape) for leaf in params.values()),
         "load": [
             "from safetensors.numpy import load_file",

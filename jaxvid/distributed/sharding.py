@@ -15,6 +15,9 @@ from jaxvid.errors import InputError
 Tree = Any  # a pytree
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
+# End of a weight's name, e.g. `attn.qkv.kernel` → the axis that is sharded over 'tensor', and the
+# number of attention heads on this axis, or None if it has no heads.
+TensorSplits = Mapping[str, tuple[int, int | None]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,19 +83,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def state_sharding(abstract_state: Tree, mesh: Mesh, tensor_axis: Mapping[str, int]) -> Tree:
+def state_sharding(abstract_state: Tree, mesh: Mesh, tensor_splits: TensorSplits) -> Tree:
     """Return the sharding of every leaf of the state, or of any tree whose dict keys name weights.
 
-    A matrix in `tensor_axis` is sharded over 'tensor' along the given axis, if the size of this
-    axis is divisible by the size of 'tensor'. Of the other axes whose size is divisible by that of
-    'fsdp', the longest is sharded over 'fsdp'. The moments of the optimizer have the sharding of
-    their weights.
+    A weight in `tensor_splits` is sharded over 'tensor' along the given axis, if the number of
+    heads on this axis, or its size if it has no heads, is divisible by the size of 'tensor'. Of the
+    other axes whose size is divisible by that of 'fsdp', the longest is sharded over 'fsdp'. The
+    moments of the optimizer have the sharding of their weights.
 
     Args:
         abstract_state: Tree of arrays or shapes.
         mesh: The mesh, from `make_mesh`.
-        tensor_axis: Last two parts of a weight's name, e.g. `qkv.kernel` → the axis that is sharded
-            over 'tensor'.
+        tensor_splits: The weights to shard over 'tensor', from `Family.tensor_splits`.
 
     Returns:
         The same tree with a `NamedSharding` at each leaf.
@@ -101,9 +103,11 @@ def state_sharding(abstract_state: Tree, mesh: Mesh, tensor_axis: Mapping[str, i
     def rule(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         spec = [None] * leaf.ndim
         name = str(getattr(path[-1], "key", "")) if path else ""
-        axis = tensor_axis.get(".".join(name.split(".")[-2:]))
-        if leaf.ndim == 2 and axis is not None and leaf.shape[axis] % mesh.shape["tensor"] == 0:
-            spec[axis] = "tensor"
+        for end, (axis, heads) in tensor_splits.items():
+            if f".{name}".endswith(f".{end}"):
+                parts = leaf.shape[axis] if heads is None else heads
+                if parts % mesh.shape["tensor"] == 0:
+                    spec[axis] = "tensor"
         free = [
             i
             for i, size in enumerate(leaf.shape)
@@ -116,12 +120,12 @@ def state_sharding(abstract_state: Tree, mesh: Mesh, tensor_axis: Mapping[str, i
     return jax.tree_util.tree_map_with_path(rule, abstract_state)
 
 
-def with_sharding(abstract_tree: Tree, mesh: Mesh, tensor_axis: Mapping[str, int]) -> Tree:
+def with_sharding(abstract_tree: Tree, mesh: Mesh, tensor_splits: TensorSplits) -> Tree:
     """Add the shardings of `state_sharding` to a tree of shapes."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_tree,
-        state_sharding(abstract_tree, mesh, tensor_axis),
+        state_sharding(abstract_tree, mesh, tensor_splits),
     )
 
 

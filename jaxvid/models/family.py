@@ -12,9 +12,14 @@ from flax import nnx
 
 from jaxvid.models.image_vit import ImageViTConfig
 
-# Last parts of the names of weights that multiply their input. They have the shape `(in, out)`, or
-# `(h, w, in, out)` in a convolution. `in_proj_weight` is the name in `torch.nn.MultiheadAttention`.
+# Last parts of the names of weights that multiply their input. They have the shape `(in, out)`,
+# `(in, 3, d)` if they are in `QKV_WEIGHTS`, or `(h, w, in, out)` in a convolution. `in_proj_weight`
+# is the name in `torch.nn.MultiheadAttention`.
 MATRIX_LEAVES = ("kernel", "in_proj_weight")
+# Ends of the names of weights that compute queries, keys and values together. Their last two axes
+# are `(3, d)`, and `d` holds the heads one after the other. PyTorch's weights, and files of older
+# versions of jaxvid, have one axis of `3·d` instead.
+QKV_WEIGHTS = ("qkv.kernel", "qkv.bias", "in_proj_weight", "in_proj_bias")
 # Names and name prefixes of the weights of an image ViT, without `Family.image_prefix`.
 IMAGE_WEIGHTS = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 
@@ -30,6 +35,32 @@ class FrameEmbedding:
 
     field: str
     leading_rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorAxis:
+    """The axis of a weight that tensor parallelism splits.
+
+    Attributes:
+        axis: The output axis of the first matrix of a pair and of its bias, or the input axis of
+            the second matrix.
+        heads: Config field that sets the number of attention heads that the axis consists of. Each
+            device then holds whole heads. None: the axis has no heads.
+    """
+
+    axis: int
+    heads: str | None = None
+
+
+# Ends of the names of the weights of `jaxvid.models.layers.Block`.
+BLOCK_TENSOR_AXES = {
+    "attn.qkv.kernel": TensorAxis(-1, "heads"),
+    "attn.qkv.bias": TensorAxis(-1, "heads"),
+    "attn.proj.kernel": TensorAxis(0, "heads"),
+    "mlp.fc1.kernel": TensorAxis(-1),
+    "mlp.fc1.bias": TensorAxis(-1),
+    "mlp.fc2.kernel": TensorAxis(0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +125,7 @@ class Family:
         head_counts: Config field that sets a number of attention heads → prefix of the weights that
             are split into these heads. No shape depends on the number, but the weights are useless
             with a different one.
-        tensor_axis: Last two parts of a weight's name → the axis that is sharded over the mesh axis
-            `tensor`: the output axis of the first matrix of a pair, the input axis of the second.
+        tensor_axes: End of the names of weights → the axis that tensor parallelism splits.
         multiply_adds: Function `(config, attention)` → multiply-adds of the matrix products in the
             forward pass of one view. `attention` also counts the attention products, q·kᵀ and
             weights·v.
@@ -122,7 +152,7 @@ class Family:
     class_heads: tuple[str, ...]
     layer_lists: tuple[str, ...]
     head_counts: Mapping[str, str]
-    tensor_axis: Mapping[str, int]
+    tensor_axes: Mapping[str, TensorAxis]
     multiply_adds: Callable[[Any, bool], int]
     released_preprocessing: Callable[[Any], dict[str, Any]]
     torch: TorchFormat
@@ -139,6 +169,18 @@ class Family:
         Its first row is for the class token, and the others for a square grid of patches.
         """
         return f"{self.image_prefix}pos_embed"
+
+    def tensor_splits(self, config: ImageViTConfig) -> dict[str, tuple[int, int | None]]:
+        """Return the weights of a network that tensor parallelism splits.
+
+        Returns:
+            End of a weight's name → the axis, and the number of heads on it or None; see
+            `jaxvid.distributed.sharding.state_sharding`.
+        """
+        return {
+            end: (split.axis, split.heads and getattr(config, split.heads))
+            for end, split in self.tensor_axes.items()
+        }
 
     def image_vit(self, model: nnx.Module) -> nnx.Module:
         """Return the image ViT of a network: the module with `embed`, `blocks` and `norm`."""

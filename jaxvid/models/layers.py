@@ -33,6 +33,30 @@ def torch_linear(fan_in: int, fan_out: int, dtype: str, *, rngs: nnx.Rngs) -> nn
     )
 
 
+def qkv_linear(
+    width: int,
+    kernel_init: nnx.initializers.Initializer,
+    dtype: str,
+    *,
+    use_bias: bool = True,
+    rngs: nnx.Rngs,
+) -> nnx.LinearGeneral:
+    """Return a Linear layer from `d` to queries, keys and values, `(3, d)`.
+
+    Its initial weights are those of a Linear layer from `d` to `3·d`. The kernel `(d, 3, d)` keeps
+    the heads on an axis of their own, so that tensor parallelism gives each device whole heads of
+    queries, keys and values.
+    """
+    return nnx.LinearGeneral(
+        width,
+        (3, width),
+        kernel_init=kernel_init,
+        use_bias=use_bias,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
 def layer_norm(width: int, eps: float, dtype: str, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Return a LayerNorm over the last axis, with float32 statistics and two-pass variance."""
     return nnx.LayerNorm(width, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
@@ -217,22 +241,22 @@ class SelfAttention(nnx.Module):
 
     Args:
         heads: Number of heads.
-        qkv: Linear layer from `d` to queries, keys and values, side by side.
+        qkv: Layer from `d` to queries, keys and values; see `qkv_linear`.
         proj: Linear layer of the output.
         implementation: A value of the config field `attention`.
     """
 
     def __init__(
-        self, heads: int, qkv: nnx.Linear, proj: nnx.Linear, implementation: str = "matmul"
+        self, heads: int, qkv: nnx.LinearGeneral, proj: nnx.Linear, implementation: str = "matmul"
     ):
         self.heads = heads
         self.qkv = qkv
         self.proj = proj
         self.implementation = implementation
 
-    def split(self, x: jax.Array) -> list[jax.Array]:
+    def split(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """Return queries, keys and values, each `(b t n d)`."""
-        return jnp.split(self.qkv(x), 3, axis=-1)
+        return jnp.unstack(self.qkv(x), axis=-2)
 
     def __call__(self, x: jax.Array, *, num_queries: int | None = None) -> jax.Array:
         q, k, v = self.split(x)

@@ -32,12 +32,14 @@ def shift_time(x: jax.Array, segment: int, fold: int, *, groups: int = 1) -> jax
         The shifted `x`, `(b, t, n, d)`.
     """
     b, t, n, d = x.shape
-    parts = x.reshape(b, t // segment, segment, n, groups, d // groups)
-    zeros = jnp.zeros_like(parts[:, :, :1, ..., :fold])
-    from_next = jnp.concatenate([parts[:, :, 1:, ..., :fold], zeros], axis=2)
-    from_previous = jnp.concatenate([zeros, parts[:, :, :-1, ..., fold : 2 * fold]], axis=2)
-    unchanged = parts[..., 2 * fold :]
-    return jnp.concatenate([from_next, from_previous, unchanged], axis=-1).reshape(x.shape)
+    frames = x.reshape(b, t // segment, segment, n, d)
+    zeros = jnp.zeros_like(frames[:, :, :1])
+    following = jnp.concatenate([frames[:, :, 1:], zeros], axis=2)
+    previous = jnp.concatenate([zeros, frames[:, :, :-1]], axis=2)
+    channel = (jnp.arange(d) % (d // groups)).reshape(1, 1, 1, 1, d)
+    # Select elementwise: with tensor parallelism, slices of `d` would be exchanged between devices.
+    shifted = jnp.where(channel < fold, following, jnp.where(channel < 2 * fold, previous, frames))
+    return shifted.reshape(x.shape)
 
 
 def summarize(x: jax.Array, segment: int) -> jax.Array:
@@ -87,7 +89,7 @@ class MixingAttention(SelfAttention):
     def __init__(
         self,
         heads: int,
-        qkv: nnx.Linear,
+        qkv: nnx.LinearGeneral,
         proj: nnx.Linear,
         mixing: Mixing,
         implementation: str = "matmul",
@@ -95,7 +97,7 @@ class MixingAttention(SelfAttention):
         super().__init__(heads, qkv, proj, implementation)
         self.mixing = mixing
 
-    def split(self, x: jax.Array) -> list[jax.Array]:
+    def split(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """Return the queries `(b t n d)`, and the keys and values after mixing `(b t m d)`.
 
         m is n, plus `segment` if there are summary tokens.
@@ -111,4 +113,4 @@ class MixingAttention(SelfAttention):
                 jnp.concatenate([shifted, summarize(unshifted, mixing.segment)], axis=2)
                 for shifted, unshifted in zip(mixed, (k, v), strict=True)
             ]
-        return [q, *mixed]
+        return q, *mixed

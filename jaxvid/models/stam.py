@@ -15,7 +15,14 @@ from flax import nnx
 
 from jaxvid.errors import check_option
 from jaxvid.models.counts import block_multiply_adds, block_params, linear_params
-from jaxvid.models.family import Family, FrameEmbedding, PublishedCost, TorchFormat
+from jaxvid.models.family import (
+    BLOCK_TENSOR_AXES,
+    Family,
+    FrameEmbedding,
+    PublishedCost,
+    TensorAxis,
+    TorchFormat,
+)
 from jaxvid.models.image_vit import (
     TINY,
     ImageViT,
@@ -30,6 +37,7 @@ from jaxvid.models.layers import (
     attention_weights,
     dropout,
     layer_norm,
+    qkv_linear,
     record_attention,
 )
 from jaxvid.models.limits import check_divisible
@@ -107,15 +115,18 @@ class FrameAttention(nnx.Module):
     def __init__(self, cfg: STAMConfig, *, rngs: nnx.Rngs):
         self.heads = cfg.temporal_heads
         xavier = nnx.initializers.xavier_uniform()
-        # (in, out), like all kernels; torch stores the transpose under this name.
-        self.in_proj_weight = nnx.Param(xavier(rngs.params(), (cfg.width, 3 * cfg.width)))
-        self.in_proj_bias = nnx.Param(jnp.zeros(3 * cfg.width))
+        # (in, 3, out), like the kernels of other attention layers; torch stores the matrix
+        # (3 * out, in) under this name.
+        weight = xavier(rngs.params(), (cfg.width, 3 * cfg.width))
+        self.in_proj_weight = nnx.Param(weight.reshape(cfg.width, 3, cfg.width))
+        self.in_proj_bias = nnx.Param(jnp.zeros((3, cfg.width)))
         self.out_proj = _linear(cfg, cfg.width, cfg.width, rngs=rngs)
 
-    def split(self, x: jax.Array) -> list[jax.Array]:
+    def split(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """Return queries, keys and values, each `(b 1 n d)`."""
         weight, bias = (p[...].astype(x.dtype) for p in (self.in_proj_weight, self.in_proj_bias))
-        return jnp.split(x @ weight + bias.reshape(1, 1, 1, -1), 3, axis=-1)
+        qkv = jnp.tensordot(x, weight, 1) + bias[None, None, None]  # (b 1 n 3 d)
+        return jnp.unstack(qkv, axis=-2)
 
     def __call__(self, x: jax.Array, *, rate: float, key: jax.Array | None) -> jax.Array:
         return self.out_proj(attend(*self.split(x), self.heads, rate=rate, key=key))
@@ -261,7 +272,7 @@ def _linear(cfg: STAMConfig, fan_in: int, fan_out: int, *, rngs: nnx.Rngs) -> nn
 
 
 def _spatial_attention(cfg: STAMConfig, rngs: nnx.Rngs) -> SelfAttention:
-    qkv = _linear(cfg, cfg.width, 3 * cfg.width, rngs=rngs)
+    qkv = qkv_linear(cfg.width, INITS[cfg.init][0], cfg.compute_dtype, rngs=rngs)
     proj = _linear(cfg, cfg.width, cfg.width, rngs=rngs)
     return SelfAttention(cfg.heads, qkv, proj, cfg.attention)
 
@@ -312,15 +323,14 @@ FAMILY = Family(
     optional_parts=(r"aggregate\.", r"aggregate\.transformer_enc\.layers\.\d+\."),
     layer_lists=("blocks", "layers"),
     head_counts={"heads": "blocks.", "temporal_heads": "aggregate."},
-    tensor_axis={
-        "qkv.kernel": -1,
-        "proj.kernel": 0,
-        "fc1.kernel": -1,
-        "fc2.kernel": 0,
-        "self_attn.in_proj_weight": -1,
-        "out_proj.kernel": 0,
-        "linear1.kernel": -1,
-        "linear2.kernel": 0,
+    tensor_axes={
+        **BLOCK_TENSOR_AXES,
+        "self_attn.in_proj_weight": TensorAxis(-1, "temporal_heads"),
+        "self_attn.in_proj_bias": TensorAxis(-1, "temporal_heads"),
+        "self_attn.out_proj.kernel": TensorAxis(0, "temporal_heads"),
+        "linear1.kernel": TensorAxis(-1),
+        "linear1.bias": TensorAxis(-1),
+        "linear2.kernel": TensorAxis(0),
     },
     multiply_adds=multiply_adds,
     released_preprocessing=released_preprocessing,

@@ -15,7 +15,13 @@ from flax import nnx
 
 from jaxvid.errors import check_option, short_repr
 from jaxvid.models.counts import block_multiply_adds, block_params, linear_params
-from jaxvid.models.family import Family, FrameEmbedding, PublishedCost, TorchFormat
+from jaxvid.models.family import (
+    BLOCK_TENSOR_AXES,
+    Family,
+    FrameEmbedding,
+    PublishedCost,
+    TorchFormat,
+)
 from jaxvid.models.image_vit import (
     TINY,
     ImageViT,
@@ -29,6 +35,7 @@ from jaxvid.models.layers import (
     SelfAttention,
     dropout,
     layer_norm,
+    qkv_linear,
     record_attention,
     run_blocks,
     torch_kernel_init,
@@ -292,18 +299,16 @@ def _mixing(cfg: XViTConfig, index: int, rngs: nnx.Rngs) -> MixingAttention:
         shift_values=shifts and cfg.shift in ("both", "values"),
         summary_tokens=cfg.summary_tokens,
     )
-    qkv = _linear(cfg, cfg.width, 3 * cfg.width, rngs=rngs)
+    qkv = qkv_linear(cfg.width, INITS[cfg.init][0], cfg.compute_dtype, rngs=rngs)
     proj = _linear(cfg, cfg.width, cfg.width, rngs=rngs)
     return MixingAttention(cfg.heads, qkv, proj, mixing, cfg.attention)
 
 
 def _head_attention(cfg: XViTConfig, rngs: nnx.Rngs) -> SelfAttention:
     """Return the temporal head's attention over frames; its qkv layer has no bias."""
-    init = {"use_bias": False, "kernel_init": torch_kernel_init}
-    qkv = nnx.Linear(cfg.width, 3 * cfg.width, **init, dtype=cfg.compute_dtype, rngs=rngs)
-    return SelfAttention(
-        cfg.heads, qkv, torch_linear(cfg.width, cfg.width, cfg.compute_dtype, rngs=rngs)
-    )
+    dtype = cfg.compute_dtype
+    qkv = qkv_linear(cfg.width, torch_kernel_init, dtype, use_bias=False, rngs=rngs)
+    return SelfAttention(cfg.heads, qkv, torch_linear(cfg.width, cfg.width, dtype, rngs=rngs))
 
 
 def multiply_adds(config: XViTConfig, attention: bool) -> int:
@@ -371,7 +376,7 @@ FAMILY = Family(
     ),
     layer_lists=("blocks", "temporal_encoder"),
     head_counts={"heads": "base_model.blocks."},
-    tensor_axis={"qkv.kernel": -1, "proj.kernel": 0, "fc1.kernel": -1, "fc2.kernel": 0},
+    tensor_axes=BLOCK_TENSOR_AXES,
     multiply_adds=multiply_adds,
     released_preprocessing=released_preprocessing,
     torch=TorchFormat(

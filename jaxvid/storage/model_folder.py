@@ -34,6 +34,7 @@ from jaxvid.models import (
     split_params,
     transfer,
 )
+from jaxvid.storage import older_shapes
 from jaxvid.storage.model_card import (
     CARD_NAME,
     FORMAT_VERSION,
@@ -147,15 +148,16 @@ def _restore(path: Path, abstract_params: Params) -> Params:
     """Compare names and shapes of the weights, then restore them with Orbax."""
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree
+        target = older_shapes.match_file(abstract_params, stored)
         problems = [
             f"{name}: {_shape(stored.get(name))} in the folder, "
             f"{_shape(abstract_params.get(name))} in the model"
-            for name in sorted({*stored, *abstract_params})
-            if _shape(stored.get(name)) != _shape(abstract_params.get(name))
+            for name in sorted({*stored, *target})
+            if _shape(stored.get(name)) != _shape(target.get(name))
         ]
         if problems:
             raise InputError(f"{path} does not fit the model: {'; '.join(problems)}")
-        return checkpointer.restore(path, abstract_params)
+        return older_shapes.to_current(checkpointer.restore(path, target), abstract_params)
 
 
 def load_init(

@@ -15,6 +15,7 @@ from jaxvid.distributed import collectives, exits, process_group
 from jaxvid.errors import InputError, one_line
 from jaxvid.logs import log
 from jaxvid.models import Params
+from jaxvid.storage import older_shapes
 from jaxvid.training.checkpoint_files import (
     check_files,
     check_files_on_all_processes,
@@ -314,11 +315,19 @@ def _restore(
     # Older checkpoints have no log window. The window then starts empty.
     names = [name for name in resumables if name != "log" or (folder / name).exists()]
     items = {name: ocp.args.JsonRestore() for name in names}
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), **items)
+    stored = _read_shapes(folder / "state")
+    target = older_shapes.match_file(abstract_state, stored["params"])
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(target), **items)
     restored = manager.restore(step, args=args)
     for name in names:
         resumables[name].set_state(restored[name])
-    return restored.state
+    return older_shapes.to_current(restored.state, abstract_state)
+
+
+def _read_shapes(path: Path) -> dict:
+    """Return the tree of a saved state; its leaves have the shapes of the arrays."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        return handler.metadata(path).tree
 
 
 def free_path(path: Path) -> Path:
@@ -362,15 +371,16 @@ def restore_params(workdir: Path, step: int, abstract_params: Params) -> Params:
             f"--config.init_from={workdir / 'best'}"
         ) from None
     path = (workdir / "checkpoints" / str(step) / "state").resolve()
+    stored = _read_shapes(path)
+    name = "ema" if "ema" in stored else "params"
+    item = {name: older_shapes.match_file(abstract_params, stored[name])}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        name = "ema" if "ema" in checkpointer.metadata(path).item_metadata.tree else "params"
-        item = {name: abstract_params}
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         restored = checkpointer.restore(
             path,
             args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
         )
-    return restored[name]
+    return older_shapes.to_current(restored[name], abstract_params)
 
 
 def newest_step(workdir: Path) -> int:

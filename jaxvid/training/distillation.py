@@ -78,7 +78,8 @@ def load_teacher(
     model_card.check_labels(card["labels"], labels, distill.teacher)
     preprocessing = read_preprocessing(card, Path(distill.teacher) / "model.json")
     graphdef, abstract = abstract_model(model_config)
-    abstract = sharding.with_sharding(abstract, mesh, family_of(model_config).tensor_axis)
+    splits = family_of(model_config).tensor_splits(model_config)
+    abstract = sharding.with_sharding(abstract, mesh, splits)
     params = model_folder.load_params(distill.teacher, abstract)
     to_bfloat16 = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree))
     teacher = Teacher(

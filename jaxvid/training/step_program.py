@@ -55,7 +55,7 @@ def make_step_program(
     frozen = optim.frozen_names(optimizer_config, abstract_params, family)
     recipe = recipe.for_run(mesh, batch_size, frozen)
     init = functools.partial(steps.init_state, model, optimizer, recipe, seed=recipe.seed)
-    abstract_state = sharding.with_sharding(jax.eval_shape(init), mesh, family.tensor_axis)
+    abstract_state = sharding.with_sharding(jax.eval_shape(init), mesh, family.tensor_splits(model))
     train_step = steps.jit_train_step(
         abstract_state,
         mesh,

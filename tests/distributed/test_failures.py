@@ -193,7 +193,7 @@ try:
         data = np.arange(4, dtype=np.float32)
         weights = jax.make_array_from_callback((4,), row_sharding, data.__getitem__)
         step = jax.device_put(np.int32(1), sharding.replicated(mesh))
-        state = {"step": step, "weights": weights}
+        state = {"step": step, "params": {"a.kernel": weights}}
         with checkpoint.make_manager(workdir, keep=2) as manager:
             checkpoint.save_checkpoint(manager, state, resumables)
             checkpoint.finish_saving(manager)

@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxvid.distributed import setup, sharding
 from jaxvid.errors import InputError
-from jaxvid.models import FAMILIES, abstract_model, make_model_config
+from jaxvid.models import abstract_model, family_of, make_model_config
 from jaxvid.training import steps
+from tests import hlo
 
-XVIT, STAM = FAMILIES["xvit"].tensor_axis, FAMILIES["stam"].tensor_axis
 # Sizes of the mesh axes 'data', 'fsdp' and 'tensor'.
 COMBINATIONS = [
     (1, 8, 1),
@@ -26,13 +26,23 @@ COMBINATIONS = [
 ]
 
 
+def splits_of(name, **overrides):
+    """Return the weights of a network that tensor parallelism splits."""
+    config = make_model_config(name, **overrides)
+    return family_of(config).tensor_splits(config)
+
+
+XVIT = splits_of("xvit_tiny", heads=8)
+STAM = splits_of("stam_tiny", heads=8, temporal_heads=4)
+
+
 def make_mesh(data, fsdp, tensor):
     return sharding.make_mesh(sharding.MeshShape(data=data, fsdp=fsdp, tensor=tensor))
 
 
 def train(mesh, to_device, drop_path=0.0, **options):
     """Train for 3 steps; return the weights by name, the losses and the final state."""
-    sizes = {"width": 64, "depth": 3, "image_size": 32}
+    sizes = {"width": 64, "depth": 3, "heads": 8, "image_size": 32}
     config = make_model_config("xvit_tiny", **sizes, drop_path=drop_path)
     # Not Adam, which would amplify gradients that are only rounding noise.
     optimizer = optax.sgd(0.03, momentum=0.9, nesterov=True)
@@ -100,9 +110,10 @@ def test_combinations_equal_one_device(sizes, one_device):
     mesh = make_mesh(*sizes)
     params, losses, state = train(mesh, lambda batch: sharding.to_global_arrays(batch, mesh))
     check_equal((params, losses), one_device)
-    kernel = state["params"]["base_model.blocks.0.mlp.fc1.kernel"]
     _, fsdp, tensor = sizes
-    assert kernel.addressable_shards[0].data.size == kernel.size // (fsdp * tensor)
+    for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        kernel = state["params"][f"base_model.blocks.0.{layer}.kernel"]
+        assert kernel.addressable_shards[0].data.size == kernel.size // (fsdp * tensor)
 
 
 def test_sharded_mixup_and_ema_equal_one_device():
@@ -119,16 +130,16 @@ def test_kernels_and_their_moments_have_the_same_sharding():
     leaf = jax.ShapeDtypeStruct
     tree = {
         "params": {
-            "b.qkv.kernel": leaf((64, 192), "float32"),
-            "b.fc2.kernel": leaf((64, 48), "f4"),
+            "b.attn.qkv.kernel": leaf((64, 3, 64), "float32"),
+            "b.mlp.fc2.kernel": leaf((64, 48), "f4"),
         },
-        "opt_state": ({"b.qkv.kernel": leaf((64, 192), "float32")}, leaf((), "int32")),
+        "opt_state": ({"b.attn.qkv.kernel": leaf((64, 3, 64), "float32")}, leaf((), "int32")),
         "indivisible": {"cls_token": leaf((1, 1, 7), "float32")},
     }
     specs = jax.tree.map(lambda s: s.spec, sharding.state_sharding(tree, mesh, XVIT))
-    assert specs["params"]["b.qkv.kernel"] == P("fsdp", "tensor")
-    assert specs["params"]["b.fc2.kernel"] == P("tensor", "fsdp")
-    assert specs["opt_state"][0]["b.qkv.kernel"] == P("fsdp", "tensor")
+    assert specs["params"]["b.attn.qkv.kernel"] == P("fsdp", None, "tensor")
+    assert specs["params"]["b.mlp.fc2.kernel"] == P("tensor", "fsdp")
+    assert specs["opt_state"][0]["b.attn.qkv.kernel"] == P("fsdp", None, "tensor")
     assert specs["opt_state"][1] == P()
     assert specs["indivisible"]["cls_token"] == P(None, None, None)
 
@@ -136,22 +147,53 @@ def test_kernels_and_their_moments_have_the_same_sharding():
 @pytest.mark.parametrize(
     ("name", "spec"),
     [
-        ("blocks.0.attn.qkv.kernel", P("fsdp", "tensor")),
+        ("blocks.0.attn.qkv.kernel", P("fsdp", None, "tensor")),
+        ("blocks.0.attn.qkv.bias", P(None, "tensor")),
         ("blocks.0.mlp.fc1.kernel", P("fsdp", "tensor")),
+        ("blocks.0.mlp.fc1.bias", P("tensor")),
         ("blocks.0.attn.proj.kernel", P("tensor", "fsdp")),
         ("blocks.0.mlp.fc2.kernel", P("tensor", "fsdp")),
-        ("aggregate.layers.0.self_attn.in_proj_weight", P("fsdp", "tensor")),
-        ("aggregate.layers.0.linear1.kernel", P("fsdp", "tensor")),
-        ("aggregate.layers.0.self_attn.out_proj.kernel", P("tensor", "fsdp")),
-        ("aggregate.layers.0.linear2.kernel", P("tensor", "fsdp")),
+        ("blocks.0.mlp.fc2.bias", P("fsdp")),  # added after the sum over the devices
+        ("aggregate.transformer_enc.layers.0.self_attn.in_proj_weight", P("fsdp", None, "tensor")),
+        ("aggregate.transformer_enc.layers.0.self_attn.in_proj_bias", P(None, "tensor")),
+        ("aggregate.transformer_enc.layers.0.linear1.kernel", P("fsdp", "tensor")),
+        ("aggregate.transformer_enc.layers.0.linear1.bias", P("tensor")),
+        ("aggregate.transformer_enc.layers.0.self_attn.out_proj.kernel", P("tensor", "fsdp")),
+        ("aggregate.transformer_enc.layers.0.linear2.kernel", P("tensor", "fsdp")),
         ("head.kernel", P("fsdp", None)),  # not one of two consecutive layers
-        ("blocks.0.attn.qkv.bias", P("fsdp", None)),  # not a kernel
+        ("patch_embed.proj.kernel", P(None, None, None, "fsdp")),  # likewise
     ],
 )
 def test_tensor_parallelism_shards_outputs_of_the_first_layer_and_inputs_of_the_second(name, spec):
-    leaf = jax.ShapeDtypeStruct((16, 16), "float32")
-    shardings = sharding.state_sharding({name: leaf}, make_mesh(2, 2, 2), STAM)
-    assert shardings[name].spec == spec
+    _, params = abstract_model(make_model_config("stam_tiny"))
+    assert sharding.state_sharding(params, make_mesh(2, 2, 2), STAM)[name].spec == spec
+
+
+def test_a_device_never_holds_a_part_of_a_head():
+    """The width 48 is divisible by tensor=4, but 6 heads and 3 temporal heads are not."""
+    config = {"name": "stam_tiny", "width": 48, "heads": 6, "temporal_heads": 3}
+    _, params = abstract_model(make_model_config(**config))
+
+    def split_attention(**heads):
+        """Return the weights of the first attention layers that are split over `tensor`."""
+        splits = splits_of(**{**config, **heads})
+        shardings = sharding.state_sharding(params, make_mesh(1, 2, 4), splits)
+        assert shardings["blocks.0.mlp.fc1.kernel"].spec == P("fsdp", "tensor")
+        return {
+            name
+            for name, leaf_sharding in shardings.items()
+            if "tensor" in leaf_sharding.spec and re.search(r"\.0\.(self_)?attn\.", name)
+        }
+
+    spatial = {f"blocks.0.attn.{name}" for name in ("qkv.kernel", "qkv.bias", "proj.kernel")}
+    temporal = {
+        f"aggregate.transformer_enc.layers.0.self_attn.{name}"
+        for name in ("in_proj_weight", "in_proj_bias", "out_proj.kernel")
+    }
+    assert split_attention() == set()
+    assert split_attention(heads=12) == spatial
+    assert split_attention(temporal_heads=12) == temporal
+    assert split_attention(heads=4, temporal_heads=8) == spatial | temporal
 
 
 @pytest.mark.parametrize(
@@ -159,17 +201,16 @@ def test_tensor_parallelism_shards_outputs_of_the_first_layer_and_inputs_of_the_
     [
         ((64, 6), P("fsdp", None)),  # 6 is not divisible by tensor=4, but 64 by fsdp=2
         ((7, 4), P(None, "tensor")),
-        ((64,), P("fsdp")),
-        ((2, 4, 8), P(None, None, "fsdp")),  # only matrices have a tensor axis
+        ((2, 4, 8), P(None, "fsdp", "tensor")),
         ((6, 9, 3), P("fsdp", None, None)),  # the longest divisible axis
         ((1, 2), P(None, "fsdp")),
-        ((), P()),
+        ((1,), P(None)),
     ],
 )
 def test_fsdp_shards_the_longest_divisible_axis(shape, spec):
     leaf = jax.ShapeDtypeStruct(shape, "float32")
-    shardings = sharding.state_sharding({"qkv.kernel": leaf}, make_mesh(1, 2, 4), XVIT)
-    assert shardings["qkv.kernel"].spec == spec
+    shardings = sharding.state_sharding({"mlp.fc1.kernel": leaf}, make_mesh(1, 2, 4), XVIT)
+    assert shardings["mlp.fc1.kernel"].spec == spec
 
 
 def test_trees_without_names_are_sharded():
@@ -182,8 +223,8 @@ def test_trees_without_names_are_sharded():
 
 def test_shapes_get_shardings_and_batches_are_sharded_by_rows():
     mesh = make_mesh(2, 2, 2)
-    leaf = jax.ShapeDtypeStruct((64, 192), "bfloat16")
-    sharded = sharding.with_sharding({"b.qkv.kernel": leaf}, mesh, XVIT)["b.qkv.kernel"]
+    name, leaf = "b.mlp.fc1.kernel", jax.ShapeDtypeStruct((64, 192), "bfloat16")
+    sharded = sharding.with_sharding({name: leaf}, mesh, XVIT)[name]
     assert (sharded.shape, sharded.dtype) == (leaf.shape, leaf.dtype)
     assert (sharded.sharding.spec, sharded.sharding.mesh) == (P("fsdp", "tensor"), mesh)
     batch = {"label": np.arange(8), "video": np.arange(16.0).reshape(8, 2)}
@@ -313,12 +354,8 @@ def test_mixing_within_devices_needs_no_communication(mix):
         recipe = steps.Recipe(seed=0, erase_prob=0.5, mix_groups=groups, **{mix: 0.4})
         prepare = functools.partial(steps._prepare_clips, recipe=recipe)
         text = jax.jit(prepare).lower(*arguments).compile().as_text()
-        collectives[groups] = [
-            line
-            for line in text.splitlines()
-            if re.search(r"= .* (all-gather|all-reduce|all-to-all|collective-permute)", line)
-            and re.search(r"\[\d+,2,16,16,3\]|\[\d+,16,16\]|\[\d+,\d+,2,16,16,3\]", line)
-        ]
+        shapes = [shape for _, shapes in hlo.collectives(text) for shape in shapes]
+        collectives[groups] = [shape for shape in shapes if "16,16" in shape]
     assert not collectives[8]
     assert collectives[1]
-    assert not any("f32[" in line for line in collectives[1]), collectives[1]
+    assert not any(shape.startswith("f32[") for shape in collectives[1]), collectives[1]

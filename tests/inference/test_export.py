@@ -110,6 +110,7 @@ def test_safetensors_equal_the_weights_of_the_model(folder, tmp_path):
     about = json.loads((tmp_path / "weights.safetensors.json").read_text())
     assert about["weights"] == {name: list(leaf.shape) for name, leaf in params.items()}
     assert about["parameters"] == sum(leaf.size for leaf in params.values())
+    assert "kernels (in, 3, d)" in about["layout"]
 
 
 def test_output_name_with_invalid_utf8_is_accepted(folder, tmp_path, capsys):

@@ -93,17 +93,16 @@ def seeker():
     def set_weight(name, index, value):
         params[name] = params[name].at[index].set(value)
 
-    d = 16
     set_weight("patch_embed.proj.kernel", (..., 0), 1 / (16 * 16 * 3))
     set_weight("patch_embed.proj.bias", 1, 1.0)
     set_weight("cls_token", (0, 0, 1), 1.0)
-    set_weight("blocks.0.attn.qkv.bias", 0, 26.0)  # queries
-    set_weight("blocks.0.attn.qkv.kernel", (0, d), 1.0)  # keys
-    set_weight("blocks.0.attn.qkv.kernel", (0, 2 * d + 2), 1.0)  # values
+    set_weight("blocks.0.attn.qkv.bias", (0, 0), 26.0)  # queries
+    set_weight("blocks.0.attn.qkv.kernel", (0, 1, 0), 1.0)  # keys
+    set_weight("blocks.0.attn.qkv.kernel", (0, 2, 2), 1.0)  # values
     set_weight("blocks.0.attn.proj.kernel", (2, 2), 1.0)
     layer = "aggregate.transformer_enc.layers.0.self_attn"
-    set_weight(f"{layer}.in_proj_bias", 0, 26.0)
-    set_weight(f"{layer}.in_proj_weight", (2, d), 1.0)
+    set_weight(f"{layer}.in_proj_bias", (0, 0), 26.0)
+    set_weight(f"{layer}.in_proj_weight", (2, 1, 0), 1.0)
     return merge_params(graphdef, params)
 
 

@@ -22,7 +22,7 @@ from jaxvid.errors import InputError
 from jaxvid.evaluate import evaluate
 from jaxvid.export import export
 from jaxvid.models import counts, family, image_vit
-from jaxvid.models.layers import SelfAttention, record_attention
+from jaxvid.models.layers import SelfAttention, qkv_linear, record_attention
 from jaxvid.storage import model_card, model_folder
 from jaxvid.train import train
 from jaxvid.training.optim import OptimizerConfig, make_optimizer
@@ -47,7 +47,11 @@ class FrameViT(image_vit.ImageViT):
     def __init__(self, cfg: PooledConfig, *, rngs: nnx.Rngs):
         d, linear = cfg.width, functools.partial(nnx.Linear, dtype=cfg.compute_dtype, rngs=rngs)
         self.init_embeddings(cfg, image_vit.normal_init, rngs=rngs)
-        attention = lambda _: SelfAttention(cfg.heads, linear(d, 3 * d), linear(d, d))  # noqa: E731
+
+        def attention(_):
+            qkv = qkv_linear(d, image_vit.normal_init, cfg.compute_dtype, rngs=rngs)
+            return SelfAttention(cfg.heads, qkv, linear(d, d))
+
         self.init_blocks(1e-6, linear, attention, rngs=rngs)
 
 
@@ -88,7 +92,7 @@ FAMILY = family.Family(
     class_heads=("fc.",),
     layer_lists=("blocks",),
     head_counts={"heads": "vit.blocks."},
-    tensor_axis={"qkv.kernel": -1, "proj.kernel": 0, "fc1.kernel": -1, "fc2.kernel": 0},
+    tensor_axes=family.BLOCK_TENSOR_AXES,
     multiply_adds=lambda c, attention: image_vit.image_vit_multiply_adds(c, attention=attention),
     released_preprocessing=lambda c: {
         **{"num_frames": c.num_frames, "crop": c.image_size, "short_side": c.image_size},

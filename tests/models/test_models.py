@@ -2,10 +2,14 @@
 
 import math
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
 from jaxvid.errors import InputError
-from jaxvid.models import PRESETS, abstract_model, make_model_config
+from jaxvid.models import PRESETS, abstract_model, create_model, make_model_config, split_params
+from jaxvid.models.layers import qkv_linear, torch_kernel_init
 
 MEAN = {"stam": {"aggregator": "mean"}, "xvit": {"head": "mean", "temporal_embedding_frames": 0}}
 SMALL = {"depth": 2, "mlp_ratio": 3}
@@ -63,3 +67,25 @@ def test_abstract_model_of_the_largest_depth():
     """This takes seconds. With the counters of nnx.Rngs, it would take two minutes."""
     _, params = abstract_model(make_model_config("xvit_tiny", depth=128))
     assert "base_model.blocks.127.attn.qkv.kernel" in params
+
+
+def test_queries_keys_and_values_are_those_of_one_linear_layer():
+    """Also the initial weights are the same, and the keys that later layers draw from."""
+    rngs, other_rngs = nnx.Rngs(0), nnx.Rngs(0)
+    layer = qkv_linear(8, torch_kernel_init, "float32", rngs=rngs)
+    linear = nnx.Linear(8, 24, kernel_init=torch_kernel_init, rngs=other_rngs)
+    linear.bias[...] = jax.random.normal(jax.random.key(1), (24,))
+    assert rngs.params() == other_rngs.params()
+    np.testing.assert_array_equal(layer.kernel[...].reshape(8, 24), linear.kernel[...])
+    assert not layer.bias[...].any()
+    layer.bias[...] = linear.bias[...].reshape(3, 8)
+    x = jax.random.normal(jax.random.key(2), (2, 5, 8))
+    np.testing.assert_array_equal(layer(x).reshape(2, 5, 24), linear(x))
+
+
+def test_the_aggregator_starts_from_the_bound_of_the_fused_matrix():
+    model = create_model("stam_tiny", width=32, depth=1)
+    name = "aggregate.transformer_enc.layers.0.self_attn.in_proj_weight"
+    weight, bound = split_params(model)[1][name], (6 / (32 + 96)) ** 0.5
+    assert weight.shape == (32, 3, 32)
+    assert 0.99 * bound < abs(weight).max() <= bound

@@ -369,11 +369,10 @@ def test_class_head_is_loaded_only_for_the_same_classes_in_the_same_order(
 def test_transferred_weights_get_the_sharding_of_the_initial_weights(folders):
     mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=4, tensor=1))
     options = {**STAM, "num_classes": 4, "num_frames": 11, "image_size": 48}
-    fresh = random_network(options, seed=2)[1]
-    fresh = jax.device_put(
-        fresh, sharding.state_sharding(fresh, mesh, FAMILIES["stam"].tensor_axis)
-    )
-    params, _ = model_folder.load_init(folders / "stam", make_model_config(**options), fresh)
+    config, fresh = make_model_config(**options), random_network(options, seed=2)[1]
+    splits = FAMILIES["stam"].tensor_splits(config)
+    fresh = jax.device_put(fresh, sharding.state_sharding(fresh, mesh, splits))
+    params, _ = model_folder.load_init(folders / "stam", config, fresh)
     unsharded = split_params(transfer_weights(folders / "stam", options)[0])[1]
     head = ("head.kernel", "head.bias")
     for name, array in params.items():
@@ -388,7 +387,7 @@ def test_incompatible_networks_are_refused_with_every_difference(folders):
     for part in (
         f"{folders / 'xvit'} cannot initialise xvit_tiny: depth: 1 in the folder, 3 in the config",
         "; width: 16 in the folder, 32 in the config; ",
-        "; base_model.blocks.*.attn.qkv.kernel: (16, 48) in the folder, (32, 96) in the model; ",
+        "base_model.blocks.*.attn.qkv.kernel: (16, 3, 16) in the folder, (32, 3, 32) in the model",
         "; consensus.mlp_head.4.kernel: (16, 8) in the folder, (32, 5) in the model",
         "; base_model.temp_embed: (1, 8, 1, 16) in the folder, (1, 8, 1, 32) in the model",
         "; base_model.blocks.1: not in the folder; base_model.blocks.2: not in the folder; ",

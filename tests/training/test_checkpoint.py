@@ -125,8 +125,9 @@ def test_a_different_network_is_refused_with_the_differences(folder):
 
 def test_weights_are_loaded_with_the_requested_sharding(folder):
     mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=4, tensor=1))
-    _, abstract = abstract_model(make_model_config("xvit_tiny", **TINY))
-    abstract = sharding.with_sharding(abstract, mesh, FAMILIES["xvit"].tensor_axis)
+    config = make_model_config("xvit_tiny", **TINY)
+    _, abstract = abstract_model(config)
+    abstract = sharding.with_sharding(abstract, mesh, FAMILIES["xvit"].tensor_splits(config))
     params = model_folder.load_params(folder, abstract)
     kernel = params["base_model.blocks.0.mlp.fc1.kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
@@ -214,14 +215,14 @@ def counters(data: int, log: int) -> dict[str, Counter]:
 
 def save(workdir: Path, step: int) -> None:
     manager = checkpoint.make_manager(workdir, keep=2)
-    state = {"step": np.int32(step), "params": np.arange(4.0)}
+    state = {"step": np.int32(step), "params": {"a.kernel": np.arange(4.0)}}
     checkpoint.save_checkpoint(manager, state, counters(step, 10 * step))
     manager.close()
 
 
 ABSTRACT = {
     "step": jax.ShapeDtypeStruct((), np.int32),
-    "params": jax.ShapeDtypeStruct((4,), np.float64),
+    "params": {"a.kernel": jax.ShapeDtypeStruct((4,), np.float64)},
 }
 
 

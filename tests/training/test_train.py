@@ -366,7 +366,7 @@ MOTION = ("--config", "configs/motion.py", "--workdir")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--config FILE.py is needed"),
+        ((), "--config CONFIG is needed"),
         (("--config", "configs/motion.py"), "--workdir FOLDER is needed"),
         (
             ("--config", "configs/none.py", "--workdir", "w"),
@@ -381,7 +381,7 @@ MOTION = ("--config", "configs/motion.py", "--workdir")
             (*MOTION, "w", "--mode=test"),
             "--mode=test: value should be one of <train|eval|sch",
         ),
-        ((*MOTION, "w", "--wrokdir=x"), "Did you mean: workdir"),
+        ((*MOTION, "w", "--wrokdir=x"), "did you mean --workdir?"),
         ((*MOTION, "w", "x"), "'x': not a flag"),
         ((*MOTION, "w", "--config.model.name=xvit_k400"), "cannot be changed; use the config"),
         (("--config", "configs/common.py", "--workdir", "w"), "has no function get_config()"),
