@@ -32,6 +32,12 @@ from jaxvid.models.precision import ACTIVATIONS, DTYPES
 from jaxvid.training.steps import cross_entropy
 
 
+def make_config(work: Workload, **overrides) -> ModelConfig:
+    """Return the config of the model, without dropout: both sides do the same arithmetic."""
+    fields = {"dtype": work.dtype, "dropout": 0.0, **dict(work.fields), **overrides}
+    return make_model_config(work.model, **fields)
+
+
 def make_inputs(config: ModelConfig, batch: int) -> tuple[Params, np.ndarray, np.ndarray]:
     """Return random weights, clips and labels, which are equal in every process."""
     rng = np.random.default_rng(0)
@@ -50,8 +56,7 @@ def make_jax(work: Workload, **overrides) -> Program:
         work: The model, the batch size and the kind of step.
         **overrides: Fields of the model's config.
     """
-    # Without dropout, both sides do the same arithmetic.
-    config = make_model_config(work.model, **{"dtype": work.dtype, "dropout": 0.0} | overrides)
+    config = make_config(work, **overrides)
     graphdef, _ = abstract_model(config)
     params, clip, label = jax.device_put(make_inputs(config, work.batch))
     optimizer = optax.sgd(1e-4)
@@ -94,8 +99,8 @@ class TorchOptions(NamedTuple):
 
     Attributes:
         mode: `eager`, a mode of `torch.compile` (`default`, `reduce-overhead`, `max-autotune`), or
-            empty: `default` on a GPU and `eager`, without fused attention, on a CPU. On a CPU,
-            `torch.compile` traces the model, but does not generate code.
+            empty: `default` on a GPU, and `eager` without fused attention on a CPU. On a CPU,
+            `default` means `eager`, and other modes trace the model without generating code.
         attention: Name of a backend of `scaled_dot_product_attention`, e.g. `flash_attention`;
             empty: PyTorch chooses.
         channels_last: Whether the weights of the patch embedding have the format `channels_last`.
@@ -112,13 +117,14 @@ DEFAULT_TORCH = TorchOptions()
 def make_torch(work: Workload, options: TorchOptions = DEFAULT_TORCH) -> Program:
     """Return the program of the PyTorch reference on the same weights."""
     import torch
+    import torch.nn.attention
 
     from convert.flax_to_torch import to_state_dict
     from convert.torch_reference import build_reference
 
-    config = make_model_config(work.model, dtype=work.dtype, dropout=0.0)
+    jax.config.update("jax_platforms", "cpu")  # leave the memory of the GPU to PyTorch
+    config = make_config(work)
     params, clip, label = make_inputs(config, work.batch)
-    # JAX's backend is not queried: it would take memory on the GPU.
     on_gpu = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
     device = "cuda" if on_gpu else "cpu"
     dtype = getattr(torch, ACTIVATIONS[work.dtype])
@@ -132,7 +138,7 @@ def make_torch(work: Workload, options: TorchOptions = DEFAULT_TORCH) -> Program
     clip, label = torch.tensor(clip, device=device), torch.tensor(label, device=device).long()
     mode = options.mode or ("default" if on_gpu else "eager")
     call = reference
-    if mode != "eager":
+    if mode != "eager" and (on_gpu or mode != "default"):
         compiler = {"mode": mode} if on_gpu else {"backend": "eager"}
         call = torch.compile(reference, dynamic=False, **compiler)
     optimizer = torch.optim.SGD(reference.parameters(), lr=1e-4, fused=on_gpu)

@@ -315,8 +315,8 @@ def make_rows(plan: Plan, timed: TimedInput, busy: dict[str, float], work: float
             "side": side.name,
             "clips/s": CONFIG.value.batch_size * rate,
             "ms per step": median,
-            "10 % of steps (ms)": low,
-            "90 % of steps (ms)": high,
+            "10 % quantile (ms)": low,
+            "90 % quantile (ms)": high,
             "of the peak (%)": 100 * work * rate,
             "input wait (%)": 100 * waited[:, i].sum() / seconds[:, i].sum(),
             "python (ms)": 1e3 * np.median(python[:, i]),
@@ -336,7 +336,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print(f"{'':20}" + "{:>8} {:>26} {:>12} {:>11} {:>9} {:>7}".format(*titles))
     for row in rows:
         spread = f"{row['ms per step']:.1f} "
-        spread += f"({row['10 % of steps (ms)']:.1f} to {row['90 % of steps (ms)']:.1f})"
+        spread += f"({row['10 % quantile (ms)']:.1f} to {row['90 % quantile (ms)']:.1f})"
         line = f"{row['side']:20}{row['clips/s']:8.2f} {spread:>26}"
         line += f" {row['of the peak (%)']:10.0f} % {row['input wait (%)']:9.2f} %"
         line += f" {row['python (ms)']:6.1f} ms"

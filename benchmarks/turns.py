@@ -35,12 +35,14 @@ class Workload(NamedTuple):
         batch: Clips per step.
         dtype: Compute dtype, as in a model's config.
         train: Whether a step is a training step; otherwise, it is a forward pass.
+        fields: Name and value of fields of the model's config that differ from the preset.
     """
 
     model: str
     batch: int
     dtype: str
     train: bool
+    fields: tuple[tuple[str, Any], ...] = ()
 
     @property
     def title(self) -> str:
@@ -84,11 +86,16 @@ class Side:
 
     Args:
         make: Function without arguments that returns a `Program`; it is called in the process.
+            None: the process has no program, and only `call` can be used.
         environment: Environment variables of the process, e.g. `XLA_FLAGS`.
     """
 
-    def __init__(self, make: Callable[[], Program], environment: Mapping[str, str] | None = None):
-        """Start no process yet."""
+    def __init__(
+        self,
+        make: Callable[[], Program] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ):
+        """Start the process."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)  # glibc reads them when the process starts
         spawn = multiprocessing.get_context("spawn")
@@ -96,24 +103,34 @@ class Side:
         self._pool = ProcessPoolExecutor(
             1, mp_context=spawn, initializer=_set_up, initargs=({**(environment or {})},)
         )
+        self._pid = self._pool.submit(os.getpid).result()
 
     def start(self) -> Future:
         """Start to build the program and to run it once; `finish` waits for it."""
         return self._pool.submit(_guarded, _prepare, self._make)
 
-    def finish(self, future: Future) -> tuple[str, float | None, float]:
+    def finish(
+        self, future: Future, timeout: float | None = None
+    ) -> tuple[str, float | None, float]:
         """Wait for a call that `start` returned.
+
+        Args:
+            future: The call.
+            timeout: Seconds to wait; None: no limit.
 
         Returns:
             The platform, the compile time as in `Program`, and the total time in seconds.
 
         Raises:
-            SideError: The call raised an exception, or the process ended.
+            SideError: The call raised an exception, the process ended, or the time is over.
         """
         try:
-            return future.result()
+            return future.result(timeout)
         except BrokenProcessPool:
             raise SideError("the process was aborted; its output has the reason") from None
+        except TimeoutError:
+            self.kill()
+            raise SideError("not ready in time") from None
 
     def seconds(self, count: int = 1) -> float:
         """Run `count` steps and return the mean time of one in seconds.
@@ -134,6 +151,12 @@ class Side:
             SideError: As in `finish`.
         """
         return self.finish(self._pool.submit(_guarded, function, *arguments))
+
+    def kill(self) -> None:
+        """Kill the process, which may be in the middle of a call."""
+        for child in multiprocessing.active_children():
+            if child.pid == self._pid:
+                child.kill()
 
     def close(self) -> None:
         """End the process, which frees its memory on the device."""
