@@ -103,7 +103,7 @@ class Side:
         self._pool = ProcessPoolExecutor(
             1, mp_context=spawn, initializer=_set_up, initargs=({**(environment or {})},)
         )
-        self._pid = self._pool.submit(os.getpid).result()
+        self._pid = self._pool.submit(os.getpid)
 
     def start(self) -> Future:
         """Start to build the program and to run it once; `finish` waits for it."""
@@ -155,7 +155,7 @@ class Side:
     def kill(self) -> None:
         """Kill the process, which may be in the middle of a call."""
         for child in multiprocessing.active_children():
-            if child.pid == self._pid:
+            if child.pid == self._pid.result():
                 child.kill()
 
     def close(self) -> None:

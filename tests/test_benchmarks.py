@@ -254,7 +254,6 @@ def test_a_side_that_is_not_ready_is_given_up():
 
 def test_rows_of_a_comparison(ctx, monkeypatch):
     """Times, ratios and shares of the peak; a side without memory is no failure, others are."""
-    monkeypatch.setattr(speed, "multiply_adds", lambda work: 10**9)
     notes = {"failing": "ValueError: no", "large": "OutOfMemoryError: CUDA out of memory."}
     times = speed.Times(
         seconds={"jaxvid": [0.1, 0.2, 0.3], "pytorch": [0.2, 0.3, 0.9]},
@@ -262,6 +261,7 @@ def test_rows_of_a_comparison(ctx, monkeypatch):
         ready={"jaxvid": 1.0, "pytorch": 2.0},
         notes=notes,
         matmul_peak=3e11,
+        clip_work=10**9,
     )
     monkeypatch.setattr(speed, "measure", lambda ctx, case: times)
     sides = ("jaxvid", "pytorch", "failing", "large")
@@ -331,14 +331,13 @@ def test_sides_take_turns_and_large_ones_are_measured_alone(ctx, monkeypatch):
         "large": "measured alone, for lack of memory",
     }
     assert times.peak_bytes == {"jaxvid": 1, "breaking": 1, "large": 1}
-    assert times.matmul_peak == 100.0
+    assert (times.matmul_peak, times.clip_work) == (100.0, 100.0)
     assert FakeSide.running == []
 
 
 def test_comparisons_without_time_are_named(tmp_path, monkeypatch):
     ctx = Context(FULL, tmp_path / "rows.jsonl", tmp_path, 1.5)
-    times = speed.Times({"jaxvid": [1.0]}, {}, {"jaxvid": 1.0}, {}, None)
-    monkeypatch.setattr(speed, "multiply_adds", lambda work: 1)
+    times = speed.Times({"jaxvid": [1.0]}, {}, {"jaxvid": 1.0}, {}, None, None)
     monkeypatch.setattr(speed, "measure", lambda ctx, case: time.sleep(0.6) or times)
     works = [Workload("stam_16", batch, "float32", False) for batch in (1, 2)]
     cases = [speed.Case(work, {"jaxvid": speed.Variant("jaxvid")}) for work in works]

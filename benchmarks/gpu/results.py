@@ -70,6 +70,8 @@ class Results:
 def format_results(about: dict[str, Any], goals: list[dict], steps: list[dict]) -> str:
     """Return the text of results.md."""
     lines = ["# Results", "", f"`{about['command']}`, started {about['started']} (UTC).", ""]
+    if about["size"] != "full":
+        lines += [f"Sizes: {about['size']}. The goals are for the sizes `full` on a GPU.", ""]
     lines += ["## Goals", "", *format_table(goals), "## Steps", ""]
     summary = [
         {
