@@ -215,7 +215,7 @@ def ctx(tmp_path) -> Context:
 
 def rows_of(ctx: Context, table: str) -> list[dict]:
     """Return the rows of a table of a context."""
-    entries = map(json.loads, ctx._results.read_text().splitlines())
+    entries = map(json.loads, ctx.results.read_text().splitlines())
     return [entry["row"] for entry in entries if entry["table"] == table]
 
 
@@ -351,7 +351,7 @@ def test_a_difference_above_the_bound_is_a_failure(ctx, monkeypatch):
     monkeypatch.setattr(parity, "DTYPES", ("float32",))
     name, (preset, fields) = next(iter(TINY.goldens.items()))
     wrong = {name: (preset, {**fields, "shift": "keys"})}
-    changed = Context(TINY._replace(goldens=wrong), ctx._results, ctx.work, 60.0)
+    changed = Context(TINY._replace(goldens=wrong), ctx.results, ctx.work, 60.0)
     parity.parity(changed)
     assert [failure.split(":")[0] for failure in changed.failures] == [name]
     parity.parity(ctx)

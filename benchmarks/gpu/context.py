@@ -1,4 +1,4 @@
-"""What a step of the benchmark knows, and how it reports its results."""
+"""Settings and results of a step of the benchmark."""
 
 import json
 import os
@@ -28,15 +28,15 @@ class Context:
 
     Attributes:
         size: Sizes of the measurements.
+        results: The file of the step's results.
         work: Folder of intermediate files.
         failures: Messages of failed measurements.
     """
 
     def __init__(self, size: Size, results: Path, work: Path, seconds: float):
         """Remove the results of an earlier run."""
-        self.size, self.work = size, work
+        self.size, self.results, self.work = size, results, work
         self.failures: list[str] = []
-        self._results = results
         self._end = time.monotonic() + seconds
         results.write_text("")
 
@@ -46,13 +46,13 @@ class Context:
         return self.size.threads or os.cpu_count() or 1
 
     def seconds_left(self) -> float:
-        """Return the time until the limit of the step, without a reserve for its end."""
+        """Return the time until the limit of the step, minus a second for its end."""
         return self._end - time.monotonic() - 1.0
 
     def add(self, table: str, row: dict[str, Any]) -> None:
         """Append a row to a table. Values that are not finite become None."""
         row = {column: _plain(value) for column, value in row.items()}
-        with self._results.open("a", encoding="utf-8") as file:
+        with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"table": table, "row": row}) + "\n")
 
     def fail(self, title: str, message: str) -> str:
