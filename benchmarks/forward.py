@@ -10,67 +10,55 @@ the median of the paired ratios. Each side runs in its own process. PyTorch runs
 """
 
 import argparse
+import contextlib
 import functools
-import multiprocessing
 import os
-import resource
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-THREADS = 2
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory to PyTorch
-# Keep freed memory in the process (glibc). Otherwise each step would allocate fresh memory. A
-# virtual machine may take seconds to provide a GB, which would be counted as time of the step.
-os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 40))
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from benchmarks.cost import multiply_adds
-from jaxvid.models import Params, create_model, make_model_config, merge_params, split_params
-from jaxvid.models.precision import ACTIVATIONS, DTYPES, PRECISIONS
+from benchmarks.peak import matmul_peak
+from benchmarks.turns import THREADS, Program, Side, Workload, resident_peak
+from jaxvid.models import ModelConfig, Params, abstract_model, make_model_config, merge_params
+from jaxvid.models.precision import ACTIVATIONS, DTYPES
 from jaxvid.training.steps import cross_entropy
 
 
-def matmul_peak(dtype: str) -> float:
-    """Measure the highest rate of a large matrix product in JAX, in multiply-adds per second."""
-    n = 8192 if jax.default_backend() == "gpu" else 2048
-    a = jnp.ones((n, n), ACTIVATIONS[dtype])
-    product = jax.jit(functools.partial(jnp.matmul, precision=PRECISIONS[dtype]))
-    product(a, a).block_until_ready()
-    best = 0.0
-    for _ in range(10):
-        start = time.perf_counter()
-        product(a, a).block_until_ready()
-        best = max(best, n**3 / (time.perf_counter() - start))
-    return best
+def make_config(work: Workload, **overrides) -> ModelConfig:
+    """Return the config of the model, without dropout: both sides do the same arithmetic."""
+    fields = {"dtype": work.dtype, "dropout": 0.0, **dict(work.fields), **overrides}
+    return make_model_config(work.model, **fields)
 
 
-def make_inputs(args: argparse.Namespace, **overrides) -> tuple[object, np.ndarray, np.ndarray]:
-    """Return a newly initialised network, clips and labels; they are equal in every process."""
-    # Without dropout, both sides do the same arithmetic.
-    model = create_model(args.model, dtype=args.dtype, dropout=0.0, **overrides)
-    cfg = model.config
-    shape = (args.batch, cfg.num_frames, cfg.image_size, cfg.image_size, 3)
-    clip = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    return model, clip, np.arange(args.batch) % cfg.num_classes
+def make_inputs(config: ModelConfig, batch: int) -> tuple[Params, np.ndarray, np.ndarray]:
+    """Return random weights, clips and labels, which are equal in every process."""
+    rng = np.random.default_rng(0)
+    params = {}
+    for name, leaf in abstract_model(config)[1].items():
+        noise = 0.02 * rng.standard_normal(leaf.shape, np.float32)
+        params[name] = 1 + noise if name.endswith(".scale") else noise
+    shape = (batch, config.num_frames, config.image_size, config.image_size, 3)
+    return params, rng.standard_normal(shape, np.float32), np.arange(batch) % config.num_classes
 
 
-def make_jax(args: argparse.Namespace, **overrides) -> Callable[[], None]:
-    """Return a function that runs one step of jaxvid's model and waits for the result."""
-    model, clip, label = make_inputs(args, **overrides)
-    graphdef, params = split_params(model)
-    clip, label = jnp.asarray(clip), jnp.asarray(label)
+def make_jax(work: Workload, **overrides) -> Program:
+    """Return the program of jaxvid's model.
+
+    Args:
+        work: The model, the batch size and the kind of step.
+        **overrides: Fields of the model's config.
+    """
+    config = make_config(work, **overrides)
+    graphdef, _ = abstract_model(config)
+    params, clip, label = jax.device_put(make_inputs(config, work.batch))
     optimizer = optax.sgd(1e-4)
 
     def forward(params: Params, clip: jax.Array, label: jax.Array) -> jax.Array:
@@ -84,53 +72,102 @@ def make_jax(args: argparse.Namespace, **overrides) -> Callable[[], None]:
         updates, _ = optimizer.update(grads, optimizer.init(params), params)
         return optax.apply_updates(params, updates)
 
-    step = jax.jit(train, donate_argnums=0) if args.train else jax.jit(forward)
+    step = jax.jit(train, donate_argnums=0) if work.train else jax.jit(forward)
     start = time.perf_counter()
     step = step.lower(params, clip, label).compile()
-    print(f"jaxvid: traced and compiled in {time.perf_counter() - start:.1f} s", flush=True)
+    compile_seconds = time.perf_counter() - start
     state = [params]
 
-    def run() -> None:
-        out = jax.block_until_ready(step(state[0], clip, label))
-        if args.train:
-            state[0] = out
+    def run(count: int) -> None:
+        for _ in range(count):
+            out = step(state[0], clip, label)
+            if work.train:
+                state[0] = out
+        jax.block_until_ready(out)
 
-    return run
+    return Program(run, peak_memory, jax.default_backend(), compile_seconds)
 
 
-def make_torch(args: argparse.Namespace) -> Callable[[], None]:
-    """Return a function that runs one step of the PyTorch reference on the same weights."""
+def peak_memory() -> int:
+    """Return the peak memory of this process in bytes, on the GPU if there is one."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", resident_peak())
+
+
+class TorchOptions(NamedTuple):
+    """How PyTorch runs the reference.
+
+    Attributes:
+        mode: `eager`, a mode of `torch.compile` (`default`, `reduce-overhead`, `max-autotune`), or
+            empty: `default` on a GPU, and `eager` without fused attention on a CPU. On a CPU,
+            `default` means `eager`, and other modes trace the model without generating code.
+        attention: Name of a backend of `scaled_dot_product_attention`, e.g. `flash_attention`;
+            empty: PyTorch chooses.
+        channels_last: Whether the weights of the patch embedding have the format `channels_last`.
+    """
+
+    mode: str = ""
+    attention: str = ""
+    channels_last: bool = False
+
+
+DEFAULT_TORCH = TorchOptions()
+
+
+def make_torch(work: Workload, options: TorchOptions = DEFAULT_TORCH) -> Program:
+    """Return the program of the PyTorch reference on the same weights."""
     import torch
+    import torch.nn.attention
 
     from convert.flax_to_torch import to_state_dict
     from convert.torch_reference import build_reference
 
-    model, clip, label = make_inputs(args)
-    on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
+    jax.config.update("jax_platforms", "cpu")  # leave the memory of the GPU to PyTorch
+    config = make_config(work)
+    params, clip, label = make_inputs(config, work.batch)
+    on_gpu = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
     device = "cuda" if on_gpu else "cpu"
-    dtype = getattr(torch, ACTIVATIONS[args.dtype])
-    torch.backends.cuda.matmul.allow_tf32 = args.dtype == "tfloat32"
+    dtype = getattr(torch, ACTIVATIONS[work.dtype])
+    torch.backends.cuda.matmul.allow_tf32 = work.dtype == "tfloat32"
+    torch.backends.cudnn.allow_tf32 = work.dtype == "tfloat32"  # the patch embedding
     torch.set_num_threads(THREADS)
-    reference = build_reference(model.config, fused=on_gpu).to(device)
-    reference.load_state_dict(to_state_dict(split_params(model)[1], model.config), strict=True)
+    reference = build_reference(config, fused=on_gpu or bool(options.mode)).to(device)
+    reference.load_state_dict(to_state_dict(params, config), strict=True)
+    if options.channels_last:
+        reference = reference.to(memory_format=torch.channels_last)
     clip, label = torch.tensor(clip, device=device), torch.tensor(label, device=device).long()
-    call = torch.compile(reference) if on_gpu else reference
-    optimizer = torch.optim.SGD(reference.parameters(), lr=1e-4)
+    mode = options.mode or ("default" if on_gpu else "eager")
+    call = reference
+    if mode != "eager" and (on_gpu or mode != "default"):
+        compiler = {"mode": mode} if on_gpu else {"backend": "eager"}
+        call = torch.compile(reference, dynamic=False, **compiler)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=1e-4, fused=on_gpu)
 
-    def run() -> None:
-        with (
-            torch.set_grad_enabled(args.train),
-            torch.autocast(device, dtype, dtype != torch.float32),
-        ):
-            logits = call(clip)
-        if args.train:
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(logits.float(), label).backward()
-            optimizer.step()
+    def attention_backend() -> contextlib.AbstractContextManager:
+        if not options.attention:
+            return contextlib.nullcontext()
+        backend = getattr(torch.nn.attention.SDPBackend, options.attention.upper())
+        return torch.nn.attention.sdpa_kernel(backend)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            if mode in ("reduce-overhead", "max-autotune"):
+                torch.compiler.cudagraph_mark_step_begin()
+            with (
+                torch.set_grad_enabled(work.train),
+                torch.autocast(device, dtype, dtype != torch.float32),
+                attention_backend(),
+            ):
+                logits = call(clip)
+            if work.train:
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(logits.float(), label).backward()
+                optimizer.step()
         if on_gpu:
             torch.cuda.synchronize()
 
-    return run
+    peak = torch.cuda.max_memory_allocated if on_gpu else resident_peak
+    return Program(run, peak, "gpu" if on_gpu else "cpu", None)
 
 
 SIDES = {
@@ -138,32 +175,6 @@ SIDES = {
     "pytorch": make_torch,
     "unshifted": functools.partial(make_jax, shift="none"),
 }
-_run: Callable[[], None]  # the step of the side that this process runs
-
-
-def prepare(side: str, args: argparse.Namespace) -> None:
-    """Build the step of a side and run it once, in the side's process."""
-    global _run
-    _run = SIDES[side](args)
-    _run()
-
-
-def seconds() -> float:
-    """Return the wall time of one step in seconds, in the side's process."""
-    start = time.perf_counter()
-    _run()
-    return time.perf_counter() - start
-
-
-def peak_memory(side: str) -> float:
-    """Return the peak memory of the side's process in bytes, on the GPU if there is one."""
-    if jax.default_backend() == "gpu":
-        if side != "pytorch":
-            return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
@@ -189,30 +200,31 @@ def main() -> None:
         help="what to compare with; nothing: run jaxvid alone (default pytorch)",
     )
     args = parser.parse_args()
+    work = Workload(args.model, args.batch, args.dtype, args.train)
     config = make_model_config(args.model)
 
-    spawn = multiprocessing.get_context("spawn")
-    sides = ["jaxvid"] if args.against == "nothing" else ["jaxvid", args.against]
-    pools = {side: ProcessPoolExecutor(1, mp_context=spawn) for side in sides}
-    for side, pool in pools.items():
-        pool.submit(prepare, side, args).result()
+    names = ["jaxvid"] if args.against == "nothing" else ["jaxvid", args.against]
+    sides = {name: Side(functools.partial(SIDES[name], work)) for name in names}
+    for name, side in sides.items():
+        _, compile_seconds, _ = side.finish(side.start())
+        if compile_seconds is not None:
+            print(f"{name}: traced and compiled in {compile_seconds:.1f} s", flush=True)
     times = np.array(
-        [[pool.submit(seconds).result() for pool in pools.values()] for _ in range(args.pairs)]
+        [[side.seconds() for side in sides.values()] for _ in range(args.pairs)]
     )  # (pairs sides)
-    memory = [pool.submit(peak_memory, side).result() for side, pool in pools.items()]
-    peak = pools["jaxvid"].submit(matmul_peak, args.dtype).result()
-    for pool in pools.values():
-        pool.shutdown()
+    memory = [side.peak_bytes() for side in sides.values()]
+    peak = sides["jaxvid"].call(matmul_peak, args.dtype)
+    for side in sides.values():
+        side.close()
 
-    work = args.batch * multiply_adds(config) * (3 if args.train else 1)
-    title = "training step" if args.train else "forward pass"
+    clip_work = args.batch * multiply_adds(config) * (3 if args.train else 1)
     kind = jax.devices()[0].device_kind
-    print(f"{args.model}, {title}, {args.batch} clip(s), {args.dtype}, {kind}")
+    print(f"{args.model}, {work.title}, {args.batch} clip(s), {args.dtype}, {kind}")
     print(f"matmul peak {peak / 1e9:.0f} · 10⁹ multiply-adds/s")
-    for side, median, bytes_ in zip(sides, np.median(times, axis=0), memory, strict=True):
-        share = 100 * work / median / peak
+    for name, median, bytes_ in zip(names, np.median(times, axis=0), memory, strict=True):
+        share = 100 * clip_work / median / peak
         speed = f"{args.batch / median:7.3f} clips/s, {share:3.0f} % of the matmul peak"
-        print(f"{side:9} {speed}, {bytes_ / 1e9:.1f} GB at the peak")
+        print(f"{name:9} {speed}, {bytes_ / 1e9:.1f} GB at the peak")
     if len(sides) == 2:
         ratios = times[:, 1] / times[:, 0]
         spread = f"median of {args.pairs} pairs, {ratios.min():.2f} to {ratios.max():.2f}"

@@ -4,6 +4,7 @@ python benchmarks/train.py                       the demo's model: one repeated 
 python benchmarks/train.py --trace               also trace the device, and add `read at once`
 python benchmarks/train.py --input pack --input folder           a pack and H.264 files
 python benchmarks/train.py --config FILE.py --config.FIELD=VALUE         a different model
+python benchmarks/train.py --json FILE.json                      also write the table as JSON
 
 Clips are generated and packed. The input `synthetic` repeats one batch of the pack. All inputs are
 measured in one training run, whose batches come from the inputs in turns of several steps. The
@@ -22,13 +23,15 @@ import contextlib
 import functools
 import io
 import itertools
-import resource
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,10 +39,14 @@ sys.path.insert(0, str(ROOT))
 import jax
 import numpy as np
 from absl import app, flags, logging
-from jax.profiler import ProfileData, TraceAnnotation
+from jax.profiler import TraceAnnotation
 
 from benchmarks.cost import multiply_adds
+from benchmarks.peak import matmul_peak
+from benchmarks.trace import busy_time, read_trace
+from benchmarks.turns import resident_peak
 from jaxvid import cli
+from jaxvid.atomic import write_json
 from jaxvid.data import synthetic_motion
 from jaxvid.data.formats.pack_writer import Settings
 from jaxvid.data.pipeline import make_train_iter
@@ -60,6 +67,10 @@ INPUT = flags.DEFINE_multi_enum(
 STEPS = flags.DEFINE_integer("steps", 20, "Counted steps per turn.", lower_bound=1)
 TURNS = flags.DEFINE_integer("turns", 5, "Turns per side.", lower_bound=1)
 TRACE = flags.DEFINE_boolean("trace", False, "Also trace, and add the side `read at once`.")
+CLIPS_FOLDER = flags.DEFINE_string(
+    "clips", None, "Folder of the generated clips, which is kept and reused. Default: temporary."
+)
+JSON = flags.DEFINE_string("json", None, "File to which the table is written as JSON.")
 CLIPS = 128  # training clips of 72 px as in the demo, for models with an input of at most 72 px
 VIDEOS = 4  # training videos of 340 × 256 px, for models with a larger input
 TRACED_STEPS = 10  # traced steps per side
@@ -135,21 +146,25 @@ def make_plan(config: Config) -> Plan:
 
 
 def make_clips(folder: Path, config: Config) -> None:
-    """Generate videos, and write them as files and as a pack.
+    """Generate videos, and write them as files and as a pack, unless the folder has the pack.
 
     Args:
         folder: Folder in which `folder/` and `pack/` are created.
         config: The config of the run.
     """
+    if (folder / "pack" / "report.json").exists():
+        return
     clips = folder / "folder"
     if config.model.image_size <= synthetic_motion.SIZE:
         synthetic_motion.make_motion(clips, num_train=CLIPS, num_val=8, seed=0)
     else:
         from benchmarks.data import write_video  # sets the number of threads when imported
 
-        clips.mkdir()
-        for i in range(VIDEOS):
-            write_video(clips / f"{i}.mp4", 340, 256, seed=i)
+        clips.mkdir(parents=True, exist_ok=True)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(VIDEOS, os.cpu_count()), mp_context=spawn) as pool:
+            paths = [clips / f"{i}.mp4" for i in range(VIDEOS)]
+            list(pool.map(write_video, paths, [340] * VIDEOS, [256] * VIDEOS, range(VIDEOS)))
         for split in ("train", "val"):
             (clips / f"{split}.csv").write_text("".join(f"{i}.mp4 {i}\n" for i in range(VIDEOS)))
     labels = "".join(f"class {i}\n" for i in range(config.model.num_classes))
@@ -206,8 +221,7 @@ class TimedInput:
 def peak_memory() -> int:
     """Return the peak memory in bytes: the device's, or the process's if the former is unknown."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return stats.get("peak_bytes_in_use", resident)
+    return stats.get("peak_bytes_in_use", resident_peak())
 
 
 def make_timed_input(
@@ -267,39 +281,20 @@ def busy_shares(folder: Path, plan: Plan) -> dict[str, float]:
         Name of a side → the share of time in which the device is busy, from the first counted draw
         of the side to its last draw. Several GPUs are averaged.
     """
-    (path,) = folder.glob("**/*.xplane.pb")
-    planes = {plane.name: plane for plane in ProfileData.from_file(str(path)).planes}
-    host = [event for line in planes["/host:CPU"].lines for event in line.events]
-    devices = [
-        [e for line in plane.lines if line.name.startswith("Stream") for e in line.events]
-        for name, plane in planes.items()
-        if name.startswith("/device:GPU")
-    ]
-    if not devices:  # no GPU: the programs on the CPU
-        devices = [[event for event in host if event.name.startswith("ThunkExecutor::Execute")]]
-    spans = [np.array(sorted((e.start_ns, e.end_ns) for e in events)) for events in devices]
-    shares = {}
+    trace, shares = read_trace(folder), {}
     for side in plan.sides:
-        draws = sorted(event.start_ns for event in host if event.name == side.name)
+        draws = sorted(event.start for event in trace.host if event.name == side.name)
         start, end = draws[FILLING_STEPS], draws[-1]
-        busy = [busy_time(np.clip(device, start, end)) for device in spans]
+        busy = [busy_time(events, start, end) for events in trace.programs]
         shares[side.name] = float(np.mean(busy)) / (end - start)
     return shares
-
-
-def busy_time(spans: np.ndarray) -> float:
-    """Return the length of the union of spans `(n, 2)` that are sorted by their starts."""
-    starts, ends = spans.T
-    ends = np.maximum.accumulate(ends)
-    idle = np.maximum(starts[1:] - ends[:-1], 0).sum()
-    return ends[-1] - starts[0] - idle
 
 
 # ------------------------------------------------------------------ table
 
 
-def print_table(plan: Plan, timed: TimedInput, busy: dict[str, float], work: float) -> None:
-    """Print one line per side and one per comparison.
+def make_rows(plan: Plan, timed: TimedInput, busy: dict[str, float], work: float) -> list[dict]:
+    """Return the row of each side.
 
     Args:
         plan: The plan of the run.
@@ -311,23 +306,47 @@ def print_table(plan: Plan, timed: TimedInput, busy: dict[str, float], work: flo
     seconds = plan.counted(np.diff(before))  # (turns sides steps)
     waited = plan.counted((after - before)[:-1])
     python = plan.counted(cpu_before[1:] - cpu_after[:-1])
-    titles = ("clips/s", "ms per step, 10 to 90 %", "of the peak", "input wait", "python", "busy")
-    print(f"{'':20}" + "{:>8} {:>26} {:>12} {:>11} {:>9} {:>7}".format(*titles))
+    means = {side.name: seconds[:, i].mean(axis=-1) for i, side in enumerate(plan.sides)}
+    rows = []
     for i, side in enumerate(plan.sides):
         median, low, high = 1e3 * np.quantile(seconds[:, i], (0.5, 0.1, 0.9))
         rate = np.median(1 / seconds[:, i].mean(axis=-1))  # steps per second
-        share = waited[:, i].sum() / seconds[:, i].sum()
-        spread = f"{median:.1f} ({low:.1f} to {high:.1f})"
-        line = f"{side.name:20}{CONFIG.value.batch_size * rate:8.2f} {spread:>26}"
-        line += f" {100 * work * rate:10.0f} % {100 * share:9.2f} %"
-        line += f" {1e3 * np.median(python[:, i]):6.1f} ms"
-        print(line + (f" {100 * busy[side.name]:5.1f} %" if busy else f" {'–':>7}"))
-    means = {side.name: seconds[:, i].mean(axis=-1) for i, side in enumerate(plan.sides)}
-    for side in plan.sides:
+        row = {
+            "side": side.name,
+            "clips/s": CONFIG.value.batch_size * rate,
+            "ms per step": median,
+            "10 % quantile (ms)": low,
+            "90 % quantile (ms)": high,
+            "of the peak (%)": 100 * work * rate,
+            "input wait (%)": 100 * waited[:, i].sum() / seconds[:, i].sum(),
+            "python (ms)": 1e3 * np.median(python[:, i]),
+            "busy (%)": 100 * busy[side.name] if busy else None,
+        }
         if side.name != side.other:
             ratios = means[side.other] / means[side.name]
-            spread = f"median of {len(ratios)} pairs, {ratios.min():.2f} to {ratios.max():.2f}"
-            print(f"{side.name} is {np.median(ratios):.2f} × as fast as {side.other} ({spread})")
+            row |= {"other side": side.other, "speed-up": np.median(ratios)}
+            row |= {"pairs": len(ratios), "lowest": ratios.min(), "highest": ratios.max()}
+        rows.append({name: x.item() if isinstance(x, np.generic) else x for name, x in row.items()})
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print one line per side and one per comparison."""
+    titles = ("clips/s", "ms per step, 10 to 90 %", "of the peak", "input wait", "python", "busy")
+    print(f"{'':20}" + "{:>8} {:>26} {:>12} {:>11} {:>9} {:>7}".format(*titles))
+    for row in rows:
+        spread = f"{row['ms per step']:.1f} "
+        spread += f"({row['10 % quantile (ms)']:.1f} to {row['90 % quantile (ms)']:.1f})"
+        line = f"{row['side']:20}{row['clips/s']:8.2f} {spread:>26}"
+        line += f" {row['of the peak (%)']:10.0f} % {row['input wait (%)']:9.2f} %"
+        line += f" {row['python (ms)']:6.1f} ms"
+        busy = row["busy (%)"]
+        print(line + (f" {'–':>7}" if busy is None else f" {busy:5.1f} %"))
+    for row in rows:
+        if "other side" in row:
+            spread = f"median of {row['pairs']} pairs, {row['lowest']:.2f} to {row['highest']:.2f}"
+            ratio = f"{row['speed-up']:.2f} × as fast as {row['other side']}"
+            print(f"{row['side']} is {ratio} ({spread})")
 
 
 def main(_) -> None:
@@ -337,13 +356,13 @@ def main(_) -> None:
     plan = make_plan(config)
     try:
         with tempfile.TemporaryDirectory() as folder:
+            folder = Path(CLIPS_FOLDER.value or folder)
             with contextlib.redirect_stderr(io.StringIO()):
-                make_clips(Path(folder), config)
-            timed, busy = run(config, plan, Path(folder))
+                make_clips(folder, config)
+            timed, busy = run(config, plan, folder)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(InputError.EXIT_CODE)
-    from benchmarks.forward import matmul_peak  # sets memory options when imported
 
     peak = matmul_peak(config.model.dtype)
     device, count = jax.devices()[0], jax.device_count()
@@ -356,7 +375,10 @@ def main(_) -> None:
         f"memory {timed.peak_bytes / 1e9:.2f} GB at the peak"
     )
     work = 3 * config.batch_size * multiply_adds(make_model_config(**config.model)) / peak
-    print_table(plan, timed, busy, work / (1 if device.platform == "cpu" else count))
+    rows = make_rows(plan, timed, busy, work / (1 if device.platform == "cpu" else count))
+    print_table(rows)
+    if JSON.value:
+        write_json(Path(JSON.value), rows)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from convert import rules
-from jaxvid.models import merge_params
+from jaxvid.models import ModelConfig, Params, abstract_model, merge_params
 from tests.golden.synthetic import synthetic_clip, synthetic_param
 
 FOLDER = Path(__file__).parent / "golden"
@@ -21,6 +21,40 @@ def load(name: str) -> dict:
         golden[key] = json.loads(str(golden[key]))
     golden["clip"] = synthetic_clip(tuple(golden["clip_shape"]), int(golden["clip_seed"]))
     return golden
+
+
+def load_full(name: str) -> dict:
+    """Return the arrays of a full-size golden file and its `clip`; `name` is the model's preset."""
+    with np.load(FOLDER / "full" / f"{name}.npz") as arrays:
+        golden = dict(arrays)
+    golden["clip"] = synthetic_clip(tuple(golden["clip_shape"]), int(golden["clip_seed"]))
+    return golden
+
+
+def outputs(config: ModelConfig, params: Params, clip: np.ndarray) -> dict[str, jax.Array]:
+    """Return the `logits`, `frame_features` and `video_features` of a network."""
+    graphdef, _ = abstract_model(config)
+
+    @jax.jit
+    def run(params: Params, clip: jax.Array) -> dict[str, jax.Array]:
+        model = merge_params(graphdef, params)
+        features = model.features(clip)
+        return {
+            "logits": model(clip),
+            "frame_features": features["frames"],
+            "video_features": features["video"],
+        }
+
+    return run(params, clip)
+
+
+def differences(golden: dict, outputs: dict[str, jax.Array]) -> dict[str, float]:
+    """Return the largest difference of each output that the golden file has."""
+    return {
+        name: float(abs(np.asarray(output, np.float32) - golden[name]).max())
+        for name, output in outputs.items()
+        if name in golden
+    }
 
 
 def params(abstract: dict, seed: int) -> dict:

@@ -41,7 +41,7 @@ LANGUAGES = ("bash", "python", "text")
 # still checked.
 NOT_RUN = {
     r"make ": "installs packages, or runs these tests",
-    r"python3 -m venv |\.venv/bin/pip ": "installs packages",
+    r"python3 -m (venv|pip) |\.venv/bin/pip ": "installs packages",
     r"srun ": "needs a Slurm cluster",
     r"python main\.py .*--num_processes 2 ": "waits for a second process; "
     "tests/distributed starts both processes",
@@ -50,6 +50,8 @@ NOT_RUN = {
     "released weights; tests/test_full.py converts files with the same names and shapes",
     r"python benchmarks/(forward|data|train|windows)\.py": "takes minutes and an idle machine; "
     "tests/test_benchmarks.py runs them on small input",
+    r"python -m benchmarks\.gpu ": "takes minutes and a GPU; tests/test_benchmarks.py runs it on "
+    "a CPU with tiny sizes",
     r"python -m tests\.mutation ": "needs mutmut and takes minutes",
 }
 
@@ -161,7 +163,9 @@ def check_command(command: str, monkeypatch) -> None:
         return
     assert PYTHON.match(command), command
     module, arguments = program_of(arguments)
-    source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    path = ROOT / module.replace(".", "/")
+    path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    source = path.read_text(encoding="utf-8")
     if module.startswith(("benchmarks.", "tests.")):  # importing these changes the environment
         for argument in arguments:
             if argument.startswith("--"):

@@ -34,28 +34,14 @@ def manifest(name: str) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_full_size_models_equal_the_original_programs(name):
-    with np.load(goldens.FOLDER / f"full/{name}.npz") as arrays:
-        golden = dict(arrays)
-    graphdef, abstract = abstract_model(make_model_config(name))
+    golden, config = goldens.load_full(name), make_model_config(name)
+    _, abstract = abstract_model(config)
     shapes = {rules.torch_key(key): rules.torch_shape(key, v.shape) for key, v in abstract.items()}
     # The original program of XViT does not use the layer `new_fc`.
     assert shapes == {k: v for k, v in manifest(name).items() if not k.startswith("new_fc.")}
     params = goldens.params(abstract, int(golden["seed"]))
-    clip = synthetic_clip(tuple(golden["clip_shape"]), int(golden["clip_seed"]))
-
-    @jax.jit
-    def run(params, clip):
-        model = merge_params(graphdef, params)
-        return model(clip), model.features(clip)
-
-    logits, features = run(params, clip)
-    differences = {
-        "logits": abs(logits - golden["logits"]).max(),
-        "frame features": abs(features["frames"] - golden["frame_features"]).max(),
-    }
-    if "video_features" in golden:
-        differences["video features"] = abs(features["video"] - golden["video_features"]).max()
-    print(name, {output: f"{float(value):.1e}" for output, value in differences.items()})
+    differences = goldens.differences(golden, goldens.outputs(config, params, golden["clip"]))
+    print(name, {output: f"{value:.1e}" for output, value in differences.items()})
     assert max(differences.values()) <= 1e-4
 
 
