@@ -3,6 +3,7 @@
 python benchmarks/forward.py --model stam_16                          forward pass
 python benchmarks/forward.py --model xvit_k600 --train                forward, backward, SGD step
 python benchmarks/forward.py --model xvit_k600 --against unshifted    cost of the temporal shift
+python benchmarks/forward.py --train --against scan=off               another value of a field
 
 Prints clips/s and peak memory of both sides, the share of the machine's measured matmul peak, and
 the median of the paired ratios. Each side runs in its own process. PyTorch runs
@@ -28,6 +29,7 @@ from benchmarks.cost import multiply_adds
 from benchmarks.peak import matmul_peak
 from benchmarks.turns import THREADS, Program, Side, Workload, resident_peak
 from jaxvid.models import ModelConfig, Params, abstract_model, make_model_config, merge_params
+from jaxvid.models.implementation import CHOICES
 from jaxvid.models.precision import ACTIVATIONS, DTYPES
 from jaxvid.training.steps import cross_entropy
 
@@ -192,19 +194,24 @@ def main() -> None:
         "--train", action="store_true", help="time training steps instead of forward passes"
     )
     parser.add_argument("--pairs", type=int, default=7, help="timed pairs (default 7)")
-    others = (*list(SIDES)[1:], "nothing")
     parser.add_argument(
         "--against",
         default="pytorch",
-        choices=others,
-        help="what to compare with; nothing: run jaxvid alone (default pytorch)",
+        help="what to compare with: pytorch, unshifted, nothing, or FIELD=VALUE of attention, scan "
+        "or remat (default pytorch)",
     )
     args = parser.parse_args()
     work = Workload(args.model, args.batch, args.dtype, args.train)
     config = make_model_config(args.model)
 
     names = ["jaxvid"] if args.against == "nothing" else ["jaxvid", args.against]
-    sides = {name: Side(functools.partial(SIDES[name], work)) for name in names}
+    field, _, value = args.against.partition("=")
+    if value not in CHOICES.get(field, ()) and args.against not in ("nothing", *SIDES):
+        parser.error(f"--against {args.against}: there is no such side; see --help")
+    programs = dict(SIDES)
+    if value:
+        programs[args.against] = functools.partial(make_jax, **{field: value})
+    sides = {name: Side(functools.partial(programs[name], work)) for name in names}
     for name, side in sides.items():
         _, compile_seconds, _ = side.finish(side.start())
         if compile_seconds is not None:
@@ -224,7 +231,7 @@ def main() -> None:
     for name, median, bytes_ in zip(names, np.median(times, axis=0), memory, strict=True):
         share = 100 * clip_work / median / peak
         speed = f"{args.batch / median:7.3f} clips/s, {share:3.0f} % of the matmul peak"
-        print(f"{name:9} {speed}, {bytes_ / 1e9:.1f} GB at the peak")
+        print(f"{name:16} {speed}, {bytes_ / 1e9:.1f} GB at the peak")
     if len(sides) == 2:
         ratios = times[:, 1] / times[:, 0]
         spread = f"median of {args.pairs} pairs, {ratios.min():.2f} to {ratios.max():.2f}"

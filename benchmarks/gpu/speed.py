@@ -14,13 +14,8 @@ import numpy as np
 from benchmarks.gpu.context import NOT_RUN, Context
 from benchmarks.turns import Program, Side, SideError, Workload
 from jaxvid.errors import memory_problem
+from jaxvid.models.implementation import CHOICES
 
-# Fields of a model's config → their values, which are measured one by one.
-CHOICES = {
-    "attention": ("matmul", "xla", "cudnn"),
-    "scan": ("on", "off"),
-    "remat": ("none", "dots", "full"),
-}
 # Options of PyTorch (`benchmarks.forward.TorchOptions`).
 TORCH_OPTIONS = {
     "pytorch, reduce-overhead": {"mode": "reduce-overhead"},
@@ -296,6 +291,8 @@ def choice(ctx: Context, *, field: str) -> None:
         for model in (-1, 0):
             work = size.workload(model, train)
             for value in CHOICES[field]:
+                if value == "auto":
+                    continue
                 variants = {"preset": Variant("jaxvid")}
                 variants[f"{field}={value}"] = Variant("jaxvid", {field: value})
                 cases.append(Case(work, variants))
