@@ -272,6 +272,7 @@ def test_rows_of_a_comparison(ctx, monkeypatch):
     assert first["clips/s"] == pytest.approx(20.0)
     assert first["TFLOP/s"] == pytest.approx(0.12)  # 20 clips/s · 3 passes · 2 · 10⁹
     assert first["of the peak (%)"] == pytest.approx(20.0)
+    assert first["matmul peak (TFLOP/s)"] == pytest.approx(0.6)
     assert first["peak memory (GB)"] == 5.0
     assert first["command"] == (
         "python benchmarks/forward.py --model stam_16 --batch 4 --dtype bfloat16 --train"
