@@ -272,6 +272,7 @@ def test_rows_of_a_comparison(ctx, monkeypatch):
     assert first["clips/s"] == pytest.approx(20.0)
     assert first["TFLOP/s"] == pytest.approx(0.12)  # 20 clips/s · 3 passes · 2 · 10⁹
     assert first["of the peak (%)"] == pytest.approx(20.0)
+    assert first["matmul peak (TFLOP/s)"] == pytest.approx(0.6)
     assert first["peak memory (GB)"] == 5.0
     assert first["command"] == (
         "python benchmarks/forward.py --model stam_16 --batch 4 --dtype bfloat16 --train"
@@ -450,9 +451,11 @@ def test_tables_omit_empty_columns():
 
 
 def start_gpu_benchmark(folder: Path, *arguments: str) -> subprocess.Popen:
-    """Start `benchmarks.gpu` with tiny sizes."""
+    """Start `benchmarks.gpu` with tiny sizes, on one CPU device."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--size", "tiny", "--output", str(folder)]
-    return subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *arguments], **options)
 
 
 def test_a_terminated_run_keeps_its_results_and_ends_its_processes(tmp_path):

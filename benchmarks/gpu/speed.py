@@ -244,6 +244,7 @@ def _make_row(ctx: Context, case: Case, name: str, times: Times) -> dict[str, An
         row["TFLOP/s"] = 2 * rate / 1e12
         if times.matmul_peak:
             row["of the peak (%)"] = 100 * rate / times.matmul_peak
+            row["matmul peak (TFLOP/s)"] = 2 * times.matmul_peak / 1e12
     reference = next(iter(case.variants))
     if reference in times.seconds:
         pairs = min(len(seconds), len(times.seconds[reference]))
