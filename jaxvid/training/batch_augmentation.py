@@ -16,7 +16,7 @@ _ERASE_ATTEMPTS = 10
 def draw_boxes(
     shape: tuple[int, int, int],
     key: jax.Array,
-    probability: float = 0.5,
+    probability: float,
     *,
     area: tuple[float, float] = (0.02, 1 / 3),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
@@ -40,16 +40,16 @@ def draw_boxes(
     draws = jax.random.uniform(key_boxes, (2, b, _ERASE_ATTEMPTS))
     pixels = h * w * (area[0] + (area[1] - area[0]) * draws[0])  # (b attempts)
     log_aspect = math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * draws[1]
-    heights = jnp.round(jnp.sqrt(pixels * jnp.exp(log_aspect))).astype(int)
-    widths = jnp.round(jnp.sqrt(pixels * jnp.exp(-log_aspect))).astype(int)
+    heights = jnp.round(jnp.sqrt(pixels * jnp.exp(log_aspect)))
+    widths = jnp.round(jnp.sqrt(pixels * jnp.exp(-log_aspect)))
     fits = (heights <= h) & (widths <= w)
     first = fits.argmax(axis=1, keepdims=True)
     height = jnp.take_along_axis(heights, first, axis=1)[:, 0]
     width = jnp.take_along_axis(widths, first, axis=1)[:, 0]  # (b,)
     happens, down, right = jax.random.uniform(key_places, (3, b))
     happens = (happens < probability) & fits.any(axis=1)
-    top = jnp.floor(down * (h - height + 1)).astype(int)
-    left = jnp.floor(right * (w - width + 1)).astype(int)
+    top = jnp.floor(down * (h - height + 1))
+    left = jnp.floor(right * (w - width + 1))
     rows = _between(h, top, top + height)[:, :, None]
     columns = _between(w, left, left + width)[:, None, :]
     return rows & columns & happens[:, None, None]
@@ -60,7 +60,7 @@ def erase(video: jax.Array, boxes: jax.Array) -> jax.Array:
     return jnp.where(boxes[:, None, :, :, None], 0, video)
 
 
-def draw_permutation(key: jax.Array, size: int, groups: int = 1) -> jax.Array:
+def draw_permutation(key: jax.Array, size: int, groups: int) -> jax.Array:
     """Draw a permutation that exchanges elements only within consecutive groups of equal size.
 
     Args:
@@ -79,7 +79,7 @@ def draw_permutation(key: jax.Array, size: int, groups: int = 1) -> jax.Array:
     return (permute(jax.random.split(key, groups)) + starts).reshape(size)
 
 
-def permute(x: jax.Array, permutation: jax.Array, groups: int = 1) -> jax.Array:
+def permute(x: jax.Array, permutation: jax.Array, groups: int) -> jax.Array:
     """Return `x[permutation]` for a permutation of `draw_permutation`.
 
     If every group is on one device, no data is exchanged between devices.
@@ -95,8 +95,8 @@ def mixup(
     key: jax.Array,
     alpha: float,
     *,
-    groups: int = 1,
-    partners: Callable[[jax.Array], jax.Array] | None = None,
+    groups: int,
+    partners: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Blend each clip with another clip of the batch (Zhang et al., arXiv:1710.09412).
 
@@ -105,8 +105,7 @@ def mixup(
         key: Random key for the permutation and λ.
         alpha: λ is drawn from Beta(alpha, alpha), once per batch; 0: no mixing.
         groups: Clips are mixed within this number of groups, see `draw_permutation`.
-        partners: Function that returns `video[permutation]` for a permutation. By default, the
-            clips are permuted.
+        partners: Function that returns `video[permutation]` for a permutation.
 
     Returns:
         `λ · video + (1 - λ) · video[permutation]`; the permutation, `(b,)` integers; and λ. The
@@ -118,8 +117,7 @@ def mixup(
     key_lam, key_permutation = jax.random.split(key)
     lam = jax.random.beta(key_lam, alpha, alpha)
     permutation = draw_permutation(key_permutation, len(video), groups)
-    other = partners(permutation) if partners else permute(video, permutation, groups)
-    mixed = lam * video + (1 - lam) * other
+    mixed = lam * video + (1 - lam) * partners(permutation)
     return mixed.astype(video.dtype), permutation, lam
 
 
@@ -128,8 +126,8 @@ def cutmix(
     key: jax.Array,
     alpha: float,
     *,
-    groups: int = 1,
-    partners: Callable[[jax.Array], jax.Array] | None = None,
+    groups: int,
+    partners: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Paste a box of another clip into all frames of each clip (Yun et al., arXiv:1905.04899).
 
@@ -152,15 +150,14 @@ def cutmix(
     key_lam, key_permutation, key_place = jax.random.split(key, 3)
     side = jnp.sqrt(1 - jax.random.beta(key_lam, alpha, alpha))  # of the box, relative to the frame
     permutation = draw_permutation(key_permutation, len(video), groups)
-    other = partners(permutation) if partners else permute(video, permutation, groups)
-    height, width = jnp.floor(side * h).astype(int), jnp.floor(side * w).astype(int)
+    height, width = jnp.floor(side * h), jnp.floor(side * w)
     down, right = jax.random.uniform(key_place, (2,))  # centre of the box
-    top = jnp.floor(down * h).astype(int) - height // 2
-    left = jnp.floor(right * w).astype(int) - width // 2
+    top = jnp.floor(down * h) - height // 2
+    left = jnp.floor(right * w) - width // 2
     rows, columns = _between(h, top, top + height), _between(w, left, left + width)
     lam = 1 - rows.sum() * columns.sum() / (h * w)
     box = (rows[:, None] & columns[None])[None, None, :, :, None]
-    return jnp.where(box, other, video), permutation, lam
+    return jnp.where(box, partners(permutation), video), permutation, lam
 
 
 def _between(size: int, start: jax.Array, stop: jax.Array) -> jax.Array:

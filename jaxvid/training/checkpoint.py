@@ -38,8 +38,8 @@ class CheckpointPolicy:
         InputError: A field has an impossible value.
     """
 
-    every_epochs: float = 1.0
-    keep: int = 2
+    every_epochs: float
+    keep: int
 
     def __post_init__(self):
         for name in ("keep", "every_epochs"):
@@ -84,7 +84,7 @@ class CheckpointManager(ocp.CheckpointManager):
         again after their teardown.
         """
         self.join_checksum_thread()
-        self._checksum_thread = threading.Thread(target=self._write_checksums, name="checksums")
+        self._checksum_thread = threading.Thread(target=self._write_checksums)
         self._checksum_thread.start()
 
     def _write_checksums(self) -> None:
@@ -131,7 +131,6 @@ def make_manager(workdir: Path, *, keep: int) -> CheckpointManager:
     return CheckpointManager(
         (workdir / "checkpoints").resolve(),
         options=ocp.CheckpointManagerOptions(max_to_keep=keep),
-        item_names=("state", "data", "log"),
     )
 
 
@@ -184,7 +183,7 @@ def _not_written(manager: ocp.CheckpointManager, error: Exception) -> Exception:
         return error
     steps = ", ".join(map(str, find_steps(Path(manager.directory).parent))) or "none"
     refusal = InputError(
-        f"a checkpoint cannot be written to {manager.directory} ({one_line(error, 200)}); "
+        f"a checkpoint cannot be written to {manager.directory} ({one_line(error)}); "
         f"steps of complete checkpoints: {steps}; free disk space, then run the same command to "
         "resume"
     )
@@ -237,7 +236,7 @@ def restore_newest(
         except Exception as error:  # Orbax raises plain Exceptions
             if not _may_be_damage(error):
                 raise
-            reason = one_line(error, 200)
+            reason = one_line(error)
         manager.close()
         if is_intact:
             raise InputError(
@@ -281,7 +280,7 @@ def _restore_on_all_processes(
         if not _may_be_damage(error):
             raise
         failure = error
-    reason = failure and one_line(failure.__cause__ or failure, 200)
+    reason = failure and one_line(failure.__cause__ or failure)
     try:
         # Another process may wait for this one inside Orbax.
         reasons = collectives.gather(reason, RESTORE_SECONDS if reason else math.inf)

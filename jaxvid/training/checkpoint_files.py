@@ -16,8 +16,7 @@ _write_lock = threading.Lock()
 
 def find_steps(workdir: Path) -> list[int]:
     """Return the steps of a run's complete checkpoints, in ascending order."""
-    folder = workdir / "checkpoints"
-    return sorted(ocp.utils.checkpoint_steps(folder.resolve())) if folder.is_dir() else []
+    return sorted(ocp.utils.checkpoint_steps((workdir / "checkpoints").resolve()))
 
 
 def write_checksums(workdir: Path) -> None:
@@ -79,7 +78,7 @@ def check_files_on_all_processes(workdir: Path, step: int) -> bool:
     try:
         is_intact = check_files(workdir, step)
     except (ValueError, OSError) as error:
-        reason = one_line(error, 200)
+        reason = one_line(error)
     checks = collectives.gather([is_intact, reason])
     for _, reason in checks:
         if reason is not None:

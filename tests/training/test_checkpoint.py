@@ -1,6 +1,7 @@
 """Model folders and checkpoints: saving, restoring, and detection of damage."""
 
 import json
+import math
 import shutil
 import threading
 import time
@@ -14,7 +15,7 @@ import pytest
 
 import jaxvid
 from jaxvid import atomic
-from jaxvid.distributed import sharding
+from jaxvid.distributed import collectives, sharding
 from jaxvid.errors import InputError
 from jaxvid.models import FAMILIES, abstract_model, make_model_config, split_params
 from jaxvid.storage import model_card, model_folder
@@ -157,6 +158,30 @@ def test_a_full_or_read_only_disk_is_refused_at_the_start(tmp_path, monkeypatch)
         (workdir / name / "weights").write_bytes(bytes(1_100_000))
         outputs.check_writable(workdir, 2 * 10**6)
     outputs.check_writable(tmp_path / "a" / "b", 1000)
+
+
+def test_all_checkpoints_and_models_of_a_run_must_fit_on_the_disk(tmp_path, monkeypatch):
+    weights = jax.ShapeDtypeStruct((300, 1000), np.float32)
+    step = jax.ShapeDtypeStruct((), np.int32)
+    state = {"step": step, "params": {"kernel": weights}, "opt_state": {"momentum": weights}}
+    weight_bytes = 4 * 300 * 1000
+    # Three checkpoints, the weights of three model folders, and 1 MB for the other files.
+    need_bytes = 3 * (4 + 2 * weight_bytes) + 3 * weight_bytes + 1_000_000
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=need_bytes))
+    outputs.check_room(tmp_path, state, keep=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=need_bytes - 1))
+    with pytest.raises(InputError, match="12 MB free, but the outputs need 12 MB"):
+        outputs.check_room(tmp_path, state, keep=2)
+
+
+def test_impossible_policies_for_checkpoints_are_refused():
+    checkpoint.CheckpointPolicy(every_epochs=0.01, keep=1)
+    for name in ("every_epochs", "keep"):
+        for value in (-1, 0):
+            fields = {"every_epochs": 1.0, "keep": 2, name: value}
+            with pytest.raises(InputError, match=f"^checkpoint_{name}={value}: must be above 0$"):
+                checkpoint.CheckpointPolicy(**fields)
 
 
 def test_a_run_without_checkpoints_is_refused(tmp_path):
@@ -373,6 +398,82 @@ def test_intact_checkpoints_with_a_different_structure_are_not_moved(tmp_path):
     assert checkpoint.find_steps(tmp_path) == [3]
 
 
+@pytest.mark.parametrize(
+    ("cause", "reason"), [(None, "cannot be read"), (TypeError("not an array"), "not an array")]
+)
+def test_the_error_for_intact_checkpoints_contains_the_cause(cause, reason, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("cannot be read") from cause
+
+    save_steps(tmp_path, 3)
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    with pytest.raises(InputError, match=rf"intact, but cannot be restored \({reason}\); resume"):
+        restore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no memory"), InputError("no video"), jax.errors.JaxRuntimeError("INTERNAL: bug")],
+)
+def test_checkpoints_are_not_moved_after_errors_with_another_cause(error, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    save_steps(tmp_path, 3)
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    for _ in range(2):
+        with pytest.raises(type(error)) as raised:
+            restore(tmp_path)
+        assert raised.value is error
+        assert checkpoint.find_steps(tmp_path) == [3]
+        # Without checksums, the checkpoint may be damaged.
+        (tmp_path / "checkpoints.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("message", "processes", "expected"),
+    [
+        ("damaged", 1, True),
+        ("damaged", 2, True),
+        ("UNKNOWN: Gloo AllGather failed", 1, True),  # there is no other process
+        ("UNKNOWN: Gloo AllGather failed", 2, False),
+    ],
+)
+def test_failures_of_other_processes_do_not_count_as_damage_to_checkpoints(
+    message, processes, expected, monkeypatch
+):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    assert checkpoint._may_be_damage(ValueError(message)) == expected
+
+
+def test_checkpoints_that_only_this_process_cannot_restore_end_the_run(tmp_path, monkeypatch):
+    """The other process has restored the checkpoint's files and waits for this process in Orbax."""
+
+    def gather(value, seconds=math.inf):
+        if seconds < 600:
+            raise TimeoutError
+        return [value, value]
+
+    def fail(*_, **__):
+        raise ValueError("damaged")
+
+    save_steps(tmp_path, 3)
+    monkeypatch.setattr(collectives, "gather", gather)
+    assert restore(tmp_path) == (3, 30, 60)  # a process that succeeds waits without a limit
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    message = r"/checkpoints/3: this process cannot restore it \(damaged\), but another process can"
+    with pytest.raises(InputError, match=message):
+        restore(tmp_path)
+
+
+def test_older_checkpoints_can_be_restored(tmp_path):
+    save_steps(tmp_path, 2, 3)
+    resumables = counters(0, 0)
+    with checkpoint.make_manager(tmp_path, keep=2) as manager:
+        state = checkpoint._restore(manager, 2, abstract(tiny_state(0)), resumables)
+    assert (int(state["step"]), resumables["data"].value, resumables["log"].value) == (2, 20, 40)
+
+
 def test_checkpoints_without_checksums_are_restored(tmp_path):
     save_steps(tmp_path, 3)
     (tmp_path / "checkpoints.json").write_text("{")  # the run was killed while it wrote the file
@@ -401,7 +502,7 @@ def test_the_error_of_a_failed_save_lists_the_complete_checkpoints(tmp_path, mon
     def fail(*_, **__):
         raise OSError("no space")
 
-    message = r"cannot be written to .*no space.*: 2, 3; free disk space"
+    message = r"cannot be written to .*no space.*: 2, 3; free disk .* the same command to resume$"
     with monkeypatch.context() as patch:
         patch.setattr(manager, "save", fail)
         with pytest.raises(InputError, match=message):
@@ -410,6 +511,32 @@ def test_the_error_of_a_failed_save_lists_the_complete_checkpoints(tmp_path, mon
         patch.setattr(manager, "wait_until_finished", fail)
         with pytest.raises(InputError, match=message):
             checkpoint.finish_saving(manager)
+    manager.close()
+
+
+def test_checksums_of_checkpoints_that_cannot_be_written_are_a_single_error(tmp_path, monkeypatch):
+    def fail(workdir):
+        if checkpoint.find_steps(workdir):
+            raise OSError("no space")
+
+    tracebacks = []  # of threads
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+    monkeypatch.setattr(checkpoint, "write_checksums", fail)
+    with checkpoint.make_manager(tmp_path, keep=2) as manager:
+        checkpoint.save_checkpoint(manager, tiny_state(1), counters(0, 0))
+        with pytest.raises(InputError, match="cannot be written to .*no space"):
+            checkpoint.finish_saving(manager)
+    assert not tracebacks
+
+
+def test_a_close_that_fails_does_not_hide_the_exception_that_ends_the_run(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError("no space")
+
+    manager = checkpoint.make_manager(tmp_path, keep=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "close", fail)
+        manager.close_quietly()
     manager.close()
 
 
