@@ -23,7 +23,7 @@ NETWORKS = {
         "name": "xvit_tiny",
         "shift_per_head": True,
         "summary_tokens": True,
-        "remat": True,
+        "remat": "full",
     },
     "stam": {"name": "stam_tiny", "temporal_depth": 1, "temporal_mlp": 64, "dropout": 0.1},
 }
@@ -63,7 +63,7 @@ def count_activations(network, tensor, *, backward) -> Counter:
         # A last block computes all keys and values, but only one query and its MLP.
         counts.update({tokens: 2 + 1, token: 1})
         counts.update({frames: 2} if network == "stam" else {frames: 1, frame: 1})
-        if make_config(network).remat:
+        if make_config(network).remat == "full":
             counts[tokens] += 1  # the attention's output is computed again
     return counts
 
