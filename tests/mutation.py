@@ -154,7 +154,7 @@ TARGETS = {
     "jaxvid/distributed/sharding.py": [
         Target(
             "tests/distributed/test_sharding.py",
-            "sharding or sharded or mesh or batch or rows",
+            "not equal_one_device and not fsdp_over and not mixing",
             (
                 *("make_mesh", "batch_sharding", "check_batch_size", "replicated"),
                 *("state_sharding", "with_sharding", "to_global_arrays", "batch_shard"),

@@ -274,7 +274,7 @@ def test_a_failed_restore_in_one_process_ends_both(tmp_path):
     for output, prefix in zip(outputs, ("error: process 1: ", "error: "), strict=True):
         [line] = [line for line in output.splitlines() if line.startswith("error: ")]
         assert line.startswith(prefix)
-        assert "cannot be restored" in line
+        assert "this process cannot restore it" in line
         assert "Traceback" not in output
 
 
