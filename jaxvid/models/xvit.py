@@ -15,7 +15,13 @@ from flax import nnx
 
 from jaxvid.errors import check_option, short_repr
 from jaxvid.models.counts import block_multiply_adds, block_params, linear_params
-from jaxvid.models.family import Family, FrameEmbedding, PublishedCost, TorchFormat
+from jaxvid.models.family import (
+    Family,
+    FrameEmbedding,
+    PublishedCost,
+    ReleasedClasses,
+    TorchFormat,
+)
 from jaxvid.models.image_vit import (
     TINY,
     ImageViT,
@@ -380,6 +386,11 @@ FAMILY = Family(
         unused_shapes=unused_torch_shapes,
         wrap=wrap_checkpoint,
     ),
+    released_classes={
+        "xvit_k400": ReleasedClasses("kinetics400", 80.2, "the authors' lists are unpublished"),
+        "xvit_k600": ReleasedClasses("kinetics600", 84.51, "the authors' lists are unpublished"),
+        "xvit_ssv2": ReleasedClasses("something_something_v2", 67.19),
+    },
     published_cost={
         name: PublishedCost(850, counts_attention=True, num_views=3)
         for name in ("xvit_k400", "xvit_k600", "xvit_ssv2")

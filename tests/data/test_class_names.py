@@ -8,6 +8,7 @@ import pytest
 
 from jaxvid.data.class_names import MAX_CLASSES, PUBLIC_DATASETS, class_names, read_class_names
 from jaxvid.errors import InputError
+from jaxvid.models import FAMILIES, make_model_config
 
 # SHA-256 of the names in index order, joined by line breaks.
 SHA256 = {
@@ -22,6 +23,14 @@ NAMES = ["holding a cup", "air, drumming", "zumba"]
 def test_the_names_of_public_datasets_have_the_checksum_of_the_official_lists(dataset):
     text = "\n".join(class_names(dataset))
     assert hashlib.sha256(text.encode()).hexdigest() == SHA256[dataset]
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_released_presets_have_the_number_of_classes_of_their_dataset(family):
+    for name, released in family.released_classes.items():
+        assert len(class_names(released.dataset)) == make_model_config(name).num_classes
+    released = {name for name in family.presets if not name.endswith("_tiny")}
+    assert family.released_classes.keys() == released
 
 
 def test_an_unknown_dataset_is_refused():
