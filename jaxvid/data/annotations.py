@@ -1,5 +1,6 @@
 """Annotations: lists of video files and class folders."""
 
+import csv
 import functools
 import os
 import stat
@@ -127,6 +128,37 @@ def read_list(
             )
         records.add(number, Record(base / name, int(label), name))
     return records.finish()
+
+
+def read_named_list(path: Path) -> tuple[list[str], list[Record]]:
+    """Read a list of videos with lines `path,class name`, and optionally a header.
+
+    Names that contain commas are quoted as in CSV. The video files need not exist.
+
+    Returns:
+        The sorted class names, and the records, whose labels are indices of these names.
+
+    Raises:
+        InputError: The list is missing or empty, or a line is malformed or repeats a path.
+    """
+    rows = []
+    for number, line in enumerate(read_lines(path, names=True), 1):
+        check_line(path, number, line)
+        fields = next(csv.reader([line], skipinitialspace=True), [])
+        if not fields or (not rows and fields[-1].lower() in _LABEL_HEADERS):
+            continue
+        name = fields[-1].strip()
+        if len(fields) != 2 or not all(fields) or not name or name_problem(name):
+            raise InputError(
+                f"{path}:{number}: {line!r} is not 'path,class name'; correct the line, and quote "
+                "names that contain commas"
+            )
+        rows.append((number, fields[0], name))
+    names = sorted({name for _, _, name in rows})
+    records, label_of = RecordList(path, "keep"), {name: i for i, name in enumerate(names)}
+    for number, file, name in rows:
+        records.add(number, Record(path.parent / file, label_of[name], file))
+    return names, records.finish()
 
 
 def is_label(text: str) -> bool:
