@@ -20,7 +20,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import argparse
 import dataclasses
 import hashlib
-import json
 import re
 
 import jax
@@ -28,8 +27,8 @@ import numpy as np
 import torch
 
 from jaxvid import parsers
-from jaxvid.errors import InputError, one_line, short_repr
-from jaxvid.files import read_limited
+from jaxvid.data.class_names import PUBLIC_DATASETS, class_names, read_class_names
+from jaxvid.errors import InputError, printable
 from jaxvid.models import (
     ModelConfig,
     Params,
@@ -47,7 +46,7 @@ from . import google_vit, rules
 from .weight import FLOATS, Weight
 from .weight_files import load_state_dict, open_weights
 
-MAX_LABELS_BYTES = 32 * 10**6
+NO_LABELS = "none"  # value of --labels that leaves out the class names
 CHECK_BOUND = 1e-4  # maximum absolute difference of logits and of frame features, in float32
 
 
@@ -286,13 +285,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     make_model_config(args.model)  # refuses an unknown name before the file is read
-    labels = None
     with open_weights(args.input) as (kind, weights):
         if kind == "google_vit":
             weights = google_vit.to_torch(weights, args.input)
         config = infer_config(args.model, kind, weights, args.num_classes, args.input)
-        if args.labels:
-            labels = _read_labels(args.labels, config.num_classes)
+        labels, labels_source = _choose_labels(args.labels, kind, config)
         params, plan = convert(kind, weights, config, args.input)
     print(describe(plan, config))
     if args.check:
@@ -301,6 +298,7 @@ def _run(args: argparse.Namespace) -> int:
         config,
         preprocessing=family_of(config).released_preprocessing(config),
         labels=labels,
+        labels_source=labels_source,
         provenance={
             "file": args.input.name,
             "kind": kind,
@@ -312,9 +310,46 @@ def _run(args: argparse.Namespace) -> int:
         },
     )
     model_folder.save_model_folder(args.output, params, card)
+    print(f"\nclass names: {labels_source or 'none; set them with --labels FILE'}")
+    if warning := model_card.describe_assumed_labels(card, args.output):
+        print(f"warning: {warning}", file=sys.stderr)
     count = sum(array.size for array in params.values())
-    print(f"\n{args.output}: {config.name}, {count / 1e6:.2f} M parameters")
+    print(f"{args.output}: {config.name}, {count / 1e6:.2f} M parameters")
     return 0
+
+
+def _choose_labels(
+    option: str | None, kind: str, config: ModelConfig
+) -> tuple[list[str] | None, str | None]:
+    """Return the class names and their origin for the model card, or None for both.
+
+    Without `--labels`, a checkpoint of a released preset has the names of the preset's data set if
+    the number of classes is the same. The classes of an image model are not those of the network.
+
+    Args:
+        option: The value of `--labels`, or None if it is not set.
+        kind: The kind of weights file; see `rules.get_source`.
+        config: The model's config.
+
+    Raises:
+        InputError: The file of class names is unusable or has a wrong number of names.
+    """
+    if option == NO_LABELS:
+        return None, None
+    if option is not None:
+        path = Path(option)
+        source = printable(f"file: {path.name}")[: model_card.MAX_SOURCE]
+        return read_class_names(path, config.num_classes), source
+    released = family_of(config).released_classes.get(config.name)
+    if released is None or rules.get_source(kind).is_image_model:
+        return None, None
+    names = list(class_names(released.dataset))
+    if len(names) != config.num_classes:
+        return None, None
+    title = PUBLIC_DATASETS[released.dataset]
+    if released.assumption:
+        return names, f"{model_card.ASSUMED}{title} in alphabetical order; {released.assumption}"
+    return names, f"{title} in official order"
 
 
 def _print_check(kind: str, path: Path, config: ModelConfig, params: Params) -> None:
@@ -338,34 +373,3 @@ def _print_check(kind: str, path: Path, config: ModelConfig, params: Params) -> 
             f"--check failed: the difference {worst:.2e} is above {CHECK_BOUND:g}; "
             "nothing was written"
         )
-
-
-def _read_labels(path: Path, num_classes: int) -> list[str]:
-    """Read class names.
-
-    Raises:
-        InputError: The file cannot be read, is not a list of names, or does not have one name per
-            class.
-    """
-    try:
-        text = read_limited(path, MAX_LABELS_BYTES).decode("utf-8")
-        labels = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; choose a file of class names") from None
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({one_line(error)}); save it as UTF-8, one name per line or "
-            "as a JSON list (.json)"
-        ) from None
-    if not isinstance(labels, list):
-        raise InputError(f"{path}: expected a list of names, got {type(labels).__name__}")
-    if len(labels) != num_classes:
-        raise InputError(
-            f"{path}: {len(labels)} names for {num_classes} classes; write one per class"
-        )
-    for label in labels:
-        if not isinstance(label, str | int):
-            raise InputError(f"{path}: expected a name, got {short_repr(label)}")
-    return [str(label) for label in labels]

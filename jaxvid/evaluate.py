@@ -213,6 +213,8 @@ def _open_videos(weights: Weights) -> tuple[Sequence[Record], list[str]]:
     records = data.records["val"]
     run_metadata.check_same_videos(fingerprints.describe_videos(records))
     if card:
+        if warning := model_card.describe_assumed_labels(card, weights.card_folder):
+            log.info("warning: %s", warning)
         collectives.raise_on_all_processes(
             model_card.check_labels, card["labels"], data.labels, weights.card_folder
         )

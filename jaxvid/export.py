@@ -27,6 +27,7 @@ from jaxvid.errors import InputError
 from jaxvid.models import split_params
 from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing, normalize
 
+DESCRIBED = ("labels", "labels_source", "preprocessing", "config", "provenance")
 PLATFORMS = ("cpu", "cuda")
 MAX_BYTES = 2**31 - 2**20  # size limit of the weights: serialised programs have 32-bit offsets
 
@@ -100,7 +101,7 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
         "jax": jax.__version__,
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
-        **{key: card[key] for key in ("labels", "preprocessing", "config", "provenance")},
+        **{key: card[key] for key in DESCRIBED},
     }
     write_file(output, data)
     write_json(output.with_name(f"{output.name}.json"), description)

@@ -62,6 +62,17 @@ ignored for a stated reason. Every weight of the model must be filled once or li
 initialised. Otherwise nothing is written.
 """
 
+CHECK_LABELS = """Check the order of a model's class names on a few labelled videos.
+
+The videos are class folders, a data folder, an official list of Kinetics or Something-Something, or
+a list with lines `path,class name`. The accuracy of each known order of the names is printed: as
+stored in the model card, alphabetical in several variants, official, and those of --labels. To
+apply another order, write it with --output and convert the weights again with --labels.
+
+Exit codes: 0: the stored order is plausible; 2: invalid input; 3: another order fits better, or the
+model has no class names; 4: nothing can be concluded, or no known order fits.
+"""
+
 COMPLETION = """Print a completion script for a shell.
 
 bash    eval "$(jaxvid completion bash)"            in ~/.bashrc
@@ -131,7 +142,10 @@ def convert() -> argparse.ArgumentParser:
     add("--model", required=True, help="a preset; see jaxvid models")
     add("--input", required=True, type=Path, help=".pth, .safetensors or .npz file")
     add("--output", required=True, type=Path, help="model folder that is written")
-    add("--labels", type=Path, help="file of class names: one per line, or a JSON list (.json)")
+    add("--labels", metavar="FILE", help="class names in index order: a text file with one name "
+        "per line, .json (a list, name to index, or index to name) or an official Kinetics .csv; "
+        "none: no names (default: the names of the data set that the preset was released for)",
+    )  # fmt: skip
     add("--num_classes", type=int, help="number of classes (default: from the preset)")
     add("--check", action="store_true", help="compare with the PyTorch reference before writing")
     return parser
@@ -145,6 +159,25 @@ def convert_to_torch() -> argparse.ArgumentParser:
     )
     parser.add_argument("--input", required=True, type=Path, help="model folder")
     parser.add_argument("--output", required=True, type=Path, help=".pth file that is written")
+    return parser
+
+
+def check_labels() -> argparse.ArgumentParser:
+    """Return the parser of `jaxvid check-labels`."""
+    parser = _make_parser("check-labels", CHECK_LABELS)
+    add = parser.add_argument
+    add("--model", required=True, metavar="FOLDER", help="model folder")
+    add("--videos", required=True, type=Path, metavar="FOLDER_OR_LIST", help="labelled videos")
+    add("--labels", type=Path, action="append", default=[], metavar="FILE", help="names in a "
+        "further order to compare; may be repeated (default: none)")  # fmt: skip
+    add("--output", metavar="FILE", help="write the names in the best order to this .txt file "
+        "(default: not written)")  # fmt: skip
+    add("--max_videos", type=int, default=500, help="number of videos to classify, over all "
+        "classes (default: 500)")  # fmt: skip
+    add("--expected_top1", type=float, metavar="PERCENT", help="accuracy that the right order "
+        "should have (default: the published one, or that of the training run)")  # fmt: skip
+    add("--clips", type=int, help="clips per video (default: from the model card)")
+    add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
     return parser
 
 

@@ -41,10 +41,14 @@ def abstract_stub(_):
     return graphdef, jax.eval_shape(lambda: params)
 
 
-def save_stub(folder, bias=0.0, **config):
+def save_stub(folder, bias=0.0, labels_source=None, **config):
     """Save a model folder with the config of a real network and the stub's only weight."""
     card = model_card.make_card(
-        make_model_config(**config), preprocessing=PREPROCESSING, labels=NAMES, provenance={}
+        make_model_config(**config),
+        preprocessing=PREPROCESSING,
+        labels=NAMES,
+        labels_source=labels_source,
+        provenance={},
     )
     model_folder.save_model_folder(folder, {"bias": jnp.full((), bias)}, card)
 

@@ -1,13 +1,19 @@
-"""Annotations: lists of video files, class folders and class names."""
+"""Annotations: lists of video files and class folders."""
 
-import collections
+import csv
 import functools
-import json
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxvid.data.class_names import (
+    LABEL_FILES,
+    MAX_CLASSES,
+    name_problem,
+    names_classes,
+    read_labels,
+)
 from jaxvid.data.folder_scan import (
     HIDDEN,
     NOT_IN_CLASS_FOLDER,
@@ -16,138 +22,20 @@ from jaxvid.data.folder_scan import (
     Skipped,
     pick_videos,
 )
-from jaxvid.data.kinetics_ssv2 import (
-    MAX_JSON_BYTES,
-    is_kinetics,
-    read_kinetics,
-    read_kinetics_list,
-    read_something_list,
-)
+from jaxvid.data.kinetics_ssv2 import is_kinetics, read_kinetics_list, read_something_list
 from jaxvid.data.records import (
-    HAS_NO_LABEL,
     NO_LABEL,
     Record,
     RecordList,
     check_line,
     read_lines,
-    read_text,
     split_line,
 )
-from jaxvid.errors import InputError, printable
+from jaxvid.errors import InputError
 
-MAX_CLASSES = 1_000_000
 SPLITS = ("train", "val", "test")
-MAX_CLASS_NAME = 1000  # characters in a class name
 # Names of the label column in the header of a list.
 _LABEL_HEADERS = ("label", "labels", "class", "class_id", "target")
-_LABEL_FILES = ("labels.txt", "labels.json")
-
-
-# ------------------------------------------------------------------ class names
-
-
-def read_labels(folder: Path) -> tuple[list[str], str]:
-    """Read the class names of a data folder, in the order of the labels.
-
-    They come from the first of these that exists: `labels.txt` (one name per line), `labels.json`
-    (a list, or name → index as in Something-Something), and the label columns of the official
-    Kinetics lists. Names from Kinetics lists are sorted.
-
-    Returns:
-        The names, and the file or files that they come from.
-
-    Raises:
-        InputError: None of these files exists, the file is malformed, or the Kinetics lists have no
-            labels.
-    """
-    path = next((folder / name for name in _LABEL_FILES if os.path.lexists(folder / name)), None)
-    kinetics = [file for file in sorted(folder.glob("*.csv")) if is_kinetics(file)]
-    if path is None and kinetics:
-        names = {row.get("label") for file in kinetics for _, row in read_kinetics(file)}
-        if not any(names):
-            raise InputError(f"{kinetics[0]}: {HAS_NO_LABEL}")
-        return sorted(filter(None, names)), ", ".join(map(str, kinetics))
-    path = path or folder / _LABEL_FILES[0]
-    if path.suffix == ".json":
-        labels = _read_labels_json(path)
-    else:
-        labels = [line.strip() for line in read_lines(path)]
-        while not labels[-1]:
-            labels.pop()
-    if "" in labels:
-        raise InputError(
-            f"{path}: class {labels.index('')} has no name; add the name or remove the empty entry"
-        )
-    if len(labels) > MAX_CLASSES:
-        raise InputError(f"{path}: names {len(labels)} classes; the maximum is {MAX_CLASSES}")
-    for i, name in enumerate(labels):
-        if problem := name_problem(name):
-            raise InputError(f"{path}: the name of class {i} {problem}; correct it")
-    duplicates = [name for name, count in collections.Counter(labels).items() if count > 1]
-    if duplicates:
-        raise InputError(
-            f"{path}: {duplicates[0]!r} occurs more than once; class names must be unique"
-        )
-    return labels, str(path)
-
-
-def _read_labels_json(path: Path) -> list[str]:
-    text = read_text(path, max_bytes=MAX_JSON_BYTES)
-    try:
-        labels = json.loads(text)
-        if isinstance(labels, dict):
-            by_index = {int(str(index)): str(name) for name, index in labels.items()}
-            if by_index.keys() != set(range(len(labels))):
-                raise ValueError(f"the indices are not 0 to {len(labels) - 1}")
-            labels = [by_index[i] for i in range(len(labels))]
-        if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
-            raise ValueError("it is neither")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"{path}: must be a list of names or map each name to its index from 0 ({error})"
-        ) from None
-    return labels
-
-
-def name_problem(name: str) -> str:
-    """Return why a class name is invalid, or an empty string if it is valid.
-
-    Names are written to text files with one name per line, to JSON and to HTML, in UTF-8.
-    """
-    if len(name) > MAX_CLASS_NAME:
-        return f"has {len(name)} characters (the maximum is {MAX_CLASS_NAME})"
-    if any("\ud800" <= c <= "\udfff" for c in name):
-        return "is not UTF-8"
-    return "" if printable(name) == name else "contains a line break or a control character"
-
-
-def names_classes(folder: Path) -> bool:
-    """Return whether a folder contains `labels.txt` or `labels.json`, readable or not."""
-    return any(os.path.lexists(folder / name) for name in _LABEL_FILES)
-
-
-def read_labels_or_numbers(folder: Path, count: int) -> tuple[list[str], str]:
-    """Return the class names of a data folder, or the label numbers if it has no file of names.
-
-    Args:
-        folder: The data folder.
-        count: Number of classes.
-
-    Returns:
-        The names or numbers; and the file of class names, or the folder if it has no such file.
-
-    Raises:
-        InputError: The file of class names is malformed, or is missing from a folder that
-            `prepare` wrote.
-    """
-    if names_classes(folder):
-        return read_labels(folder)
-    if os.path.lexists(folder / "report.json"):  # prepare wrote labels.txt too
-        raise InputError(
-            f"{folder}/labels.txt does not exist; write one class name per line, or run prepare "
-            "again"
-        )
-    return [str(i) for i in range(count)], str(folder)
 
 
 # ------------------------------------------------------------------ lists of videos
@@ -242,6 +130,37 @@ def read_list(
     return records.finish()
 
 
+def read_named_list(path: Path) -> tuple[list[str], list[Record]]:
+    """Read a list of videos with lines `path,class name`, and optionally a header.
+
+    Names that contain commas are quoted as in CSV. The video files need not exist.
+
+    Returns:
+        The sorted class names, and the records, whose labels are indices of these names.
+
+    Raises:
+        InputError: The list is missing or empty, or a line is malformed or repeats a path.
+    """
+    rows = []
+    for number, line in enumerate(read_lines(path, names=True), 1):
+        check_line(path, number, line)
+        fields = next(csv.reader([line], skipinitialspace=True), [])
+        if not fields or (not rows and fields[-1].lower() in _LABEL_HEADERS):
+            continue
+        name = fields[-1].strip()
+        if len(fields) != 2 or not all(fields) or not name or name_problem(name):
+            raise InputError(
+                f"{path}:{number}: {line!r} is not 'path,class name'; correct the line, and quote "
+                "names that contain commas"
+            )
+        rows.append((number, fields[0], name))
+    names = sorted({name for _, _, name in rows})
+    records, label_of = RecordList(path, "keep"), {name: i for i, name in enumerate(names)}
+    for number, file, name in rows:
+        records.add(number, Record(path.parent / file, label_of[name], file))
+    return names, records.finish()
+
+
 def is_label(text: str) -> bool:
     """Return whether a text is a valid label: an integer from 0 to `MAX_CLASSES` - 1."""
     digits = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_CLASSES))
@@ -315,7 +234,7 @@ def _list_classes(root: Path, skipped: Skipped) -> dict[str, list[str]]:
                 skipped.add(HIDDEN)
             elif stat.S_ISDIR(os.stat(root / name).st_mode):
                 classes[name] = _list_videos(root / name, skipped)
-            elif name not in _LABEL_FILES:
+            elif name not in LABEL_FILES:
                 skipped.add(NOT_IN_CLASS_FOLDER)
     except OSError as error:
         raise InputError(

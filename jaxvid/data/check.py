@@ -28,11 +28,10 @@ from jaxvid.atomic import check_output, output_path, write_json
 from jaxvid.data.annotations import (
     SPLITS,
     find_split,
-    names_classes,
     read_class_folders,
-    read_labels,
     read_records,
 )
+from jaxvid.data.class_names import names_classes, read_labels
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.kinetics_ssv2 import is_kinetics

@@ -34,6 +34,10 @@ HAS_NO_LABEL = (
     "has no label, as in a test list; remove the list from the data folder or the command line, "
     "because training, evaluation and packs need labels (jaxvid.data.check does not)"
 )
+# End of an error message about a missing list or file of class names of a data folder.
+NO_DATA_FOLDER = (
+    "does not exist; a data folder has train.csv, val.csv and labels.txt (--config.data.folder)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,13 +289,13 @@ def file_state(path: Path) -> str:
     return "" if status.st_size else "is empty"
 
 
-def read_lines(path: Path, *, names: bool = False) -> list[str]:
+def read_lines(path: Path, *, names: bool = False, max_bytes: int = MAX_LIST_BYTES) -> list[str]:
     """Return the lines of a text file. Arguments: `read_text`.
 
     Raises:
         InputError: As in `read_text`, or the file has more than `MAX_LINES` lines.
     """
-    text = read_text(path, names=names)
+    text = read_text(path, names=names, max_bytes=max_bytes)
     if text.count("\n") > MAX_LINES:
         raise InputError(f"{path}: has more than {MAX_LINES} lines; split the list")
     # `splitlines` would also split at the line separators of Unicode, which file names may contain.
@@ -318,10 +322,7 @@ def read_text(path: Path, *, names: bool = False, max_bytes: int = MAX_LIST_BYTE
             _check_head(path, file.read(HEAD_BYTES))
         text = Path(path).read_text(encoding="utf-8-sig", errors=errors)
     except FileNotFoundError:
-        raise InputError(
-            f"{path} does not exist; a data folder has train.csv, val.csv and labels.txt "
-            "(--config.data.folder)"
-        ) from None
+        raise InputError(f"{path} {NO_DATA_FOLDER}") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: cannot be read: not UTF-8; save it as UTF-8") from None

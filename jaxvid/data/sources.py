@@ -8,11 +8,10 @@ from pathlib import Path
 from jaxvid.data.annotations import (
     find_split,
     read_class_folders,
-    read_labels,
-    read_labels_or_numbers,
     read_list,
     read_split,
 )
+from jaxvid.data.class_names import read_labels, read_labels_or_numbers
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.pack_reader import PackRecords, read_color_matrix
 from jaxvid.data.formats.xvit_hdf5 import read_xvit_list

@@ -30,6 +30,7 @@ from jaxvid.inference.class_timeline import ClassTimeline
 from jaxvid.inference.sliding_windows import gather_clips, plan_windows, prefetch, read_frames
 from jaxvid.models import Params, family_of, merge_params, split_params
 from jaxvid.progress import Progress
+from jaxvid.storage.model_card import describe_assumed_labels
 from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing, normalize
 
 
@@ -40,6 +41,7 @@ class Prediction:
     Attributes:
         video: Path of the file.
         labels: Names of the most likely classes, in descending order of probability.
+        indices: Indices of these classes.
         probabilities: Probabilities of these classes. Those of all classes sum to 1.
         seconds: Wall time in seconds for decoding the video, plus the video's share of the time for
             computing its batch.
@@ -50,6 +52,7 @@ class Prediction:
 
     video: str
     labels: tuple[str, ...] = ()
+    indices: tuple[int, ...] = ()
     probabilities: tuple[float, ...] = ()
     seconds: float = 0.0
     padded: bool = False
@@ -69,6 +72,11 @@ class Prediction:
             "seconds": round(self.seconds, 4),
             "padded": self.padded,
         }
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 class Classifier:
@@ -107,6 +115,8 @@ class Classifier:
                 raise InputError(f"{name}={value}: must be at least 1")
         setup.use_compilation_cache()
         card, model, preprocessing = load_model_and_preprocessing(folder, dtype)
+        if warning := describe_assumed_labels(card, folder):
+            _warn_once(warning)
         views = {"num_clips": num_clips, "num_crops": num_crops}
         overrides = {name: value for name, value in views.items() if value is not None}
         self.spec = dataclasses.replace(preprocessing.spec, **overrides)
@@ -216,6 +226,7 @@ class Classifier:
             yield Prediction(
                 video=video,
                 labels=tuple(self.labels[i] for i in top),
+                indices=tuple(map(int, top)),
                 probabilities=tuple(float(probabilities[i]) for i in top),
                 seconds=example["seconds"] + share,
                 padded=bool(example["padded"]),

@@ -78,6 +78,22 @@ class PublishedCost:
     num_views: int
 
 
+@dataclasses.dataclass(frozen=True)
+class ReleasedClasses:
+    """Classes of the original program's checkpoint of a preset.
+
+    Attributes:
+        dataset: The data set, a key of `jaxvid.data.class_names.PUBLIC_DATASETS`.
+        top1: Published top-1 accuracy in percent.
+        assumption: Why the order of the classes is assumed to be that of `class_names`; empty if it
+            is known.
+    """
+
+    dataset: str
+    top1: float
+    assumption: str = ""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TorchFormat:
     """Format of the original program's checkpoint files.
@@ -136,6 +152,7 @@ class Family:
         optional_parts: Regular expressions for prefixes of weights, the largest part first.
             Depending on its config, a network has either all weights of such a part or none.
         published_cost: Name of a preset → its cost as stated in the paper.
+        released_classes: Name of a preset → the classes of its checkpoints.
         shares_frames: Whether a frame's features do not depend on the other frames of the clip.
             Windows that overlap then share the features.
         mixes_frames: Config → whether attention within a frame also reads keys or values of other
@@ -159,6 +176,7 @@ class Family:
     frame_embeddings: Mapping[str, FrameEmbedding] = dataclasses.field(default_factory=dict)
     optional_parts: tuple[str, ...] = ()
     published_cost: Mapping[str, PublishedCost] = dataclasses.field(default_factory=dict)
+    released_classes: Mapping[str, ReleasedClasses] = dataclasses.field(default_factory=dict)
     shares_frames: bool = False
     mixes_frames: Callable[[Any], bool] = lambda config: False
 

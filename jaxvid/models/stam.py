@@ -20,6 +20,7 @@ from jaxvid.models.family import (
     Family,
     FrameEmbedding,
     PublishedCost,
+    ReleasedClasses,
     TensorAxis,
     TorchFormat,
 )
@@ -338,6 +339,13 @@ FAMILY = Family(
         marker="aggregate.",
         zeros={r"blocks\.\d+\.attn\.qkv\.bias": "missing from files of the first released version"},
     ),
+    # The original program sorts the names of the class folders.
+    released_classes={
+        "stam_8": ReleasedClasses("kinetics400", 77.5),
+        "stam_16": ReleasedClasses("kinetics400", 79.3),
+        "stam_32": ReleasedClasses("kinetics400", 79.95),
+        "stam_64": ReleasedClasses("kinetics400", 80.5),
+    },
     published_cost={
         f"stam_{t}": PublishedCost(giga, counts_attention=False, num_views=1)
         for t, giga in ((8, 135), (16, 270), (32, 540), (64, 1080))

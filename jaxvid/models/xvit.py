@@ -20,6 +20,7 @@ from jaxvid.models.family import (
     Family,
     FrameEmbedding,
     PublishedCost,
+    ReleasedClasses,
     TorchFormat,
 )
 from jaxvid.models.image_vit import (
@@ -385,6 +386,11 @@ FAMILY = Family(
         unused_shapes=unused_torch_shapes,
         wrap=wrap_checkpoint,
     ),
+    released_classes={
+        "xvit_k400": ReleasedClasses("kinetics400", 80.2, "the authors' lists are unpublished"),
+        "xvit_k600": ReleasedClasses("kinetics600", 84.51, "the authors' lists are unpublished"),
+        "xvit_ssv2": ReleasedClasses("something_something_v2", 67.19),
+    },
     published_cost={
         name: PublishedCost(850, counts_attention=True, num_views=3)
         for name in ("xvit_k400", "xvit_k600", "xvit_ssv2")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxvid import atomic
 from jaxvid.config import differences, translate
-from jaxvid.errors import InputError, one_line, short_repr
+from jaxvid.errors import InputError, one_line, printable, short_repr
 from jaxvid.files import read_limited
 from jaxvid.models import ModelConfig, make_model_config
 from jaxvid.models.implementation import CHOICES
@@ -17,6 +17,9 @@ FORMAT_VERSION = 1
 MAX_CARD_BYTES = 32 * 10**6  # a card with 20,000 classes has about 1 MB
 CARD_NAME = "model.json"  # written last; a folder without this file is not a model folder
 CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance", "files")
+# Start of `labels_source` if the order of the class names is not known to be that of the weights.
+ASSUMED = "assumed: "
+MAX_SOURCE = 300  # characters in `labels_source`
 # Fields of a model config that may differ between networks with the same weights.
 RATE_FIELDS = ("name", "init", "dropout", "drop_path", "dtype", *CHOICES)
 
@@ -31,8 +34,8 @@ def load_card(folder: str | Path) -> dict:
 
     Returns:
         The contents of the file. All values have the expected type, `config` is a valid model
-        config, and `labels`, unless null, has one entry per class. Old names in `preprocessing` are
-        translated; its fields are not checked.
+        config, and `labels`, unless null, has one entry per class. `labels_source` is null in cards
+        without this field. Old names in `preprocessing` are translated; its fields are not checked.
 
     Raises:
         InputError: The file is missing or invalid, or has a different format version.
@@ -71,6 +74,7 @@ def load_card(folder: str | Path) -> dict:
             f"{path}: preprocessing is {short_repr(card['preprocessing'])}, expected a dict or "
             "null; export the model again"
         )
+    card.setdefault("labels_source", None)
     try:
         if isinstance(card["config"], dict):
             card["config"] = translate(card["config"])
@@ -127,6 +131,14 @@ def _check_card(card: dict) -> None:
     for label in labels or ():
         if not isinstance(label, str | int):
             raise InputError(f"labels has {short_repr(label)}, expected a string")
+    source = card["labels_source"]
+    if source is None:
+        return
+    if not isinstance(source, str) or len(source) > MAX_SOURCE or printable(source) != source:
+        raise InputError(
+            f"labels_source is {short_repr(source)}, expected one line of at most {MAX_SOURCE} "
+            "characters, or null"
+        )
 
 
 def make_card(
@@ -134,6 +146,7 @@ def make_card(
     *,
     preprocessing: dict | None,
     labels: list[str] | None,
+    labels_source: str | None = None,
     provenance: dict,
 ) -> dict:
     """Return the contents of a `model.json` except the format version and the list of files.
@@ -142,6 +155,8 @@ def make_card(
         model_config: The model config.
         preprocessing: Fields of the preprocessing, or None if it is unknown.
         labels: Class names in the order of the class indices, or None if they are unknown.
+        labels_source: Origin of the class names in one line, or None if they are those of the data.
+            It starts with `ASSUMED` if their order is not known to be that of the weights.
         provenance: Origin of the weights, e.g. step and accuracy of a training run.
     """
     config = dataclasses.asdict(model_config)
@@ -151,8 +166,25 @@ def make_card(
         "config": {name: value for name, value in config.items() if name not in CHOICES},
         "preprocessing": preprocessing,
         "labels": labels,
+        "labels_source": labels_source,
         "provenance": provenance,
     }
+
+
+def describe_assumed_labels(card: dict, folder: str | Path) -> str | None:
+    """Return a warning if the order of a model's class names is only assumed, otherwise None.
+
+    Args:
+        card: The model card, from `load_card`.
+        folder: The model folder, for the message.
+    """
+    source = card["labels_source"] or ""
+    if not source.startswith(ASSUMED):
+        return None
+    return (
+        f"{folder}: the order of the class names is assumed ({source.removeprefix(ASSUMED)}); "
+        "check it on a few labelled videos with python -m jaxvid.check_labels"
+    )
 
 
 def check_labels(

@@ -705,14 +705,14 @@ for _name, (_build, _message) in SPECIAL.items():
 case("labels: 1 TB", "is larger than the limit of 32 MB", sparse_file(2**40), "labels.txt")
 for _name, _message, _data in (
     ("binary", "save it as UTF-8", bytes(range(128, 255))),
-    ("empty", "0 names for 5 classes", b""),
+    ("empty", "is empty", b""),
     ("too many", "6 names for 5 classes", b"a\nb\nc\nd\ne\nf\n"),
-    ("number", "expected a list of names, got int", b"5"),
-    ("object", "expected a list of names, got dict", b'{"a": 1}'),
-    ("null", "expected a list of names, got NoneType", b"null"),
-    ("lists", "expected a name", b"[[1], [2], [3], [4], [5]]"),
-    ("deeply nested", "cannot be read", b"[" * 100_000),
-    ("truncated", "cannot be read", b'["a", '),
+    ("number", "(got 5)", b"5"),
+    ("object", "no class has 0", b'{"a": 1}'),
+    ("null", "got None", b"null"),
+    ("lists", "[1] is not a name", b"[[1], [2], [3], [4], [5]]"),
+    ("deeply nested", "must be a list of names", b"[" * 100_000),
+    ("truncated", "must be a list of names", b'["a", '),
 ):
     _suffix = "labels.txt" if _name in ("binary", "empty", "too many") else "labels.json"
     byte_case(f"labels: {_name}", _message, _data, _suffix)

@@ -16,6 +16,7 @@ from convert import flax_to_torch, rules, torch_to_flax
 from convert.torch_reference import build_reference
 from convert.weight_files import open_weights
 from jaxvid import atomic
+from jaxvid.data.class_names import class_names
 from jaxvid.errors import InputError
 from jaxvid.models import PRESETS, abstract_model, make_model_config, split_params
 from jaxvid.storage import model_card, model_folder
@@ -253,11 +254,48 @@ def test_labels_are_stored_and_a_wrong_number_is_refused(tmp_path, capsys):
     (tmp_path / "labels.txt").write_text("\n".join(names) + "\n")
     (tmp_path / "labels.json").write_text(json.dumps(names[:9]))
     assert convert("stam_8", path, tmp_path / "m", "--labels", str(tmp_path / "labels.txt")) == 0
-    assert model_card.load_card(tmp_path / "m")["labels"] == names
+    card = model_card.load_card(tmp_path / "m")
+    assert (card["labels"], card["labels_source"]) == (names, "file: labels.txt")
     message = refusal_of(
         "stam_8", path, tmp_path, capsys, "--labels", str(tmp_path / "labels.json")
     )
     assert "9 names for 400 classes" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "source"),
+    [
+        ("stam_8", "kinetics400", "Kinetics-400 in official order"),
+        ("xvit_ssv2", "something_something_v2", "Something-Something v2 in official order"),
+        (
+            "xvit_k600",
+            "kinetics600",
+            "assumed: Kinetics-600 in alphabetical order; the authors' lists are unpublished",
+        ),
+    ],
+)
+def test_released_presets_have_the_names_of_their_dataset(name, dataset, source, tmp_path, capsys):
+    path = save(tmp_path / "in.pth", name, state_dict(name))
+    assert convert(name, path, tmp_path / "m") == 0
+    out, err = capsys.readouterr()
+    assert f"class names: {source}" in out
+    assert ("the order of the class names is assumed" in err) == source.startswith("assumed")
+    card = model_card.load_card(tmp_path / "m")
+    assert (card["labels"], card["labels_source"]) == ([*class_names(dataset)], source)
+    assert convert(name, path, tmp_path / "m", "--labels", "none") == 0
+    out, err = capsys.readouterr()
+    assert "class names: none; set them with --labels FILE" in out
+    assert not err
+    card = model_card.load_card(tmp_path / "m")
+    assert (card["labels"], card["labels_source"]) == (None, None)
+
+
+def test_other_numbers_of_classes_have_no_names_by_default(tmp_path):
+    state = state_dict("stam_8")
+    state |= {name: state[name][:7] for name in ("head.weight", "head.bias")}
+    path = save(tmp_path / "in.pth", "stam_8", state)
+    assert convert("stam_8", path, tmp_path / "m", "--num_classes", "7") == 0
+    assert model_card.load_card(tmp_path / "m")["labels"] is None
 
 
 def test_all_problems_are_reported_together(tmp_path, capsys):

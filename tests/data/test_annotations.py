@@ -10,11 +10,11 @@ from jaxvid.data import check, records
 from jaxvid.data.annotations import (
     find_split,
     read_class_folders,
-    read_labels,
     read_list,
     read_records,
     read_split,
 )
+from jaxvid.data.class_names import read_labels
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.records import NO_LABEL
 from jaxvid.data.sources import open_dataset

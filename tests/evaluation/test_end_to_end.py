@@ -19,6 +19,7 @@ from configs import stam_16_k400, xvit_k600, xvit_ssv2
 from convert import torch_to_flax
 from convert.torch_reference import build_reference
 from jaxvid import evaluate
+from jaxvid.data.class_names import class_names
 from jaxvid.data.clips.clip import load_eval_views
 from jaxvid.data.sources import open_dataset
 from jaxvid.distributed.sharding import AXES
@@ -52,7 +53,7 @@ def write_data(name: str, golden: dict, folder: Path) -> str:
             shutil.copy(FOLDER / video, folder)
         lines = "".join(f"{video} {i}\n" for i, video in enumerate(golden["listed"]))
         (folder / "val.csv").write_text(lines)
-        (folder / "labels.txt").write_text("".join(f"class {i}\n" for i in range(400)))
+        (folder / "labels.txt").write_text("\n".join(class_names("kinetics400")))
         return "folder"
     rows = [
         (str(video), str(video).rpartition("_")[2], str(label))

@@ -171,6 +171,14 @@ def test_one_and_eight_devices_give_the_same_report(stub, tmp_path, monkeypatch)
     assert result == one_device
 
 
+def test_an_assumed_order_of_the_classes_is_logged_once(stub, tmp_path):
+    source = "assumed: colours in order of brightness"
+    save_stub(tmp_path / "assumed", labels_source=source, **stub.model)
+    evaluate.evaluate(changed(stub, init_from=str(tmp_path / "assumed")), tmp_path / "eval")
+    text = (tmp_path / "eval" / "log.txt").read_text()
+    assert text.count("class names is assumed (colours in order of brightness); check it") == 1
+
+
 def test_different_classes_or_a_different_order_are_refused(stub, folder, tmp_path):
     source = tmp_path / "data"
     class_folders = {name: source / "val" / name for name in NAMES}
