@@ -55,22 +55,16 @@ COLOR_MATRICES = {"tagged": "with the matrix tagged in each file", "bt601": "wit
 CURVES = ("train/loss", "val/loss", "train/top1", "val/top1", "learning_rate")
 
 
-def save_page(
-    path: Path, result: dict, results: Results, labels: list[str], records: Sequence[Record]
-) -> None:
-    """Write the page, with learning curves if the same folder has a `metrics.jsonl`.
+def save_page(path: Path, data: dict) -> None:
+    """Write the page to an HTML file, with learning curves if its folder has a `metrics.jsonl`.
 
     Args:
-        path: HTML file.
-        result: The contents of `eval.json`, with `weights_sha256`.
-        results: The per-video results.
-        labels: Class names.
-        records: The videos of `results`, in the same order.
+        path: The file.
+        data: The result of `page_data`.
 
     Raises:
         InputError: The file cannot be written.
     """
-    data = page_data(result, results, labels, records)
     page = make_page({**data, "curves": read_curves(path.with_name("metrics.jsonl"))})
     write_file(path, page.encode())
 

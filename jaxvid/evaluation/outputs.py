@@ -50,7 +50,8 @@ def save_report(
     write_json(workdir / "eval.json", result)
     num_failed = int(results.failed.sum())
     plots.draw_confusion(confusion, labels, workdir / "confusion.png", num_failed=num_failed)
-    html_report.save_page(workdir / "eval.html", result, results, labels, records)
+    data = html_report.page_data(result, results, labels, records)
+    html_report.save_page(workdir / "eval.html", data)
 
 
 def write_table(path: Path, results: Results, labels: list[str]) -> None:

@@ -1,8 +1,7 @@
 """STAM: an image ViT for each frame, then a transformer over the frames' class tokens.
 
 Sharir et al., "An Image is Worth 16x16 Words, What is a Video Worth?", 2021, arXiv:2103.13915.
-Attributes have the names of the modules in the original program, as in the state_dict of its
-checkpoints. The axis letters of shapes are listed in layers.py.
+Modules are named as in the state_dicts of the original program. For axis letters see layers.py.
 """
 
 import dataclasses

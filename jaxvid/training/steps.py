@@ -23,7 +23,6 @@ class Recipe:
 
     Attributes:
         seed: Seed of the random numbers; each step folds its number into the key.
-        frozen: Names of weights that are not trained.
         mean: Mean that is subtracted from pixels in [0, 1].
         std: Divisor of the pixels after the mean is subtracted.
         label_smoothing: ε, the weight of the uniform distribution in the smoothed labels.
@@ -31,6 +30,7 @@ class Recipe:
         cutmix_alpha: The same for CutMix; 0: off. Mixup and CutMix cannot be combined.
         mix_within: What clips are mixed within: `device` (each device's part of the batch, without
             communication) or `batch`.
+        frozen: Names of weights that are not trained; set by `for_run`.
         mix_groups: Number of groups within which clips are mixed; set by `for_run`.
         erase_prob: Probability that a box of a clip is erased.
         accumulate_steps: Number of microbatches per batch for gradient accumulation; 1: off.
@@ -41,13 +41,13 @@ class Recipe:
     """
 
     seed: int
-    frozen: frozenset[str] = frozenset()
     mean: float = 0.5
     std: float = 0.5
     label_smoothing: float = 0.0
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
     mix_within: str = "device"
+    frozen: frozenset[str] = frozenset()
     mix_groups: int = 1
     erase_prob: float = 0.0
     accumulate_steps: int = 1

@@ -38,7 +38,8 @@ def save(folder, config, evaluated, labels, records=None):
     )
     result |= {"weights_sha256": "0123456789abcdef" * 4}
     records = records or [Record(folder / "missing.mp4", 0)] * len(evaluated.ids)
-    html_report.save_page(folder / "eval.html", result, evaluated, labels, records)
+    data = html_report.page_data(result, evaluated, labels, records)
+    html_report.save_page(folder / "eval.html", data)
     page = (folder / "eval.html").read_text(encoding="utf-8")
     return page, parse_data(page)
 
