@@ -68,7 +68,7 @@ def count_activations(network, tensor, *, backward) -> Counter:
     return counts
 
 
-@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("tensor", [pytest.param(4, marks=pytest.mark.full), 2])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_forward_pass_sums_the_output_of_each_sub_block(network, tensor):
     config, mesh = make_config(network), make_mesh(tensor)
@@ -82,7 +82,7 @@ def test_a_forward_pass_sums_the_output_of_each_sub_block(network, tensor):
     assert counts == count_activations(network, tensor, backward=False)
 
 
-@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("tensor", [pytest.param(2, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_training_step_sums_each_activation_and_each_gradient_once(network, tensor):
     config, mesh = make_config(network), make_mesh(tensor)
