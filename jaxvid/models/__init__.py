@@ -80,10 +80,8 @@ def create_model(name: str, *, seed: int = 0, **overrides: Any) -> nnx.Module:
         InputError: There is no such preset or field, or a value is invalid.
     """
     config = make_model_config(name, **overrides)
-    graphdef, _ = abstract_model(config)
-    # Compile as one program: initialising a large model op by op takes much longer.
-    init = jax.jit(lambda: split_params(build_model(config, nnx.Rngs(seed)))[1])
-    return merge_params(graphdef, init())
+    # Not compiled as one program: JAX compiles one small program per shape, which takes less time.
+    return build_model(config, nnx.Rngs(seed))
 
 
 def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
