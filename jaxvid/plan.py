@@ -10,13 +10,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
 from jaxvid.experiment import Experiment, check_batch_sizes
 from jaxvid.models import family_of
 from jaxvid.storage.preprocessing import clip_shape
-from jaxvid.training.step_program import make_step_program
+from jaxvid.training.step_program import StepProgram, make_step_program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,8 @@ class Memory:
         return self.weights + self.optimizer + self.batch + self.temporary
 
 
-def measure(experiment: Experiment, batch_size: int) -> Memory:
-    """Compile the training step and return its memory per device.
+def make_program(experiment: Experiment, batch_size: int) -> tuple[StepProgram, Mesh]:
+    """Return the training step of an experiment at a learning rate of 0, and its mesh.
 
     Args:
         experiment: The resolved config.
@@ -61,6 +62,20 @@ def measure(experiment: Experiment, batch_size: int) -> Memory:
         mesh=mesh,
         batch_size=batch_size,
     )
+    return program, mesh
+
+
+def measure(experiment: Experiment, batch_size: int) -> Memory:
+    """Compile the training step and return its memory per device.
+
+    Args:
+        experiment: The resolved config.
+        batch_size: Clips per step, over all devices.
+
+    Raises:
+        InputError: As in `make_program`.
+    """
+    program, mesh = make_program(experiment, batch_size)
     state = program.abstract_state
     rows = sharding.batch_sharding(mesh)
     shape = clip_shape(experiment.train_clips, batch_size)

@@ -103,20 +103,11 @@ def measure_memory(path: str, fields: dict[str, Any]) -> dict[str, Any]:
     from jaxvid.experiment import resolve
     from jaxvid.storage.preprocessing import clip_shape
     from jaxvid.training.initial_state import make_initial_state
-    from jaxvid.training.step_program import make_step_program
 
     experiment = resolve(load_config(path, fields))
     batch_size = experiment.batch_size
     parts = plan.measure(experiment, batch_size)
-    mesh = sharding.make_mesh(experiment.mesh)
-    program = make_step_program(
-        experiment.model,
-        experiment.optimizer,
-        experiment.recipe,
-        schedule=lambda step: 0.0 * step,
-        mesh=mesh,
-        batch_size=batch_size,
-    )
+    program, mesh = plan.make_program(experiment, batch_size)
     state, _ = make_initial_state(program.init, program.abstract_state, experiment.model, "", [])
     shape = clip_shape(experiment.train_clips, batch_size)
     batch = {
