@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxvid.errors import check_option, short_repr
+from jaxvid.models.clip_check import check_clips
 from jaxvid.models.counts import block_multiply_adds, block_params, linear_params
 from jaxvid.models.family import (
     BLOCK_TENSOR_AXES,
@@ -275,9 +276,9 @@ class XViT(nnx.Module):
         return self.consensus(frames, key=keys[2])
 
     def _check_length(self, video: jax.Array) -> None:
+        check_clips(video)
         for name in ("shift_segment", "temporal_embedding_frames"):
-            divisor = getattr(self.config, name)
-            if divisor and video.ndim == 5 and video.shape[1] % divisor:
+            if (divisor := getattr(self.config, name)) and video.shape[1] % divisor:
                 raise ValueError(f"{video.shape[1]} frames are not divisible by {name}={divisor}")
 
 
