@@ -2,20 +2,22 @@
 
 import dataclasses
 import json
-import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
+
+from flax import nnx
 
 from jaxvid import atomic
 from jaxvid.config import differences, translate
 from jaxvid.errors import InputError, one_line, printable, short_repr
 from jaxvid.files import read_limited
+from jaxvid.model_path import CARD_NAME, describe_wrong_path, exists
 from jaxvid.models import ModelConfig, make_model_config
 from jaxvid.models.implementation import CHOICES
 
 FORMAT_VERSION = 1
 MAX_CARD_BYTES = 32 * 10**6  # a card with 20,000 classes has about 1 MB
-CARD_NAME = "model.json"  # written last; a folder without this file is not a model folder
 CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance", "files")
 # Start of `labels_source` if the order of the class names is not known to be that of the weights.
 ASSUMED = "assumed: "
@@ -23,10 +25,17 @@ MAX_SOURCE = 300  # characters in `labels_source`
 # Fields of a model config that may differ between networks with the same weights.
 RATE_FIELDS = ("name", "init", "dropout", "drop_path", "dtype", *CHOICES)
 
+_cards: weakref.WeakKeyDictionary[nnx.Module, dict] = weakref.WeakKeyDictionary()
 
-def exists(folder: str | Path) -> bool:
-    """Return whether a model folder exists, or its backup if replacing it was interrupted."""
-    return (atomic.resolve(folder, CARD_NAME) / CARD_NAME).exists()
+
+def remember_card(model: nnx.Module, card: dict) -> None:
+    """Remember the model card of a loaded network, for `card_of`."""
+    _cards[model] = card
+
+
+def card_of(model: nnx.Module) -> dict | None:
+    """Return the model card that a network was loaded with, or None if it was not loaded."""
+    return _cards.get(model)
 
 
 def load_card(folder: str | Path) -> dict:
@@ -44,14 +53,7 @@ def load_card(folder: str | Path) -> dict:
         path = atomic.resolve(folder, CARD_NAME) / CARD_NAME
         data = read_limited(path, MAX_CARD_BYTES)
     except FileNotFoundError:
-        reason = (
-            f"is not a model folder (no {Path(folder) / CARD_NAME})"
-            if os.path.lexists(folder)
-            else "does not exist"
-        )
-        raise InputError(
-            f"{folder} {reason}; choose a folder written by training or by a converter"
-        ) from None
+        raise InputError(describe_wrong_path(folder)) from None
     except OSError as error:  # e.g. no permission, or a name that is too long
         raise InputError(
             f"{folder} cannot be read ({error.strerror}); choose another folder"
