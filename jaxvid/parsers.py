@@ -5,27 +5,31 @@ This module imports only the standard library, so that `--help` and wrong option
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 DTYPES = ("float32", "tfloat32", "bfloat16")  # jaxvid.models.precision.DTYPES
 FORMATS = ("stablehlo", "safetensors")  # of an exported model
 SHELLS = ("bash", "zsh", "fish")
-STDOUT = "-"  # value of `--json` without a file
+STDOUT = "-"  # value of `--json` and `--csv` without a file
+TIMELINE_KINDS = ("csv", "json", "png")  # suffixes of the files that `ClassTimeline.save` writes
 
-PREDICT = """Classify video files.
+PREDICT = """Classify videos.
 
-A folder stands for all videos below it. Quote patterns (`'clips/**/*.mp4'`), so that this program
-expands them instead of the shell. --window and --stride classify sliding windows of one long video.
+An input is a file, an http or https URL, `-` (the video is read from the standard input), a folder
+(all videos below it) or a quoted pattern (`'clips/**/*.mp4'`), which this program expands instead
+of the shell. --window and --stride classify sliding windows of one long video.
 
 Preprocessing and the number of views come from the model card. A trained model has those of its
 evaluation during training; a converted model has those of the released protocol. Predictions equal
 those of --mode eval with the same settings. --clips and --crops set a different number of views;
 fewer views are faster.
 
-The exit code is the number of inputs that failed, at most 99. Each failed input is reported on
-stderr as a line `failed: ...`, and the last line of stderr is `N of M failed`. The other inputs are
-still classified. As in every program of jaxvid, the exit code is also 2 if the program cannot run,
-e.g. because the model folder or an option is bad, or an output cannot be written. The last line of
-stderr is then `error: ...`.
+Exit codes:
+  0  all inputs were classified
+  2  nothing was classified, or an output cannot be written, because an option, the model folder or
+     the input as a whole is bad; the last line of stderr is `error: ...`
+  3  some inputs failed, each with a line `failed: ...` on stderr, whose last line is
+     `N of M failed`; the other inputs were classified
 """
 
 VISUALIZE = """Visualise attention.
@@ -87,11 +91,15 @@ def predict() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid predict`."""
     parser = _make_parser("predict", PREDICT)
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="video file, folder, or quoted pattern")
+    add("inputs", nargs="+", metavar="INPUT",
+        help="video file, URL, - (standard input), folder, or quoted pattern")  # fmt: skip
     add("--model", required=True, metavar="FOLDER", help="model folder")
     add("--top_k", type=int, default=5, help="number of classes to report (default: 5)")
     add("--json", nargs="?", const=STDOUT, metavar="FILE", help="print one JSON object per "
-        "line, or write a list of the objects to FILE, whose suffix must be .json")  # fmt: skip
+        "line, or write them to FILE, whose suffix must be .json, with the number of failed "
+        "inputs")  # fmt: skip
+    add("--csv", nargs="?", const=STDOUT, metavar="FILE", help="print a CSV table with one row "
+        "per class, or write it to FILE, whose suffix must be .csv")  # fmt: skip
     add("--clips", type=int, help="clips per video, whose logits are averaged (default: from the "
         "model card)")  # fmt: skip
     add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
@@ -104,8 +112,9 @@ def predict() -> argparse.ArgumentParser:
     add("--stride", type=float, metavar="SECONDS", help="time between the starts of windows. "
         "For a network that encodes frames separately, it is adjusted so that windows share "
         "frames; the new value is printed")  # fmt: skip
-    add("--output", metavar="PREFIX", help="write the classes of all windows to PREFIX.csv, "
-        "PREFIX.json and PREFIX.png instead of printing them")  # fmt: skip
+    add("--output", metavar="FILE_OR_PREFIX", help="with the suffix .mp4: write the video with "
+        "its classes drawn on it to this file; otherwise, with --window: write the classes of all "
+        "windows to PREFIX.csv, PREFIX.json and PREFIX.png instead of printing them")  # fmt: skip
     return parser
 
 
@@ -113,7 +122,7 @@ def visualize() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid visualize`."""
     parser = _make_parser("visualize", VISUALIZE)
     add = parser.add_argument
-    add("video", metavar="VIDEO", help="video file")
+    add("video", metavar="VIDEO", help="video file or URL")
     add("--model", required=True, metavar="FOLDER", help="model folder")
     add("--output", required=True, metavar="FILE", help="file to write, with the suffix .png "
         "(contact sheet) or .mp4 (slide show)")  # fmt: skip
@@ -195,9 +204,31 @@ def completion() -> argparse.ArgumentParser:
     return parser
 
 
+class _StoreOnce(argparse.Action):
+    """Store the value of an argument; refuse an option that is given twice."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._stored_in = None  # the namespace that has the value
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if option_string and self._stored_in is namespace:
+            parser.error(f"{option_string} is given twice; give it once")
+        self._stored_in = namespace
+        setattr(namespace, self.dest, values)
+
+
 def _make_parser(command: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=f"jaxvid {command}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.register("action", None, _StoreOnce)  # the default action
+    return parser

@@ -10,7 +10,7 @@ import numpy as np
 class VideoReader(Protocol):
     """An open video: a context manager with random access to frames. It is not thread-safe.
 
-    `VideoFile` and `JpegFrames` are the readers of jaxvid.
+    `VideoFile`, `JpegFrames` and `FrameArray` are the readers of jaxvid.
     """
 
     @property
@@ -53,7 +53,8 @@ class VideoReader(Protocol):
 class VideoRecord(Protocol):
     """A labelled video that is not open. It must be picklable if worker processes load the data.
 
-    `Record`, `H5Record`, `PackedVideo`, `TfdsVideo` and `LostVideo` are the records of jaxvid.
+    The records of jaxvid are `Record`, `H5Record`, `PackedVideo`, `TfdsVideo` and `LostVideo`, and
+    `VideoInput` for prediction.
     """
 
     @property

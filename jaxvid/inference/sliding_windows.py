@@ -9,7 +9,14 @@ from fractions import Fraction
 
 import numpy as np
 
-from jaxvid.data.clips.clip import ClipSpec, cut_eval_crops, resize_eval_frames, sampling
+from jaxvid.data.clips.clip import (
+    ClipSpec,
+    cut_eval_crops,
+    resize_eval_frames,
+    sampling,
+    set_color_matrix,
+)
+from jaxvid.data.formats.frame_array import FrameArray
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.errors import InputError
 
@@ -39,7 +46,13 @@ class WindowPlan:
 
 
 def plan_windows(
-    reader: VideoFile, spec: ClipSpec, window: float, stride: float, *, align: bool, name: str
+    reader: VideoFile | FrameArray,
+    spec: ClipSpec,
+    window: float,
+    stride: float,
+    *,
+    align: bool,
+    name: str,
 ) -> WindowPlan:
     """Plan the windows of a video, each sampled like a separate video.
 
@@ -57,12 +70,14 @@ def plan_windows(
         name: Name of the video in error messages.
 
     Raises:
-        DecodeError: Neither frame rate nor timestamps are known.
-        InputError: `window` or `stride` is not above 0.
+        DecodeError: Neither frame rate nor timestamps of a file are known.
+        InputError: `window` or `stride` is not above 0, or the frame rate of an array is unknown.
     """
     for option, value in (("window", window), ("stride", stride)):
         if not (value > 0 and math.isfinite(value)):
             raise InputError(f"{option}={value:g}: must be a number of seconds above 0")
+    if isinstance(reader, FrameArray) and reader.fps is None:
+        raise InputError(f"{name}: windows in seconds need the frame rate of an array; pass fps")
     fps, length = _frame_rate_and_length(reader, name)
     # Length of a window and distance between the starts of consecutive windows, both in frames.
     size, hop = max(1, round(window * fps)), max(stride * fps, 1.0)
@@ -100,7 +115,7 @@ def plan_windows(
     )
 
 
-def _frame_rate_and_length(reader: VideoFile, name: str) -> tuple[float, int]:
+def _frame_rate_and_length(reader: VideoFile | FrameArray, name: str) -> tuple[float, int]:
     """Return the frame rate, and the number of frames that the video has at this constant rate.
 
     If only timestamps are known, the average frame rate is returned.
@@ -166,7 +181,7 @@ def _aligned_indices(window: int, fraction: Fraction, step: float, t: int) -> np
 
 
 def read_frames(
-    reader: VideoFile, indices: np.ndarray, spec: ClipSpec, size: int
+    reader: VideoFile | FrameArray, indices: np.ndarray, spec: ClipSpec, size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Decode, resize and crop frames in one pass, in chunks.
 
@@ -183,7 +198,7 @@ def read_frames(
     Raises:
         DecodeError: A frame is damaged. The error may be raised as late as after the last chunk.
     """
-    reader.color_matrix = spec.color_matrix
+    set_color_matrix(reader, spec)
     frames = reader.iter_frames(indices)
     for start in range(0, len(indices), size):
         numbers = indices[start : start + size]

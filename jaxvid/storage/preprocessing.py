@@ -55,6 +55,16 @@ class Preprocessing(ViewSpec):
         """Views per video: clips times crops."""
         return self.num_clips * self.num_crops
 
+    def with_views(self, num_clips: int | None, num_crops: int | None) -> "Preprocessing":
+        """Return the preprocessing with other numbers of clips and crops; None: unchanged.
+
+        Raises:
+            InputError: A number is out of range.
+        """
+        views = {"num_clips": num_clips, "num_crops": num_crops}
+        changed = {name: value for name, value in views.items() if value is not None}
+        return dataclasses.replace(self, **changed)
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields as they are stored in `model.json`."""
         return dataclasses.asdict(self)

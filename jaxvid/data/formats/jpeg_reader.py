@@ -13,8 +13,13 @@ from jaxvid.data.formats.video_reader import MAX_PIXELS, DecodeError
 from jaxvid.errors import InputError, one_line
 
 
-def import_or_explain(module: str, package: str) -> ModuleType:
+def import_or_explain(module: str, package: str, needs: str = "packed frames need") -> ModuleType:
     """Import a module of an optional package.
+
+    Args:
+        module: The module.
+        package: Its package on PyPI.
+        needs: Start of the error message.
 
     Raises:
         InputError: The package is not installed; the message has the `pip` command.
@@ -22,7 +27,7 @@ def import_or_explain(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(f"packed frames need {package} ({error}): pip install {package}") from None
+        raise InputError(f"{needs} {package} ({error}): pip install {package}") from None
 
 
 @functools.cache
