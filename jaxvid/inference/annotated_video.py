@@ -17,7 +17,8 @@ from jaxvid.progress import Progress
 
 TOP_K = 3  # maximum number of classes that are drawn
 MIN_SIDE = 240  # px; smaller videos are enlarged, so that the text can be read
-LINES_PER_HEIGHT = 20  # height of the video in units of the font size
+MAX_SIDE = 4096  # px; limit of the enlarged videos
+SIDE_PER_FONT = 20  # shorter side of the video in units of the font size
 UNTIMED_RATE = 30  # frames/s if the frame rate is unknown
 PANEL = (0, 0, 0, 170)  # colour and opacity behind the text
 WHITE = "#ffffff"
@@ -31,9 +32,9 @@ Classes = Sequence[tuple[str, float]] | ClassTimeline
 def write_annotated(video: VideoInput, classes: Classes, output: Path) -> None:
     """Write a video with its most likely classes and their probabilities, without sound.
 
-    The frames, their size and their times are those of the video. For a timeline, the classes of
-    the current window are drawn, and below them a bar with the top-1 class over time and a marker
-    at the current time.
+    The frames and their times are those of the video. Videos smaller than `MIN_SIDE` are enlarged.
+    For a timeline, the classes of the current window are drawn, and at the bottom a bar with the
+    top-1 class over time and a marker at the current time.
 
     Args:
         video: The video.
@@ -100,7 +101,7 @@ def _window_entries(timeline: ClassTimeline, window: int) -> list[Entry]:
 def _enlarge(picture: Image.Image) -> Image.Image:
     """Enlarge a small picture, and make its width and height even, as H.264 requires."""
     width, height = picture.size
-    factor = math.ceil(MIN_SIDE / min(width, height))
+    factor = min(math.ceil(MIN_SIDE / min(width, height)), MAX_SIDE // max(width, height))
     if factor > 1:
         picture = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
     even = tuple(side + side % 2 for side in picture.size)
@@ -119,7 +120,7 @@ def draw_panel(entries: list[Entry], width: int, height: int) -> Image.Image:
         width: Width of the frame in pixels.
         height: Height of the frame in pixels.
     """
-    size = max(12, min(height, width) // LINES_PER_HEIGHT)
+    size = max(12, min(height, width) // SIDE_PER_FONT)
     font, gap = ImageFont.truetype(FONT, size), size // 2
     line, square = sum(font.getmetrics()), size if any(colour for *_, colour in entries) else 0
     shares = [f"{100 * probability:.1f} %" for _, probability, _ in entries]

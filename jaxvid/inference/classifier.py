@@ -361,9 +361,13 @@ def _one_or_all(
 
     Raises:
         DecodeError: `videos` is one video, and its result is an error.
+        InputError: A value has a wrong type or shape, or `fps` is given, but there is no array.
     """
     if not is_single(videos):
-        return ResultList(function(list(make_inputs(videos, fps))))
+        inputs = list(make_inputs(videos, fps))
+        if fps is not None and not any(video.is_array for video in inputs):
+            raise InputError(f"fps={fps}: is only for arrays of frames; the list has none")
+        return ResultList(function(inputs))
     [result] = function([make_input(videos, fps)])
     if error := getattr(result, "error", ""):
         raise DecodeError(error)

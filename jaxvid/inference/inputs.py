@@ -42,6 +42,7 @@ class VideoInput:
         id: Name in results and messages: the path or the URL, the name of the file object, or e.g.
             `<array>` or `<bytes 3>`.
         label: `NO_LABEL`.
+        is_array: Whether the source is an array of frames.
         path: The file, or None if the source is not a path.
 
     Raises:
@@ -55,6 +56,7 @@ class VideoInput:
         self.path: Path | None = None
         self._frames = self._copy = None
         self._source, self._fps, self._num_users = source, fps, 0
+        self.is_array = hasattr(source, "__array__")
         suffix = "" if position is None else f" {position}"
         if isinstance(source, str | os.PathLike):
             self.id = _check_path(source)
@@ -67,7 +69,7 @@ class VideoInput:
         elif hasattr(source, "read"):
             name = getattr(source, "name", None)
             self.id = name if isinstance(name, str) and name else f"<file object{suffix}>"
-        elif hasattr(source, "__array__"):
+        elif self.is_array:
             self.id = f"<array{suffix}>"
             self._frames = _check_frames(np.asarray(source), self.id)
         else:
@@ -75,7 +77,7 @@ class VideoInput:
                 f"{short_repr(source)}: expected a path, URL, bytes, binary file object or array "
                 f"(t, h, w, 3) of uint8, got {type(source).__name__}"
             )
-        if fps is not None and self._frames is None:
+        if fps is not None and not self.is_array:
             raise InputError(f"fps={fps}: is only for arrays of frames; omit it for {self.id}")
         if fps is not None and not 0.01 <= fps <= 1000:
             raise InputError(f"fps={fps}: must be 0.01 to 1000 frames per second")
@@ -183,7 +185,7 @@ def make_input(video: Source | VideoInput, fps: float | None = None) -> VideoInp
 def make_inputs(
     videos: Iterable[Source | VideoInput], fps: float | None = None
 ) -> Iterator[VideoInput]:
-    """Yield each of several videos as a `VideoInput`.
+    """Yield each of several videos as a `VideoInput`, when it is requested.
 
     Args:
         videos: The videos.

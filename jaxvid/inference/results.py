@@ -62,8 +62,9 @@ class Prediction(Result):
         """Return the name of the video, and one line per class."""
         if self.error:
             return f"failed: {self.error}"
+        padded = "  (too short for a clip: frames are repeated)" if self.padded else ""
         pairs = zip(self.labels, self.probabilities, strict=True)
-        return "\n".join([printable(self.video), *(describe_class(*pair) for pair in pairs)])
+        return "\n".join([printable(self.video) + padded, *(describe_class(*p) for p in pairs)])
 
     def to_json(self) -> dict:
         """Return `{"video", "top": [{"label", "probability"}], "seconds", "padded"}`.

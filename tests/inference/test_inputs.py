@@ -230,12 +230,14 @@ def test_unusable_file_objects_are_decode_errors(clips, content):
         video.open()
 
 
-def test_frame_rates_are_checked(clips):
+def test_frame_rates_are_checked(classifier, clips):
     for fps in (0, -1, 1e9, float("nan")):
         with pytest.raises(InputError, match="must be 0.01 to 1000 frames per second"):
             VideoInput(FRAMES, fps=fps)
     with pytest.raises(InputError, match="fps=25: is only for arrays of frames; omit it for"):
         make_input(clips[0], 25)
+    with pytest.raises(InputError, match="fps=25: .* the list has none"):
+        classifier([clips[0]], fps=25)
     assert [video.id for video in make_inputs([clips[0], FRAMES], 25)] == [clips[0], "<array 1>"]
     with pytest.raises(InputError, match="expected one video, got a list"):
         make_input([clips[0]])

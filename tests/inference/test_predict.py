@@ -17,6 +17,7 @@ import pytest
 
 import jaxvid
 from configs import motion as motion_config
+from jaxvid import progress
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.synthetic_motion import LABELS
@@ -171,6 +172,17 @@ def test_default_batch_has_at_most_8_views_or_one_video(
     assert len(list(predict(clips[:count], folders / "xvit", **options))) == count
     assert {(b, v) for b, _, v in shapes} == {(size, views[0] * views[1])}
     assert max(rows for _, rows, _ in shapes) == size
+
+
+def test_slow_compilations_are_announced(folders, clips, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "COMPILE_SECONDS", 0)
+    classifier = jaxvid.Classifier(folders / "xvit")
+    classifier(clips[:2])
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "compiling the network…"
+    assert second.startswith("compiled in ")
+    classifier(clips[2])  # with the same program
+    assert capsys.readouterr().err == ""
 
 
 def test_out_of_range_values_are_refused(folders, clips):
