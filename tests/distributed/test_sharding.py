@@ -271,6 +271,7 @@ def test_indivisible_batch_sizes_are_refused():
             sharding.check_batch_size("batch_size", size, mesh)
 
 
+@pytest.mark.full
 def test_fsdp_over_eight_devices_takes_an_eighth_of_the_state_memory():
     """Compares the compiler's memory plan of a training step with fsdp=8 and data=8.
 
