@@ -75,12 +75,11 @@ def evaluate(
     unfinished = PartialResults(
         workdir / ".unfinished_eval", _resume_key(experiment, records, sha256)
     )
-    graphdef, _ = abstract_eval_model(experiment.model, experiment.protocol)
     results = evaluate_params(
         weights.params,
         records,
         experiment.protocol,
-        eval_step=make_eval_step(experiment.protocol, graphdef, mesh),
+        eval_step=make_eval_step(experiment.model, experiment.protocol, mesh),
         loader=experiment.loader,
         mesh=mesh,
         unfinished=unfinished,

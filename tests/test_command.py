@@ -195,6 +195,24 @@ def test_models_are_listed(capsys, monkeypatch):
     assert model_list.main() == 2
 
 
+def test_programs_do_not_import_torch_or_tensorflow():
+    """Both are installed on the machines of many users, and take seconds to import."""
+    script = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+loaded = {"torch", "tensorflow"} & {*sys.modules}
+assert not loaded, loaded
+"""
+    # Not all together: two of them define the flag `config`.
+    programs = ["train", "evaluate", "predict", "visualize", "export", "check_labels"]
+    programs = [f"jaxvid.{name}" for name in (*programs, "data.prepare", "data.check")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *programs], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_public_names():
     assert {"Classifier", "create_model", "list_models", "load_model", "save_model"} <= {
         *dir(jaxvid)

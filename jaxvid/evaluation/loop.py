@@ -1,7 +1,6 @@
 """The evaluation loop: every video is evaluated once, and all devices are used."""
 
 import dataclasses
-import functools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from jaxvid.evaluation.metrics import Results
 from jaxvid.evaluation.protocol import EvalProtocol
 from jaxvid.evaluation.resume import PartialResults
 from jaxvid.logs import log
-from jaxvid.models import ModelConfig, Params, abstract_model
+from jaxvid.models import ModelConfig, Params, abstract_model, family_of
 from jaxvid.storage.eval_step import eval_step as classify_batch
 
 EvalStep = Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]]
@@ -35,15 +34,30 @@ def abstract_eval_model(
     return abstract_model(dataclasses.replace(model_config, dtype=protocol.dtype))
 
 
-def make_eval_step(protocol: EvalProtocol, graphdef: nnx.GraphDef, mesh: Mesh) -> EvalStep:
-    """Make the jitted evaluation step of a protocol: `eval_step` in jaxvid/storage/eval_step.py."""
-    step = functools.partial(
-        classify_batch,
-        graphdef=graphdef,
-        mean=protocol.preprocessing.mean,
-        std=protocol.preprocessing.std,
-        score=protocol.score,
-    )
+def make_eval_step(model_config: ModelConfig, protocol: EvalProtocol, mesh: Mesh) -> EvalStep:
+    """Make the jitted evaluation step: `eval_step` in jaxvid/storage/eval_step.py.
+
+    Args:
+        model_config: The network's config.
+        protocol: The compute dtype, the normalisation and the score.
+        mesh: The device mesh.
+
+    Returns:
+        Function of the weights, sharded as in training, and a batch.
+    """
+    graphdef, _ = abstract_eval_model(model_config, protocol)
+    splits = family_of(model_config).tensor_splits(model_config)
+
+    def step(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return classify_batch(
+            sharding.gather_fsdp(params, mesh, splits),
+            batch,
+            graphdef=graphdef,
+            mean=protocol.preprocessing.mean,
+            std=protocol.preprocessing.std,
+            score=protocol.score,
+        )
+
     return jax.jit(step, out_shardings=sharding.replicated(mesh))
 
 

@@ -81,7 +81,12 @@ def load_teacher(
     splits = family_of(model_config).tensor_splits(model_config)
     abstract = sharding.with_sharding(abstract, mesh, splits)
     params = model_folder.load_params(distill.teacher, abstract)
-    to_bfloat16 = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree))
+    # Complete on every device: in contrast to the student, it has no gradients and moments.
+    gathered = sharding.without_fsdp(jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    to_bfloat16 = jax.jit(
+        lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree),
+        out_shardings=gathered,
+    )
     teacher = Teacher(
         graphdef=graphdef,
         mean=preprocessing.mean,

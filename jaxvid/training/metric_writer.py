@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +10,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxvid.errors import InputError
+
+# tensorboardX imports PyTorch if it is installed. This takes two seconds, and nothing here uses it.
+_has_torch = "torch" in sys.modules
+sys.modules.setdefault("torch", None)
+from tensorboardX import summary  # noqa: E402
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
+
+if not _has_torch:
+    del sys.modules["torch"]
 
 MAX_CLASS_SCALARS = 50
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError, check_option
-from jaxvid.models import ModelConfig, Params, build_model, merge_params, split_params
+from jaxvid.models import Params, merge_params
 from jaxvid.storage.preprocessing import normalize
 from jaxvid.training import batch_augmentation
 
@@ -95,29 +95,22 @@ class Teacher:
     temperature: float
 
 
-def init_state(
-    model_config: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    recipe: Recipe,
-    *,
-    seed: int,
-) -> dict:
-    """Make a fresh training state.
+def init_state(params: Params, optimizer: optax.GradientTransformation, recipe: Recipe) -> dict:
+    """Make a training state from initial weights.
 
     Args:
-        model_config: The network's config.
+        params: The weights.
         optimizer: The optimizer, which makes its part of the state.
         recipe: Names the frozen weights, and says whether a moving average is kept.
-        seed: Seed of the weights.
 
     Returns:
         A tree of arrays: `{"params", "opt_state", "step"}`, and `"ema"` if a moving average
         is kept.
     """
-    _, params = split_params(build_model(model_config, nnx.Rngs(seed)))
     opt_state = optimizer.init(recipe.trainable(params))
     state = {"params": params, "opt_state": opt_state, "step": jnp.zeros((), jnp.int32)}
-    return {**state, "ema": params} if recipe.ema_decay else state
+    # A copy, because the training step donates both.
+    return {**state, "ema": jax.tree.map(jnp.copy, params)} if recipe.ema_decay else state
 
 
 def eval_params(state: dict) -> Params:
@@ -167,6 +160,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
     teacher: Teacher | None = None,
+    gather: Callable[[Params], Params] = lambda params: params,
 ) -> tuple[dict, dict[str, jax.Array]]:
     """Update the training state on one batch.
 
@@ -179,6 +173,7 @@ def train_step(
         optimizer: The optimizer that `state` was made with.
         recipe: Options of the step.
         teacher: The teacher of a distillation; None: no distillation.
+        gather: Function that gathers the weights that the devices share: `sharding.gather_fsdp`.
 
     Returns:
         The new state; and metrics: `loss`, the number `top1` of correct predictions and the number
@@ -191,7 +186,7 @@ def train_step(
 
     def loss_fn(params: Params, part: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         video, label, smoothing = part["video"], part["label"], recipe.label_smoothing
-        logits = merge_params(graphdef, {**fixed, **params})(video, key=key)
+        logits = merge_params(graphdef, gather({**fixed, **params}))(video, key=key)
         losses = cross_entropy(logits, label, smoothing=smoothing)
         if recipe.mixup_alpha or recipe.cutmix_alpha:
             partner_losses = cross_entropy(logits, part["partner_label"], smoothing=smoothing)

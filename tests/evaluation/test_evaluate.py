@@ -63,13 +63,15 @@ def make_config(folder, **settings):
 
 def run(config, source="folder", folder=None):
     """Evaluate the stub on the validation videos; return the results and the report."""
-    graphdef, params = split_params(ColourStub())
+    _, params = split_params(ColourStub())
     config = config.copy_and_resolve_references().unlock()
     config.data.update(source=source, folder=str(folder or config.data.folder))
     experiment = resolve(config)
     mesh, protocol = sharding.make_mesh(experiment.mesh), experiment.protocol
     records = open_dataset(experiment.dataset, 4, ("val",)).records["val"]
-    step = loop.make_eval_step(protocol, graphdef, mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "abstract_model", abstract_stub)
+        step = loop.make_eval_step(experiment.model, protocol, mesh)
     results = loop.evaluate_params(
         params, records, protocol, eval_step=step, loader=experiment.loader, mesh=mesh
     )

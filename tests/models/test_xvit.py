@@ -236,7 +236,7 @@ def test_sizes_of_released_models(name, classes, segment, shift_div, millions):
     assert round(count / 1e6, 2) == millions
 
 
-@pytest.mark.parametrize("patch", [16, 32])
+@pytest.mark.parametrize("patch", [pytest.param(16, marks=pytest.mark.full), 32])
 def test_larger_backbones_can_be_built(patch):
     """Overrides of the preset sizes give ViT-L/16 and ViT-L/32."""
     large = {"width": 1024, "depth": 24, "heads": 16, "patch_size": patch}
