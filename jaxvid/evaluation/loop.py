@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxvid import logs
+from jaxvid import logs, progress
 from jaxvid.data.pipeline import LoaderConfig, make_eval_iter, split_batch
 from jaxvid.data.sources import Record
 from jaxvid.distributed import collectives, sharding
@@ -36,7 +36,10 @@ def abstract_eval_model(
 
 
 def make_eval_step(protocol: EvalProtocol, graphdef: nnx.GraphDef, mesh: Mesh) -> EvalStep:
-    """Make the jitted evaluation step of a protocol: `eval_step` in jaxvid/storage/eval_step.py."""
+    """Make the jitted evaluation step of a protocol: `eval_step` in jaxvid/storage/eval_step.py.
+
+    Its compilation is announced in the log.
+    """
     step = functools.partial(
         classify_batch,
         graphdef=graphdef,
@@ -44,7 +47,8 @@ def make_eval_step(protocol: EvalProtocol, graphdef: nnx.GraphDef, mesh: Mesh) -
         std=protocol.preprocessing.std,
         score=protocol.score,
     )
-    return jax.jit(step, out_shardings=sharding.replicated(mesh))
+    jitted = jax.jit(step, out_shardings=sharding.replicated(mesh))
+    return progress.announce_compilation(jitted, "the evaluation step", log.info)
 
 
 def evaluate_params(
