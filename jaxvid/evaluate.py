@@ -97,6 +97,8 @@ def evaluate(
     report["weights_sha256"] = sha256
     collectives.raise_on_all_processes(save_report, workdir, report, results, labels, records)
     unfinished.remove()
+    for video in report["failed"]:
+        log.info("counts as wrong: %s", video["error"])
     log.info("%s. The report is %s", summary(report), workdir / "eval.html")
     if before is not None:
         collectives.raise_on_all_processes(_compare, before, workdir)

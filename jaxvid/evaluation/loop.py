@@ -141,6 +141,7 @@ class _Collector:
         self._began = time.monotonic()
         self.done = sum(len(part["padded"]) for part in self._parts)
         self._hits = sum(int(part["hit"].sum()) for part in self._parts)
+        self._num_failed = sum(bool(error) for part in self._parts for error in part["error"])
         if self.done:
             log.info("%d of %d videos were evaluated before", self.done, len(records))
         self._progress = logs.RunProgress(
@@ -176,8 +177,6 @@ class _Collector:
             )
         for name in ("scores", "probabilities"):
             part[name] = np.where(decoded[:, None], part[name], 0)
-        for error in filter(None, errors):
-            log.warning("counts as wrong: %s", error)
         part["hit"] = decoded & (part["scores"].argmax(axis=1) == part["label"])
         now = time.monotonic()
         part["seconds"] = now - self._began
@@ -187,7 +186,10 @@ class _Collector:
             collectives.raise_on_all_processes(self._unfinished.add, part)
         self.done += count
         self._hits += int(part["hit"].sum())
-        self._progress.advance(count, f"top-1 {100 * self._hits / self.done:.2f} %")
+        self._num_failed += int((~decoded).sum())
+        note = f"top-1 {100 * self._hits / self.done:.2f} %"
+        failed = f", {self._num_failed} failed" if self._num_failed else ""
+        self._progress.advance(count, note + failed)
 
     def close(self) -> None:
         """Close the progress bar."""
