@@ -13,7 +13,7 @@ from pathlib import Path
 import optax
 from jax.sharding import Mesh
 
-from jaxvid import logs
+from jaxvid import logs, progress
 from jaxvid.data.pipeline import make_train_iter, stored_id
 from jaxvid.data.sources import VideoDataset, open_dataset
 from jaxvid.distributed import collectives, setup, sharding
@@ -277,20 +277,22 @@ def _make_loop(
         max_share=1.0 if experiment.dataset.skip_broken else experiment.max_failed_share,
         lost=[*map(stored_id, run.lost)],
     )
-    progress = logs.RunProgress(
+    bar = logs.RunProgress(
         run.milestones.total * experiment.batch_size,
         done=step * experiment.batch_size,
         unit="clip",
         title="training",
     )
-    resources.callback(progress.close)
+    resources.callback(bar.close)
     stalls, stop_signals = watchdog.Watchdog(experiment.stall_seconds), StopSignals()
     resources.callback(stalls.close)
     return Loop(
         workdir=workdir,
         milestones=run.milestones,
         batches=run.batches,
-        train_step=run.program.train_step,
+        train_step=progress.announce_compilation(
+            run.program.train_step, "the training step", log.info
+        ),
         mesh=run.mesh,
         manager=manager,
         resumables={"data": run.batches, "log": window},
@@ -301,7 +303,7 @@ def _make_loop(
             schedule=run.schedule,
             writer=writer,
             skipped=skipped,
-            progress=progress,
+            progress=bar,
             stalls=stalls,
         ),
         validation=_make_validation(run, manager, writer, stop_signals, stalls),

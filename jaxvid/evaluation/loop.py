@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxvid import logs
+from jaxvid import logs, progress
 from jaxvid.data.pipeline import LoaderConfig, make_eval_iter, split_batch
 from jaxvid.data.sources import Record
 from jaxvid.distributed import collectives, sharding
@@ -37,6 +37,8 @@ def abstract_eval_model(
 def make_eval_step(model_config: ModelConfig, protocol: EvalProtocol, mesh: Mesh) -> EvalStep:
     """Make the jitted evaluation step: `eval_step` in jaxvid/storage/eval_step.py.
 
+    Its compilation is announced in the log.
+
     Args:
         model_config: The network's config.
         protocol: The compute dtype, the normalisation and the score.
@@ -58,7 +60,8 @@ def make_eval_step(model_config: ModelConfig, protocol: EvalProtocol, mesh: Mesh
             score=protocol.score,
         )
 
-    return jax.jit(step, out_shardings=sharding.replicated(mesh))
+    jitted = jax.jit(step, out_shardings=sharding.replicated(mesh))
+    return progress.announce_compilation(jitted, "the evaluation step", log.info)
 
 
 def evaluate_params(
@@ -151,6 +154,7 @@ class _Collector:
         self._began = time.monotonic()
         self.done = sum(len(part["padded"]) for part in self._parts)
         self._hits = sum(int(part["hit"].sum()) for part in self._parts)
+        self._num_failed = sum(bool(error) for part in self._parts for error in part["error"])
         if self.done:
             log.info("%d of %d videos were evaluated before", self.done, len(records))
         self._progress = logs.RunProgress(
@@ -186,8 +190,6 @@ class _Collector:
             )
         for name in ("scores", "probabilities"):
             part[name] = np.where(decoded[:, None], part[name], 0)
-        for error in filter(None, errors):
-            log.warning("counts as wrong: %s", error)
         part["hit"] = decoded & (part["scores"].argmax(axis=1) == part["label"])
         now = time.monotonic()
         part["seconds"] = now - self._began
@@ -197,7 +199,10 @@ class _Collector:
             collectives.raise_on_all_processes(self._unfinished.add, part)
         self.done += count
         self._hits += int(part["hit"].sum())
-        self._progress.advance(count, f"top-1 {100 * self._hits / self.done:.2f} %")
+        self._num_failed += int((~decoded).sum())
+        note = f"top-1 {100 * self._hits / self.done:.2f} %"
+        failed = f", {self._num_failed} failed" if self._num_failed else ""
+        self._progress.advance(count, note + failed)
 
     def close(self) -> None:
         """Close the progress bar."""

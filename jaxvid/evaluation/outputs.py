@@ -1,4 +1,4 @@
-"""Write and read the output files of an evaluation."""
+"""Write the output files of an evaluation; `comparison.read_table` reads them."""
 
 import csv
 import io
@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxvid.atomic import write_file, write_json
 from jaxvid.data.sources import Record
-from jaxvid.errors import InputError
 from jaxvid.evaluation import html_report, plots
 from jaxvid.evaluation.metrics import Results
 
@@ -90,34 +89,3 @@ def write_table(path: Path, results: Results, labels: list[str]) -> None:
         )
     # Ids are file names, whose bytes need not be UTF-8.
     write_file(path, table.getvalue().encode("utf-8", "surrogateescape"))
-
-
-def read_table(report: str | Path) -> dict:
-    """Read an `eval.json` and the `eval_videos.csv` in the same folder.
-
-    Returns:
-        The contents of `eval.json`, with `videos` (id → row of the table) and `path`.
-
-    Raises:
-        InputError: A file is missing or damaged.
-    """
-    path = Path(report)
-    table = path.with_name("eval_videos.csv")
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        with table.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            videos = {
-                row["id"]: {**row, "correct": row["correct"] == "1"} for row in csv.DictReader(file)
-            }
-        if len(videos) != contents["num_videos"]:
-            raise ValueError(
-                f"{table.name} has {len(videos)} videos, {path.name} has {contents['num_videos']}"
-            )
-        if not isinstance(contents["protocol"], dict):
-            raise ValueError(f"protocol: expected a dict, got {contents['protocol']!r}")
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise InputError(
-            f"{path}: this file or {table.name} in its folder cannot be read ({error}); choose an "
-            "eval.json written by --mode eval"
-        ) from None
-    return {**contents, "videos": videos, "path": str(path)}

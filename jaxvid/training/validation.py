@@ -42,6 +42,7 @@ class Validation:
         stalls: Logs a checkpoint that blocks.
         best: The highest top-1 accuracy so far, in percent; -1: none yet.
         evaluated: The step of the newest evaluation; 0: none yet.
+        failed: Ids of the videos that could not be decoded since the program started.
         results: The results of the last evaluation since the program started, or None.
         report: The report of `results`, or None.
     """
@@ -58,6 +59,7 @@ class Validation:
     stalls: Watchdog
     best: float
     evaluated: int
+    failed: set[str] = dataclasses.field(default_factory=set)
     results: Results | None = None
     report: dict[str, Any] | None = None
 
@@ -80,6 +82,10 @@ class Validation:
             self.writer.write_classes(step, self.labels, self.results.per_class())
         if not jax.process_index():
             plots.draw_curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
+        for video in self.report["failed"]:  # each is logged once, the line below has their number
+            if video["id"] not in self.failed:
+                self.failed.add(video["id"])
+                log.info("counts as wrong: %s", video["error"])
         log.info("step %d: validation %s", step, self.describe(self.report))
         # `share` starts a new measuring interval, so that the next logged share of the input's time
         # excludes the evaluation.
