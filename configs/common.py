@@ -48,6 +48,7 @@ def _default_data() -> ConfigDict:
     data.source = "folder"  # motion, folder, class_folders, xvit_h5, pack or tfds
     data.folder = ""
     data.prefix = ""  # directory that paths in lists are relative to; empty: the list's
+    data.sampler = "uniform"  # balanced: every class equally often per epoch
     data.missing = "error"  # refuse missing listed files; or keep: count as decode errors
     data.skip_broken = False  # True: train without broken and missing videos, however many
     data.max_failed_share = 0.05  # training stops if a larger share cannot be decoded

@@ -10,6 +10,7 @@ from jaxvid.config import check_names
 from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.data.pipeline import LoaderConfig
 from jaxvid.data.sources import DatasetConfig
+from jaxvid.data.video_order import VideoOrder
 from jaxvid.distributed.sharding import MeshShape, check_batch_size
 from jaxvid.errors import InputError
 from jaxvid.evaluation.protocol import EvalProtocol
@@ -42,6 +43,7 @@ class Experiment:
         mesh: Sizes of the device mesh.
         model: The network's config.
         dataset: Source of the videos and labels.
+        order: Order of the training videos, before `VideoOrder.for_videos`.
         loader: Threads and processes that decode videos.
         train_clips: Preprocessing and augmentation of training clips.
         protocol: The evaluation protocol, including the preprocessing.
@@ -66,6 +68,7 @@ class Experiment:
     mesh: MeshShape
     model: ModelConfig
     dataset: DatasetConfig
+    order: VideoOrder
     loader: LoaderConfig
     train_clips: ClipSpec
     protocol: EvalProtocol
@@ -120,6 +123,7 @@ def resolve(config: Config) -> Experiment:
         mesh=MeshShape(**config.mesh),
         model=model,
         dataset=dataset,
+        order=VideoOrder(seed=config.seed, **_section(config.data, VideoOrder)),
         loader=LoaderConfig(**_section(config.data, LoaderConfig)),
         train_clips=_make_train_clips(config, preprocessing),
         protocol=EvalProtocol(

@@ -156,17 +156,18 @@ def _set_up(
         open_dataset, experiment.dataset, experiment.model.num_classes, ("train", "val")
     )
     data, lost = collectives.raise_on_all_processes(training_videos.align, workdir, data)
+    order = experiment.order.for_videos(data.records["train"])
     index, count = sharding.batch_shard(mesh, experiment.batch_size)
     batches = make_batches(
         data.records["train"],
         spec=experiment.train_clips,
         batch_size=experiment.batch_size // count,
-        seed=experiment.recipe.seed,
+        order=order,
         shard=(index, count),
         **dataclasses.asdict(experiment.loader),
     )
     milestones = make_milestones(
-        len(data.records["train"]) / experiment.batch_size,
+        order.epoch_clips(len(data.records["train"])) / experiment.batch_size,
         num_epochs=experiment.num_epochs,
         eval_epochs=experiment.protocol.every_epochs,
         checkpoint_epochs=experiment.checkpoints.every_epochs,
@@ -194,7 +195,7 @@ def _set_up(
         mesh=mesh,
         abstract_state=program.abstract_state,
         init=program.init,
-        data=data,
+        data=dataclasses.replace(data, notes=(*data.notes, *order.describe(data.labels))),
         lost=lost,
         batches=batches,
         milestones=milestones,

@@ -21,6 +21,7 @@ from jaxvid import entry_point
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.protocols import VideoRecord
+from jaxvid.data.video_order import VideoOrder
 
 # Thread id → id of the video that the thread is decoding, and when it started (`time.monotonic`).
 _loading: dict[int, tuple[str, float]] = {}
@@ -47,7 +48,7 @@ def make_train_iter(
     *,
     spec: ClipSpec,
     batch_size: int,
-    seed: int,
+    order: VideoOrder,
     num_threads: int,
     num_workers: int = 0,
     shard: tuple[int, int] = (0, 1),
@@ -58,7 +59,7 @@ def make_train_iter(
         records: Labelled videos.
         spec: Sampling, sizes and augmentation of the clips.
         batch_size: Clips per batch of this process.
-        seed: Seed of the order, the frame sampling and the augmentation.
+        order: Order of the videos, and the seed of frame sampling and augmentation.
         num_threads: See `LoaderConfig`.
         num_workers: See `LoaderConfig`.
         shard: `(index, count)`: this process loads part `index` of the `count` equal parts of each
@@ -80,7 +81,7 @@ def make_train_iter(
     def load(record: VideoRecord, rng: np.random.Generator) -> Batch:
         return _example(record, lambda: load_train_clip(record, rng, spec), zeros)
 
-    dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat().random_map(load)
+    dataset = order.stream(records).random_map(load)
     return _to_iter(dataset, batch_size, shard, num_threads, num_workers)
 
 
