@@ -49,6 +49,7 @@ def _default_data() -> ConfigDict:
     data.folder = ""
     data.prefix = ""  # directory that paths in lists are relative to; empty: the list's
     data.sampler = "uniform"  # balanced: every class equally often per epoch
+    data.repeats = 1  # clips of each training video in a batch (repeated augmentation)
     data.missing = "error"  # refuse missing listed files; or keep: count as decode errors
     data.skip_broken = False  # True: train without broken and missing videos, however many
     data.max_failed_share = 0.05  # training stops if a larger share cannot be decoded

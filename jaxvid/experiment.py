@@ -188,10 +188,11 @@ def check_batch_sizes(experiment: Experiment, mesh: Mesh) -> None:
     """Refuse batch sizes of training and evaluation that cannot be divided over the mesh.
 
     Raises:
-        InputError: A batch size is not a positive multiple of the required number, or
-            `accumulate_steps` is below 1.
+        InputError: A batch size is not a positive multiple of the required number (mesh,
+            `accumulate_steps`, `data.repeats`), or `accumulate_steps` is below 1.
     """
     check_batch_size("batch_size", experiment.batch_size, mesh)
+    experiment.order.check_batch_size(experiment.batch_size)
     num_parts = experiment.recipe.accumulate_steps
     multiple = mesh.shape["data"] * mesh.shape["fsdp"] * max(1, num_parts)
     if num_parts < 1 or experiment.batch_size % multiple:

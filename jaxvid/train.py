@@ -156,7 +156,9 @@ def _set_up(
         open_dataset, experiment.dataset, experiment.model.num_classes, ("train", "val")
     )
     data, lost = collectives.raise_on_all_processes(training_videos.align, workdir, data)
+    num_videos = len(data.records["train"])
     order = experiment.order.for_videos(data.records["train"])
+    notes = order.describe(data.labels, num_videos=num_videos, batch_size=experiment.batch_size)
     index, count = sharding.batch_shard(mesh, experiment.batch_size)
     batches = make_batches(
         data.records["train"],
@@ -167,7 +169,7 @@ def _set_up(
         **dataclasses.asdict(experiment.loader),
     )
     milestones = make_milestones(
-        order.epoch_clips(len(data.records["train"])) / experiment.batch_size,
+        order.epoch_clips(num_videos) / experiment.batch_size,
         num_epochs=experiment.num_epochs,
         eval_epochs=experiment.protocol.every_epochs,
         checkpoint_epochs=experiment.checkpoints.every_epochs,
@@ -195,7 +197,7 @@ def _set_up(
         mesh=mesh,
         abstract_state=program.abstract_state,
         init=program.init,
-        data=dataclasses.replace(data, notes=(*data.notes, *order.describe(data.labels))),
+        data=dataclasses.replace(data, notes=(*data.notes, *notes)),
         lost=lost,
         batches=batches,
         milestones=milestones,

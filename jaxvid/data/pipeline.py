@@ -81,7 +81,7 @@ def make_train_iter(
     def load(record: VideoRecord, rng: np.random.Generator) -> Batch:
         return _example(record, lambda: load_train_clip(record, rng, spec), zeros)
 
-    dataset = order.stream(records).random_map(load)
+    dataset = order.stream(records, batch_size * shard[1]).random_map(load)
     return _to_iter(dataset, batch_size, shard, num_threads, num_workers)
 
 
