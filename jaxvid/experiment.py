@@ -18,6 +18,7 @@ from jaxvid.models import ModelConfig, make_model_config
 from jaxvid.storage.preprocessing import Preprocessing
 from jaxvid.training.checkpoint import CheckpointPolicy
 from jaxvid.training.distillation import DistillConfig
+from jaxvid.training.losses import LossConfig
 from jaxvid.training.optim import OptimizerConfig
 from jaxvid.training.steps import Recipe
 
@@ -47,8 +48,9 @@ class Experiment:
         loader: Threads and processes that decode videos.
         train_clips: Preprocessing and augmentation of training clips.
         protocol: The evaluation protocol, including the preprocessing.
-        recipe: Options of the training step. The names of frozen weights are not yet known, as they
-            depend on the network.
+        loss: The loss of the labels.
+        recipe: Options of the training step. The names of frozen weights and the class weights are
+            not yet known, as they depend on the network and the data.
         optimizer: The optimizer and its schedule.
         distill: Knowledge distillation; without a teacher it is off.
         checkpoints: When checkpoints are saved, and how many are kept.
@@ -72,6 +74,7 @@ class Experiment:
     loader: LoaderConfig
     train_clips: ClipSpec
     protocol: EvalProtocol
+    loss: LossConfig
     recipe: Recipe
     optimizer: OptimizerConfig
     distill: DistillConfig
@@ -133,6 +136,7 @@ def resolve(config: Config) -> Experiment:
             batch_size=config.eval.batch_size,
             every_epochs=config.eval.every_epochs,
         ),
+        loss=LossConfig(**config.loss),
         recipe=Recipe(mean=preprocessing.mean, std=preprocessing.std, **_section(config, Recipe)),
         optimizer=OptimizerConfig(**config.optimizer),
         distill=DistillConfig(**config.distill),

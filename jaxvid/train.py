@@ -25,6 +25,7 @@ from jaxvid.logs import log
 from jaxvid.storage import model_card, model_folder, workdir_lock
 from jaxvid.training import (
     checkpoint,
+    losses,
     metric_window,
     metric_writer,
     optim,
@@ -158,7 +159,6 @@ def _set_up(
     data, lost = collectives.raise_on_all_processes(training_videos.align, workdir, data)
     num_videos = len(data.records["train"])
     order = experiment.order.for_videos(data.records["train"])
-    notes = order.describe(data.labels, num_videos=num_videos, batch_size=experiment.batch_size)
     index, count = sharding.batch_shard(mesh, experiment.batch_size)
     batches = make_batches(
         data.records["train"],
@@ -182,15 +182,20 @@ def _set_up(
         total_steps=milestones.total,
         steps_per_epoch=milestones.steps_per_epoch,
     )
+    weights = experiment.loss.weights(data.records["train"], experiment.model.num_classes)
     program = make_step_program(
         experiment.model,
         experiment.optimizer,
-        experiment.recipe,
+        dataclasses.replace(experiment.recipe, class_weights=weights),
         schedule=schedule,
         mesh=mesh,
         batch_size=experiment.batch_size,
         teacher=load_teacher(experiment.distill, experiment.model, data.labels, mesh),
     )
+    notes = [
+        *order.describe(data.labels, num_videos=num_videos, batch_size=experiment.batch_size),
+        *losses.describe_weights(weights, data.labels),
+    ]
     return Run(
         experiment=experiment,
         workdir=workdir,

@@ -10,6 +10,8 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.protocols import VideoRecord
 from jaxvid.errors import InputError, printable
@@ -115,6 +117,11 @@ class Selection(Sequence[VideoRecord]):
             return Selection(self.records, self._items[index])
         item = self._items[index]
         return item if isinstance(item, LostVideo) else self.records[item]
+
+
+def count_classes(records: Sequence[VideoRecord], num_classes: int) -> np.ndarray:
+    """Return the number of videos of each class, `(num_classes,)`."""
+    return np.bincount([record.label for record in records], minlength=num_classes)
 
 
 def split_line(line: str) -> tuple[str, str]:
