@@ -22,6 +22,7 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     config.deterministic = False  # on GPUs: bit-identical results and resume, at some speed
     config.init_from = ""  # model folder: initial weights in training, weights in evaluation
     config.loss = ConfigDict()
+    config.loss.name = "softmax"  # or sigmoid, for multi-label data
     config.loss.class_weights = "none"  # balanced: by 1 / number of videos; or numbers: 1,2.5,1
     config.label_smoothing = 0.0
     config.mixup_alpha = 0.0  # λ is drawn from Beta(alpha, alpha); 0: off

@@ -86,6 +86,19 @@ class Experiment:
                 raise InputError(f"{name}={getattr(self, name)}: must be above 0")
         if self.stall_seconds <= 0:
             raise InputError(f"data.stall_seconds={self.stall_seconds}: must be above 0")
+        if self.loss.multi_label:
+            self._check_multi_label()
+
+    def _check_multi_label(self) -> None:
+        """Refuse options that need videos with one class."""
+        for name, value, default in (
+            ("data.sampler", self.order.sampler, "uniform"),
+            ("distill.teacher", self.distill.teacher, ""),
+        ):
+            if value != default:
+                raise InputError(
+                    f"{name}={value!r}: not possible with loss.name=sigmoid; set it to {default!r}"
+                )
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -116,7 +129,8 @@ def resolve(config: Config) -> Experiment:
     """
     check_names(config.to_dict())
     model = make_model_config(**config.model)
-    dataset = DatasetConfig(**_section(config.data, DatasetConfig))
+    loss = LossConfig(**config.loss)
+    dataset = DatasetConfig(**_section(config.data, DatasetConfig), multi_label=loss.multi_label)
     preprocessing = _make_preprocessing(config, model, dataset)
     return Experiment(
         fields=config.to_dict(),
@@ -132,12 +146,18 @@ def resolve(config: Config) -> Experiment:
         protocol=EvalProtocol(
             preprocessing=preprocessing,
             score=config.eval.score,
+            activation=loss.name,
             dtype=config.eval.dtype,
             batch_size=config.eval.batch_size,
             every_epochs=config.eval.every_epochs,
         ),
-        loss=LossConfig(**config.loss),
-        recipe=Recipe(mean=preprocessing.mean, std=preprocessing.std, **_section(config, Recipe)),
+        loss=loss,
+        recipe=Recipe(
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            multi_label=loss.multi_label,
+            **_section(config, Recipe),
+        ),
         optimizer=OptimizerConfig(**config.optimizer),
         distill=DistillConfig(**config.distill),
         checkpoints=CheckpointPolicy(

@@ -338,13 +338,15 @@ def _make_validation(
     experiment, data = run.experiment, run.data
     graphdef, _ = abstract_eval_model(experiment.model, experiment.protocol)
     eval_step = make_eval_step(experiment.protocol, graphdef, run.mesh)
+    metric = "mAP" if experiment.loss.multi_label else "top1"
     # All processes use the values that process 0 reads: others may still see older files.
     best, evaluated = collectives.gather(
-        [model_card.best_top1(run.workdir), metric_writer.last_evaluation(run.workdir)]
+        [model_card.best_score(run.workdir, metric), metric_writer.last_evaluation(run.workdir)]
     )[0]
     return Validation(
         workdir=run.workdir,
         labels=data.labels,
+        metric=metric,
         evaluate=functools.partial(
             evaluate_params,
             records=data.records["val"],
@@ -362,6 +364,7 @@ def _make_validation(
             experiment.model,
             preprocessing=experiment.preprocessing.to_json(),
             labels=data.labels,
+            activation=experiment.loss.name,
         ),
         manager=manager,
         writer=writer,

@@ -10,9 +10,8 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
+from jaxvid.data.label_sets import Label
 from jaxvid.data.protocols import VideoRecord
 from jaxvid.errors import InputError, printable
 from jaxvid.files import check_regular
@@ -48,12 +47,12 @@ class Record:
 
     Attributes:
         path: The file.
-        label: Index of its class, or `NO_LABEL`.
+        label: Index of its class, or `NO_LABEL`. In multi-label data, its classes.
         id: Name of the video, e.g. its path as written in the list; by default, `path`.
     """
 
     path: Path
-    label: int
+    label: Label
     id: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self):
@@ -78,11 +77,11 @@ class LostVideo:
 
     Attributes:
         id: Its id in the earlier list.
-        label: Index of its class.
+        label: Index of its class; in multi-label data, its classes.
     """
 
     id: str
-    label: int
+    label: Label
 
     @property
     def path(self) -> None:
@@ -117,11 +116,6 @@ class Selection(Sequence[VideoRecord]):
             return Selection(self.records, self._items[index])
         item = self._items[index]
         return item if isinstance(item, LostVideo) else self.records[item]
-
-
-def count_classes(records: Sequence[VideoRecord], num_classes: int) -> np.ndarray:
-    """Return the number of videos of each class, `(num_classes,)`."""
-    return np.bincount([record.label for record in records], minlength=num_classes)
 
 
 def split_line(line: str) -> tuple[str, str]:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxvid.data.label_sets import count_classes
 from jaxvid.data.protocols import VideoRecord
-from jaxvid.data.records import count_classes
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, check_option
+from jaxvid.storage.activation import ACTIVATIONS
 
 CLASS_WEIGHTS = ("none", "balanced")
 MAX_NAMED_CLASSES = 8  # if there are more classes, the log names only two of them
@@ -21,6 +22,8 @@ class LossConfig:
     """The loss of the labels.
 
     Attributes:
+        name: `softmax`: cross-entropy, for videos with one class. `sigmoid`: binary cross-entropy
+            of each class, for multi-label data.
         class_weights: Weights of the classes: `none`; `balanced`, inversely proportional to the
             number of training videos; or numbers above 0, separated by commas.
 
@@ -28,10 +31,17 @@ class LossConfig:
         InputError: A field has an impossible value.
     """
 
+    name: str = "softmax"
     class_weights: str = "none"
 
     def __post_init__(self):
+        check_option("loss.name", self.name, ACTIVATIONS)
         self._listed_weights()
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether videos have any number of classes."""
+        return self.name == "sigmoid"
 
     def _listed_weights(self) -> tuple[float, ...]:
         """Return the weights that `class_weights` lists; none for the names in `CLASS_WEIGHTS`."""
@@ -56,7 +66,7 @@ class LossConfig:
             num_classes: The number of classes.
 
         Returns:
-            With `balanced`, the weight of a class with n of N videos is N / (C · n), where C is the
+            With `balanced`, the weight of a class with n of N labels is N / (C · n), where C is the
             number of classes that have videos, as in scikit-learn's `compute_class_weight`. Classes
             without videos have the weight 1.
 
@@ -64,7 +74,7 @@ class LossConfig:
             InputError: The list of weights does not have one number per class.
         """
         if self.class_weights == "balanced":
-            counts = count_classes(records, num_classes)
+            counts = count_classes((record.label for record in records), num_classes)
             share = counts * (counts > 0).sum() / counts.sum()
             return tuple(1 / x if x else 1.0 for x in share.tolist())
         weights = self._listed_weights()
@@ -108,6 +118,31 @@ def cross_entropy(
     if class_weights:
         targets *= jnp.array(class_weights)[None]
     return optax.softmax_cross_entropy(logits, targets)
+
+
+def binary_cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    smoothing: float,
+    class_weights: tuple[float, ...] = (),
+) -> jax.Array:
+    """Return the binary cross-entropy of each clip, averaged over the classes.
+
+    Args:
+        logits: `(b, num_classes)`.
+        labels: Multi-hot `(b, num_classes)`.
+        smoothing: ε; labels become `(1-ε)·labels + ε/num_classes`, as in timm.
+        class_weights: Weight of each class's term, as in PyTorch's `BCEWithLogitsLoss`; empty: 1.
+
+    Returns:
+        `(b,)` losses, in nats.
+    """
+    targets = optax.smooth_labels(labels.astype(logits.dtype), smoothing)
+    losses = optax.sigmoid_binary_cross_entropy(logits, targets)  # (b num_classes)
+    if class_weights:
+        losses *= jnp.array(class_weights)[None]
+    return losses.mean(axis=-1)
 
 
 def total_weight(clips: dict[str, jax.Array], class_weights: tuple[float, ...]) -> jax.Array:

@@ -15,7 +15,12 @@ from jaxvid.errors import InputError, check_option
 from jaxvid.models import ModelConfig, Params, build_model, merge_params, split_params
 from jaxvid.storage.preprocessing import normalize
 from jaxvid.training import batch_augmentation
-from jaxvid.training.losses import cross_entropy, distillation_loss, total_weight
+from jaxvid.training.losses import (
+    binary_cross_entropy,
+    cross_entropy,
+    distillation_loss,
+    total_weight,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,7 @@ class Recipe:
         mix_groups: Number of groups within which clips are mixed; set by `for_run`.
         erase_prob: Probability that a box of a clip is erased.
         accumulate_steps: Number of microbatches per batch for gradient accumulation; 1: off.
+        multi_label: Whether labels are multi-hot, with the loss `binary_cross_entropy`.
         class_weights: Weight of each class in the loss; empty: none. Set by `train`, as it may
             depend on the data.
         ema_decay: Decay of the exponential moving average of the weights; 0: no average.
@@ -54,6 +60,7 @@ class Recipe:
     mix_groups: int = 1
     erase_prob: float = 0.0
     accumulate_steps: int = 1
+    multi_label: bool = False
     class_weights: tuple[float, ...] = ()
     ema_decay: float = 0.0
 
@@ -143,8 +150,8 @@ def train_step(
 
     Args:
         state: Made by `init_state`.
-        batch: `video` `(b, t, h, w, c)` uint8, `label` `(b,)` and `mask` `(b,)`; clips whose mask
-            is False are ignored.
+        batch: `video` `(b, t, h, w, c)` uint8, `label` `(b,)` (multi-hot `(b, num_classes)` with
+            `recipe.multi_label`) and `mask` `(b,)`; clips whose mask is False are ignored.
         teacher_params: The teacher's weights; required with `teacher`.
         graphdef: The network's structure.
         optimizer: The optimizer that `state` was made with.
@@ -152,7 +159,8 @@ def train_step(
         teacher: The teacher of a distillation; None: no distillation.
 
     Returns:
-        The new state; and metrics: `loss`, the number `top1` of correct predictions and the number
+        The new state; and metrics: `loss`, the number `top1` of correct predictions (with
+        `recipe.multi_label`: of clips whose highest logit is one of their classes) and the number
         `count` of clips, all summed over the batch; and `grad_norm`, the norm of the gradient.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state["step"])
@@ -160,9 +168,12 @@ def train_step(
     count = jnp.maximum(clips["mask"].sum(), 1)
     fixed = {name: state["params"][name] for name in recipe.frozen}
     label_losses = functools.partial(
-        cross_entropy, smoothing=recipe.label_smoothing, class_weights=recipe.class_weights
+        binary_cross_entropy if recipe.multi_label else cross_entropy,
+        smoothing=recipe.label_smoothing,
+        class_weights=recipe.class_weights,
     )
-    if recipe.class_weights:  # the mean is divided by the sum of weights in place of `count`
+    if reweighted := recipe.class_weights and not recipe.multi_label:
+        # The mean is divided by the sum of the weights in place of `count`.
         weight_scale = count / jnp.maximum(total_weight(clips, recipe.class_weights), 1e-30)
 
     def loss_fn(params: Params, part: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -173,14 +184,19 @@ def train_step(
             partner_losses = label_losses(logits, part["partner_label"])
             weight = part["label_weight"]
             losses = weight * losses + (1 - weight) * partner_losses
-        if recipe.class_weights:
+        if reweighted:
             losses = weight_scale * losses
         if teacher is not None:
             video = ((video * recipe.std + recipe.mean) - teacher.mean) / teacher.std
             targets = jax.lax.stop_gradient(merge_params(teacher.graphdef, teacher_params)(video))
             distillation = distillation_loss(logits, targets, teacher.temperature)
             losses = (1 - teacher.weight) * losses + teacher.weight * distillation
-        top1 = ((logits.argmax(-1) == label) & part["mask"]).sum()
+        prediction = logits.argmax(-1)
+        if recipe.multi_label:
+            hits = jnp.take_along_axis(label, prediction[:, None], axis=1)[:, 0] > 0
+        else:
+            hits = prediction == label
+        top1 = (hits & part["mask"]).sum()
         return jnp.where(part["mask"], losses, 0).sum() / count, top1
 
     params = recipe.trainable(state["params"])
@@ -269,7 +285,7 @@ def _prepare_clips(
         "label": label,
         "mask": mask & mask[partner],  # a clip that is mixed with a masked one is masked
         "partner_label": label[partner],
-        "label_weight": jnp.full(label.shape, weight),
+        "label_weight": jnp.full(mask.shape, weight),
     }
 
 

@@ -9,7 +9,12 @@ import torch
 from jaxvid.data.records import Record
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
-from jaxvid.training.losses import LossConfig, cross_entropy, describe_weights
+from jaxvid.training.losses import (
+    LossConfig,
+    binary_cross_entropy,
+    cross_entropy,
+    describe_weights,
+)
 from jaxvid.training.steps import Recipe
 from tests.training.test_steps import (
     keys_of,
@@ -31,7 +36,7 @@ def torch_loss(logits, labels, **options):
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_weighted_cross_entropy_equals_pytorch(smoothing):
     logits = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
-    labels = linear_batch()["label"]
+    labels = linear_batch(count=6)["label"]
     actual = cross_entropy(
         jnp.array(logits), jnp.array(labels), smoothing=smoothing, class_weights=WEIGHTS
     )
@@ -44,7 +49,7 @@ def test_weighted_cross_entropy_equals_pytorch(smoothing):
 def test_a_weighted_step_minimises_pytorchs_weighted_mean(num_parts):
     """The second clip is masked; microbatches and smoothing change nothing."""
     recipe = Recipe(seed=3, label_smoothing=0.2, class_weights=WEIGHTS, accumulate_steps=num_parts)
-    state, batch = linear_state(recipe), linear_batch()
+    state, batch = linear_state(recipe), linear_batch(count=6)
     video = (batch["video"] / 255 - 0.5) / 0.5
     network = torch.nn.Linear(3, 4)
     with torch.no_grad():
@@ -68,7 +73,7 @@ def test_a_weighted_step_minimises_pytorchs_weighted_mean(num_parts):
 
 def test_mixed_labels_have_their_weights():
     recipe = Recipe(seed=3, mixup_alpha=0.4, class_weights=WEIGHTS)
-    state, batch = linear_state(recipe), linear_batch()
+    state, batch = linear_state(recipe), linear_batch(count=6)
     batch["mask"][:] = True
     key, _, mix_key = keys_of(3, 6)
     key_lam, key_permutation = jax.random.split(mix_key)
@@ -88,7 +93,7 @@ def test_mixed_labels_have_their_weights():
 
 def test_the_weighted_mean_does_not_depend_on_the_mesh():
     recipe = Recipe(seed=3, class_weights=WEIGHTS)
-    state, batch = linear_state(recipe), linear_batch()
+    state, batch = linear_state(recipe), linear_batch(count=6)
     _, expected = linear_step(state, batch, recipe)
     mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=1, tensor=4))
     _, actual = linear_step(state, sharding.to_global_arrays(batch, mesh), recipe)
@@ -111,3 +116,38 @@ def test_balanced_weights_follow_scikit_learn():
     for wrong in ("even", "1,-2", "", "1,nan"):
         with pytest.raises(InputError, match="must be none, balanced or a number above 0"):
             LossConfig(class_weights=wrong)
+
+
+@pytest.mark.parametrize("weights", [(), WEIGHTS])
+def test_binary_cross_entropy_equals_pytorch(weights):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(6, 4)).astype(np.float32), rng.integers(0, 2, (6, 4))
+    actual = binary_cross_entropy(
+        jnp.array(logits), jnp.array(labels), smoothing=0.2, class_weights=weights
+    )
+    criterion = torch.nn.BCEWithLogitsLoss(
+        weight=torch.tensor(weights) if weights else None, reduction="none"
+    )
+    expected = criterion(torch.tensor(logits), torch.tensor(0.8 * labels + 0.05).float())
+    np.testing.assert_allclose(actual, expected.mean(axis=1), rtol=1e-5)
+
+
+def test_multi_label_targets_are_mixed():
+    recipe = Recipe(seed=3, mixup_alpha=0.4, multi_label=True)
+    state, batch = linear_state(recipe), linear_batch(count=6)
+    batch["mask"][:] = True
+    batch["label"] = np.random.default_rng(0).integers(0, 2, (6, 4)).astype(np.int32)
+    key, _, mix_key = keys_of(3, 6)
+    key_lam, key_permutation = jax.random.split(mix_key)
+    lam = float(jax.random.beta(key_lam, 0.4, 0.4))
+    partner = np.array(jax.random.permutation(key_permutation, 6))
+    video = (batch["video"] / 255 - 0.5) / 0.5
+    video = lam * video + (1 - lam) * video[partner]
+    scale = 0.5 + float(jax.random.uniform(key))
+    logits = linear_logits(state["params"], video, scale)[1]
+    targets = lam * batch["label"] + (1 - lam) * batch["label"][partner]
+    expected = torch.nn.BCEWithLogitsLoss()(torch.tensor(logits), torch.tensor(targets))
+    _, metrics = linear_step(state, batch, recipe)
+    assert metrics["loss"] == pytest.approx(6 * float(expected), rel=1e-4)
+    hits = batch["label"][np.arange(6), logits.argmax(axis=1)]
+    assert metrics["top1"] == hits.sum()
