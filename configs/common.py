@@ -16,6 +16,9 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     """
     config = ConfigDict()
     config.seed = 0
+    # -1 in these fields: chosen from the number of training videos
+    # (batch_size, num_epochs, log_steps, checkpoint_every_epochs, eval.every_epochs and
+    # optimizer.warmup_epochs)
     config.batch_size = 64  # clips per step, over all devices and processes
     config.accumulate_steps = 1  # microbatches per batch, for gradient accumulation; 1: off
     config.num_epochs = 30.0

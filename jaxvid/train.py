@@ -20,7 +20,7 @@ from jaxvid.distributed import collectives, setup, sharding
 from jaxvid.evaluation.loop import abstract_eval_model, evaluate_params, make_eval_step
 from jaxvid.evaluation.outputs import save_report
 from jaxvid.evaluation.summary import make_report, summary
-from jaxvid.experiment import Config, Experiment, check_batch_sizes, resolve
+from jaxvid.experiment import Config, Experiment, check_batch_sizes, choose_schedule, resolve
 from jaxvid.logs import log
 from jaxvid.storage import model_card, model_folder, workdir_lock
 from jaxvid.training import (
@@ -86,7 +86,7 @@ def train(
             receive the signal itself. Once the final evaluation is done, the run finishes instead.
     """
     began, workdir = time.monotonic(), Path(workdir)
-    run = _set_up(resolve(config), workdir, stop_step, make_batches)
+    run = _set_up(resolve(config, workdir), workdir, stop_step, make_batches)
     with contextlib.ExitStack() as handlers:
         with contextlib.ExitStack() as resources, checkpoint.failures_published():
             state, manager, window, trace = _restore(run, profile_steps, resources)
@@ -157,8 +157,9 @@ def _set_up(
         open_dataset, experiment.dataset, experiment.model.num_classes, ("train", "val")
     )
     data, lost = collectives.raise_on_all_processes(training_videos.align, workdir, data)
-    num_videos = len(data.records["train"])
     order = experiment.order.for_videos(data.records["train"])
+    num_clips = order.epoch_clips(len(data.records["train"]))
+    experiment, notes = choose_schedule(experiment, mesh, num_clips)
     index, count = sharding.batch_shard(mesh, experiment.batch_size)
     batches = make_batches(
         data.records["train"],
@@ -169,7 +170,7 @@ def _set_up(
         **dataclasses.asdict(experiment.loader),
     )
     milestones = make_milestones(
-        order.epoch_clips(num_videos) / experiment.batch_size,
+        num_clips / experiment.batch_size,
         num_epochs=experiment.num_epochs,
         eval_epochs=experiment.protocol.every_epochs,
         checkpoint_epochs=experiment.checkpoints.every_epochs,
@@ -192,10 +193,8 @@ def _set_up(
         batch_size=experiment.batch_size,
         teacher=load_teacher(experiment.distill, experiment.model, data.labels, mesh),
     )
-    notes = [
-        *order.describe(data.labels, num_videos=num_videos, batch_size=experiment.batch_size),
-        *losses.describe_weights(weights, data.labels),
-    ]
+    notes += order.describe(data.labels, num_clips=num_clips, batch_size=experiment.batch_size)
+    notes += losses.describe_weights(weights, data.labels)
     return Run(
         experiment=experiment,
         workdir=workdir,

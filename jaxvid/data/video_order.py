@@ -105,14 +105,12 @@ class VideoOrder:
         )
         return order.map(records.__getitem__).seed(self.seed)
 
-    def describe(
-        self, names: Sequence[str], *, num_videos: int, batch_size: int
-    ) -> tuple[str, ...]:
+    def describe(self, names: Sequence[str], *, num_clips: int, batch_size: int) -> tuple[str, ...]:
         """Describe how often classes and videos are drawn, for the log.
 
         Args:
             names: Class names.
-            num_videos: Number of training videos.
+            num_clips: Clips per epoch, from `epoch_clips`.
             batch_size: Clips per batch, over all processes.
 
         Returns:
@@ -120,11 +118,10 @@ class VideoOrder:
         """
         lines = [self._describe_classes(names)] if self.sampler == "balanced" else []
         if self.repeats > 1:
-            clips = self.epoch_clips(num_videos)
             lines.append(
                 f"data.repeats={self.repeats}: a batch has {batch_size // self.repeats} videos, "
-                f"each {self.repeats} times; an epoch has {clips} clips of "
-                f"{clips / self.repeats:.3g} videos"
+                f"each {self.repeats} times; an epoch has {num_clips} clips of "
+                f"{num_clips / self.repeats:.3g} videos"
             )
         return tuple(lines)
 

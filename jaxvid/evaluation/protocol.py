@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from jaxvid.config import CHOSEN
 from jaxvid.errors import InputError, check_option
 from jaxvid.models.precision import DTYPES
 from jaxvid.storage.activation import ACTIVATIONS
@@ -25,7 +26,7 @@ class EvalProtocol:
             the data is multi-label.
         dtype: Compute dtype, one of `precision.DTYPES`; independent of the model's.
         batch_size: Videos per step, over all devices and processes.
-        every_epochs: Epochs of training between two evaluations.
+        every_epochs: Epochs of training between two evaluations; `CHOSEN`: not known yet.
 
     Raises:
         InputError: A field has an impossible value.
@@ -42,7 +43,7 @@ class EvalProtocol:
         check_option("eval.score", self.score, SCORES)
         check_option("activation", self.activation, ACTIVATIONS)
         check_option("eval.dtype", self.dtype, DTYPES)
-        if self.every_epochs <= 0:
+        if self.every_epochs <= 0 and self.every_epochs != CHOSEN:
             raise InputError(f"eval.every_epochs={self.every_epochs}: must be above 0")
 
     @property

@@ -61,13 +61,13 @@ def test_balanced_order_depends_on_the_seed_and_describes_itself():
     other = VideoOrder(seed=1, sampler="balanced").for_videos(RECORDS)
     assert numbers_of(next(make_batches(other, 15))) != first
     names = ["run", "walk", "fall", "sit"]
-    [line] = BALANCED.describe(names, num_videos=13, batch_size=6)
+    [line] = BALANCED.describe(names, num_clips=15, batch_size=6)
     assert line == (
         "data.sampler=balanced: each class is drawn 5 times per epoch. Draws per video and epoch: "
         "run 2.5 (2 videos), sit 1.25 (4 videos), walk 0.714 (7 videos); 1 of 4 classes have no "
         "training video"
     )
-    assert VideoOrder(seed=0).describe(names, num_videos=13, batch_size=6) == ()
+    assert VideoOrder(seed=0).describe(names, num_clips=15, batch_size=6) == ()
     with pytest.raises(InputError, match="data.sampler='even': must be one of 'uniform', 'bal"):
         VideoOrder(seed=0, sampler="even")
 
@@ -105,7 +105,7 @@ def test_repeats_draw_each_video_several_times_per_batch():
         assert len({*batch["video"].tolist()}) == 6
     batches.close()
     plain.close()
-    [line] = REPEATED.describe([], num_videos=13, batch_size=6)
+    [line] = REPEATED.describe([], num_clips=13, batch_size=6)
     assert line == (
         "data.repeats=3: a batch has 2 videos, each 3 times; an epoch has 13 clips of 4.33 videos"
     )
