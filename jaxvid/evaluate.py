@@ -145,6 +145,7 @@ def _load_folder(experiment: Experiment, _: Path, mesh: Mesh) -> Weights:
     model_card.check_same_model(folder, experiment.model)
     check_preprocessing(folder, experiment.preprocessing)
     card = model_card.load_card(folder)
+    model_card.check_activation(card, folder, experiment.protocol.activation)
     params = model_folder.load_params(folder, _abstract_params(experiment, mesh))
     expected = {"color_matrix": default_color_matrix(card)} | (card["preprocessing"] or {})
     experiment = experiment.with_color_matrix(expected["color_matrix"])
@@ -170,7 +171,7 @@ def _load_checkpoint(experiment: Experiment, workdir: Path, mesh: Mesh) -> Weigh
     if model_changes := [
         text
         for name, text in changed.items()
-        if name.startswith(("model.", "data.mean", "data.std"))
+        if name.startswith(("model.", "data.mean", "data.std", "loss.name"))
         and name.removeprefix("model.") not in ("dtype", *CHOICES)
     ]:
         raise InputError(
@@ -253,5 +254,6 @@ def _resume_key(experiment: Experiment, records: Sequence[Record], sha256: str) 
             if f"data.{name}" not in run_config.OWN_FIELDS
         },
         "eval": fields["eval"],
+        "activation": experiment.protocol.activation,
         "preprocessing": experiment.preprocessing.to_json(),
     }

@@ -75,7 +75,7 @@ SHRINK = {
 FOLDERS = ("benchmarks", "configs", "convert", "docs", "jaxvid", "tests")
 PYTHON = re.compile(r"^(\.venv/bin/)?python ")  # start of a command that runs Python
 JAXVID = re.compile(r"^(\.venv/bin/)?jaxvid ")
-CONFIG_SECTIONS = ("data", "eval", "model", "optimizer", "mesh", "distill")
+CONFIG_SECTIONS = ("data", "eval", "loss", "model", "optimizer", "mesh", "distill")
 
 
 class Block(NamedTuple):

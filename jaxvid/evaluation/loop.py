@@ -15,7 +15,7 @@ from jaxvid.data.pipeline import LoaderConfig, make_eval_iter, split_batch
 from jaxvid.data.sources import Record
 from jaxvid.distributed import collectives, sharding
 from jaxvid.errors import InputError
-from jaxvid.evaluation.metrics import Results
+from jaxvid.evaluation.metrics import Results, hits
 from jaxvid.evaluation.protocol import EvalProtocol
 from jaxvid.evaluation.resume import PartialResults
 from jaxvid.logs import log
@@ -58,6 +58,7 @@ def make_eval_step(model_config: ModelConfig, protocol: EvalProtocol, mesh: Mesh
             mean=protocol.preprocessing.mean,
             std=protocol.preprocessing.std,
             score=protocol.score,
+            activation=protocol.activation,
         )
 
     jitted = jax.jit(step, out_shardings=sharding.replicated(mesh))
@@ -190,7 +191,7 @@ class _Collector:
             )
         for name in ("scores", "probabilities"):
             part[name] = np.where(decoded[:, None], part[name], 0)
-        part["hit"] = decoded & (part["scores"].argmax(axis=1) == part["label"])
+        part["hit"] = decoded & hits(part["label"], part["scores"].argmax(axis=1)[:, None])
         now = time.monotonic()
         part["seconds"] = now - self._began
         self._began = now

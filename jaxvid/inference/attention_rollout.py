@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy
 
 from jaxvid.data.clips.clip import (
     ClipSpec,
@@ -18,6 +17,7 @@ from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.distributed import setup
 from jaxvid.errors import InputError
 from jaxvid.models import Params, family_of, merge_params, split_params
+from jaxvid.storage import activation
 from jaxvid.storage.preprocessing import load_model_and_preprocessing, normalize
 
 TOP_K = 3  # number of classes in AttentionRollout.top
@@ -137,7 +137,7 @@ def compute_rollout(
             f"{folder}: the logits for {video} are not finite, so the weights are damaged; retrain "
             "or reconvert the model"
         )
-    probabilities = scipy.special.softmax(logits)
+    probabilities = activation.probabilities(logits, card["activation"])
     side = spec.crop // model.config.patch_size
     patch_attention = attention["spatial"].reshape(-1, side, side)
     t = len(patch_attention)

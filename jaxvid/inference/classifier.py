@@ -19,7 +19,6 @@ import cv2
 import jax
 import numpy as np
 from jax.typing import DTypeLike
-from scipy.special import softmax
 
 from jaxvid.data.check import MAX_SECONDS, map_in_order
 from jaxvid.data.clips.clip import load_eval_views
@@ -30,6 +29,7 @@ from jaxvid.inference.class_timeline import ClassTimeline
 from jaxvid.inference.sliding_windows import gather_clips, plan_windows, prefetch, read_frames
 from jaxvid.models import Params, family_of, merge_params, split_params
 from jaxvid.progress import Progress
+from jaxvid.storage import activation
 from jaxvid.storage.model_card import describe_assumed_labels
 from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing, normalize
 
@@ -42,7 +42,8 @@ class Prediction:
         video: Path of the file.
         labels: Names of the most likely classes, in descending order of probability.
         indices: Indices of these classes.
-        probabilities: Probabilities of these classes. Those of all classes sum to 1.
+        probabilities: Probabilities of these classes. Those of all classes sum to 1, except for a
+            multi-label model (`activation` sigmoid in the model card).
         seconds: Wall time in seconds for decoding the video, plus the video's share of the time for
             computing its batch.
         padded: Whether the video is too short for a clip, so that frames are repeated.
@@ -121,6 +122,7 @@ class Classifier:
         overrides = {name: value for name, value in views.items() if value is not None}
         self.spec = dataclasses.replace(preprocessing.spec, **overrides)
         self.labels, self.config = card["labels"], model.config
+        self._activation = card["activation"]
         self.batch_size, self._num_threads = batch_size, num_threads or os.cpu_count()
         self._normalize = functools.partial(
             normalize, mean=preprocessing.mean, std=preprocessing.std
@@ -221,7 +223,8 @@ class Classifier:
             if "error" in example:
                 yield Prediction(video=video, error=example["error"])
                 continue
-            probabilities = softmax(next(scores).astype(np.float64) / num_views)
+            logits = next(scores).astype(np.float64) / num_views
+            probabilities = activation.probabilities(logits, self._activation)
             top = np.argsort(-probabilities, kind="stable")[:top_k]
             yield Prediction(
                 video=video,
@@ -282,7 +285,9 @@ class Classifier:
             ends=plan.ends,
             padded=plan.padded,
             stride=plan.stride,
-            probabilities=softmax(scores.astype(np.float64) / self.spec.num_crops, axis=-1),
+            probabilities=activation.probabilities(
+                scores.astype(np.float64) / self.spec.num_crops, self._activation
+            ),
         )
 
     def score_windows(

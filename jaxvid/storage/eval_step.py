@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from jaxvid.models import Params, merge_params
+from jaxvid.storage.activation import ACTIVATIONS
 from jaxvid.storage.preprocessing import normalize
 
 
@@ -15,6 +16,7 @@ def eval_step(
     mean: float,
     std: float,
     score: str,
+    activation: str = "softmax",
 ) -> dict[str, jax.Array]:
     """Classify a batch of videos from all their views.
 
@@ -26,19 +28,21 @@ def eval_step(
         std: Divisor of the pixels after the mean is subtracted.
         score: `logits`: classes are ranked by their logits, summed over the views, as in the
             released protocol. `probabilities`: by their probabilities, averaged over the views.
+        activation: Function from logits to probabilities, a key of `ACTIVATIONS`.
 
     Returns:
         `scores` and `probabilities`, both `(b, num_classes)` float32. Classes are ranked by their
-        scores. The probabilities are the softmax of the mean logits if `score="logits"`, otherwise
-        the mean over the views of the softmax of their logits.
+        scores. The probabilities are the activation of the mean logits if `score="logits"`,
+        otherwise the mean over the views of the activation of their logits.
     """
+    activate = ACTIVATIONS[activation]
     b, v, *clip = batch["video"].shape
     video = normalize(batch["video"].reshape(b * v, *clip), mean, std)
     logits = merge_params(graphdef, params)(video).reshape(b, v, -1)  # (b v classes)
     if score == "probabilities":
-        probabilities = jax.nn.softmax(logits).mean(axis=1)
+        probabilities = activate(logits).mean(axis=1)
         return {"scores": probabilities, "probabilities": probabilities}
     return {
         "scores": logits.sum(axis=1),
-        "probabilities": jax.nn.softmax(logits.mean(axis=1)),
+        "probabilities": activate(logits.mean(axis=1)),
     }
