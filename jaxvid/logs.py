@@ -1,15 +1,12 @@
 """Logging to the console and to `WORKDIR/log.txt`, and the progress of a run."""
 
-import contextlib
 import logging
 import sys
 from pathlib import Path
 
 import jax
-from tqdm import tqdm
 
 from jaxvid import progress
-from jaxvid.errors import InputError
 
 log = logging.getLogger("jaxvid")
 
@@ -36,15 +33,10 @@ def setup_logging(workdir: Path) -> None:
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     file.handleError = lambda _: None  # if the disk is full, writing other files reports it
     console = logging.Handler(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
-    console.emit = _write_to_console
+    # A closed console must not end a run: log.txt contains all lines.
+    console.emit = lambda record: progress.print_above_bar(record.getMessage())
     log.addHandler(file)
     log.addHandler(console)
-
-
-def _write_to_console(record: logging.LogRecord) -> None:
-    """Print a line. A closed console must not end a run: log.txt contains all lines."""
-    with contextlib.suppress(SystemExit, InputError, OSError):
-        tqdm.write(record.getMessage(), file=sys.stderr)
 
 
 class RunProgress(progress.Progress):

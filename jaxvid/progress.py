@@ -1,18 +1,87 @@
 """Progress of long operations: a bar on a terminal, or log lines."""
 
+import contextlib
+import functools
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
+from jaxvid.errors import InputError
+
 LINE_SECONDS = 10.0  # minimum time between two progress lines
+COMPILE_SECONDS = 1.0  # duration of a compilation after which it is announced
 
 
 def to_stderr(line: str) -> None:
     """Print a line on stderr, unless stderr is a terminal, which may show the bar."""
     if not sys.stderr.isatty():
         print(line, file=sys.stderr, flush=True)
+
+
+def print_above_bar(line: str) -> None:
+    """Print a line on stderr, above the bar if there is one. A closed stderr is ignored."""
+    with contextlib.suppress(SystemExit, InputError, OSError):
+        tqdm.write(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def compiling(name: str, write_line: Callable[[str], None] = print_above_bar) -> Iterator[None]:
+    """Announce the compilation in the body, and its duration, if it is slow.
+
+    Programs in the compilation cache usually load in less than `COMPILE_SECONDS`, so that they are
+    not announced.
+
+    Args:
+        name: Name of the compiled function, e.g. `the training step`.
+        write_line: Called with `compiling NAME…` after `COMPILE_SECONDS`, by another thread, and
+            with `compiled in 14 s` at the end.
+    """
+    announced, start = threading.Event(), time.monotonic()
+
+    def announce() -> None:
+        announced.set()
+        write_line(f"compiling {name}…")
+
+    timer = threading.Timer(COMPILE_SECONDS, announce)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+    if announced.is_set():
+        write_line(f"compiled in {time.monotonic() - start:.0f} s")
+
+
+def announce_compilation(
+    function: Callable[..., Any], name: str, write_line: Callable[[str], None]
+) -> Callable[..., Any]:
+    """Wrap a jitted function so that its compilation in the first call is announced.
+
+    Args:
+        function: A function returned by `jax.jit`, or a `functools.partial` of one.
+        name: As in `compiling`.
+        write_line: As in `compiling`.
+    """
+    compiled = False
+
+    def call(*args: Any) -> Any:
+        nonlocal compiled
+        if not compiled:
+            # Tracing is excluded, because it takes as long if the program is in the cache.
+            partial = functools.partial(function, *args)
+            lowered = partial.func.lower(*partial.args, **partial.keywords)
+            with compiling(name, write_line):
+                lowered.compile()
+            compiled = True
+        return function(*args)  # JAX reuses the compiled program
+
+    return call
 
 
 class Progress:

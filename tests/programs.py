@@ -43,7 +43,7 @@ class Program:
 
     arguments: list[str]
     outputs: tuple[str, ...] = ()
-    logs: str = r"(reading|packing): .* videos, .*"
+    logs: str = r"(reading|packing): .* videos, .*|compiling .*…|compiled in .*"
 
 
 PROGRAMS = {

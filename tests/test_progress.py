@@ -1,9 +1,13 @@
 """Progress is a bar on a terminal and complete lines elsewhere."""
 
+import contextlib
+import functools
 import io
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxvid import logs, progress
@@ -77,3 +81,52 @@ def test_progress_lines_are_logged_on_request(clock, monkeypatch, terminal):
         bar.close()
     assert lines == ["x: 4/8 videos, 0.2/s, 00:20 left"]
     assert terminal == bool(sys.stderr.getvalue())
+
+
+def wait_for(condition):
+    """Wait until another thread makes a condition true."""
+    while not condition():
+        time.sleep(0.01)
+
+
+def test_only_slow_compilations_are_announced(monkeypatch):
+    lines = []
+    monkeypatch.setattr(progress, "COMPILE_SECONDS", 1000)
+    with progress.compiling("the network", lines.append):
+        pass
+    assert not lines
+    monkeypatch.setattr(progress, "COMPILE_SECONDS", 0)
+    with progress.compiling("the network", lines.append):
+        wait_for(lambda: lines)
+    assert lines == ["compiling the network…", "compiled in 0 s"]
+    with contextlib.suppress(KeyError), progress.compiling("the network", lines.append):
+        wait_for(lambda: len(lines) == 3)
+        raise KeyError  # no duration of a failed compilation
+    assert lines[2:] == ["compiling the network…"]
+
+
+def test_a_jitted_function_is_announced_and_compiled_once(monkeypatch):
+    @contextlib.contextmanager
+    def record(name, _):
+        announced.append(name)
+        yield
+
+    def count(event, _, fun_name="", **__):
+        if event.endswith("backend_compile_duration") and "scale" in fun_name:
+            compiled.append(fun_name)
+
+    def scale(x, factor):
+        return factor * x
+
+    announced, compiled = [], []
+    monkeypatch.setattr(progress, "compiling", record)
+    step = functools.partial(jax.jit(scale, donate_argnums=0), factor=2.0)
+    step = progress.announce_compilation(step, "the step", print)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        for value in (1.0, 3.0):
+            assert step(jnp.float32(value)) == 2 * value
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert announced == ["the step"]
+    assert len(compiled) == 1
