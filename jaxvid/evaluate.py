@@ -17,13 +17,13 @@ from jaxvid.errors import InputError
 from jaxvid.evaluation import comparison
 from jaxvid.evaluation.loop import abstract_eval_model, evaluate_params, make_eval_step
 from jaxvid.evaluation.outputs import save_report
-from jaxvid.evaluation.resume import PartialResults
 from jaxvid.evaluation.summary import make_report, summary
 from jaxvid.experiment import Config, Experiment, resolve
 from jaxvid.logs import log
 from jaxvid.models import Params, family_of
 from jaxvid.models.implementation import CHOICES
 from jaxvid.storage import model_card, model_folder, workdir_lock
+from jaxvid.storage.partial_results import PartialResults
 from jaxvid.storage.preprocessing import check_preprocessing, default_color_matrix
 from jaxvid.training import checkpoint, outputs, run_config, run_metadata
 

@@ -1,11 +1,48 @@
-"""The evaluation step."""
+"""The evaluation step, and the loop that runs it or another step on batches."""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from jaxvid.distributed import sharding
 from jaxvid.models import Params, merge_params
 from jaxvid.storage.activation import ACTIVATIONS
 from jaxvid.storage.preprocessing import normalize
+
+# Number of batches that the device computes while the host collects the results of earlier ones.
+BATCHES_AHEAD = 1
+
+
+def run_ahead(
+    step: Callable[[Params, dict[str, jax.Array]], Any],
+    params: Params,
+    batches: Iterable[tuple[np.ndarray, Any]],
+    mesh: Mesh,
+) -> Iterator[tuple[Any, Any]]:
+    """Run a step on batches. The device computes the next batch while the caller uses the last one.
+
+    Args:
+        step: Jitted function of the weights and a batch with the key `video`.
+        params: The weights.
+        batches: Pairs of this process's part of `video`, whose first axis is the batch axis, and
+            metadata.
+        mesh: Batches are sharded over it.
+
+    Yields:
+        Pairs of the outputs of the step, which the device may still be computing, and the metadata.
+    """
+    pending = collections.deque()
+    for video, metadata in batches:
+        arrays = sharding.to_global_arrays({"video": video}, mesh)
+        pending.append((step(params, arrays), metadata))
+        if len(pending) > BATCHES_AHEAD:
+            yield pending.popleft()
+    yield from pending
 
 
 def eval_step(
