@@ -16,11 +16,17 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     """
     config = ConfigDict()
     config.seed = 0
+    # -1 in these fields: chosen from the number of training videos
+    # (batch_size, num_epochs, log_steps, checkpoint_every_epochs, eval.every_epochs and
+    # optimizer.warmup_epochs)
     config.batch_size = 64  # clips per step, over all devices and processes
     config.accumulate_steps = 1  # microbatches per batch, for gradient accumulation; 1: off
     config.num_epochs = 30.0
     config.deterministic = False  # on GPUs: bit-identical results and resume, at some speed
     config.init_from = ""  # model folder: initial weights in training, weights in evaluation
+    config.loss = ConfigDict()
+    config.loss.name = "softmax"  # or sigmoid, for multi-label data
+    config.loss.class_weights = "none"  # balanced: by 1 / number of videos; or numbers: 1,2.5,1
     config.label_smoothing = 0.0
     config.mixup_alpha = 0.0  # λ is drawn from Beta(alpha, alpha); 0: off
     config.cutmix_alpha = 0.0  # λ is drawn from Beta(alpha, alpha); 0: off; not with mixup
@@ -48,6 +54,8 @@ def _default_data() -> ConfigDict:
     data.source = "folder"  # motion, folder, class_folders, xvit_h5, pack or tfds
     data.folder = ""
     data.prefix = ""  # directory that paths in lists are relative to; empty: the list's
+    data.sampler = "uniform"  # balanced: every class equally often per epoch
+    data.repeats = 1  # clips of each training video in a batch (repeated augmentation)
     data.missing = "error"  # refuse missing listed files; or keep: count as decode errors
     data.skip_broken = False  # True: train without broken and missing videos, however many
     data.max_failed_share = 0.05  # training stops if a larger share cannot be decoded

@@ -6,9 +6,13 @@ DATA_FOLDER contains `train.csv` and `val.csv` (one `path label` per line) with 
 `train/CLASS/*.mp4` and `val/CLASS/*.mp4`, or a pack written by `jaxvid.data.prepare`. The network,
 its preprocessing and evaluation views come from the model folder, the classes from the data.
 
-The recipe suits about a thousand clips: AdamW, 20 epochs, and layer-wise learning-rate decay (Bao
-et al., "BEiT", arXiv:2106.08254). The accuracy depends on your classes. The recipe has not been
-run on a released model. To save memory, set `--config.accumulate_steps=4`,
+The recipe is AdamW with layer-wise learning-rate decay (Bao et al., "BEiT", arXiv:2106.08254).
+Batch size, epochs, warm-up and the intervals of logging, evaluation and checkpoints are chosen from
+the number of training videos. Fields that are set on the command line keep their values. For 160
+videos or more, the batch size is 8, for 20 epochs. The accuracy depends on your classes. The recipe
+has not been run on a released model.
+
+To save memory, set `--config.accumulate_steps=4`,
 `--config.model.remat=full`, or `--config.optimizer.freeze=backbone`, which is also faster.
 """
 
@@ -42,10 +46,14 @@ def get_config(folders: str = "") -> ConfigDict:
     fields = card["config"] | {"num_classes": num_classes, "dtype": "bfloat16", "drop_path": 0.1}
     config = common.default_config(fields.pop("name"), **fields)
     config.init_from = model
-    config.batch_size = 8
-    config.num_epochs = 20.0
+    # Chosen from the number of training videos, see jaxvid/training/schedule_choice.py.
+    config.batch_size = -1
+    config.num_epochs = -1.0
+    config.optimizer.warmup_epochs = -1.0
+    config.log_steps = -1
+    config.eval.every_epochs = -1.0
+    config.checkpoint_every_epochs = -1.0
     config.label_smoothing = 0.1
-    config.log_steps = 20
 
     config.eval.batch_size = 8
     fields = preprocessing.to_json()
@@ -61,7 +69,6 @@ def get_config(folders: str = "") -> ConfigDict:
 
     config.optimizer.learning_rate = 1e-3
     config.optimizer.reference_batch_size = 256
-    config.optimizer.warmup_epochs = 2.0
     config.optimizer.weight_decay = 0.05
     config.optimizer.clip_norm = 1.0
     config.optimizer.layer_decay = 0.75

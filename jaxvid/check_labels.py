@@ -80,8 +80,12 @@ def find_labels(
     """Return the class index of each video in the model's names.
 
     Raises:
-        InputError: A class of the videos is not a class of the model.
+        InputError: A class of the videos is not a class of the model, or the list is multi-label.
     """
+    if several := [record.id for record in records if isinstance(record.label, tuple)]:
+        raise InputError(
+            f"{source}: {several[0]} has several classes; choose a list with one class per video"
+        )
     index, labels = NameIndex(names), {}
     for label in {record.label for record in records}:
         name = video_names[label]

@@ -37,6 +37,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("jaxvid.main", "train or resume, then evaluate", ("--mode=train",), CONTINUE),
     "eval": Command("jaxvid.main", "evaluate a run or a model folder", ("--mode=eval",), CONTINUE),
+    "compare": Command("jaxvid.compare", "compare two finished evaluations"),
     "schedule": Command("jaxvid.main", "plot the learning rate of a config", ("--mode=schedule",)),
     "plan": Command("jaxvid.main", "print the memory of a training step", ("--mode=plan",)),
     "predict": Command("jaxvid.predict", "classify video files"),

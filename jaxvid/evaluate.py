@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jaxvid import logs
@@ -13,16 +14,16 @@ from jaxvid.data import fingerprints
 from jaxvid.data.sources import Record, open_dataset
 from jaxvid.distributed import collectives, setup, sharding
 from jaxvid.errors import InputError
-from jaxvid.evaluation.comparison import check_shared, compare_tables
+from jaxvid.evaluation import comparison
 from jaxvid.evaluation.loop import abstract_eval_model, evaluate_params, make_eval_step
-from jaxvid.evaluation.outputs import read_table, save_report
-from jaxvid.evaluation.resume import PartialResults
+from jaxvid.evaluation.outputs import save_report
 from jaxvid.evaluation.summary import make_report, summary
 from jaxvid.experiment import Config, Experiment, resolve
 from jaxvid.logs import log
 from jaxvid.models import Params, family_of
 from jaxvid.models.implementation import CHOICES
 from jaxvid.storage import model_card, model_folder, workdir_lock
+from jaxvid.storage.partial_results import PartialResults
 from jaxvid.storage.preprocessing import check_preprocessing, default_color_matrix
 from jaxvid.training import checkpoint, outputs, run_config, run_metadata
 
@@ -45,8 +46,8 @@ def evaluate(
         config: A locked config.
         workdir: Output directory of `eval.json`, `eval_videos.csv`, `eval.html` and
             `confusion.png`. If `init_from` is not set, it must contain a training run.
-        compare_with: The `eval.json` of another evaluation. Its results are compared with the new
-            ones, video by video, in the log and in `WORKDIR/comparison.json`.
+        compare_with: The `eval.json` of another evaluation, or its folder. Its results are compared
+            with the new ones, video by video, in the log and in `WORKDIR/comparison.json`.
 
     Returns:
         The contents of `eval.json` without `class_accuracy`, `confusion` and `labels`.
@@ -60,7 +61,9 @@ def evaluate(
     setup.prepare_compilation(workdir, deterministic=experiment.deterministic)
     mesh = sharding.make_mesh(experiment.mesh)
     sharding.check_batch_size("eval.batch_size", experiment.protocol.batch_size, mesh)
-    before = collectives.raise_on_all_processes(read_table, compare_with) if compare_with else None
+    before = None
+    if compare_with:
+        before = collectives.raise_on_all_processes(comparison.read_table, compare_with)
     collectives.raise_on_all_processes(outputs.check_writable, workdir, 10**6)
     logs.setup_logging(workdir)
 
@@ -69,7 +72,7 @@ def evaluate(
     experiment = weights.experiment
     records, labels = _open_videos(weights)
     if before is not None:
-        check_shared(before, (record.id for record in records))
+        comparison.check_shared(before, (record.id for record in records), labels)
 
     sha256 = model_folder.fingerprint(weights.params)
     unfinished = PartialResults(
@@ -93,12 +96,24 @@ def evaluate(
     report["weights_sha256"] = sha256
     collectives.raise_on_all_processes(save_report, workdir, report, results, labels, records)
     unfinished.remove()
+    for video in report["failed"]:
+        log.info("counts as wrong: %s", video["error"])
     log.info("%s. The report is %s", summary(report), workdir / "eval.html")
     if before is not None:
-        after = collectives.raise_on_all_processes(read_table, workdir / "eval.json")
-        for line in collectives.raise_on_all_processes(compare_tables, before, after, workdir):
-            log.info("%s", line)
+        collectives.raise_on_all_processes(_compare, before, workdir)
     return report
+
+
+def _compare(before: dict, workdir: Path) -> None:
+    """Compare the new evaluation with an earlier one, in the log and in `comparison.json`."""
+    if jax.process_index():
+        return
+    after = comparison.read_table(workdir)
+    result = comparison.compare_tables(before, after)
+    path = comparison.save_comparison(workdir, result)
+    for line in comparison.describe(result):
+        log.info("%s", line)
+    log.info("all changes are in %s", path)
 
 
 # ------------------------------------------------------------------ weights
@@ -130,6 +145,7 @@ def _load_folder(experiment: Experiment, _: Path, mesh: Mesh) -> Weights:
     model_card.check_same_model(folder, experiment.model)
     check_preprocessing(folder, experiment.preprocessing)
     card = model_card.load_card(folder)
+    model_card.check_activation(card, folder, experiment.protocol.activation)
     params = model_folder.load_params(folder, _abstract_params(experiment, mesh))
     expected = {"color_matrix": default_color_matrix(card)} | (card["preprocessing"] or {})
     experiment = experiment.with_color_matrix(expected["color_matrix"])
@@ -155,7 +171,7 @@ def _load_checkpoint(experiment: Experiment, workdir: Path, mesh: Mesh) -> Weigh
     if model_changes := [
         text
         for name, text in changed.items()
-        if name.startswith(("model.", "data.mean", "data.std"))
+        if name.startswith(("model.", "data.mean", "data.std", "loss.name"))
         and name.removeprefix("model.") not in ("dtype", *CHOICES)
     ]:
         raise InputError(
@@ -238,5 +254,6 @@ def _resume_key(experiment: Experiment, records: Sequence[Record], sha256: str) 
             if f"data.{name}" not in run_config.OWN_FIELDS
         },
         "eval": fields["eval"],
+        "activation": experiment.protocol.activation,
         "preprocessing": experiment.preprocessing.to_json(),
     }

@@ -27,7 +27,7 @@ from jaxvid.errors import InputError
 from jaxvid.models import split_params
 from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing, normalize
 
-DESCRIBED = ("labels", "labels_source", "preprocessing", "config", "provenance")
+DESCRIBED = ("labels", "labels_source", "activation", "preprocessing", "config", "provenance")
 PLATFORMS = ("cpu", "cuda")
 MAX_BYTES = 2**31 - 2**20  # size limit of the weights: serialised programs have 32-bit offsets
 

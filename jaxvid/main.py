@@ -6,7 +6,7 @@ jaxvid eval --config CONFIG --workdir FOLDER        evaluate the newest checkpoi
 jaxvid schedule --config CONFIG --workdir FOLDER    plot the learning rate
 jaxvid plan --config CONFIG                         print the memory of a training step
 ... --config.FIELD=VALUE                            override a field of configs/common.py
-jaxvid eval ... --compare OTHER/eval.json           compare with another evaluation
+jaxvid eval ... --compare OTHER                     compare with the evaluation in another folder
 jaxvid train ... --profile 10:20                    write a profiler trace of steps 10 to 19
 ... --coordinator HOST:PORT --num_processes N --process_id I     one process of several
 
@@ -39,8 +39,9 @@ MODE = flags.DEFINE_enum(
 COMPARE = flags.DEFINE_string(
     "compare",
     None,
-    "eval.json of an earlier evaluation. The videos whose result changed are written to "
-    "comparison.json, and the difference is tested for significance. Requires --mode eval.",
+    "eval.json of an earlier evaluation, or its folder. The videos whose result changed are "
+    "written to comparison.json, and the difference is tested for significance. Requires --mode "
+    "eval.",
 )
 MEMORY = flags.DEFINE_float(
     "memory_gb", None, "Memory of a device in GB: also print the largest batch size that fits."
@@ -73,7 +74,7 @@ def run(_) -> None:
     from jaxvid.distributed import process_group, setup
     from jaxvid.errors import InputError
     from jaxvid.evaluate import evaluate
-    from jaxvid.experiment import resolve
+    from jaxvid.experiment import choose_without_training, resolve
     from jaxvid.train import train
     from jaxvid.training.plots import draw_schedule
     from jaxvid.training.run_config import check_same_everywhere
@@ -83,6 +84,7 @@ def run(_) -> None:
             experiment = resolve(CONFIG.value)
             setup.use_compilation_cache()
             setup.provide_cpu_devices(experiment.mesh.size)
+            experiment = choose_without_training(experiment)
             print(plan.describe(experiment, MEMORY.value))
             return
         # Joining the processes starts JAX's backend, which fixes XLA's flags.
@@ -101,7 +103,7 @@ def run(_) -> None:
             elif MODE.value == "eval":
                 evaluate(CONFIG.value, WORKDIR.value, compare_with=COMPARE.value)
             else:
-                experiment = resolve(CONFIG.value)
+                experiment = choose_without_training(resolve(CONFIG.value))
                 picture = draw_schedule(
                     experiment.optimizer,
                     WORKDIR.value,

@@ -77,6 +77,14 @@ Exit codes: 0: the stored order is plausible; 2: invalid input; 3: another order
 model has no class names; 4: nothing can be concluded, or no known order fits.
 """
 
+COMPARE = """Compare two finished evaluations, on the videos that both have.
+
+Printed are the accuracies overall and of the classes that changed most, the videos that became
+correct or wrong, and whether the difference of the top-1 accuracies is significant (McNemar's exact
+test, level 5 %). BEFORE and AFTER are eval.json files, or the folders that contain them. The
+eval_videos.csv in the same folder is also read.
+"""
+
 COMPLETION = """Print a completion script for a shell.
 
 bash    eval "$(jaxvid completion bash)"            in ~/.bashrc
@@ -187,6 +195,17 @@ def check_labels() -> argparse.ArgumentParser:
         "should have (default: the published one, or that of the training run)")  # fmt: skip
     add("--clips", type=int, help="clips per video (default: from the model card)")
     add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
+    return parser
+
+
+def compare() -> argparse.ArgumentParser:
+    """Return the parser of `jaxvid compare`."""
+    parser = _make_parser("compare", COMPARE)
+    add = parser.add_argument
+    add("before", metavar="BEFORE", help="the first evaluation")
+    add("after", metavar="AFTER", help="the second evaluation")
+    add("--output", metavar="FOLDER", help="write the comparison, with all videos and classes, to "
+        "FOLDER/comparison.json (default: not written)")  # fmt: skip
     return parser
 
 

@@ -13,18 +13,19 @@ from pathlib import Path
 import optax
 from jax.sharding import Mesh
 
-from jaxvid import logs
+from jaxvid import logs, progress
 from jaxvid.data.pipeline import make_train_iter, stored_id
 from jaxvid.data.sources import VideoDataset, open_dataset
 from jaxvid.distributed import collectives, setup, sharding
 from jaxvid.evaluation.loop import evaluate_params, make_eval_step
 from jaxvid.evaluation.outputs import save_report
 from jaxvid.evaluation.summary import make_report, summary
-from jaxvid.experiment import Config, Experiment, check_batch_sizes, resolve
+from jaxvid.experiment import Config, Experiment, check_batch_sizes, choose_schedule, resolve
 from jaxvid.logs import log
 from jaxvid.storage import model_card, model_folder, workdir_lock
 from jaxvid.training import (
     checkpoint,
+    losses,
     metric_window,
     metric_writer,
     optim,
@@ -84,7 +85,7 @@ def train(
             receive the signal itself. Once the final evaluation is done, the run finishes instead.
     """
     began, workdir = time.monotonic(), Path(workdir)
-    run = _set_up(resolve(config), workdir, stop_step, make_batches)
+    run = _set_up(resolve(config, workdir), workdir, stop_step, make_batches)
     with contextlib.ExitStack() as handlers:
         with contextlib.ExitStack() as resources, checkpoint.failures_published():
             state, manager, window, trace = _restore(run, profile_steps, resources)
@@ -151,17 +152,20 @@ def _set_up(
         open_dataset, experiment.dataset, experiment.model.num_classes, ("train", "val")
     )
     data, lost = collectives.raise_on_all_processes(training_videos.align, workdir, data)
+    order = experiment.order.for_videos(data.records["train"])
+    num_clips = order.epoch_clips(len(data.records["train"]))
+    experiment, notes = choose_schedule(experiment, mesh, num_clips)
     index, count = sharding.batch_shard(mesh, experiment.batch_size)
     batches = make_batches(
         data.records["train"],
         spec=experiment.train_clips,
         batch_size=experiment.batch_size // count,
-        seed=experiment.recipe.seed,
+        order=order,
         shard=(index, count),
         **dataclasses.asdict(experiment.loader),
     )
     milestones = make_milestones(
-        len(data.records["train"]) / experiment.batch_size,
+        num_clips / experiment.batch_size,
         num_epochs=experiment.num_epochs,
         eval_epochs=experiment.protocol.every_epochs,
         checkpoint_epochs=experiment.checkpoints.every_epochs,
@@ -174,21 +178,24 @@ def _set_up(
         total_steps=milestones.total,
         steps_per_epoch=milestones.steps_per_epoch,
     )
+    weights = experiment.loss.weights(data.records["train"], experiment.model.num_classes)
     program = make_step_program(
         experiment.model,
         experiment.optimizer,
-        experiment.recipe,
+        dataclasses.replace(experiment.recipe, class_weights=weights),
         schedule=schedule,
         mesh=mesh,
         batch_size=experiment.batch_size,
         teacher=load_teacher(experiment.distill, experiment.model, data.labels, mesh),
     )
+    notes += order.describe(data.labels, num_clips=num_clips, batch_size=experiment.batch_size)
+    notes += losses.describe_weights(weights, data.labels)
     return Run(
         experiment=experiment,
         workdir=workdir,
         mesh=mesh,
         program=program,
-        data=data,
+        data=dataclasses.replace(data, notes=(*data.notes, *notes)),
         lost=lost,
         batches=batches,
         milestones=milestones,
@@ -277,20 +284,22 @@ def _make_loop(
         max_share=1.0 if experiment.dataset.skip_broken else experiment.max_failed_share,
         lost=[*map(stored_id, run.lost)],
     )
-    progress = logs.RunProgress(
+    bar = logs.RunProgress(
         run.milestones.total * experiment.batch_size,
         done=step * experiment.batch_size,
         unit="clip",
         title="training",
     )
-    resources.callback(progress.close)
+    resources.callback(bar.close)
     stalls, stop_signals = watchdog.Watchdog(experiment.stall_seconds), StopSignals()
     resources.callback(stalls.close)
     return Loop(
         workdir=workdir,
         milestones=run.milestones,
         batches=run.batches,
-        train_step=run.program.train_step,
+        train_step=progress.announce_compilation(
+            run.program.train_step, "the training step", log.info
+        ),
         mesh=run.mesh,
         manager=manager,
         resumables={"data": run.batches, "log": window},
@@ -301,7 +310,7 @@ def _make_loop(
             schedule=run.schedule,
             writer=writer,
             skipped=skipped,
-            progress=progress,
+            progress=bar,
             stalls=stalls,
         ),
         validation=_make_validation(run, manager, writer, stop_signals, stalls),
@@ -323,13 +332,15 @@ def _make_validation(
     """Make the evaluation during training. All processes must call it."""
     experiment, data = run.experiment, run.data
     eval_step = make_eval_step(experiment.model, experiment.protocol, run.mesh)
+    metric = "mAP" if experiment.loss.multi_label else "top1"
     # All processes use the values that process 0 reads: others may still see older files.
     best, evaluated = collectives.gather(
-        [model_card.best_top1(run.workdir), metric_writer.last_evaluation(run.workdir)]
+        [model_card.best_score(run.workdir, metric), metric_writer.last_evaluation(run.workdir)]
     )[0]
     return Validation(
         workdir=run.workdir,
         labels=data.labels,
+        metric=metric,
         evaluate=functools.partial(
             evaluate_params,
             records=data.records["val"],
@@ -347,6 +358,7 @@ def _make_validation(
             experiment.model,
             preprocessing=experiment.preprocessing.to_json(),
             labels=data.labels,
+            activation=experiment.loss.name,
         ),
         manager=manager,
         writer=writer,

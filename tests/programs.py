@@ -1,5 +1,6 @@
 """Command lines of all programs with tiny inputs, for tests of signals and exit codes."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ from PIL import Image
 
 import jaxvid
 from convert import flax_to_torch
+from jaxvid.evaluation.outputs import COLUMNS
 
 ROOT = Path(__file__).parents[1]
 MAIN = [
@@ -34,8 +36,8 @@ class Program:
 
     Attributes:
         arguments: Arguments of the Python interpreter. `{out}` stands for the output folder,
-            `{data}` for the data folder, `{model}` for a model folder and `{pth}` for a PyTorch
-            checkpoint.
+            `{data}` for the data folder, `{model}` for a model folder, `{pth}` for a PyTorch
+            checkpoint and `{evaluation}` for the folder of an evaluation.
         outputs: Files and folders below `{out}` that are written atomically.
         logs: Pattern of the lines that the program may write to stderr before the line that reports
             an error or a signal.
@@ -53,6 +55,10 @@ PROGRAMS = {
          "--config.model.depth=3"],
         ("run/eval.json", "run/confusion.png"),
         ".*",
+    ),
+    "compare": Program(
+        ["-m", "jaxvid.compare", "{evaluation}", "{evaluation}", "--output={out}"],
+        ("comparison.json",),
     ),
     "schedule": Program([*MAIN, "--mode=schedule"], ("run/schedule.png",)),
     "predict": Program(
@@ -91,14 +97,14 @@ PROGRAMS = {
 
 
 def make_inputs(folder: Path, data: Path) -> dict[str, Path]:
-    """Write the inputs of the programs: a model folder and a PyTorch checkpoint of the same model.
+    """Write a model folder, a PyTorch checkpoint of the same model, and an evaluation.
 
     Args:
         folder: Folder of the inputs.
         data: Folder of motion clips.
 
     Returns:
-        The values of `{data}`, `{model}` and `{pth}`.
+        The values of `{data}`, `{model}`, `{pth}` and `{evaluation}`.
     """
     preprocessing = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
     preprocessing["sampling"] = "segments"
@@ -107,7 +113,30 @@ def make_inputs(folder: Path, data: Path) -> dict[str, Path]:
     jaxvid.save_model(model, folder / "model", preprocessing=preprocessing, labels=labels)
     arguments = ["--input", str(folder / "model"), "--output", str(folder / "in.pth")]
     assert flax_to_torch.main(arguments) == 0
-    return {"data": data, "model": folder / "model", "pth": folder / "in.pth"}
+    evaluation = write_evaluation(folder / "evaluation", {"a.mp4": ("up", "up")})
+    inputs = {"data": data, "model": folder / "model", "pth": folder / "in.pth"}
+    return {**inputs, "evaluation": evaluation}
+
+
+def write_evaluation(folder: Path, predictions: dict[str, tuple[str, str]], **report) -> Path:
+    """Write the `eval.json` and `eval_videos.csv` of an evaluation; return the folder.
+
+    Args:
+        folder: The folder.
+        predictions: Video → its label and its predicted class.
+        **report: Fields that replace those of `eval.json`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {"num_videos": len(predictions), "protocol": {"num_clips": 1}} | report
+    (folder / "eval.json").write_text(json.dumps(contents))
+    with (folder / "eval_videos.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(COLUMNS)
+        for video, (label, best) in predictions.items():
+            table.writerow(
+                [video, label, best, int(label == best), json.dumps([best]), "[1]", 0, ""]
+            )
+    return folder
 
 
 def start(

@@ -126,6 +126,7 @@ def test_finetune_reads_its_model_and_data(motion_folder, folders, tmp_path):
     config.optimizer.warmup_epochs = 1 / 6
     train(config.lock(), tmp_path / "run")
     log = (tmp_path / "run" / "log.txt").read_text()
+    assert "chosen for an epoch of 48 clips: batch_size=8, log_steps=1, eval.every" in log
     assert "reinitialised: consensus.mlp_head.4: 3 classes in the folder, 8 in the model" in log
     # The preprocessing of this folder has no sampling_rate, resize or by_time.
     older = get(f"{folders / 'stam'},{motion_folder}")

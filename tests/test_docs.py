@@ -30,6 +30,7 @@ from jaxvid import cli
 from jaxvid.command import COMMANDS
 from jaxvid.data.synthetic_motion import LABELS, make_motion
 from jaxvid.experiment import resolve
+from tests.programs import write_evaluation
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md"]
@@ -59,8 +60,8 @@ NOT_RUN = {
 
 # Programs whose `main` takes seconds on small input and can be called in this process.
 QUICK = (
-    *("jaxvid.predict", "jaxvid.visualize", "jaxvid.export", "jaxvid.data.check"),
-    *("jaxvid.data.prepare", "convert.flax_to_torch"),
+    *("jaxvid.predict", "jaxvid.visualize", "jaxvid.export", "jaxvid.compare"),
+    *("jaxvid.data.check", "jaxvid.data.prepare", "convert.flax_to_torch"),
 )
 
 # Config → overrides that shorten its training commands in the `full` suite.
@@ -74,7 +75,7 @@ SHRINK = {
 FOLDERS = ("benchmarks", "configs", "convert", "docs", "jaxvid", "tests")
 PYTHON = re.compile(r"^(\.venv/bin/)?python ")  # start of a command that runs Python
 JAXVID = re.compile(r"^(\.venv/bin/)?jaxvid ")
-CONFIG_SECTIONS = ("data", "eval", "model", "optimizer", "mesh", "distill")
+CONFIG_SECTIONS = ("data", "eval", "loss", "model", "optimizer", "mesh", "distill")
 
 
 class Block(NamedTuple):
@@ -299,7 +300,7 @@ def make_videos(folder: Path, motion_folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, motion_folder) -> Path:
-    """Return a folder for quick commands, with small videos and an untrained model."""
+    """Return a folder for quick commands: small videos, an untrained model and two evaluations."""
     folder = tmp_path_factory.mktemp("docs")
     link_programs(folder)
     make_videos(folder, motion_folder)
@@ -311,6 +312,8 @@ def checkout(tmp_path_factory, motion_folder) -> Path:
     for name in ("model", "best"):
         target = folder / "runs" / "motion" / name
         jaxvid.save_model(model, target, preprocessing=preprocessing, labels=list(LABELS))
+    for name in ("motion", "eval"):
+        write_evaluation(folder / "runs" / name, {"a.mp4": ("left", "left")})
     return folder
 
 

@@ -23,6 +23,7 @@ from jaxvid.data.folder_scan import (
     pick_videos,
 )
 from jaxvid.data.kinetics_ssv2 import is_kinetics, read_kinetics_list, read_something_list
+from jaxvid.data.label_sets import SEPARATOR, classes_of
 from jaxvid.data.records import (
     NO_LABEL,
     Record,
@@ -89,6 +90,9 @@ def read_list(
 ) -> list[Record]:
     """Read a list of videos with lines `path label` or `path,label`, and optionally a header.
 
+    In a multi-label list, a label is a list of classes, as in `3;17`; a video without classes has
+    the label `;`.
+
     Args:
         path: The list.
         num_classes: Number of classes; labels are 0 to `num_classes` - 1. None: up to
@@ -116,17 +120,18 @@ def read_list(
         name, label = split_line(line)
         if number == rows[0][0] and label.lower() in _LABEL_HEADERS:
             continue  # the header
-        if not name or not is_label(label):
+        classes = parse_label(label)
+        if not name or classes is None:
             raise InputError(
                 f"{path}:{number}: {line!r} is not 'path label' with a label of 0 to "
                 f"{MAX_CLASSES - 1}, as in 'clips/first.mp4 0'; correct the line"
             )
-        if num_classes is not None and int(label) >= num_classes:
+        if num_classes is not None and max(classes_of(classes), default=0) >= num_classes:
             raise InputError(
                 f"{path}:{number}: label {label} is out of range: with {num_classes} classes, "
                 f"labels are 0 to {num_classes - 1}; correct the line or the class names"
             )
-        records.add(number, Record(base / name, int(label), name))
+        records.add(number, Record(base / name, classes, name))
     return records.finish()
 
 
@@ -159,6 +164,17 @@ def read_named_list(path: Path) -> tuple[list[str], list[Record]]:
     for number, file, name in rows:
         records.add(number, Record(path.parent / file, label_of[name], file))
     return names, records.finish()
+
+
+def parse_label(text: str) -> int | tuple[int, ...] | None:
+    """Return the class index, or the sorted indices of a list like `3;17`; None if it is invalid.
+
+    The label `;` is an empty list.
+    """
+    parts = [part.strip() for part in text.split(SEPARATOR) if part.strip()]
+    if not all(map(is_label, parts)) or not text:
+        return None
+    return tuple(sorted({*map(int, parts)})) if SEPARATOR in text else int(text)
 
 
 def is_label(text: str) -> bool:

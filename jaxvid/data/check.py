@@ -35,6 +35,7 @@ from jaxvid.data.class_names import names_classes, read_labels
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.kinetics_ssv2 import is_kinetics
+from jaxvid.data.label_sets import classes_of
 from jaxvid.data.records import MAX_LIST_BYTES, Record, file_state
 from jaxvid.errors import InputError, printable
 from jaxvid.files import check_regular
@@ -107,7 +108,8 @@ def gather(
             )
         if labels is not None:
             names, names_path = labels, path
-    highest = max(record.label for split in records.values() for record in split)
+    labels = (record.label for split in records.values() for record in split)
+    highest = max((index for label in labels for index in classes_of(label)), default=0)
     if names is None:
         names = [str(i) for i in range(highest + 1)]
     elif highest >= len(names):

@@ -42,6 +42,7 @@ from jaxvid.data.formats import pack_writer, tfds_api
 from jaxvid.data.formats.pack_index import format_table, list_videos, table_path
 from jaxvid.data.formats.pack_writer import Clip, Part, Settings, encode, plan
 from jaxvid.data.formats.xvit_hdf5 import write_h5
+from jaxvid.data.label_sets import SEPARATOR
 from jaxvid.errors import InputError, printable
 from jaxvid.locks import LockedError, locked
 
@@ -227,6 +228,12 @@ def prepare(
     output, skipped = Path(output), Skipped()
     records, labels = gather(inputs, prefix, skipped=skipped)
     note_skipped(skipped)
+    for record in itertools.chain(*records.values()):
+        if isinstance(record.label, tuple):
+            raise InputError(
+                f"{record.id} has the label {SEPARATOR.join(map(str, record.label))}{SEPARATOR}, "
+                "but a pack stores one class per video; train on the list itself"
+            )
     for name in labels:
         if name != name.strip():  # reading labels.txt strips the spaces
             raise InputError(f"the class {name!r} begins or ends with a space; rename it")

@@ -6,6 +6,8 @@ from typing import Protocol, Self
 
 import numpy as np
 
+from jaxvid.data.label_sets import Label
+
 
 class VideoReader(Protocol):
     """An open video: a context manager with random access to frames. It is not thread-safe.
@@ -62,8 +64,8 @@ class VideoRecord(Protocol):
         """Name of the video in `eval_videos.csv` and in messages, unique in its split."""
 
     @property
-    def label(self) -> int:
-        """Index of the class; `NO_LABEL` in lists without labels."""
+    def label(self) -> Label:
+        """Index of the class; `NO_LABEL` in lists without labels; a set in multi-label data."""
 
     @property
     def path(self) -> Path | None:

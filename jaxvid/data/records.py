@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
+from jaxvid.data.label_sets import Label
 from jaxvid.data.protocols import VideoRecord
 from jaxvid.errors import InputError, printable
 from jaxvid.files import check_regular
@@ -46,12 +47,12 @@ class Record:
 
     Attributes:
         path: The file.
-        label: Index of its class, or `NO_LABEL`.
+        label: Index of its class, or `NO_LABEL`. In multi-label data, its classes.
         id: Name of the video, e.g. its path as written in the list; by default, `path`.
     """
 
     path: Path
-    label: int
+    label: Label
     id: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self):
@@ -76,11 +77,11 @@ class LostVideo:
 
     Attributes:
         id: Its id in the earlier list.
-        label: Index of its class.
+        label: Index of its class; in multi-label data, its classes.
     """
 
     id: str
-    label: int
+    label: Label
 
     @property
     def path(self) -> None:

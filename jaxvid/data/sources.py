@@ -15,6 +15,7 @@ from jaxvid.data.class_names import read_labels, read_labels_or_numbers
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.pack_reader import PackRecords, read_color_matrix
 from jaxvid.data.formats.xvit_hdf5 import read_xvit_list
+from jaxvid.data.label_sets import LabelSet
 from jaxvid.data.protocols import VideoRecord
 from jaxvid.data.records import Record, Selection, find_missing
 from jaxvid.data.synthetic_motion import make_motion
@@ -37,6 +38,7 @@ class DatasetConfig:
             missing and broken videos remain listed and count as wrong.
         color_matrix: Conversion to RGB: `tagged`, `bt601`, or `auto`: that of the model card, or
             `tagged` without a card.
+        multi_label: Whether videos have any number of classes.
         motion: For `source="motion"`: `num_train`, `num_val` and `seed` of the clips to generate.
 
     Raises:
@@ -49,6 +51,7 @@ class DatasetConfig:
     missing: str = "error"
     skip_broken: bool = False
     color_matrix: str = "auto"
+    multi_label: bool = False
     motion: Mapping[str, int] | None = None
 
     def __post_init__(self):
@@ -94,6 +97,8 @@ def open_dataset(data: DatasetConfig, num_classes: int, splits: tuple[str, ...])
     """
     dataset = SOURCES[data.source](data, num_classes, splits)
     check_num_classes(dataset.labels, data.folder, num_classes)
+    for split in splits:
+        dataset.records[split] = _check_labels(dataset.records[split], data, num_classes)
     notes, left_out = list(dataset.notes), ()
     if data.skip_broken and "train" in splits:
         training, left_out = _leave_out(dataset.records["train"], data.folder)
@@ -169,6 +174,34 @@ SOURCES: dict[str, Callable[[DatasetConfig, int, tuple[str, ...]], VideoDataset]
     "pack": _open_pack,
     "tfds": _open_tfds,
 }
+
+
+def _check_labels(
+    records: Sequence[VideoRecord], data: DatasetConfig, num_classes: int
+) -> Sequence[VideoRecord]:
+    """Return the videos of a split; in multi-label data, with a `LabelSet` as label.
+
+    Raises:
+        InputError: A video has several classes, but the data is not multi-label; or it is, but the
+            source does not support it.
+    """
+    if data.multi_label:
+        if isinstance(records, PackRecords) or data.source == "xvit_h5":
+            raise InputError(
+                f"data.source={data.source!r} has one class per video; use data.source=folder for "
+                "loss.name=sigmoid, or set loss.name=softmax"
+            )
+        sets = (LabelSet.make(record.label, num_classes) for record in records)
+        pairs = zip(records, sets, strict=True)
+        return [dataclasses.replace(record, label=label) for record, label in pairs]
+    if isinstance(records, list):
+        for record in records:
+            if isinstance(record.label, tuple):
+                raise InputError(
+                    f"{data.folder}: {record.id} has a list of classes as label; for multi-label "
+                    "data, set --config.loss.name=sigmoid"
+                )
+    return records
 
 
 def missing_policy(data: DatasetConfig) -> str:

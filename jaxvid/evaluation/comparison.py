@@ -1,59 +1,124 @@
-"""Comparison of two evaluations, video by video."""
+"""Comparison of two evaluations, video by video. This module does not import JAX."""
 
-from collections.abc import Iterable
+import csv
+import json
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from jaxvid.atomic import write_json
 from jaxvid.config import differences, translate
-from jaxvid.errors import InputError, printable
-from jaxvid.evaluation.metrics import compare_hits
+from jaxvid.errors import InputError, one_line, printable
+from jaxvid.evaluation.metrics import accuracy, compare_hits
 
 MAX_NAMED = 10  # maximum number of videos that the log lists per kind of change
+MAX_CLASSES = 10  # maximum number of classes in the printed table
 SIGNIFICANCE_LEVEL = 0.05
 
 
-def check_shared(before: dict, ids: Iterable[str]) -> None:
-    """Refuse a comparison without shared videos, before anything is evaluated.
+def read_table(report: str | Path) -> dict:
+    """Read an `eval.json` and the `eval_videos.csv` in the same folder.
+
+    Args:
+        report: The `eval.json`, or its folder.
+
+    Returns:
+        The contents of `eval.json`, with `path` and `videos` (id → row of the table). `correct` and
+        `top5_correct` of a row are booleans. `labels` is None if the file has no class names.
+
+    Raises:
+        InputError: A file is missing or damaged.
+    """
+    path = Path(report)
+    path = path / "eval.json" if path.is_dir() else path
+    table = path.with_name("eval_videos.csv")
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        with table.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            videos = {row["id"]: _parse_row(row) for row in csv.DictReader(file)}
+        if len(videos) != contents["num_videos"]:
+            raise ValueError(
+                f"{table.name} has {len(videos)} videos, {path.name} has {contents['num_videos']}"
+            )
+        if not isinstance(contents["protocol"], dict):
+            raise ValueError(f"protocol: expected a dict, got {contents['protocol']!r}")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{error.filename}: not found; choose the eval.json of a finished evaluation, with the "
+            "eval_videos.csv in the same folder"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise InputError(
+            f"{path}: this file or {table.name} in its folder is damaged ({one_line(error)}); "
+            "choose another evaluation"
+        ) from None
+    return {"labels": None} | contents | {"videos": videos, "path": str(path)}
+
+
+def _parse_row(row: dict[str, str]) -> dict[str, str | bool]:
+    top5_correct = row["label"] in json.loads(row["top5"])
+    return {**row, "correct": row["correct"] == "1", "top5_correct": top5_correct}
+
+
+def check_shared(
+    before: dict, ids: Iterable[str], labels: Collection[str] | None, *, name: str = "the data"
+) -> None:
+    """Refuse to compare evaluations that share no video or have different classes.
+
+    Some class names may differ, because spelling mistakes are corrected between evaluations.
 
     Args:
         before: The evaluation to compare with, from `read_table`.
-        ids: Ids of the videos to evaluate.
+        ids: Ids of the videos of the other evaluation.
+        labels: Class names of the other evaluation; None: unknown, not checked.
+        name: Name of the other evaluation, for the message.
 
     Raises:
-        InputError: No video is shared.
+        InputError: No video or no class name is shared, or the number of classes differs.
     """
     if before["videos"].keys().isdisjoint(ids):
         raise InputError(
-            f"{before['path']} shares no video with the data; choose an evaluation of the same list"
+            f"{before['path']} shares no video with {name}; choose an evaluation of the same list"
         )
+    if labels is None or before["labels"] is None:
+        return
+    counts = len(before["labels"]), len(labels)
+    if counts[0] != counts[1]:
+        problem = f"has {counts[0]} classes, {name} has {counts[1]}"
+    elif {*labels}.isdisjoint(before["labels"]):
+        problem = f"shares no class name with {name}"
+    else:
+        return
+    raise InputError(f"{before['path']} {problem}; choose an evaluation of the same classes")
 
 
-def compare_tables(before: dict, after: dict, workdir: Path) -> list[str]:
-    """Compare two evaluations video by video and write `WORKDIR/comparison.json`.
-
-    The file lists every shared video whose prediction changed: from wrong to right (`gained`), from
-    right to wrong (`lost`), and from one wrong class to another (`still_wrong`).
+def compare_tables(before: dict, after: dict) -> dict:
+    """Compare two evaluations video by video.
 
     Args:
         before: The first evaluation, from `read_table`.
         after: The second evaluation. It must share a video with the first (see `check_shared`).
-        workdir: Output directory.
 
     Returns:
-        Lines for the log.
+        The contents of `comparison.json`: the result of `metrics.compare_hits`, and
 
-    Raises:
-        InputError: The file cannot be written.
+        - `before` and `after`: the `eval.json` of the two evaluations.
+        - `accuracies`: `top1`, `top5` and `mean_class_accuracy` on the shared videos, each a pair
+          of percentages: before and after.
+        - `classes`: per class with shared videos, `num_videos` and the accuracies `before` and
+          `after` in percent.
+        - `gained_videos`, `lost_videos` and `still_wrong_videos`: ids of the shared videos whose
+          prediction changed from wrong to right, from right to wrong, and from one wrong class to
+          another; `still_wrong`: the number of the latter.
+        - `only_before`, `only_after`: numbers of videos that are not shared; `relabelled`: number
+          of shared videos with different labels.
+        - `same_protocol`, and `protocol_changes`: a message per field that differs.
     """
     shared = [id_ for id_ in after["videos"] if id_ in before["videos"]]
     rows = [[table["videos"][id_] for id_ in shared] for table in (before, after)]
-    was_right, is_right = (np.array([row["correct"] for row in side]) for side in rows)
-    predictions, labels = (
-        np.array([[row[name] for row in side] for side in rows]) for name in ("prediction", "label")
-    )
+    was_right, is_right = hits = _column(rows, "correct")
+    predictions, labels = _column(rows, "prediction"), _column(rows, "label")
     still_wrong = (predictions[0] != predictions[1]) & ~was_right & ~is_right
     masks = {
         "gained": ~was_right & is_right,
@@ -65,29 +130,57 @@ def compare_tables(before: dict, after: dict, workdir: Path) -> list[str]:
     protocols = [
         {"color_matrix": "tagged"} | translate(side["protocol"]) for side in (before, after)
     ]
-    protocol_changes = differences(*protocols, there="before", here="now")
-    comparison = compare_hits(was_right, is_right) | {
+    protocol_changes = differences(*protocols, there="before", here="after")
+    classes = {
+        str(label): {
+            "num_videos": int(mask.sum()),
+            "before": accuracy(was_right[mask]),
+            "after": accuracy(is_right[mask]),
+        }
+        for label in np.unique(labels[1])
+        for mask in [labels[1] == label]
+    }
+    class_means = [
+        float(np.mean([row[side] for row in classes.values()])) for side in ("before", "after")
+    ]
+    return compare_hits(was_right, is_right) | {
         "before": before["path"],
+        "after": after["path"],
+        "accuracies": {
+            "top1": [accuracy(side) for side in hits],
+            "top5": [accuracy(side) for side in _column(rows, "top5_correct")],
+            "mean_class_accuracy": class_means,
+        },
         "same_protocol": not protocol_changes,
+        "protocol_changes": list(protocol_changes.values()),
         "only_before": len(before["videos"]) - len(shared),
         "only_after": len(after["videos"]) - len(shared),
         "relabelled": int((labels[0] != labels[1]).sum()),
         "still_wrong": len(changes["still_wrong"]),
+        "classes": classes,
         **{f"{name}_videos": videos for name, videos in changes.items()},
     }
-    path = workdir / "comparison.json"
-    if not jax.process_index():
-        write_json(path, comparison)
-    return _describe(comparison, list(protocol_changes.values()), path)
 
 
-def _describe(comparison: dict, protocol_changes: list[str], path: Path) -> list[str]:
-    """Return the log lines of a comparison.
+def _column(rows: Sequence[Sequence[dict]], name: str) -> np.ndarray:
+    """Return a column of two tables, `(2, n)`."""
+    return np.array([[row[name] for row in side] for side in rows])
+
+
+def save_comparison(folder: Path, comparison: dict) -> Path:
+    """Write `comparison.json` in a folder; return its path.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    return write_json(folder / "comparison.json", comparison)
+
+
+def describe(comparison: dict) -> list[str]:
+    """Return a description of a comparison, one line per topic.
 
     Args:
-        comparison: The contents of `comparison.json`.
-        protocol_changes: One entry per field of the protocol that differs.
-        path: Path of `comparison.json`.
+        comparison: The result of `compare_tables`.
     """
     significant = comparison["p_value"] < SIGNIFICANCE_LEVEL
     lines = [
@@ -98,20 +191,53 @@ def _describe(comparison: dict, protocol_changes: list[str], path: Path) -> list
         f"prediction); {'significant' if significant else 'not significant'} "
         f"(McNemar's exact test, p = {comparison['p_value']:.3g})"
     ]
-    if protocol_changes:
-        lines.append(f"the protocols differ: {'; '.join(protocol_changes)}")
+    if comparison["protocol_changes"]:
+        lines.append(f"the protocols differ: {'; '.join(comparison['protocol_changes'])}")
     if comparison["relabelled"]:
         lines.append(f"labels differ for {comparison['relabelled']} of the shared videos")
     only_before, only_after = comparison["only_before"], comparison["only_after"]
     if only_before or only_after:
         lines.append(
             f"videos not shared: {only_before} only in {comparison['before']}, "
-            f"{only_after} only in this evaluation"
+            f"{only_after} only in {comparison['after']}"
         )
     for name in ("gained", "lost", "still_wrong"):
         videos = comparison[f"{name}_videos"]
         if videos:
             names = ", ".join(map(printable, videos[:MAX_NAMED]))
-            more = ", …" if len(videos) > MAX_NAMED else ""
-            lines.append(f"{name.replace('_', ' ')}: {names}{more} (all in {path})")
+            more = f" and {len(videos) - MAX_NAMED} more" if len(videos) > MAX_NAMED else ""
+            lines.append(f"{name.replace('_', ' ')}: {names}{more}")
     return lines
+
+
+def format_tables(comparison: dict) -> str:
+    """Return two tables of accuracies in percent: overall, and of the classes that changed most.
+
+    Args:
+        comparison: The result of `compare_tables`.
+    """
+    names = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class accuracy"}
+    overall = [
+        (names[name], comparison["num_videos"], *pair)
+        for name, pair in comparison["accuracies"].items()
+    ]
+    classes = [(printable(name), *row.values()) for name, row in comparison["classes"].items()]
+    changed = [row for row in classes if row[2] != row[3]]
+    changed.sort(key=lambda row: -abs(row[3] - row[2]))
+    shown = changed[:MAX_CLASSES]
+    width = max(len(name) for name, *_ in overall + shown)
+
+    def format_rows(title: str, rows: Sequence[tuple[str, int, float, float]]) -> list[str]:
+        lines = [f"{title:{width}}  videos  before   after  difference"]
+        for name, count, *pair in rows:
+            before, after = (f"{value:6.2f}" for value in pair)
+            change = f"{pair[1] - pair[0]:+10.2f}"
+            lines.append(f"{name:{width}}  {count:6}  {before}  {after}  {change}")
+        return lines
+
+    lines = format_rows("accuracy in %", overall)
+    if shown:
+        lines += ["", *format_rows("class", shown)]
+    if more := len(changed) - len(shown):
+        lines.append(f"and {more} more classes")
+    return "\n".join(lines)

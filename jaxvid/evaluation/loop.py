@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import jax
@@ -10,21 +9,20 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxvid import logs
+from jaxvid import logs, progress
 from jaxvid.data.pipeline import LoaderConfig, make_eval_iter, split_batch
 from jaxvid.data.sources import Record
 from jaxvid.distributed import collectives, sharding
 from jaxvid.errors import InputError
-from jaxvid.evaluation.metrics import Results
+from jaxvid.evaluation.metrics import Results, hits
 from jaxvid.evaluation.protocol import EvalProtocol
-from jaxvid.evaluation.resume import PartialResults
 from jaxvid.logs import log
 from jaxvid.models import ModelConfig, Params, abstract_model, family_of
 from jaxvid.storage.eval_step import eval_step as classify_batch
+from jaxvid.storage.eval_step import run_ahead
+from jaxvid.storage.partial_results import PartialResults
 
 EvalStep = Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]]
-# Number of batches that the device computes while the host collects the results of earlier ones.
-BATCHES_AHEAD = 1
 
 
 def abstract_eval_model(
@@ -36,6 +34,8 @@ def abstract_eval_model(
 
 def make_eval_step(model_config: ModelConfig, protocol: EvalProtocol, mesh: Mesh) -> EvalStep:
     """Make the jitted evaluation step: `eval_step` in jaxvid/storage/eval_step.py.
+
+    Its compilation is announced in the log.
 
     Args:
         model_config: The network's config.
@@ -56,9 +56,11 @@ def make_eval_step(model_config: ModelConfig, protocol: EvalProtocol, mesh: Mesh
             mean=protocol.preprocessing.mean,
             std=protocol.preprocessing.std,
             score=protocol.score,
+            activation=protocol.activation,
         )
 
-    return jax.jit(step, out_shardings=sharding.replicated(mesh))
+    jitted = jax.jit(step, out_shardings=sharding.replicated(mesh))
+    return progress.announce_compilation(jitted, "the evaluation step", log.info)
 
 
 def evaluate_params(
@@ -98,16 +100,10 @@ def evaluate_params(
         shard=(index, count),
         **dataclasses.asdict(loader),
     )
-    # Pairs of a batch's outputs, which the device may still be computing, and its metadata.
-    pending = deque()
+    inputs = ((batch["video"], _video_metadata(batch)) for batch in batches)
     try:
-        for batch in batches:
-            arrays = sharding.to_global_arrays({"video": batch["video"]}, mesh)
-            pending.append((eval_step(params, arrays), _video_metadata(batch)))
-            if len(pending) > BATCHES_AHEAD:
-                collector.add(*pending.popleft())
-        while pending:
-            collector.add(*pending.popleft())
+        for outputs, metadata in run_ahead(eval_step, params, inputs, mesh):
+            collector.add(outputs, metadata)
     finally:
         collector.close()
         batches.close()
@@ -148,9 +144,12 @@ class _Collector:
         self._records, self._batch_size, self._shard_index = records, batch_size, shard_index
         self._unfinished = unfinished
         self._parts = unfinished.load() if unfinished else []
+        if unfinished and unfinished.note:
+            log.info("%s", unfinished.note)
         self._began = time.monotonic()
         self.done = sum(len(part["padded"]) for part in self._parts)
         self._hits = sum(int(part["hit"].sum()) for part in self._parts)
+        self._num_failed = sum(bool(error) for part in self._parts for error in part["error"])
         if self.done:
             log.info("%d of %d videos were evaluated before", self.done, len(records))
         self._progress = logs.RunProgress(
@@ -169,11 +168,9 @@ class _Collector:
         """
         count = min(self._batch_size, len(self._records) - self.done)
         # The outputs are replicated. The metadata is gathered, because each process has only that
-        # of its own videos. Processes with the same shard have the same videos.
-        shards = dict(collectives.gather([self._shard_index, metadata]))
-        columns = {
-            name: sum((shards[i][name] for i in sorted(shards)), [])[:count] for name in metadata
-        }
+        # of its own videos.
+        columns = collectives.gather_columns(self._shard_index, metadata)
+        columns = {name: column[:count] for name, column in columns.items()}
         errors = columns["error"]
         part = {name: np.asarray(array)[:count] for name, array in outputs.items()}
         part |= {name: np.array(columns[name]) for name in ("label", "padded", "released")}
@@ -186,9 +183,7 @@ class _Collector:
             )
         for name in ("scores", "probabilities"):
             part[name] = np.where(decoded[:, None], part[name], 0)
-        for error in filter(None, errors):
-            log.warning("counts as wrong: %s", error)
-        part["hit"] = decoded & (part["scores"].argmax(axis=1) == part["label"])
+        part["hit"] = decoded & hits(part["label"], part["scores"].argmax(axis=1)[:, None])
         now = time.monotonic()
         part["seconds"] = now - self._began
         self._began = now
@@ -197,7 +192,10 @@ class _Collector:
             collectives.raise_on_all_processes(self._unfinished.add, part)
         self.done += count
         self._hits += int(part["hit"].sum())
-        self._progress.advance(count, f"top-1 {100 * self._hits / self.done:.2f} %")
+        self._num_failed += int((~decoded).sum())
+        note = f"top-1 {100 * self._hits / self.done:.2f} %"
+        failed = f", {self._num_failed} failed" if self._num_failed else ""
+        self._progress.advance(count, note + failed)
 
     def close(self) -> None:
         """Close the progress bar."""

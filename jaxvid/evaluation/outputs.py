@@ -1,4 +1,4 @@
-"""Write and read the output files of an evaluation."""
+"""Write the output files of an evaluation; `comparison.read_table` reads them."""
 
 import csv
 import io
@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxvid.atomic import write_file, write_json
 from jaxvid.data.sources import Record
-from jaxvid.errors import InputError
 from jaxvid.evaluation import html_report, plots
 from jaxvid.evaluation.metrics import Results
 
@@ -22,6 +21,8 @@ def save_report(
     workdir: Path, result: dict, results: Results, labels: list[str], records: Sequence[Record]
 ) -> None:
     """Write `eval.json`, `eval_videos.csv`, `confusion.png` and `eval.html` on process 0.
+
+    In multi-label data, there is no confusion matrix.
 
     Args:
         workdir: Output directory.
@@ -35,21 +36,26 @@ def save_report(
     """
     if jax.process_index():
         return
-    confusion = results.confusion()
-    result = {
-        **result,
-        "class_accuracy": {
-            label: float(value)
-            for label, value in zip(labels, results.per_class(), strict=True)
-            if np.isfinite(value)
-        },
-        "confusion": confusion.tolist(),
-        "labels": labels,
+    per_class = {
+        label: float(value)
+        for label, value in zip(labels, results.per_class(), strict=True)
+        if np.isfinite(value)
     }
+    if results.multi_label:
+        result = {**result, "per_class_ap": per_class, "labels": labels}
+    else:
+        confusion = results.confusion()
+        plots.draw_confusion(
+            confusion, labels, workdir / "confusion.png", num_failed=int(results.failed.sum())
+        )
+        result = {
+            **result,
+            "class_accuracy": per_class,
+            "confusion": confusion.tolist(),
+            "labels": labels,
+        }
     write_table(workdir / "eval_videos.csv", results, labels)
     write_json(workdir / "eval.json", result)
-    num_failed = int(results.failed.sum())
-    plots.draw_confusion(confusion, labels, workdir / "confusion.png", num_failed=num_failed)
     data = html_report.page_data(result, results, labels, records)
     html_report.save_page(workdir / "eval.html", data)
 
@@ -59,6 +65,7 @@ def write_table(path: Path, results: Results, labels: list[str]) -> None:
 
     `top5` and `probabilities` are JSON lists of the five best classes and their probabilities;
     `failed` is the decode error or empty. If decoding failed, the lists and `prediction` are empty.
+    In multi-label data, `label` is a JSON list too.
 
     Args:
         path: CSV file.
@@ -79,7 +86,7 @@ def write_table(path: Path, results: Results, labels: list[str]) -> None:
         writer.writerow(
             [
                 id_,
-                labels[results.labels[i]],
+                _label_text(results.label(i), labels),
                 names[0] if names else "",
                 int(correct[i]),
                 json.dumps(names, ensure_ascii=False),
@@ -92,32 +99,7 @@ def write_table(path: Path, results: Results, labels: list[str]) -> None:
     write_file(path, table.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def read_table(report: str | Path) -> dict:
-    """Read an `eval.json` and the `eval_videos.csv` in the same folder.
-
-    Returns:
-        The contents of `eval.json`, with `videos` (id → row of the table) and `path`.
-
-    Raises:
-        InputError: A file is missing or damaged.
-    """
-    path = Path(report)
-    table = path.with_name("eval_videos.csv")
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        with table.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            videos = {
-                row["id"]: {**row, "correct": row["correct"] == "1"} for row in csv.DictReader(file)
-            }
-        if len(videos) != contents["num_videos"]:
-            raise ValueError(
-                f"{table.name} has {len(videos)} videos, {path.name} has {contents['num_videos']}"
-            )
-        if not isinstance(contents["protocol"], dict):
-            raise ValueError(f"protocol: expected a dict, got {contents['protocol']!r}")
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise InputError(
-            f"{path}: this file or {table.name} in its folder cannot be read ({error}); choose an "
-            "eval.json written by --mode eval"
-        ) from None
-    return {**contents, "videos": videos, "path": str(path)}
+def _label_text(label: int | list[int], names: list[str]) -> str:
+    if isinstance(label, int):
+        return names[label]
+    return json.dumps([names[index] for index in label], ensure_ascii=False)

@@ -16,7 +16,6 @@ from typing import Any
 import cv2
 import jax
 import numpy as np
-from scipy.special import softmax
 
 from jaxvid.data.check import map_in_order
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views
@@ -94,7 +93,7 @@ class Classifier:
         self.spec = self.preprocessing.spec
         self.labels, self.config = card["labels"], model.config
         self.batch_size, self._num_threads = batch_size, num_threads or os.cpu_count()
-        self.network = CompiledNetwork(model, preprocessing)
+        self.network = CompiledNetwork(model, preprocessing, card["activation"])
 
     def __call__(
         self, videos: Source | Iterable[Source], top_k: int = 5, *, fps: float | None = None
@@ -149,7 +148,7 @@ class Classifier:
             if "error" in example:
                 yield Prediction(video=name, error=example["error"])
                 continue
-            probabilities = softmax(example["output"].astype(np.float64) / num_views)
+            probabilities = self.network.probabilities(example["output"], num_views)
             top = np.argsort(-probabilities, kind="stable")[:top_k]
             yield Prediction(
                 video=name,
@@ -338,7 +337,7 @@ class Classifier:
             views = load_eval_views(video, spec)
             frames = read_clip(video, views["indices"][clip], spec)
         outputs = self.network.apply(self.network.attend, views["video"][clip : clip + 1])
-        probabilities = softmax(outputs.pop("logits"))
+        probabilities = self.network.probabilities(outputs.pop("logits"))
         order = np.argsort(-probabilities)[:ATTENTION_TOP_K]
         top = [(self.labels[i], float(probabilities[i])) for i in order]
         return make_rollout(frames, outputs, top, spec, self.config)

@@ -14,6 +14,7 @@ from jaxvid.errors import InputError
 from jaxvid.inference.attention_rollout import roll_out
 from jaxvid.models import Params, family_of, merge_params, split_params
 from jaxvid.progress import compiling
+from jaxvid.storage import activation
 from jaxvid.storage.preprocessing import Preprocessing, normalize
 
 # A function of the weights and one array. It returns an array or a dict of arrays.
@@ -29,18 +30,26 @@ class CompiledNetwork:
     Args:
         model: The network.
         preprocessing: Its mean and std are used to normalise pixels.
+        activation_name: Function from logits to probabilities, a key of `activation.ACTIVATIONS`.
 
     Attributes:
         shares_frames: Whether the features of a frame do not depend on the other frames of a clip.
     """
 
-    def __init__(self, model: nnx.Module, preprocessing: Preprocessing):
+    def __init__(self, model: nnx.Module, preprocessing: Preprocessing, activation_name: str):
         self.shares_frames = family_of(model.config).shares_frames
         self._graphdef, self._params = split_params(model)
         self._normalize = functools.partial(
             normalize, mean=preprocessing.mean, std=preprocessing.std
         )
+        self._activation_name = activation_name
         self._programs = {}  # (function name, shape and dtype of its input) → compiled program
+
+    def probabilities(self, logits: np.ndarray, num_views: int = 1) -> np.ndarray:
+        """Map logits `(..., num_classes)`, summed over views, to probabilities, in float64."""
+        return activation.probabilities(
+            logits.astype(np.float64) / num_views, self._activation_name
+        )
 
     def score(self, params: Params, views: jax.Array) -> jax.Array:
         """Map pixels `(b, v, t, h, w, c)` to logits `(b, num_classes)`, summed over the views."""

@@ -42,7 +42,8 @@ class Prediction(Result):
         video: Name of the video: path, URL, name of a file object, or e.g. `<array>`.
         labels: Names of the most likely classes, in descending order of probability.
         indices: Indices of these classes.
-        probabilities: Probabilities of these classes. Those of all classes sum to 1.
+        probabilities: Probabilities of these classes. Those of all classes sum to 1, except for a
+            multi-label model (`activation` sigmoid in the model card).
         seconds: Wall time in seconds for reading and decoding the video, plus the video's share of
             the time for computing its batch.
         padded: Whether the video is too short for a clip, so that frames are repeated.

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import cv2
 import numpy as np
-from scipy.special import softmax
 
 from jaxvid.data.check import MAX_SECONDS
 from jaxvid.data.clips.clip import ClipSpec
@@ -66,7 +65,7 @@ def classify_windows(
         ends=plan.ends,
         padded=plan.padded,
         stride=plan.stride,
-        probabilities=softmax(scores.astype(np.float64) / spec.num_crops, axis=-1),
+        probabilities=network.probabilities(scores, spec.num_crops),
     )
 
 

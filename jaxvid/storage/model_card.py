@@ -10,14 +10,17 @@ from flax import nnx
 
 from jaxvid import atomic
 from jaxvid.config import differences, translate
-from jaxvid.errors import InputError, one_line, printable, short_repr
+from jaxvid.errors import InputError, check_option, one_line, printable, short_repr
 from jaxvid.files import read_limited
 from jaxvid.model_path import CARD_NAME, describe_wrong_path, exists
 from jaxvid.models import ModelConfig, make_model_config
 from jaxvid.models.implementation import CHOICES
+from jaxvid.storage.activation import ACTIVATIONS
 
 FORMAT_VERSION = 1
 MAX_CARD_BYTES = 32 * 10**6  # a card with 20,000 classes has about 1 MB
+# Keys that cards of older versions do not have → their values.
+ADDED_KEYS = {"labels_source": None, "activation": "softmax"}
 CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance", "files")
 # Start of `labels_source` if the order of the class names is not known to be that of the weights.
 ASSUMED = "assumed: "
@@ -43,8 +46,9 @@ def load_card(folder: str | Path) -> dict:
 
     Returns:
         The contents of the file. All values have the expected type, `config` is a valid model
-        config, and `labels`, unless null, has one entry per class. `labels_source` is null in cards
-        without this field. Old names in `preprocessing` are translated; its fields are not checked.
+        config, and `labels`, unless null, has one entry per class. Keys that are missing
+        in older cards have the values in `ADDED_KEYS`. Old names in `preprocessing` are translated;
+        its fields are not checked.
 
     Raises:
         InputError: The file is missing or invalid, or has a different format version.
@@ -76,7 +80,7 @@ def load_card(folder: str | Path) -> dict:
             f"{path}: preprocessing is {short_repr(card['preprocessing'])}, expected a dict or "
             "null; export the model again"
         )
-    card.setdefault("labels_source", None)
+    card = ADDED_KEYS | card
     try:
         if isinstance(card["config"], dict):
             card["config"] = translate(card["config"])
@@ -133,6 +137,7 @@ def _check_card(card: dict) -> None:
     for label in labels or ():
         if not isinstance(label, str | int):
             raise InputError(f"labels has {short_repr(label)}, expected a string")
+    check_option("activation", card["activation"], ACTIVATIONS)
     source = card["labels_source"]
     if source is None:
         return
@@ -149,6 +154,7 @@ def make_card(
     preprocessing: dict | None,
     labels: list[str] | None,
     labels_source: str | None = None,
+    activation: str = "softmax",
     provenance: dict,
 ) -> dict:
     """Return the contents of a `model.json` except the format version and the list of files.
@@ -159,6 +165,7 @@ def make_card(
         labels: Class names in the order of the class indices, or None if they are unknown.
         labels_source: Origin of the class names in one line, or None if they are those of the data.
             It starts with `ASSUMED` if their order is not known to be that of the weights.
+        activation: Function from logits to probabilities, a key of `ACTIVATIONS`.
         provenance: Origin of the weights, e.g. step and accuracy of a training run.
     """
     config = dataclasses.asdict(model_config)
@@ -169,6 +176,7 @@ def make_card(
         "preprocessing": preprocessing,
         "labels": labels,
         "labels_source": labels_source,
+        "activation": activation,
         "provenance": provenance,
     }
 
@@ -278,18 +286,40 @@ def model_differences(
     return differences(before, after, there="in the folder", here="in the config", ignore=ignore)
 
 
-def best_top1(workdir: Path) -> float:
-    """Return the validation top-1 of `WORKDIR/best` in percent, or -1 if there is no such folder.
+def check_activation(card: dict, folder: str | Path, activation: str) -> None:
+    """Refuse a model folder whose activation differs from that of the config.
+
+    Args:
+        card: The model card, from `load_card`.
+        folder: The model folder, for the message.
+        activation: The config's `loss.name`.
 
     Raises:
-        InputError: The folder is damaged, or its card has no top-1.
+        InputError: The activations differ.
+    """
+    if card["activation"] != activation:
+        raise InputError(
+            f"{folder} was trained with loss.name={card['activation']}, the config has "
+            f"{activation}; set --config.loss.name={card['activation']}"
+        )
+
+
+def best_score(workdir: Path, metric: str) -> float:
+    """Return the validation score of `WORKDIR/best` in percent, or -1 if there is no such folder.
+
+    Args:
+        workdir: The run's folder.
+        metric: Name of the score in the folder's provenance: `top1` or `mAP`.
+
+    Raises:
+        InputError: The folder is damaged, or its card does not have the score.
     """
     if not exists(workdir / "best"):
         return -1.0
-    top1 = load_card(workdir / "best")["provenance"].get("top1")
-    if not isinstance(top1, int | float):
+    score = load_card(workdir / "best")["provenance"].get(metric)
+    if not isinstance(score, int | float):
         raise InputError(
-            f"{workdir / 'best' / CARD_NAME}: provenance has top1={short_repr(top1)}, expected a "
-            "number; delete the folder"
+            f"{workdir / 'best' / CARD_NAME}: provenance has {metric}={short_repr(score)}, "
+            "expected a number; delete the folder"
         )
-    return top1
+    return score

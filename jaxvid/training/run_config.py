@@ -26,6 +26,8 @@ FREE_FIELDS = (
 # Fields that config.json of an older run does not contain, and the values that the run used.
 ADDED_FIELDS = {
     **{"data.color_matrix": "auto", "deterministic": False, "mix_within": "batch"},
+    **{"data.sampler": "uniform", "data.repeats": 1, "loss.name": "softmax"},
+    "loss.class_weights": "none",
     **{"model.attention": "auto", "model.scan": "auto"},
 }
 

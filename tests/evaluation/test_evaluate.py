@@ -565,7 +565,7 @@ def test_comparison_of_equal_evaluations(folder, tiny_model, tmp_path):
     assert (comparison["gained"], comparison["lost"], comparison["p_value"]) == (0, 0, 1.0)
     assert comparison["same_protocol"]
     assert "not significant" in (tmp_path / "b" / "log.txt").read_text()
-    with pytest.raises(InputError, match="choose an eval.json written by --mode eval"):
+    with pytest.raises(InputError, match="none.json: not found; choose the eval.json of a"):
         evaluate.evaluate(config, tmp_path / "b", compare_with=tmp_path / "none.json")
 
 

@@ -1,21 +1,24 @@
-"""Metrics, per-video tables, comparisons and partial results of an evaluation."""
+"""Metrics, per-video tables and comparisons of an evaluation."""
 
 import json
 import math
 import os
-import shutil
 
-import jax
 import numpy as np
 import pytest
 
 from jaxvid.atomic import write_json
-from jaxvid.distributed import collectives
 from jaxvid.errors import InputError
 from jaxvid.evaluation import metrics
-from jaxvid.evaluation.comparison import check_shared, compare_tables
-from jaxvid.evaluation.outputs import read_table, write_table
-from jaxvid.evaluation.resume import PartialResults
+from jaxvid.evaluation.comparison import (
+    check_shared,
+    compare_tables,
+    describe,
+    read_table,
+    save_comparison,
+)
+from jaxvid.evaluation.outputs import write_table
+from jaxvid.storage.partial_results import PartialResults
 
 
 def results(scores, labels, errors=None):
@@ -185,26 +188,61 @@ def test_tables_are_read_back_and_compared_by_id(tmp_path):
     assert before["videos"]["v3.mp4"]["prediction"] == ""
     better = results([[3, 1, 0], [0, 1, 2], [5, 0, 1], [9, 0, 0]], [0, 2, 2, 0])
     after = write(tmp_path / "b", better)
-    lines = compare_tables(before, after, tmp_path)
+    comparison = compare_tables(before, after)
+    lines = describe(comparison)
     expected = (
         "top-1 +25.00 percentage points on 4 shared videos (2 gained, 1 lost, 0 still wrong with "
         "another prediction); not significant"
     )
     assert expected in lines[0]
-    report = tmp_path / "a" / "eval.json"
-    assert lines[1] == f"videos not shared: 1 only in {report}, 0 only in this evaluation"
-    assert lines[2].startswith("gained: v1.mp4, v3.mp4")
-    assert lines[3].startswith("lost: v2.mp4")
-    assert len(lines) == 4
-    (tmp_path / "b" / "eval_videos.csv").unlink()
-    with pytest.raises(InputError, match="this file or eval_videos.csv in .*; choose an eval.json"):
-        read_table(tmp_path / "b" / "eval.json")
-    check_shared(before, ["v9.mp4", "v4.mp4"])
+    paths = [tmp_path / folder / "eval.json" for folder in "ab"]
+    assert lines[1:] == [
+        f"videos not shared: 1 only in {paths[0]}, 0 only in {paths[1]}",
+        "gained: v1.mp4, v3.mp4",
+        "lost: v2.mp4",
+    ]
+    # v3.mp4 was not decoded before, so its label was not among five predicted classes.
+    assert comparison["accuracies"] == {
+        "top1": [50, 75],
+        "top5": [75, 100],
+        "mean_class_accuracy": [50, 75],
+    }
+    assert comparison["classes"] == {
+        "d": {"num_videos": 2, "before": 50, "after": 50},
+        "ä": {"num_videos": 2, "before": 50, "after": 100},
+    }
+
+
+def test_missing_and_damaged_evaluations_are_refused(tmp_path):
+    write(tmp_path / "a", RESULTS)
+    table, report = tmp_path / "a" / "eval_videos.csv", tmp_path / "a" / "eval.json"
+    assert read_table(tmp_path / "a")["path"] == str(report)
+    with pytest.raises(InputError, match="none: not found; choose the eval.json of a finished"):
+        read_table(tmp_path / "none")
+    text = table.read_text(encoding="utf-8")
+    table.write_text(text.rpartition("\n")[0].rpartition("\n")[0])
+    with pytest.raises(InputError, match="damaged .eval_videos.csv has 4 videos, eval.json has 5"):
+        read_table(report)
+    table.write_text(text)
+    report.write_text('{"num_videos": 5, "protocol": 1}')
+    with pytest.raises(InputError, match="protocol: expected a dict, got 1.*choose another"):
+        read_table(report)
+    table.unlink()
+    with pytest.raises(InputError, match="eval_videos.csv: not found; choose the eval.json"):
+        read_table(report)
+
+
+def test_evaluations_of_other_videos_or_classes_are_refused(tmp_path):
+    before = write(tmp_path / "a", RESULTS)
+    check_shared(before, ["v9.mp4", "v4.mp4"], ["x", "y"])  # the file has no class names
     with pytest.raises(InputError, match=r"a/eval.json shares no video with the data; choose an"):
-        check_shared(before, ["v9.mp4"])
-    (tmp_path / "a" / "eval.json").write_text('{"num_videos": 5, "protocol": 1}')
-    with pytest.raises(InputError, match="protocol: expected a dict, got 1.*choose an eval.json"):
-        read_table(tmp_path / "a" / "eval.json")
+        check_shared(before, ["v9.mp4"], ["x", "y"])
+    before["labels"] = ["left", "rihgt"]
+    check_shared(before, ["v4.mp4"], ["left", "right"])
+    with pytest.raises(InputError, match="a/eval.json has 2 classes, b has 3; choose an"):
+        check_shared(before, ["v4.mp4"], ["left", "right", "up"], name="b")
+    with pytest.raises(InputError, match="a/eval.json shares no class name with b; choose an"):
+        check_shared(before, ["v4.mp4"], ["up", "down"], name="b")
 
 
 def test_changed_predictions_are_listed_by_kind_of_change(tmp_path):
@@ -218,74 +256,19 @@ def test_changed_predictions_are_listed_by_kind_of_change(tmp_path):
         tables.append(write(tmp_path / folder, evaluated))
     tables[1]["protocol"] = {"score": "x", "by_time": True}
     tables[1]["videos"]["same"]["label"] = "d"
-    lines = compare_tables(*tables, tmp_path)
-    comparison = json.loads((tmp_path / "comparison.json").read_text())
+    comparison = compare_tables(*tables)
+    lines = describe(comparison)
     assert comparison["gained_videos"] == ["gained"]
     assert comparison["lost_videos"] == ["lost"]
     assert comparison["still_wrong_videos"] == ["other", "breaks"]
     counts = [comparison[name] for name in ("gained", "lost", "still_wrong", "relabelled")]
     assert counts == [1, 1, 2, 1]
     assert not comparison["same_protocol"]
-    assert "the protocols differ: by_time: missing before, True now" in lines
+    assert "the protocols differ: by_time: missing before, True after" in lines
     assert "labels differ for 1 of the shared videos" in lines
-    assert any(line.startswith("still wrong: other, breaks (all in ") for line in lines)
-
-
-def test_partial_results_are_loaded_only_under_the_same_key(tmp_path):
-    part = {"scores": np.ones((2, 3)), "padded": np.array([True, False]), "error": ["", "ü broken"]}
-    partial = PartialResults(tmp_path / "u", {"a": 1})
-    assert partial.load() == []
-    partial.add(part)
-    partial.add(part)
-    [first, second] = PartialResults(tmp_path / "u", {"a": 1}).load()
-    assert first["error"] == second["error"] == ["", "ü broken"]
-    np.testing.assert_array_equal(first["scores"], part["scores"])
-    assert PartialResults(tmp_path / "u", {"a": 2}).load() == []
-    assert PartialResults(tmp_path / "u", {"a": 1}).load() == []
-    partial.remove()
-    assert not (tmp_path / "u").exists()
-
-
-def add_parts(folder, count):
-    """Store `count` batches under the key `{"a": 1}`."""
-    partial = PartialResults(folder, {"a": 1})
-    partial.load()
-    for i in range(count):
-        partial.add({"scores": np.full((2, 3), i), "error": ["", ""]})
-
-
-def test_damaged_batches_are_not_loaded(tmp_path):
-    add_parts(tmp_path, 3)
-    data = (tmp_path / "1.npz").read_bytes()
-    for damaged in (b"", data[:40], data[: len(data) // 2]):
-        (tmp_path / "1.npz").write_bytes(damaged)
-        # Loading stops at the damaged batch, the second of three.
-        assert len(PartialResults(tmp_path, {"a": 1}).load()) == 1
-    (tmp_path / "key.json").write_bytes(b"\xff")
-    assert PartialResults(tmp_path, {"a": 1}).load() == []
-
-
-def test_undeletable_partial_results_are_refused(tmp_path, monkeypatch):
-    add_parts(tmp_path / "u", 1)
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
-    with pytest.raises(InputError, match="u cannot be deleted; delete it by hand"):
-        PartialResults(tmp_path / "u", {"a": 2}).load()
-
-
-def test_process_0_decides_which_partial_results_are_loaded(tmp_path, monkeypatch):
-    add_parts(tmp_path, 3)
-    # What `gather` returns: a value of process 0 and one of process 1. In the first load, these are
-    # whether it finds the key, and its error; in the second, whether it finds the key, and the
-    # number of batches that it finds.
-    gathered = iter([[False, True], [None, None], [True, True], [3, 2]])
-    monkeypatch.setattr(collectives, "gather", lambda value: next(gathered))
-    with monkeypatch.context() as patch:
-        # This is process 1. Process 0 finds a different key and deletes the batches, but process 1
-        # may still see them. It must neither load nor delete them.
-        patch.setattr(jax, "process_index", lambda: 1)
-        assert PartialResults(tmp_path, {"a": 1}).load() == []
-    # This is process 0, which finds three batches. Process 1 finds only two.
-    assert len(PartialResults(tmp_path, {"a": 1}).load()) == 2
+    assert "still wrong: other, breaks" in lines
+    comparison["lost_videos"] = [f"v{i}" for i in range(12)]
+    assert describe(comparison)[-2].endswith(" v8, v9 and 2 more")
 
 
 def test_unwritable_files_are_refused(tmp_path):
@@ -296,9 +279,9 @@ def test_unwritable_files_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"0.npz cannot be written \(Is a directory\); choose"):
         PartialResults(tmp_path, {}).add({"scores": np.zeros(1), "error": [""]})
     assert not list(tmp_path.glob(".*.partial"))
-    table = write(tmp_path / "a", RESULTS)
+    (tmp_path / "file").touch()
     with pytest.raises(InputError, match="comparison.json cannot be written"):
-        compare_tables(table, table, tmp_path / "a" / "eval.json")
+        save_comparison(tmp_path / "file", {})
 
 
 def test_file_names_that_are_not_utf8_are_read_back(tmp_path):
@@ -317,6 +300,8 @@ def test_file_names_that_are_not_utf8_are_read_back(tmp_path):
         assert tables[-1]["failed"] == failed
     assert b"caf\xe9.mp4" in (tmp_path / "a" / "eval_videos.csv").read_bytes()
     tables[0]["videos"][non_utf8]["correct"] = False
-    lines = compare_tables(*tables, tmp_path)
-    assert json.loads((tmp_path / "comparison.json").read_text())["gained_videos"] == [non_utf8]
+    comparison = compare_tables(*tables)
+    lines = describe(comparison)
+    path = save_comparison(tmp_path, comparison)
+    assert json.loads(path.read_text())["gained_videos"] == [non_utf8]
     assert "\n".join(lines).encode()  # the log is UTF-8

@@ -15,7 +15,7 @@ from jaxvid.models import (
     split_params,
 )
 from jaxvid.models.stam import STAMConfig
-from jaxvid.training.steps import cross_entropy
+from jaxvid.training.losses import cross_entropy
 from tests import goldens
 
 GOLDENS = ["tiny/stam_tiny_4f", "tiny/stam_tiny_16f"]

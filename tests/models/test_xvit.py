@@ -20,7 +20,7 @@ from jaxvid.models import (
 from jaxvid.models.layers import drop_path, dropout, run_blocks
 from jaxvid.models.space_time_mixing import shift_time, summarize
 from jaxvid.models.xvit import XViTConfig
-from jaxvid.training.steps import cross_entropy
+from jaxvid.training.losses import cross_entropy
 from tests import goldens
 
 GOLDENS = [f"tiny/xvit_tiny_{name}" for name in ("k600", "ssv2", "48px", "256px")]

@@ -24,12 +24,11 @@ from jaxvid.models import (
 from jaxvid.storage.eval_step import eval_step
 from jaxvid.storage.preprocessing import normalize
 from jaxvid.training import steps
+from jaxvid.training.losses import cross_entropy, distillation_loss
 from jaxvid.training.optim import make_optimizer, make_schedule
 from jaxvid.training.steps import (
     Recipe,
     Teacher,
-    cross_entropy,
-    distillation_loss,
     eval_params,
     init_state,
     train_step,

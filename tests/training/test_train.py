@@ -447,6 +447,9 @@ def test_broken_videos_are_skipped_in_training_and_wrong_in_evaluation(with_brok
     [failed] = result["failed"]
     assert failed["label"] == 0
     assert "broken.mp4: cannot be decoded" in failed["error"]
+    log = (tmp_path / "w" / "log.txt").read_text()
+    assert log.count("counts as wrong: ") == 1  # although there are two evaluations
+    assert log.count(", 1 failed)") == 3  # both evaluations and the final line
     confusion = json.loads((tmp_path / "w" / "eval.json").read_text())["confusion"]
     hits = sum(confusion[i][i] for i in range(8))
     assert result["top1"] == pytest.approx(100 * hits / 25)

@@ -15,6 +15,7 @@ from jaxvid.data.pipeline import make_train_iter, split_batch
 from jaxvid.data.prepare import prepare
 from jaxvid.data.sources import Record, VideoDataset, open_dataset
 from jaxvid.data.synthetic_motion import write_clip
+from jaxvid.data.video_order import VideoOrder
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
 from jaxvid.training import run_metadata, training_videos
@@ -137,7 +138,8 @@ def folder(tmp_path_factory):
 def load_batches(records, count=4):
     """Return the arrays of the first batches, and the decode errors of their videos."""
     spec = ClipSpec(num_frames=2, crop=16, short_side=16, train_short_side=(16, 16))
-    batches = make_train_iter(records, spec=spec, batch_size=3, seed=3, num_threads=1)
+    order = VideoOrder(seed=3)
+    batches = make_train_iter(records, spec=spec, batch_size=3, order=order, num_threads=1)
     try:
         loaded = [next(batches) for _ in range(count)]
     finally:
