@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 DTYPES = ("float32", "tfloat32", "bfloat16")  # jaxvid.models.precision.DTYPES
+LAYERS = ("video", "frames")  # jaxvid.inference.feature_extraction.LAYERS
 FORMATS = ("stablehlo", "safetensors")  # of an exported model
 SHELLS = ("bash", "zsh", "fish")
 STDOUT = "-"  # value of `--json` without a file
@@ -71,6 +72,24 @@ apply another order, write it with --output and convert the weights again with -
 
 Exit codes: 0: the stored order is plausible; 2: invalid input; 3: another order fits better, or the
 model has no class names; 4: nothing can be concluded, or no known order fits.
+"""
+
+FEATURES = """Extract features of videos: one vector per video or per window, without fine-tuning.
+
+INPUT is a folder of videos, class folders, a data folder, a list, a pack or a video file. Videos in
+class folders, lists and packs have labels, which are written with the features. The features are
+the input of the network's last layers (--layer video: `features["video"]` in Python; --layer
+frames: `features["frames"]`, with one vector per frame of the clip). The features of all clips and
+crops of a video are averaged. Their numbers come from the model card.
+
+The suffix of FILE is its format: .npz (NumPy), .parquet (needs pyarrow) or .zarr (needs zarr). It
+contains the features, ids, labels, names of the classes, and, with --window, the times of the
+windows. Videos that cannot be decoded are left out and listed in FILE.
+
+All devices of all processes share the work. Run the same command to continue an interrupted
+extraction; the file is then bit-identical to that of an uninterrupted one.
+
+Exit codes: 0: done; 2: invalid input; 3: some videos could not be decoded.
 """
 
 COMPLETION = """Print a completion script for a shell.
@@ -178,6 +197,35 @@ def check_labels() -> argparse.ArgumentParser:
         "should have (default: the published one, or that of the training run)")  # fmt: skip
     add("--clips", type=int, help="clips per video (default: from the model card)")
     add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
+    return parser
+
+
+def features() -> argparse.ArgumentParser:
+    """Return the parser of `jaxvid features`."""
+    parser = _make_parser("features", FEATURES)
+    add = parser.add_argument
+    add("input", metavar="INPUT", help="folder, list, pack or video file")
+    add("--model", required=True, metavar="FOLDER", help="model folder")
+    add("--output", required=True, metavar="FILE", help="file to write: .npz, .parquet or .zarr")
+    add("--layer", choices=LAYERS, default=LAYERS[0], help="video: one vector per clip; frames: "
+        f"one vector per frame (default: {LAYERS[0]})")  # fmt: skip
+    add("--split", metavar="NAME", help="train, val or test, if the input has splits (default: the "
+        "only one)")  # fmt: skip
+    add("--prefix", default="", metavar="FOLDER", help="folder that paths in lists are relative to "
+        "(default: the list's folder)")  # fmt: skip
+    add("--clips", type=int, help="clips per video (default: from the model card)")
+    add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
+    add("--window", type=float, metavar="SECONDS", help="extract features of sliding windows of "
+        "this length instead of whole videos")  # fmt: skip
+    add("--stride", type=float, metavar="SECONDS", help="time between the starts of windows")
+    add("--batch_size", type=int, help="videos or windows per batch, over all devices (default: 8 "
+        "per device, divided by clips × crops)")  # fmt: skip
+    add("--dtype", choices=DTYPES, default="float32", help="compute dtype (default: float32)")
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0, if there are several "
+        "processes (default: from Slurm, MPI or Kubernetes)")  # fmt: skip
+    add("--num_processes", type=int, help="number of processes (default: from the launcher)")
+    add("--process_id", type=int, help="index of this process, from 0 (default: from the "
+        "launcher)")  # fmt: skip
     return parser
 
 

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import av
+import numpy as np
 from PIL import Image
 
 import jaxvid
 from convert import flax_to_torch
+from jaxvid.storage.feature_file import FeatureTable, load_features, save_features
 
 ROOT = Path(__file__).parents[1]
 MAIN = [
@@ -34,8 +36,8 @@ class Program:
 
     Attributes:
         arguments: Arguments of the Python interpreter. `{out}` stands for the output folder,
-            `{data}` for the data folder, `{model}` for a model folder and `{pth}` for a PyTorch
-            checkpoint.
+            `{data}` for the data folder, `{model}` for a model folder, `{pth}` for a PyTorch
+            checkpoint and `{features}` for a file of features.
         outputs: Files and folders below `{out}` that are written atomically.
         logs: Pattern of the lines that the program may write to stderr before the line that reports
             an error or a signal.
@@ -58,6 +60,12 @@ PROGRAMS = {
     "predict": Program(
         ["-m", "jaxvid.predict", "{data}/val", "--model={model}", "--json={out}/out.json"],
         ("out.json",),
+    ),
+    "features": Program(
+        ["-m", "jaxvid.features", "{data}", "--split=val", "--model={model}",
+         "--output={out}/out.npz"],
+        ("out.npz",),
+        r".*: list, 24 videos, 8 classes|compiling .*…|compiled in .*|extracting: .*",
     ),
     "visualize": Program(
         ["-m", "jaxvid.visualize", "{data}/val/00000.mp4", "--model={model}",
@@ -91,14 +99,14 @@ PROGRAMS = {
 
 
 def make_inputs(folder: Path, data: Path) -> dict[str, Path]:
-    """Write the inputs of the programs: a model folder and a PyTorch checkpoint of the same model.
+    """Write the inputs of the programs: a model folder, a PyTorch checkpoint of it, and features.
 
     Args:
         folder: Folder of the inputs.
         data: Folder of motion clips.
 
     Returns:
-        The values of `{data}`, `{model}` and `{pth}`.
+        The values of `{data}`, `{model}`, `{pth}` and `{features}`.
     """
     preprocessing = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
     preprocessing["sampling"] = "segments"
@@ -107,7 +115,19 @@ def make_inputs(folder: Path, data: Path) -> dict[str, Path]:
     jaxvid.save_model(model, folder / "model", preprocessing=preprocessing, labels=labels)
     arguments = ["--input", str(folder / "model"), "--output", str(folder / "in.pth")]
     assert flax_to_torch.main(arguments) == 0
-    return {"data": data, "model": folder / "model", "pth": folder / "in.pth"}
+    table = FeatureTable(
+        features=np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32),
+        ids=[str(i) for i in range(40)],
+        labels=np.arange(40, dtype=np.int32) % 8,
+        label_names=labels,
+        padded=np.zeros(40, bool),
+        starts=None,
+        ends=None,
+        about={"format_version": 1, "model": "xvit_tiny", "layer": "video"},
+    )
+    save_features(folder / "features.npz", table)
+    paths = {"model": folder / "model", "pth": folder / "in.pth"}
+    return {"data": data, "features": folder / "features.npz", **paths}
 
 
 def start(
@@ -143,6 +163,8 @@ def check_outputs(name: str, out: Path) -> None:
         elif path.suffix == ".mp4":
             with av.open(str(path)) as video:
                 assert sum(1 for _ in video.decode(video=0)) == 8
+        elif path.suffix == ".npz":
+            load_features(path)
         elif path.suffix == ".pth":
             import torch
 

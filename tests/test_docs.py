@@ -60,7 +60,7 @@ NOT_RUN = {
 # Programs whose `main` takes seconds on small input and can be called in this process.
 QUICK = (
     *("jaxvid.predict", "jaxvid.visualize", "jaxvid.export", "jaxvid.data.check"),
-    *("jaxvid.data.prepare", "convert.flax_to_torch"),
+    *("jaxvid.data.prepare", "jaxvid.features", "convert.flax_to_torch"),
 )
 
 # Config → overrides that shorten its training commands in the `full` suite.
