@@ -92,6 +92,20 @@ extraction; the file is then bit-identical to that of an uninterrupted one.
 Exit codes: 0: done; 2: invalid input; 3: some videos could not be decoded.
 """
 
+PROBE = """Measure how well features distinguish classes, without training the network.
+
+A linear classifier (logistic regression) and k-nearest-neighbour classifiers are fitted to the
+features of TRAIN and evaluated on those of VAL. `jaxvid features` writes both files; the model must
+be the same. Without VAL, --val_share holds out a part of TRAIN.
+
+The features of the linear classifier are standardised. Its regularisation C is chosen on a fifth of
+the training videos; then it is fitted to all of them. Neighbours are compared by cosine similarity
+s and weighted by exp(s / 0.07). The probabilities of the windows of a video are averaged. Features
+of frames are averaged over the frames. The same command gives the same result.
+
+It needs the package scikit-learn.
+"""
+
 COMPLETION = """Print a completion script for a shell.
 
 bash    eval "$(jaxvid completion bash)"            in ~/.bashrc
@@ -226,6 +240,20 @@ def features() -> argparse.ArgumentParser:
     add("--num_processes", type=int, help="number of processes (default: from the launcher)")
     add("--process_id", type=int, help="index of this process, from 0 (default: from the "
         "launcher)")  # fmt: skip
+    return parser
+
+
+def probe() -> argparse.ArgumentParser:
+    """Return the parser of `jaxvid probe`."""
+    parser = _make_parser("probe", PROBE)
+    add = parser.add_argument
+    add("train", type=Path, metavar="TRAIN", help="features of the training videos")
+    add("val", type=Path, nargs="?", metavar="VAL", help="features of the validation videos")
+    add("--val_share", type=float, metavar="SHARE", help="share of the videos of each class in "
+        "TRAIN to validate on, e.g. 0.2, instead of VAL")  # fmt: skip
+    add("--k", default="1,5,10,20", metavar="LIST", help="numbers of neighbours, separated by "
+        "commas (default: 1,5,10,20)")  # fmt: skip
+    add("--json", metavar="FILE", help="also write the results to this .json file")
     return parser
 
 

@@ -1,6 +1,7 @@
 """Command lines of all programs with tiny inputs, for tests of signals and exit codes."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -76,6 +77,11 @@ PROGRAMS = {
         ["-m", "jaxvid.export", "--model={model}", "--output={out}/out.stablehlo"],
         ("out.stablehlo.json",),
     ),
+    "probe": Program(
+        ["-m", "jaxvid.probe", "{features}", "--val_share=0.5", "--json={out}/out.json"],
+        ("out.json",),
+        "fitting: .*",
+    ),
     "check": Program(["-m", "jaxvid.data.check", "{data}", "--json={out}/out.json"], ("out.json",)),
     "prepare": Program(
         ["-m", "jaxvid.data.prepare", "--input", "{data}", "--output={out}/pack"],
@@ -96,6 +102,8 @@ PROGRAMS = {
         ["convert/flax_to_torch.py", "--input={model}", "--output={out}/out.pth"], ("out.pth",)
     ),
 }  # fmt: skip
+if importlib.util.find_spec("sklearn") is None:  # an optional package
+    del PROGRAMS["probe"]
 
 
 def make_inputs(folder: Path, data: Path) -> dict[str, Path]:
