@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "tfloat32", "bfloat16")  # jaxvid.models.precision.DTYPES
+LAYERS = ("video", "frames")  # jaxvid.inference.feature_extraction.LAYERS
 FORMATS = ("stablehlo", "safetensors")  # of an exported model
 SHELLS = ("bash", "zsh", "fish")
 STDOUT = "-"  # value of `--json` and `--csv` without a file
@@ -83,6 +84,38 @@ Printed are the accuracies overall and of the classes that changed most, the vid
 correct or wrong, and whether the difference of the top-1 accuracies is significant (McNemar's exact
 test, level 5 %). BEFORE and AFTER are eval.json files, or the folders that contain them. The
 eval_videos.csv in the same folder is also read.
+"""
+
+FEATURES = """Extract features of videos: one vector per video or per window, without fine-tuning.
+
+INPUT is a folder of videos, class folders, a data folder, a list, a pack or a video file. Videos in
+class folders, lists and packs have labels, which are written with the features. The features are
+the input of the network's last layers (--layer video: `features["video"]` in Python; --layer
+frames: `features["frames"]`, with one vector per frame of the clip). The features of all clips and
+crops of a video are averaged. Their numbers come from the model card.
+
+The suffix of FILE is its format: .npz (NumPy), .parquet (needs pyarrow) or .zarr (needs zarr). It
+contains the features, ids, labels, names of the classes, and, with --window, the times of the
+windows. Videos that cannot be decoded are left out and listed in FILE.
+
+All devices of all processes share the work. Run the same command to continue an interrupted
+extraction; the file is then bit-identical to that of an uninterrupted one.
+
+Exit codes: 0: done; 2: invalid input; 3: some videos could not be decoded.
+"""
+
+PROBE = """Measure how well features distinguish classes, without training the network.
+
+A linear classifier (logistic regression) and k-nearest-neighbour classifiers are fitted to the
+features of TRAIN and evaluated on those of VAL. `jaxvid features` writes both files; the model must
+be the same. Without VAL, --val_share holds out a part of TRAIN.
+
+The features of the linear classifier are standardised. Its regularisation C is chosen on a fifth of
+the training videos; then it is fitted to all of them. Neighbours are compared by cosine similarity
+s and weighted by exp(s / 0.07). The probabilities of the windows of a video are averaged. Features
+of frames are averaged over the frames. The same command gives the same result.
+
+It needs the package scikit-learn.
 """
 
 COMPLETION = """Print a completion script for a shell.
@@ -206,6 +239,49 @@ def compare() -> argparse.ArgumentParser:
     add("after", metavar="AFTER", help="the second evaluation")
     add("--output", metavar="FOLDER", help="write the comparison, with all videos and classes, to "
         "FOLDER/comparison.json (default: not written)")  # fmt: skip
+    return parser
+
+
+def features() -> argparse.ArgumentParser:
+    """Return the parser of `jaxvid features`."""
+    parser = _make_parser("features", FEATURES)
+    add = parser.add_argument
+    add("input", metavar="INPUT", help="folder, list, pack or video file")
+    add("--model", required=True, metavar="FOLDER", help="model folder")
+    add("--output", required=True, metavar="FILE", help="file to write: .npz, .parquet or .zarr")
+    add("--layer", choices=LAYERS, default=LAYERS[0], help="video: one vector per clip; frames: "
+        f"one vector per frame (default: {LAYERS[0]})")  # fmt: skip
+    add("--split", metavar="NAME", help="train, val or test, if the input has splits (default: the "
+        "only one)")  # fmt: skip
+    add("--prefix", default="", metavar="FOLDER", help="folder that paths in lists are relative to "
+        "(default: the list's folder)")  # fmt: skip
+    add("--clips", type=int, help="clips per video (default: from the model card)")
+    add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
+    add("--window", type=float, metavar="SECONDS", help="extract features of sliding windows of "
+        "this length instead of whole videos")  # fmt: skip
+    add("--stride", type=float, metavar="SECONDS", help="time between the starts of windows")
+    add("--batch_size", type=int, help="videos or windows per batch, over all devices (default: 8 "
+        "per device, divided by clips × crops)")  # fmt: skip
+    add("--dtype", choices=DTYPES, default="float32", help="compute dtype (default: float32)")
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0, if there are several "
+        "processes (default: from Slurm, MPI or Kubernetes)")  # fmt: skip
+    add("--num_processes", type=int, help="number of processes (default: from the launcher)")
+    add("--process_id", type=int, help="index of this process, from 0 (default: from the "
+        "launcher)")  # fmt: skip
+    return parser
+
+
+def probe() -> argparse.ArgumentParser:
+    """Return the parser of `jaxvid probe`."""
+    parser = _make_parser("probe", PROBE)
+    add = parser.add_argument
+    add("train", type=Path, metavar="TRAIN", help="features of the training videos")
+    add("val", type=Path, nargs="?", metavar="VAL", help="features of the validation videos")
+    add("--val_share", type=float, metavar="SHARE", help="share of the videos of each class in "
+        "TRAIN to validate on, e.g. 0.2, instead of VAL")  # fmt: skip
+    add("--k", default="1,5,10,20", metavar="LIST", help="numbers of neighbours, separated by "
+        "commas (default: 1,5,10,20)")  # fmt: skip
+    add("--json", metavar="FILE", help="also write the results to this .json file")
     return parser
 
 

@@ -7,7 +7,6 @@ if __name__ == "__main__":  # before the slow imports below
 
 import argparse
 import csv
-import functools
 import glob
 import io
 import itertools
@@ -20,8 +19,7 @@ from typing import TYPE_CHECKING
 
 from jaxvid import parsers
 from jaxvid.atomic import check_output, is_same_file, output_path, replacing, write_file
-from jaxvid.data import folder_scan
-from jaxvid.data.folder_scan import Skipped
+from jaxvid.data.folder_scan import Skipped, list_videos
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.errors import InputError, printable
 from jaxvid.inference.inputs import Source, VideoInput, is_url
@@ -64,33 +62,6 @@ def expand(inputs: Sequence[str], skipped: Skipped | None = None) -> tuple[list[
             videos |= dict.fromkeys(files)
             failures += [{"video": path, "error": printable(error)} for error in errors]
     return list(videos), failures
-
-
-def list_videos(folder: str, skipped: Skipped | None = None) -> tuple[list[str], list[str]]:
-    """List the videos below a folder.
-
-    Args:
-        folder: The folder.
-        skipped: Counter of the files and subfolders that are skipped.
-
-    Returns:
-        The videos, sorted within each folder; and one error message per folder that cannot be read.
-        If all folders can be read but contain no videos, one error message says so.
-    """
-    unreadable, files = [], []
-    skipped = Skipped() if skipped is None else skipped
-    for root, folders, names in os.walk(folder, onerror=unreadable.append):
-        folders.sort()
-        paths = {name: os.path.join(root, name) for name in names}
-        for name in folders:
-            if os.path.islink(os.path.join(root, name)):  # not followed, as links may form a loop
-                skipped.add(folder_scan.LINKED_FOLDER)
-        entries = ((name, functools.partial(os.path.isfile, path)) for name, path in paths.items())
-        files += [paths[name] for name in folder_scan.pick_videos(entries, skipped)]
-    errors = [f"{error.filename}: cannot be read ({error.strerror})" for error in unreadable]
-    if not files and not errors:
-        errors.append(f"{folder}: contains no videos ({', '.join(folder_scan.VIDEO_SUFFIXES)})")
-    return files, errors
 
 
 def predict(

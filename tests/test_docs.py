@@ -51,6 +51,8 @@ NOT_RUN = {
     "tests/test_check_labels.py runs the program on small input",
     r"python convert/torch_to_flax\.py .*--input (stam_16|xvit_k600|vit_b16_in21k)\.pth": "needs "
     "released weights; tests/test_full.py converts files with the same names and shapes",
+    r"python -m jaxvid probe ": "needs scikit-learn, an optional package; "
+    "tests/evaluation/test_probing.py runs the program if it is installed",
     r"python benchmarks/(forward|data|train|windows)\.py": "takes minutes and an idle machine; "
     "tests/test_benchmarks.py runs them on small input",
     r"python -m benchmarks\.gpu ": "takes minutes and a GPU; tests/test_benchmarks.py runs it on "
@@ -61,7 +63,7 @@ NOT_RUN = {
 # Programs whose `main` takes seconds on small input and can be called in this process.
 QUICK = (
     *("jaxvid.predict", "jaxvid.visualize", "jaxvid.export", "jaxvid.compare"),
-    *("jaxvid.data.check", "jaxvid.data.prepare", "convert.flax_to_torch"),
+    *("jaxvid.data.check", "jaxvid.data.prepare", "jaxvid.features", "convert.flax_to_torch"),
 )
 
 # Config → overrides that shorten its training commands in the `full` suite.

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxvid.data.formats.jpeg_reader import import_or_explain
-from jaxvid.errors import printable
+from jaxvid.errors import import_or_explain, printable
 
 if TYPE_CHECKING:
     import pandas

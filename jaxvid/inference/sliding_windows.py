@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -217,14 +218,39 @@ def prefetch(iterator: Iterator, ahead: int = 2) -> Iterator:
         iterator: The iterator. No item may be None.
         ahead: Number of items that are computed ahead.
     """
-    with ThreadPoolExecutor(1) as pool:
-        queue = collections.deque(pool.submit(next, iterator, None) for _ in range(ahead))
-        try:
-            while (item := queue.popleft().result()) is not None:  # None: the iterator has ended
-                queue.append(pool.submit(next, iterator, None))
+    return prefetch_chain(iter([iterator]), num_threads=1, ahead=ahead)
+
+
+def prefetch_chain(iterators: Iterator[Iterator], *, num_threads: int, ahead: int) -> Iterator:
+    """Yield the items of several iterators, one iterator after the other.
+
+    Args:
+        iterators: The iterators. No item may be None.
+        num_threads: Number of iterators that are computed at the same time, each in a thread.
+        ahead: Number of items of each iterator that are computed ahead.
+    """
+    running = collections.deque()  # (iterator, its thread, futures of its next items)
+
+    def start_next() -> None:
+        for iterator in itertools.islice(iterators, 1):
+            thread = ThreadPoolExecutor(1)
+            futures = [thread.submit(next, iterator, None) for _ in range(ahead)]
+            running.append((iterator, thread, collections.deque(futures)))
+
+    try:
+        for _ in range(num_threads):
+            start_next()
+        while running:
+            iterator, thread, futures = running[0]
+            while (item := futures.popleft().result()) is not None:  # None: the iterator has ended
+                futures.append(thread.submit(next, iterator, None))
                 yield item
-        finally:
-            pool.shutdown(cancel_futures=True)
+            thread.shutdown()
+            running.popleft()
+            start_next()
+    finally:
+        for _, thread, _ in running:
+            thread.shutdown(cancel_futures=True)
 
 
 def gather_clips(

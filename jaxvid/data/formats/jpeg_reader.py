@@ -3,31 +3,12 @@
 import contextlib
 import ctypes
 import functools
-import importlib
 from collections.abc import Callable, Iterable, Iterator
-from types import ModuleType
 
 import numpy as np
 
 from jaxvid.data.formats.video_reader import MAX_PIXELS, DecodeError
-from jaxvid.errors import InputError, one_line
-
-
-def import_or_explain(module: str, package: str, needs: str = "packed frames need") -> ModuleType:
-    """Import a module of an optional package.
-
-    Args:
-        module: The module.
-        package: Its package on PyPI.
-        needs: Start of the error message.
-
-    Raises:
-        InputError: The package is not installed; the message has the `pip` command.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(f"{needs} {package} ({error}): pip install {package}") from None
+from jaxvid.errors import import_or_explain, one_line
 
 
 @functools.cache
