@@ -19,6 +19,8 @@ from jaxvid.errors import InputError
 # Prefixes of environment variables that launchers set for one of several processes.
 LAUNCHERS = ("SLURM_STEP", "OMPI_", "PMI_", "JOB_COMPLETION_INDEX")
 
+CONFIG_FLAGS = ("--config", "-config")  # the spellings that absl accepts
+
 
 def define_config() -> flags.FlagHolder:
     """Define `--config CONFIG[:VARIANT]` and its overrides `--config.FIELD=VALUE`."""
@@ -60,7 +62,7 @@ def parse_flags(
         try:
             positional = flags.FLAGS(argv)
         except flags.UnrecognizedFlagError as error:
-            raise ValueError(_explain_flag(error.flagname, config)) from None
+            raise ValueError(_explain_flag(error.flagname, argv, config)) from None
         if len(positional) > 1:
             raise ValueError(f"{positional[1]!r}: not a flag; see --help")
         for name, value in needed().items():
@@ -78,13 +80,12 @@ def parse_flags(
 
 def _find_configs(argv: list[str]) -> list[str]:
     """Replace the names of configs in `--config NAME` and `--config=NAME` by their files."""
-    flag_names = ("--config", "-config")
     found = []
     for before, argument in zip(["", *argv], argv, strict=False):
         name, equals, value = argument.partition("=")
-        if name in flag_names and equals:
+        if name in CONFIG_FLAGS and equals:
             argument = f"{name}={find_config(value)}"
-        elif before in flag_names:
+        elif before in CONFIG_FLAGS:
             argument = find_config(argument)
         found.append(argument)
     return found
@@ -92,20 +93,44 @@ def _find_configs(argv: list[str]) -> list[str]:
 
 def _distributed_flags(argv: list[str]) -> dict[str, str]:
     """Return the values of --coordinator, --num_processes and --process_id that are set."""
-    return {
-        name: argument.partition("=")[2] or after
-        for argument, after in zip(argv, [*argv[1:], ""], strict=True)
-        for name in ("coordinator", "num_processes", "process_id")
-        if argument.partition("=")[0].lstrip("-") == name
-    }
+    names = ("coordinator", "num_processes", "process_id")
+    values = {name: _flag_values(argv, f"--{name}", f"-{name}") for name in names}
+    return {name: texts[-1] for name, texts in values.items() if texts}
 
 
-def _explain_flag(name: str, config: ConfigDict) -> str:
+def _explain_flag(name: str, argv: list[str], config: ConfigDict) -> str:
     """Return the error message for a flag that does not exist."""
-    if fields := [field for field in flatten(config.to_dict()) if f".{field}".endswith(f".{name}")]:
-        return f"--{name}: is not a flag, but a field of the config; use --config.{fields[0]}=VALUE"
-    near = difflib.get_close_matches(name, list(flags.FLAGS), n=1)
+    fields = flatten(config.to_dict())
+    near = difflib.get_close_matches(name, [*flags.FLAGS, *fields], n=1)
+    matches = _fields_named(name, config) or [field for field in near if field in fields]
+    if matches:
+        field = matches[0]
+        value = next(iter(_flag_values(argv, f"--{name}", f"-{name}")), "") or "VALUE"
+        return f"--{name}: is not a flag; set the field of the config with --config.{field}={value}"
     return f"--{name}: is not a flag; " + (f"did you mean --{near[0]}?" if near else "see --help")
+
+
+def _fields_named(name: str, config: ConfigDict) -> list[str]:
+    """Return the fields whose dotted name ends with `name`, those with the fewest dots first."""
+    fields = flatten(config.to_dict())
+    matches = [field for field in fields if f".{field}".endswith(f".{name}")]
+    return sorted(matches, key=lambda field: field.count("."))
+
+
+def _flag_values(argv: list[str], *names: str) -> list[str]:
+    """Return the values of a flag, given as `NAME=VALUE` or `NAME VALUE`; empty if one is missing.
+
+    Args:
+        argv: The arguments.
+        names: The flag with its dashes, in all spellings.
+    """
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    split = [(*argument.partition("="), after) for argument, after in pairs]
+    return [
+        value if equals else after * (not after.startswith("-"))
+        for name, equals, value, after in split
+        if name in names
+    ]
 
 
 def _check_config(argv: list[str]) -> ConfigDict:
@@ -117,21 +142,17 @@ def _check_config(argv: list[str]) -> ConfigDict:
     Raises:
         ValueError: The message names the file or the field.
     """
-    pairs = zip(argv, [*argv[1:], ""], strict=True)
-    values = [
-        argument.partition("=")[2] or after
-        for argument, after in pairs
-        if argument.partition("=")[0] in ("--config", "-config")
-    ]
-    if not values:
-        raise ValueError("--config CONFIG is needed; see --help")
-    file, _, variant = values[-1].partition(":")
+    names = config_names()
+    available = f"available configs: {', '.join(names) or 'none'}"
+    if not (value := next(reversed(_flag_values(argv, *CONFIG_FLAGS)), "")):
+        given = [argument for argument in argv[1:] if argument.partition(":")[0] in names]
+        hint = f"did you mean --config {given[0]}? " if given else ""
+        raise ValueError(f"--config CONFIG is needed; {hint}{available}")
+    file, _, variant = value.partition(":")
     if not Path(file).is_file():
-        names = config_names()
         near = difflib.get_close_matches(Path(file).stem, names, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        available = ", ".join(names) or "none"
-        raise ValueError(f"--config: {file} does not exist; {hint}available configs: {available}")
+        raise ValueError(f"--config: {file} does not exist; {hint}{available}")
     get_config = runpy.run_path(file).get("get_config")
     if get_config is None:
         raise ValueError(f"--config: {file} is not a config file; it has no function get_config()")
@@ -152,9 +173,11 @@ def _check_field(config: ConfigDict, name: str) -> None:
         names = list(section) if isinstance(section, ConfigDict) else []
         if part not in names:
             prefix = "".join(f".{parent}" for parent in name.split(".")[:depth])
-            close = difflib.get_close_matches(part, names, n=1) or names
-            options = " or ".join(f"--config{prefix}.{option}" for option in close)
-            hint = f"did you mean {options}?" if options else f"--config{prefix} has no fields"
+            near = [f"{prefix}.{n}" for n in difflib.get_close_matches(part, names, n=1)]
+            near = near or [f".{field}" for field in _fields_named(part, config)]
+            options = " or ".join(f"--config{field}" for field in near)
+            contents = f"has the fields {', '.join(names)}" if names else "has no fields"
+            hint = f"did you mean {options}?" if options else f"--config{prefix} {contents}"
             raise ValueError(f"--config.{name} does not exist; {hint}")
         section = section[part]
 

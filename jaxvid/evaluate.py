@@ -34,7 +34,6 @@ COMPARED_FIELDS = (
 )
 
 
-@workdir_lock.exclusive
 def evaluate(
     config: Config, workdir: str | Path, *, compare_with: str | Path | None = None
 ) -> dict:
@@ -58,6 +57,23 @@ def evaluate(
             workdir.
     """
     experiment, workdir = resolve(config), Path(workdir)
+    collectives.raise_on_all_processes(_check_weights, experiment, workdir)
+    return _evaluate(experiment, workdir, compare_with=compare_with)
+
+
+def _check_weights(experiment: Experiment, workdir: Path) -> None:
+    """Refuse missing weights or another network, before the workdir is created and locked."""
+    if experiment.init_from:
+        model_card.check_same_model(experiment.init_from, experiment.model)
+    else:
+        checkpoint.newest_step(workdir)
+
+
+@workdir_lock.exclusive
+def _evaluate(
+    experiment: Experiment, workdir: Path, *, compare_with: str | Path | None = None
+) -> dict:
+    """Evaluate with a resolved config, as described in `evaluate`."""
     setup.prepare_compilation(workdir, deterministic=experiment.deterministic)
     mesh = sharding.make_mesh(experiment.mesh)
     sharding.check_batch_size("eval.batch_size", experiment.protocol.batch_size, mesh)
@@ -142,7 +158,6 @@ class Weights:
 def _load_folder(experiment: Experiment, _: Path, mesh: Mesh) -> Weights:
     """Load the weights of the model folder `init_from`."""
     folder = experiment.init_from
-    model_card.check_same_model(folder, experiment.model)
     check_preprocessing(folder, experiment.preprocessing)
     card = model_card.load_card(folder)
     model_card.check_activation(card, folder, experiment.protocol.activation)

@@ -1,6 +1,7 @@
 """The command `jaxvid`: a wheel in a folder without a checkout, help, completion, near misses."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -12,7 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import jaxvid
-from jaxvid import command, completion, config_files, model_list, parsers
+from configs import motion
+from jaxvid import cli, command, completion, config_files, model_list, parsers
 from jaxvid.models import PRESETS
 from jaxvid.models.precision import DTYPES
 
@@ -127,7 +129,7 @@ def test_near_misses_are_explained(tmp_path):
         (["--config", "moton"], "moton does not exist; did you mean motion? available configs: "),
         (
             ["--config", "motion", "--batch_size", "4"],
-            "--batch_size: is not a flag, but a field of the config; use --config.batch_size=VALUE",
+            "--batch_size: is not a flag; set the field of the config with --config.batch_size=4",
         ),
         (["--config", "motion", "--wordir=x"], "--wordir: is not a flag; did you mean --workdir?"),
     ):
@@ -138,6 +140,32 @@ def test_near_misses_are_explained(tmp_path):
         assert done.returncode == 2
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_near_misses_of_config_fields_are_explained():
+    config = motion.get_config()
+    for argv, message in (
+        (["--learning_rate=1"], "--config.optimizer.learning_rate=1"),
+        (["--epochs", "3"], "--config.num_epochs=3"),
+        (["--seed", "--workdir=x"], "--config.seed=VALUE"),
+    ):
+        name = argv[0].lstrip("-").partition("=")[0]
+        assert cli._explain_flag(name, ["jaxvid", *argv], config) == (
+            f"--{name}: is not a flag; set the field of the config with {message}"
+        )
+    for argv, message in (
+        ([], "--config CONFIG is needed; available configs: finetune, motion"),
+        (["motion:stam"], "--config CONFIG is needed; did you mean --config motion:stam?"),
+        (["--config", "--workdir=x"], "--config CONFIG is needed; available"),
+        (
+            ["--config.data.batch_size=3"],
+            "did you mean --config.batch_size or --config.eval.batch_size?",
+        ),
+        (["--config.eval.colour=3"], "--config.eval has the fields batch_size, "),
+    ):
+        flag = [] if "is needed" in message else ["--config=configs/motion.py"]
+        with pytest.raises(ValueError, match=re.escape(message)):
+            cli._check_config(["jaxvid", *flag, *argv])
 
 
 def test_every_program_has_a_parser_with_the_same_choices():

@@ -151,13 +151,16 @@ def test_one_and_eight_devices_give_the_same_report(stub, tmp_path, monkeypatch)
     result = evaluate.evaluate(stub, tmp_path / "eight")  # batches of 8, 8 and 4
     check_outputs(tmp_path / "eight")
     progress_lines = [
-        line.split("evaluating: ")[1].partition(",")[0] + line.rpartition(",")[2]
+        line.split("evaluating: ")[1].partition(",")[0] + line.partition(" left,")[2]
         for line in (tmp_path / "eight" / "log.txt").read_text().splitlines()
         if "evaluating: " in line
     ]
     # One of the first 8 videos is broken; the 6 videos that the stub misclassifies come last.
-    expected = ["8/20 videos top-1 87.50 %", "16/20 videos top-1 81.25 %"]
-    assert progress_lines == [*expected, "20/20 videos top-1 65.00 %"]
+    assert progress_lines == [
+        "8/20 videos top-1 87.50 %, 1 failed",
+        "16/20 videos top-1 81.25 %, 1 failed",
+        "20/20 videos top-1 65.00 %, 1 failed",
+    ]
     assert jax.device_count() == 8
     axis_types = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types, devices=jax.devices()[:1])
@@ -613,4 +616,13 @@ def test_running_accuracy_counts_failed_videos_as_wrong(folder, monkeypatch):
         mesh=sharding.make_mesh(experiment.mesh),
     )
     assert results.hits(1).tolist() == [False, True]
-    assert messages == ["top-1 50.00 %"]
+    assert messages == ["top-1 50.00 %, 1 failed"]
+
+
+def test_missing_weights_are_refused_without_creating_the_workdir(stub, tmp_path):
+    config = changed(stub, init_from="")
+    with pytest.raises(InputError, match="w contains no checkpoint; choose the --workdir of a"):
+        evaluate.evaluate(config, tmp_path / "runs" / "w")
+    with pytest.raises(InputError, match="none does not exist; choose a folder"):
+        evaluate.evaluate(changed(stub, init_from=str(tmp_path / "none")), tmp_path / "runs" / "w")
+    assert not (tmp_path / "runs").exists()
