@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxvid import atomic
 from jaxvid.config import differences, translate
-from jaxvid.errors import InputError, check_option, one_line, printable, short_repr
+from jaxvid.errors import InputError, one_line, printable, short_repr
 from jaxvid.files import read_limited
 from jaxvid.models import ModelConfig, make_model_config
 from jaxvid.models.implementation import CHOICES
@@ -135,7 +135,10 @@ def _check_card(card: dict) -> None:
     for label in labels or ():
         if not isinstance(label, str | int):
             raise InputError(f"labels has {short_repr(label)}, expected a string")
-    check_option("activation", card["activation"], ACTIVATIONS)
+    if card["activation"] not in (*ACTIVATIONS,):
+        raise InputError(
+            f"activation is {short_repr(card['activation'])}, expected softmax or sigmoid"
+        )
     source = card["labels_source"]
     if source is None:
         return
