@@ -16,12 +16,10 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     """
     config = ConfigDict()
     config.seed = 0
-    # -1 in these fields: chosen from the number of training videos
-    # (batch_size, num_epochs, log_steps, checkpoint_every_epochs, eval.every_epochs and
-    # optimizer.warmup_epochs)
-    config.batch_size = 64  # clips per step, over all devices and processes
+    # Fields with "-1: chosen": training chooses a value from the number of training videos.
+    config.batch_size = 64  # clips per step, over all devices and processes; -1: chosen
     config.accumulate_steps = 1  # microbatches per batch, for gradient accumulation; 1: off
-    config.num_epochs = 30.0
+    config.num_epochs = 30.0  # -1: chosen
     config.deterministic = False  # on GPUs: bit-identical results and resume, at some speed
     config.init_from = ""  # model folder: initial weights in training, weights in evaluation
     config.loss = ConfigDict()
@@ -33,8 +31,9 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     config.mix_within = "device"  # mix clips of the same device; or batch
     config.erase_prob = 0.0  # probability of erasing a box of a training clip
     config.ema_decay = 0.0  # decay of the moving average of weights, which is evaluated; 0: off
-    config.log_steps = 50  # training steps per row of metrics.jsonl; at most a tenth of the run
-    config.checkpoint_every_epochs = 1.0
+    # Training steps per row of metrics.jsonl; at most a tenth of the run; -1: chosen.
+    config.log_steps = 50
+    config.checkpoint_every_epochs = 1.0  # -1: chosen
     config.checkpoint_keep = 2  # number of newest checkpoints to keep, beside the best model
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
     config.model = ConfigDict(dataclasses.asdict(make_model_config(model, **model_fields)))
@@ -87,7 +86,7 @@ def _default_eval() -> ConfigDict:
     section.dtype = "float32"  # or tfloat32, bfloat16; independent of model.dtype
     section.short_side = 256  # of frames before the crop, in pixels
     section.batch_size = 16  # videos per step, over all devices and processes
-    section.every_epochs = 1.0
+    section.every_epochs = 1.0  # -1: chosen
     return section
 
 
@@ -97,7 +96,7 @@ def _default_optimizer() -> ConfigDict:
     optimizer.learning_rate = 1e-4  # peak of the cosine, at reference_batch_size
     optimizer.reference_batch_size = 64  # learning rates are scaled by batch_size over this
     optimizer.warmup_start_rate = 0.0  # first rate of the warm-up, at reference_batch_size
-    optimizer.warmup_epochs = 0.0  # linear warm-up, then a cosine to 0
+    optimizer.warmup_epochs = 0.0  # linear warm-up, then a cosine to 0; -1: chosen
     optimizer.weight_decay = 0.0
     optimizer.decay = "kernels"  # weight decay of matrices; or released: all but heads' biases
     optimizer.b1 = 0.9  # of adamw

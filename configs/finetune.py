@@ -10,9 +10,7 @@ The recipe is AdamW with layer-wise learning-rate decay (Bao et al., "BEiT", arX
 Batch size, epochs, warm-up and the intervals of logging, evaluation and checkpoints are chosen from
 the number of training videos. Fields that are set on the command line keep their values. For 160
 videos or more, the batch size is 8, for 20 epochs. The accuracy depends on your classes. The recipe
-has not been run on a released model.
-
-To save memory, set `--config.accumulate_steps=4`,
+has not been run on a released model. To save memory, set `--config.accumulate_steps=4`,
 `--config.model.remat=full`, or `--config.optimizer.freeze=backbone`, which is also faster.
 """
 
@@ -46,7 +44,7 @@ def get_config(folders: str = "") -> ConfigDict:
     fields = card["config"] | {"num_classes": num_classes, "dtype": "bfloat16", "drop_path": 0.1}
     config = common.default_config(fields.pop("name"), **fields)
     config.init_from = model
-    # Chosen from the number of training videos, see jaxvid/training/schedule_choice.py.
+    # -1: chosen from the number of training videos; see jaxvid/training/schedule_choice.py.
     config.batch_size = -1
     config.num_epochs = -1.0
     config.optimizer.warmup_epochs = -1.0

@@ -21,6 +21,7 @@ from jaxvid import entry_point
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.protocols import VideoRecord
+from jaxvid.data.records import Record
 from jaxvid.data.video_order import VideoOrder
 
 # Thread id → id of the video that the thread is decoding, and when it started (`time.monotonic`).
@@ -106,7 +107,9 @@ def make_eval_iter(
     """
     count = -(-len(records) // (batch_size * shard[1])) * batch_size * shard[1]
     views, t, size = spec.num_clips * spec.num_crops, spec.num_frames, spec.crop
-    label = np.asarray(records[0].label if len(records) else 0, np.int32)
+    # Only the labels of `Record`s may be multi-hot. Reading those of others may read the videos.
+    has_records = len(records) > 0 and isinstance(records[0], Record)
+    label = np.asarray(records[0].label if has_records else 0, np.int32)
     zeros = {
         "video": np.zeros((views, t, size, size, 3), spec.eval_dtype),
         "indices": np.zeros((spec.num_clips, t), np.int32),

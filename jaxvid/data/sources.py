@@ -183,15 +183,19 @@ def _check_labels(
 
     Raises:
         InputError: A video has several classes, but the data is not multi-label; or it is, but the
-            source does not support it.
+            source does not support it or no video has a class.
     """
     if data.multi_label:
-        if isinstance(records, PackRecords) or data.source == "xvit_h5":
+        if any(not isinstance(record, Record) for record in records):
             raise InputError(
                 f"data.source={data.source!r} has one class per video; use data.source=folder for "
                 "loss.name=sigmoid, or set loss.name=softmax"
             )
-        sets = (LabelSet.make(record.label, num_classes) for record in records)
+        sets = [LabelSet.make(record.label, num_classes) for record in records]
+        if not any(label.classes for label in sets):
+            raise InputError(
+                f"{data.folder}: no video of a split has a class; add labels to the list"
+            )
         pairs = zip(records, sets, strict=True)
         return [dataclasses.replace(record, label=label) for record, label in pairs]
     if isinstance(records, list):

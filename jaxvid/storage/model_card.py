@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxvid import atomic
 from jaxvid.config import differences, translate
-from jaxvid.errors import InputError, check_option, one_line, printable, short_repr
+from jaxvid.errors import InputError, one_line, printable, short_repr
 from jaxvid.files import read_limited
 from jaxvid.model_path import CARD_NAME, describe_wrong_path, exists
 from jaxvid.models import ModelConfig, make_model_config
@@ -137,7 +137,10 @@ def _check_card(card: dict) -> None:
     for label in labels or ():
         if not isinstance(label, str | int):
             raise InputError(f"labels has {short_repr(label)}, expected a string")
-    check_option("activation", card["activation"], ACTIVATIONS)
+    if card["activation"] not in (*ACTIVATIONS,):
+        raise InputError(
+            f"activation is {short_repr(card['activation'])}, expected softmax or sigmoid"
+        )
     source = card["labels_source"]
     if source is None:
         return

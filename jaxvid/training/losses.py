@@ -90,7 +90,7 @@ def describe_weights(weights: tuple[float, ...], names: Sequence[str]) -> tuple[
     """Describe the class weights for the log: one line, or none without weights."""
     if not weights:
         return ()
-    listed = [f"{names[i]} {weights[i]:.3g}" for i in np.argsort(weights, kind="stable")]
+    listed = [f"{names[i]} {weights[i]:.3g}" for i in np.argsort(weights)]
     if len(listed) > MAX_NAMED_CLASSES:
         listed = [f"from {listed[0]}", f"to {listed[-1]}"]
     return (f"class weights of the loss: {', '.join(listed)}",)

@@ -27,8 +27,8 @@ WARMUP_SHARE = 0.1
 POINTS = 20  # of each curve
 MAX_LOG_STEPS = 20
 PROPOSAL = (
-    f"this training has less than {MIN_STEPS // 4} steps; to choose batch size and schedule by the "
-    f"number of training videos, set {' '.join(f'--config.{name}={CHOSEN}' for name in FIELDS)}"
+    f"this training has fewer than {MIN_STEPS // 4} steps; to choose batch size and schedule by "
+    f"the number of training videos, set {' '.join(f'--config.{name}={CHOSEN}' for name in FIELDS)}"
 )
 
 

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from scipy.special import expit
 
 from jaxvid.atomic import write_json
 from jaxvid.errors import InputError
@@ -305,3 +306,66 @@ def test_file_names_that_are_not_utf8_are_read_back(tmp_path):
     path = save_comparison(tmp_path, comparison)
     assert json.loads(path.read_text())["gained_videos"] == [non_utf8]
     assert "\n".join(lines).encode()  # the log is UTF-8
+
+
+# ------------------------------------------------------------------ multi-label data
+
+NONE_FAILED = np.zeros(4, bool)
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "expected"),
+    [
+        # Values of scikit-learn 1.9.1's average_precision_score; the first is of its docstring.
+        ([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8], 0.8333333333333333),
+        ([1, 0, 1, 0], [0.5, 0.5, 0.5, 0.5], 0.5),  # a single threshold
+        ([1, 0, 1, 0], [0.9, 0.7, 0.7, 0.1], 0.8333333333333333),  # 1/2 · 1 + 1/2 · 2/3
+        ([0, 0, 0, 1], [4, 3, 2, 1], 0.25),
+        ([1, 1, 1, 1], [4, 3, 2, 1], 1.0),
+    ],
+)
+def test_average_precision_equals_scikit_learn(labels, scores, expected):
+    actual = metrics.average_precision(np.array(labels), np.array(scores), NONE_FAILED)
+    assert actual == pytest.approx(100 * expected)
+
+
+def test_average_precision_of_failed_and_absent_videos():
+    assert np.isnan(metrics.average_precision(np.zeros(4), np.arange(4), NONE_FAILED))
+    # The second of the two positives is never found; the score of a failed video is not used.
+    failed = np.array([False, False, True, False])
+    actual = metrics.average_precision(np.array([1, 0, 1, 0]), np.array([3, 2, 9, 1]), failed)
+    assert actual == pytest.approx(50)
+    assert metrics.average_precision(np.array([0, 0, 1, 0]), np.arange(4), failed) == 0
+
+
+def multi_label_results(labels, scores, errors):
+    """Return multi-label results of the videos `0`, `1`, ..."""
+    count, scores = len(labels), np.array(scores, np.float32)
+    failed = np.array([bool(error) for error in errors])[:, None]
+    return metrics.Results(
+        ids=[str(i) for i in range(count)],
+        labels=np.array(labels),
+        scores=np.where(failed, 0, scores),
+        probabilities=np.where(failed, 0, expit(scores)),
+        padded=np.zeros(count, bool),
+        released=np.ones(count, bool),
+        errors=errors,
+        seconds=1.0,
+    )
+
+
+def test_multi_label_metrics():
+    labels = [[1, 1, 0], [0, 0, 0], [0, 1, 0], [1, 0, 0]]
+    scores = [[2, 1, 0], [0, 1, -1], [3, -2, -4], [1, 0, 0]]
+    results = multi_label_results(labels, scores, ["", "", "", "broken"])
+    assert results.hits(1).tolist() == [True, False, False, False]
+    assert results.hits(2).tolist() == [True, False, True, False]
+    # Class 0: the first positive is second, the other failed. Class 1: 1 of 2 at the first
+    # threshold (two videos have the score 1), 2 of 3 at the last. Class 2: no positive.
+    np.testing.assert_allclose(results.per_class(), [25, 100 * (1 / 4 + 1 / 3), np.nan], rtol=1e-6)
+    p, y = expit(np.array(scores[0])), np.array(labels[0])
+    expected = -np.mean(y * np.log(p) + (1 - y) * np.log(1 - p))
+    losses = results.losses()
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    assert np.isnan(losses[3])
+    assert (results.label(0), results.label(1)) == ([0, 1], [])

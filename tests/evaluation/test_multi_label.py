@@ -1,4 +1,4 @@
-"""Multi-label data: lists, average precision, and training to prediction end to end."""
+"""Multi-label data from training to prediction."""
 
 import csv
 import json
@@ -6,110 +6,22 @@ import shutil
 
 import numpy as np
 import pytest
-from scipy.special import expit
 
 import jaxvid
 from jaxvid import evaluate
 from jaxvid.data import check, prepare
-from jaxvid.data.annotations import read_list
 from jaxvid.data.formats.pack_writer import Settings
-from jaxvid.data.label_sets import LabelSet, count_classes
 from jaxvid.data.synthetic_motion import LABELS
 from jaxvid.errors import InputError
-from jaxvid.evaluation import metrics
 from jaxvid.experiment import resolve
 from jaxvid.storage import model_card
 from jaxvid.train import train
 from tests.conftest import shrunk_config
 from tests.outputs import check_same_outputs
 
-NONE = np.zeros(4, bool)
-
-
-@pytest.mark.parametrize(
-    ("labels", "scores", "expected"),
-    [
-        # Values of scikit-learn 1.9.1's average_precision_score; the first is of its docstring.
-        ([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8], 0.8333333333333333),
-        ([1, 0, 1, 0], [0.5, 0.5, 0.5, 0.5], 0.5),  # a single threshold
-        ([1, 0, 1, 0], [0.9, 0.7, 0.7, 0.1], 0.8333333333333333),  # 1/2 · 1 + 1/2 · 2/3
-        ([0, 0, 0, 1], [4, 3, 2, 1], 0.25),
-        ([1, 1, 1, 1], [4, 3, 2, 1], 1.0),
-    ],
-)
-def test_average_precision_equals_scikit_learn(labels, scores, expected):
-    actual = metrics.average_precision(np.array(labels), np.array(scores), NONE)
-    assert actual == pytest.approx(100 * expected)
-
-
-def test_average_precision_of_failed_and_absent_videos():
-    assert np.isnan(metrics.average_precision(np.zeros(4), np.arange(4), NONE))
-    # The second of the two positives is never found; the score of a failed video is not used.
-    failed = np.array([False, False, True, False])
-    actual = metrics.average_precision(np.array([1, 0, 1, 0]), np.array([3, 2, 9, 1]), failed)
-    assert actual == pytest.approx(50)
-    assert metrics.average_precision(np.array([0, 0, 1, 0]), np.arange(4), failed) == 0
-
-
-def make_results(labels, scores, errors):
-    """Return multi-label results of the videos `0`, `1`, ..."""
-    count, scores = len(labels), np.array(scores, np.float32)
-    failed = np.array([bool(error) for error in errors])[:, None]
-    return metrics.Results(
-        ids=[str(i) for i in range(count)],
-        labels=np.array(labels),
-        scores=np.where(failed, 0, scores),
-        probabilities=np.where(failed, 0, expit(scores)),
-        padded=np.zeros(count, bool),
-        released=np.ones(count, bool),
-        errors=errors,
-        seconds=1.0,
-    )
-
-
-def test_multi_label_metrics():
-    labels = [[1, 1, 0], [0, 0, 0], [0, 1, 0], [1, 0, 0]]
-    scores = [[2, 1, 0], [0, 1, -1], [3, -2, -4], [1, 0, 0]]
-    results = make_results(labels, scores, ["", "", "", "broken"])
-    assert results.hits(1).tolist() == [True, False, False, False]
-    assert results.hits(2).tolist() == [True, False, True, False]
-    # Class 0: the first positive is second, the other failed. Class 1: 1 of 2 at the first
-    # threshold (two videos have the score 1), 2 of 3 at the last. Class 2: no positive.
-    np.testing.assert_allclose(results.per_class(), [25, 100 * (1 / 4 + 1 / 3), np.nan], rtol=1e-6)
-    p, y = expit(np.array(scores[0])), np.array(labels[0])
-    expected = -np.mean(y * np.log(p) + (1 - y) * np.log(1 - p))
-    losses = results.losses()
-    assert losses[0] == pytest.approx(expected, rel=1e-5)
-    assert np.isnan(losses[3])
-    assert (results.label(0), results.label(1)) == ([0, 1], [])
-
-
-# ------------------------------------------------------------------ lists
-
-
-def test_lists_may_have_several_classes(tmp_path):
-    for name in "abcd":
-        (tmp_path / f"{name}.mp4").write_text("x")
-    (tmp_path / "list.csv").write_text("path,label\na.mp4,3;1\nb.mp4 2\nc.mp4,;\nd.mp4 0;0;\n")
-    records = read_list(tmp_path / "list.csv", 4)
-    assert [record.label for record in records] == [(1, 3), 2, (), (0,)]
-    sets = [LabelSet.make(record.label, 4) for record in records]
-    rows = [[0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
-    np.testing.assert_array_equal([np.asarray(labels) for labels in sets], rows)
-    assert [*map(str, sets)] == ["1;3", "2", "", "0"]
-    assert count_classes(sets, 4).tolist() == [1, 1, 1, 1]
-    with pytest.raises(InputError, match="list.csv:2: label 3;1 is out of range: with 3 classes"):
-        read_list(tmp_path / "list.csv", 3)
-    (tmp_path / "list.csv").write_text("a.mp4 1;x\n")
-    with pytest.raises(InputError, match="list.csv:1: 'a.mp4 1;x' is not 'path label'"):
-        read_list(tmp_path / "list.csv", 3)
-
-
-# ------------------------------------------------------------------ programs
-
 
 def classes_of(index: int) -> list[int]:
-    """Return the classes of the motion clips of class `index`: 0 to 3, and 4 for even ones."""
+    """Return the classes for a motion class: one of 0 to 3, and 4 if it is even; 1 has none."""
     return [index // 2, 4] if index % 2 == 0 else [index // 2] if index > 1 else []
 
 

@@ -84,11 +84,21 @@ def test_mixed_labels_have_their_weights():
     scale = 0.5 + float(jax.random.uniform(key))
     logits = linear_logits(state["params"], video, scale)[1].astype(np.float32)
     # Both terms have the same labels and therefore the same sum of weights.
-    weight = {"weight": torch.tensor(WEIGHTS)}
-    expected = lam * torch_loss(logits, batch["label"], **weight)
-    expected += (1 - lam) * torch_loss(logits, batch["label"][partner], **weight)
+    labels, weights = (batch["label"], batch["label"][partner]), torch.tensor(WEIGHTS)
+    first, second = (float(torch_loss(logits, label, weight=weights)) for label in labels)
     _, metrics = linear_step(state, batch, recipe)
-    assert metrics["loss"] == pytest.approx(6 * float(expected), rel=1e-4)
+    assert metrics["loss"] == pytest.approx(6 * (lam * first + (1 - lam) * second), rel=1e-4)
+    # If a clip is masked, the two sums differ.
+    batch["mask"][1] = False
+    mask = batch["mask"] & batch["mask"][partner]
+    first, second = (
+        torch_loss(logits, label, weight=weights, reduction="none").numpy() for label in labels
+    )
+    losses = (lam * first + (1 - lam) * second)[mask].sum()
+    first, second = (np.array(WEIGHTS)[label] for label in labels)
+    weight = (lam * first + (1 - lam) * second)[mask].sum()
+    _, metrics = linear_step(state, batch, recipe)
+    assert metrics["loss"] == pytest.approx(mask.sum() * losses / weight, rel=1e-4)
 
 
 def test_the_weighted_mean_does_not_depend_on_the_mesh():
@@ -103,19 +113,30 @@ def test_the_weighted_mean_does_not_depend_on_the_mesh():
 
 def test_balanced_weights_follow_scikit_learn():
     """compute_class_weight("balanced", classes=[0, 1, 3], y=labels) = n / (3 · counts)."""
-    records = [Record("a.mp4", label) for label in [0] * 2 + [1] * 7 + [3] * 4]
+    records = [Record("a.mp4", label) for label in [0] + [1] * 7 + [3] * 4]
     weights = LossConfig(class_weights="balanced").weights(records, 4)
-    np.testing.assert_allclose(weights, [13 / 6, 13 / 21, 1, 13 / 12])
-    [line] = describe_weights(weights, ["run", "walk", "fall", "sit"])
-    assert line == "class weights of the loss: walk 0.619, fall 1, sit 1.08, run 2.17"
-    assert LossConfig().weights(records, 4) == ()
-    assert LossConfig(class_weights="0.5, 2,1,3").weights(records, 4) == WEIGHTS
+    np.testing.assert_allclose(weights, [4, 4 / 7, 1, 1])
+    names = ["run", "walk", "fall", "sit"]
+    [line] = describe_weights(weights, names)
+    assert line == "class weights of the loss: walk 0.571, fall 1, sit 1, run 4"
     assert describe_weights((), []) == ()
+    [line] = describe_weights((3.0, 1.0, *[2.0] * 7), "abcdefghi")
+    assert line == "class weights of the loss: from b 1, to a 3"
+    assert "h 2" in describe_weights((3.0, 1.0, *[2.0] * 6), "abcdefgh")[0]
+
+
+def test_class_weights_are_listed_or_named():
+    records = [Record("a.mp4", 0)]
+    assert LossConfig().weights(records, 4) == ()
+    for text in ("0.5,2,1,3", "[0.5, 2, 1, 3]", "(0.5, 2, 1, 3)"):
+        assert LossConfig(class_weights=text).weights(records, 4) == WEIGHTS
     with pytest.raises(InputError, match="has 2 numbers, expected one for each of the 4 classes"):
         LossConfig(class_weights="1,2").weights(records, 4)
-    for wrong in ("even", "1,-2", "", "1,nan"):
+    for wrong in ("even", "1,-2", "1,0", "", "1,nan", "1,inf"):
         with pytest.raises(InputError, match="must be none, balanced or a number above 0"):
             LossConfig(class_weights=wrong)
+    with pytest.raises(InputError, match="^loss.name='bce': must be one of 'softmax', 'sigmoid'"):
+        LossConfig(name="bce")
 
 
 @pytest.mark.parametrize("weights", [(), WEIGHTS])

@@ -94,7 +94,7 @@ def test_short_fine_tunings_get_a_proposal(config, chosen_config):
     other.unlock().init_from = "model"
     experiment, [line] = choose(other.lock(), 48)
     assert experiment.batch_size == 16
-    assert "less than 100 steps" in line
+    assert "fewer than 100 steps" in line
     assert "--config.batch_size=-1 --config.num_epochs=-1 --config.optimizer.warmup" in line
     assert choose(other.lock(), 16 * 50)[1] == ()
     # Programs that do not train choose the same values; the data has 48 videos.
