@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import jaxvid
-from convert import flax_to_torch, rules, torch_to_flax
+from convert import flax_to_torch, torch_to_flax
 from convert.torch_reference import build_reference
 from jaxvid.models import abstract_model, make_model_config, merge_params
+from jaxvid.weights import rules
 from tests import goldens
 from tests.golden.synthetic import synthetic_clip, synthetic_param
 
