@@ -73,6 +73,13 @@ Exit codes: 0: the stored order is plausible; 2: invalid input; 3: another order
 model has no class names; 4: nothing can be concluded, or no known order fits.
 """
 
+MODELS = """List the networks that can be created by name.
+
+Columns: frames and pixels of a clip, number of classes, parameters, multiply-adds of one view,
+published top-1 / top-5 accuracy with the number of clips and crops, and a link to the licence of
+the weights that the authors released.
+"""
+
 COMPLETION = """Print a completion script for a shell.
 
 bash    eval "$(jaxvid completion bash)"            in ~/.bashrc
@@ -183,8 +190,10 @@ def check_labels() -> argparse.ArgumentParser:
 
 def models() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid models`."""
-    parser = _make_parser("models", "List the networks that can be created by name.")
+    parser = _make_parser("models", MODELS)
     parser.add_argument("pattern", nargs="?", default="*", help="e.g. 'xvit*' (default: all)")
+    parser.add_argument("--pretrained", action="store_true",
+                        help="list only networks whose weights are downloaded by name")  # fmt: skip
     return parser
 
 
