@@ -20,7 +20,7 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     config.accumulate_steps = 1  # microbatches per batch, for gradient accumulation; 1: off
     config.num_epochs = 30.0
     config.deterministic = False  # on GPUs: bit-identical results and resume, at some speed
-    config.init_from = ""  # model folder: initial weights in training, weights in evaluation
+    config.init_from = ""  # model folder or name: initial weights, or weights to evaluate
     config.label_smoothing = 0.0
     config.mixup_alpha = 0.0  # λ is drawn from Beta(alpha, alpha); 0: off
     config.cutmix_alpha = 0.0  # λ is drawn from Beta(alpha, alpha); 0: off; not with mixup
@@ -36,7 +36,7 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     config.eval = _default_eval()
     config.optimizer = _default_optimizer()
     config.distill = ConfigDict()
-    config.distill.teacher = ""  # model folder; empty: no distillation
+    config.distill.teacher = ""  # model folder or name; empty: no distillation
     config.distill.weight = 0.5  # weight of the distillation loss
     config.distill.temperature = 1.0  # divides the logits of teacher and student
     return config

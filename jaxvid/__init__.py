@@ -1,6 +1,6 @@
 """jaxvid: video transformers in JAX.
 
-model = jaxvid.load_model("FOLDER")       # or create_model("xvit_tiny", num_classes=8)
+model = jaxvid.load_model("FOLDER")       # or "stam_16"; create_model("xvit_tiny") for new weights
 logits = model(video)                     # normalised float (b t h w c) → (b, num_classes)
 print(jaxvid.Classifier("FOLDER").predict("clip.mp4").labels[0])
 """
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from jaxvid.inference.classifier import Classifier, Prediction
     from jaxvid.model_list import list_models
     from jaxvid.models import create_model
-    from jaxvid.storage.model_folder import load_model, save_model
+    from jaxvid.storage.model_folder import save_model
+    from jaxvid.weights.hub import push_to_hub
+    from jaxvid.weights.resolve import load_model
 
 __version__ = "0.1.0"
 # Public name → module that defines it.
@@ -21,7 +23,8 @@ _MODULES = {
     "Prediction": "inference.classifier",
     "create_model": "models",
     "list_models": "model_list",
-    "load_model": "storage.model_folder",
+    "load_model": "weights.resolve",
+    "push_to_hub": "weights.hub",
     "save_model": "storage.model_folder",
 }
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "create_model",
     "list_models",
     "load_model",
+    "push_to_hub",
     "save_model",
 ]
 

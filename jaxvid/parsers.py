@@ -9,6 +9,10 @@ from pathlib import Path
 DTYPES = ("float32", "tfloat32", "bfloat16")  # jaxvid.models.precision.DTYPES
 FORMATS = ("stablehlo", "safetensors")  # of an exported model
 SHELLS = ("bash", "zsh", "fish")
+MODEL_HELP = (
+    "model folder, name (see jaxvid models --pretrained), PyTorch checkpoint (file or URL), or "
+    "hf://USER/REPO"
+)
 STDOUT = "-"  # value of `--json` without a file
 
 PREDICT = """Classify video files.
@@ -73,6 +77,15 @@ Exit codes: 0: the stored order is plausible; 2: invalid input; 3: another order
 model has no class names; 4: nothing can be concluded, or no known order fits.
 """
 
+DOWNLOAD = """Download weights, convert them and print the model folder in the cache.
+
+Other programs do the same when --model is the name of a network, a URL or a file; this program does
+it in advance, e.g. on a machine that shares its home folder with machines that have no network.
+
+The cache is $JAXVID_CACHE, by default ~/.cache/jaxvid. Files in the folder $JAXVID_WEIGHTS are used
+instead of downloading them. An interrupted download continues when the command is run again.
+"""
+
 MODELS = """List the networks that can be created by name.
 
 Columns: frames and pixels of a clip, number of classes, parameters, multiply-adds of one view,
@@ -95,7 +108,7 @@ def predict() -> argparse.ArgumentParser:
     parser = _make_parser("predict", PREDICT)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="video file, folder, or quoted pattern")
-    add("--model", required=True, metavar="FOLDER", help="model folder")
+    add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--top_k", type=int, default=5, help="number of classes to report (default: 5)")
     add("--json", nargs="?", const=STDOUT, metavar="FILE", help="print one JSON object per "
         "line, or write a list of the objects to FILE, whose suffix must be .json")  # fmt: skip
@@ -121,7 +134,7 @@ def visualize() -> argparse.ArgumentParser:
     parser = _make_parser("visualize", VISUALIZE)
     add = parser.add_argument
     add("video", metavar="VIDEO", help="video file")
-    add("--model", required=True, metavar="FOLDER", help="model folder")
+    add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--output", required=True, metavar="FILE", help="file to write, with the suffix .png "
         "(contact sheet) or .mp4 (slide show)")  # fmt: skip
     add("--clip", type=int, default=0, help="index of the clip, from 0 (default: 0)")
@@ -134,7 +147,7 @@ def export() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid export`."""
     parser = _make_parser("export", EXPORT)
     add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER", help="model folder")
+    add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--output", required=True, metavar="FILE",
         help="file to write; its description is written to FILE.json")  # fmt: skip
     add("--format", choices=FORMATS, default=FORMATS[0],
@@ -173,7 +186,7 @@ def check_labels() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid check-labels`."""
     parser = _make_parser("check-labels", CHECK_LABELS)
     add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER", help="model folder")
+    add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--videos", required=True, type=Path, metavar="FOLDER_OR_LIST", help="labelled videos")
     add("--labels", type=Path, action="append", default=[], metavar="FILE", help="names in a "
         "further order to compare; may be repeated (default: none)")  # fmt: skip
@@ -185,6 +198,15 @@ def check_labels() -> argparse.ArgumentParser:
         "should have (default: the published one, or that of the training run)")  # fmt: skip
     add("--clips", type=int, help="clips per video (default: from the model card)")
     add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
+    return parser
+
+
+def download() -> argparse.ArgumentParser:
+    """Return the parser of `jaxvid download`."""
+    parser = _make_parser("download", DOWNLOAD)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--preset", help="preset of a PyTorch checkpoint; see jaxvid models "
+        "(default: the released preset that it fits)")  # fmt: skip
     return parser
 
 

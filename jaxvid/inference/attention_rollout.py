@@ -19,6 +19,7 @@ from jaxvid.distributed import setup
 from jaxvid.errors import InputError
 from jaxvid.models import Params, family_of, merge_params, split_params
 from jaxvid.storage.preprocessing import load_model_and_preprocessing, normalize
+from jaxvid.weights.resolve import resolve_model
 
 TOP_K = 3  # number of classes in AttentionRollout.top
 
@@ -101,7 +102,7 @@ def compute_rollout(
 
     Args:
         video: Video file.
-        folder: Model folder.
+        folder: Model folder, or another name of a model; see `resolve_model`.
         clip: Index of the clip. Clip 0 is the first one that `jaxvid.predict` classifies.
         num_clips: Number of clips, which are spread over the video as in evaluation.
 
@@ -112,6 +113,7 @@ def compute_rollout(
         raise InputError(f"--clip={clip}: must be 0 to {num_clips - 1} (--num_clips={num_clips})")
     setup.use_compilation_cache()
     # Compute in float32, as evaluation does.
+    folder = resolve_model(folder)
     card, model, preprocessing = load_model_and_preprocessing(folder, "float32")
     labels = card["labels"]
     # Clip 0 is the same for any num_clips. If it is requested, decode no other clips.

@@ -32,6 +32,7 @@ from jaxvid.models import Params, family_of, merge_params, split_params
 from jaxvid.progress import Progress
 from jaxvid.storage.model_card import describe_assumed_labels
 from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing, normalize
+from jaxvid.weights.resolve import resolve_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class Classifier:
     """Classify video files on the first device.
 
     Args:
-        folder: Model folder.
+        folder: Model folder, or another name of a model; see `resolve_model`.
         batch_size: Videos per batch. A partial batch is padded and costs as much as a full one.
         num_clips: Clips per video; None: from the model card.
         num_crops: Crops per clip, 1 or 3; None: from the model card.
@@ -114,6 +115,7 @@ class Classifier:
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: must be at least 1")
         setup.use_compilation_cache()
+        folder = resolve_model(folder)
         card, model, preprocessing = load_model_and_preprocessing(folder, dtype)
         if warning := describe_assumed_labels(card, folder):
             _warn_once(warning)
