@@ -298,6 +298,6 @@ def _convert(path: Path, source: _Source) -> None:
             "remaining weights"
         )
     slot.record_sha256(digest, path.name)
-    print(f"{address}: SHA-256 {digest}, converted to {slot.model}", file=sys.stderr, flush=True)
     converted.card["provenance"]["address"] = address
     model_folder.save_model_folder(slot.model, converted.params, converted.card)
+    print(f"{address}: SHA-256 {digest}, converted to {slot.model}", file=sys.stderr, flush=True)
