@@ -21,7 +21,7 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     config.accumulate_steps = 1  # microbatches per batch, for gradient accumulation; 1: off
     config.num_epochs = 30.0  # -1: chosen
     config.deterministic = False  # on GPUs: bit-identical results and resume, at some speed
-    config.init_from = ""  # model folder: initial weights in training, weights in evaluation
+    config.init_from = ""  # model folder or name: initial weights, or weights to evaluate
     config.loss = ConfigDict()
     config.loss.name = "softmax"  # or sigmoid, for multi-label data
     config.loss.class_weights = "none"  # balanced: by 1 / number of videos; or numbers: 1,2.5,1
@@ -41,7 +41,7 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     config.eval = _default_eval()
     config.optimizer = _default_optimizer()
     config.distill = ConfigDict()
-    config.distill.teacher = ""  # model folder; empty: no distillation
+    config.distill.teacher = ""  # model folder or name; empty: no distillation
     config.distill.weight = 0.5  # weight of the distillation loss
     config.distill.temperature = 1.0  # divides the logits of teacher and student
     return config

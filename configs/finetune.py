@@ -1,7 +1,8 @@
 """Fine-tuning of a converted or trained model on your own videos, on one GPU.
 
-    python main.py --config configs/finetune.py:MODEL_FOLDER,DATA_FOLDER --workdir runs/mine
+    python main.py --config configs/finetune.py:MODEL,DATA_FOLDER --workdir runs/mine
 
+MODEL is a model folder, or the name of released weights, e.g. `xvit_k600` (`jaxvid models`).
 DATA_FOLDER contains `train.csv` and `val.csv` (one `path label` per line) with `labels.txt`, or
 `train/CLASS/*.mp4` and `val/CLASS/*.mp4`, or a pack written by `jaxvid.data.prepare`. The network,
 its preprocessing and evaluation views come from the model folder, the classes from the data.
@@ -25,20 +26,22 @@ def get_config(folders: str = "") -> ConfigDict:
     """Return the config.
 
     Args:
-        folders: `MODEL_FOLDER,DATA_FOLDER`.
+        folders: `MODEL,DATA_FOLDER`.
     """
     from jaxvid.data.sources import guess_source
     from jaxvid.storage.model_card import load_card
     from jaxvid.storage.preprocessing import read_preprocessing
+    from jaxvid.weights.resolve import resolve_model
 
     model, _, data = folders.partition(",")
     if not (model and data):
         raise ValueError(
             "configs/finetune.py: expected two folders; use "
-            "--config configs/finetune.py:MODEL_FOLDER,DATA_FOLDER"
+            "--config configs/finetune.py:MODEL,DATA_FOLDER"
         )
-    card = load_card(model)
-    preprocessing = read_preprocessing(card, Path(model) / "model.json")
+    folder = resolve_model(model, isolated=True)
+    card = load_card(folder)
+    preprocessing = read_preprocessing(card, Path(folder) / "model.json")
     source, num_classes = guess_source(Path(data))
 
     fields = card["config"] | {"num_classes": num_classes, "dtype": "bfloat16", "drop_path": 0.1}

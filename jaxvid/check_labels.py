@@ -35,6 +35,7 @@ from jaxvid.inference.classifier import Classifier
 from jaxvid.models import family_of, make_model_config
 from jaxvid.progress import Progress
 from jaxvid.storage import model_card
+from jaxvid.weights.resolve import resolve_model
 
 OTHER_ORDER = 3  # exit code if another order fits better
 UNDECIDED = 4  # exit code if nothing can be concluded
@@ -158,16 +159,17 @@ def run(args: argparse.Namespace) -> int:
         if not args.output.endswith(".txt"):
             raise InputError(f"--output {args.output}: the file name must end in .txt")
         check_output("--output", output_path(args.output))
-    card = model_card.load_card(args.model)
+    folder = resolve_model(args.model)
+    card = model_card.load_card(folder)
     num_classes = card["config"]["num_classes"]
     others = {str(path): read_class_names(path, num_classes) for path in args.labels}
-    names, is_stored = model_names(card, args.model, others)
+    names, is_stored = model_names(card, folder, others)
     orders = known_orders(names, stored=is_stored, others=others)
     records, video_names = read_videos(args.videos)
     records = select_videos(records, args.max_videos)
     labels = find_labels(records, video_names, names, args.videos)
 
-    classifier = Classifier(args.model, num_clips=args.clips, num_crops=args.crops)
+    classifier = Classifier(folder, num_clips=args.clips, num_crops=args.crops)
     outputs, errors = classify(classifier, records)
     for error in errors:
         print(f"failed: {printable(error)}", file=sys.stderr)

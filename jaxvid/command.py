@@ -51,6 +51,7 @@ COMMANDS = {
     "prepare": Command("jaxvid.data.prepare", "convert videos to a pack", hint=CONTINUE),
     "browse": Command("jaxvid.data.browse", "draw clips as the network sees them"),
     "check-labels": Command("jaxvid.check_labels", "check the order of a model's class names"),
+    "download": Command("jaxvid.download", "download released weights", hint=CONTINUE),
     "models": Command("jaxvid.model_list", "list the networks"),
     "completion": Command("jaxvid.completion", "print a completion script for a shell"),
 }

@@ -26,6 +26,7 @@ from jaxvid.storage import model_card, model_folder, workdir_lock
 from jaxvid.storage.partial_results import PartialResults
 from jaxvid.storage.preprocessing import check_preprocessing, default_color_matrix
 from jaxvid.training import checkpoint, outputs, run_config, run_metadata
+from jaxvid.weights.resolve import resolve_model
 
 # Preprocessing fields that are compared with the model's. Differences are logged as a warning.
 COMPARED_FIELDS = (
@@ -157,7 +158,8 @@ class Weights:
 
 def _load_folder(experiment: Experiment, _: Path, mesh: Mesh) -> Weights:
     """Load the weights of the model folder `init_from`."""
-    folder = experiment.init_from
+    folder = collectives.raise_on_all_processes(resolve_model, experiment.init_from)
+    model_card.check_same_model(folder, experiment.model)
     check_preprocessing(folder, experiment.preprocessing)
     card = model_card.load_card(folder)
     model_card.check_activation(card, folder, experiment.protocol.activation)
@@ -173,9 +175,9 @@ def _load_folder(experiment: Experiment, _: Path, mesh: Mesh) -> Weights:
         there="in the model card",
         here="now",
     )
-    _log_source(folder, experiment, changed)
+    _log_source(str(folder), experiment, changed)
     return Weights(
-        params=params, source=folder, experiment=experiment, card=card, card_folder=folder
+        params=params, source=str(folder), experiment=experiment, card=card, card_folder=folder
     )
 
 

@@ -45,6 +45,7 @@ from jaxvid.storage.feature_file import (
 from jaxvid.storage.partial_results import PartialResults
 from jaxvid.storage.preprocessing import check_fit, read_preprocessing
 from jaxvid.training import run_metadata
+from jaxvid.weights.resolve import resolve_model
 
 DEVICE_VIEWS = 8  # views per batch and device, summed over the videos
 
@@ -97,7 +98,7 @@ def features(
 
     Args:
         videos: The videos.
-        folder: Model folder.
+        folder: Model folder, or another name of a model; see `resolve_model`.
         output: File to write; its suffix is the format. It must be local.
         options: Options of the extraction.
 
@@ -190,6 +191,7 @@ def _load_network(folder: str | Path, options: FeatureOptions, mesh: Mesh) -> Ne
     Raises:
         InputError: The folder is unusable, or the number of views is invalid.
     """
+    folder = collectives.raise_on_all_processes(resolve_model, folder)
     card = model_card.load_card(folder)
     path = Path(folder) / model_card.CARD_NAME
     preprocessing = read_preprocessing(card, path)

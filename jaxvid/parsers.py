@@ -11,6 +11,10 @@ DTYPES = ("float32", "tfloat32", "bfloat16")  # jaxvid.models.precision.DTYPES
 LAYERS = ("video", "frames")  # jaxvid.inference.feature_extraction.LAYERS
 FORMATS = ("stablehlo", "safetensors")  # of an exported model
 SHELLS = ("bash", "zsh", "fish")
+MODEL_HELP = (
+    "model folder, name (see jaxvid models --pretrained), PyTorch checkpoint (file or URL), or "
+    "hf://USER/REPO"
+)
 STDOUT = "-"  # value of `--json` and `--csv` without a file
 TIMELINE_KINDS = ("csv", "json", "png")  # suffixes of the files that `ClassTimeline.save` writes
 
@@ -118,6 +122,22 @@ of frames are averaged over the frames. The same command gives the same result.
 It needs the package scikit-learn.
 """
 
+DOWNLOAD = """Download weights, convert them and print the model folder in the cache.
+
+Other programs do the same when --model is the name of a network, a URL or a file; this program does
+it in advance, e.g. on a machine that shares its home folder with machines that have no network.
+
+The cache is $JAXVID_CACHE, by default ~/.cache/jaxvid. Files in the folder $JAXVID_WEIGHTS are used
+instead of downloading them. An interrupted download continues when the command is run again.
+"""
+
+MODELS = """List the networks that can be created by name.
+
+Columns: frames and pixels of a clip, number of classes, parameters, multiply-adds of one view,
+published top-1 / top-5 accuracy with the number of clips and crops, and a link to the licence of
+the weights that the authors released.
+"""
+
 COMPLETION = """Print a completion script for a shell.
 
 bash    eval "$(jaxvid completion bash)"            in ~/.bashrc
@@ -134,7 +154,7 @@ def predict() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT",
         help="video file, URL, - (standard input), folder, or quoted pattern")  # fmt: skip
-    add("--model", required=True, metavar="FOLDER", help="model folder")
+    add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--top_k", type=int, default=5, help="number of classes to report (default: 5)")
     add("--json", nargs="?", const=STDOUT, metavar="FILE", help="print one JSON object per "
         "line, or write them to FILE, whose suffix must be .json, with the number of failed "
@@ -164,7 +184,7 @@ def visualize() -> argparse.ArgumentParser:
     parser = _make_parser("visualize", VISUALIZE)
     add = parser.add_argument
     add("video", metavar="VIDEO", help="video file or URL")
-    add("--model", required=True, metavar="FOLDER", help="model folder")
+    add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--output", required=True, metavar="FILE", help="file to write, with the suffix .png "
         "(contact sheet) or .mp4 (slide show)")  # fmt: skip
     add("--clip", type=int, default=0, help="index of the clip, from 0 (default: 0)")
@@ -177,7 +197,7 @@ def export() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid export`."""
     parser = _make_parser("export", EXPORT)
     add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER", help="model folder")
+    add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--output", required=True, metavar="FILE",
         help="file to write; its description is written to FILE.json")  # fmt: skip
     add("--format", choices=FORMATS, default=FORMATS[0],
@@ -216,7 +236,7 @@ def check_labels() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid check-labels`."""
     parser = _make_parser("check-labels", CHECK_LABELS)
     add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER", help="model folder")
+    add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--videos", required=True, type=Path, metavar="FOLDER_OR_LIST", help="labelled videos")
     add("--labels", type=Path, action="append", default=[], metavar="FILE", help="names in a "
         "further order to compare; may be repeated (default: none)")  # fmt: skip
@@ -247,7 +267,7 @@ def features() -> argparse.ArgumentParser:
     parser = _make_parser("features", FEATURES)
     add = parser.add_argument
     add("input", metavar="INPUT", help="folder, list, pack or video file")
-    add("--model", required=True, metavar="FOLDER", help="model folder")
+    add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--output", required=True, metavar="FILE", help="file to write: .npz, .parquet or .zarr")
     add("--layer", choices=LAYERS, default=LAYERS[0], help="video: one vector per clip; frames: "
         f"one vector per frame (default: {LAYERS[0]})")  # fmt: skip
@@ -285,10 +305,21 @@ def probe() -> argparse.ArgumentParser:
     return parser
 
 
+def download() -> argparse.ArgumentParser:
+    """Return the parser of `jaxvid download`."""
+    parser = _make_parser("download", DOWNLOAD)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--preset", help="preset of a PyTorch checkpoint; see jaxvid models "
+        "(default: the released preset that it fits)")  # fmt: skip
+    return parser
+
+
 def models() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid models`."""
-    parser = _make_parser("models", "List the networks that can be created by name.")
+    parser = _make_parser("models", MODELS)
     parser.add_argument("pattern", nargs="?", default="*", help="e.g. 'xvit*' (default: all)")
+    parser.add_argument("--pretrained", action="store_true",
+                        help="list only networks whose weights are downloaded by name")  # fmt: skip
     return parser
 
 

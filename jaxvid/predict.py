@@ -78,7 +78,7 @@ def predict(
 
     Args:
         videos: The videos; see `Classifier`.
-        folder: Model folder.
+        folder: Model folder, or another name of a model; see `resolve_model`.
         top_k: Number of classes to return.
         batch_size: Videos per batch; None: 8 divided by the number of views per video, but at least
             1 and at most the number of videos.

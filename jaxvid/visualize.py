@@ -183,7 +183,7 @@ def visualize(
 
     Args:
         video: Video file or URL.
-        folder: Model folder.
+        folder: Model folder, or another name of a model; see `resolve_model`.
         output: File to write; an existing one is replaced.
         clip: Index of the clip.
         num_clips: Number of clips, which are spread over the video as in evaluation.

@@ -42,7 +42,7 @@ class Program:
             `{data}` for the data folder, `{model}` for a model folder, `{pth}` for a PyTorch
             checkpoint, `{evaluation}` for the folder of an evaluation and `{features}` for a file
             of features.
-        outputs: Files and folders below `{out}` that are written atomically.
+        outputs: Patterns of files and folders below `{out}` that are written atomically.
         logs: Pattern of the lines that the program may write to stderr before the line that reports
             an error or a signal.
     """
@@ -107,6 +107,11 @@ PROGRAMS = {
     ),
     "flax_to_torch": Program(
         ["convert/flax_to_torch.py", "--input={model}", "--output={out}/out.pth"], ("out.pth",)
+    ),
+    "download": Program(
+        ["-m", "jaxvid.download", "{pth}", "--preset=xvit_tiny"],
+        ("cache/weights/*/xvit_tiny",),
+        r".*: SHA-256 \w+, converted to .*",
     ),
 }  # fmt: skip
 if importlib.util.find_spec("sklearn") is None:  # an optional package
@@ -182,6 +187,7 @@ def start(
     arguments = [text.format(out=out, **inputs) for text in PROGRAMS[name].arguments]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment["JAXVID_CACHE"] = str(out / "cache")
     defaults = {"cwd": ROOT, "env": environment, "start_new_session": True} | streams
     command = ["bash", "-c", shell, "bash", sys.executable, *arguments]
     return subprocess.Popen(command, **(defaults | options))
@@ -189,9 +195,7 @@ def start(
 
 def check_outputs(name: str, out: Path) -> None:
     """Fail if an output exists but is incomplete."""
-    for path in (out / output for output in PROGRAMS[name].outputs):
-        if not path.exists():
-            continue
+    for path in (path for output in PROGRAMS[name].outputs for path in out.glob(output)):
         if path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".png":

@@ -214,10 +214,12 @@ def test_config_names():
 def test_models_are_listed(capsys, monkeypatch):
     assert jaxvid.list_models("stam_?") == ["stam_8"]
     assert jaxvid.list_models() == list(PRESETS)
+    assert jaxvid.list_models("xvit*", pretrained=True) == ["xvit_k600", "xvit_ssv2"]
     monkeypatch.setattr("sys.argv", ["jaxvid models", "xvit_k600"])
     assert model_list.main() == 0
     assert capsys.readouterr().out.splitlines()[1].split() == [
-        *("xvit_k600", "16", "224", "600", "93.94", "281.13")
+        *("xvit_k600", "16", "224", "600", "93.94", "281.13", "84.51", "/", "96.26"),
+        *("(1", "×", "3)", "https://github.com/1adrianb/video-transformers#license"),
     ]
     monkeypatch.setattr("sys.argv", ["jaxvid models", "vit"])
     assert model_list.main() == 2

@@ -49,6 +49,8 @@ NOT_RUN = {
     r"python main\.py --config configs/xvit_k600\.py (?!.*--mode schedule)": "needs Kinetics-600",
     r"python -m jaxvid\.check_labels --model models/xvit_k600 ": "needs released weights; "
     "tests/test_check_labels.py runs the program on small input",
+    r"python -m jaxvid(\.| )(predict .*--model stam_16|eval .*init_from=xvit_k600|download )": ""
+    "needs a network; tests/weights uses a local server",
     r"python convert/torch_to_flax\.py .*--input (stam_16|xvit_k600|vit_b16_in21k)\.pth": "needs "
     "released weights; tests/test_full.py converts files with the same names and shapes",
     r"python -m jaxvid probe ": "needs scikit-learn, an optional package; "

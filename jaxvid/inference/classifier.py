@@ -30,6 +30,7 @@ from jaxvid.inference.results import Features, Prediction, ResultList
 from jaxvid.inference.window_classification import classify_windows
 from jaxvid.storage.model_card import describe_assumed_labels
 from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing
+from jaxvid.weights.resolve import resolve_model
 
 ATTENTION_TOP_K = 3  # number of classes in AttentionRollout.top
 
@@ -53,7 +54,7 @@ class Classifier:
     `segments` sampling without `by_time` does not depend on the frame rate.
 
     Args:
-        folder: Model folder.
+        folder: Model folder, or another name of a model; see `resolve_model`.
         batch_size: Videos per batch. A partial batch is padded and costs as much as a full one.
         num_clips: Clips per video; None: from the model card.
         num_crops: Crops per clip, 1 or 3; None: from the model card.
@@ -86,6 +87,7 @@ class Classifier:
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: must be at least 1")
         setup.use_compilation_cache()
+        folder = resolve_model(folder)
         card, model, preprocessing = load_model_and_preprocessing(folder, dtype)
         if warning := describe_assumed_labels(card, folder):
             _warn_once(warning)

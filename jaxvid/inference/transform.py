@@ -14,6 +14,7 @@ from jaxvid.inference.inputs import Source, make_input
 from jaxvid.model_path import CARD_NAME
 from jaxvid.storage.model_card import card_of, load_card
 from jaxvid.storage.preprocessing import Preprocessing, normalize, read_preprocessing
+from jaxvid.weights.resolve import resolve_model
 
 
 def make_transform(
@@ -25,7 +26,8 @@ def make_transform(
     """Return the preprocessing in a model card as a function from frames to normalised clips.
 
     Args:
-        model: A network from `load_model`, a `Classifier` or a model folder.
+        model: A network from `load_model`, a `Classifier`, or the name of a model; see
+            `resolve_model`.
         num_clips: Clips per video; None: from the model card.
         num_crops: Crops per clip, 1 or 3; None: from the model card.
 
@@ -53,7 +55,8 @@ def _find_preprocessing(model: nnx.Module | Classifier | str | os.PathLike) -> P
     if isinstance(model, Classifier):
         return model.preprocessing
     if isinstance(model, str | os.PathLike):
-        return read_preprocessing(load_card(model), Path(model) / CARD_NAME)
+        folder = resolve_model(model)
+        return read_preprocessing(load_card(folder), Path(folder) / CARD_NAME)
     if not isinstance(model, nnx.Module):
         raise InputError(
             f"make_transform: expected a network, Classifier or model folder, got "

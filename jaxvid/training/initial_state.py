@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from jaxvid.distributed import sharding
+from jaxvid.distributed import collectives, sharding
 from jaxvid.models import ModelConfig, build_model, split_params
 from jaxvid.storage import model_folder
 from jaxvid.training.step_program import StepProgram
+from jaxvid.weights.resolve import resolve_model
 
 
 def make_initial_state(
@@ -27,7 +28,7 @@ def make_initial_state(
         program: The training step and the shapes, dtypes and shardings of its state.
         model_config: The network's config.
         seed: Seed of the random weights.
-        init_from: The model folder; empty: random weights.
+        init_from: The model folder, or another name of a model; empty: random weights.
         labels: Class names of the data; used with `init_from`.
 
     Returns:
@@ -36,11 +37,12 @@ def make_initial_state(
     Raises:
         InputError: The folder is damaged or its weights do not fit the network.
     """
+    folder = init_from and collectives.raise_on_all_processes(resolve_model, init_from)
     # Not compiled as one program: JAX compiles one small program per shape, which takes less time.
     _, drawn = split_params(build_model(model_config, nnx.Rngs(seed)))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
     params = jax.tree.map(sharding.shard, drawn, shardings["params"])
     notes = []
-    if init_from:
-        params, notes = model_folder.load_init(init_from, model_config, params, labels)
+    if folder:
+        params, notes = model_folder.load_init(folder, model_config, params, labels)
     return jax.jit(program.init, out_shardings=shardings)(params), notes

@@ -12,9 +12,8 @@ import torch
 
 import jaxvid
 from configs import finetune
-from convert import flax_to_torch, rules, torch_to_flax
+from convert import flax_to_torch, torch_to_flax
 from convert.torch_reference import build_reference
-from convert.weight_files import open_weights
 from jaxvid import atomic
 from jaxvid.data.class_names import class_names
 from jaxvid.errors import InputError
@@ -22,6 +21,9 @@ from jaxvid.models import PRESETS, abstract_model, make_model_config, split_para
 from jaxvid.storage import model_card, model_folder
 from jaxvid.storage.preprocessing import Preprocessing
 from jaxvid.train import train
+from jaxvid.weights import rules
+from jaxvid.weights.conversion import sha256
+from jaxvid.weights.weight_files import open_weights
 from tests import goldens
 from tests.golden.synthetic import synthetic_param
 from tests.models.test_stam import config_of as stam_config_of
@@ -101,7 +103,7 @@ def test_round_trips_are_bit_identical(name, tmp_path, capsys):
     first, second = (split_params(jaxvid.load_model(tmp_path / f))[1] for f in ("model", "model2"))
     assert model_folder.fingerprint(first) == model_folder.fingerprint(second)
     card = model_card.load_card(tmp_path / "model")
-    assert card["provenance"]["sha256"] == torch_to_flax.sha256(path)
+    assert card["provenance"]["sha256"] == sha256(path)
     assert card["name"] == name
 
 

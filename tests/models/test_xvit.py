@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from configs import motion as motion_config
-from convert import rules
 from jaxvid.errors import InputError
 from jaxvid.models import (
     abstract_model,
@@ -21,6 +20,7 @@ from jaxvid.models.layers import drop_path, dropout, run_blocks
 from jaxvid.models.space_time_mixing import shift_time, summarize
 from jaxvid.models.xvit import XViTConfig
 from jaxvid.training.losses import cross_entropy
+from jaxvid.weights import rules
 from tests import goldens
 
 GOLDENS = [f"tiny/xvit_tiny_{name}" for name in ("k600", "ssv2", "48px", "256px")]
