@@ -304,8 +304,8 @@ def test_class_folder_scans_count_skipped_files(tmp_path):
         "3 files without a video suffix (.json 1, .txt 1, no suffix 1)",
         "3 broken links or not regular files",
         "2 hidden",
-        "1 sub-folders",
-        "1 files beside the class folders",
+        "1 sub-folder",
+        "1 file beside the class folders",
     ):
         assert part in summary
     data = section("class_folders", tmp_path)

@@ -372,10 +372,11 @@ def test_broken_videos_stay_listed_without_frames(mixed_list, tmp_path, capsys, 
 
 def test_check_reports_unusual_files(tmp_path):
     make_clip(tmp_path / "a.mkv", 0)  # Matroska headers do not contain the number of frames
-    (tmp_path / "val.csv").write_text("a.mkv 0\n")
+    make_clip(tmp_path / "b.mkv", 0, num_frames=12)
+    (tmp_path / "val.csv").write_text("a.mkv 0\nb.mkv 0\n")
     [row] = check.check([tmp_path / "val.csv"], workers=1)["odd"]
-    assert row["id"] == "a.mkv"
-    assert row["what"] == ["header claims 0 frames, there are 17"]
+    assert row["id"] == "b.mkv"
+    assert row["what"] == ["shorter than a clip of 16 frames"]
 
 
 def test_repaired_videos_are_packed_by_the_next_run(mixed_list, tmp_path):
@@ -602,7 +603,7 @@ def test_check_reports_unusual_names_on_one_line_each(unusual_names, tmp_path, c
     assert code == 3
     assert len(out.splitlines()) == 2
     assert "\\udcff\\udcfe broken.mp4: cannot be decoded" in out
-    assert "skipped in class folders: 1 files without a video suffix (.txt 1)" in err
+    assert "skipped in class folders: 1 file without a video suffix (.txt 1)" in err
     out.encode()  # raises if it contains surrogates, which cannot be printed
     report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     [row] = report["broken"]
