@@ -314,8 +314,8 @@ def test_a_full_disk_is_one_error_line_without_partial_files(folder, tmp_path, k
     job = subprocess.run(limited, cwd=REPO, capture_output=True, text=True, check=False)
     assert job.returncode == 2
     lines = job.stderr.strip().splitlines()
-    # Slow runs also print lines of progress.
-    [line] = [line for line in lines if not line.startswith("packing: ")]
+    # Slow runs also print lines of progress. Both splits contain the same videos.
+    [line] = [line for line in lines if not line.startswith(("packing: ", "overlap: "))]
     assert "cannot be written (" in line
     assert "too large" in line
     assert not list((tmp_path / "pack").rglob("*.partial"))
@@ -411,7 +411,7 @@ def test_check_and_prepare_report_the_same(mixed_list, tmp_path, capsys, monkeyp
     with pytest.raises(SystemExit) as status:
         check.main()
     assert status.value.code == 0
-    mixed_list.write_text("intact.mp4 zero\n")
+    mixed_list.write_text("intact.mp4 0.5\n")
     with pytest.raises(SystemExit) as status:
         check.main()
     assert status.value.code == 2
