@@ -155,6 +155,7 @@ def _set_up(
     data = collectives.raise_on_all_processes(
         open_dataset, experiment.dataset, experiment.model.num_classes, ("train", "val")
     )
+    data = collectives.raise_on_all_processes(training_videos.check_overlap, workdir, data)
     data, lost = collectives.raise_on_all_processes(training_videos.align, workdir, data)
     index, count = sharding.batch_shard(mesh, experiment.batch_size)
     batches = make_batches(

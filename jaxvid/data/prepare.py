@@ -224,7 +224,7 @@ def prepare(
     records, labels = gather(inputs, prefix, skipped=skipped)
     note_skipped(skipped)
     if split is not None and split.share:
-        records = _divide(records, split)
+        records = _divide(records, split, ", ".join(map(str, inputs)))
     for name in labels:
         if name != name.strip():  # reading labels.txt strips the spaces
             raise InputError(f"the class {name!r} begins or ends with a space; rename it")
@@ -259,8 +259,15 @@ def prepare(
         ) from None
 
 
-def _divide(records: dict[str, list[Record]], split: ValidationSplit) -> dict[str, list[Record]]:
+def _divide(
+    records: dict[str, list[Record]], split: ValidationSplit, source: str
+) -> dict[str, list[Record]]:
     """Divide the videos of the only split of an input into training and validation.
+
+    Args:
+        records: Split → videos.
+        split: The division.
+        source: The list or folder, for messages.
 
     Raises:
         InputError: There are several splits, or a split would be empty.
@@ -270,8 +277,8 @@ def _divide(records: dict[str, list[Record]], split: ValidationSplit) -> dict[st
             f"--val_share {split.share:g}: the input has the splits {', '.join(records)} already; "
             "leave out --val_share, or give only one of them"
         )
-    [(name, videos)] = records.items()
-    divided, note = split.divide(videos, name)
+    [videos] = records.values()
+    divided, note = split.divide(videos, source)
     print(note, file=sys.stderr)
     return divided
 

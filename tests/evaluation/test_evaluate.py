@@ -612,3 +612,14 @@ def test_running_accuracy_counts_failed_videos_as_wrong(folder, monkeypatch):
     )
     assert results.hits(1).tolist() == [False, True]
     assert messages == ["top-1 50.00 %"]
+
+
+def test_a_different_validation_split_is_logged(stub, lines):
+    experiment = resolve(stub)
+    changed = {"data.val_share": "data.val_share: 0.2 before, 0.3 now"}
+    evaluate._log_source("w", experiment, changed)
+    assert lines[1:] == [
+        "the validation videos may include training videos of the run: " + changed["data.val_share"]
+    ]
+    evaluate._log_source("w", experiment, changed | {"data.folder": "data.folder: a before, b now"})
+    assert lines[2:] == ["evaluating w"]
