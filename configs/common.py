@@ -52,7 +52,10 @@ def _default_data() -> ConfigDict:
     data = ConfigDict()
     data.source = "folder"  # motion, folder, class_folders, xvit_h5, pack or tfds
     data.folder = ""
+    data.list = ""  # list of all videos below data.folder; empty: train.csv and val.csv in it
     data.prefix = ""  # directory that paths in lists are relative to; empty: the list's
+    data.val_share = 0.0  # validation share of videos that are not divided into splits; 0: off
+    data.group = ""  # regular expression; videos with the same match are in the same split
     data.sampler = "uniform"  # balanced: every class equally often per epoch
     data.repeats = 1  # clips of each training video in a batch (repeated augmentation)
     data.missing = "error"  # refuse missing listed files; or keep: count as decode errors

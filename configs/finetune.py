@@ -3,9 +3,11 @@
     python main.py --config configs/finetune.py:MODEL,DATA_FOLDER --workdir runs/mine
 
 MODEL is a model folder, or the name of released weights, e.g. `xvit_k600` (`jaxvid models`).
-DATA_FOLDER contains `train.csv` and `val.csv` (one `path label` per line) with `labels.txt`, or
-`train/CLASS/*.mp4` and `val/CLASS/*.mp4`, or a pack written by `jaxvid.data.prepare`. The network,
-its preprocessing and evaluation views come from the model folder, the classes from the data.
+DATA_FOLDER contains `train/CLASS/*.mp4` and `val/CLASS/*.mp4`, or `train.csv` and `val.csv` (one
+`path,class name` per line), or a pack written by `jaxvid prepare`. If it contains only
+`CLASS/*.mp4` or `train.csv`, or is a single list of all videos, a fifth of the videos is used for
+validation (`data.val_share`). The network, its preprocessing and evaluation views come from the
+model folder, the classes from the data.
 
 The recipe is AdamW with layer-wise learning-rate decay (Bao et al., "BEiT", arXiv:2106.08254).
 Batch size, epochs, warm-up and the intervals of logging, evaluation and checkpoints are chosen from
@@ -26,9 +28,9 @@ def get_config(folders: str = "") -> ConfigDict:
     """Return the config.
 
     Args:
-        folders: `MODEL,DATA_FOLDER`.
+        folders: `MODEL,DATA_FOLDER`, or `MODEL,LIST`.
     """
-    from jaxvid.data.sources import guess_source
+    from jaxvid.data.sources import guess_source, has_validation
     from jaxvid.storage.model_card import load_card
     from jaxvid.storage.preprocessing import read_preprocessing
     from jaxvid.weights.resolve import resolve_model
@@ -61,7 +63,11 @@ def get_config(folders: str = "") -> ConfigDict:
     for section in (config.data, config.eval):
         section.update({name: value for name, value in fields.items() if name in section})
     config.data.source = source
-    config.data.folder = data
+    if Path(data).is_file():
+        config.data.folder, config.data.list = str(Path(data).parent), data
+    else:
+        config.data.folder = data
+    config.data.val_share = 0.0 if has_validation(Path(data), source) else 0.2
     config.data.num_threads = 8
     config.data.flip_prob = 0.5
     # Random crops need a larger frame, even if evaluation crops are as large as the frame.

@@ -20,7 +20,6 @@ import numpy as np
 from jaxvid import parsers
 from jaxvid.atomic import check_output, output_path, write_file
 from jaxvid.data import check
-from jaxvid.data.annotations import read_named_list
 from jaxvid.data.class_names import (
     PUBLIC_DATASETS,
     class_names,
@@ -29,6 +28,7 @@ from jaxvid.data.class_names import (
 )
 from jaxvid.data.kinetics_ssv2 import is_kinetics
 from jaxvid.data.records import Record
+from jaxvid.data.video_lists import read_list, read_names
 from jaxvid.errors import InputError, printable
 from jaxvid.evaluation.class_order import NameIndex, Verdict, compare_orders, known_orders
 from jaxvid.inference.classifier import Classifier
@@ -53,7 +53,8 @@ def read_videos(path: Path) -> tuple[list[Record], list[str]]:
     """
     is_list = not os.path.isdir(path) and path.suffix != ".json" and not is_kinetics(path)
     if is_list and not names_classes(path.parent):
-        names, records = read_named_list(path)
+        names = read_names([path])
+        records = read_list(path, None, labels=names, missing="keep")
     else:
         splits, names = check.gather([path])
         records = next(splits[split] for split in (*SPLITS, *splits) if split in splits)

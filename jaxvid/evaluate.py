@@ -34,6 +34,9 @@ COMPARED_FIELDS = (
     "eval.short_side",
 )
 
+# Fields that select the validation videos of a folder or list. Differences are logged as a warning.
+SPLIT_FIELDS = ("data.val_share", "data.group")
+
 
 def evaluate(
     config: Config, workdir: str | Path, *, compare_with: str | Path | None = None
@@ -216,12 +219,17 @@ def _abstract_params(experiment: Experiment, mesh: Mesh) -> Params:
 
 
 def _log_source(source: str, experiment: Experiment, changed: dict[str, str]) -> None:
-    """Log the source of the weights; warn if the preprocessing differs from the model's."""
+    """Log the source of the weights; warn if preprocessing or split differ from the model's."""
     log.info("evaluating %s", source)
     ignored = {"data.sampling_rate"} if experiment.preprocessing.sampling != "dense_stride" else ()
     lines = [changed[name] for name in changed if name in COMPARED_FIELDS and name not in ignored]
     if lines:
         log.warning("preprocessing differs from the model's: %s", "; ".join(lines))
+    lines = [changed[name] for name in SPLIT_FIELDS if name in changed]
+    if lines and not {"data.folder", "data.list"} & {*changed}:
+        log.warning(
+            "the validation videos may include training videos of the run: %s", "; ".join(lines)
+        )
 
 
 # ------------------------------------------------------------------ videos

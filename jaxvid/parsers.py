@@ -4,6 +4,7 @@ This module imports only the standard library, so that `--help` and wrong option
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ The file is a checkpoint of an original program, or an image ViT of timm (.pth, 
 Google (.npz) whose weights initialise a video model. Every key of the file must be used once or
 ignored for a stated reason. Every weight of the model must be filled once or listed as newly
 initialised. Otherwise nothing is written.
+"""
+
+PREPARE = """Convert videos to a pack, a data set of JPEG frames with fast random access.
+
+If a run is killed, run the same command again to resume it. The pack is bit-identical to that of an
+uninterrupted run. With `--shard 0/8` to `--shard 7/8`, eight jobs share the work, and the last job
+to finish completes the pack.
+
+Exit codes: 0 success, 2 invalid input, 3 some videos are broken and left out.
 """
 
 CHECK_LABELS = """Check the order of a model's class names on a few labelled videos.
@@ -229,6 +239,40 @@ def convert_to_torch() -> argparse.ArgumentParser:
     )
     parser.add_argument("--input", required=True, type=Path, help="model folder")
     parser.add_argument("--output", required=True, type=Path, help=".pth file that is written")
+    return parser
+
+
+def prepare() -> argparse.ArgumentParser:
+    """Return the parser of `jaxvid prepare`."""
+    parser = _make_parser("prepare", PREPARE)
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="LIST_OR_FOLDER", help="lists or data folders")
+    add("--output", required=True, metavar="DIR", help="folder to write the pack to")
+    add("--prefix", default="", metavar="DIR", help="folder that paths in lists are relative to "
+        "(default: the list's folder)")  # fmt: skip
+    add("--val_share", type=float, default=0.0, metavar="SHARE", help="share of the videos that "
+        "is used for validation, if they are not divided into splits, e.g. 0.2 (default: 0, "
+        "off)")  # fmt: skip
+    add("--group", default="", metavar="REGEX", help="with --val_share: videos for whose path this "
+        "regular expression has the same match are in the same split (default: each video is "
+        "divided by its own path)")  # fmt: skip
+    add("--format", default="arrayrecord", help="arrayrecord, or h5 for the XViT program "
+        "(default: arrayrecord)")  # fmt: skip
+    add("--short_side", type=int, default=256, help="shorter side to which larger frames are "
+        "scaled down, in pixels; 0: no scaling (default: 256)")  # fmt: skip
+    add("--frames", default="all", help="number of evenly spaced frames per video, or all "
+        "(default: all)")  # fmt: skip
+    add("--quality", type=int, default=90, help="JPEG quality, 1 to 100 (default: 90)")
+    add("--workers", type=int, default=os.cpu_count(), help="number of threads (default: CPUs)")
+    add("--shard", default="0/1", help="i/n: index of this job, from 0, and number of jobs "
+        "(default: 0/1)")  # fmt: skip
+    add("--clips_per_file", type=int, default=0, help="videos per ArrayRecord file; 0: automatic "
+        "(default: 0)")  # fmt: skip
+    add("--frames_per_record", type=int, default=1, help="number of consecutive frames in a "
+        "record of an ArrayRecord file, which are read together (default: 1)")  # fmt: skip
+    add("--color_matrix", default="tagged", help="conversion of YUV to RGB: tagged (by the color "
+        "matrix that the video file names), or bt601 (always BT.601, for converted STAM weights) "
+        "(default: tagged)")  # fmt: skip
     return parser
 
 

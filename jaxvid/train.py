@@ -151,6 +151,7 @@ def _set_up(
     data = collectives.raise_on_all_processes(
         open_dataset, experiment.dataset, experiment.model.num_classes, ("train", "val")
     )
+    data = collectives.raise_on_all_processes(training_videos.check_overlap, workdir, data)
     data, lost = collectives.raise_on_all_processes(training_videos.align, workdir, data)
     order = experiment.order.for_videos(data.records["train"])
     num_clips = order.epoch_clips(len(data.records["train"]))

@@ -146,6 +146,22 @@ def test_finetune_reads_its_model_and_data(motion_folder, folders, tmp_path):
             get(folders_argument)
 
 
+def test_finetune_divides_data_without_validation_videos(folders, motion_folder, tmp_path):
+    get = importlib.import_module("configs.finetune").get_config
+    assert get(f"{folders / 'xvit'},{motion_folder}").data.val_share == 0
+    for name in ("run", "walk"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.mp4").write_text(name)
+    config = get(f"{folders / 'xvit'},{tmp_path}")
+    assert (config.data.source, config.data.list) == ("class_folders", "")
+    (tmp_path / "all.csv").write_text("run/1.mp4,run\n")
+    listed = get(f"{folders / 'xvit'},{tmp_path / 'all.csv'}")
+    assert (listed.data.source, listed.data.list) == ("folder", str(tmp_path / "all.csv"))
+    for data, num_classes in ((config, 2), (listed, 1)):
+        assert (data.data.folder, data.data.val_share) == (str(tmp_path), 0.2)
+        assert data.model.num_classes == num_classes
+
+
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("_tiny")])
 def test_released_preprocessing_equals_that_of_the_config(name):
     stam = name.startswith("stam")

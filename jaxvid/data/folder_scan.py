@@ -23,6 +23,15 @@ SUBFOLDER = "sub-folders"
 LINKED_FOLDER = "links to folders"
 BROKEN = "broken links or not regular files"
 NOT_IN_CLASS_FOLDER = "files beside the class folders"
+# Reason → the reason if there is one such entry.
+SINGULAR = {
+    HIDDEN: "hidden",
+    OTHER_KIND: "file without a video suffix",
+    SUBFOLDER: "sub-folder",
+    LINKED_FOLDER: "link to a folder",
+    BROKEN: "broken link or not a regular file",
+    NOT_IN_CLASS_FOLDER: "file beside the class folders",
+}
 
 
 class Skipped:
@@ -45,7 +54,8 @@ class Skipped:
         suffix_counts = f" ({', '.join(suffixes)})"
         return printable(
             ", ".join(
-                f"{count} {reason}{suffix_counts if reason == OTHER_KIND else ''}"
+                f"{count} {SINGULAR[reason] if count == 1 else reason}"
+                f"{suffix_counts if reason == OTHER_KIND else ''}"
                 for reason, count in _sort(self._reasons)
             )
         )

@@ -8,18 +8,18 @@ from pathlib import Path
 from jaxvid.data.annotations import (
     SPLITS,
     find_split,
-    is_label,
     read_class_folders,
-    read_named_list,
+    read_list_labels,
+    read_names_in_lists,
     read_records,
 )
-from jaxvid.data.class_names import names_classes, read_labels
+from jaxvid.data.class_names import names_classes
 from jaxvid.data.folder_scan import VIDEO_SUFFIXES, Skipped, list_videos
 from jaxvid.data.formats.pack_reader import PackRecords
 from jaxvid.data.formats.tfds_api import read_metadata
 from jaxvid.data.kinetics_ssv2 import is_kinetics
 from jaxvid.data.protocols import VideoRecord
-from jaxvid.data.records import NO_LABEL, Record, read_lines, split_line
+from jaxvid.data.records import NO_LABEL, Record, read_lines
 from jaxvid.errors import InputError
 
 
@@ -95,27 +95,20 @@ def _choose_split(path: Path, splits: tuple[str, ...], split: str | None) -> str
 
 def _read_list(path: Path, prefix: str) -> tuple[list[Record], list[str]]:
     """Return the records of a list and the names of their classes. The files need not exist."""
-    folder = path.parent
     options = {"prefix": prefix, "missing": "keep", "labelled": False}
-    is_official = path.suffix == ".json" or is_kinetics(path)
     has_column = is_kinetics(path) and "label" in read_lines(path, names=True)[0]
-    if names_classes(folder) or has_column:
-        labels = read_labels(folder)[0]
-        records = read_records(path, labels, **options)
-        return records, labels if any(record.label != NO_LABEL for record in records) else []
-    if is_official or not _has_named_classes(path):
-        records = read_records(path, None, **options)
-        highest = max(record.label for record in records)
-        return records, [str(i) for i in range(highest + 1)]
-    labels, records = read_named_list(path)
-    base = Path(prefix) if prefix else folder
-    return [dataclasses.replace(record, path=base / record.id) for record in records], labels
-
-
-def _has_named_classes(path: Path) -> bool:
-    """Return whether the last line of a list ends with a class name, not a number or a file."""
-    lines = [line.strip() for line in read_lines(path, names=True) if line.strip()]
-    return not lines[-1].lower().endswith(VIDEO_SUFFIXES) and not is_label(split_line(lines[-1])[1])
+    labels = None
+    if names_classes(path.parent) or has_column or read_names_in_lists([path]):
+        labels, _ = read_list_labels(path.parent, [path])
+    records = read_records(path, labels, **options)
+    if several := [record.id for record in records if isinstance(record.label, tuple)]:
+        raise InputError(
+            f"{path}: {several[0]} has several classes; choose a list with one class per video"
+        )
+    highest = max(record.label for record in records)
+    if labels is None:
+        labels = [str(i) for i in range(highest + 1)]
+    return records, labels if highest != NO_LABEL else []
 
 
 def _read_folder(path: Path, split: str | None, skipped: Skipped) -> VideoInput:

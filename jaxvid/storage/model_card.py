@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxvid import atomic
 from jaxvid.config import differences, translate
+from jaxvid.data.class_names import plain_name
 from jaxvid.errors import InputError, one_line, printable, short_repr
 from jaxvid.files import read_limited
 from jaxvid.model_path import CARD_NAME, describe_wrong_path, exists
@@ -250,8 +251,7 @@ def describe_label_difference(
 
 
 def _plain(labels: Sequence) -> list[str]:
-    """Return class names in lower case, with underscores replaced by spaces."""
-    return [str(label).replace("_", " ").strip().casefold() for label in labels]
+    return [plain_name(str(label)) for label in labels]
 
 
 def check_same_model(folder: str | Path, model_config: ModelConfig) -> None:

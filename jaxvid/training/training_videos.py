@@ -20,11 +20,35 @@ from jaxvid.data.label_sets import LabelSet, to_json
 from jaxvid.data.pipeline import stored_id
 from jaxvid.data.records import LostVideo, Selection
 from jaxvid.data.sources import VideoDataset
+from jaxvid.data.split_checks import find_overlaps
 from jaxvid.errors import InputError, printable
 from jaxvid.training import outputs, run_metadata
+from jaxvid.training.checkpoint_files import find_steps
 from jaxvid.training.skipped_videos import read_skipped
 
 FILE = "training_videos.json.gz"
+
+
+def check_overlap(workdir: Path, data: VideoDataset) -> VideoDataset:
+    """Refuse a new run whose training and validation videos include the same files.
+
+    Args:
+        workdir: The run's folder. Runs with checkpoints are not checked again.
+        data: The current data.
+
+    Returns:
+        The data, with a note if other files have the same content.
+
+    Raises:
+        InputError: A file is in both splits.
+    """
+    if find_steps(workdir):
+        return data
+    same_files, copies = find_overlaps(data.records)
+    if same_files:
+        raise InputError(same_files[0])
+    notes = (f"warning: {line}" for line in copies)
+    return dataclasses.replace(data, notes=(*data.notes, *notes))
 
 
 def align(workdir: Path, data: VideoDataset) -> tuple[VideoDataset, tuple[str, ...]]:

@@ -626,3 +626,14 @@ def test_missing_weights_are_refused_without_creating_the_workdir(stub, tmp_path
     with pytest.raises(InputError, match="none does not exist; choose a folder"):
         evaluate.evaluate(changed(stub, init_from=str(tmp_path / "none")), tmp_path / "runs" / "w")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_different_validation_split_is_logged(stub, lines):
+    experiment = resolve(stub)
+    changed = {"data.val_share": "data.val_share: 0.2 before, 0.3 now"}
+    evaluate._log_source("w", experiment, changed)
+    assert lines[1:] == [
+        "the validation videos may include training videos of the run: " + changed["data.val_share"]
+    ]
+    evaluate._log_source("w", experiment, changed | {"data.folder": "data.folder: a before, b now"})
+    assert lines[2:] == ["evaluating w"]

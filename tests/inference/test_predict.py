@@ -525,8 +525,8 @@ def test_files_skipped_in_folders_are_counted_in_one_line(clips, folders, tmp_pa
     out, err = capsys.readouterr()
     [line] = [line for line in err.splitlines() if line.startswith("skipped")]
     assert line == (
-        "skipped in folders: 3 files without a video suffix (.txt 2, .json 1), 1 broken links or "
-        "not regular files, 1 hidden, 1 links to folders"
+        "skipped in folders: 3 files without a video suffix (.txt 2, .json 1), 1 broken link or "
+        "not a regular file, 1 hidden, 1 link to a folder"
     )
     assert f"{tmp_path}/line\\nbreak.mp4  (" in out
     assert len(out.splitlines()) == 2

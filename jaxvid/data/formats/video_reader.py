@@ -170,12 +170,14 @@ class VideoFile:
         self.num_frames, self.times = index.num_frames, index.times(self._stream.time_base)
         rate = self._stream.average_rate
         self.fps = float(rate) if rate and 0.01 <= rate <= 1000 else None
-        claimed = self._stream.frames  # in the header
+        claimed = self._stream.frames  # in the header; 0 in containers without this field
         num_hidden = len(packets) - index.num_headless - self.num_frames
         phrases = {  # phrase → whether it applies
             "no usable timestamps": self.times is None,
             "variable frame rate": index.is_variable(),
-            f"header claims {claimed} frames, there are {len(packets)}": claimed != len(packets),
+            f"header claims {claimed} frames, there are {len(packets)}": (
+                claimed not in (0, len(packets))
+            ),
             f"{index.num_headless} frames before the first key frame, left out": index.num_headless,
             f"{num_hidden} hidden frames": num_hidden,
             "no usable frame rate": self.fps is None,
