@@ -24,8 +24,8 @@ from jaxvid.data import fingerprints
 from jaxvid.data.check import SOME_BROKEN
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.pack_reader import PackRecords, read_color_matrix
+from jaxvid.data.input_videos import InputVideos, open_input
 from jaxvid.data.records import NO_LABEL
-from jaxvid.data.video_inputs import VideoInput, open_input
 from jaxvid.distributed import collectives, process_group, setup, sharding
 from jaxvid.errors import InputError, printable
 from jaxvid.inference.feature_extraction import (
@@ -90,7 +90,7 @@ class FeatureOptions:
 
 
 def features(
-    videos: VideoInput, folder: str | Path, output: OutputPath, options: FeatureOptions
+    videos: InputVideos, folder: str | Path, output: OutputPath, options: FeatureOptions
 ) -> FeatureTable:
     """Extract the features of videos on all devices, and write them to a file.
 
@@ -240,7 +240,7 @@ def _choose_batch_size(options: FeatureOptions, protocol: FeatureProtocol, num_v
     return num_rows * devices
 
 
-def _resume_key(network: Network, videos: VideoInput) -> dict[str, Any]:
+def _resume_key(network: Network, videos: InputVideos) -> dict[str, Any]:
     """Return everything that the features depend on, for `PartialResults`.
 
     The batch size and the number of devices are left out, because they change features only by
@@ -256,7 +256,7 @@ def _resume_key(network: Network, videos: VideoInput) -> dict[str, Any]:
     }
 
 
-def _warn_of_color_matrix(videos: VideoInput, protocol: FeatureProtocol) -> None:
+def _warn_of_color_matrix(videos: InputVideos, protocol: FeatureProtocol) -> None:
     """Print a line if a pack was made with another color matrix than that of the model."""
     if not isinstance(videos.records, PackRecords) or jax.process_index():
         return
@@ -269,7 +269,9 @@ def _warn_of_color_matrix(videos: VideoInput, protocol: FeatureProtocol) -> None
         )
 
 
-def _make_table(extracted: ExtractedFeatures, videos: VideoInput, network: Network) -> FeatureTable:
+def _make_table(
+    extracted: ExtractedFeatures, videos: InputVideos, network: Network
+) -> FeatureTable:
     """Return the contents of the file."""
     records, protocol = videos.records, network.protocol
     has_windows = protocol.window is not None
@@ -322,7 +324,7 @@ def run(args: argparse.Namespace) -> int:
     return SOME_BROKEN if table.about["failed"] else 0
 
 
-def _open(args: argparse.Namespace, skipped: Skipped) -> VideoInput:
+def _open(args: argparse.Namespace, skipped: Skipped) -> InputVideos:
     """Open the videos; refuse windows of videos that are not files."""
     videos = open_input(Path(args.input), args.split, prefix=args.prefix, skipped=skipped)
     if args.window is not None and isinstance(videos.records, PackRecords):

@@ -283,7 +283,6 @@ class XViT(nnx.Module):
 
 
 def _linear(cfg: XViTConfig, fan_in: int, fan_out: int, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """Return a Linear layer of the backbone."""
     return nnx.Linear(
         fan_in, fan_out, kernel_init=INITS[cfg.init][0], dtype=cfg.compute_dtype, rngs=rngs
     )

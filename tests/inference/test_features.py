@@ -17,7 +17,7 @@ import jaxvid
 from jaxvid import features as program
 from jaxvid.data.clips.clip import cut_eval_crops, load_eval_views, resize_eval_frames
 from jaxvid.data.formats.video_reader import VideoFile
-from jaxvid.data.video_inputs import open_input
+from jaxvid.data.input_videos import open_input
 from jaxvid.errors import InputError
 from jaxvid.features import FeatureOptions, features, main
 from jaxvid.inference import feature_batches, feature_extraction

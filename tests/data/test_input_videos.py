@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxvid.data.input_videos import open_input
 from jaxvid.data.records import NO_LABEL
-from jaxvid.data.video_inputs import open_input
 from jaxvid.errors import InputError
 
 

@@ -24,7 +24,7 @@ from jaxvid.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoInput:
+class InputVideos:
     """Videos, with labels if the input has them.
 
     Attributes:
@@ -40,7 +40,7 @@ class VideoInput:
 
 def open_input(
     path: Path, split: str | None = None, *, prefix: str = "", skipped: Skipped | None = None
-) -> VideoInput:
+) -> InputVideos:
     """List the videos of a file or folder, which may have labels or not.
 
     Args:
@@ -60,18 +60,18 @@ def open_input(
     if not os.path.isdir(path):
         _choose_split(path, (), split)
         if str(path).lower().endswith(VIDEO_SUFFIXES):
-            return VideoInput([Record(path, NO_LABEL, path.name)], [], "video file")
-        return VideoInput(*_read_list(path, prefix), "list")
+            return InputVideos([Record(path, NO_LABEL, path.name)], [], "video file")
+        return InputVideos(*_read_list(path, prefix), "list")
     if os.path.isfile(path / "dataset_info.json"):
         info = read_metadata(str(path), "train", is_folder=True)
         split = _choose_split(path, tuple(info.splits), split)
         records = PackRecords(str(path), split, is_folder=True)
-        return VideoInput(records, records.labels, "pack")
+        return InputVideos(records, records.labels, "pack")
     lists = {name: find_split(path, name) for name in SPLITS}
     lists = {name: file for name, file in lists.items() if os.path.lexists(file)}
     if lists:
         split = _choose_split(path, tuple(lists), split)
-        return VideoInput(*_read_list(lists[split], prefix), "list")
+        return InputVideos(*_read_list(lists[split], prefix), "list")
     splits = tuple(name for name in SPLITS if os.path.isdir(path / name))
     split = _choose_split(path, splits, split)
     return _read_folder(path, split, Skipped() if skipped is None else skipped)
@@ -111,7 +111,7 @@ def _read_list(path: Path, prefix: str) -> tuple[list[Record], list[str]]:
     return records, labels if highest != NO_LABEL else []
 
 
-def _read_folder(path: Path, split: str | None, skipped: Skipped) -> VideoInput:
+def _read_folder(path: Path, split: str | None, skipped: Skipped) -> InputVideos:
     """List the videos of `path/split`, or of `path` without splits.
 
     The folders of the videos are their classes if every video is in a folder directly below that.
@@ -123,6 +123,6 @@ def _read_folder(path: Path, split: str | None, skipped: Skipped) -> VideoInput:
     names = [os.path.relpath(file, root) for file in files]
     if {name.count(os.sep) for name in names} == {1}:
         labels, records = read_class_folders(path, (split or "train",))
-        return VideoInput(records[split or "train"], labels, "class folders")
+        return InputVideos(records[split or "train"], labels, "class folders")
     records = [Record(Path(file), NO_LABEL, id_) for file, id_ in zip(files, names, strict=True)]
-    return VideoInput(records, [], "folder")
+    return InputVideos(records, [], "folder")
