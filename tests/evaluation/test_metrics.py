@@ -12,9 +12,11 @@ from jaxvid.atomic import write_json
 from jaxvid.errors import InputError
 from jaxvid.evaluation import metrics
 from jaxvid.evaluation.comparison import (
+    _parse_row,
     check_shared,
     compare_tables,
     describe,
+    format_tables,
     read_table,
     save_comparison,
 )
@@ -270,6 +272,35 @@ def test_changed_predictions_are_listed_by_kind_of_change(tmp_path):
     assert "still wrong: other, breaks" in lines
     comparison["lost_videos"] = [f"v{i}" for i in range(12)]
     assert describe(comparison)[-2].endswith(" v8, v9 and 2 more")
+
+
+def test_multi_label_evaluations_are_compared_by_average_precision():
+    def make(predictions, precisions):
+        videos = {
+            id_: _parse_row({"label": label, "prediction": top, "correct": hit, "top5": "[]"}, True)
+            for id_, (label, top, hit) in predictions.items()
+        }
+        names = dict(zip("xyz", precisions, strict=True))
+        report = {"protocol": {}, "path": "a", "videos": videos, "per_class_ap": names}
+        return report | {"mAP": np.mean([value for value in precisions if value is not None])}
+
+    before = make({"a": ('["x", "y"]', "z", "0"), "b": ("[]", "x", "0")}, [50.0, 40.0, None])
+    after = make({"a": ('["x", "y"]', "y", "1"), "b": ("[]", "x", "0")}, [100.0, 40.0, None])
+    comparison = compare_tables(before, after)
+    assert comparison["gained_videos"] == ["a"]
+    assert comparison["classes"] == {
+        "x": {"num_videos": 1, "before": 50.0, "after": 100.0},
+        "y": {"num_videos": 1, "before": 40.0, "after": 40.0},
+    }
+    assert comparison["accuracies"]["mAP"] == [45.0, 70.0]
+    assert "mAP" in format_tables(comparison)
+    del after["videos"]["b"]
+    comparison = compare_tables(before, after)
+    assert not comparison["classes"]
+    assert comparison["accuracies"].keys() == {"top1", "top5"}
+    del after["mAP"]
+    with pytest.raises(InputError, match="only one of them is of multi-label data"):
+        compare_tables(before, after)
 
 
 def test_unwritable_files_are_refused(tmp_path):
