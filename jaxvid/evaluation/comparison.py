@@ -125,8 +125,8 @@ def compare_tables(before: dict, after: dict) -> dict:
     """
     if ("mAP" in before) != ("mAP" in after):
         raise InputError(
-            f"{before['path']} and {after['path']}: only one of them is of multi-label data; choose "
-            "two evaluations of the same data"
+            f"{before['path']} and {after['path']}: only one of them is of multi-label data; "
+            "choose two evaluations of the same data"
         )
     shared = [id_ for id_ in after["videos"] if id_ in before["videos"]]
     rows = [[table["videos"][id_] for id_ in shared] for table in (before, after)]
