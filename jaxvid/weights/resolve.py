@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import difflib
 import hashlib
 import multiprocessing
 import os
@@ -100,10 +99,8 @@ def resolve_model(
             )
         if model_path.exists(text):
             return name
-        if os.path.lexists(text):
-            raise InputError(model_path.describe_wrong_path(text))
-        if text not in _releases():
-            raise InputError(_describe_unknown(text))
+        if os.path.lexists(text) or text not in _releases():
+            raise InputError(model_path.describe_unknown(text))
         if (slot := Slot(text)).is_ready():
             return slot.model
     if isolated or process_group.current():
@@ -132,19 +129,6 @@ def _check_release(name: str) -> str:
             f"{name} has no released weights; expected one of {', '.join(_releases())}"
         )
     return name
-
-
-def _describe_unknown(text: str) -> str:
-    """Return the error message for a name that stands for nothing."""
-    if text in PRESETS:
-        return (
-            f"{text} has no released weights; train it and pass its model folder, or choose one of "
-            f"{', '.join(_releases())}"
-        )
-    if near := difflib.get_close_matches(text, _releases(), n=1):
-        return f"{text} does not exist; did you mean {near[0]}?"
-    message = model_path.describe_wrong_path(text)
-    return message if message.endswith("?") else f"{message}, or one of {', '.join(_releases())}"
 
 
 def _run_in_child(name: str, preset: str | None) -> Path:
