@@ -31,7 +31,7 @@ from benchmarks.turns import THREADS, Program, Side, Workload, resident_peak
 from jaxvid.models import ModelConfig, Params, abstract_model, make_model_config, merge_params
 from jaxvid.models.implementation import CHOICES
 from jaxvid.models.precision import ACTIVATIONS, DTYPES
-from jaxvid.training.steps import cross_entropy
+from jaxvid.training.losses import cross_entropy
 
 
 def make_config(work: Workload, **overrides) -> ModelConfig:

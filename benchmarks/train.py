@@ -384,5 +384,5 @@ def main(_) -> None:
 if __name__ == "__main__":
     if not any(argument.partition("=")[0] == "--config" for argument in sys.argv):
         sys.argv[1:1] = ["--config", str(ROOT / "configs" / "motion.py")]
-    parse = functools.partial(cli.parse_flags, doc=__doc__, module=sys.argv[0], needed={})
+    parse = functools.partial(cli.parse_flags, doc=__doc__, module=sys.argv[0], needed=dict)
     app.run(main, flags_parser=parse)

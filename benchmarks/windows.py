@@ -34,6 +34,7 @@ from jaxvid.data.clips import transforms
 from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.inference.sliding_windows import plan_windows, prefetch, read_frames
+from jaxvid.inference.window_classification import score_windows
 
 WINDOW, FPS = 10.0, 30  # window length in seconds, frame rate in frames per second
 # ViT-Ti/16 with a small aggregator.
@@ -135,7 +136,7 @@ def main() -> None:
 
             # Compile both programs before timing.
             classifier.scores(views[0])
-            classifier.score_windows(indices[:1], iter(chunks[:1]))
+            score_windows(classifier.network, indices[:1], iter(chunks[:1]), 1)
             print(
                 f"{config.name}, width {config.width}, {config.num_frames} frames of "
                 f"{config.image_size} px: {len(indices)} windows of {WINDOW:g} s every {stride:g} s"
@@ -148,7 +149,7 @@ def main() -> None:
             logits = time_in_turns(
                 "compute",
                 {
-                    "shared": lambda: classifier.score_windows(indices, iter(chunks)),
+                    "shared": lambda: score_windows(classifier.network, indices, iter(chunks), 1),
                     "alone": lambda: score_alone(classifier, iter(views)),
                 },
                 args.rounds,

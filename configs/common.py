@@ -16,19 +16,24 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     """
     config = ConfigDict()
     config.seed = 0
-    config.batch_size = 64  # clips per step, over all devices and processes
+    # Fields with "-1: chosen": training chooses a value from the number of training videos.
+    config.batch_size = 64  # clips per step, over all devices and processes; -1: chosen
     config.accumulate_steps = 1  # microbatches per batch, for gradient accumulation; 1: off
-    config.num_epochs = 30.0
+    config.num_epochs = 30.0  # -1: chosen
     config.deterministic = False  # on GPUs: bit-identical results and resume, at some speed
-    config.init_from = ""  # model folder: initial weights in training, weights in evaluation
+    config.init_from = ""  # model folder or name: initial weights, or weights to evaluate
+    config.loss = ConfigDict()
+    config.loss.name = "softmax"  # or sigmoid, for multi-label data
+    config.loss.class_weights = "none"  # balanced: by 1 / number of videos; or numbers: 1,2.5,1
     config.label_smoothing = 0.0
     config.mixup_alpha = 0.0  # λ is drawn from Beta(alpha, alpha); 0: off
     config.cutmix_alpha = 0.0  # λ is drawn from Beta(alpha, alpha); 0: off; not with mixup
     config.mix_within = "device"  # mix clips of the same device; or batch
     config.erase_prob = 0.0  # probability of erasing a box of a training clip
     config.ema_decay = 0.0  # decay of the moving average of weights, which is evaluated; 0: off
-    config.log_steps = 50  # training steps per row of metrics.jsonl; at most a tenth of the run
-    config.checkpoint_every_epochs = 1.0
+    # Training steps per row of metrics.jsonl; at most a tenth of the run; -1: chosen.
+    config.log_steps = 50
+    config.checkpoint_every_epochs = 1.0  # -1: chosen
     config.checkpoint_keep = 2  # number of newest checkpoints to keep, beside the best model
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
     config.model = ConfigDict(dataclasses.asdict(make_model_config(model, **model_fields)))
@@ -36,7 +41,7 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     config.eval = _default_eval()
     config.optimizer = _default_optimizer()
     config.distill = ConfigDict()
-    config.distill.teacher = ""  # model folder; empty: no distillation
+    config.distill.teacher = ""  # model folder or name; empty: no distillation
     config.distill.weight = 0.5  # weight of the distillation loss
     config.distill.temperature = 1.0  # divides the logits of teacher and student
     return config
@@ -47,7 +52,12 @@ def _default_data() -> ConfigDict:
     data = ConfigDict()
     data.source = "folder"  # motion, folder, class_folders, xvit_h5, pack or tfds
     data.folder = ""
+    data.list = ""  # list of all videos below data.folder; empty: train.csv and val.csv in it
     data.prefix = ""  # directory that paths in lists are relative to; empty: the list's
+    data.val_share = 0.0  # validation share of videos that are not divided into splits; 0: off
+    data.group = ""  # regular expression; videos with the same match are in the same split
+    data.sampler = "uniform"  # balanced: every class equally often per epoch
+    data.repeats = 1  # clips of each training video in a batch (repeated augmentation)
     data.missing = "error"  # refuse missing listed files; or keep: count as decode errors
     data.skip_broken = False  # True: train without broken and missing videos, however many
     data.max_failed_share = 0.05  # training stops if a larger share cannot be decoded
@@ -79,7 +89,7 @@ def _default_eval() -> ConfigDict:
     section.dtype = "float32"  # or tfloat32, bfloat16; independent of model.dtype
     section.short_side = 256  # of frames before the crop, in pixels
     section.batch_size = 16  # videos per step, over all devices and processes
-    section.every_epochs = 1.0
+    section.every_epochs = 1.0  # -1: chosen
     return section
 
 
@@ -89,7 +99,7 @@ def _default_optimizer() -> ConfigDict:
     optimizer.learning_rate = 1e-4  # peak of the cosine, at reference_batch_size
     optimizer.reference_batch_size = 64  # learning rates are scaled by batch_size over this
     optimizer.warmup_start_rate = 0.0  # first rate of the warm-up, at reference_batch_size
-    optimizer.warmup_epochs = 0.0  # linear warm-up, then a cosine to 0
+    optimizer.warmup_epochs = 0.0  # linear warm-up, then a cosine to 0; -1: chosen
     optimizer.weight_decay = 0.0
     optimizer.decay = "kernels"  # weight decay of matrices; or released: all but heads' biases
     optimizer.b1 = 0.9  # of adamw

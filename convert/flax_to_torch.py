@@ -21,8 +21,7 @@ from jaxvid import parsers
 from jaxvid.errors import InputError
 from jaxvid.models import ModelConfig, Params, family_of, split_params
 from jaxvid.storage import model_folder
-
-from . import rules
+from jaxvid.weights import rules
 
 
 def to_state_dict(params: Params, config: ModelConfig) -> dict[str, torch.Tensor]:

@@ -1,27 +1,34 @@
 """jaxvid: video transformers in JAX.
 
-model = jaxvid.load_model("FOLDER")       # or create_model("xvit_tiny", num_classes=8)
+model = jaxvid.load_model("FOLDER")       # or "stam_16"; create_model("xvit_tiny") for new weights
 logits = model(video)                     # normalised float (b t h w c) → (b, num_classes)
-print(jaxvid.Classifier("FOLDER").predict("clip.mp4").labels[0])
+transform = jaxvid.make_transform(model)  # uint8 frames (t h w c) → normalised clips (v t h w c)
+print(jaxvid.Classifier("FOLDER")("clip.mp4"))
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxvid.inference.classifier import Classifier, Prediction
+    from jaxvid.inference.classifier import Classifier
+    from jaxvid.inference.results import Prediction
+    from jaxvid.inference.transform import make_transform
     from jaxvid.model_list import list_models
     from jaxvid.models import create_model
-    from jaxvid.storage.model_folder import load_model, save_model
+    from jaxvid.storage.model_folder import save_model
+    from jaxvid.weights.hub import push_to_hub
+    from jaxvid.weights.resolve import load_model
 
 __version__ = "0.1.0"
 # Public name → module that defines it.
 _MODULES = {
     "Classifier": "inference.classifier",
-    "Prediction": "inference.classifier",
+    "Prediction": "inference.results",
     "create_model": "models",
     "list_models": "model_list",
-    "load_model": "storage.model_folder",
+    "load_model": "weights.resolve",
+    "make_transform": "inference.transform",
+    "push_to_hub": "weights.hub",
     "save_model": "storage.model_folder",
 }
 __all__ = [
@@ -31,6 +38,8 @@ __all__ = [
     "create_model",
     "list_models",
     "load_model",
+    "make_transform",
+    "push_to_hub",
     "save_model",
 ]
 

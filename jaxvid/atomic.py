@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,11 @@ def output_path(path: str | Path) -> OutputPath:
     and whose `stat` needs an entry of the user in /etc/passwd.
     """
     return epath.Path(path) if "://" in str(path) else Path(path)
+
+
+def is_same_file(output: str | Path, source: str | Path) -> bool:
+    """Return whether an output would replace the file that it is made from."""
+    return os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source)
 
 
 def write_file(path: OutputPath, data: bytes, *, writer: str = "") -> OutputPath:
@@ -60,6 +66,37 @@ def write_file(path: OutputPath, data: bytes, *, writer: str = "") -> OutputPath
             f"{path} cannot be written ({error.strerror}); choose another file or free disk space"
         ) from None
     return path
+
+
+@contextlib.contextmanager
+def replacing(path: OutputPath) -> Iterator[Path]:
+    """Yield a temporary file that replaces another file when the body has written it.
+
+    It suits libraries that write to a path. If the body raises, an existing file is kept.
+
+    Args:
+        path: The file to replace; remote if `output_path` made it from a URL. Its parent exists.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / path.name
+            yield local
+            write_file(path, local.read_bytes())
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}); choose another file or free disk space"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def write_json(path: Path, value: Any) -> Path:

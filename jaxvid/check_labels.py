@@ -20,7 +20,6 @@ import numpy as np
 from jaxvid import parsers
 from jaxvid.atomic import check_output, output_path, write_file
 from jaxvid.data import check
-from jaxvid.data.annotations import read_named_list
 from jaxvid.data.class_names import (
     PUBLIC_DATASETS,
     class_names,
@@ -29,12 +28,14 @@ from jaxvid.data.class_names import (
 )
 from jaxvid.data.kinetics_ssv2 import is_kinetics
 from jaxvid.data.records import Record
+from jaxvid.data.video_lists import read_list, read_names
 from jaxvid.errors import InputError, printable
 from jaxvid.evaluation.class_order import NameIndex, Verdict, compare_orders, known_orders
 from jaxvid.inference.classifier import Classifier
 from jaxvid.models import family_of, make_model_config
 from jaxvid.progress import Progress
 from jaxvid.storage import model_card
+from jaxvid.weights.resolve import resolve_model
 
 OTHER_ORDER = 3  # exit code if another order fits better
 UNDECIDED = 4  # exit code if nothing can be concluded
@@ -52,7 +53,8 @@ def read_videos(path: Path) -> tuple[list[Record], list[str]]:
     """
     is_list = not os.path.isdir(path) and path.suffix != ".json" and not is_kinetics(path)
     if is_list and not names_classes(path.parent):
-        names, records = read_named_list(path)
+        names = read_names([path])
+        records = read_list(path, None, labels=names, missing="keep")
     else:
         splits, names = check.gather([path])
         records = next(splits[split] for split in (*SPLITS, *splits) if split in splits)
@@ -80,8 +82,12 @@ def find_labels(
     """Return the class index of each video in the model's names.
 
     Raises:
-        InputError: A class of the videos is not a class of the model.
+        InputError: A class of the videos is not a class of the model, or the list is multi-label.
     """
+    if several := [record.id for record in records if isinstance(record.label, tuple)]:
+        raise InputError(
+            f"{source}: {several[0]} has several classes; choose a list with one class per video"
+        )
     index, labels = NameIndex(names), {}
     for label in {record.label for record in records}:
         name = video_names[label]
@@ -154,16 +160,17 @@ def run(args: argparse.Namespace) -> int:
         if not args.output.endswith(".txt"):
             raise InputError(f"--output {args.output}: the file name must end in .txt")
         check_output("--output", output_path(args.output))
-    card = model_card.load_card(args.model)
+    folder = resolve_model(args.model)
+    card = model_card.load_card(folder)
     num_classes = card["config"]["num_classes"]
     others = {str(path): read_class_names(path, num_classes) for path in args.labels}
-    names, is_stored = model_names(card, args.model, others)
+    names, is_stored = model_names(card, folder, others)
     orders = known_orders(names, stored=is_stored, others=others)
     records, video_names = read_videos(args.videos)
     records = select_videos(records, args.max_videos)
     labels = find_labels(records, video_names, names, args.videos)
 
-    classifier = Classifier(args.model, num_clips=args.clips, num_crops=args.crops)
+    classifier = Classifier(folder, num_clips=args.clips, num_crops=args.crops)
     outputs, errors = classify(classifier, records)
     for error in errors:
         print(f"failed: {printable(error)}", file=sys.stderr)

@@ -41,6 +41,8 @@ COMMANDS = {
     "schedule": Command("jaxvid.main", "plot the learning rate of a config", ("--mode=schedule",)),
     "plan": Command("jaxvid.main", "print the memory of a training step", ("--mode=plan",)),
     "predict": Command("jaxvid.predict", "classify video files"),
+    "features": Command("jaxvid.features", "extract features of videos", hint=CONTINUE),
+    "probe": Command("jaxvid.probe", "linear and k-NN accuracy on features"),
     "visualize": Command("jaxvid.visualize", "draw the attention of a network on a video"),
     "export": Command("jaxvid.export", "write a network as StableHLO or safetensors"),
     "convert": Command("convert.torch_to_flax", "convert PyTorch weights into a model folder"),
@@ -49,6 +51,7 @@ COMMANDS = {
     "prepare": Command("jaxvid.data.prepare", "convert videos to a pack", hint=CONTINUE),
     "browse": Command("jaxvid.data.browse", "draw clips as the network sees them"),
     "check-labels": Command("jaxvid.check_labels", "check the order of a model's class names"),
+    "download": Command("jaxvid.download", "download released weights", hint=CONTINUE),
     "models": Command("jaxvid.model_list", "list the networks"),
     "completion": Command("jaxvid.completion", "print a completion script for a shell"),
 }

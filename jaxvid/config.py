@@ -4,6 +4,9 @@ from collections.abc import Iterable, Mapping
 
 from jaxvid.errors import InputError
 
+# Value of a field that training chooses from the number of videos.
+CHOSEN = -1
+
 # Old name → new name. Configs with an old name are refused. Names in the config.json, model.json
 # and eval.json of older versions are translated.
 RENAMED_FIELDS = {

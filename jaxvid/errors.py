@@ -1,8 +1,10 @@
 """The exception for bad input, and one-line descriptions of exceptions and values."""
 
+import importlib
 import re
 import reprlib
 from collections.abc import Iterable
+from types import ModuleType
 
 # Parts of the messages of Python, glibc, XLA, NumPy and PyTorch that report exhausted memory.
 MEMORY_WORDS = (
@@ -34,6 +36,23 @@ def check_option(name: str, value: object, options: Iterable) -> None:
     if value not in options:
         known = ", ".join(map(repr, options))
         raise InputError(f"{name}={short_repr(value)}: must be one of {known}")
+
+
+def import_or_explain(module: str, package: str, use: str = "packed frames need") -> ModuleType:
+    """Import a module of an optional package.
+
+    Args:
+        module: Name of the module.
+        package: The package that contains it.
+        use: Start of the error message: what needs the package.
+
+    Raises:
+        InputError: The package is not installed; the message has the `pip` command.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"{use} {package} ({error}): pip install {package}") from None
 
 
 def memory_problem(error: BaseException | None) -> str | None:

@@ -17,21 +17,25 @@ from jaxvid.errors import InputError
 from jaxvid.evaluation import comparison
 from jaxvid.evaluation.loop import abstract_eval_model, evaluate_params, make_eval_step
 from jaxvid.evaluation.outputs import save_report
-from jaxvid.evaluation.resume import PartialResults
 from jaxvid.evaluation.summary import make_report, summary
 from jaxvid.experiment import Config, Experiment, resolve
 from jaxvid.logs import log
 from jaxvid.models import Params, family_of
 from jaxvid.models.implementation import CHOICES
 from jaxvid.storage import model_card, model_folder, workdir_lock
+from jaxvid.storage.partial_results import PartialResults
 from jaxvid.storage.preprocessing import check_preprocessing, default_color_matrix
 from jaxvid.training import checkpoint, outputs, run_config, run_metadata
+from jaxvid.weights.resolve import resolve_model
 
 # Preprocessing fields that are compared with the model's. Differences are logged as a warning.
 COMPARED_FIELDS = (
     *("data.sampling", "data.sampling_rate", "data.by_time", "data.resize", "data.color_matrix"),
     "eval.short_side",
 )
+
+# Fields that select the validation videos of a folder or list. Differences are logged as a warning.
+SPLIT_FIELDS = ("data.val_share", "data.group")
 
 
 def evaluate(
@@ -94,12 +98,11 @@ def _evaluate(
     unfinished = PartialResults(
         workdir / ".unfinished_eval", _resume_key(experiment, records, sha256)
     )
-    graphdef, _ = abstract_eval_model(experiment.model, experiment.protocol)
     results = evaluate_params(
         weights.params,
         records,
         experiment.protocol,
-        eval_step=make_eval_step(experiment.protocol, graphdef, mesh),
+        eval_step=make_eval_step(experiment.model, experiment.protocol, mesh),
         loader=experiment.loader,
         mesh=mesh,
         unfinished=unfinished,
@@ -158,9 +161,11 @@ class Weights:
 
 def _load_folder(experiment: Experiment, _: Path, mesh: Mesh) -> Weights:
     """Load the weights of the model folder `init_from`."""
-    folder = experiment.init_from
+    folder = collectives.raise_on_all_processes(resolve_model, experiment.init_from)
+    model_card.check_same_model(folder, experiment.model)
     check_preprocessing(folder, experiment.preprocessing)
     card = model_card.load_card(folder)
+    model_card.check_activation(card, folder, experiment.protocol.activation)
     params = model_folder.load_params(folder, _abstract_params(experiment, mesh))
     expected = {"color_matrix": default_color_matrix(card)} | (card["preprocessing"] or {})
     experiment = experiment.with_color_matrix(expected["color_matrix"])
@@ -173,9 +178,9 @@ def _load_folder(experiment: Experiment, _: Path, mesh: Mesh) -> Weights:
         there="in the model card",
         here="now",
     )
-    _log_source(folder, experiment, changed)
+    _log_source(str(folder), experiment, changed)
     return Weights(
-        params=params, source=folder, experiment=experiment, card=card, card_folder=folder
+        params=params, source=str(folder), experiment=experiment, card=card, card_folder=folder
     )
 
 
@@ -186,7 +191,7 @@ def _load_checkpoint(experiment: Experiment, workdir: Path, mesh: Mesh) -> Weigh
     if model_changes := [
         text
         for name, text in changed.items()
-        if name.startswith(("model.", "data.mean", "data.std"))
+        if name.startswith(("model.", "data.mean", "data.std", "loss.name"))
         and name.removeprefix("model.") not in ("dtype", *CHOICES)
     ]:
         raise InputError(
@@ -214,12 +219,17 @@ def _abstract_params(experiment: Experiment, mesh: Mesh) -> Params:
 
 
 def _log_source(source: str, experiment: Experiment, changed: dict[str, str]) -> None:
-    """Log the source of the weights; warn if the preprocessing differs from the model's."""
+    """Log the source of the weights; warn if preprocessing or split differ from the model's."""
     log.info("evaluating %s", source)
     ignored = {"data.sampling_rate"} if experiment.preprocessing.sampling != "dense_stride" else ()
     lines = [changed[name] for name in changed if name in COMPARED_FIELDS and name not in ignored]
     if lines:
         log.warning("preprocessing differs from the model's: %s", "; ".join(lines))
+    lines = [changed[name] for name in SPLIT_FIELDS if name in changed]
+    if lines and not {"data.folder", "data.list"} & {*changed}:
+        log.warning(
+            "the validation videos may include training videos of the run: %s", "; ".join(lines)
+        )
 
 
 # ------------------------------------------------------------------ videos
@@ -269,5 +279,6 @@ def _resume_key(experiment: Experiment, records: Sequence[Record], sha256: str) 
             if f"data.{name}" not in run_config.OWN_FIELDS
         },
         "eval": fields["eval"],
+        "activation": experiment.protocol.activation,
         "preprocessing": experiment.preprocessing.to_json(),
     }

@@ -26,8 +26,9 @@ from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import InputError
 from jaxvid.models import split_params
 from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing, normalize
+from jaxvid.weights.resolve import resolve_model
 
-DESCRIBED = ("labels", "labels_source", "preprocessing", "config", "provenance")
+DESCRIBED = ("labels", "labels_source", "activation", "preprocessing", "config", "provenance")
 PLATFORMS = ("cpu", "cuda")
 MAX_BYTES = 2**31 - 2**20  # size limit of the weights: serialised programs have 32-bit offsets
 
@@ -75,7 +76,7 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
     """Write the network of a model folder as one file, and a description of the file as JSON.
 
     Args:
-        folder: Model folder.
+        folder: Model folder, or another name of a model; see `resolve_model`.
         output: File to write. The description is written to `OUTPUT.json`.
         format_: One of `parsers.FORMATS`.
 
@@ -86,7 +87,7 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
         InputError: The model folder is unusable, the weights are too large, or a file cannot be
             written.
     """
-    card, model, preprocessing = load_model_and_preprocessing(folder)
+    card, model, preprocessing = load_model_and_preprocessing(resolve_model(folder))
     spec, output = preprocessing.spec, output_path(output)
     # Leave out the sizes and checksums, which describe files of the model folder.
     card = {key: value for key, value in card.items() if key not in ("files", "checksums")}

@@ -1,4 +1,4 @@
-"""Checked reading of untrusted files, sizes and checksums of folders, and free disk space."""
+"""Checked reading of untrusted files, sizes and checksums of folders, free space, the cache."""
 
 import os
 import shutil
@@ -17,6 +17,17 @@ KINDS = {  # names of the file types other than regular files, for messages
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+
+
+def cache_dir() -> Path:
+    """Return the cache folder: `$JAXVID_CACHE`, or `jaxvid` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises:
+        RuntimeError: There is no home directory.
+    """
+    if folder := os.environ.get("JAXVID_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxvid"
 
 
 def check_regular(path: str | Path, max_bytes: int) -> None:

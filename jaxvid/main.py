@@ -72,7 +72,7 @@ def run(_) -> None:
     from jaxvid.distributed import process_group, setup
     from jaxvid.errors import InputError
     from jaxvid.evaluate import evaluate
-    from jaxvid.experiment import resolve
+    from jaxvid.experiment import choose_without_training, resolve
     from jaxvid.train import train
     from jaxvid.training.plots import draw_schedule
     from jaxvid.training.run_config import check_same_everywhere
@@ -82,6 +82,7 @@ def run(_) -> None:
             experiment = resolve(CONFIG.value)
             setup.use_compilation_cache()
             setup.provide_cpu_devices(experiment.mesh.size)
+            experiment = choose_without_training(experiment)
             print(plan.describe(experiment, MEMORY.value))
             return
         # Joining the processes starts JAX's backend, which fixes XLA's flags.
@@ -100,7 +101,7 @@ def run(_) -> None:
             elif MODE.value == "eval":
                 evaluate(CONFIG.value, WORKDIR.value, compare_with=COMPARE.value)
             else:
-                experiment = resolve(CONFIG.value)
+                experiment = choose_without_training(resolve(CONFIG.value))
                 picture = draw_schedule(
                     experiment.optimizer,
                     WORKDIR.value,

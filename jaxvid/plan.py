@@ -79,9 +79,11 @@ def measure(experiment: Experiment, batch_size: int) -> Memory:
     state = program.abstract_state
     rows = sharding.batch_sharding(mesh)
     shape = clip_shape(experiment.train_clips, batch_size)
+    classes = (experiment.model.num_classes,) if experiment.loss.multi_label else ()
+    label_shape = (batch_size, *classes)
     batch = {
         "video": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows),
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
+        "label": jax.ShapeDtypeStruct(label_shape, jnp.int32, sharding=rows),
         "mask": jax.ShapeDtypeStruct((batch_size,), jnp.bool_, sharding=rows),
     }
     compiled = program.train_step.func.lower(state, batch, teacher_params=None).compile()

@@ -90,7 +90,7 @@ class Progress:
     Args:
         total: Number of items.
         title: Name of the operation.
-        unit: Name of an item, in the singular.
+        unit: Name of an item, in the singular, or an abbreviation in capitals, e.g. `MB`.
         done: Number of items that an earlier run finished.
         bar: Whether to show a bar if stderr is a terminal.
         write_line: Called with a progress line, at most every `LINE_SECONDS`; None: no lines.
@@ -109,7 +109,8 @@ class Progress:
         bar: bool = True,
         write_line: Callable[[str], None] | None = to_stderr,
     ):
-        self._total, self._title, self._unit, self._write_line = total, title, unit, write_line
+        self._total, self._title, self._write_line = total, title, write_line
+        self._units = unit if unit.isupper() else f"{unit}s"
         self.done = self._start_count = done
         self._start = self._last_line = time.monotonic()
         self._bar = tqdm(
@@ -131,7 +132,7 @@ class Progress:
         now = time.monotonic()
         if self._write_line is not None and now - self._last_line >= LINE_SECONDS:
             self._last_line = now
-            line = f"{self._title}: {self.done}/{self._total} {self._unit}s, {self.rate():.1f}/s"
+            line = f"{self._title}: {self.done}/{self._total} {self._units}, {self.rate():.1f}/s"
             parts = (line, f"{self.time_left()} left", note)
             self._write_line(", ".join(part for part in parts if part))
 

@@ -17,14 +17,15 @@ from jaxvid import logs, progress
 from jaxvid.data.pipeline import make_train_iter, stored_id
 from jaxvid.data.sources import VideoDataset, open_dataset
 from jaxvid.distributed import collectives, setup, sharding
-from jaxvid.evaluation.loop import abstract_eval_model, evaluate_params, make_eval_step
+from jaxvid.evaluation.loop import evaluate_params, make_eval_step
 from jaxvid.evaluation.outputs import save_report
 from jaxvid.evaluation.summary import make_report, summary
-from jaxvid.experiment import Config, Experiment, check_batch_sizes, resolve
+from jaxvid.experiment import Config, Experiment, check_batch_sizes, choose_schedule, resolve
 from jaxvid.logs import log
 from jaxvid.storage import model_card, model_folder, workdir_lock
 from jaxvid.training import (
     checkpoint,
+    losses,
     metric_window,
     metric_writer,
     optim,
@@ -44,13 +45,12 @@ from jaxvid.training.loop import (
     Loop,
     Milestones,
     StopReason,
-    TrainStep,
     make_milestones,
     run_loop,
 )
 from jaxvid.training.metric_flusher import MetricFlusher
 from jaxvid.training.signals import StopSignals
-from jaxvid.training.step_program import make_step_program
+from jaxvid.training.step_program import StepProgram, make_step_program
 from jaxvid.training.validation import Validation
 
 
@@ -85,7 +85,7 @@ def train(
             receive the signal itself. Once the final evaluation is done, the run finishes instead.
     """
     began, workdir = time.monotonic(), Path(workdir)
-    run = _set_up(resolve(config), workdir, stop_step, make_batches)
+    run = _set_up(resolve(config, workdir), workdir, stop_step, make_batches)
     with contextlib.ExitStack() as handlers:
         with contextlib.ExitStack() as resources, checkpoint.failures_published():
             state, manager, window, trace = _restore(run, profile_steps, resources)
@@ -117,27 +117,23 @@ class Run:
         experiment: The resolved config.
         workdir: The run's folder.
         mesh: The device mesh.
-        abstract_state: Shapes, dtypes and shardings of the training state.
-        init: Makes a fresh training state.
+        program: The training step and the shapes of its state.
         data: Training and validation videos.
         lost: Ids of training videos that the first start used and that are missing now.
         batches: The training batches of this process.
         milestones: Steps at which the loop evaluates, saves, logs and stops.
         schedule: Function from the step to the learning rate.
-        train_step: The jitted training step.
     """
 
     experiment: Experiment
     workdir: Path
     mesh: Mesh
-    abstract_state: dict
-    init: Callable[[], dict]
+    program: StepProgram
     data: VideoDataset
     lost: tuple[str, ...]
     batches: BatchIterator
     milestones: Milestones
     schedule: optax.Schedule
-    train_step: TrainStep
 
 
 def _set_up(
@@ -155,18 +151,22 @@ def _set_up(
     data = collectives.raise_on_all_processes(
         open_dataset, experiment.dataset, experiment.model.num_classes, ("train", "val")
     )
+    data = collectives.raise_on_all_processes(training_videos.check_overlap, workdir, data)
     data, lost = collectives.raise_on_all_processes(training_videos.align, workdir, data)
+    order = experiment.order.for_videos(data.records["train"])
+    num_clips = order.epoch_clips(len(data.records["train"]))
+    experiment, notes = choose_schedule(experiment, mesh, num_clips)
     index, count = sharding.batch_shard(mesh, experiment.batch_size)
     batches = make_batches(
         data.records["train"],
         spec=experiment.train_clips,
         batch_size=experiment.batch_size // count,
-        seed=experiment.recipe.seed,
+        order=order,
         shard=(index, count),
         **dataclasses.asdict(experiment.loader),
     )
     milestones = make_milestones(
-        len(data.records["train"]) / experiment.batch_size,
+        num_clips / experiment.batch_size,
         num_epochs=experiment.num_epochs,
         eval_epochs=experiment.protocol.every_epochs,
         checkpoint_epochs=experiment.checkpoints.every_epochs,
@@ -179,27 +179,28 @@ def _set_up(
         total_steps=milestones.total,
         steps_per_epoch=milestones.steps_per_epoch,
     )
+    weights = experiment.loss.weights(data.records["train"], experiment.model.num_classes)
     program = make_step_program(
         experiment.model,
         experiment.optimizer,
-        experiment.recipe,
+        dataclasses.replace(experiment.recipe, class_weights=weights),
         schedule=schedule,
         mesh=mesh,
         batch_size=experiment.batch_size,
         teacher=load_teacher(experiment.distill, experiment.model, data.labels, mesh),
     )
+    notes += order.describe(data.labels, num_clips=num_clips, batch_size=experiment.batch_size)
+    notes += losses.describe_weights(weights, data.labels)
     return Run(
         experiment=experiment,
         workdir=workdir,
         mesh=mesh,
-        abstract_state=program.abstract_state,
-        init=program.init,
-        data=data,
+        program=program,
+        data=dataclasses.replace(data, notes=(*data.notes, *notes)),
         lost=lost,
         batches=batches,
         milestones=milestones,
         schedule=schedule,
-        train_step=progress.announce_compilation(program.train_step, "the training step", log.info),
     )
 
 
@@ -220,23 +221,24 @@ def _restore(
         The training state, the checkpoint manager, the open log window and the trace.
     """
     workdir, keep = run.workdir, run.experiment.checkpoints.keep
+    abstract_state = run.program.abstract_state
     collectives.raise_on_all_processes(
-        functools.partial(outputs.check_room, keep=keep), workdir, run.abstract_state
+        functools.partial(outputs.check_room, keep=keep), workdir, abstract_state
     )
     logs.setup_logging(workdir)
     window = metric_window.MetricWindow()
     resumables = {"data": run.batches, "log": window}
-    manager, state = checkpoint.restore_newest(workdir, run.abstract_state, resumables, keep=keep)
+    manager, state = checkpoint.restore_newest(workdir, abstract_state, resumables, keep=keep)
     resources.callback(manager.close_quietly)
     resources.callback(run.batches.close)
     notes = []
     if state is None:
         state, notes = make_initial_state(
-            run.init,
-            run.abstract_state,
+            run.program,
             run.experiment.model,
-            run.experiment.init_from,
-            run.data.labels,
+            seed=run.experiment.recipe.seed,
+            init_from=run.experiment.init_from,
+            labels=run.data.labels,
         )
     step, total = int(state["step"]), run.milestones.total
     trace = profiler.ProfilerTrace(profile_steps, workdir / "profile", start=step, total=total)
@@ -249,7 +251,7 @@ def _restore(
     collectives.raise_on_all_processes(training_videos.save, workdir, run.data)
     run_config.save_config(run.experiment.fields, workdir)
     run_metadata.log_network(
-        run.experiment.model.name, run.abstract_state["params"], run.data.records, run.mesh
+        run.experiment.model.name, abstract_state["params"], run.data.records, run.mesh
     )
     rate = optim.describe_rate(run.experiment.optimizer, run.experiment.batch_size)
     for line in (*run.data.notes, *notes, rate):
@@ -296,7 +298,9 @@ def _make_loop(
         workdir=workdir,
         milestones=run.milestones,
         batches=run.batches,
-        train_step=run.train_step,
+        train_step=progress.announce_compilation(
+            run.program.train_step, "the training step", log.info
+        ),
         mesh=run.mesh,
         manager=manager,
         resumables={"data": run.batches, "log": window},
@@ -328,15 +332,16 @@ def _make_validation(
 ) -> Validation:
     """Make the evaluation during training. All processes must call it."""
     experiment, data = run.experiment, run.data
-    graphdef, _ = abstract_eval_model(experiment.model, experiment.protocol)
-    eval_step = make_eval_step(experiment.protocol, graphdef, run.mesh)
+    eval_step = make_eval_step(experiment.model, experiment.protocol, run.mesh)
+    metric = "mAP" if experiment.loss.multi_label else "top1"
     # All processes use the values that process 0 reads: others may still see older files.
     best, evaluated = collectives.gather(
-        [model_card.best_top1(run.workdir), metric_writer.last_evaluation(run.workdir)]
+        [model_card.best_score(run.workdir, metric), metric_writer.last_evaluation(run.workdir)]
     )[0]
     return Validation(
         workdir=run.workdir,
         labels=data.labels,
+        metric=metric,
         evaluate=functools.partial(
             evaluate_params,
             records=data.records["val"],
@@ -354,6 +359,7 @@ def _make_validation(
             experiment.model,
             preprocessing=experiment.preprocessing.to_json(),
             labels=data.labels,
+            activation=experiment.loss.name,
         ),
         manager=manager,
         writer=writer,

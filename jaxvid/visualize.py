@@ -5,7 +5,6 @@ if __name__ == "__main__":  # before the slow imports below
 
     entry_point.run("jaxvid.visualize")
 
-import contextlib
 import math
 import os
 import sys
@@ -14,22 +13,22 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from jaxvid import parsers
+from jaxvid.atomic import is_same_file, replacing
 from jaxvid.errors import InputError
-from jaxvid.inference.attention_rollout import AttentionRollout, compute_rollout
+from jaxvid.inference.attention_rollout import AttentionRollout
+from jaxvid.inference.classifier import Classifier
+from jaxvid.inference.video_writer import FONT, write_h264
 
 COLUMNS = 8  # frames per row of a contact sheet
 SHEET_PANEL, SLIDE_PANEL = (152, 152), (480, 360)  # px; maximum width and height of a frame
 MIN_WIDTH, BAR_HEIGHT, GAP = 480, 44, 8  # px
 RATES = (1.0, 4.0)  # lowest and highest frame rate of a slide show, in frames/s
 UNTIMED_RATE = 2.0  # frame rate if the times of the frames are unknown or all equal
-# Pillow's default font lacks accented letters.
-FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 COLOURS = matplotlib.colormaps["plasma"]
 ALPHA, DARKENED = 0.75, 0.4  # opacity of the strongest heat; brightness outside the crop
 PAPER, INK, FAINT, BAR, PALE_BAR = "#ffffff", "#222222", "#777777", "#0b6fb8", "#a9c9e2"
@@ -173,14 +172,8 @@ def save_slides(rollout: AttentionRollout, output: Path) -> None:
     slides = [draw_slide(rollout, t) for t in range(len(rollout.frames))]
     span = 0 if rollout.times is None else rollout.times[-1] - rollout.times[0]
     rate = np.clip((len(slides) - 1) / span, *RATES).item() if span else UNTIMED_RATE
-    options = {"movflags": "faststart"}
-    with av.open(f"file:{output}", "w", format="mp4", options=options) as container:
-        stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1000))
-        (stream.width, stream.height), stream.pix_fmt = slides[0].size, "yuv420p"
-        stream.options = {"crf": "18", "tune": "stillimage"}
-        for slide in slides:
-            container.mux(stream.encode(av.VideoFrame.from_image(slide)))
-        container.mux(stream.encode())
+    rate = Fraction(rate).limit_denominator(1000)
+    write_h264(output, slides, rate, options={"crf": "18", "tune": "stillimage"})
 
 
 def visualize(
@@ -189,8 +182,8 @@ def visualize(
     """Write the attention rollout of a clip as a contact sheet (.png) or slide show (.mp4).
 
     Args:
-        video: Video file.
-        folder: Model folder.
+        video: Video file or URL.
+        folder: Model folder, or another name of a model; see `resolve_model`.
         output: File to write; an existing one is replaced.
         clip: Index of the clip.
         num_clips: Number of clips, which are spread over the video as in evaluation.
@@ -204,23 +197,14 @@ def visualize(
         raise InputError(f"{output}: the suffix must be .png or .mp4; choose another file name")
     if not output.parent.is_dir():
         raise InputError(f"{output}: {output.parent} is not a folder; create it or choose another")
-    if output.exists() and Path(video).exists() and output.samefile(video):
+    if is_same_file(output, video):
         raise InputError(f"{output} is the video itself; choose another file")
-    rollout = compute_rollout(video, folder, clip=clip, num_clips=num_clips)
-    partial = output.with_name(f".{output.name}.partial")
-    try:
+    rollout = Classifier(folder).attention(video, clip=clip, num_clips=num_clips)
+    with replacing(output) as partial:
         if suffix == ".png":
             draw_sheet(rollout).save(partial, "png")
         else:
             save_slides(rollout, partial)
-        partial.replace(output)
-    except OSError as error:
-        raise InputError(
-            f"{output} cannot be written ({error.strerror}); choose another file or free disk space"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from absl import flags
 
 import jaxvid
 from configs import motion as motion_config
+from jaxvid import progress
 from jaxvid.data.synthetic_motion import LABELS, make_motion
 from jaxvid.logs import log
 
@@ -28,6 +29,7 @@ def _environment(tmp_path_factory):
     The processes of pytest-xdist share the cache.
     """
     flags.FLAGS.mark_as_parsed()
+    progress.COMPILE_SECONDS = 3600.0  # tests compare the lines on stderr
     cache = str(tmp_path_factory.getbasetemp().parent / "xla")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     jax.config.update("jax_compilation_cache_dir", cache)

@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from convert import rules
 from jaxvid.models import ModelConfig, Params, abstract_model, merge_params
+from jaxvid.weights import rules
 from tests.golden.synthetic import synthetic_clip, synthetic_param
 
 FOLDER = Path(__file__).parent / "golden"

@@ -114,12 +114,19 @@ TARGETS = {
             ("mixup", "cutmix", "_between", "draw_permutation", "permute"),
         ),
     ],
-    "jaxvid/training/steps.py": [
+    "jaxvid/training/losses.py": [
+        Target("tests/training/test_steps.py", "formula", ("distillation_loss",)),
         Target(
-            "tests/training/test_steps.py",
-            "formula",
-            ("cross_entropy", "distillation_loss"),
+            "tests/training/test_losses.py",
+            "",
+            (
+                *("CLASS_WEIGHTS", "MAX_NAMED_CLASSES", "LossConfig", "describe_weights"),
+                *("cross_entropy", "binary_cross_entropy", "total_weight"),
+            ),
+            share=True,
         ),
+    ],
+    "jaxvid/training/steps.py": [
         Target(
             "tests/training/test_steps.py",
             "linear or fresh_state or each_part or recipes or mixed_within",

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,11 +10,13 @@ import sys
 from pathlib import Path
 
 import av
+import numpy as np
 from PIL import Image
 
 import jaxvid
 from convert import flax_to_torch
 from jaxvid.evaluation.outputs import COLUMNS
+from jaxvid.storage.feature_file import FeatureTable, load_features, save_features
 
 ROOT = Path(__file__).parents[1]
 MAIN = [
@@ -37,8 +40,9 @@ class Program:
     Attributes:
         arguments: Arguments of the Python interpreter. `{out}` stands for the output folder,
             `{data}` for the data folder, `{model}` for a model folder, `{pth}` for a PyTorch
-            checkpoint and `{evaluation}` for the folder of an evaluation.
-        outputs: Files and folders below `{out}` that are written atomically.
+            checkpoint, `{evaluation}` for the folder of an evaluation and `{features}` for a file
+            of features.
+        outputs: Patterns of files and folders below `{out}` that are written atomically.
         logs: Pattern of the lines that the program may write to stderr before the line that reports
             an error or a signal.
     """
@@ -65,6 +69,12 @@ PROGRAMS = {
         ["-m", "jaxvid.predict", "{data}/val", "--model={model}", "--json={out}/out.json"],
         ("out.json",),
     ),
+    "features": Program(
+        ["-m", "jaxvid.features", "{data}", "--split=val", "--model={model}",
+         "--output={out}/out.npz"],
+        ("out.npz",),
+        r".*: list, 24 videos, 8 classes|compiling .*…|compiled in .*|extracting: .*",
+    ),
     "visualize": Program(
         ["-m", "jaxvid.visualize", "{data}/val/00000.mp4", "--model={model}",
          "--output={out}/out.mp4"],
@@ -73,6 +83,11 @@ PROGRAMS = {
     "export": Program(
         ["-m", "jaxvid.export", "--model={model}", "--output={out}/out.stablehlo"],
         ("out.stablehlo.json",),
+    ),
+    "probe": Program(
+        ["-m", "jaxvid.probe", "{features}", "--val_share=0.5", "--json={out}/out.json"],
+        ("out.json",),
+        "fitting: .*",
     ),
     "check": Program(["-m", "jaxvid.data.check", "{data}", "--json={out}/out.json"], ("out.json",)),
     "prepare": Program(
@@ -93,18 +108,25 @@ PROGRAMS = {
     "flax_to_torch": Program(
         ["convert/flax_to_torch.py", "--input={model}", "--output={out}/out.pth"], ("out.pth",)
     ),
+    "download": Program(
+        ["-m", "jaxvid.download", "{pth}", "--preset=xvit_tiny"],
+        ("cache/weights/*/xvit_tiny",),
+        r".*: SHA-256 \w+, converted to .*",
+    ),
 }  # fmt: skip
+if importlib.util.find_spec("sklearn") is None:  # an optional package
+    del PROGRAMS["probe"]
 
 
 def make_inputs(folder: Path, data: Path) -> dict[str, Path]:
-    """Write a model folder, a PyTorch checkpoint of the same model, and an evaluation.
+    """Write the inputs of the programs: a model folder, its PyTorch checkpoint, and results.
 
     Args:
         folder: Folder of the inputs.
         data: Folder of motion clips.
 
     Returns:
-        The values of `{data}`, `{model}`, `{pth}` and `{evaluation}`.
+        The values of `{data}`, `{model}`, `{pth}`, `{evaluation}` and `{features}`.
     """
     preprocessing = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
     preprocessing["sampling"] = "segments"
@@ -114,8 +136,19 @@ def make_inputs(folder: Path, data: Path) -> dict[str, Path]:
     arguments = ["--input", str(folder / "model"), "--output", str(folder / "in.pth")]
     assert flax_to_torch.main(arguments) == 0
     evaluation = write_evaluation(folder / "evaluation", {"a.mp4": ("up", "up")})
+    table = FeatureTable(
+        features=np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32),
+        ids=[str(i) for i in range(40)],
+        labels=np.arange(40, dtype=np.int32) % 8,
+        label_names=labels,
+        padded=np.zeros(40, bool),
+        starts=None,
+        ends=None,
+        about={"format_version": 1, "model": "xvit_tiny", "layer": "video"},
+    )
+    save_features(folder / "features.npz", table)
     inputs = {"data": data, "model": folder / "model", "pth": folder / "in.pth"}
-    return {**inputs, "evaluation": evaluation}
+    return {**inputs, "evaluation": evaluation, "features": folder / "features.npz"}
 
 
 def write_evaluation(folder: Path, predictions: dict[str, tuple[str, str]], **report) -> Path:
@@ -154,6 +187,7 @@ def start(
     arguments = [text.format(out=out, **inputs) for text in PROGRAMS[name].arguments]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment["JAXVID_CACHE"] = str(out / "cache")
     defaults = {"cwd": ROOT, "env": environment, "start_new_session": True} | streams
     command = ["bash", "-c", shell, "bash", sys.executable, *arguments]
     return subprocess.Popen(command, **(defaults | options))
@@ -161,9 +195,7 @@ def start(
 
 def check_outputs(name: str, out: Path) -> None:
     """Fail if an output exists but is incomplete."""
-    for path in (out / output for output in PROGRAMS[name].outputs):
-        if not path.exists():
-            continue
+    for path in (path for output in PROGRAMS[name].outputs for path in out.glob(output)):
         if path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".png":
@@ -172,6 +204,8 @@ def check_outputs(name: str, out: Path) -> None:
         elif path.suffix == ".mp4":
             with av.open(str(path)) as video:
                 assert sum(1 for _ in video.decode(video=0)) == 8
+        elif path.suffix == ".npz":
+            load_features(path)
         elif path.suffix == ".pth":
             import torch
 

@@ -112,7 +112,7 @@ def test_lists_of_names_and_orders_from_files(model, videos, tmp_path, capsys):
     [
         ("a.mp4,rad", r"'rad' is not a class of the model; did you mean 'red'\?"),
         ("a.mp4,7", "classes have numbers instead of names"),
-        ("a.mp4 red", "list.csv:1: 'a.mp4 red' is not 'path,class name'"),
+        ("a.mp4,red,blue", "list.csv:1: 'a.mp4,red,blue' is not 'path label'"),
         ("a.mp4,red\na.mp4,blue", "list.csv:2: 'a.mp4' is already in line 1"),
         ("a.mp4,red", "no video can be decoded"),
         ("path,label", "list.csv is empty"),

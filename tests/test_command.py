@@ -214,13 +214,33 @@ def test_config_names():
 def test_models_are_listed(capsys, monkeypatch):
     assert jaxvid.list_models("stam_?") == ["stam_8"]
     assert jaxvid.list_models() == list(PRESETS)
+    assert jaxvid.list_models("xvit*", pretrained=True) == ["xvit_k600", "xvit_ssv2"]
     monkeypatch.setattr("sys.argv", ["jaxvid models", "xvit_k600"])
     assert model_list.main() == 0
     assert capsys.readouterr().out.splitlines()[1].split() == [
-        *("xvit_k600", "16", "224", "600", "93.94", "281.13")
+        *("xvit_k600", "16", "224", "600", "93.94", "281.13", "84.51", "/", "96.26"),
+        *("(1", "×", "3)", "https://github.com/1adrianb/video-transformers#license"),
     ]
     monkeypatch.setattr("sys.argv", ["jaxvid models", "vit"])
     assert model_list.main() == 2
+
+
+def test_programs_do_not_import_torch_or_tensorflow():
+    """Both are installed on the machines of many users, and take seconds to import."""
+    script = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+loaded = {"torch", "tensorflow"} & {*sys.modules}
+assert not loaded, loaded
+"""
+    # Not all together: two of them define the flag `config`.
+    programs = ["train", "evaluate", "predict", "visualize", "export", "check_labels"]
+    programs = [f"jaxvid.{name}" for name in (*programs, "data.prepare", "data.check")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *programs], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_public_names():
@@ -233,11 +253,14 @@ def test_public_names():
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
-def test_pinned_versions_are_within_the_ranges_of_the_wheel():
+@pytest.mark.parametrize("extra", ["", "dev"])
+def test_pinned_versions_are_within_the_ranges_of_the_wheel(extra):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     name_of = lambda requirement: requirement.name.lower().replace("_", "-")  # noqa: E731
-    ranges = {name_of(r): r.specifier for r in map(Requirement, project["dependencies"])}
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    requirements = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    ranges = {name_of(r): r.specifier for r in map(Requirement, requirements)}
+    name = f"requirements-{extra}.txt" if extra else "requirements.txt"
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line[:3] != "-r "]
     texts = [text for line in lines if (text := line.partition("#")[0].strip())]
     pins = list(map(Requirement, texts))
     assert {name_of(pin) for pin in pins} == ranges.keys()

@@ -126,6 +126,7 @@ def test_finetune_reads_its_model_and_data(motion_folder, folders, tmp_path):
     config.optimizer.warmup_epochs = 1 / 6
     train(config.lock(), tmp_path / "run")
     log = (tmp_path / "run" / "log.txt").read_text()
+    assert "chosen for an epoch of 48 clips: batch_size=8, log_steps=1, eval.every" in log
     assert "reinitialised: consensus.mlp_head.4: 3 classes in the folder, 8 in the model" in log
     # The preprocessing of this folder has no sampling_rate, resize or by_time.
     older = get(f"{folders / 'stam'},{motion_folder}")
@@ -143,6 +144,22 @@ def test_finetune_reads_its_model_and_data(motion_folder, folders, tmp_path):
     }.items():
         with pytest.raises((ValueError, InputError), match=message):
             get(folders_argument)
+
+
+def test_finetune_divides_data_without_validation_videos(folders, motion_folder, tmp_path):
+    get = importlib.import_module("configs.finetune").get_config
+    assert get(f"{folders / 'xvit'},{motion_folder}").data.val_share == 0
+    for name in ("run", "walk"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.mp4").write_text(name)
+    config = get(f"{folders / 'xvit'},{tmp_path}")
+    assert (config.data.source, config.data.list) == ("class_folders", "")
+    (tmp_path / "all.csv").write_text("run/1.mp4,run\n")
+    listed = get(f"{folders / 'xvit'},{tmp_path / 'all.csv'}")
+    assert (listed.data.source, listed.data.list) == ("folder", str(tmp_path / "all.csv"))
+    for data, num_classes in ((config, 2), (listed, 1)):
+        assert (data.data.folder, data.data.val_share) == (str(tmp_path), 0.2)
+        assert data.model.num_classes == num_classes
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("_tiny")])

@@ -49,8 +49,12 @@ NOT_RUN = {
     r"python main\.py --config configs/xvit_k600\.py (?!.*--mode schedule)": "needs Kinetics-600",
     r"python -m jaxvid\.check_labels --model models/xvit_k600 ": "needs released weights; "
     "tests/test_check_labels.py runs the program on small input",
+    r"python -m jaxvid(\.| )(predict .*--model stam_16|eval .*init_from=xvit_k600|download )": ""
+    "needs a network; tests/weights uses a local server",
     r"python convert/torch_to_flax\.py .*--input (stam_16|xvit_k600|vit_b16_in21k)\.pth": "needs "
     "released weights; tests/test_full.py converts files with the same names and shapes",
+    r"python -m jaxvid probe ": "needs scikit-learn, an optional package; "
+    "tests/evaluation/test_probing.py runs the program if it is installed",
     r"python benchmarks/(forward|data|train|windows)\.py": "takes minutes and an idle machine; "
     "tests/test_benchmarks.py runs them on small input",
     r"python -m benchmarks\.gpu ": "takes minutes and a GPU; tests/test_benchmarks.py runs it on "
@@ -61,7 +65,7 @@ NOT_RUN = {
 # Programs whose `main` takes seconds on small input and can be called in this process.
 QUICK = (
     *("jaxvid.predict", "jaxvid.visualize", "jaxvid.export", "jaxvid.compare"),
-    *("jaxvid.data.check", "jaxvid.data.prepare", "convert.flax_to_torch"),
+    *("jaxvid.data.check", "jaxvid.data.prepare", "jaxvid.features", "convert.flax_to_torch"),
 )
 
 # Config → overrides that shorten its training commands in the `full` suite.
@@ -75,7 +79,7 @@ SHRINK = {
 FOLDERS = ("benchmarks", "configs", "convert", "docs", "jaxvid", "tests")
 PYTHON = re.compile(r"^(\.venv/bin/)?python ")  # start of a command that runs Python
 JAXVID = re.compile(r"^(\.venv/bin/)?jaxvid ")
-CONFIG_SECTIONS = ("data", "eval", "model", "optimizer", "mesh", "distill")
+CONFIG_SECTIONS = ("data", "eval", "loss", "model", "optimizer", "mesh", "distill")
 
 
 class Block(NamedTuple):

@@ -8,11 +8,20 @@ import pytest
 import torch
 
 import jaxvid
-from convert import flax_to_torch, rules, torch_to_flax
+from convert import flax_to_torch, torch_to_flax
 from convert.torch_reference import build_reference
-from jaxvid.models import abstract_model, make_model_config, merge_params
+from jaxvid.models import (
+    abstract_model,
+    family_of,
+    make_model_config,
+    merge_params,
+    split_params,
+)
+from jaxvid.storage import model_folder
+from jaxvid.weights import rules
 from tests import goldens
 from tests.golden.synthetic import synthetic_clip, synthetic_param
+from tests.weights.server import serve
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
 # Models with recorded outputs of the original programs.
@@ -84,3 +93,25 @@ def test_full_size_round_trips_are_bit_identical(name, tmp_path):
         if not key.startswith("new_fc."):
             assert torch.equal(converted[key], tensor), key
     assert jaxvid.load_model(tmp_path / "model").config == make_model_config(name)
+
+
+@pytest.mark.parametrize(("name", "is_zip"), [("stam_16", True), ("xvit_k600", False)])
+def test_full_size_weights_are_downloaded_by_name(name, is_zip, tmp_path, monkeypatch):
+    state = {
+        key: torch.from_numpy(np.array(synthetic_param(key, shape, 1)))
+        for key, shape in manifest(name).items()
+    }
+    path = tmp_path / "in.pth"
+    torch.save({"model": state}, path, _use_new_zipfile_serialization=is_zip)
+    del state
+    arguments = ["--model", name, "--input", str(path), "--output", str(tmp_path / "model")]
+    assert torch_to_flax.main(arguments) == 0
+    monkeypatch.setenv("JAXVID_CACHE", str(tmp_path / "cache"))
+    with serve(files={"/a.pth": path.read_bytes()}, cut_after=200 * 10**6) as server:
+        releases = family_of(make_model_config(name)).released_weights
+        monkeypatch.setitem(releases, name, f"{server.url}/a.pth")
+        model = jaxvid.load_model(name, pretrained=True)
+        assert len(server.requests) > 1
+    expected = jaxvid.load_model(tmp_path / "model")
+    params, expected = (split_params(network)[1] for network in (model, expected))
+    assert model_folder.fingerprint(params) == model_folder.fingerprint(expected)

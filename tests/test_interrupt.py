@@ -554,7 +554,7 @@ def test_lost_standard_streams_end_programs_with_at_most_one_error(name, inputs,
         "closed": ('exec "$@" <&- >&-', {0}),
         "all closed": ('exec "$@" <&- >&- 2>&-', {0}),
     }
-    if name in ("predict", "compare", "check", "torch_to_flax"):  # these need stdout
+    if name in ("predict", "compare", "check", "torch_to_flax", "download"):  # these need stdout
         cases["reader gone"][1].remove(0)
         cases["full"][1].remove(0)
     for case, (shell, codes) in cases.items():

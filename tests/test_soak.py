@@ -14,6 +14,7 @@ import pytest
 
 from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.data.pipeline import make_train_iter
+from jaxvid.data.video_order import VideoOrder
 
 ROOT = Path(__file__).parents[1]
 SHARED_MEMORY = Path("/dev/shm")
@@ -62,7 +63,7 @@ def test_memory_is_constant_over_2000_batches(num_workers):
         [NoiseRecord(i) for i in range(100)],
         spec=spec,
         batch_size=2,
-        seed=0,
+        order=VideoOrder(seed=0),
         num_threads=2,
         num_workers=num_workers,
     )

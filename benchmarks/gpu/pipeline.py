@@ -108,7 +108,7 @@ def measure_memory(path: str, fields: dict[str, Any]) -> dict[str, Any]:
     batch_size = experiment.batch_size
     parts = plan.measure(experiment, batch_size)
     program, mesh = plan.make_program(experiment, batch_size)
-    state, _ = make_initial_state(program.init, program.abstract_state, experiment.model, "", [])
+    state, _ = make_initial_state(program, experiment.model, seed=0)
     shape = clip_shape(experiment.train_clips, batch_size)
     batch = {
         "video": np.random.default_rng(0).integers(0, 256, shape, np.uint8),

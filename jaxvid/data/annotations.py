@@ -1,44 +1,34 @@
 """Annotations: lists of video files and class folders."""
 
-import csv
 import functools
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jaxvid.data.class_names import (
-    LABEL_FILES,
-    MAX_CLASSES,
-    name_problem,
-    names_classes,
-    read_labels,
-)
+from jaxvid.data.class_names import LABEL_FILES, name_problem, names_classes, read_labels
 from jaxvid.data.folder_scan import (
     HIDDEN,
     NOT_IN_CLASS_FOLDER,
     SUBFOLDER,
-    VIDEO_SUFFIXES,
     Skipped,
     pick_videos,
 )
 from jaxvid.data.kinetics_ssv2 import is_kinetics, read_kinetics_list, read_something_list
-from jaxvid.data.records import (
-    NO_LABEL,
-    Record,
-    RecordList,
-    check_line,
-    read_lines,
-    split_line,
-)
+from jaxvid.data.records import Record
+from jaxvid.data.video_lists import read_list, read_names
 from jaxvid.errors import InputError
 
 SPLITS = ("train", "val", "test")
-# Names of the label column in the header of a list.
-_LABEL_HEADERS = ("label", "labels", "class", "class_id", "target")
 
 
 # ------------------------------------------------------------------ lists of videos
+
+
+def find_lists(folder: Path) -> dict[str, Path]:
+    """Return the lists of a data folder: split → list. Splits without a list are left out."""
+    lists = {split: find_split(folder, split) for split in SPLITS}
+    return {split: path for split, path in lists.items() if os.path.lexists(path)}
 
 
 def find_split(folder: Path, split: str) -> Path:
@@ -76,95 +66,39 @@ def read_records(
         return read_something_list(path, labels, **options)
     if is_kinetics(path):
         return read_kinetics_list(path, labels, **options)
-    return read_list(path, labels and len(labels), **options)
+    return read_list(path, labels and len(labels), labels=labels, **options)
 
 
-def read_list(
-    path: Path,
-    num_classes: int | None,
-    *,
-    prefix: str = "",
-    missing: str = "error",
-    labelled: bool = True,
-) -> list[Record]:
-    """Read a list of videos with lines `path label` or `path,label`, and optionally a header.
+def read_list_labels(folder: Path, lists: Sequence[Path]) -> tuple[list[str], str]:
+    """Read the class names of lists, in the order of the labels.
+
+    They come from `labels.txt` or `labels.json` of the data folder, or from official Kinetics lists
+    in it. Without these files, they are the sorted names in the lists.
 
     Args:
-        path: The list.
-        num_classes: Number of classes; labels are 0 to `num_classes` - 1. None: up to
-            `MAX_CLASSES` - 1.
-        prefix: Folder that the paths are relative to; empty: the list's folder.
-        missing: `error` to raise an error if a file is missing or empty, or `keep` to return its
-            record, which cannot be opened.
-        labelled: Whether labels are required. If not, all lines may be paths without labels.
-
-    Raises:
-        InputError: The list is missing or empty, a line is malformed or repeats an earlier path, a
-            label is out of range, or a video is missing or empty and `missing` is `error`. The
-            message names the list and, if a line is wrong, its number.
-    """
-    base, records = Path(prefix) if prefix else path.parent, RecordList(path, missing)
-    lines_read = enumerate(read_lines(path, names=True), 1)
-    rows = [(number, line) for number, line in lines_read if line.strip()]
-    if not labelled and all(line.strip().lower().endswith(VIDEO_SUFFIXES) for _, line in rows):
-        for number, line in rows:
-            check_line(path, number, line)
-            records.add(number, Record(base / line.strip(), NO_LABEL, line.strip()))
-        return records.finish()
-    for number, line in rows:
-        check_line(path, number, line)
-        name, label = split_line(line)
-        if number == rows[0][0] and label.lower() in _LABEL_HEADERS:
-            continue  # the header
-        if not name or not is_label(label):
-            raise InputError(
-                f"{path}:{number}: {line!r} is not 'path label' with a label of 0 to "
-                f"{MAX_CLASSES - 1}, as in 'clips/first.mp4 0'; correct the line"
-            )
-        if num_classes is not None and int(label) >= num_classes:
-            raise InputError(
-                f"{path}:{number}: label {label} is out of range: with {num_classes} classes, "
-                f"labels are 0 to {num_classes - 1}; correct the line or the class names"
-            )
-        records.add(number, Record(base / name, int(label), name))
-    return records.finish()
-
-
-def read_named_list(path: Path) -> tuple[list[str], list[Record]]:
-    """Read a list of videos with lines `path,class name`, and optionally a header.
-
-    Names that contain commas are quoted as in CSV. The video files need not exist.
+        folder: The data folder.
+        lists: All lists of the data folder: the labels must not depend on the splits that are used.
 
     Returns:
-        The sorted class names, and the records, whose labels are indices of these names.
+        The names, and the files that they come from.
 
     Raises:
-        InputError: The list is missing or empty, or a line is malformed or repeats a path.
+        InputError: There are no class names, or a file is malformed.
     """
-    rows = []
-    for number, line in enumerate(read_lines(path, names=True), 1):
-        check_line(path, number, line)
-        fields = next(csv.reader([line], skipinitialspace=True), [])
-        if not fields or (not rows and fields[-1].lower() in _LABEL_HEADERS):
-            continue
-        name = fields[-1].strip()
-        if len(fields) != 2 or not all(fields) or not name or name_problem(name):
-            raise InputError(
-                f"{path}:{number}: {line!r} is not 'path,class name'; correct the line, and quote "
-                "names that contain commas"
-            )
-        rows.append((number, fields[0], name))
-    names = sorted({name for _, _, name in rows})
-    records, label_of = RecordList(path, "keep"), {name: i for i, name in enumerate(names)}
-    for number, file, name in rows:
-        records.add(number, Record(path.parent / file, label_of[name], file))
-    return names, records.finish()
+    if not names_classes(folder) and (names := read_names_in_lists(lists)):
+        return names, ", ".join(map(str, lists))
+    return read_labels(folder)
 
 
-def is_label(text: str) -> bool:
-    """Return whether a text is a valid label: an integer from 0 to `MAX_CLASSES` - 1."""
-    digits = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_CLASSES))
-    return digits and int(text) < MAX_CLASSES
+def read_names_in_lists(lists: Sequence[Path]) -> list[str]:
+    """Return the sorted class names in lists; empty if they are official lists or have indices.
+
+    Raises:
+        InputError: As in `video_lists.read_names`.
+    """
+    if any(path.suffix == ".json" or is_kinetics(path) for path in lists):
+        return []
+    return read_names(lists)
 
 
 # ------------------------------------------------------------------ class folders
@@ -194,6 +128,11 @@ def read_class_folders(
     roots = {split: folder / split for split in splits}
     if len(splits) == 1 and not os.path.isdir(roots[splits[0]]):
         roots = {splits[0]: folder}
+    elif missing := [root for root in roots.values() if not os.path.lexists(root)]:
+        raise InputError(
+            f"{missing[0]} does not exist; add it, or set --config.data.val_share=0.2, which "
+            "divides the videos into training and validation"
+        )
     split_folders = [folder / name for name in SPLITS if os.path.isdir(folder / name)]
     trees = {root: _list_classes(root, skipped) for root in roots.values()}
     if folder not in trees:  # labels must not depend on the requested splits
@@ -225,6 +164,15 @@ def read_class_folders(
     return labels, records
 
 
+def has_class_folders(folder: Path) -> bool:
+    """Return whether a folder contains `CLASS/*.mp4`.
+
+    Raises:
+        InputError: The folder is missing or unreadable.
+    """
+    return any(_list_classes(folder, Skipped()).values())
+
+
 def _list_classes(root: Path, skipped: Skipped) -> dict[str, list[str]]:
     """Return class → sorted file names of its videos. Classes are sorted too."""
     classes = {}
@@ -236,6 +184,8 @@ def _list_classes(root: Path, skipped: Skipped) -> dict[str, list[str]]:
                 classes[name] = _list_videos(root / name, skipped)
             elif name not in LABEL_FILES:
                 skipped.add(NOT_IN_CLASS_FOLDER)
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename} does not exist; expected {root}/CLASS/*.mp4") from None
     except OSError as error:
         raise InputError(
             f"{error.filename} cannot be read ({error.strerror}); expected {root}/CLASS/*.mp4"

@@ -27,15 +27,18 @@ from jaxvid import progress
 from jaxvid.atomic import check_output, output_path, write_json
 from jaxvid.data.annotations import (
     SPLITS,
-    find_split,
+    find_lists,
     read_class_folders,
+    read_names_in_lists,
     read_records,
 )
 from jaxvid.data.class_names import names_classes, read_labels
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.kinetics_ssv2 import is_kinetics
+from jaxvid.data.label_sets import classes_of
 from jaxvid.data.records import MAX_LIST_BYTES, Record, file_state
+from jaxvid.data.split_checks import find_overlaps
 from jaxvid.errors import InputError, printable
 from jaxvid.files import check_regular
 
@@ -107,7 +110,8 @@ def gather(
             )
         if labels is not None:
             names, names_path = labels, path
-    highest = max(record.label for split in records.values() for record in split)
+    labels = (record.label for split in records.values() for record in split)
+    highest = max((index for label in labels for index in classes_of(label)), default=0)
     if names is None:
         names = [str(i) for i in range(highest + 1)]
     elif highest >= len(names):
@@ -123,18 +127,22 @@ def _gather_one(
 ) -> tuple[dict[str, list[Record]], list[str] | None]:
     """Return split → records of one list or folder; and the class names, or None without names."""
     if not os.path.isdir(path):
+        if not os.path.lexists(path):
+            raise InputError(f"{path} does not exist; choose a list or a data folder")
         with contextlib.suppress(FileNotFoundError):  # reported when the list is read
             check_regular(path, MAX_LIST_BYTES)
         folder, lists = path.parent, {_split_of(path): path}
     else:
-        folder, candidates = path, {split: find_split(path, split) for split in SPLITS}
-        lists = {split: file for split, file in candidates.items() if os.path.lexists(file)}
+        folder, lists = path, find_lists(path)
     if not lists:
         splits = tuple(split for split in SPLITS if os.path.isdir(path / split))
         labels, records = read_class_folders(path, splits or ("train",), skipped)
         return records, labels
     has_names = names_classes(folder) or (labelled and any(map(is_kinetics, lists.values())))
-    labels = read_labels(folder)[0] if has_names else None
+    if has_names:
+        labels = read_labels(folder)[0]
+    else:  # labels must not depend on the requested splits
+        labels = read_names_in_lists([*(find_lists(folder) | lists).values()]) or None
     options = {"prefix": prefix, "missing": "keep", "labelled": labelled}
     return {split: read_records(file, labels, **options) for split, file in lists.items()}, labels
 
@@ -143,6 +151,14 @@ def note_skipped(skipped: Skipped) -> None:
     """Print one line about the entries that a scan of class folders skipped, if any."""
     if counts := str(skipped):
         print(f"skipped in class folders: {counts}", file=sys.stderr)
+
+
+def note_overlaps(records: dict[str, list[Record]]) -> list[str]:
+    """Print and return one line for each pair of splits that have videos in common."""
+    same_files, copies = find_overlaps(records)
+    for line in (*same_files, *copies):
+        print(f"overlap: {line}", file=sys.stderr)
+    return same_files + copies
 
 
 def _split_of(path: Path) -> str:
@@ -314,7 +330,8 @@ def check(paths: Sequence[str | Path], workers: int, prefix: str = "") -> dict:
         prefix: As in `gather`.
 
     Returns:
-        The report of `make_report`.
+        The report of `make_report`, with one more key: `overlaps` (lines about videos that are in
+        two splits).
 
     Raises:
         InputError: As in `gather`.
@@ -322,13 +339,14 @@ def check(paths: Sequence[str | Path], workers: int, prefix: str = "") -> dict:
     skipped = Skipped()
     records, _ = gather(paths, prefix, labelled=False, skipped=skipped)
     note_skipped(skipped)
+    overlaps = note_overlaps(records)
     items = [(record, split) for split, videos in records.items() for record in videos]
     start, findings = time.monotonic(), []
     with contextlib.closing(Progress(len(items), "reading")) as bar:
         for finding in map_in_order(lambda item: examine(*item, lambda _: None), items, workers):
             findings.append(finding)
             bar.advance(finding.size)
-    return make_report(findings, time.monotonic() - start)
+    return make_report(findings, time.monotonic() - start) | {"overlaps": overlaps}
 
 
 def main() -> None:

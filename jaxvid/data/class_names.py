@@ -6,12 +6,12 @@ import importlib.resources
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxvid.data.kinetics_ssv2 import is_kinetics, read_kinetics
-from jaxvid.data.records import HAS_NO_LABEL, NO_DATA_FOLDER, read_lines, read_text
+from jaxvid.data.records import HAS_NO_LABEL, read_lines, read_text
 from jaxvid.errors import InputError, check_option, printable, short_repr
 
 MAX_CLASSES = 1_000_000
@@ -110,6 +110,30 @@ def name_problem(name: str) -> str:
     return "" if printable(name) == name else "contains a line break or a control character"
 
 
+def plain_name(name: str) -> str:
+    """Return a class name in lower case, with underscores replaced by spaces."""
+    return name.replace("_", " ").strip().casefold()
+
+
+def check_similar_names(locations: Mapping[str, str]) -> None:
+    """Refuse class names of which two differ only in case, underscores or outer spaces.
+
+    Args:
+        locations: Name → where it first occurs, for the message.
+
+    Raises:
+        InputError: Names both names and their locations.
+    """
+    names = {}
+    for name in locations:
+        first = names.setdefault(plain_name(name), name)
+        if first != name:
+            raise InputError(
+                f"{locations[name]}: the class {name!r} and the class {first!r} "
+                f"({locations[first]}) differ only in case or underscores; use one spelling"
+            )
+
+
 def _read_kinetics_names(paths: Sequence[Path]) -> list[str]:
     """Return the sorted class names of official Kinetics lists.
 
@@ -204,7 +228,10 @@ def read_labels(folder: Path) -> tuple[list[str], str]:
         return read_class_names(path), str(path)
     kinetics = [file for file in sorted(folder.glob("*.csv")) if is_kinetics(file)]
     if not kinetics:
-        raise InputError(f"{folder / LABEL_FILES[0]} {NO_DATA_FOLDER}")
+        raise InputError(
+            f"{folder / LABEL_FILES[0]} does not exist; write one class name per line, or write "
+            "class names instead of indices in the lists"
+        )
     names = _read_kinetics_names(kinetics)
     _check_names(names, kinetics[0])
     return names, ", ".join(map(str, kinetics))

@@ -11,6 +11,7 @@ from jaxvid.atomic import OutputPath, write_file
 from jaxvid.data.clips import transforms
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.video_reader import DecodeError
+from jaxvid.data.label_sets import classes_of
 from jaxvid.data.protocols import VideoRecord
 from jaxvid.data.sources import open_dataset
 from jaxvid.errors import InputError
@@ -63,7 +64,8 @@ def make_rows(config: Config, count: int) -> list[tuple[str, np.ndarray, np.ndar
     for split in ("train", "val"):
         records = data.records[split]
         for i in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int):
-            title = f"{split}: {records[i].id}, {data.labels[records[i].label]}"
+            names = ", ".join(data.labels[index] for index in classes_of(records[i].label))
+            title = f"{split}: {records[i].id}, {names}"
             try:
                 rng = np.random.default_rng([experiment.recipe.seed, i])
                 rows += _rows_of(records[i], split, specs[split], rng, title)

@@ -1,6 +1,7 @@
 """Video files in folders: recognized suffixes, and counts of the entries that scans skip."""
 
 import collections
+import functools
 import os
 from collections.abc import Callable, Iterable
 
@@ -22,6 +23,15 @@ SUBFOLDER = "sub-folders"
 LINKED_FOLDER = "links to folders"
 BROKEN = "broken links or not regular files"
 NOT_IN_CLASS_FOLDER = "files beside the class folders"
+# Reason → the reason if there is one such entry.
+SINGULAR = {
+    HIDDEN: "hidden",
+    OTHER_KIND: "file without a video suffix",
+    SUBFOLDER: "sub-folder",
+    LINKED_FOLDER: "link to a folder",
+    BROKEN: "broken link or not a regular file",
+    NOT_IN_CLASS_FOLDER: "file beside the class folders",
+}
 
 
 class Skipped:
@@ -44,7 +54,8 @@ class Skipped:
         suffix_counts = f" ({', '.join(suffixes)})"
         return printable(
             ", ".join(
-                f"{count} {reason}{suffix_counts if reason == OTHER_KIND else ''}"
+                f"{count} {SINGULAR[reason] if count == 1 else reason}"
+                f"{suffix_counts if reason == OTHER_KIND else ''}"
                 for reason, count in _sort(self._reasons)
             )
         )
@@ -80,3 +91,30 @@ def pick_videos(
         else:
             videos.append(name)
     return sorted(videos)
+
+
+def list_videos(folder: str, skipped: Skipped | None = None) -> tuple[list[str], list[str]]:
+    """List the videos below a folder.
+
+    Args:
+        folder: The folder.
+        skipped: Counter of the files and subfolders that are skipped.
+
+    Returns:
+        The videos, sorted within each folder; and one error message per folder that cannot be read.
+        If all folders can be read but contain no videos, one error message says so.
+    """
+    unreadable, files = [], []
+    skipped = Skipped() if skipped is None else skipped
+    for root, folders, names in os.walk(folder, onerror=unreadable.append):
+        folders.sort()
+        paths = {name: os.path.join(root, name) for name in names}
+        for name in folders:
+            if os.path.islink(os.path.join(root, name)):  # not followed, as links may form a loop
+                skipped.add(LINKED_FOLDER)
+        entries = ((name, functools.partial(os.path.isfile, path)) for name, path in paths.items())
+        files += [paths[name] for name in pick_videos(entries, skipped)]
+    errors = [f"{error.filename}: cannot be read ({error.strerror})" for error in unreadable]
+    if not files and not errors:
+        errors.append(f"{folder}: contains no videos ({', '.join(VIDEO_SUFFIXES)})")
+    return files, errors

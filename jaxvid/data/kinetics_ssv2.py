@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxvid.data.records import (
-    HAS_NO_LABEL,
-    NO_LABEL,
     Listings,
     Record,
     RecordList,
     check_line,
+    find_label,
     read_lines,
     read_text,
 )
@@ -93,7 +92,7 @@ def read_kinetics_list(
         classes = ("", label, label.replace(" ", "_")) if label else ("",)
         files = [os.path.join(base, split, c, name) for split in (path.stem, "") for c in classes]
         video = Path(next((file for file in files if file in listings), files[0]))
-        label = _find_label(path, number, label, label_of, labelled)
+        label = find_label(path, number, label, label_of, labelled)
         records.add(number, Record(video, label, name))
     return records.finish()
 
@@ -133,33 +132,10 @@ def read_something_list(
         suffixes = (".webm", ".mp4")
         files = [os.path.join(folder, name + suffix) for folder in folders for suffix in suffixes]
         video = Path(next((file for file in files if file in listings), files[0]))
-        label = _find_label(path, number, template, label_of, labelled)
+        label = find_label(path, number, template, label_of, labelled)
         records.add(number, Record(video, label, name))
     return records.finish()
 
 
 def _without_brackets(template: str) -> str:
     return re.sub(r"[\[\]]", "", template)
-
-
-def _find_label(
-    path: Path, number: int, name: str | None, label_of: dict[str, int] | None, labelled: bool
-) -> int:
-    """Return the label of a class.
-
-    If labels are not required, return `NO_LABEL` if the entry has no class name or there is no list
-    of classes.
-
-    Raises:
-        InputError: The entry has no class name, or the class is unknown.
-    """
-    if not labelled and (not name or label_of is None):
-        return NO_LABEL
-    if not name:
-        raise InputError(f"{path}:{number}: {HAS_NO_LABEL}")
-    if name not in (label_of or ()):
-        raise InputError(
-            f"{path}:{number}: {name!r} is not a class in labels.txt or labels.json; add it or "
-            "correct the line"
-        )
-    return label_of[name]

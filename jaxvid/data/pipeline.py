@@ -21,6 +21,8 @@ from jaxvid import entry_point
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.protocols import VideoRecord
+from jaxvid.data.records import Record
+from jaxvid.data.video_order import VideoOrder
 
 # Thread id → id of the video that the thread is decoding, and when it started (`time.monotonic`).
 _loading: dict[int, tuple[str, float]] = {}
@@ -47,7 +49,7 @@ def make_train_iter(
     *,
     spec: ClipSpec,
     batch_size: int,
-    seed: int,
+    order: VideoOrder,
     num_threads: int,
     num_workers: int = 0,
     shard: tuple[int, int] = (0, 1),
@@ -58,19 +60,19 @@ def make_train_iter(
         records: Labelled videos.
         spec: Sampling, sizes and augmentation of the clips.
         batch_size: Clips per batch of this process.
-        seed: Seed of the order, the frame sampling and the augmentation.
+        order: Order of the videos, and the seed of frame sampling and augmentation.
         num_threads: See `LoaderConfig`.
         num_workers: See `LoaderConfig`.
         shard: `(index, count)`: this process loads part `index` of the `count` equal parts of each
             global batch.
 
     Returns:
-        An iterator of dicts of `video` `(b, t, h, w, c)` uint8; `label` `(b,)` int32; `mask` `(b,)`
-        bool, whether the video could be decoded; `indices` `(b, t)` int32, the frame numbers;
-        `padded` `(b,)` bool, whether the video is so short that frames are repeated; `id` and
-        `error` `(b, TEXT_BYTES)` uint8, texts padded with zeros. If a video cannot be decoded,
-        `video`, `indices` and `padded` are zero, and `error` is the reason. Otherwise, `error` is
-        empty.
+        An iterator of dicts of `video` `(b, t, h, w, c)` uint8; `label` `(b,)` int32, in
+        multi-label data multi-hot `(b, num_classes)`; `mask` `(b,)` bool, whether the video could
+        be decoded; `indices` `(b, t)` int32, the frame numbers; `padded` `(b,)` bool, whether the
+        video is so short that frames are repeated; `id` and `error` `(b, TEXT_BYTES)` uint8, texts
+        padded with zeros. If a video cannot be decoded, `video`, `indices` and `padded` are zero,
+        and `error` is the reason. Otherwise, `error` is empty.
     """
     zeros = {
         "video": np.zeros((spec.num_frames, spec.crop, spec.crop, 3), np.uint8),
@@ -80,7 +82,7 @@ def make_train_iter(
     def load(record: VideoRecord, rng: np.random.Generator) -> Batch:
         return _example(record, lambda: load_train_clip(record, rng, spec), zeros)
 
-    dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat().random_map(load)
+    dataset = order.stream(records, batch_size * shard[1]).random_map(load)
     return _to_iter(dataset, batch_size, shard, num_threads, num_workers)
 
 
@@ -105,10 +107,14 @@ def make_eval_iter(
     """
     count = -(-len(records) // (batch_size * shard[1])) * batch_size * shard[1]
     views, t, size = spec.num_clips * spec.num_crops, spec.num_frames, spec.crop
+    # Only the labels of `Record`s may be multi-hot. Reading those of others may read the videos.
+    has_records = len(records) > 0 and isinstance(records[0], Record)
+    label = np.asarray(records[0].label if has_records else 0, np.int32)
     zeros = {
         "video": np.zeros((views, t, size, size, 3), spec.eval_dtype),
         "indices": np.zeros((spec.num_clips, t), np.int32),
         "released": np.bool_(False),
+        "label": np.zeros_like(label),
     }
 
     def load(index: int) -> Batch:
@@ -128,7 +134,7 @@ def _example(record: VideoRecord | None, load: Callable[[], Batch] | None, zeros
         record: The video, or None for padding.
         load: Function that loads the clip or views, or None for padding.
         zeros: Values of the loaded fields except `padded`, for padding and for a video that cannot
-            be decoded.
+            be decoded. `label` is required for padding.
     """
     example = {**zeros, "padded": np.bool_(False)}
     error = ""
@@ -144,7 +150,7 @@ def _example(record: VideoRecord | None, load: Callable[[], Batch] | None, zeros
             del _loading[thread]
     return {
         **example,
-        "label": np.int32(record.label if record is not None else 0),
+        "label": zeros["label"] if record is None else np.asarray(record.label, np.int32),
         "mask": np.bool_(record is not None and not error),
         "id": _text(record.id if record is not None else ""),
         "error": _text(error),

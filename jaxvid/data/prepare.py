@@ -1,20 +1,10 @@
-"""Convert videos to a pack: a data set of JPEG frames with fast random access.
-
-    python -m jaxvid.data.prepare --input LIST_OR_FOLDER --output DIR [--format h5]
-
-If a run is killed, run the same command again to resume it. The pack is bit-identical to that of an
-uninterrupted run. With `--shard 0/8` to `--shard 7/8`, eight jobs share the work, and the last job
-to finish completes the pack.
-
-Exit codes: 0 success, 2 invalid input, 3 some videos are broken and left out.
-"""
+"""Convert videos to a pack, a data set of JPEG frames: the command `jaxvid prepare`."""
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     from jaxvid import entry_point
 
     entry_point.run("jaxvid.data.prepare", "; run the same command to continue")
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -26,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jaxvid import parsers
 from jaxvid.atomic import format_json, write_file
 from jaxvid.data.check import (
     SOME_BROKEN,
@@ -34,6 +25,7 @@ from jaxvid.data.check import (
     gather,
     make_report,
     map_in_order,
+    note_overlaps,
     note_skipped,
     print_report,
 )
@@ -42,6 +34,9 @@ from jaxvid.data.formats import pack_writer, tfds_api
 from jaxvid.data.formats.pack_index import format_table, list_videos, table_path
 from jaxvid.data.formats.pack_writer import Clip, Part, Settings, encode, plan
 from jaxvid.data.formats.xvit_hdf5 import write_h5
+from jaxvid.data.label_sets import SEPARATOR
+from jaxvid.data.records import Record
+from jaxvid.data.validation_split import ValidationSplit
 from jaxvid.errors import InputError, printable
 from jaxvid.locks import LockedError, locked
 
@@ -204,6 +199,7 @@ def prepare(
     workers: int,
     shard: tuple[int, int] = (0, 1),
     prefix: str = "",
+    split: ValidationSplit | None = None,
 ) -> dict:
     """Pack the videos of lists and folders, or resume an unfinished pack.
 
@@ -214,6 +210,7 @@ def prepare(
         workers: Number of threads.
         shard: `(index, count)`: index of this job, and number of jobs that share the work.
         prefix: Folder that paths in lists are relative to, as in `check.gather`.
+        split: Division of the videos into training and validation, or None.
 
     Returns:
         The report of `check.make_report` with three more keys: `packed_bytes`, `settings`, and
@@ -227,6 +224,14 @@ def prepare(
     output, skipped = Path(output), Skipped()
     records, labels = gather(inputs, prefix, skipped=skipped)
     note_skipped(skipped)
+    for record in itertools.chain(*records.values()):
+        if isinstance(record.label, tuple):
+            raise InputError(
+                f"{record.id} has the label {SEPARATOR.join(map(str, record.label))}{SEPARATOR}, "
+                "but a pack stores one class per video; train on the list itself"
+            )
+    if split is not None and split.share:
+        records = _divide(records, split, ", ".join(map(str, inputs)))
     for name in labels:
         if name != name.strip():  # reading labels.txt strips the spaces
             raise InputError(f"the class {name!r} begins or ends with a space; rename it")
@@ -242,6 +247,7 @@ def prepare(
     try:
         _claim(output, {**dataclasses.asdict(settings), "labels": labels, "list": list_digest})
         with locked(output / ".parts" / f"lock{tag}"):
+            note_overlaps(records)
             try:
                 _write_parts(job_parts, output, settings, labels, tag, workers)
                 return _finish(parts, job_parts, output, labels, settings)
@@ -258,6 +264,30 @@ def prepare(
             f"{error.filename or output}: cannot be written ({error.strerror or error}); fix this "
             "and run the same command again to continue"
         ) from None
+
+
+def _divide(
+    records: dict[str, list[Record]], split: ValidationSplit, source: str
+) -> dict[str, list[Record]]:
+    """Divide the videos of the only split of an input into training and validation.
+
+    Args:
+        records: Split → videos.
+        split: The division.
+        source: The list or folder, for messages.
+
+    Raises:
+        InputError: There are several splits, or a split would be empty.
+    """
+    if len(records) > 1:
+        raise InputError(
+            f"--val_share {split.share:g}: the input has the splits {', '.join(records)} already; "
+            "leave out --val_share, or give only one of them"
+        )
+    [videos] = records.values()
+    divided, note = split.divide(videos, source)
+    print(note, file=sys.stderr)
+    return divided
 
 
 def _write_parts(
@@ -321,42 +351,7 @@ def _finish(
 
 def main() -> None:
     """Run the command line of this module."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="LIST_OR_FOLDER", help="lists or data folders")
-    add("--output", required=True, metavar="DIR", help="folder to write the pack to")
-    add(
-        "--prefix",
-        default="",
-        help="folder that paths in lists are relative to; empty: the list's folder",
-    )
-    add("--format", default="arrayrecord", help="arrayrecord, or h5 for the XViT program")
-    add(
-        "--short_side",
-        type=int,
-        default=256,
-        help="shorter side to which larger frames are scaled down, in pixels; 0: no scaling",
-    )
-    add("--frames", default="all", help="number of evenly spaced frames per video, or all")
-    add("--quality", type=int, default=90, help="JPEG quality, 1 to 100")
-    add("--workers", type=int, default=os.cpu_count(), help="number of threads")
-    add("--shard", default="0/1", help="i/n: index of this job, from 0, and number of jobs")
-    add("--clips_per_file", type=int, default=0, help="videos per ArrayRecord file; 0: automatic")
-    add(
-        "--frames_per_record",
-        type=int,
-        default=Settings.frames_per_record,
-        help="number of consecutive frames in a record of an ArrayRecord file, which are read "
-        "together",
-    )
-    add(
-        "--color_matrix",
-        default="tagged",
-        help="conversion of YUV to RGB: tagged (by the color matrix that the video file names), or "
-        "bt601 (always BT.601, for converted STAM weights)",
-    )
+    parser = parsers.prepare()
     args = parser.parse_args()
     try:
         index, _, count = args.shard.partition("/")
@@ -382,6 +377,7 @@ def main() -> None:
             workers=max(1, args.workers),
             shard=shard,
             prefix=args.prefix,
+            split=ValidationSplit(args.val_share, args.group),
         )
     except InputError as error:
         parser.exit(InputError.EXIT_CODE, f"error: {printable(error)}\n")

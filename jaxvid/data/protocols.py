@@ -6,11 +6,13 @@ from typing import Protocol, Self
 
 import numpy as np
 
+from jaxvid.data.label_sets import Label
+
 
 class VideoReader(Protocol):
     """An open video: a context manager with random access to frames. It is not thread-safe.
 
-    `VideoFile` and `JpegFrames` are the readers of jaxvid.
+    `VideoFile`, `JpegFrames` and `FrameArray` are the readers of jaxvid.
     """
 
     @property
@@ -53,7 +55,8 @@ class VideoReader(Protocol):
 class VideoRecord(Protocol):
     """A labelled video that is not open. It must be picklable if worker processes load the data.
 
-    `Record`, `H5Record`, `PackedVideo`, `TfdsVideo` and `LostVideo` are the records of jaxvid.
+    The records of jaxvid are `Record`, `H5Record`, `PackedVideo`, `TfdsVideo` and `LostVideo`, and
+    `VideoInput` for prediction.
     """
 
     @property
@@ -61,8 +64,8 @@ class VideoRecord(Protocol):
         """Name of the video in `eval_videos.csv` and in messages, unique in its split."""
 
     @property
-    def label(self) -> int:
-        """Index of the class; `NO_LABEL` in lists without labels."""
+    def label(self) -> Label:
+        """Index of the class; `NO_LABEL` in lists without labels; a set in multi-label data."""
 
     @property
     def path(self) -> Path | None:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import csv
 import dataclasses
+import difflib
 import functools
 import io
 import os
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
+from jaxvid.data.label_sets import Label
 from jaxvid.data.protocols import VideoRecord
 from jaxvid.errors import InputError, printable
 from jaxvid.files import check_regular
@@ -34,9 +36,10 @@ HAS_NO_LABEL = (
     "has no label, as in a test list; remove the list from the data folder or the command line, "
     "because training, evaluation and packs need labels (jaxvid.data.check does not)"
 )
-# End of an error message about a missing list or file of class names of a data folder.
-NO_DATA_FOLDER = (
-    "does not exist; a data folder has train.csv, val.csv and labels.txt (--config.data.folder)"
+# End of an error message about a missing list.
+NO_LIST = (
+    "does not exist; a data folder has train.csv and val.csv, or only train.csv and "
+    "--config.data.val_share=0.2"
 )
 
 
@@ -46,12 +49,12 @@ class Record:
 
     Attributes:
         path: The file.
-        label: Index of its class, or `NO_LABEL`.
+        label: Index of its class, or `NO_LABEL`. In multi-label data, its classes.
         id: Name of the video, e.g. its path as written in the list; by default, `path`.
     """
 
     path: Path
-    label: int
+    label: Label
     id: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self):
@@ -76,11 +79,11 @@ class LostVideo:
 
     Attributes:
         id: Its id in the earlier list.
-        label: Index of its class.
+        label: Index of its class; in multi-label data, its classes.
     """
 
     id: str
-    label: int
+    label: Label
 
     @property
     def path(self) -> None:
@@ -142,6 +145,37 @@ def check_line(path: Path, number: int, line: str) -> None:
             f"{path}:{number}: the line has {len(line)} characters, the maximum is {MAX_LINE}; "
             "check for a missing quotation mark or line break"
         )
+
+
+def find_label(
+    path: Path, number: int, name: str | None, label_of: dict[str, int] | None, labelled: bool
+) -> int:
+    """Return the label of a class.
+
+    If labels are not required, return `NO_LABEL` if the entry has no class name or there is no list
+    of classes.
+
+    Args:
+        path: The list, for messages.
+        number: Number of its line or entry, for messages.
+        name: The class name in this line.
+        label_of: Class name → label, or None if the classes have no names.
+        labelled: Whether labels are required.
+
+    Raises:
+        InputError: The entry has no class name, or the class is unknown.
+    """
+    if not labelled and (not name or label_of is None):
+        return NO_LABEL
+    if not name:
+        raise InputError(f"{path}:{number}: {HAS_NO_LABEL}")
+    if name not in (label_of or ()):
+        near = difflib.get_close_matches(name, label_of or (), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "add it or correct the line"
+        raise InputError(
+            f"{path}:{number}: {name!r} is not a class in labels.txt or labels.json; {hint}"
+        )
+    return label_of[name]
 
 
 class RecordList:
@@ -322,7 +356,7 @@ def read_text(path: Path, *, names: bool = False, max_bytes: int = MAX_LIST_BYTE
             _check_head(path, file.read(HEAD_BYTES))
         text = Path(path).read_text(encoding="utf-8-sig", errors=errors)
     except FileNotFoundError:
-        raise InputError(f"{path} {NO_DATA_FOLDER}") from None
+        raise InputError(f"{path} {NO_LIST}") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: cannot be read: not UTF-8; save it as UTF-8") from None

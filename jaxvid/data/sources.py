@@ -6,21 +6,31 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jaxvid.data.annotations import (
+    find_lists,
     find_split,
+    has_class_folders,
     read_class_folders,
-    read_list,
+    read_list_labels,
+    read_records,
     read_split,
 )
-from jaxvid.data.class_names import read_labels, read_labels_or_numbers
+from jaxvid.data.class_names import names_classes, read_labels_or_numbers
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.pack_reader import PackRecords, read_color_matrix
 from jaxvid.data.formats.xvit_hdf5 import read_xvit_list
+from jaxvid.data.label_sets import LabelSet
 from jaxvid.data.protocols import VideoRecord
 from jaxvid.data.records import Record, Selection, find_missing
+from jaxvid.data.split_checks import note_empty_classes
 from jaxvid.data.synthetic_motion import make_motion
+from jaxvid.data.validation_split import ValidationSplit
+from jaxvid.data.video_lists import read_list
 from jaxvid.errors import InputError, check_option, printable
 
 __all__ = ["SOURCES", "Record", "VideoDataset", "open_dataset", "read_list"]
+
+# Sources whose videos `data.val_share` can divide into training and validation.
+DIVISIBLE = ("folder", "class_folders")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,31 +40,54 @@ class DatasetConfig:
     Attributes:
         source: A key of `SOURCES`.
         folder: The folder of the data, or the name of a TFDS data set.
+        list: A list of all videos, for `source="folder"`; empty: the folder has a list per split.
+            Its paths are relative to `folder`.
         prefix: Folder that paths in lists are relative to; empty: the list's folder.
+        val_share: Share of the videos that is used for validation, if the videos are not divided
+            into splits; 0: off. See `ValidationSplit`.
+        group: Regular expression; videos with the same match are in the same split.
         missing: Missing files in lists: `error` refuses them, `keep` counts them as decode errors.
         skip_broken: Whether to leave out training videos that are known to be missing or broken.
             Training then also continues if more videos cannot be decoded. In the other splits,
             missing and broken videos remain listed and count as wrong.
         color_matrix: Conversion to RGB: `tagged`, `bt601`, or `auto`: that of the model card, or
             `tagged` without a card.
+        multi_label: Whether videos have any number of classes.
         motion: For `source="motion"`: `num_train`, `num_val` and `seed` of the clips to generate.
 
     Raises:
-        InputError: There is no such source, or `motion` is missing for `source="motion"`.
+        InputError: There is no such source, `motion` is missing for `source="motion"`, or a field
+            has an impossible value or does not apply to the source.
     """
 
     source: str
     folder: str
+    list: str = ""
     prefix: str = ""
+    val_share: float = 0.0
+    group: str = ""
     missing: str = "error"
     skip_broken: bool = False
     color_matrix: str = "auto"
+    multi_label: bool = False
     motion: Mapping[str, int] | None = None
 
     def __post_init__(self):
         check_option("data.source", self.source, SOURCES)
         if self.source == "motion" and self.motion is None:
             raise InputError("data.source='motion': data.motion is missing; use configs/motion.py")
+        if self.list and self.source != "folder":
+            raise InputError(f"data.list={self.list}: needs data.source='folder'")
+        if self.split.share and self.source not in DIVISIBLE:
+            raise InputError(
+                f"data.val_share={self.val_share:g}: needs data.source='folder' or "
+                "'class_folders'; for a pack, use the option --val_share of jaxvid prepare"
+            )
+
+    @property
+    def split(self) -> ValidationSplit:
+        """The division of the videos into training and validation."""
+        return ValidationSplit(self.val_share, self.group)
 
     @property
     def used_color_matrix(self) -> str:
@@ -88,12 +121,16 @@ def open_dataset(data: DatasetConfig, num_classes: int, splits: tuple[str, ...])
         splits: Names of the splits to read.
 
     Raises:
-        InputError: The source is unknown, a list or file is missing or empty, a line is malformed,
-            a label is out of range, the number of classes differs, or all training videos are
-            missing or broken with `skip_broken`.
+        InputError: The source is unknown, the folder, a list or a file is missing or empty, a line
+            is malformed, a label is out of range, the number of classes differs, or all training
+            videos are missing or broken with `skip_broken`.
     """
+    if data.source not in ("motion", "tfds"):
+        check_folder(data.folder)
     dataset = SOURCES[data.source](data, num_classes, splits)
     check_num_classes(dataset.labels, data.folder, num_classes)
+    for split in splits:
+        dataset.records[split] = _check_labels(dataset.records[split], data, num_classes)
     notes, left_out = list(dataset.notes), ()
     if data.skip_broken and "train" in splits:
         training, left_out = _leave_out(dataset.records["train"], data.folder)
@@ -111,13 +148,23 @@ def open_dataset(data: DatasetConfig, num_classes: int, splits: tuple[str, ...])
 
 def _open_lists(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
     """Read `SPLIT.csv` and `labels.txt`, or official lists of Kinetics or Something-Something."""
-    folder = Path(data.folder)
-    labels, labels_file = read_labels(folder)
+    folder, missing = Path(data.folder), missing_policy(data)
+    unsplit = _find_unsplit_list(data)
+    if data.list and not names_classes(folder):
+        labels, labels_file = read_list_labels(unsplit.parent, [unsplit])
+    else:
+        lists = [unsplit] if data.list else [*find_lists(folder).values()]
+        labels, labels_file = read_list_labels(folder, lists)
     # Check the number before reading the lists, which may be long.
     check_num_classes(labels, labels_file, num_classes)
-    missing = missing_policy(data)
-    records = {split: read_split(folder, split, labels, data.prefix, missing) for split in splits}
-    return VideoDataset(records, labels)
+    if unsplit is None:
+        records = {
+            split: read_split(folder, split, labels, data.prefix, missing) for split in splits
+        }
+        return VideoDataset(records, labels, notes=note_empty_classes(records, labels))
+    prefix = data.prefix or (data.folder if data.list else "")
+    videos = read_records(unsplit, labels, prefix=prefix, missing=missing)
+    return _divide(videos, labels, data, splits, unsplit)
 
 
 def _open_motion(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
@@ -129,12 +176,18 @@ def _open_motion(data: DatasetConfig, num_classes: int, splits: tuple[str, ...])
 def _open_class_folders(
     data: DatasetConfig, num_classes: int, splits: tuple[str, ...]
 ) -> VideoDataset:
-    """Read `SPLIT/CLASS/*.mp4`."""
+    """Read `SPLIT/CLASS/*.mp4`, or `CLASS/*.mp4` with `data.val_share`."""
     folder, skipped = Path(data.folder), Skipped()
-    labels, records = read_class_folders(folder, splits, skipped)
+    if data.val_share:
+        _check_no_validation(folder / "val", data.val_share)
+    labels, records = read_class_folders(folder, ("train",) if data.val_share else splits, skipped)
     check_num_classes(labels, f"{folder}, class folders", num_classes)
+    if data.val_share:
+        dataset = _divide(records["train"], labels, data, splits, folder)
+    else:
+        dataset = VideoDataset(records, labels, notes=note_empty_classes(records, labels))
     notes = (f"{folder}: skipped {skipped}",) if str(skipped) else ()
-    return VideoDataset(records, labels, notes=notes)
+    return dataclasses.replace(dataset, notes=(*notes, *dataset.notes))
 
 
 def _open_xvit_h5(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
@@ -169,6 +222,115 @@ SOURCES: dict[str, Callable[[DatasetConfig, int, tuple[str, ...]], VideoDataset]
     "pack": _open_pack,
     "tfds": _open_tfds,
 }
+
+
+def _check_labels(
+    records: Sequence[VideoRecord], data: DatasetConfig, num_classes: int
+) -> Sequence[VideoRecord]:
+    """Return the videos of a split; in multi-label data, with a `LabelSet` as label.
+
+    Raises:
+        InputError: A video has several classes, but the data is not multi-label; or it is, but the
+            source does not support it or no video has a class.
+    """
+    if data.multi_label:
+        if any(not isinstance(record, Record) for record in records):
+            raise InputError(
+                f"data.source={data.source!r} has one class per video; use data.source=folder for "
+                "loss.name=sigmoid, or set loss.name=softmax"
+            )
+        sets = [LabelSet.make(record.label, num_classes) for record in records]
+        if not any(label.classes for label in sets):
+            raise InputError(
+                f"{data.folder}: no video of a split has a class; add labels to the list"
+            )
+        pairs = zip(records, sets, strict=True)
+        return [dataclasses.replace(record, label=label) for record, label in pairs]
+    if isinstance(records, list):
+        for record in records:
+            if isinstance(record.label, tuple):
+                raise InputError(
+                    f"{data.folder}: {record.id} has a list of classes as label; for multi-label "
+                    "data, set --config.loss.name=sigmoid"
+                )
+    return records
+
+
+def check_folder(folder: str | Path) -> None:
+    """Check that the folder of a data set exists.
+
+    Raises:
+        InputError: `folder` is empty, or is not an existing folder.
+    """
+    if not str(folder):
+        raise InputError("data.folder is empty; set --config.data.folder=FOLDER")
+    if not os.path.lexists(folder):
+        raise InputError(f"{folder} does not exist; choose an existing --config.data.folder")
+    if not os.path.isdir(folder):
+        raise InputError(
+            f"{folder} is not a folder; choose the folder of the data (--config.data.folder); a "
+            "list is set with --config.data.list"
+        )
+
+
+def _find_unsplit_list(data: DatasetConfig) -> Path | None:
+    """Return the list that contains the videos of all splits, or None if each split has a list.
+
+    Raises:
+        InputError: `data.list` does not exist, or there is a validation list besides
+            `data.val_share`.
+    """
+    folder = Path(data.folder)
+    if data.list:
+        if not os.path.lexists(data.list):
+            in_folder = folder / data.list
+            hint = (
+                f"did you mean {in_folder}?" if in_folder.exists() else "correct --config.data.list"
+            )
+            raise InputError(f"{data.list} does not exist; {hint}")
+        return Path(data.list)
+    if data.val_share:
+        _check_no_validation(find_split(folder, "val"), data.val_share)
+        return find_split(folder, "train")
+    return None
+
+
+def _check_no_validation(path: Path, val_share: float) -> None:
+    """Refuse `data.val_share` if a validation split, at `path`, exists."""
+    if os.path.lexists(path):
+        raise InputError(
+            f"data.val_share={val_share:g}: {path} has the validation videos already; set "
+            "--config.data.val_share=0 to use them, or move them to the training videos"
+        )
+
+
+def _divide(
+    videos: Sequence[VideoRecord],
+    labels: list[str],
+    data: DatasetConfig,
+    splits: tuple[str, ...],
+    source: Path,
+) -> VideoDataset:
+    """Divide the videos of a list or folder into the requested splits, by `data.val_share`.
+
+    Without `data.val_share`, a single requested split has all videos.
+
+    Raises:
+        InputError: A split would be empty, or several splits are requested without
+            `data.val_share`.
+    """
+    notes = ()
+    if data.val_share:
+        divided, note = data.split.divide(videos, source)
+        records, notes = {split: divided[split] for split in splits}, (note,)
+    elif len(splits) == 1:
+        records = {splits[0]: videos}
+    else:
+        raise InputError(
+            f"{source}: the videos are not divided into training and validation; set "
+            "--config.data.val_share=0.2, or write train.csv and val.csv"
+        )
+    return VideoDataset(records, labels, notes=(*notes, *note_empty_classes(records, labels)))
 
 
 def missing_policy(data: DatasetConfig) -> str:
@@ -227,21 +389,34 @@ def _leave_out(
     return Selection(records, remaining), tuple(records[i].id for i in sorted(broken))
 
 
-def guess_source(folder: Path) -> tuple[str, int]:
-    """Return the value of `data.source` for a data folder, and the folder's number of classes.
+def guess_source(path: Path) -> tuple[str, int]:
+    """Return the value of `data.source` for a data folder or a list, and the number of classes.
 
     The source is `pack`, `folder` or `class_folders`.
 
     Raises:
-        InputError: The folder has none of these layouts, or its class names cannot be read.
+        InputError: The folder has none of these layouts, or the class names cannot be read.
     """
-    if os.path.isfile(folder / "dataset_info.json"):
-        return "pack", len(PackRecords(str(folder), "train", is_folder=True).labels)
-    if os.path.isfile(find_split(folder, "train")):
-        return "folder", len(read_labels(folder)[0])
-    if os.path.isdir(folder / "train"):
-        return "class_folders", len(read_class_folders(folder, ("train",))[0])
+    if os.path.isfile(path):
+        return "folder", len(read_list_labels(path.parent, [path])[0])
+    check_folder(path)
+    if os.path.isfile(path / "dataset_info.json"):
+        return "pack", len(PackRecords(str(path), "train", is_folder=True).labels)
+    if os.path.isfile(find_split(path, "train")):
+        return "folder", len(read_list_labels(path, [*find_lists(path).values()])[0])
+    if os.path.isdir(path / "train") or has_class_folders(path):
+        return "class_folders", len(read_class_folders(path, ("train",))[0])
     raise InputError(
-        f"{folder}: unknown layout; expected train.csv, train/CLASS/*.mp4 or a pack "
+        f"{path}: unknown layout; expected train.csv, train/CLASS/*.mp4, CLASS/*.mp4 or a pack "
         "(dataset_info.json)"
     )
+
+
+def has_validation(path: Path, source: str) -> bool:
+    """Return whether a data folder or list has validation videos of its own.
+
+    If not, `data.val_share` must be set for training. `source` is the one of `guess_source`.
+    """
+    if source == "folder":
+        return not os.path.isfile(path) and os.path.lexists(find_split(path, "val"))
+    return source == "pack" or os.path.isdir(path / "val")

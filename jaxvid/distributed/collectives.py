@@ -33,6 +33,21 @@ def gather(value: Any, seconds: float = math.inf) -> list:
     return peers.exchange(value, seconds) if peers else [value]
 
 
+def gather_columns(shard_index: int, columns: dict[str, list]) -> dict[str, list]:
+    """Join the columns of all shards of a batch. All processes must call it.
+
+    Args:
+        shard_index: Index of this process's shard. Processes with the same index must have the same
+            rows, which occur once in the result.
+        columns: Name → one value per row of this shard. JSON must be able to represent the values.
+
+    Returns:
+        Name → the values of all shards, in the order of the shards.
+    """
+    shards = dict(gather([shard_index, columns]))
+    return {name: sum((shards[i][name] for i in sorted(shards)), []) for name in columns}
+
+
 def raise_on_all_processes(function: Callable[..., Result], *args: Any) -> Result:
     """Call a function. If it raises an InputError in any process, raise one in all processes.
 

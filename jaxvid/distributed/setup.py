@@ -12,6 +12,7 @@ import jax
 
 from jaxvid.distributed import jax_runtime, process_group
 from jaxvid.errors import InputError
+from jaxvid.files import cache_dir
 
 # Environment variables that launchers set: number of processes → (number of processes on this
 # machine, matching cluster-detection method of JAX). SLURM_NTASKS is not used: it is also set in an
@@ -125,7 +126,7 @@ def _log_long_wait(reason: str) -> Iterator[None]:
 
 
 def use_compilation_cache() -> None:
-    """Enable JAX's compilation cache in the user's cache folder.
+    """Enable JAX's compilation cache in the user's cache folder, see `files.cache_dir`.
 
     `JAX_COMPILATION_CACHE_DIR` sets a different folder; an empty value disables the cache. If
     there is no home directory (`HOME` is not set and the user has no passwd entry), the cache is
@@ -134,10 +135,10 @@ def use_compilation_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = cache_dir() / "xla"
     except RuntimeError:
         return
-    jax.config.update("jax_compilation_cache_dir", str(cache / "jaxvid" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def provide_cpu_devices(count: int | None) -> None:

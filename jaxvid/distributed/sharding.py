@@ -120,6 +120,52 @@ def state_sharding(abstract_state: Tree, mesh: Mesh, tensor_splits: TensorSplits
     return jax.tree_util.tree_map_with_path(rule, abstract_state)
 
 
+def gather_fsdp(params: Tree, mesh: Mesh, tensor_splits: TensorSplits) -> Tree:
+    """Gather weights that are sharded over 'fsdp', in a jitted function.
+
+    Each device then computes its own part of the batch with complete weights, as ZeRO does
+    (Rajbhandari et al., arXiv:1910.02054). Otherwise, XLA may split the activations like the
+    weights, and give each device a part of the width but the clips of all devices. Gradients with
+    respect to the result are sharded like the weights.
+
+    Args:
+        params: Weights by name, sharded as in `state_sharding`.
+        mesh: The mesh.
+        tensor_splits: The weights that are sharded over 'tensor', which are not gathered over it.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return params
+    sharded = state_sharding(params, mesh, tensor_splits)
+    gathered = without_fsdp(sharded)
+
+    @jax.custom_vjp
+    def gather(params: Tree) -> Tree:
+        return jax.lax.with_sharding_constraint(params, gathered)
+
+    def forward(params: Tree) -> tuple[Tree, None]:
+        return gather(params), None
+
+    def backward(_: None, gradients: Tree) -> tuple[Tree]:
+        return (jax.lax.with_sharding_constraint(gradients, sharded),)
+
+    gather.defvjp(forward, backward)
+    return gather(params)
+
+
+def without_fsdp(shardings: Tree) -> Tree:
+    """Return the shardings of `state_sharding` with the axes over 'fsdp' not sharded."""
+    return jax.tree.map(
+        lambda s: NamedSharding(s.mesh, P(*(None if axis == "fsdp" else axis for axis in s.spec))),
+        shardings,
+    )
+
+
+def shard(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Return a global array, made from a complete copy in each process."""
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
 def with_sharding(abstract_tree: Tree, mesh: Mesh, tensor_splits: TensorSplits) -> Tree:
     """Add the shardings of `state_sharding` to a tree of shapes."""
     return jax.tree.map(

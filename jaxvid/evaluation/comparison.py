@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -36,13 +37,15 @@ def read_table(report: str | Path) -> dict:
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
         with table.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            videos = {row["id"]: _parse_row(row) for row in csv.DictReader(file)}
+            rows = list(csv.DictReader(file))
+        if not isinstance(contents["protocol"], dict):
+            raise ValueError(f"protocol: expected a dict, got {contents['protocol']!r}")
+        multi_label = contents["protocol"].get("activation") == "sigmoid"
+        videos = {row["id"]: _parse_row(row, multi_label) for row in rows}
         if len(videos) != contents["num_videos"]:
             raise ValueError(
                 f"{table.name} has {len(videos)} videos, {path.name} has {contents['num_videos']}"
             )
-        if not isinstance(contents["protocol"], dict):
-            raise ValueError(f"protocol: expected a dict, got {contents['protocol']!r}")
     except FileNotFoundError as error:
         raise InputError(
             f"{error.filename}: not found; choose the eval.json of a finished evaluation, with the "
@@ -56,8 +59,9 @@ def read_table(report: str | Path) -> dict:
     return {"labels": None} | contents | {"videos": videos, "path": str(path)}
 
 
-def _parse_row(row: dict[str, str]) -> dict[str, str | bool]:
-    top5_correct = row["label"] in json.loads(row["top5"])
+def _parse_row(row: dict[str, str], multi_label: bool) -> dict[str, str | bool]:
+    classes = json.loads(row["label"]) if multi_label else [row["label"]]
+    top5_correct = not {*classes}.isdisjoint(json.loads(row["top5"]))
     return {**row, "correct": row["correct"] == "1", "top5_correct": top5_correct}
 
 
@@ -105,16 +109,25 @@ def compare_tables(before: dict, after: dict) -> dict:
 
         - `before` and `after`: the `eval.json` of the two evaluations.
         - `accuracies`: `top1`, `top5` and `mean_class_accuracy` on the shared videos, each a pair
-          of percentages: before and after.
+          of percentages: before and after. In multi-label data `top1` and `top5`, and, if all
+          videos are shared, `mAP`.
         - `classes`: per class with shared videos, `num_videos` and the accuracies `before` and
-          `after` in percent.
+          `after` in percent. In multi-label data, the average precisions if all videos are shared.
         - `gained_videos`, `lost_videos` and `still_wrong_videos`: ids of the shared videos whose
           prediction changed from wrong to right, from right to wrong, and from one wrong class to
           another; `still_wrong`: the number of the latter.
         - `only_before`, `only_after`: numbers of videos that are not shared; `relabelled`: number
           of shared videos with different labels.
         - `same_protocol`, and `protocol_changes`: a message per field that differs.
+
+    Raises:
+        InputError: Only one of the evaluations is of multi-label data.
     """
+    if ("mAP" in before) != ("mAP" in after):
+        raise InputError(
+            f"{before['path']} and {after['path']}: only one of them is of multi-label data; "
+            "choose two evaluations of the same data"
+        )
     shared = [id_ for id_ in after["videos"] if id_ in before["videos"]]
     rows = [[table["videos"][id_] for id_ in shared] for table in (before, after)]
     was_right, is_right = hits = _column(rows, "correct")
@@ -131,34 +144,54 @@ def compare_tables(before: dict, after: dict) -> dict:
         {"color_matrix": "tagged"} | translate(side["protocol"]) for side in (before, after)
     ]
     protocol_changes = differences(*protocols, there="before", here="after")
-    classes = {
-        str(label): {
-            "num_videos": int(mask.sum()),
-            "before": accuracy(was_right[mask]),
-            "after": accuracy(is_right[mask]),
-        }
-        for label in np.unique(labels[1])
-        for mask in [labels[1] == label]
-    }
-    class_means = [
-        float(np.mean([row[side] for row in classes.values()])) for side in ("before", "after")
-    ]
+    only_before, only_after = (len(table["videos"]) - len(shared) for table in (before, after))
+    if "mAP" not in after:
+        classes = _compare_accuracies(labels[1], hits)
+        sides = ([row[side] for row in classes.values()] for side in ("before", "after"))
+        means = {"mean_class_accuracy": [float(np.mean(side)) for side in sides]}
+    elif only_before or only_after:
+        classes, means = {}, {}  # the average precisions in the reports are those of other videos
+    else:
+        classes, means = _compare_precisions(before, after), {"mAP": [before["mAP"], after["mAP"]]}
     return compare_hits(was_right, is_right) | {
         "before": before["path"],
         "after": after["path"],
         "accuracies": {
             "top1": [accuracy(side) for side in hits],
             "top5": [accuracy(side) for side in _column(rows, "top5_correct")],
-            "mean_class_accuracy": class_means,
+            **means,
         },
         "same_protocol": not protocol_changes,
         "protocol_changes": list(protocol_changes.values()),
-        "only_before": len(before["videos"]) - len(shared),
-        "only_after": len(after["videos"]) - len(shared),
+        "only_before": only_before,
+        "only_after": only_after,
         "relabelled": int((labels[0] != labels[1]).sum()),
         "still_wrong": len(changes["still_wrong"]),
         "classes": classes,
         **{f"{name}_videos": videos for name, videos in changes.items()},
+    }
+
+
+def _compare_accuracies(labels: np.ndarray, hits: np.ndarray) -> dict[str, dict]:
+    """Return the number of videos and the two accuracies of each class, in percent."""
+    return {
+        str(label): {
+            "num_videos": int(mask.sum()),
+            "before": accuracy(hits[0][mask]),
+            "after": accuracy(hits[1][mask]),
+        }
+        for label in np.unique(labels)
+        for mask in [labels == label]
+    }
+
+
+def _compare_precisions(before: dict, after: dict) -> dict[str, dict]:
+    """Return the number of videos and the average precisions of each class, in percent."""
+    counts = Counter(name for row in after["videos"].values() for name in json.loads(row["label"]))
+    return {
+        name: {"num_videos": counts[name], "before": before["per_class_ap"][name], "after": value}
+        for name, value in after["per_class_ap"].items()
+        if value is not None and before["per_class_ap"].get(name) is not None
     }
 
 
@@ -217,6 +250,7 @@ def format_tables(comparison: dict) -> str:
         comparison: The result of `compare_tables`.
     """
     names = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class accuracy"}
+    names["mAP"] = "mAP"
     overall = [
         (names[name], comparison["num_videos"], *pair)
         for name, pair in comparison["accuracies"].items()

@@ -52,7 +52,7 @@ SAMPLINGS = {
 }
 RESIZES = {"pil_bilinear": "with antialiasing", "torch_bilinear": "without antialiasing"}
 COLOR_MATRICES = {"tagged": "with the matrix tagged in each file", "bt601": "with BT.601"}
-CURVES = ("train/loss", "val/loss", "train/top1", "val/top1", "learning_rate")
+CURVES = ("train/loss", "val/loss", "train/top1", "val/top1", "val/mAP", "learning_rate")
 
 
 def save_page(path: Path, data: dict) -> None:
@@ -79,7 +79,8 @@ def make_page(data: dict) -> str:
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    title = f"top-1 {data['top1']:.2f} % on {data['num_videos']} videos"
+    name, value = ("top-1", data["top1"]) if "mAP" not in data else ("mAP", data["mAP"])
+    title = f"{name} {value:.2f} % on {data['num_videos']} videos"
     parts = {"{{title}}": title, "{{data}}": text}
     template = TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"\{\{(title|data)\}\}", lambda match: parts[match[0]], template)
@@ -99,30 +100,40 @@ def page_data(result: dict, results: Results, labels: list[str], records: Sequen
         - `protocol`: lines of text; `failed`: the first failed videos.
         - `labels`, and per class: the numbers of videos (`count`), of correct predictions
           (`correct`) and of failed videos (`failed_of_class`).
+        - `average_precision` of each class in percent in multi-label data, otherwise None.
         - `confusion`: the non-zero counts, flattened as label, prediction, count, label, ...
         - `near`: an order of the classes, from `metrics.order_by_confusion`.
         - `bins`: the reliability diagram; `mistakes`: the result of `find_mistakes`.
     """
     hits, failed = results.hits(1), results.failed
-    confusion = results.confusion()
-    cells = np.argwhere(confusion)  # (n 2)
-    bins, _ = metrics.calibration(results.probabilities.max(axis=1)[~failed], hits[~failed])
-
-    def count_by_class(mask: np.ndarray) -> list[int]:
-        return np.bincount(results.labels[mask], minlength=len(labels)).tolist()
-
-    return {
+    data = {
         **{name: result[name] for name in SHOWN},
         "protocol": describe_protocol(result["protocol"]),
         "failed": result["failed"][:MAX_FAILED],
         "labels": labels,
-        "count": count_by_class(np.ones(len(hits), bool)),
-        "correct": count_by_class(hits),
-        "failed_of_class": count_by_class(failed),
+        "count": results.count_labels(np.ones(len(hits), bool)).tolist(),
+        "correct": results.count_labels(hits).tolist(),
+        "failed_of_class": results.count_labels(failed).tolist(),
+        "mistakes": find_mistakes(results, records),
+    }
+    if results.multi_label:
+        return {
+            **data,
+            "mAP": result["mAP"],
+            "average_precision": [_nan_to_none(value) for value in results.per_class().tolist()],
+            "confusion": [],
+            "near": [],
+            "bins": [],
+        }
+    confusion = results.confusion()
+    cells = np.argwhere(confusion)  # (n 2)
+    bins, _ = metrics.calibration(results.probabilities.max(axis=1)[~failed], hits[~failed])
+    return {
+        **data,
+        "average_precision": None,
         "confusion": np.column_stack([cells, confusion[tuple(cells.T)]]).ravel().tolist(),
         "near": metrics.order_by_confusion(confusion).tolist(),
         "bins": [[_nan_to_none(round(float(value), 4)) for value in row] for row in bins],
-        "mistakes": find_mistakes(results, records),
     }
 
 
@@ -162,7 +173,7 @@ def find_mistakes(results: Results, records: Sequence[Record]) -> list[dict]:
     return [
         {
             "id": results.ids[i],
-            "label": int(results.labels[i]),
+            "label": results.label(i),
             "prediction": int(prediction[i]),
             "confidence": round(100 * float(confidence[i]), 2),
             "image": base64.b64encode(draw_thumbnail(records[i])).decode(),

@@ -1,9 +1,7 @@
 """The evaluation loop: every video is evaluated once, and all devices are used."""
 
 import dataclasses
-import functools
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,16 +14,15 @@ from jaxvid.data.pipeline import LoaderConfig, make_eval_iter, split_batch
 from jaxvid.data.sources import Record
 from jaxvid.distributed import collectives, sharding
 from jaxvid.errors import InputError
-from jaxvid.evaluation.metrics import Results
+from jaxvid.evaluation.metrics import Results, hits
 from jaxvid.evaluation.protocol import EvalProtocol
-from jaxvid.evaluation.resume import PartialResults
 from jaxvid.logs import log
-from jaxvid.models import ModelConfig, Params, abstract_model
+from jaxvid.models import ModelConfig, Params, abstract_model, family_of
 from jaxvid.storage.eval_step import eval_step as classify_batch
+from jaxvid.storage.eval_step import run_ahead
+from jaxvid.storage.partial_results import PartialResults
 
 EvalStep = Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]]
-# Number of batches that the device computes while the host collects the results of earlier ones.
-BATCHES_AHEAD = 1
 
 
 def abstract_eval_model(
@@ -35,18 +32,33 @@ def abstract_eval_model(
     return abstract_model(dataclasses.replace(model_config, dtype=protocol.dtype))
 
 
-def make_eval_step(protocol: EvalProtocol, graphdef: nnx.GraphDef, mesh: Mesh) -> EvalStep:
-    """Make the jitted evaluation step of a protocol: `eval_step` in jaxvid/storage/eval_step.py.
+def make_eval_step(model_config: ModelConfig, protocol: EvalProtocol, mesh: Mesh) -> EvalStep:
+    """Make the jitted evaluation step: `eval_step` in jaxvid/storage/eval_step.py.
 
     Its compilation is announced in the log.
+
+    Args:
+        model_config: The network's config.
+        protocol: The compute dtype, the normalisation and the score.
+        mesh: The device mesh.
+
+    Returns:
+        Function of the weights, sharded as in training, and a batch.
     """
-    step = functools.partial(
-        classify_batch,
-        graphdef=graphdef,
-        mean=protocol.preprocessing.mean,
-        std=protocol.preprocessing.std,
-        score=protocol.score,
-    )
+    graphdef, _ = abstract_eval_model(model_config, protocol)
+    splits = family_of(model_config).tensor_splits(model_config)
+
+    def step(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return classify_batch(
+            sharding.gather_fsdp(params, mesh, splits),
+            batch,
+            graphdef=graphdef,
+            mean=protocol.preprocessing.mean,
+            std=protocol.preprocessing.std,
+            score=protocol.score,
+            activation=protocol.activation,
+        )
+
     jitted = jax.jit(step, out_shardings=sharding.replicated(mesh))
     return progress.announce_compilation(jitted, "the evaluation step", log.info)
 
@@ -88,16 +100,10 @@ def evaluate_params(
         shard=(index, count),
         **dataclasses.asdict(loader),
     )
-    # Pairs of a batch's outputs, which the device may still be computing, and its metadata.
-    pending = deque()
+    inputs = ((batch["video"], _video_metadata(batch)) for batch in batches)
     try:
-        for batch in batches:
-            arrays = sharding.to_global_arrays({"video": batch["video"]}, mesh)
-            pending.append((eval_step(params, arrays), _video_metadata(batch)))
-            if len(pending) > BATCHES_AHEAD:
-                collector.add(*pending.popleft())
-        while pending:
-            collector.add(*pending.popleft())
+        for outputs, metadata in run_ahead(eval_step, params, inputs, mesh):
+            collector.add(outputs, metadata)
     finally:
         collector.close()
         batches.close()
@@ -138,6 +144,8 @@ class _Collector:
         self._records, self._batch_size, self._shard_index = records, batch_size, shard_index
         self._unfinished = unfinished
         self._parts = unfinished.load() if unfinished else []
+        if unfinished and unfinished.note:
+            log.info("%s", unfinished.note)
         self._began = time.monotonic()
         self.done = sum(len(part["padded"]) for part in self._parts)
         self._hits = sum(int(part["hit"].sum()) for part in self._parts)
@@ -160,11 +168,9 @@ class _Collector:
         """
         count = min(self._batch_size, len(self._records) - self.done)
         # The outputs are replicated. The metadata is gathered, because each process has only that
-        # of its own videos. Processes with the same shard have the same videos.
-        shards = dict(collectives.gather([self._shard_index, metadata]))
-        columns = {
-            name: sum((shards[i][name] for i in sorted(shards)), [])[:count] for name in metadata
-        }
+        # of its own videos.
+        columns = collectives.gather_columns(self._shard_index, metadata)
+        columns = {name: column[:count] for name, column in columns.items()}
         errors = columns["error"]
         part = {name: np.asarray(array)[:count] for name, array in outputs.items()}
         part |= {name: np.array(columns[name]) for name in ("label", "padded", "released")}
@@ -177,7 +183,7 @@ class _Collector:
             )
         for name in ("scores", "probabilities"):
             part[name] = np.where(decoded[:, None], part[name], 0)
-        part["hit"] = decoded & (part["scores"].argmax(axis=1) == part["label"])
+        part["hit"] = decoded & hits(part["label"], part["scores"].argmax(axis=1)[:, None])
         now = time.monotonic()
         part["seconds"] = now - self._began
         self._began = now

@@ -1,4 +1,4 @@
-"""Accuracies, confusion matrix and calibration from an evaluation's scores."""
+"""Accuracies, average precision, confusion matrix and calibration from an evaluation's scores."""
 
 import dataclasses
 import math
@@ -16,9 +16,10 @@ class Results:
 
     Attributes:
         ids: The videos' ids.
-        labels: `(n,)` class indices.
+        labels: `(n,)` class indices; in multi-label data multi-hot `(n, num_classes)`.
         scores: `(n, num_classes)` float32; a higher score ranks higher. Zeros if decoding failed.
-        probabilities: `(n, num_classes)` float32. Rows sum to 1, or are zeros if decoding failed.
+        probabilities: `(n, num_classes)` float32. Rows sum to 1 (not in multi-label data), or are
+            zeros if decoding failed.
         padded: `(n,)` booleans: the video is shorter than its clips, which repeat frames. False if
             decoding failed.
         released: `(n,)` booleans: STAM's released evaluation would count the video, because it
@@ -42,9 +43,26 @@ class Results:
         return np.array([bool(error) for error in self.errors], bool)
 
     @property
+    def multi_label(self) -> bool:
+        """Whether videos have any number of classes."""
+        return self.labels.ndim == 2
+
+    @property
     def num_classes(self) -> int:
         """Number of classes."""
         return self.scores.shape[1]
+
+    def label(self, index: int) -> int | list[int]:
+        """Return the class index of a video; in multi-label data, the list of its classes."""
+        label = self.labels[index]
+        return np.flatnonzero(label).tolist() if self.multi_label else int(label)
+
+    def count_labels(self, mask: np.ndarray) -> np.ndarray:
+        """Return how many videos of a mask `(n,)` have each class, `(num_classes,)`."""
+        labels = self.labels[mask]
+        if self.multi_label:
+            return np.count_nonzero(labels, axis=0)
+        return np.bincount(labels, minlength=self.num_classes)
 
     def top(self, k: int) -> np.ndarray:
         """Return the `k` best classes, best first, `(n, min(k, num_classes))`; -1: failed video."""
@@ -52,8 +70,11 @@ class Results:
         return np.where(self.failed[:, None], -1, order)
 
     def hits(self, k: int) -> np.ndarray:
-        """Return `(n,)` booleans: the label is among the `k` best classes."""
-        return (self.top(k) == self.labels[:, None]).any(axis=1)
+        """Return `(n,)` booleans: the label is among the `k` best classes.
+
+        In multi-label data: one of the video's classes is.
+        """
+        return hits(self.labels, self.top(k))
 
     def confusion(self) -> np.ndarray:
         """Return the confusion matrix, without failed videos.
@@ -67,19 +88,64 @@ class Results:
         return counts
 
     def per_class(self) -> np.ndarray:
-        """Return the top-1 accuracy per class in percent, `(num_classes,)`.
+        """Return the top-1 accuracy of each class in percent, `(num_classes,)`.
 
-        It is nan for classes without videos.
+        In multi-label data, it is the average precision. It is nan for classes without videos.
         """
-        count = np.bincount(self.labels, minlength=self.num_classes)
-        correct = np.bincount(self.labels[self.hits(1)], minlength=self.num_classes)
+        if self.multi_label:
+            columns = zip(self.labels.T, self.scores.T, strict=True)
+            return np.array([average_precision(y, s, self.failed) for y, s in columns])
+        hits = self.hits(1)
+        count, correct = self.count_labels(np.ones_like(hits)), self.count_labels(hits)
         with np.errstate(invalid="ignore"):
             return 100 * correct / count
 
     def losses(self) -> np.ndarray:
-        """Return the cross-entropy per video in nats, `(n,)`; nan for failed videos."""
+        """Return the cross-entropy per video in nats, `(n,)`; nan for failed videos.
+
+        In multi-label data, it is the binary cross-entropy, averaged over the classes.
+        """
+        if self.multi_label:
+            p = np.clip(self.probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
+            losses = -np.where(self.labels, np.log(p), np.log1p(-p)).mean(axis=1)
+            return np.where(self.failed, np.nan, losses)
         own = self.probabilities[np.arange(len(self.labels)), self.labels].astype(np.float64)
         return np.where(self.failed, np.nan, -np.log(np.maximum(own, 1e-38)))
+
+
+def hits(labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return `(n,)` booleans: whether one of the classes is a label of the video.
+
+    Args:
+        labels: As in `Results`.
+        classes: `(n, k)` class indices; -1: none.
+    """
+    if labels.ndim == 1:
+        return (classes == labels[:, None]).any(axis=1)
+    return (np.take_along_axis(labels, classes, axis=1).astype(bool) & (classes >= 0)).any(axis=1)
+
+
+def average_precision(labels: np.ndarray, scores: np.ndarray, failed: np.ndarray) -> float:
+    """Return the average precision of a class in percent; nan if no video has the class.
+
+    It is Σ (R_n − R_{n−1}) · P_n over the thresholds n, as in scikit-learn: P_n and R_n are the
+    precision and recall of the videos whose score is at least the n-th largest score. Videos with
+    the same score share a threshold. Failed videos are never found, which lowers the recall.
+
+    Args:
+        labels: `(n,)`, non-zero for videos that have the class.
+        scores: `(n,)`.
+        failed: `(n,)` booleans: the video could not be decoded.
+    """
+    num_positive = np.count_nonzero(labels)
+    if not num_positive:
+        return math.nan
+    scores, positive = scores[~failed], labels[~failed] != 0
+    order = np.argsort(-scores, kind="stable")
+    is_last = np.diff(scores[order], append=np.nan) != 0  # of the videos with the same score
+    found = np.cumsum(positive[order])[is_last]
+    precision = found / (1 + np.flatnonzero(is_last))
+    return float(100 * (np.diff(found, prepend=0) * precision).sum() / num_positive)
 
 
 def accuracy(hits: np.ndarray) -> float:

@@ -22,6 +22,8 @@ def save_report(
 ) -> None:
     """Write `eval.json`, `eval_videos.csv`, `confusion.png` and `eval.html` on process 0.
 
+    In multi-label data, there is no confusion matrix.
+
     Args:
         workdir: Output directory.
         result: The result of `summary.make_report`, with `weights_sha256`.
@@ -34,21 +36,26 @@ def save_report(
     """
     if jax.process_index():
         return
-    confusion = results.confusion()
-    result = {
-        **result,
-        "class_accuracy": {
-            label: float(value)
-            for label, value in zip(labels, results.per_class(), strict=True)
-            if np.isfinite(value)
-        },
-        "confusion": confusion.tolist(),
-        "labels": labels,
+    per_class = {
+        label: float(value)
+        for label, value in zip(labels, results.per_class(), strict=True)
+        if np.isfinite(value)
     }
+    if results.multi_label:
+        result = {**result, "per_class_ap": per_class, "labels": labels}
+    else:
+        confusion = results.confusion()
+        plots.draw_confusion(
+            confusion, labels, workdir / "confusion.png", num_failed=int(results.failed.sum())
+        )
+        result = {
+            **result,
+            "class_accuracy": per_class,
+            "confusion": confusion.tolist(),
+            "labels": labels,
+        }
     write_table(workdir / "eval_videos.csv", results, labels)
     write_json(workdir / "eval.json", result)
-    num_failed = int(results.failed.sum())
-    plots.draw_confusion(confusion, labels, workdir / "confusion.png", num_failed=num_failed)
     data = html_report.page_data(result, results, labels, records)
     html_report.save_page(workdir / "eval.html", data)
 
@@ -58,6 +65,7 @@ def write_table(path: Path, results: Results, labels: list[str]) -> None:
 
     `top5` and `probabilities` are JSON lists of the five best classes and their probabilities;
     `failed` is the decode error or empty. If decoding failed, the lists and `prediction` are empty.
+    In multi-label data, `label` is a JSON list too.
 
     Args:
         path: CSV file.
@@ -78,7 +86,7 @@ def write_table(path: Path, results: Results, labels: list[str]) -> None:
         writer.writerow(
             [
                 id_,
-                labels[results.labels[i]],
+                _label_text(results.label(i), labels),
                 names[0] if names else "",
                 int(correct[i]),
                 json.dumps(names, ensure_ascii=False),
@@ -89,3 +97,9 @@ def write_table(path: Path, results: Results, labels: list[str]) -> None:
         )
     # Ids are file names, whose bytes need not be UTF-8.
     write_file(path, table.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def _label_text(label: int | list[int], names: list[str]) -> str:
+    if isinstance(label, int):
+        return names[label]
+    return json.dumps([names[index] for index in label], ensure_ascii=False)

@@ -24,16 +24,24 @@ def make_report(results: Results, protocol: EvalProtocol, *, data: str, checkpoi
     Returns:
         Accuracies in percent, counts of videos, `protocol`, and more. `seconds` includes the time
         of interrupted runs of the same evaluation. `clips_per_second` counts every view as a clip.
+        In multi-label data, there is also `mAP`, the mean average precision of the classes that
+        have videos; `top1` and `top5` are the percentages of videos for which one of the classes
+        is among the best one or five; and `mean_class_accuracy` and `calibration_error` are None.
     """
     hits, decoded = results.hits(1), ~results.failed
     confidences = results.probabilities.max(axis=1)
-    _, calibration_error = metrics.calibration(confidences[decoded], hits[decoded])
+    if results.multi_label:
+        calibration_error = math.nan
+    else:
+        _, calibration_error = metrics.calibration(confidences[decoded], hits[decoded])
+    class_mean = float(np.nanmean(results.per_class()))
     losses, views = results.losses(), protocol.preprocessing.num_views
     return {
+        **({"mAP": class_mean} if results.multi_label else {}),
         "top1": metrics.accuracy(hits),
         "top1_interval": [*metrics.confidence_interval(hits)],
         "top5": metrics.accuracy(results.hits(5)),
-        "mean_class_accuracy": float(np.nanmean(results.per_class())),
+        "mean_class_accuracy": None if results.multi_label else class_mean,
         "calibration_error": None if math.isnan(calibration_error) else calibration_error,
         "loss": float(losses[decoded].mean()) if decoded.any() else None,
         "num_classes": results.num_classes,
@@ -42,7 +50,7 @@ def make_report(results: Results, protocol: EvalProtocol, *, data: str, checkpoi
         "num_padded": int(results.padded.sum()),
         "num_failed": int((~decoded).sum()),
         "failed": [
-            {"id": results.ids[i], "label": int(results.labels[i]), "error": results.errors[i]}
+            {"id": results.ids[i], "label": results.label(i), "error": results.errors[i]}
             for i in np.flatnonzero(~decoded)
         ],
         "released_subset": released_subset(results)
@@ -91,8 +99,9 @@ def summary(result: dict) -> str:
     low, high = result["top1_interval"]
     sizes = [f"{protocol['num_frames']} frames", f"{protocol['image_size']} px", *counts]
     top5 = f", top-5 {result['top5']:.2f} %" if result["num_classes"] > 5 else ""
+    mean = f"mAP {result['mAP']:.2f} %, " if "mAP" in result else ""
     return (
-        f"top-1 {result['top1']:.2f} % (95 %: {low:.2f} to {high:.2f}){top5} "
+        f"{mean}top-1 {result['top1']:.2f} % (95 %: {low:.2f} to {high:.2f}){top5} "
         f"on {result['num_videos']} videos (clips × crops: "
         f"{protocol['num_clips']} × {protocol['num_crops']}, {', '.join(sizes)})"
     )

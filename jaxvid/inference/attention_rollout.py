@@ -1,34 +1,30 @@
 """Attention rollout: how much attention each patch and each frame receives."""
 
 import dataclasses
-from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy
 
 from jaxvid.data.clips.clip import (
     ClipSpec,
     cut_eval_crops,
-    load_eval_views,
     resize_eval_frames,
+    set_color_matrix,
 )
-from jaxvid.data.formats.video_reader import VideoFile
-from jaxvid.distributed import setup
-from jaxvid.errors import InputError
-from jaxvid.models import Params, family_of, merge_params, split_params
-from jaxvid.storage.preprocessing import load_model_and_preprocessing, normalize
-
-TOP_K = 3  # number of classes in AttentionRollout.top
+from jaxvid.errors import printable
+from jaxvid.inference.inputs import VideoInput
+from jaxvid.inference.results import Result, describe_class
+from jaxvid.models import ModelConfig, family_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionRollout:
+class AttentionRollout(Result):
     """A clip with the attention that its patches and frames receive, and its predicted classes.
 
     Attributes:
-        name: File name of the video.
+        name: File name of the video, or its name as in `Prediction`.
         frames: Uncropped, upright frames `(t, h, w, c)` uint8.
         indices: Frame numbers in the video `(t,)`.
         times: Time of each frame in seconds `(t,)`, relative to the video's first frame; None if
@@ -51,6 +47,42 @@ class AttentionRollout:
     frame_attention: np.ndarray
     top: list[tuple[str, float]]
     notes: list[str]
+
+    def __str__(self) -> str:
+        """Return the classes and the attention to each frame, one per line."""
+        lines = [printable(self.name), *(describe_class(*pair) for pair in self.top)]
+        for row in self.table_rows():
+            time = "" if row["time"] is None else f", {row['time']:.2f} s"
+            share = f"{100 * row['frame_attention']:5.1f} % of the attention"
+            lines.append(f"  {share}  frame {row['frame']}{time}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return `{"video", "top", "crop_box", "frames"}`.
+
+        Each frame has `frame` (its number), `time`, `frame_attention` and `patch_attention`.
+        """
+        top = [{"label": label, "probability": probability} for label, probability in self.top]
+        rows = zip(self.table_rows(), self.patch_attention.tolist(), strict=True)
+        return {
+            "video": self.name,
+            "top": top,
+            "crop_box": [float(edge) for edge in self.crop_box],
+            "frames": [
+                {name: row[name] for name in ("frame", "time", "frame_attention")}
+                | {"patch_attention": patches}
+                for row, patches in rows
+            ],
+        }
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Return one row per frame: `video`, `frame`, `time` and `frame_attention`."""
+        times = [None] * len(self.indices) if self.times is None else self.times.tolist()
+        columns = zip(self.indices.tolist(), times, self.frame_attention.tolist(), strict=True)
+        return [
+            {"video": self.name, "frame": frame, "time": time, "frame_attention": share}
+            for frame, time, share in columns
+        ]
 
 
 def roll_out(weights: jax.Array) -> jax.Array:
@@ -94,51 +126,48 @@ def find_crop_box(height: int, width: int, spec: ClipSpec) -> tuple[float, float
     return top / h, left / w, (top + spec.crop) / h, (left + spec.crop) / w
 
 
-def compute_rollout(
-    video: str | Path, folder: str | Path, *, clip: int = 0, num_clips: int = 3
-) -> AttentionRollout:
-    """Compute the attention rollout of a model on the centre crop of a clip.
+def read_clip(video: VideoInput, indices: np.ndarray, spec: ClipSpec) -> dict[str, Any]:
+    """Decode the uncropped frames of a clip.
 
     Args:
-        video: Video file.
-        folder: Model folder.
-        clip: Index of the clip. Clip 0 is the first one that `jaxvid.predict` classifies.
-        num_clips: Number of clips, which are spread over the video as in evaluation.
+        video: The video.
+        indices: Frame numbers `(t,)`.
+        spec: Defines the conversion to RGB.
+
+    Returns:
+        The fields `name`, `frames`, `indices` and `times` of `AttentionRollout`.
 
     Raises:
-        InputError: The model folder or the video is unusable, or `clip` is out of range.
+        DecodeError: The video cannot be decoded.
     """
-    if not 0 <= clip < num_clips:
-        raise InputError(f"--clip={clip}: must be 0 to {num_clips - 1} (--num_clips={num_clips})")
-    setup.use_compilation_cache()
-    # Compute in float32, as evaluation does.
-    card, model, preprocessing = load_model_and_preprocessing(folder, "float32")
-    labels = card["labels"]
-    # Clip 0 is the same for any num_clips. If it is requested, decode no other clips.
-    spec = dataclasses.replace(preprocessing.spec, num_clips=num_clips if clip else 1, num_crops=1)
-    views = load_eval_views(video, spec)
-    indices = views["indices"][clip]
-    frames, times = _read_frames(video, indices, spec)
+    with video.open() as reader:
+        set_color_matrix(reader, spec)
+        frames, times = reader.get_frames(indices), reader.times
+        if times is None and reader.fps:
+            times = np.arange(reader.num_frames) / reader.fps
+    times = None if times is None else times[indices]
+    name = video.path.name if video.path else video.id
+    return {"name": name, "frames": frames, "indices": indices, "times": times}
 
-    graphdef, params = split_params(model)
 
-    @jax.jit
-    def run(params: Params, clip: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = merge_params(graphdef, params)
-        attention = {name: roll_out(a[0]) for name, a in model.attention(clip).items()}
-        return model(clip)[0], attention
+def make_rollout(
+    clip: dict[str, Any],
+    attention: dict[str, np.ndarray],
+    top: list[tuple[str, float]],
+    spec: ClipSpec,
+    config: ModelConfig,
+) -> AttentionRollout:
+    """Combine a clip with the attention rollouts of a network.
 
-    view = views["video"][clip : clip + 1]
-    view = normalize(view, preprocessing.mean, preprocessing.std)
-    # The logits are checked, because XLA's softmax on CPU turns NaN into finite numbers.
-    logits, attention = jax.device_get(run(params, view))
-    if not np.isfinite(logits).all():
-        raise InputError(
-            f"{folder}: the logits for {video} are not finite, so the weights are damaged; retrain "
-            "or reconvert the model"
-        )
-    probabilities = scipy.special.softmax(logits)
-    side = spec.crop // model.config.patch_size
+    Args:
+        clip: From `read_clip`.
+        attention: Rollout of each attention of the network: `spatial` `(t, patches)` and, unless
+            the network averages its frames, `temporal` `(t,)`.
+        top: The most likely classes and their probabilities.
+        spec: Resize and crop of the clip.
+        config: The network's config.
+    """
+    side = spec.crop // config.patch_size
     patch_attention = attention["spatial"].reshape(-1, side, side)
     t = len(patch_attention)
     frame_attention = attention.get("temporal", np.full(t, 1 / t))
@@ -148,31 +177,13 @@ def compute_rollout(
         bars = "this network averages its frames, so that all have the same weight"
     peak = f"{patch_attention.max() * side**2:.1f} times a uniform share"
     notes = [f"Bars: {bars}.", f"Heat: attention rollout; the strongest patch receives {peak}."]
-    if family_of(model.config).mixes_frames(model.config):
+    if family_of(config).mixes_frames(config):
         notes.append("This network's attention mixes frames: the heat is approximate in time.")
     return AttentionRollout(
-        name=Path(video).name,
-        frames=frames,
-        indices=indices,
-        times=times,
-        crop_box=find_crop_box(*frames.shape[1:3], spec),
+        **clip,
+        crop_box=find_crop_box(*clip["frames"].shape[1:3], spec),
         patch_attention=patch_attention,
         frame_attention=frame_attention,
-        top=[(labels[i], float(probabilities[i])) for i in np.argsort(-probabilities)[:TOP_K]],
+        top=top,
         notes=notes,
     )
-
-
-def _read_frames(
-    video: str | Path, indices: np.ndarray, spec: ClipSpec
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Decode uncropped frames `(t, h, w, c)`; return them and their times in seconds `(t,)`.
-
-    The times are None if neither timestamps nor a frame rate are known.
-    """
-    with VideoFile(video) as reader:
-        reader.color_matrix = spec.color_matrix
-        frames, times = reader.get_frames(indices), reader.times
-        if times is None and reader.fps:
-            times = np.arange(reader.num_frames) / reader.fps
-    return frames, None if times is None else times[indices]

@@ -5,24 +5,27 @@ import dataclasses
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from jaxvid.atomic import OutputPath, output_path, write_file, write_json
+from jaxvid.errors import printable
+from jaxvid.inference.results import Result
+from jaxvid.parsers import TIMELINE_KINDS
 from jaxvid.plot_style import GRID, INK
 
 COLOURS = ("#0b6fb8", "#d1495b", "#3f8f4f", "#e0912f", "#7a52a8", "#2aa5a0")  # one per drawn class
 OTHERS = "#c9c9c9"  # colour of all classes that are not drawn
-KINDS = ("csv", "json", "png")  # suffixes of the files that `ClassTimeline.save` writes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassTimeline:
+class ClassTimeline(Result):
     """Class probabilities of the windows of a video.
 
     Attributes:
-        video: Path of the file.
+        video: Name of the video, as in `Prediction`.
         labels: Class names.
         starts: Start of each window in seconds `(windows,)`, relative to the video's first frame.
         ends: End of each window in seconds `(windows,)`, relative to the video's first frame.
@@ -60,6 +63,51 @@ class ClassTimeline:
             for i, top in enumerate(order)
         ]
 
+    def __str__(self) -> str:
+        """Return the name of the video, and one line per window with its 3 most likely classes."""
+        return "\n".join([printable(self.video), *self.lines(top_k=3)])
+
+    def lines(self, top_k: int) -> list[str]:
+        """Return one line per window with its time and its most likely classes."""
+        return [
+            f"{row['start']:9.2f} to {row['end']:9.2f} s  "
+            + ", ".join(f"{e['label']} {100 * e['probability']:.1f} %" for e in row["top"])
+            for row in self.rows(top_k)
+        ]
+
+    def to_json(self, top_k: int = 5) -> dict[str, Any]:
+        """Return `{"video", "stride", "windows"}`; the windows are those of `rows`."""
+        stride = round(self.stride, 6)
+        return {"video": self.video, "stride": stride, "windows": self.rows(top_k)}
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """Return one row per window: `video`, `start`, `end`, `padded` and one column per class."""
+        columns = zip(self.starts.tolist(), self.ends.tolist(), self.padded.tolist(), strict=True)
+        return [
+            {"video": self.video, "start": start, "end": end, "padded": padded}
+            | dict(zip(self.labels, probabilities, strict=True))
+            for (start, end, padded), probabilities in zip(
+                columns, self.probabilities.tolist(), strict=True
+            )
+        ]
+
+    def to_csv(self, top_k: int) -> str:
+        """Return the rows of all windows as CSV.
+
+        Args:
+            top_k: Number of classes per window.
+        """
+        rows, table = self.rows(top_k), io.StringIO()
+        ranks = range(1, len(rows[0]["top"]) + 1)
+        names = [name for rank in ranks for name in (f"label_{rank}", f"probability_{rank}")]
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(["start", "end", "padded", *names])
+        for row in rows:
+            pairs = [(entry["label"], f"{entry['probability']:.6f}") for entry in row["top"]]
+            span = row["start"], row["end"], int(row["padded"])
+            writer.writerow([*span, *(x for pair in pairs for x in pair)])
+        return table.getvalue()
+
     def save(self, prefix: str | Path, top_k: int = 5) -> list[OutputPath]:
         """Write `PREFIX.csv`, `PREFIX.json` and `PREFIX.png`, each atomically.
 
@@ -73,27 +121,17 @@ class ClassTimeline:
         Raises:
             InputError: A file cannot be written.
         """
-        rows, table, plot = self.rows(top_k), io.StringIO(), io.BytesIO()
-        ranks = range(1, len(rows[0]["top"]) + 1)
-        names = [name for rank in ranks for name in (f"label_{rank}", f"probability_{rank}")]
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["start", "end", "padded", *names])
-        for row in rows:
-            pairs = [(entry["label"], f"{entry['probability']:.6f}") for entry in row["top"]]
-            span = row["start"], row["end"], int(row["padded"])
-            writer.writerow([*span, *(x for pair in pairs for x in pair)])
-        document = {"video": self.video, "stride": round(self.stride, 6), "windows": rows}
+        plot = io.BytesIO()
         self.draw().savefig(plot, format="png")
-        paths = [output_path(f"{prefix}.{kind}") for kind in KINDS]
-        write_file(paths[0], table.getvalue().encode())
-        write_json(paths[1], document)
+        paths = [output_path(f"{prefix}.{kind}") for kind in TIMELINE_KINDS]
+        write_file(paths[0], self.to_csv(top_k).encode())
+        write_json(paths[1], self.to_json(top_k))
         write_file(paths[2], plot.getvalue())
         return paths
 
     def draw(self) -> Figure:
         """Plot the probabilities of the main classes over time, and below them the top-1 class."""
-        top1 = self.probabilities.argmax(axis=1)
-        colour_of = self._choose_classes(top1)
+        colour_of = self.class_colours()
         middles = (self.starts + self.ends) / 2
         figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=130)
         axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=(9, 1))
@@ -108,9 +146,7 @@ class ClassTimeline:
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         axes.grid(color=GRID, lw=0.6)
         axes.set_axisbelow(True)
-        # The colour changes halfway between the middles of consecutive windows.
-        edges = np.concatenate([self.starts[:1], (middles[1:] + middles[:-1]) / 2, self.ends[-1:]])
-        colours = [colour_of.get(c, OTHERS) for c in top1.tolist()]
+        edges, colours = self.edges(), self.top1_colours()
         strip.bar(edges[:-1], 1, np.diff(edges), align="edge", color=colours)
         strip.set_yticks([])
         strip.set_ylabel("top-1", rotation=0, ha="right", va="center")
@@ -120,15 +156,25 @@ class ClassTimeline:
             panel.spines[["top", "right"]].set_visible(False)
         return figure
 
-    def _choose_classes(self, top1: np.ndarray) -> dict[int, str]:
+    def edges(self) -> np.ndarray:
+        """Return times `(windows + 1,)` in seconds, between which one window's class is shown.
+
+        The shown class changes halfway between the middles of consecutive windows.
+        """
+        middles = (self.starts + self.ends) / 2
+        return np.concatenate([self.starts[:1], (middles[1:] + middles[:-1]) / 2, self.ends[-1:]])
+
+    def top1_colours(self) -> list[str]:
+        """Return the colour of the top-1 class of each window."""
+        colour_of = self.class_colours()
+        return [colour_of.get(c, OTHERS) for c in self.probabilities.argmax(axis=1).tolist()]
+
+    def class_colours(self) -> dict[int, str]:
         """Choose the classes to draw; return class index → colour.
 
         The classes are sorted by the number of windows in which they are top-1, and then by their
         highest probability. The first ones are drawn, one per colour in `COLOURS`.
-
-        Args:
-            top1: Index of the top-1 class of each window `(windows,)`.
         """
-        counts = np.bincount(top1, minlength=len(self.labels))
+        counts = np.bincount(self.probabilities.argmax(axis=1), minlength=len(self.labels))
         order = np.lexsort((-self.probabilities.max(axis=0), -counts))
         return dict(zip(order.tolist(), COLOURS, strict=False))

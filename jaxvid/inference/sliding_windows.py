@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,14 @@ from fractions import Fraction
 
 import numpy as np
 
-from jaxvid.data.clips.clip import ClipSpec, cut_eval_crops, resize_eval_frames, sampling
+from jaxvid.data.clips.clip import (
+    ClipSpec,
+    cut_eval_crops,
+    resize_eval_frames,
+    sampling,
+    set_color_matrix,
+)
+from jaxvid.data.formats.frame_array import FrameArray
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.errors import InputError
 
@@ -39,7 +47,13 @@ class WindowPlan:
 
 
 def plan_windows(
-    reader: VideoFile, spec: ClipSpec, window: float, stride: float, *, align: bool, name: str
+    reader: VideoFile | FrameArray,
+    spec: ClipSpec,
+    window: float,
+    stride: float,
+    *,
+    align: bool,
+    name: str,
 ) -> WindowPlan:
     """Plan the windows of a video, each sampled like a separate video.
 
@@ -57,12 +71,14 @@ def plan_windows(
         name: Name of the video in error messages.
 
     Raises:
-        DecodeError: Neither frame rate nor timestamps are known.
-        InputError: `window` or `stride` is not above 0.
+        DecodeError: Neither frame rate nor timestamps of a file are known.
+        InputError: `window` or `stride` is not above 0, or the frame rate of an array is unknown.
     """
     for option, value in (("window", window), ("stride", stride)):
         if not (value > 0 and math.isfinite(value)):
             raise InputError(f"{option}={value:g}: must be a number of seconds above 0")
+    if isinstance(reader, FrameArray) and reader.fps is None:
+        raise InputError(f"{name}: windows in seconds need the frame rate of an array; pass fps")
     fps, length = _frame_rate_and_length(reader, name)
     # Length of a window and distance between the starts of consecutive windows, both in frames.
     size, hop = max(1, round(window * fps)), max(stride * fps, 1.0)
@@ -100,7 +116,7 @@ def plan_windows(
     )
 
 
-def _frame_rate_and_length(reader: VideoFile, name: str) -> tuple[float, int]:
+def _frame_rate_and_length(reader: VideoFile | FrameArray, name: str) -> tuple[float, int]:
     """Return the frame rate, and the number of frames that the video has at this constant rate.
 
     If only timestamps are known, the average frame rate is returned.
@@ -166,7 +182,7 @@ def _aligned_indices(window: int, fraction: Fraction, step: float, t: int) -> np
 
 
 def read_frames(
-    reader: VideoFile, indices: np.ndarray, spec: ClipSpec, size: int
+    reader: VideoFile | FrameArray, indices: np.ndarray, spec: ClipSpec, size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Decode, resize and crop frames in one pass, in chunks.
 
@@ -183,7 +199,7 @@ def read_frames(
     Raises:
         DecodeError: A frame is damaged. The error may be raised as late as after the last chunk.
     """
-    reader.color_matrix = spec.color_matrix
+    set_color_matrix(reader, spec)
     frames = reader.iter_frames(indices)
     for start in range(0, len(indices), size):
         numbers = indices[start : start + size]
@@ -202,14 +218,39 @@ def prefetch(iterator: Iterator, ahead: int = 2) -> Iterator:
         iterator: The iterator. No item may be None.
         ahead: Number of items that are computed ahead.
     """
-    with ThreadPoolExecutor(1) as pool:
-        queue = collections.deque(pool.submit(next, iterator, None) for _ in range(ahead))
-        try:
-            while (item := queue.popleft().result()) is not None:  # None: the iterator has ended
-                queue.append(pool.submit(next, iterator, None))
+    return prefetch_chain(iter([iterator]), num_threads=1, ahead=ahead)
+
+
+def prefetch_chain(iterators: Iterator[Iterator], *, num_threads: int, ahead: int) -> Iterator:
+    """Yield the items of several iterators, one iterator after the other.
+
+    Args:
+        iterators: The iterators. No item may be None.
+        num_threads: Number of iterators that are computed at the same time, each in a thread.
+        ahead: Number of items of each iterator that are computed ahead.
+    """
+    running = collections.deque()  # (iterator, its thread, futures of its next items)
+
+    def start_next() -> None:
+        for iterator in itertools.islice(iterators, 1):
+            thread = ThreadPoolExecutor(1)
+            futures = [thread.submit(next, iterator, None) for _ in range(ahead)]
+            running.append((iterator, thread, collections.deque(futures)))
+
+    try:
+        for _ in range(num_threads):
+            start_next()
+        while running:
+            iterator, thread, futures = running[0]
+            while (item := futures.popleft().result()) is not None:  # None: the iterator has ended
+                futures.append(thread.submit(next, iterator, None))
                 yield item
-        finally:
-            pool.shutdown(cancel_futures=True)
+            thread.shutdown()
+            running.popleft()
+            start_next()
+    finally:
+        for _, thread, _ in running:
+            thread.shutdown(cancel_futures=True)
 
 
 def gather_clips(

@@ -87,11 +87,13 @@ class ReleasedClasses:
         top1: Published top-1 accuracy in percent.
         assumption: Why the order of the classes is assumed to be that of `class_names`; empty if it
             is known.
+        top5: Published top-5 accuracy in percent; None if it was not published.
     """
 
     dataset: str
     top1: float
     assumption: str = ""
+    top5: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,10 @@ class Family:
         optional_parts: Regular expressions for prefixes of weights, the largest part first.
             Depending on its config, a network has either all weights of such a part or none.
         published_cost: Name of a preset → its cost as stated in the paper.
-        released_classes: Name of a preset → the classes of its checkpoints.
+        released_classes: Name of a preset → the classes of its checkpoints, and their accuracy with
+            the views of `released_preprocessing`.
+        released_weights: Name of a preset → the address of the authors' checkpoint.
+        license_url: Address of the page that states the licence of these checkpoints.
         shares_frames: Whether a frame's features do not depend on the other frames of the clip.
             Windows that overlap then share the features.
         mixes_frames: Config → whether attention within a frame also reads keys or values of other
@@ -177,6 +182,8 @@ class Family:
     optional_parts: tuple[str, ...] = ()
     published_cost: Mapping[str, PublishedCost] = dataclasses.field(default_factory=dict)
     released_classes: Mapping[str, ReleasedClasses] = dataclasses.field(default_factory=dict)
+    released_weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    license_url: str = ""
     shares_frames: bool = False
     mixes_frames: Callable[[Any], bool] = lambda config: False
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxvid.models.clip_check import check_clips
 from jaxvid.models.implementation import choose
 
 # Default of torch.nn.Linear and torch.nn.Conv2d for the kernel: uniform within ±1/sqrt(fan_in).
@@ -204,8 +205,7 @@ class PatchEmbed(nnx.Module):
 
     def __call__(self, video: jax.Array) -> jax.Array:
         # Patches do not overlap, so the convolution is one matmul over flattened patches.
-        if video.ndim != 5 or video.shape[-1] != 3:
-            raise ValueError(f"expected a clip of shape (b, t, h, w, 3), got {video.shape}")
+        check_clips(video)
         b, t, h, w, c = video.shape
         p = self.patch_size
         if h % p or w % p:

@@ -345,6 +345,12 @@ FAMILY = Family(
         "stam_32": ReleasedClasses("kinetics400", 79.95),
         "stam_64": ReleasedClasses("kinetics400", 80.5),
     },
+    released_weights={
+        f"stam_{t}": "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/STAM/v2/"
+        f"stam_{t}.pth"
+        for t in (8, 16, 32, 64)
+    },
+    license_url="https://github.com/Alibaba-MIIL/STAM",
     published_cost={
         f"stam_{t}": PublishedCost(giga, counts_attention=False, num_views=1)
         for t, giga in ((8, 135), (16, 270), (32, 540), (64, 1080))

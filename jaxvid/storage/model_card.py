@@ -2,20 +2,26 @@
 
 import dataclasses
 import json
-import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
+from flax import nnx
+
 from jaxvid import atomic
 from jaxvid.config import differences, translate
+from jaxvid.data.class_names import plain_name
 from jaxvid.errors import InputError, one_line, printable, short_repr
 from jaxvid.files import read_limited
+from jaxvid.model_path import CARD_NAME, describe_wrong_path, exists
 from jaxvid.models import ModelConfig, make_model_config
 from jaxvid.models.implementation import CHOICES
+from jaxvid.storage.activation import ACTIVATIONS
 
 FORMAT_VERSION = 1
 MAX_CARD_BYTES = 32 * 10**6  # a card with 20,000 classes has about 1 MB
-CARD_NAME = "model.json"  # written last; a folder without this file is not a model folder
+# Keys that cards of older versions do not have → their values.
+ADDED_KEYS = {"labels_source": None, "activation": "softmax"}
 CARD_KEYS = ("name", "config", "preprocessing", "labels", "provenance", "files")
 # Start of `labels_source` if the order of the class names is not known to be that of the weights.
 ASSUMED = "assumed: "
@@ -23,10 +29,17 @@ MAX_SOURCE = 300  # characters in `labels_source`
 # Fields of a model config that may differ between networks with the same weights.
 RATE_FIELDS = ("name", "init", "dropout", "drop_path", "dtype", *CHOICES)
 
+_cards: weakref.WeakKeyDictionary[nnx.Module, dict] = weakref.WeakKeyDictionary()
 
-def exists(folder: str | Path) -> bool:
-    """Return whether a model folder exists, or its backup if replacing it was interrupted."""
-    return (atomic.resolve(folder, CARD_NAME) / CARD_NAME).exists()
+
+def remember_card(model: nnx.Module, card: dict) -> None:
+    """Remember the model card of a loaded network, for `card_of`."""
+    _cards[model] = card
+
+
+def card_of(model: nnx.Module) -> dict | None:
+    """Return the model card that a network was loaded with, or None if it was not loaded."""
+    return _cards.get(model)
 
 
 def load_card(folder: str | Path) -> dict:
@@ -34,8 +47,9 @@ def load_card(folder: str | Path) -> dict:
 
     Returns:
         The contents of the file. All values have the expected type, `config` is a valid model
-        config, and `labels`, unless null, has one entry per class. `labels_source` is null in cards
-        without this field. Old names in `preprocessing` are translated; its fields are not checked.
+        config, and `labels`, unless null, has one entry per class. Keys that are missing
+        in older cards have the values in `ADDED_KEYS`. Old names in `preprocessing` are translated;
+        its fields are not checked.
 
     Raises:
         InputError: The file is missing or invalid, or has a different format version.
@@ -44,14 +58,7 @@ def load_card(folder: str | Path) -> dict:
         path = atomic.resolve(folder, CARD_NAME) / CARD_NAME
         data = read_limited(path, MAX_CARD_BYTES)
     except FileNotFoundError:
-        reason = (
-            f"is not a model folder (no {Path(folder) / CARD_NAME})"
-            if os.path.lexists(folder)
-            else "does not exist"
-        )
-        raise InputError(
-            f"{folder} {reason}; choose a folder written by training or by a converter"
-        ) from None
+        raise InputError(describe_wrong_path(folder)) from None
     except OSError as error:  # e.g. no permission, or a name that is too long
         raise InputError(
             f"{folder} cannot be read ({error.strerror}); choose another folder"
@@ -74,7 +81,7 @@ def load_card(folder: str | Path) -> dict:
             f"{path}: preprocessing is {short_repr(card['preprocessing'])}, expected a dict or "
             "null; export the model again"
         )
-    card.setdefault("labels_source", None)
+    card = ADDED_KEYS | card
     try:
         if isinstance(card["config"], dict):
             card["config"] = translate(card["config"])
@@ -131,6 +138,10 @@ def _check_card(card: dict) -> None:
     for label in labels or ():
         if not isinstance(label, str | int):
             raise InputError(f"labels has {short_repr(label)}, expected a string")
+    if card["activation"] not in (*ACTIVATIONS,):
+        raise InputError(
+            f"activation is {short_repr(card['activation'])}, expected softmax or sigmoid"
+        )
     source = card["labels_source"]
     if source is None:
         return
@@ -147,6 +158,7 @@ def make_card(
     preprocessing: dict | None,
     labels: list[str] | None,
     labels_source: str | None = None,
+    activation: str = "softmax",
     provenance: dict,
 ) -> dict:
     """Return the contents of a `model.json` except the format version and the list of files.
@@ -157,6 +169,7 @@ def make_card(
         labels: Class names in the order of the class indices, or None if they are unknown.
         labels_source: Origin of the class names in one line, or None if they are those of the data.
             It starts with `ASSUMED` if their order is not known to be that of the weights.
+        activation: Function from logits to probabilities, a key of `ACTIVATIONS`.
         provenance: Origin of the weights, e.g. step and accuracy of a training run.
     """
     config = dataclasses.asdict(model_config)
@@ -167,6 +180,7 @@ def make_card(
         "preprocessing": preprocessing,
         "labels": labels,
         "labels_source": labels_source,
+        "activation": activation,
         "provenance": provenance,
     }
 
@@ -237,8 +251,7 @@ def describe_label_difference(
 
 
 def _plain(labels: Sequence) -> list[str]:
-    """Return class names in lower case, with underscores replaced by spaces."""
-    return [str(label).replace("_", " ").strip().casefold() for label in labels]
+    return [plain_name(str(label)) for label in labels]
 
 
 def check_same_model(folder: str | Path, model_config: ModelConfig) -> None:
@@ -276,18 +289,40 @@ def model_differences(
     return differences(before, after, there="in the folder", here="in the config", ignore=ignore)
 
 
-def best_top1(workdir: Path) -> float:
-    """Return the validation top-1 of `WORKDIR/best` in percent, or -1 if there is no such folder.
+def check_activation(card: dict, folder: str | Path, activation: str) -> None:
+    """Refuse a model folder whose activation differs from that of the config.
+
+    Args:
+        card: The model card, from `load_card`.
+        folder: The model folder, for the message.
+        activation: The config's `loss.name`.
 
     Raises:
-        InputError: The folder is damaged, or its card has no top-1.
+        InputError: The activations differ.
+    """
+    if card["activation"] != activation:
+        raise InputError(
+            f"{folder} was trained with loss.name={card['activation']}, the config has "
+            f"{activation}; set --config.loss.name={card['activation']}"
+        )
+
+
+def best_score(workdir: Path, metric: str) -> float:
+    """Return the validation score of `WORKDIR/best` in percent, or -1 if there is no such folder.
+
+    Args:
+        workdir: The run's folder.
+        metric: Name of the score in the folder's provenance: `top1` or `mAP`.
+
+    Raises:
+        InputError: The folder is damaged, or its card does not have the score.
     """
     if not exists(workdir / "best"):
         return -1.0
-    top1 = load_card(workdir / "best")["provenance"].get("top1")
-    if not isinstance(top1, int | float):
+    score = load_card(workdir / "best")["provenance"].get(metric)
+    if not isinstance(score, int | float):
         raise InputError(
-            f"{workdir / 'best' / CARD_NAME}: provenance has top1={short_repr(top1)}, expected a "
-            "number; delete the folder"
+            f"{workdir / 'best' / CARD_NAME}: provenance has {metric}={short_repr(score)}, "
+            "expected a number; delete the folder"
         )
-    return top1
+    return score

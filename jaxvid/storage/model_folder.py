@@ -43,6 +43,7 @@ from jaxvid.storage.model_card import (
     load_card,
     make_card,
     model_differences,
+    remember_card,
 )
 
 MAX_FILES = 10_000  # files and folders in `params`; Orbax writes about ten per process
@@ -249,7 +250,9 @@ def load_model(folder: str | Path, *, dtype: str | None = None) -> nnx.Module:
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
         for name, leaf in abstract_params.items()
     }
-    return merge_params(graphdef, load_params(folder, target))
+    model = merge_params(graphdef, load_params(folder, target))
+    remember_card(model, card)
+    return model
 
 
 def save_model(

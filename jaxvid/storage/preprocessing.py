@@ -18,7 +18,7 @@ from jaxvid.config import differences
 from jaxvid.data.clips.clip import ClipSpec, ViewSpec
 from jaxvid.data.clips.transforms import FRACTIONS
 from jaxvid.errors import InputError, short_repr
-from jaxvid.models import FAMILIES, make_model_config
+from jaxvid.models import FAMILIES, Params, make_model_config, merge_params, split_params
 from jaxvid.storage import model_card, model_folder
 
 
@@ -54,6 +54,16 @@ class Preprocessing(ViewSpec):
     def num_views(self) -> int:
         """Views per video: clips times crops."""
         return self.num_clips * self.num_crops
+
+    def with_views(self, num_clips: int | None, num_crops: int | None) -> "Preprocessing":
+        """Return the preprocessing with other numbers of clips and crops; None: unchanged.
+
+        Raises:
+            InputError: A number is out of range.
+        """
+        views = {"num_clips": num_clips, "num_crops": num_crops}
+        changed = {name: value for name, value in views.items() if value is not None}
+        return dataclasses.replace(self, **changed)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as they are stored in `model.json`."""
@@ -174,18 +184,35 @@ def load_model_and_preprocessing(
     labels = card["labels"]
     if labels is None:
         labels = [str(i) for i in range(model.config.num_classes)]
-    try:
-        shape = clip_shape(preprocessing.spec, 1)
-        jax.eval_shape(model, jax.ShapeDtypeStruct(shape, np.float32))
-    except ValueError as error:
-        raise InputError(
-            f"{path}: preprocessing does not fit the network ({error}); export the model again"
-        ) from None
+    check_fit(*split_params(model), preprocessing, path)
     card |= {
         "labels": [str(label) for label in labels],
         "preprocessing": preprocessing.to_json(),
     }
     return card, model, preprocessing
+
+
+def check_fit(
+    graphdef: nnx.GraphDef, params: Params, preprocessing: Preprocessing, path: Path
+) -> None:
+    """Refuse preprocessing whose clips have a shape that the network does not accept.
+
+    Args:
+        graphdef: The network's structure.
+        params: The weights, or their shapes.
+        preprocessing: The preprocessing.
+        path: The model card, for the message.
+
+    Raises:
+        InputError: The clips do not fit the network.
+    """
+    clip = jax.ShapeDtypeStruct(clip_shape(preprocessing.spec, 1), np.float32)
+    try:
+        jax.eval_shape(lambda params, clip: merge_params(graphdef, params)(clip), params, clip)
+    except ValueError as error:
+        raise InputError(
+            f"{path}: preprocessing does not fit the network ({error}); export the model again"
+        ) from None
 
 
 def clip_shape(spec: ClipSpec, *leading: int) -> tuple[int, ...]:

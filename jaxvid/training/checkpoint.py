@@ -11,6 +11,7 @@ from typing import Protocol
 import jax
 import orbax.checkpoint as ocp
 
+from jaxvid.config import CHOSEN
 from jaxvid.distributed import collectives, exits, process_group
 from jaxvid.errors import InputError, one_line
 from jaxvid.logs import log
@@ -31,7 +32,7 @@ class CheckpointPolicy:
     """When checkpoints are saved, and how many are kept.
 
     Attributes:
-        every_epochs: Epochs between two checkpoints.
+        every_epochs: Epochs between two checkpoints; `CHOSEN`: not known yet.
         keep: Number of newest checkpoints to keep.
 
     Raises:
@@ -43,8 +44,9 @@ class CheckpointPolicy:
 
     def __post_init__(self):
         for name in ("keep", "every_epochs"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"checkpoint_{name}={getattr(self, name)}: must be above 0")
+            value = getattr(self, name)
+            if value <= 0 and (name, value) != ("every_epochs", CHOSEN):
+                raise InputError(f"checkpoint_{name}={value}: must be above 0")
 
 
 class Resumable(Protocol):

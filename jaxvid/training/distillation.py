@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxvid.config import differences
-from jaxvid.distributed import sharding
+from jaxvid.distributed import collectives, sharding
 from jaxvid.errors import InputError
 from jaxvid.models import ModelConfig, Params, abstract_model, family_of, make_model_config
 from jaxvid.storage import model_card, model_folder
 from jaxvid.storage.preprocessing import read_preprocessing
 from jaxvid.training.steps import Teacher
+from jaxvid.weights.resolve import resolve_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,13 +56,14 @@ def load_teacher(
         The teacher and its weights in bfloat16; `(None, None)` without distillation.
 
     Raises:
-        InputError: `distill.teacher` is not a model folder; the teacher's number of frames, image
+        InputError: `distill.teacher` is not a model; the teacher's number of frames, image
             size or number of classes differs from the student's; or its class labels or their order
             differ from the data's.
     """
     if not distill.teacher:
         return None, None
-    card = model_card.load_card(distill.teacher)
+    folder = collectives.raise_on_all_processes(resolve_model, distill.teacher)
+    card = model_card.load_card(folder)
     model_config = make_model_config(**{**card["config"], "dtype": "bfloat16"})
     names = ("num_classes", "num_frames", "image_size")
     changed = differences(
@@ -75,13 +77,18 @@ def load_teacher(
             f"distill.teacher={distill.teacher}: its clips or classes differ from the student's "
             f"({'; '.join(changed.values())}); choose another teacher or change the config"
         )
-    model_card.check_labels(card["labels"], labels, distill.teacher)
-    preprocessing = read_preprocessing(card, Path(distill.teacher) / "model.json")
+    model_card.check_labels(card["labels"], labels, folder)
+    preprocessing = read_preprocessing(card, Path(folder) / "model.json")
     graphdef, abstract = abstract_model(model_config)
     splits = family_of(model_config).tensor_splits(model_config)
     abstract = sharding.with_sharding(abstract, mesh, splits)
-    params = model_folder.load_params(distill.teacher, abstract)
-    to_bfloat16 = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree))
+    params = model_folder.load_params(folder, abstract)
+    # Complete on every device: in contrast to the student, it has no gradients and moments.
+    gathered = sharding.without_fsdp(jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    to_bfloat16 = jax.jit(
+        lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree),
+        out_shardings=gathered,
+    )
     teacher = Teacher(
         graphdef=graphdef,
         mean=preprocessing.mean,

@@ -1,29 +1,35 @@
 """The initial training state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
+from flax import nnx
 
-from jaxvid.models import ModelConfig
+from jaxvid.distributed import collectives, sharding
+from jaxvid.models import ModelConfig, build_model, split_params
 from jaxvid.storage import model_folder
+from jaxvid.training.step_program import StepProgram
+from jaxvid.weights.resolve import resolve_model
 
 
 def make_initial_state(
-    init: Callable[[], dict],
-    abstract_state: dict,
+    program: StepProgram,
     model_config: ModelConfig,
-    init_from: str,
-    labels: Sequence[str],
+    *,
+    seed: int,
+    init_from: str = "",
+    labels: Sequence[str] = (),
 ) -> tuple[dict, list[str]]:
     """Make a fresh training state, with the weights of a model folder if one is named.
 
+    Every process draws all random weights, on its first device.
+
     Args:
-        init: Function that makes the state, see `steps.init_state`.
-        abstract_state: Shapes, dtypes and shardings of the state.
+        program: The training step and the shapes, dtypes and shardings of its state.
         model_config: The network's config.
-        init_from: The model folder; empty: random weights.
-        labels: Class names of the data.
+        seed: Seed of the random weights.
+        init_from: The model folder, or another name of a model; empty: random weights.
+        labels: Class names of the data; used with `init_from`.
 
     Returns:
         The state; and log lines that say which weights were loaded.
@@ -31,13 +37,12 @@ def make_initial_state(
     Raises:
         InputError: The folder is damaged or its weights do not fit the network.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-    state = jax.jit(init, out_shardings=shardings)()
-    if not init_from:
-        return state, []
-    state["params"], notes = model_folder.load_init(
-        init_from, model_config, state["params"], labels
-    )
-    if "ema" in state:
-        state["ema"] = jax.tree.map(jnp.copy, state["params"])
-    return state, notes
+    folder = init_from and collectives.raise_on_all_processes(resolve_model, init_from)
+    # Not compiled as one program: JAX compiles one small program per shape, which takes less time.
+    _, drawn = split_params(build_model(model_config, nnx.Rngs(seed)))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
+    params = jax.tree.map(sharding.shard, drawn, shardings["params"])
+    notes = []
+    if folder:
+        params, notes = model_folder.load_init(folder, model_config, params, labels)
+    return jax.jit(program.init, out_shardings=shardings)(params), notes

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +10,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxvid.errors import InputError
+
+# tensorboardX imports PyTorch if it is installed. This takes two seconds, and nothing here uses it.
+_has_torch = "torch" in sys.modules
+sys.modules.setdefault("torch", None)
+from tensorboardX import summary  # noqa: E402
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
+
+if not _has_torch:
+    del sys.modules["torch"]
 
 MAX_CLASS_SCALARS = 50
 
@@ -58,22 +66,26 @@ class MetricWriter:
             if value is not None:
                 self._write_event(step=step, summary=summary.scalar(name, value))
 
-    def write_classes(self, step: int, names: list[str], accuracies: np.ndarray) -> None:
-        """Write the accuracy of each class to TensorBoard; above 50 classes, only a histogram.
+    def write_classes(
+        self, step: int, names: list[str], scores: np.ndarray, metric: str = "top1"
+    ) -> None:
+        """Write the score of each class to TensorBoard; above 50 classes, only a histogram.
 
         Args:
             step: The training step.
             names: Names of the classes.
-            accuracies: `(num_classes,)` in percent; nan if the class has no videos.
+            scores: `(num_classes,)` in percent; nan if the class has no videos.
+            metric: Name of the score over all classes: `top1`, or `mAP` for average precisions.
         """
-        known = np.isfinite(accuracies)
+        known = np.isfinite(scores)
+        kind = "ap" if metric == "mAP" else metric
         if len(names) > MAX_CLASS_SCALARS:
             bins = np.linspace(0, 100, 21)
-            histogram = summary.histogram("val/class_top1", accuracies[known], bins)
+            histogram = summary.histogram(f"val/class_{kind}", scores[known], bins)
             self._write_event(step=step, summary=histogram)
             return
         for i in np.flatnonzero(known):
-            scalar = summary.scalar(f"val_class_top1/{names[i]}", accuracies[i])
+            scalar = summary.scalar(f"val_class_{kind}/{names[i]}", scores[i])
             self._write_event(step=step, summary=scalar)
 
     def write_clips(self, step: int, video: np.ndarray) -> None:

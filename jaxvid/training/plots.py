@@ -12,7 +12,7 @@ from jaxvid.training import optim
 
 
 def draw_curves(metrics: Path, output: Path) -> None:
-    """Plot loss, top-1 accuracy and learning rate over steps.
+    """Plot loss, top-1 accuracy (in multi-label data: mAP) and learning rate over steps.
 
     Args:
         metrics: A run's `metrics.jsonl`.
@@ -28,9 +28,12 @@ def draw_curves(metrics: Path, output: Path) -> None:
         return [step for step, _ in points], [value for _, value in points]
 
     figure = Figure(figsize=(11, 3.4), layout="constrained", dpi=130)
+    score = ("top-1 (%)", (("train/top1", "training", TRAIN), ("val/top1", "validation", VAL)))
+    if any("val/mAP" in row for row in rows):
+        score = ("mAP (%)", (("val/mAP", "validation", VAL),))
     panels = (
         ("loss", (("train/loss", "training", TRAIN), ("val/loss", "validation", VAL))),
-        ("top-1 (%)", (("train/top1", "training", TRAIN), ("val/top1", "validation", VAL))),
+        score,
         ("learning rate", (("learning_rate", "", INK),)),
     )
     for axes, (title, lines) in zip(figure.subplots(1, 3), panels, strict=True):

@@ -26,11 +26,14 @@ FREE_FIELDS = (
 # Fields that config.json of an older run does not contain, and the values that the run used.
 ADDED_FIELDS = {
     **{"data.color_matrix": "auto", "deterministic": False, "mix_within": "batch"},
+    **{"data.list": "", "data.val_share": 0.0, "data.group": ""},
+    **{"data.sampler": "uniform", "data.repeats": 1, "loss.name": "softmax"},
+    "loss.class_weights": "none",
     **{"model.attention": "auto", "model.scan": "auto"},
 }
 
 # Fields that may differ between the processes of one run.
-OWN_FIELDS = ("data.folder", "data.prefix", "data.num_threads", "data.num_workers")
+OWN_FIELDS = ("data.folder", "data.list", "data.prefix", "data.num_threads", "data.num_workers")
 
 
 def check_same_run(config: Mapping[str, Any], workdir: Path) -> None:

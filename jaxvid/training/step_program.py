@@ -18,12 +18,12 @@ class StepProgram:
     """A training step and its state.
 
     Attributes:
-        init: Function that makes a fresh training state.
+        init: Function that makes a training state from initial weights.
         abstract_state: Shapes, dtypes and shardings of the training state.
         train_step: The jitted training step, from `steps.jit_train_step`.
     """
 
-    init: Callable[[], dict]
+    init: Callable[[Params], dict]
     abstract_state: dict
     train_step: Callable[[dict, dict[str, jax.Array]], tuple[dict, dict[str, jax.Array]]]
 
@@ -54,8 +54,10 @@ def make_step_program(
     optimizer = optim.make_optimizer(optimizer_config, schedule, family)
     frozen = optim.frozen_names(optimizer_config, abstract_params, family)
     recipe = recipe.for_run(mesh, batch_size, frozen)
-    init = functools.partial(steps.init_state, model, optimizer, recipe, seed=recipe.seed)
-    abstract_state = sharding.with_sharding(jax.eval_shape(init), mesh, family.tensor_splits(model))
+    init = functools.partial(steps.init_state, optimizer=optimizer, recipe=recipe)
+    splits = family.tensor_splits(model)
+    abstract_state = jax.eval_shape(init, abstract_params)
+    abstract_state = sharding.with_sharding(abstract_state, mesh, splits)
     train_step = steps.jit_train_step(
         abstract_state,
         mesh,
@@ -64,5 +66,6 @@ def make_step_program(
         optimizer=optimizer,
         recipe=recipe,
         teacher=teacher[0],
+        gather=functools.partial(sharding.gather_fsdp, mesh=mesh, tensor_splits=splits),
     )
     return StepProgram(init=init, abstract_state=abstract_state, train_step=train_step)

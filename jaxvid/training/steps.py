@@ -12,9 +12,15 @@ from jax.sharding import Mesh
 
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError, check_option
-from jaxvid.models import ModelConfig, Params, build_model, merge_params, split_params
+from jaxvid.models import Params, merge_params
 from jaxvid.storage.preprocessing import normalize
 from jaxvid.training import batch_augmentation
+from jaxvid.training.losses import (
+    binary_cross_entropy,
+    cross_entropy,
+    distillation_loss,
+    total_weight,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,9 @@ class Recipe:
         mix_groups: Number of groups within which clips are mixed; set by `for_run`.
         erase_prob: Probability that a box of a clip is erased.
         accumulate_steps: Number of microbatches per batch for gradient accumulation; 1: off.
+        multi_label: Whether labels are multi-hot, with the loss `binary_cross_entropy`.
+        class_weights: Weight of each class in the loss; empty: none. Set by `train`, as it may
+            depend on the data.
         ema_decay: Decay of the exponential moving average of the weights; 0: no average.
 
     Raises:
@@ -51,6 +60,8 @@ class Recipe:
     mix_groups: int = 1
     erase_prob: float = 0.0
     accumulate_steps: int = 1
+    multi_label: bool = False
+    class_weights: tuple[float, ...] = ()
     ema_decay: float = 0.0
 
     def __post_init__(self):
@@ -95,67 +106,27 @@ class Teacher:
     temperature: float
 
 
-def init_state(
-    model_config: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    recipe: Recipe,
-    *,
-    seed: int,
-) -> dict:
-    """Make a fresh training state.
+def init_state(params: Params, optimizer: optax.GradientTransformation, recipe: Recipe) -> dict:
+    """Make a training state from initial weights.
 
     Args:
-        model_config: The network's config.
+        params: The weights.
         optimizer: The optimizer, which makes its part of the state.
         recipe: Names the frozen weights, and says whether a moving average is kept.
-        seed: Seed of the weights.
 
     Returns:
         A tree of arrays: `{"params", "opt_state", "step"}`, and `"ema"` if a moving average
         is kept.
     """
-    _, params = split_params(build_model(model_config, nnx.Rngs(seed)))
     opt_state = optimizer.init(recipe.trainable(params))
     state = {"params": params, "opt_state": opt_state, "step": jnp.zeros((), jnp.int32)}
-    return {**state, "ema": params} if recipe.ema_decay else state
+    # A copy, because the training step donates both.
+    return {**state, "ema": jax.tree.map(jnp.copy, params)} if recipe.ema_decay else state
 
 
 def eval_params(state: dict) -> Params:
     """Return the weights to evaluate and export: the moving average if there is one."""
     return state.get("ema", state["params"])
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float) -> jax.Array:
-    """Return the cross-entropy of each clip with smoothed labels.
-
-    Args:
-        logits: `(b, num_classes)`.
-        labels: `(b,)` integers.
-        smoothing: ε; labels become `(1-ε)·one_hot + ε/num_classes`.
-
-    Returns:
-        `(b,)` losses, in nats.
-    """
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
-    return optax.softmax_cross_entropy(logits, targets)
-
-
-def distillation_loss(
-    logits: jax.Array, teacher_logits: jax.Array, temperature: float
-) -> jax.Array:
-    """Return the distillation loss `T² · KL(teacher / T ‖ student / T)` of each clip.
-
-    Args:
-        logits: The student's logits `(b, num_classes)`.
-        teacher_logits: The teacher's logits `(b, num_classes)`.
-        temperature: T.
-
-    Returns:
-        `(b,)` losses, in nats; the factor T² keeps the size of the gradient independent of T.
-    """
-    log_student = jax.nn.log_softmax(logits / temperature)
-    log_teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
-    return temperature**2 * optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
 
 
 def train_step(
@@ -167,42 +138,60 @@ def train_step(
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
     teacher: Teacher | None = None,
+    gather: Callable[[Params], Params] = lambda params: params,
 ) -> tuple[dict, dict[str, jax.Array]]:
     """Update the training state on one batch.
 
     Args:
         state: Made by `init_state`.
-        batch: `video` `(b, t, h, w, c)` uint8, `label` `(b,)` and `mask` `(b,)`; clips whose mask
-            is False are ignored.
+        batch: `video` `(b, t, h, w, c)` uint8, `label` `(b,)` (multi-hot `(b, num_classes)` with
+            `recipe.multi_label`) and `mask` `(b,)`; clips whose mask is False are ignored.
         teacher_params: The teacher's weights; required with `teacher`.
         graphdef: The network's structure.
         optimizer: The optimizer that `state` was made with.
         recipe: Options of the step.
         teacher: The teacher of a distillation; None: no distillation.
+        gather: Function that gathers the weights that the devices share: `sharding.gather_fsdp`.
 
     Returns:
-        The new state; and metrics: `loss`, the number `top1` of correct predictions and the number
+        The new state; and metrics: `loss`, the number `top1` of correct predictions (with
+        `recipe.multi_label`: of clips whose highest logit is one of their classes) and the number
         `count` of clips, all summed over the batch; and `grad_norm`, the norm of the gradient.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state["step"])
     key, clips = _prepare_clips(batch, key, recipe)
     count = jnp.maximum(clips["mask"].sum(), 1)
     fixed = {name: state["params"][name] for name in recipe.frozen}
+    label_losses = functools.partial(
+        binary_cross_entropy if recipe.multi_label else cross_entropy,
+        smoothing=recipe.label_smoothing,
+        class_weights=recipe.class_weights,
+    )
+    if reweighted := recipe.class_weights and not recipe.multi_label:
+        # The mean is divided by the sum of the weights in place of `count`.
+        weight_scale = count / jnp.maximum(total_weight(clips, recipe.class_weights), 1e-30)
 
     def loss_fn(params: Params, part: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        video, label, smoothing = part["video"], part["label"], recipe.label_smoothing
-        logits = merge_params(graphdef, {**fixed, **params})(video, key=key)
-        losses = cross_entropy(logits, label, smoothing=smoothing)
+        video, label = part["video"], part["label"]
+        logits = merge_params(graphdef, gather({**fixed, **params}))(video, key=key)
+        losses = label_losses(logits, label)
         if recipe.mixup_alpha or recipe.cutmix_alpha:
-            partner_losses = cross_entropy(logits, part["partner_label"], smoothing=smoothing)
+            partner_losses = label_losses(logits, part["partner_label"])
             weight = part["label_weight"]
             losses = weight * losses + (1 - weight) * partner_losses
+        if reweighted:
+            losses = weight_scale * losses
         if teacher is not None:
             video = ((video * recipe.std + recipe.mean) - teacher.mean) / teacher.std
             targets = jax.lax.stop_gradient(merge_params(teacher.graphdef, teacher_params)(video))
             distillation = distillation_loss(logits, targets, teacher.temperature)
             losses = (1 - teacher.weight) * losses + teacher.weight * distillation
-        top1 = ((logits.argmax(-1) == label) & part["mask"]).sum()
+        prediction = logits.argmax(-1)
+        if recipe.multi_label:
+            hits = jnp.take_along_axis(label, prediction[:, None], axis=1)[:, 0] > 0
+        else:
+            hits = prediction == label
+        top1 = (hits & part["mask"]).sum()
         return jnp.where(part["mask"], losses, 0).sum() / count, top1
 
     params = recipe.trainable(state["params"])
@@ -291,7 +280,7 @@ def _prepare_clips(
         "label": label,
         "mask": mask & mask[partner],  # a clip that is mixed with a masked one is masked
         "partner_label": label[partner],
-        "label_weight": jnp.full(label.shape, weight),
+        "label_weight": jnp.full(mask.shape, weight),
     }
 
 

@@ -16,14 +16,39 @@ import jax
 from jaxvid.atomic import write_file
 from jaxvid.data import fingerprints
 from jaxvid.data.formats.pack_reader import PackRecords
+from jaxvid.data.label_sets import LabelSet, to_json
 from jaxvid.data.pipeline import stored_id
 from jaxvid.data.records import LostVideo, Selection
 from jaxvid.data.sources import VideoDataset
+from jaxvid.data.split_checks import find_overlaps
 from jaxvid.errors import InputError, printable
 from jaxvid.training import outputs, run_metadata
+from jaxvid.training.checkpoint_files import find_steps
 from jaxvid.training.skipped_videos import read_skipped
 
 FILE = "training_videos.json.gz"
+
+
+def check_overlap(workdir: Path, data: VideoDataset) -> VideoDataset:
+    """Refuse a new run whose training and validation videos include the same files.
+
+    Args:
+        workdir: The run's folder. Runs with checkpoints are not checked again.
+        data: The current data.
+
+    Returns:
+        The data, with a note if other files have the same content.
+
+    Raises:
+        InputError: A file is in both splits.
+    """
+    if find_steps(workdir):
+        return data
+    same_files, copies = find_overlaps(data.records)
+    if same_files:
+        raise InputError(same_files[0])
+    notes = (f"warning: {line}" for line in copies)
+    return dataclasses.replace(data, notes=(*data.notes, *notes))
 
 
 def align(workdir: Path, data: VideoDataset) -> tuple[VideoDataset, tuple[str, ...]]:
@@ -66,8 +91,12 @@ def align(workdir: Path, data: VideoDataset) -> tuple[VideoDataset, tuple[str, .
             f"{workdir} was started with {len(known)} training videos, now there are {len(now)}: "
             f"{'; '.join(problems)}; restore the list or choose another --workdir"
         )
-    pairs = zip(first["ids"], first["labels"], strict=True)
-    videos = [now[id_] if id_ in now else LostVideo(id_, label) for id_, label in pairs]
+    multi_label = isinstance(records[0].label, LabelSet)
+    videos = []
+    for id_, label in zip(first["ids"], first["labels"], strict=True):
+        if multi_label:
+            label = LabelSet(tuple(label), len(data.labels))
+        videos.append(now[id_] if id_ in now else LostVideo(id_, label))
     notes = []
     if lost:
         notes.append(
@@ -104,7 +133,7 @@ def save(workdir: Path, data: VideoDataset) -> None:
         return
     listed = {
         "ids": [record.id for record in records],
-        "labels": [int(record.label) for record in records],
+        "labels": [to_json(record.label) for record in records],
         "left_out": list(data.left_out),
     }
     write_file(workdir / FILE, gzip.compress(json.dumps(listed).encode(), mtime=0))

@@ -22,7 +22,7 @@ class Results(Protocol):
     """The results of an evaluation."""
 
     def per_class(self) -> np.ndarray:
-        """Return the accuracy of each class, in percent."""
+        """Return the accuracy or average precision of each class, in percent."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -32,15 +32,16 @@ class Validation:
     Attributes:
         workdir: The run's folder.
         labels: Names of the classes.
+        metric: The score in the report by which the best weights are chosen: `top1` or `mAP`.
         evaluate: Function from weights to evaluation results.
         make_report: Function that makes the report from the results and the keyword `checkpoint`.
         describe: Function from a report to a description in one line.
         make_card: Function that makes the model card from the keyword `provenance`.
         manager: Saves checkpoints.
-        writer: Writes the accuracies.
+        writer: Writes the scores.
         signals: Ends an evaluation as soon as a signal is received.
         stalls: Logs a checkpoint that blocks.
-        best: The highest top-1 accuracy so far, in percent; -1: none yet.
+        best: The highest score so far, in percent; -1: none yet.
         evaluated: The step of the newest evaluation; 0: none yet.
         failed: Ids of the videos that could not be decoded since the program started.
         results: The results of the last evaluation since the program started, or None.
@@ -49,6 +50,7 @@ class Validation:
 
     workdir: Path
     labels: list[str]
+    metric: str
     evaluate: Callable[[Params], Results]
     make_report: Callable[..., dict[str, Any]]
     describe: Callable[[dict[str, Any]], str]
@@ -68,8 +70,8 @@ class Validation:
         with self.signals.end_at_once():
             self.results = self.evaluate(eval_params(state))
         self.report = self.make_report(self.results, checkpoint=f"step {step}")
-        if self.report["top1"] > self.best:
-            self.best = self.report["top1"]
+        if self.report[self.metric] > self.best:
+            self.best = self.report[self.metric]
             # If the process were killed with `best` on disk but no checkpoint, the next start would
             # move `best` aside as the output of an earlier run.
             with self.stalls.stage("the checkpoint"):
@@ -77,9 +79,10 @@ class Validation:
             self.save_model(self.workdir / "best", state)
         if step != self.evaluated:  # a resumed run may repeat an evaluation
             self.evaluated = step
-            scalars = {f"val/{name}": self.report[name] for name in ("top1", "top5", "loss")}
+            names = dict.fromkeys((self.metric, "top1", "top5", "loss"))
+            scalars = {f"val/{name}": self.report[name] for name in names}
             self.writer.write(step, scalars)
-            self.writer.write_classes(step, self.labels, self.results.per_class())
+            self.writer.write_classes(step, self.labels, self.results.per_class(), self.metric)
         if not jax.process_index():
             plots.draw_curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
         for video in self.report["failed"]:  # each is logged once, the line below has their number
@@ -101,7 +104,7 @@ class Validation:
         provenance = {
             "workdir": str(self.workdir),
             "step": int(state["step"]),
-            "top1": self.report["top1"],
+            **{name: self.report[name] for name in dict.fromkeys((self.metric, "top1"))},
         }
         card = self.make_card(provenance=provenance)
         model_folder.save_model_folder(folder, eval_params(state), card)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from convert import rules
 from jaxvid.models import PRESETS, abstract_model, make_model_config
+from jaxvid.weights import rules
 
 MODEL = "stam_8"
 NOT_TORCH = "cannot be read as a PyTorch checkpoint"

@@ -137,6 +137,8 @@ for _name, _message, _changes in (
     ("too few labels", "labels has 1 entries", {"labels": ["one"]}),
     ("labels that are lists", "expected a string", {"labels": [[1]] * 5}),
     ("labels that are null", "expected a string", {"labels": [None] * 5}),
+    ("unknown activation", "activation is 'relu', expected softmax", {"activation": "relu"}),
+    ("activation that is a list", "activation is ['x']", {"activation": ["x"]}),
     ("labels_source that is a number", "labels_source is 5", {"labels_source": 5}),
     ("labels_source that is a list", "labels_source is ['a']", {"labels_source": ["a"]}),
     ("labels_source of two lines", "expected one line", {"labels_source": "assumed: a\nb"}),

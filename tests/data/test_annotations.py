@@ -10,7 +10,6 @@ from jaxvid.data import check, records
 from jaxvid.data.annotations import (
     find_split,
     read_class_folders,
-    read_list,
     read_records,
     read_split,
 )
@@ -19,6 +18,7 @@ from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.records import NO_LABEL
 from jaxvid.data.sources import open_dataset
 from jaxvid.data.synthetic_motion import write_clip
+from jaxvid.data.video_lists import read_list
 from jaxvid.errors import InputError
 from tests.data.test_sources import FRAMES, section, write
 
@@ -304,8 +304,8 @@ def test_class_folder_scans_count_skipped_files(tmp_path):
         "3 files without a video suffix (.json 1, .txt 1, no suffix 1)",
         "3 broken links or not regular files",
         "2 hidden",
-        "1 sub-folders",
-        "1 files beside the class folders",
+        "1 sub-folder",
+        "1 file beside the class folders",
     ):
         assert part in summary
     data = section("class_folders", tmp_path)

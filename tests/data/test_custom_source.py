@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxvid.data import sources
+from jaxvid.data.formats.frame_array import FrameArray
 from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.pack_reader import PackedVideo, TfdsVideo
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
@@ -161,7 +162,8 @@ def test_records_satisfy_the_protocol(record):
 
 def test_readers_satisfy_the_protocol(motion_folder):
     video = VideoFile(motion_folder / "val" / "00000.mp4")
-    for reader in (video, JpegFrames("x", 1, None, lambda i: b"")):
+    array = FrameArray(np.zeros((1, 8, 8, 3), np.uint8))
+    for reader in (video, JpegFrames("x", 1, None, lambda i: b""), array):
         with reader:
             for name in members(VideoReader):
                 getattr(reader, name)

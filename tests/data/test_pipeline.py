@@ -16,6 +16,7 @@ from jaxvid.data import pipeline
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip, transforms
 from jaxvid.data.pipeline import make_eval_iter, make_train_iter, split_batch
 from jaxvid.data.sources import Record, open_dataset, read_list
+from jaxvid.data.video_order import VideoOrder
 from jaxvid.errors import InputError
 from jaxvid.experiment import resolve
 
@@ -28,7 +29,8 @@ def records(motion_folder):
 
 
 def train_batches(records, count, skip=0, **kwargs):
-    settings = {"spec": SPEC, "batch_size": 8, "seed": 0, "num_threads": 2, **kwargs}
+    settings = {"spec": SPEC, "batch_size": 8, "order": VideoOrder(seed=0), "num_threads": 2}
+    settings |= kwargs
     batches = make_train_iter(records, **settings)
     try:
         return [next(batches) for _ in range(skip + count)][skip:]
@@ -55,7 +57,7 @@ def test_batches_do_not_depend_on_threads_or_workers(records):
 def test_workers_ignore_signals_and_end_with_their_parent(records, tmp_path):
     """Ctrl-C signals the workers too, but the run needs them until it has saved its state."""
     batches = make_train_iter(
-        records, spec=SPEC, batch_size=8, seed=0, num_threads=1, num_workers=1
+        records, spec=SPEC, batch_size=8, order=VideoOrder(seed=0), num_threads=1, num_workers=1
     )
     next(batches)
     [worker] = multiprocessing.active_children()
@@ -97,7 +99,7 @@ def is_running(pid: int) -> bool:
 
 def test_order_differs_between_seeds_and_epochs(records):
     first, second = train_batches(records, 6), train_batches(records, 6, skip=6)
-    other_seed = train_batches(records, 6, seed=1)
+    other_seed = train_batches(records, 6, order=VideoOrder(seed=1))
     for batches in (second, other_seed):
         assert any((a["label"] != b["label"]).any() for a, b in zip(first, batches, strict=True))
 
@@ -155,7 +157,7 @@ def test_each_process_evaluates_consecutive_rows_of_every_batch(motion_folder, m
 
 
 def test_iterator_state_resumes_in_the_middle_of_an_epoch(records):
-    settings = {"spec": SPEC, "batch_size": 8, "seed": 0, "num_threads": 2}
+    settings = {"spec": SPEC, "batch_size": 8, "order": VideoOrder(seed=0), "num_threads": 2}
     batches = make_train_iter(records, **settings)
     for _ in range(4):
         next(batches)
@@ -170,7 +172,7 @@ def test_iterator_state_resumes_in_the_middle_of_an_epoch(records):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_resumed_batches_do_not_depend_on_the_number_of_processes(records, processes):
-    settings = {"spec": SPEC, "seed": 0, "num_threads": 2}
+    settings = {"spec": SPEC, "order": VideoOrder(seed=0), "num_threads": 2}
     batches = make_train_iter(records, batch_size=8, **settings)
     for _ in range(7):  # into the second epoch
         next(batches)

@@ -102,7 +102,12 @@ def test_prefix_replaces_the_folder_of_the_list(clips):
     ("text", "message"),
     [
         ("a.mp4 0\na.mp4 1\n", "list.csv:2: 'a.mp4' is already in line 1"),
-        ("a.mp4 0\nb c.mp4 one\n", "list.csv:2: 'b c.mp4 one' is not 'path label'"),
+        ("a.mp4 0\nb c.mp4 one\n", "list.csv:2: has the class name 'one', but line 1 has the ind"),
+        ("a.mp4,one\n\nb c.mp4,1\n", "list.csv:3: has the index 1, but line 1 has the class na"),
+        ("a.mp4,one,train\n", "list.csv:1: 'a.mp4,one,train' is not 'path label'"),
+        ("path,label,split\na.mp4,one,train\n", "list.csv:1: 'path,label,split' is not"),
+        ("a.mp4 17 0\n", "list.csv:1: 'a.mp4 17 0' is not 'path label'"),
+        ("a.mp4,b c.mp4\n", "list.csv:1: 'a.mp4,b c.mp4' is not 'path label'"),
         ("a.mp4 1.0\n", "is not 'path label'"),
         ("a.mp4 ²\n", "is not 'path label'"),
         ("path label\n", "list.csv is empty; it needs one entry per video"),
@@ -215,9 +220,14 @@ def test_class_folders(tmp_path):
 def test_class_folders_that_loop_or_are_missing_are_refused(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "a").symlink_to("a")
-    for folder in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(InputError, match="cannot be read .*; expected .*CLASS/"):
-            open_dataset(section("class_folders", folder), 1, ("train", "val"))
+    for folder, splits, message in (
+        (tmp_path, ("train",), "train/a cannot be read .*; expected .*CLASS/"),
+        (tmp_path, ("train", "val"), "val does not exist; add it, or set --config.data.val_share"),
+        (tmp_path / "nothing", ("train",), "nothing does not exist; choose an existing --config"),
+        ("", ("train",), "data.folder is empty; set --config.data.folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_dataset(section("class_folders", folder), 1, splits)
 
 
 # ------------------------------------------------------------------ HDF5 files of XViT

@@ -9,12 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxvid.distributed import setup, sharding
 from jaxvid.errors import InputError
-from jaxvid.models import abstract_model, family_of, make_model_config
+from jaxvid.models import (
+    abstract_model,
+    build_model,
+    family_of,
+    make_model_config,
+    split_params,
+)
 from jaxvid.training import steps
+from jaxvid.training.optim import OptimizerConfig
+from jaxvid.training.step_program import make_step_program
 from tests import hlo
 
 # Sizes of the mesh axes 'data', 'fsdp' and 'tensor'.
@@ -47,15 +56,17 @@ def train(mesh, to_device, drop_path=0.0, **options):
     # Not Adam, which would amplify gradients that are only rounding noise.
     optimizer = optax.sgd(0.03, momentum=0.9, nesterov=True)
     recipe = steps.Recipe(seed=0, label_smoothing=0.1, **options)
-    init = functools.partial(steps.init_state, config, optimizer, recipe, seed=0)
-    shardings = sharding.state_sharding(jax.eval_shape(init), mesh, XVIT)
-    state = jax.jit(init, out_shardings=shardings)()
+    _, params = split_params(build_model(config, nnx.Rngs(0)))
+    state = steps.init_state(params, optimizer, recipe)
+    shardings = sharding.state_sharding(state, mesh, XVIT)
+    state = jax.tree.map(sharding.shard, state, shardings)
     step = jax.jit(
         functools.partial(
             steps.train_step,
             graphdef=abstract_model(config)[0],
             optimizer=optimizer,
             recipe=recipe,
+            gather=functools.partial(sharding.gather_fsdp, mesh=mesh, tensor_splits=XVIT),
         ),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
@@ -260,31 +271,32 @@ def test_indivisible_batch_sizes_are_refused():
             sharding.check_batch_size("batch_size", size, mesh)
 
 
+@pytest.mark.full
 def test_fsdp_over_eight_devices_takes_an_eighth_of_the_state_memory():
     """Compares the compiler's memory plan of a training step with fsdp=8 and data=8.
 
     The blocks are those of a ViT-B.
     """
     config = make_model_config("xvit_k400", depth=3, remat="full")
-    optimizer, recipe = optax.adamw(1e-4), steps.Recipe(seed=0)
-    graphdef, _ = abstract_model(config)
-    state = jax.eval_shape(functools.partial(steps.init_state, config, optimizer, recipe, seed=0))
     state_bytes = {}
     for fsdp in (1, 8):
         mesh = make_mesh(8 // fsdp, fsdp, 1)
-        abstract = sharding.with_sharding(state, mesh, XVIT)
+        program = make_step_program(
+            config,
+            OptimizerConfig(name="adamw"),
+            steps.Recipe(seed=0),
+            schedule=lambda step: 0.0 * step,
+            mesh=mesh,
+            batch_size=8,
+        )
         shapes = {"video": ((8, 16, 224, 224, 3), "uint8"), "label": ((8,), "int32")}
         shapes["mask"] = ((8,), "bool")
         batch = {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
             for name, (shape, dtype) in shapes.items()
         }
-        step = functools.partial(
-            steps.train_step, graphdef=graphdef, optimizer=optimizer, recipe=recipe
-        )
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
-        memory = step.lower(abstract, batch).compile().memory_analysis()
+        step = program.train_step.func.lower(program.abstract_state, batch, teacher_params=None)
+        memory = step.compile().memory_analysis()
         clip_bytes = 16 * 224 * 224 * 3  # each device has one clip of the batch
         state_bytes[fsdp] = memory.argument_size_in_bytes - clip_bytes
     assert state_bytes[8] <= state_bytes[1] / 7

@@ -63,13 +63,15 @@ def make_config(folder, **settings):
 
 def run(config, source="folder", folder=None):
     """Evaluate the stub on the validation videos; return the results and the report."""
-    graphdef, params = split_params(ColourStub())
+    _, params = split_params(ColourStub())
     config = config.copy_and_resolve_references().unlock()
     config.data.update(source=source, folder=str(folder or config.data.folder))
     experiment = resolve(config)
     mesh, protocol = sharding.make_mesh(experiment.mesh), experiment.protocol
     records = open_dataset(experiment.dataset, 4, ("val",)).records["val"]
-    step = loop.make_eval_step(protocol, graphdef, mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "abstract_model", abstract_stub)
+        step = loop.make_eval_step(experiment.model, protocol, mesh)
     results = loop.evaluate_params(
         params, records, protocol, eval_step=step, loader=experiment.loader, mesh=mesh
     )
@@ -624,3 +626,14 @@ def test_missing_weights_are_refused_without_creating_the_workdir(stub, tmp_path
     with pytest.raises(InputError, match="none does not exist; choose a folder"):
         evaluate.evaluate(changed(stub, init_from=str(tmp_path / "none")), tmp_path / "runs" / "w")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_different_validation_split_is_logged(stub, lines):
+    experiment = resolve(stub)
+    changed = {"data.val_share": "data.val_share: 0.2 before, 0.3 now"}
+    evaluate._log_source("w", experiment, changed)
+    assert lines[1:] == [
+        "the validation videos may include training videos of the run: " + changed["data.val_share"]
+    ]
+    evaluate._log_source("w", experiment, changed | {"data.folder": "data.folder: a before, b now"})
+    assert lines[2:] == ["evaluating w"]

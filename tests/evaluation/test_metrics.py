@@ -1,27 +1,27 @@
-"""Metrics, per-video tables, comparisons and partial results of an evaluation."""
+"""Metrics, per-video tables and comparisons of an evaluation."""
 
 import json
 import math
 import os
-import shutil
 
-import jax
 import numpy as np
 import pytest
+from scipy.special import expit
 
 from jaxvid.atomic import write_json
-from jaxvid.distributed import collectives
 from jaxvid.errors import InputError
 from jaxvid.evaluation import metrics
 from jaxvid.evaluation.comparison import (
+    _parse_row,
     check_shared,
     compare_tables,
     describe,
+    format_tables,
     read_table,
     save_comparison,
 )
 from jaxvid.evaluation.outputs import write_table
-from jaxvid.evaluation.resume import PartialResults
+from jaxvid.storage.partial_results import PartialResults
 
 
 def results(scores, labels, errors=None):
@@ -274,61 +274,33 @@ def test_changed_predictions_are_listed_by_kind_of_change(tmp_path):
     assert describe(comparison)[-2].endswith(" v8, v9 and 2 more")
 
 
-def test_partial_results_are_loaded_only_under_the_same_key(tmp_path):
-    part = {"scores": np.ones((2, 3)), "padded": np.array([True, False]), "error": ["", "ü broken"]}
-    partial = PartialResults(tmp_path / "u", {"a": 1})
-    assert partial.load() == []
-    partial.add(part)
-    partial.add(part)
-    [first, second] = PartialResults(tmp_path / "u", {"a": 1}).load()
-    assert first["error"] == second["error"] == ["", "ü broken"]
-    np.testing.assert_array_equal(first["scores"], part["scores"])
-    assert PartialResults(tmp_path / "u", {"a": 2}).load() == []
-    assert PartialResults(tmp_path / "u", {"a": 1}).load() == []
-    partial.remove()
-    assert not (tmp_path / "u").exists()
+def test_multi_label_evaluations_are_compared_by_average_precision():
+    def make(predictions, precisions):
+        videos = {
+            id_: _parse_row({"label": label, "prediction": top, "correct": hit, "top5": "[]"}, True)
+            for id_, (label, top, hit) in predictions.items()
+        }
+        names = dict(zip("xyz", precisions, strict=True))
+        report = {"protocol": {}, "path": "a", "videos": videos, "per_class_ap": names}
+        return report | {"mAP": np.mean([value for value in precisions if value is not None])}
 
-
-def add_parts(folder, count):
-    """Store `count` batches under the key `{"a": 1}`."""
-    partial = PartialResults(folder, {"a": 1})
-    partial.load()
-    for i in range(count):
-        partial.add({"scores": np.full((2, 3), i), "error": ["", ""]})
-
-
-def test_damaged_batches_are_not_loaded(tmp_path):
-    add_parts(tmp_path, 3)
-    data = (tmp_path / "1.npz").read_bytes()
-    for damaged in (b"", data[:40], data[: len(data) // 2]):
-        (tmp_path / "1.npz").write_bytes(damaged)
-        # Loading stops at the damaged batch, the second of three.
-        assert len(PartialResults(tmp_path, {"a": 1}).load()) == 1
-    (tmp_path / "key.json").write_bytes(b"\xff")
-    assert PartialResults(tmp_path, {"a": 1}).load() == []
-
-
-def test_undeletable_partial_results_are_refused(tmp_path, monkeypatch):
-    add_parts(tmp_path / "u", 1)
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
-    with pytest.raises(InputError, match="u cannot be deleted; delete it by hand"):
-        PartialResults(tmp_path / "u", {"a": 2}).load()
-
-
-def test_process_0_decides_which_partial_results_are_loaded(tmp_path, monkeypatch):
-    add_parts(tmp_path, 3)
-    # What `gather` returns: a value of process 0 and one of process 1. In the first load, these are
-    # whether it finds the key, and its error; in the second, whether it finds the key, and the
-    # number of batches that it finds.
-    gathered = iter([[False, True], [None, None], [True, True], [3, 2]])
-    monkeypatch.setattr(collectives, "gather", lambda value: next(gathered))
-    with monkeypatch.context() as patch:
-        # This is process 1. Process 0 finds a different key and deletes the batches, but process 1
-        # may still see them. It must neither load nor delete them.
-        patch.setattr(jax, "process_index", lambda: 1)
-        assert PartialResults(tmp_path, {"a": 1}).load() == []
-    # This is process 0, which finds three batches. Process 1 finds only two.
-    assert len(PartialResults(tmp_path, {"a": 1}).load()) == 2
+    before = make({"a": ('["x", "y"]', "z", "0"), "b": ("[]", "x", "0")}, [50.0, 40.0, None])
+    after = make({"a": ('["x", "y"]', "y", "1"), "b": ("[]", "x", "0")}, [100.0, 40.0, None])
+    comparison = compare_tables(before, after)
+    assert comparison["gained_videos"] == ["a"]
+    assert comparison["classes"] == {
+        "x": {"num_videos": 1, "before": 50.0, "after": 100.0},
+        "y": {"num_videos": 1, "before": 40.0, "after": 40.0},
+    }
+    assert comparison["accuracies"]["mAP"] == [45.0, 70.0]
+    assert "mAP" in format_tables(comparison)
+    del after["videos"]["b"]
+    comparison = compare_tables(before, after)
+    assert not comparison["classes"]
+    assert comparison["accuracies"].keys() == {"top1", "top5"}
+    del after["mAP"]
+    with pytest.raises(InputError, match="only one of them is of multi-label data"):
+        compare_tables(before, after)
 
 
 def test_unwritable_files_are_refused(tmp_path):
@@ -365,3 +337,66 @@ def test_file_names_that_are_not_utf8_are_read_back(tmp_path):
     path = save_comparison(tmp_path, comparison)
     assert json.loads(path.read_text())["gained_videos"] == [non_utf8]
     assert "\n".join(lines).encode()  # the log is UTF-8
+
+
+# ------------------------------------------------------------------ multi-label data
+
+NONE_FAILED = np.zeros(4, bool)
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "expected"),
+    [
+        # Values of scikit-learn 1.9.1's average_precision_score; the first is of its docstring.
+        ([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8], 0.8333333333333333),
+        ([1, 0, 1, 0], [0.5, 0.5, 0.5, 0.5], 0.5),  # a single threshold
+        ([1, 0, 1, 0], [0.9, 0.7, 0.7, 0.1], 0.8333333333333333),  # 1/2 · 1 + 1/2 · 2/3
+        ([0, 0, 0, 1], [4, 3, 2, 1], 0.25),
+        ([1, 1, 1, 1], [4, 3, 2, 1], 1.0),
+    ],
+)
+def test_average_precision_equals_scikit_learn(labels, scores, expected):
+    actual = metrics.average_precision(np.array(labels), np.array(scores), NONE_FAILED)
+    assert actual == pytest.approx(100 * expected)
+
+
+def test_average_precision_of_failed_and_absent_videos():
+    assert np.isnan(metrics.average_precision(np.zeros(4), np.arange(4), NONE_FAILED))
+    # The second of the two positives is never found; the score of a failed video is not used.
+    failed = np.array([False, False, True, False])
+    actual = metrics.average_precision(np.array([1, 0, 1, 0]), np.array([3, 2, 9, 1]), failed)
+    assert actual == pytest.approx(50)
+    assert metrics.average_precision(np.array([0, 0, 1, 0]), np.arange(4), failed) == 0
+
+
+def multi_label_results(labels, scores, errors):
+    """Return multi-label results of the videos `0`, `1`, ..."""
+    count, scores = len(labels), np.array(scores, np.float32)
+    failed = np.array([bool(error) for error in errors])[:, None]
+    return metrics.Results(
+        ids=[str(i) for i in range(count)],
+        labels=np.array(labels),
+        scores=np.where(failed, 0, scores),
+        probabilities=np.where(failed, 0, expit(scores)),
+        padded=np.zeros(count, bool),
+        released=np.ones(count, bool),
+        errors=errors,
+        seconds=1.0,
+    )
+
+
+def test_multi_label_metrics():
+    labels = [[1, 1, 0], [0, 0, 0], [0, 1, 0], [1, 0, 0]]
+    scores = [[2, 1, 0], [0, 1, -1], [3, -2, -4], [1, 0, 0]]
+    results = multi_label_results(labels, scores, ["", "", "", "broken"])
+    assert results.hits(1).tolist() == [True, False, False, False]
+    assert results.hits(2).tolist() == [True, False, True, False]
+    # Class 0: the first positive is second, the other failed. Class 1: 1 of 2 at the first
+    # threshold (two videos have the score 1), 2 of 3 at the last. Class 2: no positive.
+    np.testing.assert_allclose(results.per_class(), [25, 100 * (1 / 4 + 1 / 3), np.nan], rtol=1e-6)
+    p, y = expit(np.array(scores[0])), np.array(labels[0])
+    expected = -np.mean(y * np.log(p) + (1 - y) * np.log(1 - p))
+    losses = results.losses()
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    assert np.isnan(losses[3])
+    assert (results.label(0), results.label(1)) == ([0, 1], [])

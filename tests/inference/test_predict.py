@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import io
 import json
 import os
 import shutil
@@ -16,16 +17,19 @@ import pytest
 
 import jaxvid
 from configs import motion as motion_config
+from jaxvid import progress
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views
-from jaxvid.data.formats.video_reader import DecodeError
+from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.synthetic_motion import LABELS
 from jaxvid.errors import InputError
 from jaxvid.experiment import resolve
+from jaxvid.inference.compiled_network import CompiledNetwork
 from jaxvid.predict import expand, main, predict
 from jaxvid.storage import model_card
 from jaxvid.storage.preprocessing import normalize
 from jaxvid.train import train
 from tests.conftest import shrunk_config
+from tests.video_server import serve
 
 PREPROCESSING = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
 
@@ -73,7 +77,7 @@ def test_batch_size_does_not_change_predictions_and_one_program_is_compiled(
         expected = softmax(logits_of(folders / "xvit", clip)[0])
         assert prediction.probabilities[0] == pytest.approx(expected.max(), rel=1e-4)
     assert len({prediction.probabilities for prediction in predictions}) == count
-    assert len(classifier._programs) == 1
+    assert len(classifier.network._programs) == 1
 
 
 def test_scores_of_a_partial_batch(folders):
@@ -158,16 +162,27 @@ def test_default_batch_has_at_most_8_views_or_one_video(
 ):
     shapes = []
 
-    def run(self, function, inputs):
-        shapes.append((self.batch_size, *inputs.shape[:2]))
+    def run(self, function, inputs, size):
+        shapes.append((size, *inputs.shape[:2]))
         return np.zeros((len(inputs), 8))
 
-    monkeypatch.setattr(jaxvid.Classifier, "_run", run)
-    monkeypatch.setattr(jaxvid.Classifier, "_compile", lambda *_: None)
+    monkeypatch.setattr(CompiledNetwork, "run", run)
+    monkeypatch.setattr(CompiledNetwork, "compile", lambda *_: None)
     options = dict(zip(("num_clips", "num_crops"), views, strict=True))
     assert len(list(predict(clips[:count], folders / "xvit", **options))) == count
     assert {(b, v) for b, _, v in shapes} == {(size, views[0] * views[1])}
     assert max(rows for _, rows, _ in shapes) == size
+
+
+def test_slow_compilations_are_announced(folders, clips, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "COMPILE_SECONDS", 0)
+    classifier = jaxvid.Classifier(folders / "xvit")
+    classifier(clips[:2])
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "compiling the network…"
+    assert second.startswith("compiled in ")
+    classifier(clips[2])  # with the same program
+    assert capsys.readouterr().err == ""
 
 
 def test_out_of_range_values_are_refused(folders, clips):
@@ -224,20 +239,22 @@ def test_failures_are_printed_and_counted(folders, clips, tmp_path, capsys):
     *failed, last = err.splitlines()
     assert [line.startswith("failed: ") for line in failed] == [True] * 3
     assert last == "3 of 5 failed"
-    assert main([str(folders / f"{i}.mp4") for i in range(120)] + ["--model", model]) == 99
 
 
 def test_json_is_printed_or_written_to_a_file(folders, clips, tmp_path, capsys):
     broken = str(tmp_path / "no.mp4")
     arguments = [clips[0], broken, "--model", str(folders / "xvit"), "--top_k", "2", "--json"]
-    assert main(arguments) == 1
+    assert main(arguments) == 3
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[2] == {"failed": 1, "total": 2}
     assert [entry["label"] in LABELS for entry in rows[0]["top"]] == [True, True]
     assert rows[0].keys() == {"video", "top", "seconds", "padded"}
     assert "no.mp4 does not exist" in rows[1]["error"]
-    assert main([*arguments, str(tmp_path / "new" / "out.json")]) == 1
+    assert main([*arguments, str(tmp_path / "new" / "out.json")]) == 3
     assert capsys.readouterr().out.startswith(f"{clips[0]}  (")
-    written = json.loads((tmp_path / "new" / "out.json").read_text())
+    report = json.loads((tmp_path / "new" / "out.json").read_text())
+    assert (report["failed"], report["total"]) == (1, 2)
+    written = report["videos"]
     assert [row["video"] for row in written] == [clips[0], broken]
     assert written[0]["top"] == rows[0]["top"]
     assert os.listdir(tmp_path / "new") == ["out.json"]
@@ -257,7 +274,7 @@ def test_file_names_with_invalid_utf8_are_preserved(folders, clips, tmp_path, ca
     model = ["--model", str(folders / "stam")]
     assert main([clips[1], video, *model, "--json", str(tmp_path / "out.json")]) == 0
     assert "caf\\udce9.mp4  (" in capsys.readouterr().out
-    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["videos"]
     assert [row["video"] for row in written] == [clips[1], video]
     assert main([video, *model, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["video"] == video
@@ -273,7 +290,7 @@ def test_unwritable_output_is_refused_before_any_work(clips, tmp_path, capsys, m
     (tmp_path / "file").write_text("")
     for kind in ("json", "png"):
         (tmp_path / f"folder.{kind}").mkdir()
-    monkeypatch.delattr("jaxvid.predict.Classifier")  # loading a model would fail
+    monkeypatch.delattr("jaxvid.inference.classifier.Classifier")  # loading a model would fail
     path = tmp_path / output
     windows = ["--window", "1", "--stride", "1", "--output", str(path)]
     for options in (["--json", f"{path}.json"], windows):
@@ -291,7 +308,10 @@ def test_unwritable_output_is_refused_before_any_work(clips, tmp_path, capsys, m
         (("--top_k", "0"), "--top_k=0: must be at least 1"),
         (("--batch_size", "0"), "batch_size=0: must be at least 1"),
         (("--stride", "1"), "--stride needs --window"),
-        (("--output", "x"), "--output needs --window"),
+        (
+            ("--output", "x"),
+            "--output x: needs --window SECONDS, unless the file name ends in .mp4",
+        ),
         (("--window", "1"), "--window needs --stride"),
         (("--window", "1", "--stride", "0"), "stride=0: must be a number of seconds above 0"),
         (("--window", "nan", "--stride", "1"), "window=nan: must be"),
@@ -325,9 +345,116 @@ def test_command_line_in_a_subprocess(folders, clips, tmp_path):
     command = [sys.executable, "-m", "jaxvid.predict", f"{Path(clips[0]).parent}/0000[01].mp4"]
     command += [str(tmp_path / "no.mp4"), "--model", str(folders / "xvit"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 1, done.stderr
-    assert len(done.stdout.splitlines()) == 3
+    assert done.returncode == 3, done.stderr
+    assert len(done.stdout.splitlines()) == 4
     assert done.stderr.splitlines()[-1] == "1 of 3 failed"
+
+
+def test_urls_and_stdin_are_classified(folders, clips, capsys, monkeypatch):
+    content = Path(clips[0]).read_bytes()
+    model = ["--model", str(folders / "xvit"), "--json"]
+    with serve(content) as server, open(clips[0], "rb") as file:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+        urls = [f"{server.url}/a[1].mp4?x=*", f"{server.url}/missing.mp4"]
+        assert main([clips[0], *urls, "-", *model]) == 3
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row.get("video") for row in rows] == [clips[0], *urls, clips[0], None]
+    assert rows[1]["top"] == rows[3]["top"] == rows[0]["top"]
+    assert rows[4] == {"failed": 1, "total": 4}
+    assert "missing.mp4: cannot be downloaded (HTTP 404 Not Found)" in err
+    assert err.splitlines()[-1] == "1 of 4 failed"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    assert main(["-", *model]) == 3
+    assert "no data" in capsys.readouterr().err
+
+
+def test_stdin_that_is_a_terminal_is_refused(folders, capsys, monkeypatch):
+    class Terminal(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO()))
+    assert main(["-", "--model", str(folders / "xvit")]) == 2
+    assert capsys.readouterr().err == (
+        "error: -: the standard input is a terminal; pipe a video into this command\n"
+    )
+
+
+def test_csv_is_printed_or_written_to_a_file(folders, clips, tmp_path, capsys):
+    broken, out = str(tmp_path / "no.mp4"), tmp_path / "new" / "out.csv"
+    arguments = [clips[0], broken, "--model", str(folders / "xvit"), "--top_k", "2", "--csv"]
+    assert main(arguments) == 3
+    printed = capsys.readouterr().out
+    rows = list(csv.DictReader(io.StringIO(printed)))
+    assert [(row["video"], row["rank"]) for row in rows] == [
+        (clips[0], "1"),
+        (clips[0], "2"),
+        (broken, ""),
+    ]
+    assert rows[0]["label"] in LABELS
+    assert 1 / 8 < float(rows[0]["probability"]) < 1
+    assert "no.mp4 does not exist" in rows[2]["error"]
+    assert main([*arguments, str(out), "--json"]) == 3
+    assert out.read_text() == printed
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    windows = ["--window", "1", "--stride", "1", "--csv"]
+    assert main([clips[0], "--model", str(folders / "xvit"), *windows]) == 0
+    assert capsys.readouterr().out.startswith("start,end,padded,label_1,probability_1,")
+
+
+@pytest.mark.parametrize("windows", [(), ("--window", "1", "--stride", "0.5")])
+def test_the_annotated_video_has_all_frames(folders, clips, tmp_path, capsys, windows):
+    output, model = tmp_path / "new" / "annotated.MP4", ["--model", str(folders / "xvit")]
+    assert main([clips[3], *model, "--output", str(output), *windows]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == (2 if windows else 6)
+    assert err.splitlines()[-1] == f"annotated video: {output}"
+    with av.open(clips[3]) as source, av.open(str(output)) as annotated:
+        times = [[frame.time for frame in file.decode(video=0)] for file in (source, annotated)]
+    np.testing.assert_allclose(times[1], times[0], atol=1e-3)
+    assert os.listdir(output.parent) == [output.name]
+
+
+def test_the_annotated_video_does_not_replace_its_source(folders, clips, tmp_path, capsys):
+    clip = shutil.copy(clips[0], tmp_path / "clip.mp4")
+    content = Path(clip).read_bytes()
+    assert main([str(clip), "--model", str(folders / "xvit"), "--output", str(clip)]) == 2
+    assert "is the video itself; choose another file" in capsys.readouterr().err
+    assert Path(clip).read_bytes() == content
+
+
+def test_classes_are_reported_if_a_frame_between_them_is_damaged(
+    folders, clips, tmp_path, capsys, monkeypatch
+):
+    def iter_frames(self, indices):
+        yield from self.get_frames(indices[:3])
+        raise DecodeError("frame 3 is damaged")
+
+    monkeypatch.setattr(VideoFile, "iter_frames", iter_frames)
+    output = tmp_path / "out.mp4"
+    arguments = [clips[0], "--model", str(folders / "xvit"), "--output", str(output)]
+    assert main(arguments) == 3
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 6
+    assert err.splitlines() == [
+        f"failed: {output}: not written, because a frame is damaged; frame 3 is damaged",
+        "1 of 1 failed",
+    ]
+    assert os.listdir(tmp_path) == []
+
+
+def test_options_that_are_given_twice_are_refused(clips, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([clips[0], "--model", "a", "--model", "b"])
+    assert done.value.code == 2
+    assert "--model is given twice; give it once" in capsys.readouterr().err
+
+
+def test_a_run_is_not_a_model_folder(folders, clips, tmp_path, capsys):
+    shutil.copytree(folders / "xvit", tmp_path / "run" / "model")
+    assert main([clips[0], "--model", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.endswith(f"; did you mean {tmp_path}/run/model?\n")
 
 
 # ------------------------------------------------------------------ bad videos
@@ -364,7 +491,7 @@ def write_empty(path: Path) -> None:
 def test_bad_videos_give_one_line_errors(folders, tmp_path, capsys, write, message, windows):
     path = tmp_path / "bad.mp4"
     write(path)
-    assert main([str(path), "--model", str(folders / "xvit"), *windows]) == 1
+    assert main([str(path), "--model", str(folders / "xvit"), *windows]) == 3
     out, err = capsys.readouterr()
     assert out == ""
     first, last = err.splitlines()
@@ -380,7 +507,7 @@ def test_videos_and_folders_without_permission_give_one_line_errors(
     locked = Path(shutil.copy(clips[0], tmp_path / "locked.mp4"))
     locked.chmod(0)
     (tmp_path / "closed").mkdir(mode=0)
-    assert main([str(tmp_path), clips[0], "--model", str(folders / "xvit")]) == 2
+    assert main([str(tmp_path), clips[0], "--model", str(folders / "xvit")]) == 3
     out, err = capsys.readouterr()
     assert out.startswith(clips[0])
     assert "locked.mp4: cannot be decoded (Permission denied)" in err
@@ -398,8 +525,8 @@ def test_files_skipped_in_folders_are_counted_in_one_line(clips, folders, tmp_pa
     out, err = capsys.readouterr()
     [line] = [line for line in err.splitlines() if line.startswith("skipped")]
     assert line == (
-        "skipped in folders: 3 files without a video suffix (.txt 2, .json 1), 1 broken links or "
-        "not regular files, 1 hidden, 1 links to folders"
+        "skipped in folders: 3 files without a video suffix (.txt 2, .json 1), 1 broken link or "
+        "not a regular file, 1 hidden, 1 link to a folder"
     )
     assert f"{tmp_path}/line\\nbreak.mp4  (" in out
     assert len(out.splitlines()) == 2

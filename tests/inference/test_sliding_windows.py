@@ -16,7 +16,7 @@ from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.data.clips.sampling import make_indices
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.synthetic_motion import render_scene
-from jaxvid.inference import classifier as classifier_module
+from jaxvid.inference import window_classification
 from jaxvid.inference.class_timeline import ClassTimeline
 from jaxvid.inference.sliding_windows import plan_windows, prefetch
 from jaxvid.predict import main
@@ -136,15 +136,15 @@ def test_frames_are_decoded_and_encoded_once_and_their_features_are_released(
 
     monkeypatch.setattr(VideoFile, "iter_frames", iter_frames)
     classifier = jaxvid.Classifier(folders / "stam")
-    features = classifier._frame_features
+    features = window_classification._frame_features
 
-    def count(chunks):
-        for part, values in features(chunks):
+    def count(network, chunks):
+        for part, values in features(network, chunks):
             computed.extend(part.tolist())
             yield part, values
 
-    monkeypatch.setattr(classifier, "_frame_features", count)
-    gather = classifier_module.gather_clips
+    monkeypatch.setattr(window_classification, "_frame_features", count)
+    gather = window_classification.gather_clips
 
     def count_held(indices, items):
         generator = gather(indices, items)
@@ -152,7 +152,7 @@ def test_frames_are_decoded_and_encoded_once_and_their_features_are_released(
             held.append(len(generator.gi_frame.f_locals["held"]))
             yield clip
 
-    monkeypatch.setattr(classifier_module, "gather_clips", count_held)
+    monkeypatch.setattr(window_classification, "gather_clips", count_held)
     timeline = classifier.windows(long_videos / "25.mp4", 10.0, 1.25)
     assert len(decoded) == len(set(decoded)) == len(computed) == len(set(computed)) == 24
     assert len(timeline.starts) * 8 > 4 * len(decoded)
@@ -180,7 +180,7 @@ def test_decode_error_at_the_end_leaves_no_timeline(
     monkeypatch.setattr(VideoFile, "iter_frames", iter_frames)
     arguments = [str(long_videos / "25.mp4"), "--model", str(folders / name)]
     arguments += ["--window", "10", "--stride", "2.5", "--output", str(tmp_path / "timeline")]
-    assert main(arguments) == 1
+    assert main(arguments) == 3
     assert "failed: x.mp4: frame 3 is damaged" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
 

@@ -14,7 +14,7 @@ from PIL import Image
 import jaxvid
 from jaxvid import visualize
 from jaxvid.data.clips.clip import ClipSpec
-from jaxvid.inference.attention_rollout import compute_rollout, find_crop_box, roll_out
+from jaxvid.inference.attention_rollout import AttentionRollout, find_crop_box, roll_out
 from jaxvid.models import merge_params, split_params
 from jaxvid.visualize import BAR, BAR_HEIGHT, SHEET_PANEL, draw_frame, draw_sheet
 
@@ -28,6 +28,11 @@ GEOMETRIES = [
     ((144, 288), 90, "torch_bilinear"),
     ((150, 202), 180, "torch_bilinear"),
 ]
+
+
+def compute_rollout(video, folder, **options) -> AttentionRollout:
+    """Compute the attention rollout of a video with a newly loaded model."""
+    return jaxvid.Classifier(folder).attention(video, **options)
 
 
 def bright_box(size: tuple[int, int]) -> list[int]:
@@ -345,7 +350,7 @@ def test_bad_input_gives_one_line_error(seeker, seeker_folder, motion_folder, tm
         ),
         (clip, seeker_folder, tmp_path / "folder.mp4", [], "cannot be written"),
         (text, seeker_folder, text, [], "text.mp4 is the video itself; choose another"),
-        (clip, seeker_folder, output, ["--clip", "3"], "--clip=3: must be 0 to 2"),
+        (clip, seeker_folder, output, ["--clip", "3"], "clip=3: must be 0 to 2"),
         (
             clip,
             seeker_folder,

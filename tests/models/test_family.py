@@ -139,7 +139,7 @@ def test_evaluation_reproduces_the_accuracy_of_training(run, tmp_path):
     config.init_from = str(workdir / "best")
     result = evaluate(config.lock(), tmp_path)
     assert result["num_videos"] == 24
-    assert result["top1"] == model_card.best_top1(workdir)
+    assert result["top1"] == model_card.best_score(workdir, "top1")
 
 
 def test_conversion_to_pytorch_and_back_is_bit_identical(run, tmp_path, capsys):

@@ -42,9 +42,10 @@ def test_all_products_of_a_training_step_have_the_precision_of_the_dtype(
     name, attention, dtype, platform
 ):
     config = make_model_config(name, dtype=dtype, attention=attention, drop_path=0.1, **TINY)
-    graphdef, _ = abstract_model(config)
+    graphdef, params = abstract_model(config)
     optimizer, recipe = optax.adam(1e-3), Recipe(seed=0)
-    state = jax.eval_shape(functools.partial(init_state, config, optimizer, recipe, seed=0))
+    init = functools.partial(init_state, optimizer=optimizer, recipe=recipe)
+    state = jax.eval_shape(init, params)
     shapes = {"video": ((2, 8, 32, 32, 3), jnp.uint8), "label": ((2,), jnp.int32)}
     shapes |= {"mask": ((2,), jnp.bool_)}
     batch = {key: jax.ShapeDtypeStruct(*shape) for key, shape in shapes.items()}

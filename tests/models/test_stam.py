@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import rules
 from jaxvid.errors import InputError
 from jaxvid.models import (
     abstract_model,
@@ -15,7 +14,8 @@ from jaxvid.models import (
     split_params,
 )
 from jaxvid.models.stam import STAMConfig
-from jaxvid.training.steps import cross_entropy
+from jaxvid.training.losses import cross_entropy
+from jaxvid.weights import rules
 from tests import goldens
 
 GOLDENS = ["tiny/stam_tiny_4f", "tiny/stam_tiny_16f"]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from configs import motion as motion_config
-from convert import rules
 from jaxvid.errors import InputError
 from jaxvid.models import (
     abstract_model,
@@ -20,7 +19,8 @@ from jaxvid.models import (
 from jaxvid.models.layers import drop_path, dropout, run_blocks
 from jaxvid.models.space_time_mixing import shift_time, summarize
 from jaxvid.models.xvit import XViTConfig
-from jaxvid.training.steps import cross_entropy
+from jaxvid.training.losses import cross_entropy
+from jaxvid.weights import rules
 from tests import goldens
 
 GOLDENS = [f"tiny/xvit_tiny_{name}" for name in ("k600", "ssv2", "48px", "256px")]
@@ -236,7 +236,7 @@ def test_sizes_of_released_models(name, classes, segment, shift_div, millions):
     assert round(count / 1e6, 2) == millions
 
 
-@pytest.mark.parametrize("patch", [16, 32])
+@pytest.mark.parametrize("patch", [pytest.param(16, marks=pytest.mark.full), 32])
 def test_larger_backbones_can_be_built(patch):
     """Overrides of the preset sizes give ViT-L/16 and ViT-L/32."""
     large = {"width": 1024, "depth": 24, "heads": 16, "patch_size": patch}

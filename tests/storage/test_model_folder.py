@@ -106,9 +106,9 @@ def test_killed_save_leaves_the_old_or_the_new_folder(best, function, count, is_
     assert len(list(best.parent.iterdir())) >= 2  # the folder and leftovers of the killed process
     assert (load_class_token(best) == before).all() != is_new
     if not is_new:
-        assert model_card.best_top1(best.parent) == 3.0
+        assert model_card.best_score(best.parent, "top1") == 3.0
     save(best, 5)
-    assert model_card.best_top1(best.parent) == 5.0
+    assert model_card.best_score(best.parent, "top1") == 5.0
     assert (load_class_token(best) != before).any()
     assert [path.name for path in best.parent.iterdir()] == ["best"]
 
@@ -117,7 +117,7 @@ def test_partly_deleted_backup_is_not_restored(best):
     shutil.copytree(best, best.parent / ".best.old")
     (best.parent / ".best.old" / "model.json").unlink()  # the file that a deletion removes first
     shutil.rmtree(best)
-    assert model_card.best_top1(best.parent) == -1.0
+    assert model_card.best_score(best.parent, "top1") == -1.0
     with pytest.raises(InputError, match="best does not exist; choose"):
         jaxvid.load_model(best)
 
@@ -162,7 +162,7 @@ def test_orbax_errors_for_a_full_disk_become_one_line(best, monkeypatch, error):
     ) as error_info:
         save(best, 4)
     assert "\n" not in str(error_info.value)
-    assert model_card.best_top1(best.parent) == 3.0
+    assert model_card.best_score(best.parent, "top1") == 3.0
 
 
 # ------------------------------------------------------------------ damage

@@ -112,7 +112,7 @@ def test_non_finite_weights_are_refused(folders, clips, tmp_path, capsys):
     preprocessing = model_card.load_card(folders / "xvit")["preprocessing"]
     jaxvid.save_model(model, tmp_path / "nan", preprocessing=preprocessing)
     assert main([clips[0], "--model", str(tmp_path / "nan")]) == 2
-    assert "logits are not finite" in capsys.readouterr().err
+    assert "the outputs of the network are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

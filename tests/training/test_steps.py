@@ -24,12 +24,11 @@ from jaxvid.models import (
 from jaxvid.storage.eval_step import eval_step
 from jaxvid.storage.preprocessing import normalize
 from jaxvid.training import steps
+from jaxvid.training.losses import cross_entropy, distillation_loss
 from jaxvid.training.optim import make_optimizer, make_schedule
 from jaxvid.training.steps import (
     Recipe,
     Teacher,
-    cross_entropy,
-    distillation_loss,
     eval_params,
     init_state,
     train_step,
@@ -113,8 +112,12 @@ def make_step(config, optimizer, seed, **options):
         optimizer=optimizer,
         recipe=recipe,
     )
-    init = functools.partial(init_state, config, optimizer, recipe, seed=0)
-    return jax.jit(init)(), jax.jit(step), graphdef
+    return fresh_state(config, optimizer, recipe), jax.jit(step), graphdef
+
+
+def fresh_state(config, optimizer, recipe):
+    """Return an initial state with the weights of seed 0."""
+    return init_state(split_params(build_model(config, nnx.Rngs(0)))[1], optimizer, recipe)
 
 
 def test_train_step_fits_a_batch_and_returns_sums():
@@ -293,7 +296,7 @@ def test_training_decreases_the_distillation_loss():
     options = {"graphdef": graphdef, "optimizer": optimizer, "recipe": recipe}
     step = functools.partial(train_step, **options, teacher=teacher)
     step = jax.jit(step)
-    state, batch = init_state(config, optimizer, recipe, seed=0), random_batch(6)
+    state, batch = fresh_state(config, optimizer, recipe), random_batch(6)
     teacher_logits = merge_params(graphdef, teacher_params)(normalize(batch["video"], 0.25, 0.75))
     logits = merge_params(graphdef, state["params"])(normalize(batch["video"], 0.5, 0.5))
     expected = distillation_loss(logits, teacher_logits, 2.0)[batch["mask"]].sum()
@@ -354,9 +357,7 @@ def linear_step(state, batch, recipe, optimizer=None, **options):
 def linear_state(recipe, optimizer=None, seed=0):
     """Return a training state of `Linear` at step 6."""
     _, params = split_params(Linear(nnx.Rngs(seed)))
-    opt_state = (optimizer or optax.sgd(0.1)).init(recipe.trainable(params))
-    state = {"params": params, "opt_state": opt_state, "step": jnp.int32(6)}
-    return {**state, "ema": params} if recipe.ema_decay else state
+    return {**init_state(params, optimizer or optax.sgd(0.1), recipe), "step": jnp.int32(6)}
 
 
 def linear_logits(params, video, scale=1.0):
@@ -577,17 +578,15 @@ def unscaled_logits(model, video):
     return video.mean(axis=(1, 2, 3)) @ model.kernel[...] + model.bias[None]
 
 
-def test_a_fresh_state_has_moments_of_trained_weights_only(monkeypatch):
-    # `init_state` gets `Linear` instead of a model config.
-    monkeypatch.setattr("jaxvid.training.steps.build_model", lambda module, rngs: module(rngs))
+def test_a_fresh_state_has_moments_of_trained_weights_only():
+    params = split_params(Linear(nnx.Rngs(5)))[1]
     optimizer = optax.sgd(0.1, momentum=0.9)
-    state = init_state(Linear, optimizer, Recipe(seed=0), seed=5)
+    state = init_state(params, optimizer, Recipe(seed=0))
     assert state.keys() == {"params", "opt_state", "step"}
     assert (state["step"].dtype, state["step"]) == (jnp.int32, 0)
     assert state["opt_state"][0].trace.keys() == {"kernel", "bias"}
-    expected = split_params(Linear(nnx.Rngs(5)))[1]
-    assert distance(state["params"], expected) == 0
+    assert distance(state["params"], params) == 0
     recipe = Recipe(seed=0, ema_decay=0.9, frozen=frozenset({"bias"}))
-    state = init_state(Linear, optimizer, recipe, seed=5)
+    state = init_state(params, optimizer, recipe)
     assert state["opt_state"][0].trace.keys() == {"kernel"}
-    assert distance(state["ema"], expected) == 0
+    assert distance(state["ema"], params) == 0

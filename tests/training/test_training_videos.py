@@ -15,9 +15,10 @@ from jaxvid.data.pipeline import make_train_iter, split_batch
 from jaxvid.data.prepare import prepare
 from jaxvid.data.sources import Record, VideoDataset, open_dataset
 from jaxvid.data.synthetic_motion import write_clip
+from jaxvid.data.video_order import VideoOrder
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
-from jaxvid.training import run_metadata, training_videos
+from jaxvid.training import run_config, run_metadata, training_videos
 from jaxvid.training.skipped_videos import SkippedVideos
 from tests.data.test_sources import FRAMES, section, write
 
@@ -137,7 +138,8 @@ def folder(tmp_path_factory):
 def load_batches(records, count=4):
     """Return the arrays of the first batches, and the decode errors of their videos."""
     spec = ClipSpec(num_frames=2, crop=16, short_side=16, train_short_side=(16, 16))
-    batches = make_train_iter(records, spec=spec, batch_size=3, seed=3, num_threads=1)
+    order = VideoOrder(seed=3)
+    batches = make_train_iter(records, spec=spec, batch_size=3, order=order, num_threads=1)
     try:
         loaded = [next(batches) for _ in range(count)]
     finally:
@@ -193,7 +195,7 @@ def test_skip_broken_leaves_out_videos_known_to_be_broken(folder, tmp_path, sour
     assert list(dataset.left_out) == broken
     assert not {*ids} & {*broken}
     assert ids == [f"{i}.mp4" for i in ((0, 2, 3, 5) if source == "pack" else (0, 1, 2))]
-    [note] = dataset.notes
+    note = dataset.notes[-1]
     assert (
         f"{len(broken)} of {len(ids) + len(broken)} training videos are missing or broken" in note
     )
@@ -203,3 +205,34 @@ def test_skip_broken_leaves_out_videos_known_to_be_broken(folder, tmp_path, sour
         write(tmp_path / "train.csv", "none.mp4 0\n")
         with pytest.raises(InputError, match="all 1 training videos are missing or broken"):
             open_dataset(data, 2, ("train",))
+
+
+# ------------------------------------------------------------------ splits
+
+
+def test_a_video_in_both_splits_is_refused_at_the_first_start(tmp_path):
+    write(tmp_path / "a.mp4", "1")
+    write(tmp_path / "b.mp4", "2")
+    a, b = (Record(tmp_path / name, 0, name) for name in ("a.mp4", "b.mp4"))
+    data = VideoDataset({"train": [a, b], "val": [a]}, ["x"])
+    with pytest.raises(
+        InputError, match="1 of 1 validation videos are also training videos: .*same"
+    ):
+        training_videos.check_overlap(tmp_path / "w", data)
+    (tmp_path / "w" / "checkpoints" / "3").mkdir(parents=True)  # a run of an older version
+    assert training_videos.check_overlap(tmp_path / "w", data) == data
+    copy = Record(write(tmp_path / "c.mp4", "1"), 0, "c.mp4")
+    data = VideoDataset({"train": [a, b], "val": [copy]}, ["x"])
+    [note] = training_videos.check_overlap(tmp_path / "new", data).notes
+    assert note.startswith("warning: 1 of 1 validation videos are also training videos: ")
+
+
+def test_runs_without_fields_of_the_split_can_be_resumed(config, tmp_path):
+    fields = config.to_dict()
+    older = {**fields, "data": dict(fields["data"])}
+    for name in ("list", "val_share", "group"):
+        del older["data"][name]
+    run_config.save_config(older, tmp_path)
+    assert run_config.compare_config(tmp_path, fields) == {}
+    fields["data"]["val_share"] = 0.2
+    assert list(run_config.compare_config(tmp_path, fields)) == ["data.val_share"]

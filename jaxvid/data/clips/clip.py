@@ -204,10 +204,15 @@ def cut_eval_crops(frames: np.ndarray, spec: ClipSpec) -> list[np.ndarray]:
     return transforms.eval_crops(frames, spec.crop, spec.num_crops, rounding=rounding)
 
 
-def _open(record: VideoRecord, spec: ClipSpec) -> VideoReader:
-    reader = record.open()
+def set_color_matrix(reader: VideoReader, spec: ClipSpec) -> None:
+    """Make a reader convert decoded frames to RGB as `spec.color_matrix` says."""
     if isinstance(reader, VideoFile):  # other readers return RGB frames without conversion
         reader.color_matrix = spec.color_matrix
+
+
+def _open(record: VideoRecord, spec: ClipSpec) -> VideoReader:
+    reader = record.open()
+    set_color_matrix(reader, spec)
     return reader
 
 

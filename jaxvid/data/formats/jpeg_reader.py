@@ -3,26 +3,12 @@
 import contextlib
 import ctypes
 import functools
-import importlib
 from collections.abc import Callable, Iterable, Iterator
-from types import ModuleType
 
 import numpy as np
 
 from jaxvid.data.formats.video_reader import MAX_PIXELS, DecodeError
-from jaxvid.errors import InputError, one_line
-
-
-def import_or_explain(module: str, package: str) -> ModuleType:
-    """Import a module of an optional package.
-
-    Raises:
-        InputError: The package is not installed; the message has the `pip` command.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(f"packed frames need {package} ({error}): pip install {package}") from None
+from jaxvid.errors import import_or_explain, one_line
 
 
 @functools.cache

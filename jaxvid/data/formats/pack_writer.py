@@ -12,12 +12,11 @@ from PIL import Image
 from jaxvid.data.check import MAX_SECONDS, Finding, examine, spread
 from jaxvid.data.clips.sampling import frames_at_times
 from jaxvid.data.formats import tfds_api
-from jaxvid.data.formats.jpeg_reader import import_or_explain
 from jaxvid.data.formats.pack_reader import encode_id
 from jaxvid.data.formats.rgb import COLOR_MATRICES
 from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.data.records import Record
-from jaxvid.errors import InputError, check_option, one_line
+from jaxvid.errors import InputError, check_option, import_or_explain, one_line
 
 METADATA = ("dataset_info.json", "features.json", "label.labels.txt")  # written by TFDS
 FORMATS = ("arrayrecord", "h5")

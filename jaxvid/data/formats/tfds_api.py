@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxvid.data.formats.jpeg_reader import import_or_explain
-from jaxvid.errors import InputError, one_line
+from jaxvid.errors import InputError, import_or_explain, one_line
 from jaxvid.files import check_regular
 
 NAME = "jaxvid"  # name of the data set that `prepare` writes

@@ -52,6 +52,7 @@ class VideoFile:
 
     Args:
         path: A regular file.
+        name: Name of the video in error messages; by default, the path.
         max_seconds: Limit of the wall time of opening and decoding together.
 
     Attributes:
@@ -66,8 +67,8 @@ class VideoFile:
         DecodeError: The file is missing, unreadable, not a video or empty, or exceeds a limit.
     """
 
-    def __init__(self, path: str | Path, *, max_seconds: float = MAX_SECONDS):
-        self._path = path
+    def __init__(self, path: str | Path, *, name: str = "", max_seconds: float = MAX_SECONDS):
+        self._path, self._name = path, name or path
         self._seconds_left = self._max_seconds = max_seconds
         self._container = self._readable = self._cached = None
         self._reformatter = VideoReformatter()  # shared, because its tables are made once
@@ -169,12 +170,14 @@ class VideoFile:
         self.num_frames, self.times = index.num_frames, index.times(self._stream.time_base)
         rate = self._stream.average_rate
         self.fps = float(rate) if rate and 0.01 <= rate <= 1000 else None
-        claimed = self._stream.frames  # in the header
+        claimed = self._stream.frames  # in the header; 0 in containers without this field
         num_hidden = len(packets) - index.num_headless - self.num_frames
         phrases = {  # phrase → whether it applies
             "no usable timestamps": self.times is None,
             "variable frame rate": index.is_variable(),
-            f"header claims {claimed} frames, there are {len(packets)}": claimed != len(packets),
+            f"header claims {claimed} frames, there are {len(packets)}": (
+                claimed not in (0, len(packets))
+            ),
             f"{index.num_headless} frames before the first key frame, left out": index.num_headless,
             f"{num_hidden} hidden frames": num_hidden,
             "no usable frame rate": self.fps is None,
@@ -245,7 +248,7 @@ class VideoFile:
     def _check_indices(self, requested: list[int]) -> None:
         """Raise an IndexError if sorted frame numbers are out of range."""
         if not 0 <= requested[0] <= requested[-1] < self.num_frames:
-            raise IndexError(f"{self._path}: {requested} outside 0..{self.num_frames - 1}")
+            raise IndexError(f"{self._name}: {requested} outside 0..{self.num_frames - 1}")
 
     def _check_frames(
         self, requested: list[int], intact: Container[int], shapes: set[tuple]
@@ -285,8 +288,7 @@ class VideoFile:
         # (timestamp, position) of a key frame → {timestamp: index} of requested frames from it on
         groups: dict[tuple[int, int], dict[int, int]] = {}
         for i in requested:
-            num_before = bisect.bisect(keys, (index.stamps[i], math.inf))
-            if num_before:
+            if num_before := bisect.bisect(keys, (index.stamps[i], math.inf)):
                 groups.setdefault(keys[num_before - 1], {})[index.stamps[i]] = i
         frames = {}
         with contextlib.suppress(av.FFmpegError):
@@ -393,8 +395,8 @@ class VideoFile:
     def _error(self, reason: object) -> DecodeError:
         """Return a DecodeError that names the file and a reason, which may be an exception."""
         if isinstance(reason, FileNotFoundError):
-            return DecodeError(f"{self._path} does not exist")
+            return DecodeError(f"{self._name} does not exist")
         reason = getattr(reason, "strerror", None) or reason  # PyAV's errors and OSErrors
         return DecodeError(
-            f"{self._path}: cannot be decoded ({reason}); replace the file or leave it out"
+            f"{self._name}: cannot be decoded ({reason}); replace the file or leave it out"
         )

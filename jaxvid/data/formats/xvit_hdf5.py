@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxvid.data.annotations import is_label
-from jaxvid.data.formats.jpeg_reader import JpegFrames, import_or_explain
+from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.video_reader import MAX_FRAMES, DecodeError
 from jaxvid.data.records import (
     RecordList,
@@ -19,7 +18,8 @@ from jaxvid.data.records import (
     read_lines,
     split_line,
 )
-from jaxvid.errors import InputError, one_line
+from jaxvid.data.video_lists import is_label
+from jaxvid.errors import InputError, import_or_explain, one_line
 
 MAX_READ_BYTES = 2**28  # limit for reading a frame: the size of the frame or of an HDF5 chunk
 
@@ -148,7 +148,7 @@ def read_xvit_list(
         missing: `error` to refuse missing files, or `keep` to list them.
 
     Raises:
-        InputError: As in `annotations.read_list`, the list of frame rates is malformed, or the name
+        InputError: As in `video_lists.read_list`, the list of frame rates is malformed, or the name
             of a video is a path outside of the folder.
     """
     lists = [

@@ -1,4 +1,4 @@
-"""Partial results of an interrupted evaluation, from which it is resumed."""
+"""Partial results of an interrupted program, from which it is resumed."""
 
 import io
 import json
@@ -15,16 +15,20 @@ from jaxvid.errors import InputError
 
 
 class PartialResults:
-    """Stores the results of each batch on disk, so that an interrupted evaluation can be resumed.
+    """Stores the results of each batch on disk, so that an interrupted program can be resumed.
 
     Args:
         folder: Folder of the stored batches.
         key: Everything that the results depend on. Batches stored under another key are deleted.
+
+    Attributes:
+        note: One line that says why `load` deleted stored batches; empty if it deleted none.
     """
 
     def __init__(self, folder: Path, key: dict):
         self._folder, self._key = folder, json.dumps(key, sort_keys=True, default=str)
         self._count = 0
+        self.note = ""
 
     def load(self) -> list[dict]:
         """Return the stored batches in order, or an empty list if the key differs.
@@ -48,11 +52,25 @@ class PartialResults:
 
     def _start_over(self) -> None:
         if not jax.process_index():
+            if (self._folder / "0.npz").is_file():
+                self.note = (
+                    "the results of an interrupted run cannot be used, because these differ: "
+                    f"{', '.join(self._changed_entries())}; starting again"
+                )
             shutil.rmtree(self._folder, ignore_errors=True)
             # A batch that could not be deleted would be read as a result of the new key.
             if next(self._folder.glob("*.npz"), None):
                 raise InputError(f"{self._folder} cannot be deleted; delete it by hand")
             write_file(self._folder / "key.json", self._key.encode())
+
+    def _changed_entries(self) -> tuple[str, ...]:
+        """Return the names of the entries of the key that differ from those of the stored key."""
+        new = json.loads(self._key)
+        try:
+            old = json.loads((self._folder / "key.json").read_text(encoding="utf-8"))
+            return tuple(name for name in new if name not in old or old[name] != new[name])
+        except (OSError, ValueError, TypeError):  # missing or damaged
+            return tuple(new)
 
     def _has_same_key(self) -> bool:
         try:

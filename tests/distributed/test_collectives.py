@@ -1,4 +1,4 @@
-"""Tensor parallelism exchanges activations only once per sub-block."""
+"""What devices exchange in compiled programs with tensor parallelism and FSDP."""
 
 import math
 import re
@@ -33,8 +33,8 @@ def make_config(network):
     return make_model_config(**SIZES, **NETWORKS[network])
 
 
-def make_mesh(tensor):
-    return sharding.make_mesh(sharding.MeshShape(data=-1, tensor=tensor))
+def make_mesh(tensor, fsdp=1):
+    return sharding.make_mesh(sharding.MeshShape(data=-1, fsdp=fsdp, tensor=tensor))
 
 
 def batch_shapes(config, mesh):
@@ -85,7 +85,35 @@ def test_a_forward_pass_sums_the_output_of_each_sub_block(network, tensor):
 @pytest.mark.parametrize("tensor", [pytest.param(2, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_training_step_sums_each_activation_and_each_gradient_once(network, tensor):
-    config, mesh = make_config(network), make_mesh(tensor)
+    params, operations = compile_step(make_config(network), make_mesh(tensor))
+    assert {name for name, _ in operations} == {"all-reduce"}
+    counts = count_arrays(operations)
+    activations = count_activations(network, tensor, backward=True)
+    assert {shape: counts[shape] for shape in activations} == activations
+    assert count_elements(counts - activations) == count_gradients(params)
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), pytest.param(2, 2, marks=pytest.mark.full)])
+@pytest.mark.parametrize("network", ["xvit", pytest.param("stam", marks=pytest.mark.full)])
+def test_fsdp_gathers_each_weight_once_and_exchanges_no_activations(network, fsdp, tensor):
+    config, mesh = make_config(network), make_mesh(tensor, fsdp)
+    params, operations = compile_step(config, mesh)
+    sharded = [leaf for leaf in params.values() if "fsdp" in leaf.sharding.spec]
+    assert len(sharded) > 0.8 * len(params)
+    gathered = sharding.without_fsdp([leaf.sharding for leaf in sharded])
+    local = [s.shard_shape(leaf.shape) for s, leaf in zip(gathered, sharded, strict=True)]
+    gathers = [operation for operation in operations if operation[0] == "all-gather"]
+    assert count_elements(count_arrays(gathers)) == Counter(map(math.prod, local))
+    # The others are sums of gradients and, with tensor parallelism, of activations.
+    counts = count_arrays([o for o in operations if o[0] in ("all-reduce", "reduce-scatter")])
+    activations = count_activations(network, tensor, backward=True) if tensor > 1 else Counter()
+    assert {shape: counts[shape] for shape in activations} == activations
+    if fsdp == 8:  # otherwise, a gradient is summed in two steps: over `fsdp` and over `data`
+        assert count_elements(counts) == count_gradients(params)
+
+
+def compile_step(config, mesh):
+    """Compile a training step; return the shapes of the weights and the collectives."""
     program = make_step_program(
         config,
         OptimizerConfig(name="adamw", clip_norm=1.0),
@@ -96,18 +124,27 @@ def test_a_training_step_sums_each_activation_and_each_gradient_once(network, te
     )
     arguments = program.abstract_state, batch_shapes(config, mesh)
     compiled = program.train_step.func.lower(*arguments, teacher_params=None).compile()
-    operations = hlo.collectives(compiled.as_text())
-    assert {name for name, _ in operations} == {"all-reduce"}
-    counts = Counter(shape for _, shapes in operations for shape in shapes)
-    # Metrics and the norm of the gradient.
-    counts = Counter({shape: n for shape, n in counts.items() if not shape.endswith("[]")})
-    activations = count_activations(network, tensor, backward=True)
-    assert {shape: counts[shape] for shape in activations} == activations
-    gradients, weights = Counter(), Counter()  # number of arrays by number of elements
-    for shape, count in (counts - activations).items():
-        sizes = re.fullmatch(r"f32\[(.*)\]", shape)[1].split(",")
-        gradients[math.prod(map(int, sizes))] += count
-    for name, leaf in program.abstract_state["params"].items():
-        if ".blocks.1." not in f".{name}":  # runs in one scan with block 0
-            weights[math.prod(leaf.sharding.shard_shape(leaf.shape))] += 1
-    assert gradients == weights
+    return program.abstract_state["params"], hlo.collectives(compiled.as_text())
+
+
+def count_gradients(params) -> Counter:
+    """Return how many weights have each size on one device, after they are gathered."""
+    # Block 1 runs in one scan with block 0.
+    leaves = [leaf for name, leaf in params.items() if ".blocks.1." not in f".{name}"]
+    gathered = sharding.without_fsdp([leaf.sharding for leaf in leaves])
+    pairs = zip(gathered, leaves, strict=True)
+    return Counter(math.prod(s.shard_shape(leaf.shape)) for s, leaf in pairs)
+
+
+def count_arrays(operations) -> Counter:
+    """Return how often arrays of each shape are exchanged, without metrics and norms (scalars)."""
+    shapes = [shape for _, shapes in operations for shape in shapes]
+    return Counter(shape for shape in shapes if not shape.endswith("[]"))
+
+
+def count_elements(counts: Counter) -> Counter:
+    """Return how often arrays of each size are exchanged; `counts` is by shape."""
+    sizes = Counter()
+    for shape, count in counts.items():
+        sizes[math.prod(map(int, re.fullmatch(r"f32\[(.*)\]", shape)[1].split(",")))] += count
+    return sizes

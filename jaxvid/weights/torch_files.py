@@ -16,10 +16,9 @@ import numpy as np
 
 from jaxvid.errors import InputError, short_repr
 from jaxvid.models import FAMILIES
-
-from .checked_file import MAX_HEADER, CheckedFile, open_zip
-from .torch_pickle import Tensor, describe_kind, interpret
-from .weight import FLOATS, Weight
+from jaxvid.weights.checked_file import MAX_HEADER, CheckedFile, open_zip
+from jaxvid.weights.torch_pickle import Tensor, describe_kind, interpret
+from jaxvid.weights.weight import FLOATS, Weight
 
 MAX_SPREAD = 16  # bytes of storage that a strided tensor may span per byte of its values, + 1 MiB
 ITEM_SIZES = {  # dtype → bytes per element
@@ -47,7 +46,7 @@ class _Span:
 
 
 def open_torch(path: Path, file: CheckedFile, stack: contextlib.ExitStack) -> tuple[str, dict]:
-    """Open a checkpoint that `torch.save` wrote; see `convert.weight_files.open_weights`.
+    """Open a checkpoint that `torch.save` wrote; see `jaxvid.weights.weight_files.open_weights`.
 
     Args:
         path: The file, for messages.

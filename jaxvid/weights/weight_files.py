@@ -16,15 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import safe_open
 
 from jaxvid.errors import InputError, one_line, short_repr
 from jaxvid.files import open_regular
-
-from . import torch_files
-from .checked_file import MAX_HEADER, CheckedFile, check_start, open_zip
-from .weight import Weight
+from jaxvid.weights import torch_files
+from jaxvid.weights.checked_file import MAX_HEADER, CheckedFile, check_start, open_zip
+from jaxvid.weights.weight import Weight
 
 
 @contextlib.contextmanager
@@ -51,7 +49,7 @@ def open_weights(path: Path) -> Iterator[tuple[str, dict[str, Weight]]]:
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(CheckedFile(opened.detach()))
         before = os.fstat(file.fileno())
-        with _convert_errors(path):
+        with converted_errors(path):
             check_start(file)
             kind, weights = readers.get(path.suffix, torch_files.open_torch)(path, file, stack)
             for key in weights:
@@ -66,19 +64,8 @@ def open_weights(path: Path) -> Iterator[tuple[str, dict[str, Weight]]]:
             raise InputError(f"{path} changed while it was read; wait until it is complete")
 
 
-def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read a state_dict with PyTorch, for a comparison. The file must have passed `open_weights`.
-
-    Raises:
-        InputError: PyTorch cannot read the file.
-    """
-    with _convert_errors(path):
-        tree = torch.load(path, map_location="cpu", weights_only=True)
-        return torch_files.unwrap_state_dict(tree)
-
-
 @contextlib.contextmanager
-def _convert_errors(path: Path) -> Iterator[None]:
+def converted_errors(path: Path) -> Iterator[None]:
     """Convert any exception that is raised by reading a file to an InputError."""
     is_named = path.suffix in (".npz", ".safetensors")
     format_name = path.suffix if is_named else "a PyTorch checkpoint"
@@ -96,10 +83,10 @@ def _convert_errors(path: Path) -> Iterator[None]:
 
 
 def _with_converted_errors(path: Path, read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
-    """Return `read` with exceptions converted by `_convert_errors`."""
+    """Return `read` with exceptions converted by `converted_errors`."""
 
     def read_and_convert_errors() -> np.ndarray:
-        with _convert_errors(path):
+        with converted_errors(path):
             return read()
 
     return read_and_convert_errors
@@ -162,14 +149,13 @@ def _open_safetensors(
         return dict(pairs)
 
     json.loads(file.read_at(8, length).tobytes(), object_pairs_hook=refuse_duplicates)
-    archive = stack.enter_context(safe_open(path, "pt"))  # checks the rest of the header
+    archive = stack.enter_context(safe_open(path, "np"))  # checks the rest of the header
     weights = {}
     for key in archive.keys():  # noqa: SIM118 - not a dict
         part = archive.get_slice(key)
 
         def read(key: str = key) -> np.ndarray:
-            tensor = archive.get_tensor(key)
-            return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+            return archive.get_tensor(key)
 
         # F32 → float32, BF16 → bfloat16. `convert` refuses other dtypes, e.g. I64 or float8_E4M3.
         dtype = re.sub("F(?=[0-9])", "float", part.get_dtype()).replace("B", "b", 1)

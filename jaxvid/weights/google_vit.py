@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxvid.errors import InputError
-
-from .weight import Weight, concatenate
+from jaxvid.weights.weight import Weight, concatenate
 
 Change = Callable[[np.ndarray], np.ndarray]  # a change of layout: a transposition or a reshape
 BLOCK = r"Transformer/encoderblock_(\d+)/"

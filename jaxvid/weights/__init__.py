@@ -1,0 +1,1 @@
+"""Weights by name: reading checkpoints without PyTorch, conversion, downloads and their cache."""
