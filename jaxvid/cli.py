@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from jaxvid.config import RENAMED_FIELDS, flatten
@@ -38,6 +38,8 @@ def parse_flags(
     end_other_processes: Callable[[dict[str, str], str], None] | None = None,
 ) -> list[str]:
     """Parse the command line; print one line and exit with code 2 if it is wrong.
+
+    Also silence the logs of libraries.
 
     Args:
         argv: The arguments, with the program's name first.
@@ -75,6 +77,9 @@ def parse_flags(
         if end_other_processes and (values or any(n.startswith(LAUNCHERS) for n in os.environ)):
             end_other_processes(values, cause)
         sys.exit(2)
+    # Silence log lines of JAX, Orbax, Grain and TFDS, which `app.run` would print at level INFO.
+    # Failures are raised and printed as one line.
+    logging.set_verbosity(logging.FATAL)
     return positional
 
 

@@ -22,7 +22,7 @@ import gc
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from jaxvid import cli
 
@@ -67,8 +67,6 @@ for _name, _mode in (("compare", "eval"), ("profile", "train"), ("memory_gb", "p
 
 def run(_) -> None:
     """Run the program that the flags select; print invalid input as one line, exit code 2."""
-    # Silence INFO logs from JAX, Orbax and Grain; failures are raised and printed as one line.
-    logging.set_verbosity(logging.FATAL)
     cli.hide_unfinished_saves()
     from jaxvid import plan
     from jaxvid.distributed import process_group, setup

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from jaxvid.data import prepare
 from jaxvid.data.clip_sheet import make_rows
+from jaxvid.data.formats.pack_writer import Settings
 from tests.conftest import shrunk_config
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +49,10 @@ def test_uint16_views_are_drawn_as_uint8(motion_folder):
 
 
 def test_browse_command(motion_folder, tmp_path):
+    # A pack, because the library that reads it logs lines at level INFO.
+    prepare.prepare([motion_folder], tmp_path / "pack", Settings(), workers=2)
     command = [sys.executable, "-m", "jaxvid.data.browse", "--config", "configs/motion.py"]
-    data = ["--config.data.source=folder", f"--config.data.folder={motion_folder}"]
+    data = ["--config.data.source=pack", f"--config.data.folder={tmp_path / 'pack'}"]
     sheet = tmp_path / "new" / "sheet.png"
     result = subprocess.run(
         [*command, *data, "--output", str(sheet), "--count", "1"],
@@ -56,8 +60,8 @@ def test_browse_command(motion_folder, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 0, result.stderr
-    assert "2 clips" in result.stdout
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"{sheet}: 2 clips\n"
     with Image.open(sheet) as picture:
         assert picture.size > (500, 300)
     result = subprocess.run([*command, *data], cwd=ROOT, capture_output=True, text=True)
