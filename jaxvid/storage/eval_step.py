@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from jaxvid.models import Params, merge_params
-from jaxvid.storage.preprocessing import normalize
+from jaxvid.storage.preprocessing import Channels, normalize
 
 
 def eval_step(
@@ -12,8 +12,8 @@ def eval_step(
     batch: dict[str, jax.Array],
     *,
     graphdef: nnx.GraphDef,
-    mean: float,
-    std: float,
+    mean: Channels,
+    std: Channels,
     score: str,
 ) -> dict[str, jax.Array]:
     """Classify a batch of videos from all their views.
