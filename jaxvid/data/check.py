@@ -138,11 +138,11 @@ def _gather_one(
         splits = tuple(split for split in SPLITS if os.path.isdir(path / split))
         labels, records = read_class_folders(path, splits or ("train",), skipped)
         return records, labels
-    has_names = names_classes(folder) or (labelled and any(map(is_kinetics, lists.values())))
-    if has_names:
+    files, all_files = [*lists.values()], [*find_lists(folder).values()]
+    if names_classes(folder) or (labelled and any(map(is_kinetics, files))):
         labels = read_labels(folder)[0]
     else:  # labels must not depend on the requested splits
-        labels = read_names_in_lists([*(find_lists(folder) | lists).values()]) or None
+        labels = read_names_in_lists(all_files if {*files} <= {*all_files} else files) or None
     options = {"prefix": prefix, "missing": "keep", "labelled": labelled}
     return {split: read_records(file, labels, **options) for split, file in lists.items()}, labels
 

@@ -7,6 +7,7 @@ is not replaced by another video.
 """
 
 import dataclasses
+import multiprocessing
 import os
 import threading
 import time
@@ -26,6 +27,7 @@ from jaxvid.data.video_order import VideoOrder
 
 # Thread id → id of the video that the thread is decoding, and when it started (`time.monotonic`).
 _loading: dict[int, tuple[str, float]] = {}
+CLOSE_SECONDS = 5.0  # time that workers have to stop
 TEXT_BYTES = 512  # size of each id and decode error in a batch; longer texts are truncated
 
 Batch = dict[str, np.ndarray]
@@ -239,6 +241,21 @@ class _WorkerIterator:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._iterator, name)
+
+    def close(self) -> None:
+        """Stop the workers, and kill them if they do not stop.
+
+        Grain waits without limit for a worker that hangs, e.g. because a network drive does not
+        respond.
+        """
+        closing = threading.Thread(target=self._iterator.close, daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
+        if closing.is_alive():
+            for child in multiprocessing.active_children():
+                if child.name.startswith("grain"):
+                    child.kill()
+            closing.join(CLOSE_SECONDS)
 
 
 def _outlive_signals(*_: object) -> None:

@@ -28,6 +28,8 @@ from jaxvid.errors import InputError, check_option, printable
 
 __all__ = ["SOURCES", "Record", "VideoDataset", "open_dataset", "read_list"]
 
+# Sources whose `data.folder` must exist.
+FOLDER_SOURCES = ("folder", "class_folders", "xvit_h5", "pack")
 # Sources whose videos `data.val_share` can divide into training and validation.
 DIVISIBLE = ("folder", "class_folders")
 
@@ -124,7 +126,7 @@ def open_dataset(data: DatasetConfig, num_classes: int, splits: tuple[str, ...])
             is malformed, a label is out of range, the number of classes differs, or all training
             videos are missing or broken with `skip_broken`.
     """
-    if data.source not in ("motion", "tfds"):
+    if data.source in FOLDER_SOURCES:
         check_folder(data.folder)
     dataset = SOURCES[data.source](data, num_classes, splits)
     check_num_classes(dataset.labels, data.folder, num_classes)
@@ -148,7 +150,7 @@ def open_dataset(data: DatasetConfig, num_classes: int, splits: tuple[str, ...])
 
 
 def _open_lists(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
-    """Read `SPLIT.csv` and `labels.txt`, or official lists of Kinetics or Something-Something."""
+    """Read `SPLIT.csv` or `data.list`, or official lists of Kinetics or Something-Something."""
     folder, missing = Path(data.folder), missing_policy(data)
     unsplit = _find_unsplit_list(data)
     if data.list and not names_classes(folder):

@@ -89,31 +89,32 @@ def find_overlaps(records: Mapping[str, Sequence[VideoRecord]]) -> tuple[list[st
         split: [record for record in videos if isinstance(record, Record)]
         for split, videos in records.items()
     }
-    same_file, same_content = [], []
+    same_files, same_content = [], []
     for first, second in itertools.combinations(files, 2):
+        names = [SPLIT_NAMES.get(split, split) for split in (first, second)]
         pairs = list(_find_pairs(files[first], files[second]))
         same = [pair for pair in pairs if _is_same_file(*pair)]
         copies = [pair for pair in pairs if not _is_same_file(*pair)]
-        for found, phrase, lines in (
-            (same, "the same file as", same_file),
-            (copies, "a copy of", same_content),
+        for lines, shared, phrase in (
+            (same_files, same, "the same file as"),
+            (same_content, copies, "a copy of"),
         ):
-            if found:
-                names = [SPLIT_NAMES.get(split, split) for split in (first, second)]
-                a, b = (printable(record.path) for record in found[0])
+            if shared:
+                a, b = (printable(record.path) for record in shared[0])
                 lines.append(
-                    f"{len(found)} of {len(files[second])} {names[1]} videos are also {names[0]} "
+                    f"{len(shared)} of {len(files[second])} {names[1]} videos are also {names[0]} "
                     f"videos: {b} is {phrase} {a}; remove them from one of the splits"
                 )
-    return same_file, same_content
+    return same_files, same_content
 
 
 def _find_pairs(
     first: Sequence[Record], second: Sequence[Record]
 ) -> Iterator[tuple[Record, Record]]:
-    """Yield each record of `second` whose content is in `first`, after a record of `first` with it.
+    """Yield pairs of a record of `first` and a record of `second` with the same content.
 
-    This is the same file, if `first` contains it.
+    There is one pair for each such record of `second`. If its file is in `first`, the pair consists
+    of the two records of this file.
     """
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         sizes = [_map_files(pool, _read_size, [r.path for r in part]) for part in (first, second)]

@@ -136,11 +136,11 @@ def _read_channels(name: str, value: object) -> Channels:
             range.
     """
     if not _is_channels(name, value):
-        numbers = "above 0" if name == "std" else "of pixels in [0, 1]"
+        kind = "positive number" if name == "std" else "number"
         known = " or ".join(map(repr, STATISTICS))
         raise InputError(
-            f"{name}={short_repr(value)}: must be a number {numbers}, three such numbers for red, "
-            f"green and blue, e.g. 0.5,0.4,0.4, or {known}"
+            f"{name}={short_repr(value)}: must be a {kind}, three {kind}s for red, green and blue, "
+            f"e.g. 0.5,0.4,0.4, or {known}"
         )
     if isinstance(value, str):
         return STATISTICS[value][name]

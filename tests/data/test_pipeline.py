@@ -1,5 +1,6 @@
 """Batches depend only on the seed and the position; evaluation yields every video once."""
 
+import builtins
 import dataclasses
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 
 from jaxvid.data import pipeline
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip, transforms
+from jaxvid.data.formats import tfds_api
 from jaxvid.data.pipeline import make_eval_iter, make_train_iter, split_batch
 from jaxvid.data.sources import Record, open_dataset, read_list
 from jaxvid.data.video_order import VideoOrder
@@ -52,6 +55,43 @@ def test_batches_do_not_depend_on_threads_or_workers(records):
     assert expected[0]["video"].dtype == np.uint8
     assert_equal(train_batches(records, 8, num_threads=3), expected)
     assert_equal(train_batches(records, 8, num_workers=2), expected)
+
+
+def test_workers_that_hang_are_killed(records, monkeypatch):
+    monkeypatch.setattr(pipeline, "CLOSE_SECONDS", 1.0)
+    batches = make_train_iter(
+        records, spec=SPEC, batch_size=8, order=VideoOrder(seed=0), num_threads=1, num_workers=2
+    )
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGSTOP)
+    time.sleep(0.5)  # until the batches in the queues are fetched
+    batches.close()
+    for worker in workers:
+        worker.join(10)
+        assert not worker.is_alive()
+
+
+def test_threads_do_not_import_tfds_at_the_same_time(monkeypatch):
+    """Otherwise, its lazy imports can deadlock."""
+    active, counts, original = [], [], builtins.__import__
+
+    def count(name, *args):
+        if name != "tensorflow_datasets.proto":
+            return original(name, *args)
+        active.append(name)
+        counts.append(len(active))
+        time.sleep(0.05)
+        active.pop()
+        return original(name, *args)
+
+    tfds_api._example_type.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", count)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(tfds_api.parse_record, [b""] * 4)) == [{}] * 4
+    assert max(counts) == 1
 
 
 def test_workers_ignore_signals_and_end_with_their_parent(records, tmp_path):

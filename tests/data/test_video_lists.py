@@ -75,6 +75,9 @@ def test_class_names_do_not_depend_on_the_split(tmp_path):
         )
         records, labels = check.gather([tmp_path / f"{split}.csv"])
         assert (labels, records[split]) == (data.labels, data.records[split])
+    path = write(tmp_path / "other.csv", "0.mp4,swim\n")  # not one of the folder's splits
+    assert check.gather([path])[1] == ["swim"]
+    assert guess_source(path) == ("folder", 1)
     assert guess_source(tmp_path) == ("folder", 3)
     assert has_validation(tmp_path, "folder")
     with pytest.raises(InputError, match="set --config.model.num_classes=3"):

@@ -429,11 +429,13 @@ def with_broken(motion_folder, tmp_path):
     """Return a folder whose lists contain a broken video, followed by the motion clips."""
     folder = tmp_path / "broken"
     folder.mkdir()
-    (folder / "broken.mp4").write_text("hello")
+    names = {"train": "broken.mp4", "val": "val_broken.mp4"}
+    for split, name in names.items():
+        (folder / name).write_text(split)
     (folder / "labels.txt").write_text((motion_folder / "labels.txt").read_text())
     for split in ("train", "val"):
         lines = (motion_folder / f"{split}.csv").read_text().splitlines()
-        listed = ["broken.mp4 0", *(f"{motion_folder}/{line}" for line in lines)]
+        listed = [f"{names[split]} 0", *(f"{motion_folder}/{line}" for line in lines)]
         (folder / f"{split}.csv").write_text("\n".join(listed) + "\n")
     return folder
 
@@ -446,7 +448,7 @@ def test_broken_videos_are_skipped_in_training_and_wrong_in_evaluation(with_brok
     assert (result["num_videos"], result["num_evaluated"], result["num_failed"]) == (25, 24, 1)
     [failed] = result["failed"]
     assert failed["label"] == 0
-    assert "broken.mp4: cannot be decoded" in failed["error"]
+    assert "val_broken.mp4: cannot be decoded" in failed["error"]
     log = (tmp_path / "w" / "log.txt").read_text()
     assert log.count("counts as wrong: ") == 1  # although there are two evaluations
     assert log.count(", 1 failed)") == 3  # both evaluations and the final line

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,7 @@ from jaxvid.files import check_regular
 NAME = "jaxvid"  # name of the data set that `prepare` writes
 MAX_METADATA_BYTES = 2**26  # size limit of each metadata file
 MAX_RECORDS = 2**40  # maximum number of records in a file
+_import_lock = threading.Lock()
 
 
 @functools.cache
@@ -116,7 +118,11 @@ def read_metadata(name: str, split: str, *, is_folder: bool) -> SplitFiles:
 @functools.cache
 def _example_type() -> type:
     """Return the protobuf message class of a record."""
-    from tensorflow_datasets.proto import tf_example_pb2
+    # The decoding threads of a new process call this at the same time. Without the lock, lazy
+    # imports inside TFDS can deadlock: one thread waits for the lock of a module, and another one
+    # for that of a lazy attribute.
+    with _import_lock:
+        from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example
 
