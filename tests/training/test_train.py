@@ -66,7 +66,7 @@ def test_training_writes_all_outputs(run):
             assert picture.size > (300, 200)
     assert list((workdir / "tensorboard").iterdir())
     log = (workdir / "log.txt").read_text()
-    assert "python -m jaxvid.predict CLIP.mp4 --model" in log
+    assert f"python -m jaxvid predict CLIP.mp4 --model {workdir / 'model'}\n" in log
     assert "clips/s" in log
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == config.batch_size
     assert checkpoint.find_steps(workdir) == [9, 12]  # the newest two, as checkpoint_keep=2
