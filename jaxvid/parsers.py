@@ -83,10 +83,11 @@ Exit codes: 0 success, 2 invalid input, 3 some videos are broken and left out.
 
 CHECK_LABELS = """Check the order of a model's class names on a few labelled videos.
 
-The videos are class folders, a data folder, an official list of Kinetics or Something-Something, or
-a list with lines `path,class name`. The accuracy of each known order of the names is printed: as
-stored in the model card, alphabetical in several variants, official, and those of --labels. To
-apply another order, write it with --output and convert the weights again with --labels.
+--videos names class folders, a data folder, an official list of Kinetics or Something-Something, or
+a list with lines `path,class name`. The accuracy of the model is printed for each known order of
+the names: the order in the model card, alphabetical orders, the official order, and the orders of
+the --labels files. To apply another order, write it with --output and convert the weights again
+with --labels.
 
 Exit codes: 0: the stored order is plausible; 2: invalid input; 3: another order fits better, or the
 model has no class names; 4: nothing can be concluded, or no known order fits.
@@ -94,10 +95,10 @@ model has no class names; 4: nothing can be concluded, or no known order fits.
 
 COMPARE = """Compare two finished evaluations, on the videos that both have.
 
-Printed are the accuracies overall and of the classes that changed most, the videos that became
-correct or wrong, and whether the difference of the top-1 accuracies is significant (McNemar's exact
-test, level 5 %). BEFORE and AFTER are eval.json files, or the folders that contain them. The
-eval_videos.csv in the same folder is also read.
+It prints the overall accuracies, the accuracies of the classes that changed most, and the videos
+that became correct or wrong. McNemar's exact test shows whether the difference of the top-1
+accuracies is significant (5 % level). BEFORE and AFTER are eval.json files, or the folders that
+contain them. The eval_videos.csv in the same folder is also read.
 """
 
 FEATURES = """Extract features of videos: one vector per video or per window, without fine-tuning.
@@ -106,7 +107,7 @@ INPUT is a folder of videos, class folders, a data folder, a list, a pack or a v
 class folders, lists and packs have labels, which are written with the features. The features are
 the input of the network's last layers (--layer video: `features["video"]` in Python; --layer
 frames: `features["frames"]`, with one vector per frame of the clip). The features of all clips and
-crops of a video are averaged. Their numbers come from the model card.
+crops of a video are averaged. The numbers of clips and crops come from the model card.
 
 The suffix of FILE is its format: .npz (NumPy), .parquet (needs pyarrow) or .zarr (needs zarr). It
 contains the features, ids, labels, names of the classes, and, with --window, the times of the
@@ -154,7 +155,7 @@ bash    eval "$(jaxvid completion bash)"            in ~/.bashrc
 zsh     eval "$(jaxvid completion zsh)"             in ~/.zshrc
 fish    jaxvid completion fish | source             in ~/.config/fish/config.fish
 
-Completed are commands, their options, config names after --config, and files.
+It completes commands, their options, config names after --config, and files.
 """
 
 
@@ -282,14 +283,14 @@ def check_labels() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--videos", required=True, type=Path, metavar="FOLDER_OR_LIST", help="labelled videos")
-    add("--labels", type=Path, action="append", default=[], metavar="FILE", help="names in a "
-        "further order to compare; may be repeated (default: none)")  # fmt: skip
+    add("--labels", type=Path, action="append", default=[], metavar="FILE", help="class names "
+        "in another order to compare; may be repeated (default: none)")  # fmt: skip
     add("--output", metavar="FILE", help="write the names in the best order to this .txt file "
         "(default: not written)")  # fmt: skip
     add("--max_videos", type=int, default=500, help="number of videos to classify, over all "
         "classes (default: 500)")  # fmt: skip
-    add("--expected_top1", type=float, metavar="PERCENT", help="accuracy that the right order "
-        "should have (default: the published one, or that of the training run)")  # fmt: skip
+    add("--expected_top1", type=float, metavar="PERCENT", help="top-1 accuracy of the "
+        "model with the right order (default: published, or from the training run)")  # fmt: skip
     add("--clips", type=int, help="clips per video (default: from the model card)")
     add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
     return parser
