@@ -429,11 +429,11 @@ def with_broken(motion_folder, tmp_path):
     """Return a folder whose lists contain a broken video, followed by the motion clips."""
     folder = tmp_path / "broken"
     folder.mkdir()
-    (folder / "broken.mp4").write_text("hello")
     (folder / "labels.txt").write_text((motion_folder / "labels.txt").read_text())
-    for split in ("train", "val"):
+    for split, name in (("train", "broken.mp4"), ("val", "val_broken.mp4")):
+        (folder / name).write_text(f"not a video of {split}")
         lines = (motion_folder / f"{split}.csv").read_text().splitlines()
-        listed = ["broken.mp4 0", *(f"{motion_folder}/{line}" for line in lines)]
+        listed = [f"{name} 0", *(f"{motion_folder}/{line}" for line in lines)]
         (folder / f"{split}.csv").write_text("\n".join(listed) + "\n")
     return folder
 
