@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from jaxvid.models import make_model_config
 
@@ -76,8 +76,9 @@ def _default_data() -> ConfigDict:
     data.augment = ""  # autoaugment or randaugment
     data.randaugment_layers = 2
     data.randaugment_magnitude = 9
-    data.mean = 0.5  # of pixels in [0, 1]
-    data.std = 0.5
+    # Normalisation of pixels in [0, 1]: a number, three numbers (RGB) or "imagenet".
+    data.mean = FieldReference(0.5, field_type=object)
+    data.std = FieldReference(0.5, field_type=object)
     return data
 
 

@@ -38,7 +38,7 @@ def get_config(folders: str = "") -> ConfigDict:
     model, _, data = folders.partition(",")
     if not (model and data):
         raise ValueError(
-            "configs/finetune.py: expected two folders; use "
+            "configs/finetune.py: expected a model and a data folder; use "
             "--config configs/finetune.py:MODEL,DATA_FOLDER"
         )
     folder = resolve_model(model, isolated=True)

@@ -59,7 +59,7 @@ def parse_flags(
         sys.exit(0)
     try:
         provide_configs()
-        argv = _find_configs(argv)
+        argv = _join_overrides(_find_configs(argv))
         config = _check_config(argv)
         try:
             positional = flags.FLAGS(argv)
@@ -94,6 +94,22 @@ def _find_configs(argv: list[str]) -> list[str]:
             argument = find_config(argument)
         found.append(argument)
     return found
+
+
+def _join_overrides(argv: list[str]) -> list[str]:
+    """Replace `--config.FIELD VALUE` by `--config.FIELD=VALUE`.
+
+    absl reads the first form only for fields with a fixed type other than bool.
+    """
+    joined = []
+    for argument in argv:
+        before = joined[-1] if joined else ""
+        is_open = before.startswith("--config.") and "=" not in before
+        if is_open and not argument.startswith("--"):
+            joined[-1] = f"{before}={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _distributed_flags(argv: list[str]) -> dict[str, str]:

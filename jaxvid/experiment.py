@@ -142,8 +142,11 @@ def resolve(config: Config, workdir: Path | None = None) -> Experiment:
     loss = LossConfig(**config.loss)
     dataset = DatasetConfig(**_section(config.data, DatasetConfig), multi_label=loss.multi_label)
     preprocessing = _make_preprocessing(config, model, dataset)
+    fields = config.to_dict()
+    # Numbers instead of names, so that equal values are equal when a run is resumed.
+    fields["data"] |= {name: preprocessing.to_json()[name] for name in ("mean", "std")}
     return Experiment(
-        fields=config.to_dict(),
+        fields=fields,
         **{name: config[name] for name in TOP_FIELDS},
         stall_seconds=config.data.stall_seconds,
         max_failed_share=config.data.max_failed_share,

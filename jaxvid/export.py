@@ -25,7 +25,12 @@ from jaxvid.atomic import OutputPath, output_path, write_file, write_json
 from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import InputError
 from jaxvid.models import split_params
-from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing, normalize
+from jaxvid.storage.preprocessing import (
+    Channels,
+    clip_shape,
+    load_model_and_preprocessing,
+    normalize,
+)
 from jaxvid.weights.resolve import resolve_model
 
 DESCRIBED = ("labels", "labels_source", "activation", "preprocessing", "config", "provenance")
@@ -33,7 +38,7 @@ PLATFORMS = ("cpu", "cuda")
 MAX_BYTES = 2**31 - 2**20  # size limit of the weights: serialised programs have 32-bit offsets
 
 
-def export_stablehlo(model: nnx.Module, spec: ClipSpec, *, mean: float, std: float) -> bytes:
+def export_stablehlo(model: nnx.Module, spec: ClipSpec, *, mean: Channels, std: Channels) -> bytes:
     """Serialise a network with its weights and normalisation for `jax.export.deserialize`.
 
     Args:

@@ -27,8 +27,9 @@ from jaxvid.data.formats.pack_reader import PackRecords, read_color_matrix
 from jaxvid.data.input_videos import InputVideos, open_input
 from jaxvid.data.records import NO_LABEL
 from jaxvid.distributed import collectives, process_group, setup, sharding
-from jaxvid.errors import InputError, printable
+from jaxvid.errors import InputError, check_option, printable
 from jaxvid.inference.feature_extraction import (
+    LAYERS,
     ExtractedFeatures,
     FeatureProtocol,
     extract_features,
@@ -77,6 +78,7 @@ class FeatureOptions:
     batch_size: int | None = None
 
     def __post_init__(self):
+        check_option("--layer", self.layer, LAYERS)
         if self.window is None and self.stride is not None:
             raise InputError("--stride needs --window SECONDS")
         if self.window is not None and self.stride is None:
@@ -325,7 +327,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace, skipped: Skipped) -> InputVideos:
-    """Open the videos; refuse windows of videos that are not files."""
+    """Open the videos; refuse URLs, and windows of videos that are not files."""
+    if "://" in args.input:
+        raise InputError(f"{args.input}: is a URL; download the videos and choose their folder")
     videos = open_input(Path(args.input), args.split, prefix=args.prefix, skipped=skipped)
     if args.window is not None and isinstance(videos.records, PackRecords):
         raise InputError(
@@ -339,12 +343,13 @@ def _print_summary(output: Path, table: FeatureTable) -> None:
     failed, num_videos = table.about["failed"], table.about["num_videos"]
     for video in failed:
         print(f"failed: {printable(video['error'])}", file=sys.stderr)
-    rows = "windows" if table.starts is not None else "videos"
+    rows = f"{len(table.ids)} videos"
+    if table.starts is not None:
+        rows = f"{len(table.ids)} windows of {len({*table.ids})} videos"
     num_labelled = int((table.labels != NO_LABEL).sum())
     shape = " × ".join(map(str, table.features.shape[1:]))
     print(
-        f"{printable(output)}: {len(table.ids)} {rows}, {shape} features each, "
-        f"{num_labelled} with a label",
+        f"{printable(output)}: {rows}, {shape} features each, {num_labelled} with a label",
         flush=True,
     )
     if failed:

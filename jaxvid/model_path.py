@@ -1,4 +1,4 @@
-"""Check of a path to a model folder, without JAX, so that a wrong path is reported at once."""
+"""Check of the name of a model, without JAX, so that a wrong one is reported at once."""
 
 import contextlib
 import difflib
@@ -11,6 +11,9 @@ from jaxvid.errors import InputError
 
 CARD_NAME = "model.json"  # written last; a folder without this file is not a model folder
 OF_A_RUN = ("model", "best")  # model folders in a workdir
+# Names of presets, repeated from jaxvid.models, which takes seconds to import.
+PRETRAINED = ("stam_8", "stam_16", "stam_32", "stam_64", "xvit_k600", "xvit_ssv2")
+NOT_PRETRAINED = ("stam_tiny", "xvit_k400", "xvit_tiny")
 
 
 def exists(folder: str | Path) -> bool:
@@ -19,10 +22,9 @@ def exists(folder: str | Path) -> bool:
 
 
 def check_model_path(model: str) -> None:
-    """Refuse a path that is not a model folder.
+    """Refuse a name that is neither a model folder nor stands for released weights.
 
-    Files, URLs and names without a path separator are not checked, because they may stand for
-    weights.
+    The contents of files and URLs are not checked.
 
     Args:
         model: Value of `--model`.
@@ -32,11 +34,26 @@ def check_model_path(model: str) -> None:
     """
     path, is_wrong = Path(model), False
     with contextlib.suppress(OSError, ValueError):  # e.g. a name that is too long
-        is_missing = os.sep in model and not os.path.lexists(path)
+        is_missing = model not in PRETRAINED and not os.path.lexists(path)
         is_wrong = is_missing or path.is_dir() or path.name == CARD_NAME
         is_wrong = is_wrong and "://" not in model and not exists(path)
     if is_wrong:
-        raise InputError(describe_wrong_path(model))
+        raise InputError(describe_unknown(model))
+
+
+def describe_unknown(model: str) -> str:
+    """Return the error message for the name of a model that stands for nothing."""
+    known = ", ".join(PRETRAINED)
+    if model in NOT_PRETRAINED and not os.path.lexists(model):
+        return (
+            f"{model} has no released weights; train it and pass its model folder, or choose one "
+            f"of {known}"
+        )
+    if near := os.sep not in model and difflib.get_close_matches(model, PRETRAINED, n=1):
+        return f"{model} does not exist; did you mean {near[0]}?"
+    message = describe_wrong_path(model)
+    is_complete = message.endswith("?") or os.path.lexists(model)
+    return message if is_complete else f"{message}, or one of {known}"
 
 
 def describe_wrong_path(model: str | Path) -> str:

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jaxvid import help_texts
+
 DTYPES = ("float32", "tfloat32", "bfloat16")  # jaxvid.models.precision.DTYPES
 LAYERS = ("video", "frames")  # jaxvid.inference.feature_extraction.LAYERS
 FORMATS = ("stablehlo", "safetensors")  # of an exported model
@@ -19,149 +21,10 @@ MODEL_HELP = (
 STDOUT = "-"  # value of `--json` and `--csv` without a file
 TIMELINE_KINDS = ("csv", "json", "png")  # suffixes of the files that `ClassTimeline.save` writes
 
-PREDICT = """Classify videos.
-
-An input is a file, an http or https URL, `-` (the video is read from the standard input), a folder
-(all videos below it) or a quoted pattern (`'clips/**/*.mp4'`), which this program expands instead
-of the shell. --window and --stride classify sliding windows of one long video.
-
-Preprocessing and the number of views come from the model card. A trained model has those of its
-evaluation during training; a converted model has those of the released protocol. Predictions equal
-those of --mode eval with the same settings. --clips and --crops set a different number of views;
-fewer views are faster.
-
-Exit codes:
-  0  all inputs were classified
-  2  nothing was classified, or an output cannot be written, because an option, the model folder or
-     the input as a whole is bad; the last line of stderr is `error: ...`
-  3  some inputs failed, each with a line `failed: ...` on stderr, whose last line is
-     `N of M failed`; the other inputs were classified
-"""
-
-VISUALIZE = """Visualise attention.
-
-The output shows the frames of one clip with their attention rollout (Abnar & Zuidema, "Quantifying
-Attention Flow in Transformers", ACL 2020, arXiv:2005.00928). A heat map over each frame shows how
-much attention its patches receive, and bars show how much attention each frame receives. With the
-suffix .png, FILE is a contact sheet; with .mp4, it is a slide show.
-
-Frames are shown uncropped and upright, and darkened outside the network's crop. The colour scale
-starts at the uniform share, 1 / (number of patches per frame). It ends at the share of the
-strongest patch in the clip, or at twice the uniform share if that is higher. Rollout follows
-attention only and ignores values and MLPs: it shows where a network looks, not why it decides.
-
-In some networks (XViT), attention within a frame also reads keys and values of other frames. The
-rollout assigns all attention to the frame's own patches, so that the heat map is approximate in
-time.
-"""
-
-EXPORT = """Export a model folder.
-
-`stablehlo` (default): the network with weights and normalisation as one program, for CPU and CUDA
-and any batch size. Running it requires jax and flatbuffers, but not jaxvid.
-`safetensors`: only the weights, under the same names as in model folders, with `model.json` as
-metadata.
-FILE.json describes the contents of FILE and how to load it.
-"""
-
-CONVERT = """Convert released PyTorch weights into a model folder.
-
-The file is a checkpoint of an original program, or an image ViT of timm (.pth, .safetensors) or
-Google (.npz) whose weights initialise a video model. Every key of the file must be used once or
-ignored for a stated reason. Every weight of the model must be filled once or listed as newly
-initialised. Otherwise nothing is written.
-"""
-
-PREPARE = """Convert videos to a pack, a data set of JPEG frames with fast random access.
-
-If a run is killed, run the same command again to resume it. The pack is bit-identical to that of an
-uninterrupted run. With `--shard 0/8` to `--shard 7/8`, eight jobs share the work, and the last job
-to finish completes the pack.
-
-Exit codes: 0 success, 2 invalid input, 3 some videos are broken and left out.
-"""
-
-CHECK_LABELS = """Check the order of a model's class names on a few labelled videos.
-
---videos names class folders, a data folder, an official list of Kinetics or Something-Something, or
-a list with lines `path,class name`. The accuracy of the model is printed for each known order of
-the names: the order in the model card, alphabetical orders, the official order, and the orders of
-the --labels files. To apply another order, write it with --output and convert the weights again
-with --labels.
-
-Exit codes: 0: the stored order is plausible; 2: invalid input; 3: another order fits better, or the
-model has no class names; 4: nothing can be concluded, or no known order fits.
-"""
-
-COMPARE = """Compare two finished evaluations, on the videos that both have.
-
-It prints the overall accuracies, the accuracies of the classes that changed most, and the videos
-that became correct or wrong. McNemar's exact test shows whether the difference of the top-1
-accuracies is significant (5 % level). BEFORE and AFTER are eval.json files, or the folders that
-contain them. The eval_videos.csv in the same folder is also read.
-"""
-
-FEATURES = """Extract features of videos: one vector per video or per window, without fine-tuning.
-
-INPUT is a folder of videos, class folders, a data folder, a list, a pack or a video file. Videos in
-class folders, lists and packs have labels, which are written with the features. The features are
-the input of the network's last layers (--layer video: `features["video"]` in Python; --layer
-frames: `features["frames"]`, with one vector per frame of the clip). The features of all clips and
-crops of a video are averaged. The numbers of clips and crops come from the model card.
-
-The suffix of FILE is its format: .npz (NumPy), .parquet (needs pyarrow) or .zarr (needs zarr). It
-contains the features, ids, labels, names of the classes, and, with --window, the times of the
-windows. Videos that cannot be decoded are left out and listed in FILE.
-
-All devices of all processes share the work. Run the same command to continue an interrupted
-extraction; the file is then bit-identical to that of an uninterrupted one.
-
-Exit codes: 0: done; 2: invalid input; 3: some videos could not be decoded.
-"""
-
-PROBE = """Measure how well features distinguish classes, without training the network.
-
-A linear classifier (logistic regression) and k-nearest-neighbour classifiers are fitted to the
-features of TRAIN and evaluated on those of VAL. `jaxvid features` writes both files; the model must
-be the same. Without VAL, --val_share holds out a part of TRAIN.
-
-The features of the linear classifier are standardised. Its regularisation C is chosen on a fifth of
-the training videos; then it is fitted to all of them. Neighbours are compared by cosine similarity
-s and weighted by exp(s / 0.07). The probabilities of the windows of a video are averaged. Features
-of frames are averaged over the frames. The same command gives the same result.
-
-It needs the package scikit-learn.
-"""
-
-DOWNLOAD = """Download weights, convert them and print the model folder in the cache.
-
-Other programs do the same when --model is the name of a network, a URL or a file; this program does
-it in advance, e.g. on a machine that shares its home folder with machines that have no network.
-
-The cache is $JAXVID_CACHE, by default ~/.cache/jaxvid. Files in the folder $JAXVID_WEIGHTS are used
-instead of downloading them. An interrupted download continues when the command is run again.
-"""
-
-MODELS = """List the networks that can be created by name.
-
-Columns: frames and pixels of a clip, number of classes, parameters, multiply-adds of one view,
-published top-1 / top-5 accuracy with the number of clips and crops, and a link to the licence of
-the weights that the authors released.
-"""
-
-COMPLETION = """Print a completion script for a shell.
-
-bash    eval "$(jaxvid completion bash)"            in ~/.bashrc
-zsh     eval "$(jaxvid completion zsh)"             in ~/.zshrc
-fish    jaxvid completion fish | source             in ~/.config/fish/config.fish
-
-It completes commands, their options, config names after --config, and files.
-"""
-
 
 def predict() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid predict`."""
-    parser = _make_parser("predict", PREDICT)
+    parser = _make_parser("predict", help_texts.PREDICT)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT",
         help="video file, URL, - (standard input), folder, or quoted pattern")  # fmt: skip
@@ -192,7 +55,7 @@ def predict() -> argparse.ArgumentParser:
 
 def visualize() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid visualize`."""
-    parser = _make_parser("visualize", VISUALIZE)
+    parser = _make_parser("visualize", help_texts.VISUALIZE)
     add = parser.add_argument
     add("video", metavar="VIDEO", help="video file or URL")
     add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
@@ -206,7 +69,7 @@ def visualize() -> argparse.ArgumentParser:
 
 def export() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid export`."""
-    parser = _make_parser("export", EXPORT)
+    parser = _make_parser("export", help_texts.EXPORT)
     add = parser.add_argument
     add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--output", required=True, metavar="FILE",
@@ -218,7 +81,7 @@ def export() -> argparse.ArgumentParser:
 
 def convert() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid convert`."""
-    parser = _make_parser("convert", CONVERT)
+    parser = _make_parser("convert", help_texts.CONVERT)
     add = parser.add_argument
     add("--model", required=True, help="a preset; see jaxvid models")
     add("--input", required=True, type=Path, help=".pth, .safetensors or .npz file")
@@ -245,7 +108,7 @@ def convert_to_torch() -> argparse.ArgumentParser:
 
 def prepare() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid prepare`."""
-    parser = _make_parser("prepare", PREPARE)
+    parser = _make_parser("prepare", help_texts.PREPARE)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="LIST_OR_FOLDER", help="lists or data folders")
     add("--output", required=True, metavar="DIR", help="folder to write the pack to")
@@ -279,7 +142,7 @@ def prepare() -> argparse.ArgumentParser:
 
 def check_labels() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid check-labels`."""
-    parser = _make_parser("check-labels", CHECK_LABELS)
+    parser = _make_parser("check-labels", help_texts.CHECK_LABELS)
     add = parser.add_argument
     add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--videos", required=True, type=Path, metavar="FOLDER_OR_LIST", help="labelled videos")
@@ -298,7 +161,7 @@ def check_labels() -> argparse.ArgumentParser:
 
 def compare() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid compare`."""
-    parser = _make_parser("compare", COMPARE)
+    parser = _make_parser("compare", help_texts.COMPARE)
     add = parser.add_argument
     add("before", metavar="BEFORE", help="the first evaluation")
     add("after", metavar="AFTER", help="the second evaluation")
@@ -309,7 +172,7 @@ def compare() -> argparse.ArgumentParser:
 
 def features() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid features`."""
-    parser = _make_parser("features", FEATURES)
+    parser = _make_parser("features", help_texts.FEATURES)
     add = parser.add_argument
     add("input", metavar="INPUT", help="folder, list, pack or video file")
     add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
@@ -338,7 +201,7 @@ def features() -> argparse.ArgumentParser:
 
 def probe() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid probe`."""
-    parser = _make_parser("probe", PROBE)
+    parser = _make_parser("probe", help_texts.PROBE)
     add = parser.add_argument
     add("train", type=Path, metavar="TRAIN", help="features of the training videos")
     add("val", type=Path, nargs="?", metavar="VAL", help="features of the validation videos")
@@ -352,7 +215,7 @@ def probe() -> argparse.ArgumentParser:
 
 def download() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid download`."""
-    parser = _make_parser("download", DOWNLOAD)
+    parser = _make_parser("download", help_texts.DOWNLOAD)
     parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--preset", help="preset of a PyTorch checkpoint; see jaxvid models "
         "(default: the released preset that it fits)")  # fmt: skip
@@ -361,7 +224,7 @@ def download() -> argparse.ArgumentParser:
 
 def models() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid models`."""
-    parser = _make_parser("models", MODELS)
+    parser = _make_parser("models", help_texts.MODELS)
     parser.add_argument("pattern", nargs="?", default="*", help="e.g. 'xvit*' (default: all)")
     parser.add_argument("--pretrained", action="store_true",
                         help="list only networks whose weights are downloaded by name")  # fmt: skip
@@ -370,7 +233,7 @@ def models() -> argparse.ArgumentParser:
 
 def completion() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid completion`."""
-    parser = _make_parser("completion", COMPLETION)
+    parser = _make_parser("completion", help_texts.COMPLETION)
     parser.add_argument("shell", choices=SHELLS)
     return parser
 

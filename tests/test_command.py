@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 import jaxvid
 from configs import motion
 from jaxvid import cli, command, completion, config_files, model_list, parsers
+from jaxvid.inference.feature_extraction import LAYERS
 from jaxvid.models import PRESETS
 from jaxvid.models.precision import DTYPES
 
@@ -170,6 +171,7 @@ def test_near_misses_of_config_fields_are_explained():
 
 def test_every_program_has_a_parser_with_the_same_choices():
     assert parsers.DTYPES == DTYPES
+    assert parsers.LAYERS == LAYERS
     assert set(completion.SCRIPTS) == set(parsers.SHELLS)
 
 

@@ -112,13 +112,14 @@ def test_finetune_reads_its_model_and_data(motion_folder, folders, tmp_path):
         "sampling": "dense_stride",
         "sampling_rate": 2,
         "resize": "torch_bilinear",
-        "mean": 0.4,
+        "mean": [0.4, 0.4, 0.5],
         "std": 0.2,
     }
     preprocessing |= {"short_side": 72, "num_frames": 8, "crop": 64}
     jaxvid.save_model(model, tmp_path / "model", preprocessing=preprocessing)
     config = get(f"{tmp_path / 'model'},{motion_folder}").unlock()
-    assert (config.model.num_classes, config.model.width, config.data.mean) == (8, 16, 0.4)
+    assert (config.model.num_classes, config.model.width, config.data.std) == (8, 16, 0.2)
+    assert config.data.mean == [0.4, 0.4, 0.5]
     assert (config.data.source, config.data.sampling) == ("folder", "dense_stride")
     assert (config.data.short_side, config.data.short_side_max) == (73, 91)
     assert (config.eval.short_side, config.eval.num_clips, config.eval.num_crops) == (72, 1, 1)
@@ -128,6 +129,8 @@ def test_finetune_reads_its_model_and_data(motion_folder, folders, tmp_path):
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "chosen for an epoch of 48 clips: batch_size=8, log_steps=1, eval.every" in log
     assert "reinitialised: consensus.mlp_head.4: 3 classes in the folder, 8 in the model" in log
+    card = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
+    assert (card["preprocessing"]["mean"], card["preprocessing"]["std"]) == ([0.4, 0.4, 0.5], 0.2)
     # The preprocessing of this folder has no sampling_rate, resize or by_time.
     older = get(f"{folders / 'stam'},{motion_folder}")
     assert (older.data.sampling, older.data.sampling_rate, older.data.by_time) == (

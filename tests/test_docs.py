@@ -287,6 +287,7 @@ def make_videos(folder: Path, motion_folder: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             if i < 24:
                 target.symlink_to(motion_folder / name)
+    (folder / "MY_CLASSES").symlink_to("MY_VIDEOS/train")
     (folder / "MY_LIST").symlink_to(motion_folder)
     (folder / "more" / "of" / "them").mkdir(parents=True)
     clip = motion_folder / "val" / "00000.mp4"

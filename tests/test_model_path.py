@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from jaxvid.errors import InputError
-from jaxvid.model_path import check_model_path
+from jaxvid.model_list import list_models
+from jaxvid.model_path import NOT_PRETRAINED, PRETRAINED, check_model_path
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +39,11 @@ def runs(tmp_path, monkeypatch):
 def test_wrong_paths_are_refused(runs, path, message):
     with pytest.raises(InputError, match=f"^{path} .*{message}"):
         check_model_path(path)
+
+
+def test_names_of_presets_are_those_of_the_models():
+    assert [*PRETRAINED] == list_models(pretrained=True)
+    assert {*PRETRAINED, *NOT_PRETRAINED} == {*list_models()}
 
 
 def test_other_values_are_left_to_the_loader(runs):

@@ -53,6 +53,15 @@ def test_progress_is_logged_in_complete_lines_at_intervals(clock, monkeypatch):
     assert sys.stderr.getvalue().endswith("\n")
 
 
+def test_abbreviated_units_have_no_plural(clock, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Stream(terminal=False))
+    bar = progress.Progress(400, title="downloading a.pth", unit="MB")
+    clock[0] += 10
+    bar.advance(100)
+    bar.close()
+    assert sys.stderr.getvalue() == "downloading a.pth: 100/400 MB, 10.0/s, 00:30 left\n"
+
+
 def test_bar_on_a_terminal_is_removed_at_the_end(clock, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Stream(terminal=True))
     bar = check.Progress(4, "reading")

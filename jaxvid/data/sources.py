@@ -18,10 +18,9 @@ from jaxvid.data.class_names import names_classes, read_labels_or_numbers
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.pack_reader import PackRecords, read_color_matrix
 from jaxvid.data.formats.xvit_hdf5 import read_xvit_list
-from jaxvid.data.label_sets import LabelSet
 from jaxvid.data.protocols import VideoRecord
 from jaxvid.data.records import Record, Selection, find_missing
-from jaxvid.data.split_checks import note_empty_classes
+from jaxvid.data.split_checks import check_labels, note_empty_classes
 from jaxvid.data.synthetic_motion import make_motion
 from jaxvid.data.validation_split import ValidationSplit
 from jaxvid.data.video_lists import read_list
@@ -130,7 +129,9 @@ def open_dataset(data: DatasetConfig, num_classes: int, splits: tuple[str, ...])
     dataset = SOURCES[data.source](data, num_classes, splits)
     check_num_classes(dataset.labels, data.folder, num_classes)
     for split in splits:
-        dataset.records[split] = _check_labels(dataset.records[split], data, num_classes)
+        dataset.records[split] = check_labels(
+            dataset.records[split], num_classes, f"{data.folder}: ", multi_label=data.multi_label
+        )
     notes, left_out = list(dataset.notes), ()
     if data.skip_broken and "train" in splits:
         training, left_out = _leave_out(dataset.records["train"], data.folder)
@@ -222,38 +223,6 @@ SOURCES: dict[str, Callable[[DatasetConfig, int, tuple[str, ...]], VideoDataset]
     "pack": _open_pack,
     "tfds": _open_tfds,
 }
-
-
-def _check_labels(
-    records: Sequence[VideoRecord], data: DatasetConfig, num_classes: int
-) -> Sequence[VideoRecord]:
-    """Return the videos of a split; in multi-label data, with a `LabelSet` as label.
-
-    Raises:
-        InputError: A video has several classes, but the data is not multi-label; or it is, but the
-            source does not support it or no video has a class.
-    """
-    if data.multi_label:
-        if any(not isinstance(record, Record) for record in records):
-            raise InputError(
-                f"data.source={data.source!r} has one class per video; use data.source=folder for "
-                "loss.name=sigmoid, or set loss.name=softmax"
-            )
-        sets = [LabelSet.make(record.label, num_classes) for record in records]
-        if not any(label.classes for label in sets):
-            raise InputError(
-                f"{data.folder}: no video of a split has a class; add labels to the list"
-            )
-        pairs = zip(records, sets, strict=True)
-        return [dataclasses.replace(record, label=label) for record, label in pairs]
-    if isinstance(records, list):
-        for record in records:
-            if isinstance(record.label, tuple):
-                raise InputError(
-                    f"{data.folder}: {record.id} has a list of classes as label; for multi-label "
-                    "data, set --config.loss.name=sigmoid"
-                )
-    return records
 
 
 def check_folder(folder: str | Path) -> None:

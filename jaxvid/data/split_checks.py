@@ -1,20 +1,57 @@
-"""Checks of the splits of a data set: classes without videos, and videos in two splits."""
+"""Checks of the splits of a data set: kinds of labels, classes without videos, overlaps."""
 
 import collections
 import concurrent.futures
+import dataclasses
 import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from jaxvid.data.label_sets import LabelSet, classes_of
 from jaxvid.data.protocols import VideoRecord
 from jaxvid.data.records import CHUNK_FILES, Record
-from jaxvid.errors import printable
+from jaxvid.errors import InputError, printable
 
 SAMPLE_BYTES = 2**16  # number of bytes at each end of a file that are compared
 NAMED_CLASSES = 3  # maximum number of classes without videos that the log names
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
+
+
+def check_labels(
+    records: Sequence[VideoRecord], num_classes: int, prefix: str, *, multi_label: bool
+) -> Sequence[VideoRecord]:
+    """Return the videos of a split; in multi-label data, with a `LabelSet` as label.
+
+    Args:
+        records: The videos.
+        num_classes: Number of classes.
+        prefix: Start of the error message.
+        multi_label: Whether videos have any number of classes.
+
+    Raises:
+        InputError: A video has several classes, but the data is not multi-label; or it is, but the
+            source does not support it or no video has a class.
+    """
+    if multi_label:
+        if any(not isinstance(record, Record) for record in records):
+            raise InputError(
+                f"{prefix}the data source has one class per video; use data.source=folder for "
+                "loss.name=sigmoid, or set loss.name=softmax"
+            )
+        sets = [LabelSet.make(record.label, num_classes) for record in records]
+        if not any(label.classes for label in sets):
+            raise InputError(f"{prefix}no video of a split has a class; add labels to the list")
+        pairs = zip(records, sets, strict=True)
+        return [dataclasses.replace(record, label=label) for record, label in pairs]
+    for record in records if isinstance(records, list) else ():
+        if isinstance(record.label, tuple):
+            raise InputError(
+                f"{prefix}{record.id} has a list of classes as label; for multi-label data, set "
+                "--config.loss.name=sigmoid"
+            )
+    return records
 
 
 def note_empty_classes(
@@ -23,7 +60,7 @@ def note_empty_classes(
     """Return one line for each split in which classes have no videos."""
     notes = []
     for split, videos in records.items():
-        present = {video.label for video in videos}
+        present = {index for video in videos for index in classes_of(video.label)}
         empty = [name for label, name in enumerate(labels) if label not in present]
         if empty:
             name, more = SPLIT_NAMES.get(split, split), ", …" if len(empty) > NAMED_CLASSES else ""

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxvid.distributed import sharding
 from jaxvid.models import Params, merge_params
 from jaxvid.storage.activation import ACTIVATIONS
-from jaxvid.storage.preprocessing import normalize
+from jaxvid.storage.preprocessing import Channels, normalize
 
 # Number of batches that the device computes while the host collects the results of earlier ones.
 BATCHES_AHEAD = 1
@@ -50,8 +50,8 @@ def eval_step(
     batch: dict[str, jax.Array],
     *,
     graphdef: nnx.GraphDef,
-    mean: float,
-    std: float,
+    mean: Channels,
+    std: Channels,
     score: str,
     activation: str = "softmax",
 ) -> dict[str, jax.Array]:

@@ -21,6 +21,14 @@ from jaxvid.errors import InputError, short_repr
 from jaxvid.models import FAMILIES, Params, make_model_config, merge_params, split_params
 from jaxvid.storage import model_card, model_folder
 
+# A value for all colour channels, or one each for red, green and blue.
+Channels = float | tuple[float, float, float]
+
+# Names of channel statistics, for `mean` and `std`.
+STATISTICS = {
+    "imagenet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocessing(ViewSpec):
@@ -30,17 +38,20 @@ class Preprocessing(ViewSpec):
     `color_matrix` is then that of `default_color_matrix`.
 
     Attributes:
-        mean: Mean that is subtracted from pixels in [0, 1].
-        std: Divisor of the pixels after the mean is subtracted.
+        mean: Mean that is subtracted from pixels in [0, 1]. The argument is a number, three numbers
+            (red, green and blue) or a key of `STATISTICS`. Three equal numbers become one.
+        std: Divisor of the pixels after the mean is subtracted; the argument is like `mean`.
 
     Raises:
         InputError: A field has an invalid value.
     """
 
-    mean: float
-    std: float
+    mean: Channels
+    std: Channels
 
     def __post_init__(self):
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _read_channels(name, getattr(self, name)))
         _ = self.spec  # the constructor of ClipSpec checks the values
 
     @property
@@ -67,7 +78,7 @@ class Preprocessing(ViewSpec):
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as they are stored in `model.json`."""
-        return dataclasses.asdict(self)
+        return {name: _to_json(value) for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Preprocessing":
@@ -91,14 +102,51 @@ class Preprocessing(ViewSpec):
 
 def _is_valid(field: dataclasses.Field, value: object) -> bool:
     """Return whether a JSON value has the type of a field and, if a number, is in range."""
+    if field.type == Channels:
+        return _is_channels(field.name, value)
     if field.type in (bool, str):
         return isinstance(value, field.type)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    if field.type is int:
-        return isinstance(value, int) and value > 0
+    return isinstance(value, int) and value > 0
+
+
+def _to_json(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _is_channels(name: str, value: object) -> bool:
+    """Return whether a value is a valid `mean` or `std` (`name`)."""
+    if isinstance(value, str):
+        return value in STATISTICS
+    values = value if isinstance(value, list | tuple) else [value] * 3
+    if len(values) != 3 or not all(
+        isinstance(v, int | float) and not isinstance(v, bool) for v in values
+    ):
+        return False
     # Pixels are normalised in float32. NaN fails both comparisons.
-    return 1e-6 <= value <= 1e6 if field.name == "std" else abs(value) <= 1e6
+    return all(1e-6 <= v <= 1e6 if name == "std" else abs(v) <= 1e6 for v in values)
+
+
+def _read_channels(name: str, value: object) -> Channels:
+    """Return `mean` or `std` (`name`) as one number, or as three numbers if they differ.
+
+    Raises:
+        InputError: The value is not a number, three numbers or a key of `STATISTICS`, or is out of
+            range.
+    """
+    if not _is_channels(name, value):
+        numbers = "above 0" if name == "std" else "of pixels in [0, 1]"
+        known = " or ".join(map(repr, STATISTICS))
+        raise InputError(
+            f"{name}={short_repr(value)}: must be a number {numbers}, three such numbers for red, "
+            f"green and blue, e.g. 0.5,0.4,0.4, or {known}"
+        )
+    if isinstance(value, str):
+        return STATISTICS[value][name]
+    if not isinstance(value, list | tuple):
+        return value
+    return float(value[0]) if len({*value}) == 1 else tuple(map(float, value))
 
 
 def read_preprocessing(card: dict[str, Any], path: Path) -> Preprocessing:
@@ -143,6 +191,9 @@ def check_preprocessing(folder: str | Path, preprocessing: Preprocessing) -> Non
         InputError: The message names every difference.
     """
     expected = model_card.load_card(folder)["preprocessing"] or {}
+    for name in {"mean", "std"} & {*expected}:
+        if _is_channels(name, expected[name]):  # three equal numbers are the same as one
+            expected[name] = _to_json(_read_channels(name, expected[name]))
     actual = preprocessing.to_json()
     names = ["sampling", "mean", "std"]
     names += ["sampling_rate"] * (preprocessing.sampling == "dense_stride")
@@ -220,13 +271,39 @@ def clip_shape(spec: ClipSpec, *leading: int) -> tuple[int, ...]:
     return (*leading, spec.num_frames, spec.crop, spec.crop, 3)
 
 
-def normalize(video: jax.Array, mean: float, std: float) -> jax.Array:
+def normalize(video: jax.Array, mean: Channels, std: Channels) -> jax.Array:
     """Normalise pixels: return `(pixel / 255 - mean) / std` in float32, with the same shape.
 
     Args:
-        video: Pixels as uint8, or as uint16 in units of 1 / `transforms.FRACTIONS`.
+        video: Pixels `(..., c)` as uint8, or as uint16 in units of 1 / `transforms.FRACTIONS`.
         mean: Mean that is subtracted from pixels in [0, 1].
         std: Divisor of the pixels after the mean is subtracted.
     """
     white = 255 * FRACTIONS if video.dtype == jnp.uint16 else 255
-    return (video.astype(jnp.float32) / white - mean) / std
+    pixels = video.astype(jnp.float32) / white
+    return (pixels - _expand(mean, video.ndim)) / _expand(std, video.ndim)
+
+
+def renormalize(
+    video: jax.Array, mean: Channels, std: Channels, new_mean: Channels, new_std: Channels
+) -> jax.Array:
+    """Replace the normalisation of a video `(..., c)` by another one.
+
+    Args:
+        video: Pixels normalised with `mean` and `std`.
+        mean: Mean that was subtracted.
+        std: Divisor that was used.
+        new_mean: Mean to subtract.
+        new_std: Divisor to use.
+    """
+    mean, std, new_mean, new_std = (
+        _expand(value, video.ndim) for value in (mean, std, new_mean, new_std)
+    )
+    return ((video * std + mean) - new_mean) / new_std
+
+
+def _expand(value: Channels, ndim: int) -> float | np.ndarray:
+    """Return a number unchanged, and three numbers as an array `(1, ..., 1, c)` of `ndim` axes."""
+    if not isinstance(value, list | tuple):
+        return value
+    return np.array(value, np.float32).reshape(*[1] * (ndim - 1), len(value))

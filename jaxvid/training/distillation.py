@@ -56,9 +56,9 @@ def load_teacher(
         The teacher and its weights in bfloat16; `(None, None)` without distillation.
 
     Raises:
-        InputError: `distill.teacher` is not a model; the teacher's number of frames, image
-            size or number of classes differs from the student's; or its class labels or their order
-            differ from the data's.
+        InputError: `distill.teacher` is not a model; the teacher's number of frames, image size or
+            number of classes differs from the student's; or its class labels or their order differ
+            from the data's.
     """
     if not distill.teacher:
         return None, None

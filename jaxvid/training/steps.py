@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError, check_option
 from jaxvid.models import Params, merge_params
-from jaxvid.storage.preprocessing import normalize
+from jaxvid.storage.preprocessing import Channels, normalize, renormalize
 from jaxvid.training import batch_augmentation
 from jaxvid.training.losses import (
     binary_cross_entropy,
@@ -50,8 +50,8 @@ class Recipe:
     """
 
     seed: int
-    mean: float = 0.5
-    std: float = 0.5
+    mean: Channels = 0.5
+    std: Channels = 0.5
     label_smoothing: float = 0.0
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
@@ -100,8 +100,8 @@ class Teacher:
     """
 
     graphdef: nnx.GraphDef
-    mean: float
-    std: float
+    mean: Channels
+    std: Channels
     weight: float
     temperature: float
 
@@ -182,7 +182,7 @@ def train_step(
         if reweighted:
             losses = weight_scale * losses
         if teacher is not None:
-            video = ((video * recipe.std + recipe.mean) - teacher.mean) / teacher.std
+            video = renormalize(video, recipe.mean, recipe.std, teacher.mean, teacher.std)
             targets = jax.lax.stop_gradient(merge_params(teacher.graphdef, teacher_params)(video))
             distillation = distillation_loss(logits, targets, teacher.temperature)
             losses = (1 - teacher.weight) * losses + teacher.weight * distillation

@@ -11,6 +11,7 @@ import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxvid.atomic import write_json
@@ -137,16 +138,16 @@ def _fetch(url: str, partial: _Partial) -> None:
             _handle_status(error, partial)
         return
     with response:
-        size, total = _body_range(response)
-        if size != partial.size() or not validator:
-            size = 0
+        offset, total = _body_range(response)
+        if offset != partial.size() or not validator:
+            offset = 0
             if response.status == http.HTTPStatus.PARTIAL_CONTENT:
                 partial.remove()
                 raise _IncompleteError("the server sent a different part")
             with _write_errors(partial.file):
                 partial.restart(url, _read_validator(response))
         if total is not None:
-            check_room(partial.file, total - size)
+            check_room(partial.file, total - offset)
         _write_body(response, partial, total)
     if total is not None and partial.size() != total:
         raise _IncompleteError(f"{partial.size()} of {total} bytes received")
@@ -212,7 +213,7 @@ def _write_body(response: http.client.HTTPResponse, partial: _Partial, total: in
 
 
 @contextlib.contextmanager
-def _write_errors(path: Path):
+def _write_errors(path: Path) -> Iterator[None]:
     """Convert errors of the local disk to an InputError."""
     try:
         yield

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import difflib
 import hashlib
 import multiprocessing
 import os
@@ -59,7 +58,10 @@ def load_model(
         InputError: The model does not exist, cannot be downloaded, or is damaged.
     """
     if pretrained:
-        folder = _fetch_release(_check_release(str(name)))
+        if name not in _releases():
+            known = ", ".join(_releases())
+            raise InputError(f"{name} has no released weights; expected one of {known}")
+        folder = _fetch(_release_source(str(name)))
     else:
         folder = resolve_model(name, preset=preset)
     return model_folder.load_model(folder, dtype=dtype)
@@ -91,26 +93,22 @@ def resolve_model(
         make_model_config(preset)  # refuses an unknown name before anything is downloaded
     if _is_address(text, "hf"):
         return hub.download_repo(text)
-    is_file = os.path.isfile(text) and text.endswith(FILE_SUFFIXES)
-    if not (is_file or _is_address(text, "https?")):
-        if preset is not None:
-            raise InputError(
-                f"preset={preset}: {text} is not a PyTorch checkpoint "
-                f"({', '.join(FILE_SUFFIXES)}) or its URL; omit the preset"
-            )
-        if model_path.exists(text):
-            return name
-        if os.path.lexists(text):
-            raise InputError(model_path.describe_wrong_path(text))
-        if text not in _releases():
-            raise InputError(_describe_unknown(text))
-        if (slot := Slot(text)).is_ready():
-            return slot.model
-    if isolated or process_group.current():
-        return _run_in_child(text, preset)
-    if is_file:
-        return _fetch_file(Path(text), preset)
-    return _fetch_release(text) if text in _releases() else _fetch_url(text, preset)
+    if os.path.isfile(text) and text.endswith(FILE_SUFFIXES):
+        source = _file_source(Path(text), preset)
+    elif _is_address(text, "https?"):
+        source = _url_source(text, preset)
+    elif preset is not None:
+        raise InputError(
+            f"preset={preset}: {text} is not a PyTorch checkpoint ({', '.join(FILE_SUFFIXES)}) or "
+            "its URL; omit the preset"
+        )
+    elif model_path.exists(text):
+        return name
+    elif text in _releases() and not os.path.lexists(text):
+        source = _release_source(text)
+    else:
+        raise InputError(model_path.describe_unknown(text))
+    return _fetch(source, isolated=isolated)
 
 
 def _is_address(text: str, scheme: str) -> bool:
@@ -126,80 +124,39 @@ def _releases() -> dict[str, str]:
     }
 
 
-def _check_release(name: str) -> str:
-    if name not in _releases():
-        raise InputError(
-            f"{name} has no released weights; expected one of {', '.join(_releases())}"
-        )
-    return name
-
-
-def _describe_unknown(text: str) -> str:
-    """Return the error message for a name that stands for nothing."""
-    if text in PRESETS:
-        return (
-            f"{text} has no released weights; train it and pass its model folder, or choose one of "
-            f"{', '.join(_releases())}"
-        )
-    if near := difflib.get_close_matches(text, _releases(), n=1):
-        return f"{text} does not exist; did you mean {near[0]}?"
-    message = model_path.describe_wrong_path(text)
-    return message if message.endswith("?") else f"{message}, or one of {', '.join(_releases())}"
-
-
-def _run_in_child(name: str, preset: str | None) -> Path:
-    """Call `resolve_model` in a child process, on the CPU."""
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, spawn, _use_cpu) as pool:
-        try:
-            return Path(pool.submit(resolve_model, name, preset=preset).result())
-        except concurrent.futures.process.BrokenProcessPool:
-            raise InputError(
-                f"{name}: the process that converts the weights was killed; free memory and try "
-                "again"
-            ) from None
-
-
-def _use_cpu() -> None:
-    jax.config.update("jax_platforms", "cpu")
-
-
 # ------------------------------------------------------------------ PyTorch checkpoints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Source:
-    """A PyTorch checkpoint that is to be converted.
+    """A PyTorch checkpoint.
 
     Attributes:
-        address: Path or URL.
         slot: The slot of the cache for its weights.
         preset: Its preset; None: the released preset that it fits.
         any_classes: Whether the number of classes may differ from that of the preset.
+        path: The file; None: it is downloaded.
+        url: Address of the file if it is downloaded.
         remedy: What to do if the URL does not deliver the file.
     """
 
-    address: str
     slot: Slot
     preset: str | None
     any_classes: bool = True
+    path: Path | None = None
+    url: str = ""
     remedy: str = "check the address, or download the file in another way and pass its path"
 
 
-def _fetch_release(name: str) -> Path:
-    """Return the model folder of a preset with released weights."""
+def _release_source(name: str) -> _Source:
+    """Return the source of a preset with released weights."""
     slot, url = Slot(name), _releases()[name]
     file = url.rpartition("/")[2]
     remedy = (
         f"download it in another way, and set {FILES_VARIABLE} to the folder that contains {file}"
     )
-    source = _Source(address=url, slot=slot, preset=name, any_classes=False, remedy=remedy)
-    with slot.locked_unless_ready() as is_ready:
-        if not is_ready and (path := _find_own_file([file, f"{name}.pth"])):
-            _convert(path, dataclasses.replace(source, address=str(path)))
-        elif not is_ready:
-            _download_and_convert(slot.folder / file, source)
-    return slot.model
+    path = None if slot.is_ready() else _find_own_file([file, f"{name}.pth"])
+    return _Source(slot=slot, preset=name, any_classes=False, path=path, url=url, remedy=remedy)
 
 
 def _find_own_file(names: list[str]) -> Path | None:
@@ -213,52 +170,78 @@ def _find_own_file(names: list[str]) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
-def _fetch_url(url: str, preset: str | None) -> Path:
-    """Return the model folder of a PyTorch checkpoint at a URL."""
-    file = Path(urllib.parse.urlsplit(url).path).name or "weights.pth"
-    file = re.sub(r"[^\w.-]", "_", file)[-80:]
+def _url_source(url: str, preset: str | None) -> _Source:
+    """Return the source of a URL."""
     digest = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()
-    slot = Slot(f"{Path(file).stem}-{digest[:12]}", preset or "model")
-    with slot.locked_unless_ready() as is_ready:
-        if not is_ready:
-            _download_and_convert(
-                slot.folder / file, _Source(address=url, slot=slot, preset=preset)
-            )
-    return slot.model
+    name = f"{Path(_file_name(url)).stem}-{digest[:12]}"
+    return _Source(slot=Slot(name, preset or "model"), preset=preset, url=url)
 
 
-def _fetch_file(path: Path, preset: str | None) -> Path:
-    """Return the model folder of a PyTorch checkpoint."""
-    slot = Slot(f"{path.stem[-80:]}-{sha256(path)[:12]}", preset or "model")
-    with slot.locked_unless_ready() as is_ready:
-        if not is_ready:
-            _convert(path, _Source(address=str(path), slot=slot, preset=preset))
-    return slot.model
+def _file_name(url: str) -> str:
+    """Return the name of the file at a URL, without unusual characters."""
+    name = Path(urllib.parse.urlsplit(url).path).name or "weights.pth"
+    return re.sub(r"[^\w.-]", "_", name)[-80:]
 
 
-def _download_and_convert(path: Path, source: _Source) -> None:
+def _file_source(path: Path, preset: str | None) -> _Source:
+    """Return the source of a file. Its slot depends on the contents of the file."""
+    name = f"{path.stem[-80:]}-{sha256(path)[:12]}"
+    return _Source(slot=Slot(name, preset or "model"), preset=preset, path=path)
+
+
+def _fetch(source: _Source, *, isolated: bool = False) -> Path:
+    """Return the model folder of a source; download and convert the file if needed.
+
+    Args:
+        source: The source.
+        isolated: As in `resolve_model`.
+    """
+    if not source.slot.is_ready() and (isolated or process_group.current()):
+        return _run_in_child(source)
+    with source.slot.locked_unless_ready() as is_ready:
+        if not is_ready and source.path:
+            _convert(source.path, source)
+        elif not is_ready:
+            _download_and_convert(source)
+    return source.slot.model
+
+
+def _run_in_child(source: _Source) -> Path:
+    """Call `_fetch` in a child process, on the CPU."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn, _use_cpu) as pool:
+        try:
+            return pool.submit(_fetch, source).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise InputError(
+                f"{source.path or source.url}: the process that converts the weights was killed; "
+                "free memory and try again"
+            ) from None
+
+
+def _use_cpu() -> None:
+    jax.config.update("jax_platforms", "cpu")
+
+
+def _download_and_convert(source: _Source) -> None:
     """Download a file, convert it and delete it.
 
     If the file is intact but does not fit the preset, it is kept for the next attempt.
 
-    Args:
-        path: The file.
-        source: Its URL and preset. The slot must be locked.
-
     Raises:
         InputError: As in `download` and `_convert`.
     """
-    url = source.address
+    path = source.slot.folder / _file_name(source.url)
     if not path.exists():
-        print(f"{source.slot.name}: downloading {url}", file=sys.stderr, flush=True)
-        download(url, path, remedy=source.remedy)
+        print(f"{source.slot.name}: downloading {source.url}", file=sys.stderr, flush=True)
+        download(source.url, path, remedy=source.remedy)
     try:
         _convert(path, source)
     except InputError as error:
         if is_complete(path) and source.slot.is_first_file(sha256(path)):
             raise
         path.unlink()
-        raise InputError(f"{url} cannot be used: {error}; {source.remedy}") from None
+        raise InputError(f"{source.url} cannot be used: {error}; {source.remedy}") from None
     path.unlink()
 
 
@@ -269,21 +252,23 @@ def _convert(path: Path, source: _Source) -> None:
         InputError: The file is unusable, does not fit the preset, or is not that of the first
             download.
     """
-    slot, address = source.slot, source.address
+    slot = source.slot
     if not slot.is_first_file(digest := sha256(path)):
         raise InputError(
-            f"{address} has the SHA-256 {digest}, which is not that of the first download in "
-            f"{slot.record}; delete this file if the authors have replaced theirs"
+            f"{path} has the SHA-256 {digest}, which is not that of the first download in "
+            f"{slot.record}; delete that record if the authors have replaced their file"
         )
     preset = source.preset or infer_preset(path)
     num_classes = read_num_classes(path, preset) if source.any_classes else None
     converted = convert_file(path, preset, num_classes=num_classes)
     if rules.get_source(converted.kind).is_image_model:
         raise InputError(
-            f"{address} is an image ViT; convert it with jaxvid convert, which initialises the "
+            f"{path} is an image ViT; convert it with jaxvid convert, which initialises the "
             "remaining weights"
         )
     slot.record_sha256(digest, path.name)
-    converted.card["provenance"]["address"] = address
+    if source.path is None:
+        converted.card["provenance"]["url"] = source.url
     model_folder.save_model_folder(slot.model, converted.params, converted.card)
-    print(f"{address}: SHA-256 {digest}, converted to {slot.model}", file=sys.stderr, flush=True)
+    origin = source.path or source.url
+    print(f"{origin}: SHA-256 {digest}, converted to {slot.model}", file=sys.stderr, flush=True)

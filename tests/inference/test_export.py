@@ -21,6 +21,7 @@ from jaxvid.storage.preprocessing import load_model_and_preprocessing, normalize
 
 PREPROCESSING = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.25, "std": 0.5}
 LABELS = [f"class {i}" for i in range(5)]
+MEANS = {"stam_tiny": 0.25, "xvit_tiny": [0.2, 0.25, 0.3]}
 # Runs an exported program as its description says; arguments: the program, an .npz file of clips.
 SCRIPT = """
 import json, sys
@@ -42,10 +43,13 @@ assert not loaded, loaded
 def folder(request, tmp_path_factory):
     model = jaxvid.create_model(request.param, num_classes=5, depth=2)
     folder = tmp_path_factory.mktemp("model") / "model"
-    jaxvid.save_model(
-        model, folder, preprocessing={**PREPROCESSING, "sampling": "uniform_10s"}, labels=LABELS
-    )
+    preprocessing = {**PREPROCESSING, "sampling": "uniform_10s", "mean": MEANS[request.param]}
+    jaxvid.save_model(model, folder, preprocessing=preprocessing, labels=LABELS)
     return folder
+
+
+def mean_of(folder: Path) -> float | list[float]:
+    return MEANS[json.loads((folder / "model.json").read_text())["name"]]
 
 
 def make_clips(count: int) -> np.ndarray:
@@ -64,7 +68,7 @@ def test_exported_program_matches_the_model_without_jaxvid(folder, tmp_path, cap
     model = jax.jit(jaxvid.load_model(folder))
     for name, batch in clips.items():
         logits = np.load(tmp_path / f"clips.npz.{name}.npy")
-        expected = np.asarray(model(normalize(batch, 0.25, 0.5)))
+        expected = np.asarray(model(normalize(batch, mean_of(folder), 0.5)))
         assert logits.shape == expected.shape == (len(batch), 5)
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
         assert np.abs(expected).max() > 0.1
@@ -75,7 +79,8 @@ def test_exported_program_matches_the_model_without_jaxvid(folder, tmp_path, cap
     assert about["labels"] == LABELS
     defaults = {"sampling_rate": 16, "by_time": False, "resize": "pil_bilinear"}
     defaults |= {"color_matrix": "tagged", "num_clips": 1, "num_crops": 1}
-    assert about["preprocessing"] == {**PREPROCESSING, "sampling": "uniform_10s", **defaults}
+    expected = {**PREPROCESSING, "sampling": "uniform_10s", "mean": mean_of(folder), **defaults}
+    assert about["preprocessing"] == expected
     assert about["platforms"] == ["cpu", "cuda"]
     assert about["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -97,7 +102,7 @@ def test_safetensors_equal_the_weights_of_the_model(folder, tmp_path):
     with safe_open(file, "numpy") as opened:
         card = json.loads(opened.metadata()["model.json"])
     assert card["labels"] == LABELS
-    assert card["preprocessing"]["mean"] == 0.25
+    assert card["preprocessing"]["mean"] == mean_of(folder)
     assert not {"files", "checksums"} & card.keys()  # these describe the files of the model folder
     original = jaxvid.load_model(folder)
     weights = load_file(file)

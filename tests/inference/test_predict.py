@@ -110,6 +110,18 @@ def test_sampling_comes_from_the_model_card(folders, clips):
     assert prediction.probabilities[0] == pytest.approx(expected.max(), rel=1e-4)
 
 
+def test_the_normalisation_may_differ_between_channels(folders, clips, tmp_path):
+    folder = shutil.copytree(folders / "xvit", tmp_path / "model")
+    card = json.loads((folder / "model.json").read_text())
+    card["preprocessing"] |= {"mean": [0.1, 0.3, 0.6], "std": [0.2, 0.2, 0.3]}
+    (folder / "model.json").write_text(json.dumps(card))
+    prediction = jaxvid.Classifier(folder).predict(clips[3])
+    expected = softmax(logits_of(folder, clips[3])[0])
+    assert prediction.probabilities[0] == pytest.approx(expected.max(), rel=1e-4)
+    other = jaxvid.Classifier(folders / "xvit").predict(clips[3])
+    assert prediction.probabilities[0] != pytest.approx(other.probabilities[0], rel=1e-3)
+
+
 def test_logits_of_views_are_averaged_and_views_default_to_the_model_card(folders, clips, tmp_path):
     views = {"num_clips": 2, "num_crops": 3}
     expected = softmax(logits_of(folders / "xvit", clips[3], **views).mean(axis=0))

@@ -263,7 +263,8 @@ def test_rollout_equals_naive_computation():
 )
 def test_rollout_of_every_architecture(motion_folder, tmp_path, name, options, mixes_frames):
     model = jaxvid.create_model(name, width=16, depth=1, **options)
-    jaxvid.save_model(model, tmp_path / "model", preprocessing=PREPROCESSING)
+    preprocessing = {**PREPROCESSING, "mean": [0.1, 0.2, 0.3]}
+    jaxvid.save_model(model, tmp_path / "model", preprocessing=preprocessing)
     rollout = compute_rollout(motion_folder / "val" / "00003.mp4", tmp_path / "model")
     assert rollout.patch_attention.shape == (8, 4, 4)
     assert np.isfinite(rollout.patch_attention).all()

@@ -14,7 +14,11 @@ from jaxvid.errors import InputError
 from jaxvid.experiment import resolve
 from jaxvid.predict import main
 from jaxvid.storage import model_card
-from jaxvid.storage.preprocessing import Preprocessing, read_preprocessing
+from jaxvid.storage.preprocessing import (
+    Preprocessing,
+    check_preprocessing,
+    read_preprocessing,
+)
 
 
 @pytest.fixture
@@ -143,3 +147,58 @@ def test_preprocessing_round_trips_through_json():
     assert preprocessing.spec.short_side == 72
     with pytest.raises(InputError, match="short_side=32 is smaller than the crop of 64 px"):
         dataclasses.replace(preprocessing, short_side=32)
+
+
+# ------------------------------------------------------------------ statistics of the channels
+
+SIZES = {"num_frames": 8, "crop": 64, "short_side": 72}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "stored"),
+    [
+        (0.5, 0.5, 0.5),
+        (0, 0, 0),
+        ([0.5, 0.5, 0.5], 0.5, 0.5),
+        ([0.1, 0.2, 0.3], (0.1, 0.2, 0.3), [0.1, 0.2, 0.3]),
+        ((1, 0, 0), (1.0, 0.0, 0.0), [1.0, 0.0, 0.0]),
+        ("imagenet", (0.485, 0.456, 0.406), [0.485, 0.456, 0.406]),
+    ],
+)
+def test_mean_is_a_number_or_three(value, expected, stored):
+    preprocessing = Preprocessing(**SIZES, mean=value, std="imagenet")
+    assert (preprocessing.mean, preprocessing.std) == (expected, (0.229, 0.224, 0.225))
+    fields = json.loads(json.dumps(preprocessing.to_json()))
+    assert (fields["mean"], type(fields["mean"])) == (stored, type(stored))
+    assert Preprocessing.from_json(fields) == preprocessing
+    assert hash(preprocessing) == hash(Preprocessing.from_json(fields))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("mean", "imagnet"), ("mean", (0.1, 0.2)), ("mean", True), ("mean", None),
+     ("mean", float("nan")), ("std", 0), ("std", (1, 1, 0)), ("std", -1.0)],
+)  # fmt: skip
+def test_impossible_statistics_are_refused(field, value):
+    with pytest.raises(InputError, match=rf"{field}=.*: must be a number .* or 'imagenet'$"):
+        Preprocessing(**{**SIZES, "mean": 0.5, "std": 0.5, field: value})
+
+
+def test_the_statistics_of_config_and_model_card_are_compared(damaged):
+    edit(damaged, preprocessing={"mean": [0.5, 0.5, 0.5]})
+    fields = {**SIZES, "mean": 0.5, "std": 0.5}
+    check_preprocessing(damaged, Preprocessing(**fields))
+    edit(damaged, preprocessing={"mean": [0.485, 0.456, 0.406]})
+    check_preprocessing(damaged, Preprocessing(**{**fields, "mean": "imagenet"}))
+    message = r"mean: \[0.485, 0.456, 0.406\] in the model card, 0.5 in the config; use the"
+    with pytest.raises(InputError, match=message):
+        check_preprocessing(damaged, Preprocessing(**fields))
+
+
+def test_a_config_may_name_the_statistics(config):
+    for value in ("imagenet", (0.485, 0.456, 0.406), [0.485, 0.456, 0.406]):
+        config.data.mean = value
+        experiment = resolve(config)
+        assert experiment.fields["data"]["mean"] == [0.485, 0.456, 0.406]
+        assert experiment.fields["data"]["std"] == 0.5
+        assert experiment.recipe.mean == experiment.preprocessing.mean == (0.485, 0.456, 0.406)

@@ -38,6 +38,11 @@ def test_a_teacher_with_the_same_or_unnamed_classes_is_loaded(save_and_load, lab
     assert {str(leaf.dtype) for leaf in params.values()} == {"bfloat16"}
 
 
+def test_the_statistics_of_a_teacher_may_be_per_channel(save_and_load):
+    teacher, _ = save_and_load(None, {**PREPROCESSING, "mean": [0.1, 0.2, 0.3]})
+    assert (teacher.mean, teacher.std) == ((0.1, 0.2, 0.3), 0.75)
+
+
 def test_without_a_teacher_nothing_is_loaded():
     assert load_teacher(DistillConfig(), None, [], None) == (None, None)
 

@@ -89,7 +89,7 @@ def test_mixed_labels_have_their_weights():
     _, metrics = linear_step(state, batch, recipe)
     assert metrics["loss"] == pytest.approx(6 * (lam * first + (1 - lam) * second), rel=1e-4)
     # If a clip is masked, the two sums differ.
-    batch["mask"][1] = False
+    batch["mask"][0] = False
     mask = batch["mask"] & batch["mask"][partner]
     first, second = (
         torch_loss(logits, label, weight=weights, reduction="none").numpy() for label in labels
@@ -132,7 +132,7 @@ def test_class_weights_are_listed_or_named():
         assert LossConfig(class_weights=text).weights(records, 4) == WEIGHTS
     with pytest.raises(InputError, match="has 2 numbers, expected one for each of the 4 classes"):
         LossConfig(class_weights="1,2").weights(records, 4)
-    for wrong in ("even", "1,-2", "1,0", "", "1,nan", "1,inf"):
+    for wrong in ("even", "1,-2", "1,0", "", "1,nan", "1,inf", "X1"):
         with pytest.raises(InputError, match="must be none, balanced or a number above 0"):
             LossConfig(class_weights=wrong)
     with pytest.raises(InputError, match="^loss.name='bce': must be one of 'softmax', 'sigmoid'"):

@@ -22,7 +22,7 @@ from jaxvid.models import (
     split_params,
 )
 from jaxvid.storage.eval_step import eval_step
-from jaxvid.storage.preprocessing import normalize
+from jaxvid.storage.preprocessing import normalize, renormalize
 from jaxvid.training import steps
 from jaxvid.training.losses import cross_entropy, distillation_loss
 from jaxvid.training.optim import make_optimizer, make_schedule
@@ -67,19 +67,41 @@ def test_normalize():
     np.testing.assert_allclose(normalize(fine, 0.5, 0.5), expected, rtol=1e-6)
 
 
-def stub_scores(pixels, score="logits"):
+STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def test_normalize_per_channel():
+    rng = np.random.default_rng(0)
+    video = rng.integers(0, 256, (2, 2, 4, 4, 3), np.uint8)
+    expected = (video / 255 - np.array(STATISTICS["mean"])) / np.array(STATISTICS["std"])
+    np.testing.assert_allclose(normalize(video, **STATISTICS), expected, rtol=1e-5, atol=1e-6)
+    # Three equal numbers give the same bits as one number.
+    same = normalize(jnp.asarray(video), (0.3,) * 3, (0.7,) * 3)
+    np.testing.assert_array_equal(same, normalize(jnp.asarray(video), 0.3, 0.7))
+
+
+def test_renormalize_replaces_the_normalisation():
+    video = np.random.default_rng(0).integers(0, 256, (2, 2, 4, 4, 3), np.uint8)
+    for old in (STATISTICS, {"mean": 0.5, "std": 0.5}):
+        for new in (STATISTICS, {"mean": 0.0, "std": 1.0}):
+            actual = renormalize(normalize(video, **old), *old.values(), *new.values())
+            np.testing.assert_allclose(actual, normalize(video, **new), rtol=1e-4, atol=1e-5)
+
+
+def stub_scores(pixels, score="logits", mean=0.0):
     """Run `eval_step` with the stub on views of one frame of one pixel.
 
     Args:
         pixels: `(b, v, 3)`; the logits of a view are its pixel / 255, and 0.5.
         score: As in the config.
+        mean: As in the config.
 
     Returns:
         The results of `eval_step`, on the host.
     """
     graphdef, params = split_params(Stub())
     batch = {"video": np.asarray(pixels, np.uint8)[:, :, None, None, None, :]}
-    options = {"graphdef": graphdef, "mean": 0.0, "std": 1.0, "score": score}
+    options = {"graphdef": graphdef, "mean": mean, "std": 1.0, "score": score}
     return jax.device_get(jax.jit(functools.partial(eval_step, **options))(params, batch))
 
 
@@ -89,6 +111,8 @@ def test_eval_step_sums_the_logits_of_the_views():
     results = stub_scores(views)
     np.testing.assert_allclose(results["scores"][0], [1.0, 0.8, 0.0, 1.5], rtol=1e-5)
     np.testing.assert_allclose(results["scores"][1], [0.4, 1.6, 0.0, 1.5], rtol=1e-5)
+    shifted = stub_scores(views, mean=(0.0, 0.1, 0.2))["scores"]
+    np.testing.assert_allclose(shifted[1], [0.4, 1.3, -0.6, 1.5], rtol=1e-5)
     exp = np.exp(results["scores"] / 3)
     np.testing.assert_allclose(results["probabilities"], exp / exp.sum(1, keepdims=True), rtol=1e-5)
 
@@ -528,17 +552,24 @@ def test_a_linear_step_does_not_change_frozen_weights():
     assert metrics["grad_norm"] == pytest.approx(np.linalg.norm(grad), rel=1e-5)
 
 
-def test_a_linear_step_weights_the_losses_of_labels_and_teacher():
+@pytest.mark.parametrize(
+    ("own", "others"),
+    [((0.4, 0.6), (0.2, 0.3)), ((0.4, 0.6), tuple(STATISTICS.values())),
+     (tuple(STATISTICS.values()), (0.2, 0.3))],
+)  # fmt: skip
+def test_a_linear_step_weights_the_losses_of_labels_and_teacher(own, others):
     """The teacher gets the same clips in its own normalisation."""
     teacher_graph, teacher_params = split_params(Linear(nnx.Rngs(9)))
-    teacher = Teacher(graphdef=teacher_graph, mean=0.2, std=0.3, weight=0.7, temperature=2.0)
-    recipe, batch = Recipe(seed=1, mean=0.4, std=0.6), linear_batch()
+    options = {"weight": 0.7, "temperature": 2.0}
+    teacher = Teacher(graphdef=teacher_graph, mean=others[0], std=others[1], **options)
+    recipe, batch = Recipe(seed=1, mean=own[0], std=own[1]), linear_batch()
     state = linear_state(recipe)
     _, metrics = linear_step(state, batch, recipe, teacher=teacher, teacher_params=teacher_params)
     scale = 0.5 + float(jax.random.uniform(jax.random.fold_in(jax.random.key(1), 6)))
     pixels = batch["video"] / 255
-    _, logits = linear_logits(state["params"], (pixels - 0.4) / 0.6, scale)
-    _, teacher_logits = linear_logits(teacher_params, (pixels - 0.2) / 0.3)
+    own, others = np.array(own), np.array(others)
+    _, logits = linear_logits(state["params"], (pixels - own[0]) / own[1], scale)
+    _, teacher_logits = linear_logits(teacher_params, (pixels - others[0]) / others[1])
     label_losses = -np.log(softmax(logits))[range(5), batch["label"]]
     p, q = softmax(teacher_logits / 2), softmax(logits / 2)
     teacher_losses = 4 * (p * np.log(p / q)).sum(axis=1)

@@ -83,7 +83,7 @@ def test_weights_are_downloaded_once_by_name(server, checkpoint, capsys):
     folder = resolve_model(MODEL)
     assert (folder.parent / "source.sha256").read_text() == f"{digest}  {MODEL}.pth\n"
     provenance = model_card.load_card(folder)["provenance"]
-    assert (provenance["sha256"], provenance["address"]) == (digest, f"{server.url}{PATH}")
+    assert (provenance["sha256"], provenance["url"]) == (digest, f"{server.url}{PATH}")
     assert jaxvid.load_model(MODEL).config.num_frames == 8
     assert len(server.requests) == 1
     assert capsys.readouterr().err == ""
