@@ -98,7 +98,7 @@ def main() -> NoReturn:
 def _find(module: str) -> str:
     """Return the name under which a module is installed.
 
-    An installed package contains `convert` as `jaxvid.convert`, a checkout beside `jaxvid`.
+    In an installed package, `convert` is `jaxvid.convert`. In a checkout, it is beside `jaxvid`.
     """
     if module.startswith("jaxvid."):
         return module

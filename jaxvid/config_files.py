@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-# An installed package contains the configs, a checkout has them beside the package.
+# In an installed package, the configs are in the package. In a checkout, they are beside it.
 FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 

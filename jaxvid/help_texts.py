@@ -64,10 +64,11 @@ Exit codes: 0 success, 2 invalid input, 3 some videos are broken and left out.
 
 CHECK_LABELS = """Check the order of a model's class names on a few labelled videos.
 
-The videos are class folders, a data folder, an official list of Kinetics or Something-Something, or
-a list with lines `path,class name`. The accuracy of each known order of the names is printed: as
-stored in the model card, alphabetical in several variants, official, and those of --labels. To
-apply another order, write it with --output and convert the weights again with --labels.
+--videos names class folders, a data folder, an official list of Kinetics or Something-Something, or
+a list with lines `path,class name`. The accuracy of the model is printed for each known order of
+the names: the order in the model card, alphabetical orders, the official order, and the orders of
+the --labels files. To apply another order, write it with --output and convert the weights again
+with --labels.
 
 Exit codes: 0: the stored order is plausible; 2: invalid input; 3: another order fits better, or the
 model has no class names; 4: nothing can be concluded, or no known order fits.
@@ -75,10 +76,10 @@ model has no class names; 4: nothing can be concluded, or no known order fits.
 
 COMPARE = """Compare two finished evaluations, on the videos that both have.
 
-Printed are the accuracies overall and of the classes that changed most, the videos that became
-correct or wrong, and whether the difference of the top-1 accuracies is significant (McNemar's exact
-test, level 5 %). BEFORE and AFTER are eval.json files, or the folders that contain them. The
-eval_videos.csv in the same folder is also read.
+It prints the overall accuracies, the accuracies of the classes that changed most, and the videos
+that became correct or wrong. McNemar's exact test shows whether the difference of the top-1
+accuracies is significant (5 % level). BEFORE and AFTER are eval.json files, or the folders that
+contain them. The eval_videos.csv in the same folder is also read.
 """
 
 FEATURES = """Extract features of videos: one vector per video or per window, without fine-tuning.
@@ -87,7 +88,7 @@ INPUT is a folder of videos, class folders, a data folder, a list, a pack or a v
 class folders, lists and packs have labels, which are written with the features. The features are
 the input of the network's last layers (--layer video: `features["video"]` in Python; --layer
 frames: `features["frames"]`, with one vector per frame of the clip). The features of all clips and
-crops of a video are averaged. Their numbers come from the model card.
+crops of a video are averaged. The numbers of clips and crops come from the model card.
 
 The suffix of FILE is its format: .npz (NumPy), .parquet (needs pyarrow) or .zarr (needs zarr). It
 contains the features, ids, labels, names of the classes, and, with --window, the times of the
@@ -135,5 +136,5 @@ bash    eval "$(jaxvid completion bash)"            in ~/.bashrc
 zsh     eval "$(jaxvid completion zsh)"             in ~/.zshrc
 fish    jaxvid completion fish | source             in ~/.config/fish/config.fish
 
-Completed are commands, their options, config names after --config, and files.
+It completes commands, their options, config names after --config, and files.
 """

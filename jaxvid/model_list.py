@@ -27,7 +27,7 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
 def format_table(names: list[str]) -> str:
     """Return a table of presets: input, size, multiply-adds per view, accuracy and licence.
 
-    The accuracy is top-1 / top-5. The last column links the licence of released weights.
+    The accuracy is top-1 / top-5. The last column has a link to the licence of released weights.
     """
     lines = [
         "name       frames   px  classes  M params  G multiply-adds per view  "

@@ -146,14 +146,14 @@ def check_labels() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--videos", required=True, type=Path, metavar="FOLDER_OR_LIST", help="labelled videos")
-    add("--labels", type=Path, action="append", default=[], metavar="FILE", help="names in a "
-        "further order to compare; may be repeated (default: none)")  # fmt: skip
+    add("--labels", type=Path, action="append", default=[], metavar="FILE", help="class names "
+        "in another order to compare; may be repeated (default: none)")  # fmt: skip
     add("--output", metavar="FILE", help="write the names in the best order to this .txt file "
         "(default: not written)")  # fmt: skip
     add("--max_videos", type=int, default=500, help="number of videos to classify, over all "
         "classes (default: 500)")  # fmt: skip
-    add("--expected_top1", type=float, metavar="PERCENT", help="accuracy that the right order "
-        "should have (default: the published one, or that of the training run)")  # fmt: skip
+    add("--expected_top1", type=float, metavar="PERCENT", help="top-1 accuracy of the "
+        "model with the right order (default: published, or from the training run)")  # fmt: skip
     add("--clips", type=int, help="clips per video (default: from the model card)")
     add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
     return parser

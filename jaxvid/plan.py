@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxvid import progress
 from jaxvid.distributed import sharding
 from jaxvid.errors import InputError
 from jaxvid.experiment import Experiment, check_batch_sizes
@@ -86,7 +87,9 @@ def measure(experiment: Experiment, batch_size: int) -> Memory:
         "label": jax.ShapeDtypeStruct(label_shape, jnp.int32, sharding=rows),
         "mask": jax.ShapeDtypeStruct((batch_size,), jnp.bool_, sharding=rows),
     }
-    compiled = program.train_step.func.lower(state, batch, teacher_params=None).compile()
+    lowered = program.train_step.func.lower(state, batch, teacher_params=None)
+    with progress.compiling(f"the training step for batch size {batch_size}"):
+        compiled = lowered.compile()
     return Memory(
         weights=_bytes(state["params"]) + _bytes(state.get("ema", {})),
         optimizer=_bytes(state["opt_state"]),

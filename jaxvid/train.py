@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -384,12 +382,10 @@ def _write_outputs(run: Run, loop: Loop, state: dict) -> dict:
     validation.save_model(folder, state)
     save_report(run.workdir, report, results, run.data.labels, run.data.records["val"])
     log.info(
-        "%s. The report is %s, the model in %s; try it on a clip of your own:\n"
-        "  %s -m jaxvid.predict CLIP.mp4 --model %s",
+        "%s. The report is %s, the model is in %s.\n%s",
         summary(report),
         run.workdir / "eval.html",
         folder,
-        min(sys.executable, os.path.relpath(sys.executable), key=len),
-        folder,
+        outputs.describe_use(folder, generated=run.experiment.dataset.source == "motion"),
     )
     return report

@@ -30,6 +30,7 @@ from jaxvid import cli
 from jaxvid.command import COMMANDS
 from jaxvid.data.synthetic_motion import LABELS, make_motion
 from jaxvid.experiment import resolve
+from jaxvid.training import outputs
 from tests.programs import write_evaluation
 
 ROOT = Path(__file__).parents[1]
@@ -334,6 +335,22 @@ def test_commands_have_valid_flags(page, checkout, monkeypatch):
                 pytest.fail(f"{block.location}: {command}: {error!r}")
 
 
+def commands_after_the_demo() -> list[str]:
+    """Return the commands that the demo prints at its end."""
+    text = outputs.describe_use(Path("runs/motion/model"), generated=True)
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.startswith("  ")]
+    return [f"python {arguments}" for _, arguments in lines]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")  # raised by absl
+def test_commands_after_the_demo_have_valid_flags(checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    classify, train = commands_after_the_demo()
+    for command in (classify, train):
+        check_command(command, monkeypatch)
+    assert classify.split()[-1] in jaxvid.list_models(pretrained=True)
+
+
 def test_every_pattern_in_not_run_matches_a_command():
     commands = [c for page in PAGES for b in read_blocks(page) for c in b.commands()]
     for pattern in NOT_RUN:
@@ -413,6 +430,14 @@ def test_all_examples_run(page, trained, monkeypatch):
             for command in block.commands():
                 if not reason_not_run(command):
                     run_command(command, trained)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_fine_tuning_after_the_demo_runs(trained):
+    _, train = commands_after_the_demo()
+    run_command(train, trained)
+    assert (trained / "runs" / "mine" / "eval.json").exists()
 
 
 # ------------------------------------------------------------------ the notebook

@@ -56,7 +56,7 @@ class Context:
             file.write(json.dumps({"table": table, "row": row}) + "\n")
 
     def fail(self, title: str, message: str) -> str:
-        """Count a failed measurement, unless its reason is exhausted memory, which is a result.
+        """Count a failed measurement. Running out of memory is a result, not a failure.
 
         Args:
             title: Name of the measurement.

@@ -55,8 +55,8 @@ def last_line(text: str) -> str:
 def resume(ctx: Context) -> None:
     """Compare deterministic runs: uninterrupted, and interrupted and resumed in a new process.
 
-    If they differ, the interrupted run is repeated with the results of autotuning of the
-    uninterrupted run. If it then is bit-identical, autotuning makes the difference.
+    If they differ, the interrupted run is repeated with the autotuning results of the
+    uninterrupted run. If it is then bit-identical, autotuning causes the difference.
     """
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # two runs share the GPU
     overrides = {
@@ -83,7 +83,7 @@ def resume(ctx: Context) -> None:
 
 
 def make_clips(overrides: dict[str, Any]) -> None:
-    """Write the clips before several runs would wait for each other."""
+    """Write the clips in advance, so that several runs do not wait for each other."""
     from jaxvid.data.synthetic_motion import make_motion
 
     counts = {n: overrides[f"data.motion.{n}"] for n in ("num_train", "num_val")}

@@ -50,7 +50,7 @@ def shown(command: list[str]) -> str:
 
 
 def feed(ctx: Context) -> None:
-    """Measure training that reads packs and video files, against one repeated batch."""
+    """Compare training from packs and from video files with training on one repeated batch."""
     make_pack(ctx)
     for source, share in (("pack", 0.5), ("folder", 1.0))[: ctx.size.cases]:
         left = ctx.seconds_left()
@@ -126,7 +126,7 @@ def measure_memory(path: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def startup(ctx: Context) -> None:
-    """Measure the time until the first training step, without and with compiled programs."""
+    """Measure the time until the first training step, without and with a compilation cache."""
     make_pack(ctx)
     cache = ctx.work / "startup_cache"
     shutil.rmtree(cache, ignore_errors=True)
@@ -161,7 +161,7 @@ def first_step(command: list[str], environment: dict[str, str]) -> tuple[float, 
     """Start training and kill it after the first step.
 
     Returns:
-        Seconds from the start of the process, and seconds that the log states.
+        Seconds from the start of the process to the first step, as measured and as logged.
     """
     start, lines = time.monotonic(), []
     process = subprocess.Popen(

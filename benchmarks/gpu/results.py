@@ -40,7 +40,7 @@ class Results:
     def save(self, result: dict[str, Any], is_complete: bool) -> None:
         """Write results.json with the result of a step; if it is complete, also the other files.
 
-        Results of an earlier run are kept if the time did not suffice to repeat the step.
+        Results of an earlier run are kept if there was no time to repeat the step.
         """
         name = result["name"]
         if result["status"] != "not run" or name not in self._steps:
@@ -57,7 +57,7 @@ class Results:
             self._draw()
 
     def _draw(self) -> None:
-        """Draw the plots; if that fails, results.json and results.md are complete nevertheless."""
+        """Draw the plots; a failure does not affect results.json and results.md."""
         try:
             from benchmarks.gpu import plots
 

@@ -25,8 +25,8 @@ class Task(NamedTuple):
         name: Name of the step.
         title: What is measured.
         share: Weight in the distribution of the time.
-        needed: Seconds that the step gets at least, if they are left.
-        least: Seconds without which the step is not started.
+        needed: Minimum time limit in seconds, if this much time is left.
+        least: The step is not started if fewer seconds are left.
         command: Function of the time limit in seconds that returns the command.
         shown: The command that repeats the step.
         results: File of the step's rows: one JSON object `{"table", "row"}` per line.
@@ -45,8 +45,8 @@ class Task(NamedTuple):
 def limit_of(tasks: Sequence[Task], seconds_left: float) -> float:
     """Return the time limit of the first task, 0 if it cannot be started.
 
-    The time that is left is distributed over all tasks by their shares, but the first task gets at
-    least the seconds that it needs, if they are left.
+    The remaining time is divided among all tasks in proportion to their shares. The first task gets
+    at least `needed` seconds, if this much time is left.
     """
     task = tasks[0]
     if seconds_left < task.least:
@@ -153,7 +153,7 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def read_tables(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Read the rows of a step: table → rows. A line that is not complete is ignored."""
+    """Read the rows of a step: table → rows. An incomplete line is ignored."""
     tables: dict[str, list] = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):

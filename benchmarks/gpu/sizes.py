@@ -16,8 +16,8 @@ class Size(NamedTuple):
             size is measured.
         dtype: Compute dtype of most measurements.
         rounds: Turns of each side in a comparison.
-        turn_seconds: Shortest length of a turn.
-        cases: Largest number of measurements in a step that compares options, models or inputs.
+        turn_seconds: Minimum duration of a turn, in seconds.
+        cases: Maximum number of measurements in a step that compares options, models or inputs.
         matrix: Rows and columns of the matrices that measure the matmul peak.
         copy_bytes: Size of the array that measures the memory bandwidth.
         goldens: Golden file → preset and fields of its network, in the order of importance.

@@ -109,8 +109,8 @@ def multiply_adds(work: Workload) -> int:
 def measure(ctx: Context, case: Case) -> Times:
     """Measure the sides of a case in turns. Sides that fail are left out.
 
-    If the memory does not suffice for all sides at once, the sides that did not fit are measured
-    alone, after the others have ended, if there is time.
+    If not all sides fit into the memory at once, those that did not fit are measured alone at the
+    end, if there is time.
     """
     start = time.monotonic()
     times = Times({}, {}, {}, {}, None, None)

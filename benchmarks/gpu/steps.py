@@ -17,8 +17,8 @@ class Step(NamedTuple):
         function: `MODULE:FUNCTION` in this package; it is called with a `Context`.
         options: Keyword arguments of the function.
         share: Share of the total time.
-        needed: Seconds for the first results. The step gets at least this time, if it is left.
-        least: Seconds without which the step is not started.
+        needed: Seconds for the first results: the minimum time limit, if this much time is left.
+        least: The step is not started if fewer seconds are left.
     """
 
     name: str

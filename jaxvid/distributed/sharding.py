@@ -79,7 +79,7 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of arrays of which every device has a complete copy."""
+    """Return the sharding that gives every device a complete copy of an array."""
     return NamedSharding(mesh, P())
 
 
@@ -87,9 +87,9 @@ def state_sharding(abstract_state: Tree, mesh: Mesh, tensor_splits: TensorSplits
     """Return the sharding of every leaf of the state, or of any tree whose dict keys name weights.
 
     A weight in `tensor_splits` is sharded over 'tensor' along the given axis, if the number of
-    heads on this axis, or its size if it has no heads, is divisible by the size of 'tensor'. Of the
-    other axes whose size is divisible by that of 'fsdp', the longest is sharded over 'fsdp'. The
-    moments of the optimizer have the sharding of their weights.
+    heads on this axis, or its size if it has no heads, is divisible by the size of 'tensor'. The
+    longest of the other axes whose sizes are divisible by that of 'fsdp' is sharded over 'fsdp'.
+    The moments of the optimizer have the sharding of their weights.
 
     Args:
         abstract_state: Tree of arrays or shapes.
@@ -153,7 +153,7 @@ def gather_fsdp(params: Tree, mesh: Mesh, tensor_splits: TensorSplits) -> Tree:
 
 
 def without_fsdp(shardings: Tree) -> Tree:
-    """Return the shardings of `state_sharding` with the axes over 'fsdp' not sharded."""
+    """Return the same shardings, but replicated over 'fsdp'."""
     return jax.tree.map(
         lambda s: NamedSharding(s.mesh, P(*(None if axis == "fsdp" else axis for axis in s.spec))),
         shardings,

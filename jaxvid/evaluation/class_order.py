@@ -136,10 +136,10 @@ def compare_orders(
     """Find the order that explains a network's predictions best.
 
     The best order must be more accurate than random orders (permutation test). It replaces the
-    stored order if it is more accurate (McNemar's exact test), or if only the stored order is not
-    more accurate than random orders. The levels are divided by the number of orders. Random orders
-    keep videos of one class together, so that many videos of few classes do not count as
-    independent evidence.
+    stored order if it is more accurate than the stored order (McNemar's exact test), or if the
+    stored order is not more accurate than random orders. The significance levels are divided by
+    the number of orders. Random orders keep videos of one class together, so that many videos of
+    few classes do not count as independent evidence.
 
     Args:
         orders: The orders, from `known_orders`.

@@ -1,4 +1,4 @@
-"""Choices between programs that compute the same network, for speed and memory.
+"""Implementation choices, which change the speed and the memory of a network but not its results.
 
 All choices give the same numbers up to rounding in the compute dtype.
 """
@@ -15,8 +15,8 @@ CHOICES = {
     "scan": ("auto", "on", "off"),
     "remat": ("none", "dots", "full"),
 }
-# Backend → the fastest choices in `benchmarks/forward.py --against FIELD=VALUE`. Backends that were
-# not measured use the choices of the CPU.
+# Backend → its fastest choices, measured by `benchmarks/forward.py --against FIELD=VALUE`. Backends
+# that were not measured use the choices of the CPU.
 FASTEST = {"cpu": {"attention": "matmul", "scan": "on"}}
 
 

@@ -1,7 +1,10 @@
-"""Checks of free disk space, and moving of an earlier run's outputs out of the way."""
+"""Free disk space for a run's outputs, outputs of an earlier run, and the use of the model."""
 
 import math
+import os
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -128,3 +131,23 @@ def _tidy_outputs(workdir: Path) -> None:
             f"({error.strerror}); choose another --workdir"
         ) from None
     log.info("%s: no checkpoint; the outputs of the earlier run are now in %s", workdir, target)
+
+
+def describe_use(folder: Path, *, generated: bool) -> str:
+    """Return the commands with which users continue after a training, on videos of their own.
+
+    Args:
+        folder: The model folder of the run.
+        generated: Whether the training videos are generated, so that the classes do not occur in
+            other videos.
+    """
+    python = min(sys.executable, os.path.relpath(sys.executable), key=len)
+    command, model = f"  {shlex.quote(python)} -m jaxvid", shlex.quote(str(folder))
+    if not generated:
+        return f"To classify your own clip:\n{command} predict CLIP.mp4 --model {model}"
+    return (
+        "The model knows only the generated motions. To classify your own clip with released "
+        f"weights, which are downloaded:\n{command} predict CLIP.mp4 --model stam_16\n"
+        "To train on your own classes, with one folder per class (MY_VIDEOS/CLASS/*.mp4):\n"
+        f"{command} train --config finetune:{model},MY_VIDEOS --workdir runs/mine"
+    )

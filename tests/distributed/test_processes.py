@@ -158,13 +158,13 @@ def check_same(workdir: Path, expected: Path) -> None:
 def data(motion_folder, tmp_path_factory):
     """Return a folder with lists of the motion clips and one broken video in each split."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / "broken.mp4").write_text("hello")
     (folder / "labels.txt").write_text((motion_folder / "labels.txt").read_text())
-    for split in ("train", "val"):
+    for split, name in (("train", "broken.mp4"), ("val", "val_broken.mp4")):
+        (folder / name).write_text(f"not a video of {split}")
         lines = (motion_folder / f"{split}.csv").read_text().splitlines()
         lines = [f"{motion_folder}/{line}" for line in lines]
         # The second process loads rows 4 to 7 of an evaluation batch.
-        lines.insert(5, "broken.mp4 0")
+        lines.insert(5, f"{name} 0")
         (folder / f"{split}.csv").write_text("\n".join(lines) + "\n")
     return folder
 

@@ -66,7 +66,7 @@ def test_training_writes_all_outputs(run):
             assert picture.size > (300, 200)
     assert list((workdir / "tensorboard").iterdir())
     log = (workdir / "log.txt").read_text()
-    assert "python -m jaxvid.predict CLIP.mp4 --model" in log
+    assert f"python -m jaxvid predict CLIP.mp4 --model {workdir / 'model'}\n" in log
     assert "clips/s" in log
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == config.batch_size
     assert checkpoint.find_steps(workdir) == [9, 12]  # the newest two, as checkpoint_keep=2
@@ -429,13 +429,11 @@ def with_broken(motion_folder, tmp_path):
     """Return a folder whose lists contain a broken video, followed by the motion clips."""
     folder = tmp_path / "broken"
     folder.mkdir()
-    names = {"train": "broken.mp4", "val": "val_broken.mp4"}
-    for split, name in names.items():
-        (folder / name).write_text(split)
     (folder / "labels.txt").write_text((motion_folder / "labels.txt").read_text())
-    for split in ("train", "val"):
+    for split, name in (("train", "broken.mp4"), ("val", "val_broken.mp4")):
+        (folder / name).write_text(f"not a video of {split}")
         lines = (motion_folder / f"{split}.csv").read_text().splitlines()
-        listed = [f"{names[split]} 0", *(f"{motion_folder}/{line}" for line in lines)]
+        listed = [f"{name} 0", *(f"{motion_folder}/{line}" for line in lines)]
         (folder / f"{split}.csv").write_text("\n".join(listed) + "\n")
     return folder
 
