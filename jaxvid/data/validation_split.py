@@ -65,7 +65,8 @@ class ValidationSplit:
             ]
             for split in ("train", "val")
         }
-        groups = f" in {len(is_val)} groups" if self.group else ""
+        plural = "s" if len(is_val) > 1 else ""
+        groups = f" in {len(is_val)} group{plural}" if self.group else ""
         for split, name in (("train", "training"), ("val", "validation")):
             if not records[split]:
                 raise InputError(

@@ -82,7 +82,7 @@ def test_clips_of_a_group_stay_together(group):
         (0.0, "x", "group='x': has no effect without val_share"),
         (0.2, "(", r"group='\(': is not a regular expression: missing \)"),
         (0.2, r"_g\d", "group=.*: does not match 'a.mp4'; correct the expression"),
-        (0.2, "mp4", "list.csv: with val_share=0.2, none of the 2 videos in 1 groups is a val"),
+        (0.2, "mp4", "list.csv: with val_share=0.2, none of the 2 videos in 1 group is a val"),
         (0.001, "", "none of the 2 videos is a validation video"),
         (0.999, "", "none of the 2 videos is a training video"),
     ],
