@@ -113,7 +113,7 @@ def infer_config(
         return make_model_config(model, num_classes=num_classes or config.num_classes)
     if kind != family.name:
         raise InputError(
-            f"{source} holds {kind} weights, but --model {model} is of the family {family.name}; "
+            f"{source} holds {kind} weights, but {model} is of the family {family.name}; "
             "choose a preset of the file's family"
         )
     locations = _size_locations(family)
@@ -134,7 +134,7 @@ def infer_config(
         hint = ""
         if "num_classes" in sizes and sizes["num_classes"] != expected["num_classes"]:
             hint = f"; pass --num_classes {sizes['num_classes']}"
-        raise InputError(f"{source} contradicts --model {model}: {'; '.join(problems)}{hint}")
+        raise InputError(f"{source} does not fit {model}: {'; '.join(problems)}{hint}")
     try:
         return dataclasses.replace(config, **sizes)
     except ValueError as error:

@@ -342,8 +342,8 @@ def test_all_problems_are_reported_together(tmp_path, capsys):
     ("file_model", "model", "message"),
     [
         ("stam_16", "stam_8", "num_frames is 16 in aggregate.pos_embed but 8 in stam_8"),
-        ("stam_16", "xvit_k400", "holds stam weights, but --model xvit_k400 is of the family xvit"),
-        ("xvit_k400", "stam_16", "holds xvit weights, but --model stam_16 is of the family stam"),
+        ("stam_16", "xvit_k400", "holds stam weights, but xvit_k400 is of the family xvit"),
+        ("xvit_k400", "stam_16", "holds xvit weights, but stam_16 is of the family stam"),
         ("xvit_k400", "xvit_k600", "num_classes is 400 in consensus.mlp_head.4.weight but 600"),
         ("xvit_k400", "xvit_k999", "model 'xvit_k999' does not exist"),
     ],
