@@ -136,6 +136,8 @@ TARGETS = {
                 "init_state",
                 "eval_params",
                 "train_step",
+                "_label_losses",
+                "_hits",
                 "_prepare_clips",
                 "_accumulate",
             ),

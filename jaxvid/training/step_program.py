@@ -53,9 +53,10 @@ def make_step_program(
     graphdef, abstract_params = abstract_model(model)
     optimizer = optim.make_optimizer(optimizer_config, schedule, family)
     frozen = optim.frozen_names(optimizer_config, abstract_params, family)
-    recipe = recipe.for_run(mesh, batch_size, frozen)
-    init = functools.partial(steps.init_state, optimizer=optimizer, recipe=recipe)
     splits = family.tensor_splits(model)
+    gather = functools.partial(sharding.gather_fsdp, mesh=mesh, tensor_splits=splits)
+    recipe = dataclasses.replace(recipe.for_run(mesh, batch_size, frozen), gather=gather)
+    init = functools.partial(steps.init_state, optimizer=optimizer, recipe=recipe)
     abstract_state = jax.eval_shape(init, abstract_params)
     abstract_state = sharding.with_sharding(abstract_state, mesh, splits)
     train_step = steps.jit_train_step(
@@ -66,6 +67,5 @@ def make_step_program(
         optimizer=optimizer,
         recipe=recipe,
         teacher=teacher[0],
-        gather=functools.partial(sharding.gather_fsdp, mesh=mesh, tensor_splits=splits),
     )
     return StepProgram(init=init, abstract_state=abstract_state, train_step=train_step)

@@ -43,6 +43,8 @@ class Recipe:
         multi_label: Whether labels are multi-hot, with the loss `binary_cross_entropy`.
         class_weights: Weight of each class in the loss; empty: none. Set by `train`, as it may
             depend on the data.
+        gather: Function that gathers the weights that devices share (`sharding.gather_fsdp`); set
+            by `make_step_program`.
         ema_decay: Decay of the exponential moving average of the weights; 0: no average.
 
     Raises:
@@ -62,6 +64,7 @@ class Recipe:
     accumulate_steps: int = 1
     multi_label: bool = False
     class_weights: tuple[float, ...] = ()
+    gather: Callable[[Params], Params] = lambda params: params
     ema_decay: float = 0.0
 
     def __post_init__(self):
@@ -138,7 +141,6 @@ def train_step(
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
     teacher: Teacher | None = None,
-    gather: Callable[[Params], Params] = lambda params: params,
 ) -> tuple[dict, dict[str, jax.Array]]:
     """Update the training state on one batch.
 
@@ -151,7 +153,6 @@ def train_step(
         optimizer: The optimizer that `state` was made with.
         recipe: Options of the step.
         teacher: The teacher of a distillation; None: no distillation.
-        gather: Function that gathers the weights that the devices share: `sharding.gather_fsdp`.
 
     Returns:
         The new state; and metrics: `loss`, the number `top1` of correct predictions (with
@@ -162,23 +163,14 @@ def train_step(
     key, clips = _prepare_clips(batch, key, recipe)
     count = jnp.maximum(clips["mask"].sum(), 1)
     fixed = {name: state["params"][name] for name in recipe.frozen}
-    label_losses = functools.partial(
-        binary_cross_entropy if recipe.multi_label else cross_entropy,
-        smoothing=recipe.label_smoothing,
-        class_weights=recipe.class_weights,
-    )
     if reweighted := recipe.class_weights and not recipe.multi_label:
         # The mean is divided by the sum of the weights in place of `count`.
         weight_scale = count / jnp.maximum(total_weight(clips, recipe.class_weights), 1e-30)
 
     def loss_fn(params: Params, part: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        video, label = part["video"], part["label"]
-        logits = merge_params(graphdef, gather({**fixed, **params}))(video, key=key)
-        losses = label_losses(logits, label)
-        if recipe.mixup_alpha or recipe.cutmix_alpha:
-            partner_losses = label_losses(logits, part["partner_label"])
-            weight = part["label_weight"]
-            losses = weight * losses + (1 - weight) * partner_losses
+        video = part["video"]
+        logits = merge_params(graphdef, recipe.gather({**fixed, **params}))(video, key=key)
+        losses = _label_losses(logits, part, recipe)
         if reweighted:
             losses = weight_scale * losses
         if teacher is not None:
@@ -186,11 +178,7 @@ def train_step(
             targets = jax.lax.stop_gradient(merge_params(teacher.graphdef, teacher_params)(video))
             distillation = distillation_loss(logits, targets, teacher.temperature)
             losses = (1 - teacher.weight) * losses + teacher.weight * distillation
-        prediction = logits.argmax(-1)
-        if recipe.multi_label:
-            hits = jnp.take_along_axis(label, prediction[:, None], axis=1)[:, 0] > 0
-        else:
-            hits = prediction == label
+        hits = _hits(logits, part["label"], multi_label=recipe.multi_label)
         top1 = (hits & part["mask"]).sum()
         return jnp.where(part["mask"], losses, 0).sum() / count, top1
 
@@ -215,6 +203,29 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
     }
     return new_state, metrics
+
+
+def _label_losses(logits: jax.Array, clips: dict, recipe: Recipe) -> jax.Array:
+    """Return the losses `(b,)` of the clips' labels; of mixed clips, those of both labels."""
+    label_losses = functools.partial(
+        binary_cross_entropy if recipe.multi_label else cross_entropy,
+        logits,
+        smoothing=recipe.label_smoothing,
+        class_weights=recipe.class_weights,
+    )
+    losses = label_losses(clips["label"])
+    if recipe.mixup_alpha or recipe.cutmix_alpha:
+        weight = clips["label_weight"]
+        losses = weight * losses + (1 - weight) * label_losses(clips["partner_label"])
+    return losses
+
+
+def _hits(logits: jax.Array, label: jax.Array, *, multi_label: bool) -> jax.Array:
+    """Return whether the class with the highest logit is the label, or one of the labels."""
+    prediction = logits.argmax(-1)
+    if multi_label:
+        return jnp.take_along_axis(label, prediction[:, None], axis=1)[:, 0] > 0
+    return prediction == label
 
 
 def jit_train_step(

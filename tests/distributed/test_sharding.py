@@ -55,7 +55,8 @@ def train(mesh, to_device, drop_path=0.0, **options):
     config = make_model_config("xvit_tiny", **sizes, drop_path=drop_path)
     # Not Adam, which would amplify gradients that are only rounding noise.
     optimizer = optax.sgd(0.03, momentum=0.9, nesterov=True)
-    recipe = steps.Recipe(seed=0, label_smoothing=0.1, **options)
+    gather = functools.partial(sharding.gather_fsdp, mesh=mesh, tensor_splits=XVIT)
+    recipe = steps.Recipe(seed=0, label_smoothing=0.1, gather=gather, **options)
     _, params = split_params(build_model(config, nnx.Rngs(0)))
     state = steps.init_state(params, optimizer, recipe)
     shardings = sharding.state_sharding(state, mesh, XVIT)
@@ -66,7 +67,6 @@ def train(mesh, to_device, drop_path=0.0, **options):
             graphdef=abstract_model(config)[0],
             optimizer=optimizer,
             recipe=recipe,
-            gather=functools.partial(sharding.gather_fsdp, mesh=mesh, tensor_splits=XVIT),
         ),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
