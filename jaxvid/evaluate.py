@@ -68,7 +68,9 @@ def evaluate(
 def _check_weights(experiment: Experiment, workdir: Path) -> None:
     """Refuse missing weights or another network, before the workdir is created and locked."""
     if experiment.init_from:
-        model_card.check_same_model(experiment.init_from, experiment.model)
+        # Isolated, because `prepare_compilation` must run before JAX uses a device.
+        folder = resolve_model(experiment.init_from, isolated=True)
+        model_card.check_same_model(folder, experiment.model)
     else:
         checkpoint.newest_step(workdir)
 
@@ -162,7 +164,6 @@ class Weights:
 def _load_folder(experiment: Experiment, _: Path, mesh: Mesh) -> Weights:
     """Load the weights of the model folder `init_from`."""
     folder = collectives.raise_on_all_processes(resolve_model, experiment.init_from)
-    model_card.check_same_model(folder, experiment.model)
     check_preprocessing(folder, experiment.preprocessing)
     card = model_card.load_card(folder)
     model_card.check_activation(card, folder, experiment.protocol.activation)

@@ -637,3 +637,10 @@ def test_a_different_validation_split_is_logged(stub, lines):
     ]
     evaluate._log_source("w", experiment, changed | {"data.folder": "data.folder: a before, b now"})
     assert lines[2:] == ["evaluating w"]
+
+
+def test_the_weights_may_be_named(stub, tmp_path, monkeypatch):
+    folders = {"released": Path(stub.init_from)}
+    monkeypatch.setattr(evaluate, "resolve_model", lambda name, **_: folders[name])
+    result = evaluate.evaluate(changed(stub, init_from="released"), tmp_path / "w")
+    assert result["checkpoint"] == stub.init_from
