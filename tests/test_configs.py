@@ -140,7 +140,7 @@ def test_finetune_reads_its_model_and_data(motion_folder, folders, tmp_path):
     )
     jaxvid.save_model(model, tmp_path / "bare")
     for folders_argument, message in {
-        "": "--config configs/finetune.py:MODEL_FOLDER,DATA_FOLDER",
+        "": "--config configs/finetune.py:MODEL,DATA_FOLDER",
         f"{tmp_path},{motion_folder}": "is not a model folder",
         f"{tmp_path / 'bare'},{motion_folder}": "preprocessing is missing",
         f"{tmp_path / 'model'},{tmp_path}": "unknown layout; expected train.csv",
