@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import io
+import itertools
 import json
 import os
 import signal
@@ -536,8 +537,9 @@ def test_names_of_h5_files_are_unique_and_contain_no_folders(ids, names):
 def test_invalid_arguments_are_refused(folder, pack, capsys, monkeypatch, args, message):
     output, kind, _ = pack
     before = contents(output)
-    base = ["--input", str(folder), "--output", str(output), "--format", kind]
-    monkeypatch.setattr(sys, "argv", ["prepare", *base, "--clips_per_file", "3", *args])
+    base = {"--input": str(folder), "--output": str(output), "--format": kind}
+    options = base | {"--clips_per_file": "3"} | dict([args])
+    monkeypatch.setattr(sys, "argv", ["prepare", *itertools.chain(*options.items())])
     with pytest.raises(SystemExit) as status:
         prepare.main()
     assert status.value.code == 2

@@ -201,8 +201,10 @@ def test_bad_options_are_refused_before_anything_is_decoded(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(program, "extract_features", lambda *_, **__: pytest.fail("extracted"))
-    defaults = ["--model", str(folders / "xvit"), "--output", "o.npz"]
-    assert main([str(data), *defaults, *options.split()]) == 2
+    given = options.split()
+    defaults = {"--model": str(folders / "xvit"), "--output": "o.npz"}
+    others = [f"{name}={value}" for name, value in defaults.items() if name not in given]
+    assert main([str(data), *others, *given]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error

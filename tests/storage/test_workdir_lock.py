@@ -34,6 +34,7 @@ def held(tmp_path):
     workdir = tmp_path / "w"
     workdir.mkdir()
     (workdir / "log.txt").write_text("a run\n")
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
     command = [sys.executable, "-c", HOLD_LOCK, workdir / ".lock"]
     holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
@@ -46,7 +47,8 @@ def held(tmp_path):
 
 def contents(folder) -> dict:
     """Return the content and modification time of each file in a folder."""
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def test_second_run_is_refused_and_changes_nothing(held, config):
@@ -72,7 +74,7 @@ def test_lock_of_a_killed_run_is_released(held):
         assert (workdir / ".lock").read_text().startswith(f"process {os.getpid()} on ")
         with pytest.raises(LockedError), locked(workdir / ".lock"):
             pass
-    assert [path.name for path in workdir.iterdir()] == ["log.txt"]
+    assert {path.name for path in workdir.iterdir()} == {"log.txt", "checkpoints"}
 
 
 def test_lock_file_that_is_deleted_before_locking_is_created_again(tmp_path, monkeypatch):

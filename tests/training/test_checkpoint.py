@@ -177,11 +177,10 @@ def test_all_checkpoints_and_models_of_a_run_must_fit_on_the_disk(tmp_path, monk
 
 def test_impossible_policies_for_checkpoints_are_refused():
     checkpoint.CheckpointPolicy(every_epochs=0.01, keep=1)
-    for name in ("every_epochs", "keep"):
-        for value in (-1, 0):
-            fields = {"every_epochs": 1.0, "keep": 2, name: value}
-            with pytest.raises(InputError, match=f"^checkpoint_{name}={value}: must be above 0$"):
-                checkpoint.CheckpointPolicy(**fields)
+    for name, value in (("every_epochs", -2), ("every_epochs", 0), ("keep", -1), ("keep", 0)):
+        fields = {"every_epochs": 1.0, "keep": 2, name: value}
+        with pytest.raises(InputError, match=f"^checkpoint_{name}={value}: must be above 0$"):
+            checkpoint.CheckpointPolicy(**fields)
 
 
 def test_a_run_without_checkpoints_is_refused(tmp_path):
