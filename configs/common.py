@@ -54,6 +54,8 @@ def _default_data() -> ConfigDict:
     data.folder = ""
     data.list = ""  # list of all videos below data.folder; empty: train.csv and val.csv in it
     data.prefix = ""  # directory that paths in lists are relative to; empty: the list's
+    data.cache_dir = ""  # cache of remote files; empty: in $JAXVID_CACHE or ~/.cache/jaxvid
+    data.cache_gb = 20.0  # size limit of the cache
     data.val_share = 0.0  # validation share of videos that are not divided into splits; 0: off
     data.group = ""  # regular expression; videos with the same match are in the same split
     data.sampler = "uniform"  # balanced: every class equally often per epoch

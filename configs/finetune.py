@@ -17,6 +17,7 @@ has not been run on a released model. To save memory, set `--config.accumulate_s
 `--config.model.remat=full`, or `--config.optimizer.freeze=backbone`, which is also faster.
 """
 
+import os
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -31,6 +32,7 @@ def get_config(folders: str = "") -> ConfigDict:
         folders: `MODEL,DATA_FOLDER`, or `MODEL,LIST`.
     """
     from jaxvid.data.sources import guess_source, has_validation
+    from jaxvid.remote import local_path
     from jaxvid.storage.model_card import load_card
     from jaxvid.storage.preprocessing import read_preprocessing
     from jaxvid.weights.resolve import resolve_model
@@ -44,7 +46,8 @@ def get_config(folders: str = "") -> ConfigDict:
     folder = resolve_model(model, isolated=True)
     card = load_card(folder)
     preprocessing = read_preprocessing(card, Path(folder) / "model.json")
-    source, num_classes = guess_source(Path(data))
+    path = local_path(data)
+    source, num_classes = guess_source(path)
 
     fields = card["config"] | {"num_classes": num_classes, "dtype": "bfloat16", "drop_path": 0.1}
     config = common.default_config(fields.pop("name"), **fields)
@@ -63,11 +66,11 @@ def get_config(folders: str = "") -> ConfigDict:
     for section in (config.data, config.eval):
         section.update({name: value for name, value in fields.items() if name in section})
     config.data.source = source
-    if Path(data).is_file():
-        config.data.folder, config.data.list = str(Path(data).parent), data
+    if path.is_file():
+        config.data.folder, config.data.list = os.path.dirname(data) or ".", data
     else:
         config.data.folder = data
-    config.data.val_share = 0.0 if has_validation(Path(data), source) else 0.2
+    config.data.val_share = 0.0 if has_validation(path, source) else 0.2
     config.data.num_threads = 8
     config.data.flip_prob = 0.5
     # Random crops need a larger frame, even if evaluation crops are as large as the frame.

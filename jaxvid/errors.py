@@ -14,6 +14,9 @@ MEMORY_WORDS = (
 )
 
 # Control characters, Unicode's line separators, and surrogates, which represent invalid UTF-8.
+# Names of the folders that contain local copies of remote files, as `SCHEME/BUCKET/KEY`.
+COPIES, WORKDIRS = "jaxvid-objects", "jaxvid-workdirs"
+_COPY = re.compile(rf"[^\s'\"(]*/(?:{COPIES}|{WORKDIRS})/(gs|s3|https?|memory)/")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -24,6 +27,21 @@ class InputError(ValueError):
     """
 
     EXIT_CODE = 2
+
+    def __str__(self) -> str:
+        return with_addresses(super().__str__())
+
+
+class DecodeError(InputError):
+    """A video that cannot be decoded. The message is one line with the file and the reason."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def with_addresses(text: str) -> str:
+    """Replace the paths of local copies of remote files by their addresses."""
+    return _COPY.sub(r"\1://", text)
 
 
 def check_option(name: str, value: object, options: Iterable) -> None:

@@ -36,6 +36,7 @@ from jaxvid.inference.feature_extraction import (
 )
 from jaxvid.locks import LockedError, locked
 from jaxvid.models import ModelConfig, Params, abstract_model, family_of, make_model_config
+from jaxvid.object_store import is_remote
 from jaxvid.storage import model_card, model_folder
 from jaxvid.storage.feature_file import (
     FORMAT_VERSION,
@@ -328,7 +329,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _open(args: argparse.Namespace, skipped: Skipped) -> InputVideos:
     """Open the videos; refuse URLs, and windows of videos that are not files."""
-    if "://" in args.input:
+    if "://" in args.input and not is_remote(args.input):
         raise InputError(f"{args.input}: is a URL; download the videos and choose their folder")
     videos = open_input(Path(args.input), args.split, prefix=args.prefix, skipped=skipped)
     if args.window is not None and isinstance(videos.records, PackRecords):

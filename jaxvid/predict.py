@@ -17,12 +17,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxvid import parsers
+from jaxvid import parsers, remote
 from jaxvid.atomic import check_output, is_same_file, output_path, replacing, write_file
-from jaxvid.data.folder_scan import Skipped, list_videos
+from jaxvid.block_cache import address_of
+from jaxvid.data.folder_scan import VIDEO_SUFFIXES, Skipped, list_videos
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.errors import InputError, printable
-from jaxvid.inference.inputs import Source, VideoInput, is_url
+from jaxvid.inference.inputs import Source, VideoInput, is_url, is_web_address
 from jaxvid.inference.results import PREDICTION_COLUMNS, describe_class, prediction_rows
 from jaxvid.model_path import check_model_path
 
@@ -58,10 +59,18 @@ def expand(inputs: Sequence[str], skipped: Skipped | None = None) -> tuple[list[
         if not matches:
             failures.append({"video": name, "error": f"{name}: no file matches this pattern"})
         for path in matches:
-            files, errors = list_videos(path, skipped) if os.path.isdir(path) else ([path], [])
-            videos |= dict.fromkeys(files)
+            folder = _copy_folder(path)
+            files, errors = list_videos(folder, skipped) if os.path.isdir(folder) else ([path], [])
+            videos |= dict.fromkeys(address_of(file) or file for file in files)
             failures += [{"video": path, "error": printable(error)} for error in errors]
     return list(videos), failures
+
+
+def _copy_folder(name: str) -> str:
+    """Return the path of the copy of a folder in an object store; return other inputs unchanged."""
+    is_store = remote.is_remote(name) and not is_web_address(name)
+    is_folder = is_store and not name.lower().endswith(VIDEO_SUFFIXES)
+    return str(remote.local_path(name)) if is_folder else name
 
 
 def predict(

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxvid import progress
+from jaxvid import progress, remote
 from jaxvid.atomic import check_output, output_path, write_json
 from jaxvid.data.annotations import (
     SPLITS,
@@ -39,7 +39,7 @@ from jaxvid.data.kinetics_ssv2 import is_kinetics
 from jaxvid.data.label_sets import classes_of
 from jaxvid.data.records import MAX_LIST_BYTES, Record, file_state
 from jaxvid.data.split_checks import find_overlaps
-from jaxvid.errors import InputError, printable
+from jaxvid.errors import InputError, printable, with_addresses
 from jaxvid.files import check_regular
 
 SOME_BROKEN = 3  # exit code if some videos are broken
@@ -97,7 +97,8 @@ def gather(
             names of two inputs differ; or a label is out of range.
     """
     records, names, names_path = {}, None, None
-    for path in map(Path, paths):
+    prefix = prefix and str(remote.local_path(prefix))
+    for path in map(remote.local_path, paths):
         new_records, labels = _gather_one(path, prefix, labelled, skipped)
         for split in new_records:
             if split in records:
@@ -197,7 +198,7 @@ def examine(
     """
     finding = Finding(record.id, split)
     if state := file_state(record.path):
-        finding.broken = f"{record.path} {state}"
+        finding.broken = with_addresses(f"{record.path} {state}")
         finding.size = 0 if state == "is empty" else -1
         return finding
     finding.size = record.path.stat().st_size

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxvid import remote
 from jaxvid.data.annotations import (
     SPLITS,
     find_split,
@@ -55,6 +56,8 @@ def open_input(
         InputError: The input is missing, malformed or has no videos; or `split` is not one of its
             splits, or is needed.
     """
+    path = remote.local_path(path)
+    prefix = prefix and str(remote.local_path(prefix))
     if not os.path.lexists(path):
         raise InputError(f"{path} does not exist; choose a folder, a list or a video file")
     if not os.path.isdir(path):

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jaxvid import remote
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.label_sets import Label
 from jaxvid.data.protocols import VideoRecord
@@ -309,11 +310,14 @@ def file_state(path: Path) -> str:
     """Return why a file is unusable, e.g. `is empty`, or an empty string if it is usable.
 
     Only its metadata is read, so a file without read permission counts as usable.
+
+    Raises:
+        InputError: The store of a remote file cannot be reached or refuses access.
     """
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        return "does not exist"
+        return file_state(path) if remote.look_up(path) else "does not exist"
     except OSError as error:  # a loop of links, no permission
         return f"cannot be read ({error.strerror})"
     except ValueError as error:  # a null character

@@ -18,13 +18,14 @@ from jaxvid.data.class_names import names_classes, read_labels_or_numbers
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.pack_reader import PackRecords, read_color_matrix
 from jaxvid.data.formats.xvit_hdf5 import read_xvit_list
+from jaxvid.data.local_copies import DEFAULT_GB, use_local_copies
 from jaxvid.data.protocols import VideoRecord
 from jaxvid.data.records import Record, Selection, find_missing
 from jaxvid.data.split_checks import check_labels, note_empty_classes
 from jaxvid.data.synthetic_motion import make_motion
 from jaxvid.data.validation_split import ValidationSplit
 from jaxvid.data.video_lists import read_list
-from jaxvid.errors import InputError, check_option, printable
+from jaxvid.errors import InputError, check_option, printable, with_addresses
 
 __all__ = ["SOURCES", "Record", "VideoDataset", "open_dataset", "read_list"]
 
@@ -48,12 +49,13 @@ class DatasetConfig:
             into splits; 0: off. See `ValidationSplit`.
         group: Regular expression; videos with the same match are in the same split.
         missing: Missing files in lists: `error` refuses them, `keep` counts them as decode errors.
-        skip_broken: Whether to leave out training videos that are known to be missing or broken.
-            Training then also continues if more videos cannot be decoded. In the other splits,
-            missing and broken videos remain listed and count as wrong.
+        skip_broken: Whether to leave out training videos that are known to be missing or broken,
+            and to continue if more cannot be decoded. In the other splits, missing and broken
+            videos remain listed and count as wrong.
         color_matrix: Conversion to RGB: `tagged`, `bt601`, or `auto`: that of the model card, or
             `tagged` without a card.
         multi_label: Whether videos have any number of classes.
+        cache_dir: Cache folder of remote files; empty: the default. `cache_gb` limits its size.
         motion: For `source="motion"`: `num_train`, `num_val` and `seed` of the clips to generate.
 
     Raises:
@@ -71,6 +73,8 @@ class DatasetConfig:
     skip_broken: bool = False
     color_matrix: str = "auto"
     multi_label: bool = False
+    cache_dir: str = ""
+    cache_gb: float = DEFAULT_GB
     motion: Mapping[str, int] | None = None
 
     def __post_init__(self):
@@ -79,6 +83,8 @@ class DatasetConfig:
             raise InputError("data.source='motion': data.motion is missing; use configs/motion.py")
         if self.list and self.source != "folder":
             raise InputError(f"data.list={self.list}: needs data.source='folder'")
+        if not self.cache_gb > 0:
+            raise InputError(f"data.cache_gb={self.cache_gb}: must be above 0")
         if self.split.share and self.source not in DIVISIBLE:
             raise InputError(
                 f"data.val_share={self.val_share:g}: needs data.source='folder' or "
@@ -126,6 +132,7 @@ def open_dataset(data: DatasetConfig, num_classes: int, splits: tuple[str, ...])
             is malformed, a label is out of range, the number of classes differs, or all training
             videos are missing or broken with `skip_broken`.
     """
+    data = use_local_copies(data)
     if data.source in FOLDER_SOURCES:
         check_folder(data.folder)
     dataset = SOURCES[data.source](data, num_classes, splits)
@@ -143,7 +150,8 @@ def open_dataset(data: DatasetConfig, num_classes: int, splits: tuple[str, ...])
                 f"data.skip_broken: {len(left_out)} of {len(left_out) + len(training)} training "
                 f"videos are missing or broken and are left out; the first is {left_out[0]}"
             )
-    return dataclasses.replace(dataset, left_out=left_out, notes=tuple(map(printable, notes)))
+    notes = tuple(map(printable, map(with_addresses, notes)))
+    return dataclasses.replace(dataset, left_out=left_out, notes=notes)
 
 
 # ------------------------------------------------------------------ the sources

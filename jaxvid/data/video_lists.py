@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxvid import remote
 from jaxvid.data.class_names import MAX_CLASSES, check_similar_names, name_problem
 from jaxvid.data.folder_scan import VIDEO_SUFFIXES
 from jaxvid.data.label_sets import SEPARATOR
@@ -92,7 +93,7 @@ def read_list(
                 f"labels are 0 to {num_classes - 1}{note}; correct the line or the class names"
             )
         label = tuple(sorted(classes)) if isinstance(row.label, tuple) else classes[0]
-        records.add(row.number, Record(base / row.path, label, row.path))
+        records.add(row.number, Record(remote.join(base, row.path), label, row.path))
     return records.finish()
 
 

@@ -10,12 +10,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxvid import remote
 from jaxvid.data.formats.frame_array import FrameArray
 from jaxvid.data.formats.video_reader import MAX_SECONDS, DecodeError, VideoFile
 from jaxvid.data.protocols import VideoReader
 from jaxvid.data.records import NO_LABEL
 from jaxvid.errors import InputError, one_line, short_repr
 from jaxvid.inference.download import download
+from jaxvid.object_store import SCHEMES
 
 MAX_BYTES = 8 * 10**9  # of a download, and of the data that is read from a file object
 COPY_BYTES = 2**20
@@ -33,8 +35,9 @@ class VideoInput:
     end of the outermost `with` block.
 
     Args:
-        source: Path, URL (http or https), bytes, file object opened in binary mode, or array of
-            frames `(t, h, w, 3)` uint8. A file object is read from its current position.
+        source: Path, URL (http or https), address (gs or s3), bytes, file object opened in binary
+            mode, or array of frames `(t, h, w, 3)` uint8. A file object is read from its current
+            position.
         fps: Frames per second of an array; None: unknown.
         position: Position in a list of videos, which distinguishes the names of arrays.
 
@@ -43,7 +46,8 @@ class VideoInput:
             `<array>` or `<bytes 3>`.
         label: `NO_LABEL`.
         is_array: Whether the source is an array of frames.
-        path: The file, or None if the source is not a path.
+        path: The file, or None if the source is not a path. Of an address, the path of its copy in
+            the cache.
 
     Raises:
         InputError: The source has a wrong type, dtype or shape, or is a URL of another kind; or
@@ -60,7 +64,9 @@ class VideoInput:
         suffix = "" if position is None else f" {position}"
         if isinstance(source, str | os.PathLike):
             self.id = _check_path(source)
-            if not is_url(self.id):
+            if remote.is_remote(self.id) and not is_web_address(self.id):
+                self.path = remote.join(Path(), self.id)
+            elif not is_url(self.id):
                 self.path = Path(self.id)
         elif isinstance(source, bytes | bytearray | memoryview):
             self.id = f"<bytes{suffix}>"
@@ -96,7 +102,7 @@ class VideoInput:
         if self._frames is not None:
             return FrameArray(self._frames, self._fps)
         if self.path is not None:
-            return VideoFile(self.path, max_seconds=max_seconds)
+            return VideoFile(self.path, name=self.id, max_seconds=max_seconds)
         if self._copy is None:
             with contextlib.ExitStack() as stack:
                 file = stack.enter_context(tempfile.TemporaryFile())
@@ -159,6 +165,11 @@ def is_url(name: str) -> bool:
     return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name)) and not os.path.lexists(name)
 
 
+def is_web_address(name: str) -> bool:
+    """Return whether an input is an `http://` or `https://` address."""
+    return bool(re.match("https?://", name, re.IGNORECASE)) and is_url(name)
+
+
 def is_single(videos: Any) -> bool:
     """Return whether an argument is one video and not several."""
     if isinstance(videos, np.ndarray) and videos.dtype.kind in "OU":  # an array of paths
@@ -217,8 +228,9 @@ def _check_path(source: str | os.PathLike) -> str:
             f"{name}: expected // after the colon; pass a URL as a string, because pathlib.Path "
             "removes a slash"
         )
-    if is_url(name) and not re.match("https?://", name, re.IGNORECASE):
-        raise InputError(f"{name}: expected http:// or https://; download it and pass the path")
+    if is_url(name) and not (is_web_address(name) or remote.is_remote(name)):
+        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        raise InputError(f"{name}: expected one of {known}; download it and pass the path")
     return name
 
 

@@ -19,7 +19,7 @@ from jaxvid.training.checkpoint import find_steps
 FREE_FIELDS = (
     *("mesh.", "eval.", "checkpoint_", "log_steps"),
     *("data.num_threads", "data.max_failed_share", "data.missing", "data.stall_seconds"),
-    "data.skip_broken",
+    *("data.skip_broken", "data.cache_dir", "data.cache_gb"),
     *(f"model.{field}" for field in CHOICES),
 )
 
@@ -28,12 +28,15 @@ ADDED_FIELDS = {
     **{"data.color_matrix": "auto", "deterministic": False, "mix_within": "batch"},
     **{"data.list": "", "data.val_share": 0.0, "data.group": ""},
     **{"data.sampler": "uniform", "data.repeats": 1, "loss.name": "softmax"},
-    "loss.class_weights": "none",
+    **{"loss.class_weights": "none", "data.cache_dir": "", "data.cache_gb": 20.0},
     **{"model.attention": "auto", "model.scan": "auto"},
 }
 
 # Fields that may differ between the processes of one run.
-OWN_FIELDS = ("data.folder", "data.list", "data.prefix", "data.num_threads", "data.num_workers")
+OWN_FIELDS = (
+    *("data.folder", "data.list", "data.prefix", "data.num_threads", "data.num_workers"),
+    *("data.cache_dir", "data.cache_gb"),
+)
 
 
 def check_same_run(config: Mapping[str, Any], workdir: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from jaxvid import model_path
+from jaxvid import model_path, remote
 from jaxvid.distributed import process_group
 from jaxvid.errors import InputError
 from jaxvid.models import PRESETS, family_of, make_model_config
@@ -73,8 +73,9 @@ def resolve_model(
     """Return the model folder that a name stands for; download and convert weights if needed.
 
     Names are, in this order: an existing folder, an existing PyTorch checkpoint, a preset with
-    released weights, an `http://` or `https://` address of a PyTorch checkpoint, and
-    `hf://USER/REPO` or `hf://USER/REPO@REVISION`. Converted weights are kept in the cache.
+    released weights, an `http://` or `https://` address of a PyTorch checkpoint, a `gs://` or
+    `s3://` address of a PyTorch checkpoint or a model folder, and `hf://USER/REPO` or
+    `hf://USER/REPO@REVISION`. Copies and converted weights are kept in the cache.
 
     Args:
         name: The name.
@@ -93,6 +94,9 @@ def resolve_model(
         make_model_config(preset)  # refuses an unknown name before anything is downloaded
     if _is_address(text, "hf"):
         return hub.download_repo(text)
+    if remote.is_remote(text) and not _is_address(text, "https?"):
+        name = remote.complete_copy(text)
+        text = os.fspath(name)
     if os.path.isfile(text) and text.endswith(FILE_SUFFIXES):
         source = _file_source(Path(text), preset)
     elif _is_address(text, "https?"):

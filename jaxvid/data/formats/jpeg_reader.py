@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -38,6 +38,8 @@ class JpegFrames:
         get: Function from a frame number to the bytes of the JPEG image. Each call of `get_frames`
             requests the frames in ascending order.
         close: Function that closes the underlying file; None: there is nothing to close.
+        prepare: Function that is called with the frame numbers before `get` is called for each of
+            them; None: nothing is called.
         get_times: Function that returns `times`; None: no times are known.
     """
 
@@ -49,9 +51,11 @@ class JpegFrames:
         get: Callable[[int], bytes],
         close: Callable[[], None] | None = None,
         *,
+        prepare: Callable[[Sequence[int]], None] | None = None,
         get_times: Callable[[], np.ndarray] | None = None,
     ):
         self._name, self._get, self._get_times, self._close = name, get, get_times, close
+        self._prepare = prepare
         self.num_frames, self.fps = num_frames, fps
 
     @functools.cached_property
@@ -101,6 +105,8 @@ class JpegFrames:
         numbers = [int(i) for i in indices]
         if not 0 <= min(numbers) <= max(numbers) < self.num_frames:
             raise IndexError(f"{self._name}: {numbers} outside 0..{self.num_frames - 1}")
+        if self._prepare:
+            self._prepare(numbers)
         frame, last = None, None
         for position in sorted(range(len(numbers)), key=numbers.__getitem__):
             i = numbers[position]

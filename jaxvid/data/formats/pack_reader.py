@@ -10,11 +10,11 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jaxvid.data.formats.jpeg_reader import JpegFrames, keep_freed_memory
+from jaxvid.data.formats.array_record_file import ArrayRecordFile
+from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.pack_index import PackedVideoInfo, PackIndex, table_path
 from jaxvid.data.formats.tfds_api import MAX_METADATA_BYTES, parse_record, read_metadata
 from jaxvid.data.formats.video_reader import DecodeError
@@ -135,14 +135,11 @@ class PackRecords(Sequence):
 
         Raises:
             DecodeError: The record is damaged, or a feature is missing or invalid.
+            InputError: The store of a remote pack cannot be reached or refuses access.
         """
         try:
-            file = self._file_of(record)
-            position = record - (self._ends[file - 1] if file else 0)
-            # A range, because `read([position])` takes time proportional to the number of records
-            # in the file.
-            [data] = self._open_file(file).read(position, position + 1)
-            features = parse_record(data)
+            file, position = self._locate(record)
+            features = parse_record(self._open_file(file).read(position))
             values = {"frames": features.get("frames", ())}
             for name in ("label", "fps") if self._index is None else FIELDS:
                 if name in features:
@@ -156,6 +153,8 @@ class PackRecords(Sequence):
                     f"label {values['label']} is out of range: 0 to {len(self.labels) - 1}"
                 )
             return values
+        except InputError:  # the store of a remote pack cannot be reached
+            raise
         except Exception as error:  # exceptions of array_record and protobuf have no common base
             raise self.error(record, f"cannot be read ({one_line(error)})") from None
 
@@ -178,20 +177,32 @@ class PackRecords(Sequence):
         """Return the index of the file that contains a record."""
         return bisect.bisect_right(self._ends, record)
 
-    def _open_file(self, file: int) -> Any:
-        """Return the thread-safe `ArrayRecordReader` of a file; open the file only once."""
-        if reader := self._readers.get(file):
-            return reader
+    def fetch(self, records: Sequence[int]) -> None:
+        """Read records of a remote pack into the cache, with concurrent requests.
+
+        Raises:
+            InputError: The store cannot be reached or refuses access.
+        """
+        positions: dict[int, list[int]] = {}
+        for record in records:
+            file, position = self._locate(record)
+            positions.setdefault(file, []).append(position)
+        with contextlib.suppress(FileNotFoundError):  # reported by `read`
+            for file, numbers in positions.items():
+                self._open_file(file).fetch(numbers)
+
+    def _locate(self, record: int) -> tuple[int, int]:
+        """Return the index of the file that contains a record, and its position in it."""
+        file = self._file_of(record)
+        return file, record - (self._ends[file - 1] if file else 0)
+
+    def _open_file(self, file: int) -> ArrayRecordFile:
+        """Return a file; open it only once."""
+        if opened := self._readers.get(file):
+            return opened
         with self._lock:
             if file not in self._readers:
-                keep_freed_memory()
-                from array_record.python.array_record_module import ArrayRecordReader
-
-                self._readers[file] = ArrayRecordReader(
-                    self.paths[file],
-                    options="readahead_buffer_size:0,max_parallelism:0",
-                    file_reader_buffer_size=2**15,
-                )
+                self._readers[file] = ArrayRecordFile(self.paths[file])
             return self._readers[file]
 
     def __len__(self) -> int:
@@ -272,11 +283,16 @@ class PackedVideo:
                 raise self.records.error(listed.record, "has no valid frame times")
             return times
 
+        def prepare(numbers: Sequence[int]) -> None:
+            parts = {i // listed.frames_per_record for i in numbers}
+            self.records.fetch([listed.record + number for number in parts])
+
         return JpegFrames(
             f"{self.records.name}: {listed.id}",
             listed.num_frames,
             listed.fps or None,
             get,
+            prepare=prepare,
             get_times=get_times if listed.has_times else None,
         )
 

@@ -16,9 +16,10 @@ import numpy as np
 from av.stream import Discard, Disposition
 from av.video.reformatter import VideoReformatter
 
+from jaxvid.block_cache import Pinned
 from jaxvid.data.formats.packet_index import PacketIndex
 from jaxvid.data.formats.rgb import to_rgb
-from jaxvid.errors import InputError, printable
+from jaxvid.errors import DecodeError
 
 # Limits for untrusted files, far above what clips need.
 MAX_PIXELS = 64_000_000  # per frame: twice that of 8K video
@@ -37,13 +38,6 @@ CONTAINERS = (
 SKIPPABLE = ("h264", "mpeg1video", "mpeg2video", "mpeg4")
 
 
-class DecodeError(InputError):
-    """A video that cannot be decoded. The message is one line with the file and the reason."""
-
-    def __str__(self) -> str:
-        return printable(super().__str__())
-
-
 class VideoFile:
     """An open video file. It implements the protocol `VideoReader` and is not thread-safe.
 
@@ -51,7 +45,7 @@ class VideoFile:
     their timestamps. The header is not trusted.
 
     Args:
-        path: A regular file.
+        path: A regular file. The copy of a remote file is completed, and kept until `close`.
         name: Name of the video in error messages; by default, the path.
         max_seconds: Limit of the wall time of opening and decoding together.
 
@@ -65,6 +59,7 @@ class VideoFile:
 
     Raises:
         DecodeError: The file is missing, unreadable, not a video or empty, or exceeds a limit.
+        InputError: A remote file cannot be reached.
     """
 
     def __init__(self, path: str | Path, *, name: str = "", max_seconds: float = MAX_SECONDS):
@@ -74,6 +69,7 @@ class VideoFile:
         self._reformatter = VideoReformatter()  # shared, because its tables are made once
         self.oddities: list[str] = []
         self.color_matrix = "tagged"
+        self._pinned = Pinned.whole_file(path)
         try:
             with self._bounded():
                 self._scan()
@@ -98,7 +94,8 @@ class VideoFile:
 
     def _open(self) -> None:
         """Open the container and select its first video stream."""
-        self.close()
+        if self._container is not None:
+            self._container.close()
         if not stat.S_ISREG(os.stat(self._path).st_mode):  # a pipe could block forever
             raise self._error("not a regular file")
         limits = {"max_pixels": str(MAX_PIXELS)}  # the size may change within the file
@@ -385,6 +382,7 @@ class VideoFile:
         """Close the file."""
         if self._container is not None:
             self._container.close()
+        self._pinned.close()
 
     def __enter__(self) -> "VideoFile":
         return self

@@ -1,5 +1,6 @@
 """HDF5 files of JPEG frames in the layout of the original XViT program."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxvid.block_cache import Pinned
 from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.video_reader import MAX_FRAMES, DecodeError
 from jaxvid.data.records import (
@@ -47,35 +49,34 @@ class H5Record:
 
         Raises:
             DecodeError: The file is missing or damaged, or has no valid data set of frames.
+            InputError: A remote file cannot be reached.
         """
         h5py = import_or_explain("h5py", "h5py")
         if (state := file_state(self.path)) and state != "is empty":  # a pipe could block forever
             raise DecodeError(f"{self.path} {state}; restore it")
-        try:
-            # Many file systems do not support locks, and reading does not need them.
-            file = h5py.File(self.path, "r", locking=False)
-        except OSError as error:
-            raise self._unreadable(error) from None
-        try:
-            frames = self._find_frames(h5py, file)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(Pinned.whole_file(self.path))
+            try:
+                # Many file systems do not support locks, and reading does not need them.
+                file = stack.enter_context(h5py.File(self.path, "r", locking=False))
+                frames = self._find_frames(h5py, file)
+            except DecodeError:
+                raise
+            except Exception as error:
+                raise self._unreadable(error) from None
+            resources = stack.pop_all()
 
-            def get(i: int) -> bytes:
-                try:
-                    jpeg = frames[i]  # an array or a string of bytes
-                except Exception as error:  # exceptions of h5py have no common base
-                    raise DecodeError(
-                        f"{self.path}: frame {i} of {len(frames)} cannot be read "
-                        f"({one_line(error)}); recreate the file"
-                    ) from None
-                return jpeg.tobytes() if hasattr(jpeg, "tobytes") else jpeg
+        def get(i: int) -> bytes:
+            try:
+                jpeg = frames[i]  # an array or a string of bytes
+            except Exception as error:  # exceptions of h5py have no common base
+                raise DecodeError(
+                    f"{self.path}: frame {i} of {len(frames)} cannot be read "
+                    f"({one_line(error)}); recreate the file"
+                ) from None
+            return jpeg.tobytes() if hasattr(jpeg, "tobytes") else jpeg
 
-            return JpegFrames(str(self.path), len(frames), self.fps, get, file.close)
-        except DecodeError:
-            file.close()
-            raise
-        except Exception as error:
-            file.close()
-            raise self._unreadable(error) from None
+        return JpegFrames(str(self.path), len(frames), self.fps, get, resources.close)
 
     def _unreadable(self, error: Exception) -> DecodeError:
         """Return a DecodeError for a file that h5py cannot read."""

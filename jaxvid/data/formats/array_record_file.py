@@ -1,0 +1,98 @@
+"""An ArrayRecord file, local or in the cache of remote files, of which single records are read."""
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from jaxvid.block_cache import Pinned, address_of
+from jaxvid.data.formats.array_record_layout import Layout, read_layout
+from jaxvid.data.formats.jpeg_reader import keep_freed_memory
+
+
+class ArrayRecordFile:
+    """A file of records. It is thread-safe.
+
+    Of a remote file, the positions of the records are read when it is opened, and then the blocks
+    that contain the requested records. A file with compressed footers is read completely.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: str):
+        self._path, self._lock = path, threading.Lock()
+        self._is_remote = address_of(path) is not None
+        self._layout: Layout | None = None
+        if self._is_remote:
+            with Pinned(path) as pinned:
+                self._layout = self._read_layout(pinned)
+
+    def _read_layout(self, pinned: Pinned) -> Layout | None:
+        """Read the footers into the cache, and return the layout; None if it is not known."""
+        pinned.fetch([])  # creates the sparse file if there is none yet
+        with open(self._path, "rb") as file:
+
+            def read(start: int, stop: int) -> bytes:
+                pinned.fetch([(start, stop)])
+                return os.pread(file.fileno(), stop - start, start)
+
+            size = os.fstat(file.fileno()).st_size
+            layout = read_layout(read, size)
+            pinned.fetch(None if layout is None else [(layout.tail, size)])
+            return layout
+
+    @functools.cached_property
+    def _reader(self) -> Any:
+        """The thread-safe `ArrayRecordReader`, which reads the footers when it is made."""
+        keep_freed_memory()
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        return ArrayRecordReader(
+            self._path,
+            options="readahead_buffer_size:0,max_parallelism:0",
+            file_reader_buffer_size=2**15,
+        )
+
+    def fetch(self, positions: Sequence[int]) -> None:
+        """Read records of a remote file into the cache, with concurrent requests.
+
+        Raises:
+            FileNotFoundError: The file does not exist.
+            InputError: The store cannot be reached or refuses access.
+        """
+        if self._is_remote:
+            with Pinned(self._path) as pinned:
+                self._fetch(pinned, positions)
+
+    def _fetch(self, pinned: Pinned, positions: Sequence[int]) -> None:
+        ranges = None if self._layout is None else [*map(self._layout.range_of, positions)]
+        pinned.fetch(ranges)
+
+    def read(self, position: int) -> bytes:
+        """Return a record.
+
+        Raises:
+            FileNotFoundError: The file does not exist.
+            InputError: The store cannot be reached or refuses access.
+            Exception: The file is damaged; the exceptions of array_record have no common base.
+        """
+        # The blocks must stay in the cache until the record is read.
+        with Pinned(self._path) if self._is_remote else contextlib.nullcontext() as pinned:
+            if pinned is not None:
+                self._fetch(pinned, [position])
+            with self._lock:
+                reader = self._open(pinned)
+            # A range, because `read([position])` takes time proportional to the number of records
+            # in the file.
+            [data] = reader.read(position, position + 1)
+        return data
+
+    def _open(self, pinned: Pinned | None) -> Any:
+        """Return the reader; make it when it is first needed."""
+        if pinned is not None and self._layout is not None and "_reader" not in self.__dict__:
+            # The footers may have been removed from the cache since the layout was read.
+            pinned.fetch([(self._layout.tail, os.stat(self._path).st_size)])
+        return self._reader

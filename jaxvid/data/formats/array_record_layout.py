@@ -1,0 +1,135 @@
+"""Positions of the records in an ArrayRecord file, so that a single record can be read remotely.
+
+array_record reads local files only, and does not tell where a record is. An ArrayRecord file is a
+Riegeli file (https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md) that
+ends with a chunk of footers, one per data chunk, and a chunk that contains the position of the
+footers. Only the positions are read here. array_record parses the records and checks their hashes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+BLOCK = 2**16  # bytes; each block starts with a header, also within a chunk
+BLOCK_HEADER = 24
+CHUNK_HEADER = 40
+MAGIC = 0x71930E704FDAE05E  # of the last chunk
+MAX_FOOTER = 2**28  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Positions of the chunks of a file in which every chunk has the same number of records.
+
+    Attributes:
+        offsets: `(chunks + 1,)` int64: the start of each chunk, and the end of the last one.
+        group_size: Number of records per chunk; the last chunk may have fewer.
+    """
+
+    offsets: np.ndarray
+    group_size: int
+
+    def range_of(self, record: int) -> tuple[int, int]:
+        """Return the range of bytes `(start, stop)` of the chunk that contains a record."""
+        chunk = record // self.group_size
+        return int(self.offsets[chunk]), int(self.offsets[chunk + 1])
+
+    @property
+    def tail(self) -> int:
+        """The start of the footers. The bytes from here on are needed to open the file."""
+        return int(self.offsets[-1])
+
+
+def read_layout(read: Callable[[int, int], bytes], size: int) -> Layout | None:
+    """Read the layout of a file.
+
+    Args:
+        read: Function that returns the bytes of a range `(start, stop)` of the file.
+        size: Size of the file.
+
+    Returns:
+        The layout; None if the footers are compressed or not as expected. The file must then be
+        read completely.
+    """
+    try:
+        [postscript, *_] = _read_chunk(read, size - BLOCK, size)
+        fields = _read_fields(postscript)
+        if fields[2] != MAGIC:
+            return None
+        footers = [_read_fields(entry) for entry in _read_chunk(read, fields[1], size)[1:]]
+        offsets = np.array([entry[1] for entry in footers] + [fields[1]], np.int64)
+        group_size = footers[0][3]
+        counts = [entry[3] for entry in footers]
+    except (IndexError, KeyError, ValueError, OverflowError):
+        return None
+    is_regular = counts[:-1] == [group_size] * (len(counts) - 1) and 0 < counts[-1] <= group_size
+    is_ascending = offsets[0] >= 0 and (np.diff(offsets) > 0).all() and offsets[-1] <= size
+    return Layout(offsets, group_size) if is_regular and is_ascending else None
+
+
+def _read_chunk(read: Callable[[int, int], bytes], position: int, size: int) -> Sequence[bytes]:
+    """Return the records of an uncompressed simple chunk.
+
+    Raises:
+        ValueError: The chunk is compressed, of another type or damaged.
+    """
+    header, position = _read_across_blocks(read, position, CHUNK_HEADER, size)
+    data_size = int.from_bytes(header[8:16], "little")
+    if header[24:25] != b"r" or data_size > MAX_FOOTER:
+        raise ValueError("not a simple chunk of records")
+    data, _ = _read_across_blocks(read, position, data_size, size)
+    if data[0]:
+        raise ValueError("compressed")
+    length, i = _read_varint(data, 1)
+    sizes, end = [], i + length
+    while i < end:
+        record_size, i = _read_varint(data, i)
+        sizes.append(record_size)
+    ends = np.cumsum([end, *sizes])
+    if ends[-1] != len(data):
+        raise ValueError("sizes of records do not match the chunk")
+    return [data[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def _read_across_blocks(
+    read: Callable[[int, int], bytes], position: int, length: int, size: int
+) -> tuple[bytes, int]:
+    """Return `length` bytes from a position on, without block headers, and the end position."""
+    if position < 0:
+        raise ValueError("negative position")
+    if not position % BLOCK:
+        position += BLOCK_HEADER
+    # Bytes before the first block boundary after the position, then blocks with a header each.
+    headers = max(0, -(-(length - (BLOCK - position % BLOCK)) // (BLOCK - BLOCK_HEADER)))
+    end = position + length + headers * BLOCK_HEADER
+    if end > size:
+        raise ValueError("beyond the end of the file")
+    data, parts = read(position, end), []
+    first = min(len(data), BLOCK - position % BLOCK)
+    parts.append(data[:first])
+    parts += [data[i + BLOCK_HEADER : i + BLOCK] for i in range(first, len(data), BLOCK)]
+    return b"".join(parts), end
+
+
+def _read_fields(message: bytes) -> dict[int, int]:
+    """Return the integer fields of a protobuf message: number → value."""
+    fields, i = {1: 0, 2: 0, 3: 0}, 0  # fields with the value 0 are not written
+    while i < len(message):
+        key, i = _read_varint(message, i)
+        if key & 7:
+            raise ValueError("not an integer field")
+        fields[key >> 3], i = _read_varint(message, i)
+    return fields
+
+
+def _read_varint(data: bytes, i: int) -> tuple[int, int]:
+    """Return a variable-length integer and the position after it."""
+    value = shift = 0
+    while True:
+        byte = data[i]
+        i, value, shift = i + 1, value | (byte & 127) << shift, shift + 7
+        if byte < 128:
+            return value, i
+        if shift > 63:
+            raise ValueError("an integer is too long")

@@ -1,0 +1,232 @@
+"""Access to files in object stores and on web servers through fsspec, with retries.
+
+An address is `SCHEME://BUCKET/KEY` with one of `SCHEMES`. Credentials and endpoints come from the
+environment of the client, e.g. `AWS_ENDPOINT_URL` for s3fs.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from jaxvid.errors import InputError, one_line
+
+# Scheme → package that fsspec needs for it.
+SCHEMES = {"gs": "gcsfs", "s3": "s3fs", "https": "aiohttp", "http": "aiohttp", "memory": "fsspec"}
+ATTEMPTS = 8  # of a request, including the first
+BACKOFF = 0.1  # seconds before the second attempt; doubled before each further attempt
+MAX_WAIT = 20.0  # maximum seconds between two attempts
+MAX_REQUESTS = 16  # concurrent requests of one call
+
+# `Path` replaces `//` by `/`.
+_ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}(?=[^/])")
+# Errors that another attempt cannot repair. FileNotFoundError is raised unchanged.
+_PERMANENT = (ImportError, PermissionError, TypeError, NotImplementedError, IsADirectoryError)
+_PERMANENT_WORDS = ("credential", "forbidden", "accessdenied", "access denied", "unauthorized")
+# Keys of fsspec's file information that identify the version of a file, in order of preference.
+_VERSIONS = (
+    *("ETag", "etag", "md5Hash", "crc32c", "Content-MD5", "Digest"),
+    *("mtime", "updated", "LastModified", "Last-Modified", "created"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectInfo:
+    """A file in an object store.
+
+    Attributes:
+        size: Size in bytes.
+        stamp: Number of 47 bits that identifies its version.
+    """
+
+    size: int
+    stamp: int
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Return whether a path is an address of an object store or web server."""
+    return bool(_ADDRESS.match(os.fspath(path)))
+
+
+def to_address(path: str | os.PathLike) -> str:
+    """Return the address that a path names, also if `Path` has removed a slash from it.
+
+    Raises:
+        InputError: The address has an empty part or the part `.` or `..`.
+    """
+    address = _ADDRESS.sub(r"\1://", os.fspath(path), count=1).rstrip("/")
+    if not is_safe(address.partition("://")[2]):
+        raise InputError(f"{address}: has an empty part, '.' or '..'; correct the address")
+    return address
+
+
+def is_safe(key: str) -> bool:
+    """Return whether a key can be the relative path of a local file."""
+    return "\0" not in key and not {"", ".", ".."} & {*key.split("/")}
+
+
+def info(address: str) -> ObjectInfo | None:
+    """Return the size and version of a file, or None if there is no such file.
+
+    Raises:
+        InputError: The store cannot be reached or refuses access.
+    """
+    try:
+        found = call(address, lambda fs, path: fs.info(path, **_refresh(fs)))
+    except FileNotFoundError:
+        return None
+    return None if found["type"] == "directory" else _to_info(found)
+
+
+def find(address: str) -> dict[str, ObjectInfo]:
+    """Return the files below an address: path relative to the address → size and version.
+
+    Objects whose key cannot be the path of a local file are left out.
+
+    Raises:
+        InputError: The store cannot be reached or refuses access, or the bucket does not exist.
+    """
+
+    def list_files(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict]:
+        fs.invalidate_cache()
+        root = fs._strip_protocol(path).rstrip("/")
+        found = fs.find(root, detail=True)
+        if not found and not fs.exists(root.partition("/")[0] if _has_buckets(address) else root):
+            raise FileNotFoundError(root)
+        if any(entry.get("size") is None for entry in found.values()):  # index pages of a server
+            found = {name: fs.info(name) for name in found}
+        return {name[len(root) :].lstrip("/"): entry for name, entry in found.items()}
+
+    try:
+        found = call(address, list_files)
+    except FileNotFoundError:
+        if not _has_buckets(address):
+            return {}
+        bucket = "/".join(address.split("/")[:3])
+        raise InputError(f"{bucket}: no such bucket; correct the address") from None
+    return {
+        name: _to_info(entry)
+        for name, entry in found.items()
+        if is_safe(name) and entry["type"] != "directory"
+    }
+
+
+def read_ranges(address: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Read ranges `(start, stop)` of a file, with concurrent requests.
+
+    Only ranges whose request failed are requested again.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: The store cannot be reached or refuses access, or the file is shorter.
+    """
+    parts: list[bytes | None] = [None] * len(ranges)
+
+    def read_missing(fs: fsspec.AbstractFileSystem, path: str) -> None:
+        missing = [i for i, part in enumerate(parts) if part is None]
+        starts, stops = zip(*(ranges[i] for i in missing), strict=True)
+        if len(missing) == 1:
+            read = [fs.cat_file(path, start=starts[0], end=stops[0])]
+        else:
+            options = {"batch_size": MAX_REQUESTS} if fs.async_impl else {}
+            paths = [path] * len(missing)
+            read = fs.cat_ranges(paths, starts, stops, on_error="return", **options)
+        failure = None
+        for i, part in zip(missing, read, strict=True):
+            start, stop = ranges[i]
+            if not isinstance(part, bytes):
+                failure = part
+            elif len(part) != stop - start:
+                failure = OSError(f"{len(part)} bytes received, {stop - start} requested")
+            else:
+                parts[i] = part
+        if failure is not None:
+            raise failure
+
+    call(address, read_missing)
+    return parts
+
+
+def upload(file: Path, address: str) -> None:
+    """Write a local file to an address. Other programs see the object only when it is complete.
+
+    Raises:
+        InputError: The store cannot be reached or refuses access.
+    """
+    call(address, lambda fs, path: fs.put_file(str(file), path))
+
+
+def delete(addresses: Iterable[str]) -> None:
+    """Delete files; those that do not exist are ignored.
+
+    Raises:
+        InputError: The store cannot be reached or refuses access.
+    """
+    for address in addresses:
+        with contextlib.suppress(FileNotFoundError):
+            call(address, lambda fs, path: fs.rm_file(path))
+
+
+def call(address: str, function: Callable[[fsspec.AbstractFileSystem, str], Any]) -> Any:
+    """Call a function of a file system and a path; repeat it after errors that may be temporary.
+
+    Args:
+        address: The address, which fsspec translates into the arguments of `function`.
+        function: Any function that may be called repeatedly.
+
+    Raises:
+        FileNotFoundError: Raised by `function`.
+        InputError: The client is not installed, access is refused, or all attempts failed.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            fs, path = fsspec.core.url_to_fs(address)
+            return function(fs, path)
+        except FileNotFoundError:
+            raise
+        except ImportError as error:
+            scheme = address.partition("://")[0]
+            raise InputError(
+                f"{address}: needs {SCHEMES[scheme]} ({one_line(error)}); pip install "
+                f"{SCHEMES[scheme]}"
+            ) from None
+        except Exception as error:  # each client has exceptions of its own
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            if isinstance(error, _PERMANENT) or any(
+                word in reason.lower() for word in _PERMANENT_WORDS
+            ):
+                raise InputError(
+                    f"{address}: access refused ({reason}); check the address, your credentials "
+                    "and your access rights"
+                ) from None
+        if attempt + 1 < ATTEMPTS:
+            # Random waits, so that many processes do not repeat their requests at the same time.
+            time.sleep(min(MAX_WAIT, BACKOFF * 2**attempt) * random.uniform(0.5, 1.5))
+    raise InputError(
+        f"{address}: {ATTEMPTS} requests failed, the last with {reason}; check the network and the "
+        "endpoint, then run the same command again"
+    )
+
+
+def _has_buckets(address: str) -> bool:
+    return address.startswith(("s3://", "gs://"))
+
+
+def _refresh(fs: fsspec.AbstractFileSystem) -> dict[str, bool]:
+    """Return the option that makes `info` of s3fs ask the server."""
+    return {"refresh": True} if "s3" in fs.protocol else {}
+
+
+def _to_info(entry: dict) -> ObjectInfo:
+    size = int(entry["size"] or 0)
+    version = next((str(entry[key]) for key in _VERSIONS if entry.get(key)), "")
+    digest = hashlib.sha256(f"{size} {version}".encode(errors="surrogateescape")).digest()
+    return ObjectInfo(size, int.from_bytes(digest[:6], "big") >> 1)
