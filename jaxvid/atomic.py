@@ -11,20 +11,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from etils import epath
+from jaxvid.errors import InputError
+from jaxvid.object_store import RemoteFile, is_remote, to_address
 
-from jaxvid.errors import InputError, one_line
-
-OutputPath = Path | epath.Path
+OutputPath = Path | RemoteFile
 
 
 def output_path(path: str | Path) -> OutputPath:
     """Return the path of an output that a user names, which may be remote: `gs://`, `s3://`.
 
-    Local paths do not become an `epath.Path` (etils 1.15.0), whose `is_file` is true for devices
-    and whose `stat` needs an entry of the user in /etc/passwd.
+    Raises:
+        InputError: It is an `http://` or `https://` address, or an address with an empty part.
     """
-    return epath.Path(path) if "://" in str(path) else Path(path)
+    if not is_remote(path):
+        return Path(path)
+    address = to_address(path)
+    if address.startswith("http"):
+        raise InputError(f"{path} cannot be written; choose a file, or an address gs:// or s3://")
+    return RemoteFile(address)
 
 
 def is_same_file(output: str | Path, source: str | Path) -> bool:
@@ -49,8 +53,7 @@ def write_file(path: OutputPath, data: bytes, *, writer: str = "") -> OutputPath
     """
     partial = path.with_name(f".{path.name}{writer and f'.{writer}'}.partial")
     if not isinstance(path, Path):
-        with _remote_errors(path):
-            path.write_bytes(data)  # object stores show a file only when it is complete
+        path.write_bytes(data)  # object stores show a file only when it is complete
         return path
     try:
         # Replacing /dev/null would remove the device.
@@ -135,9 +138,7 @@ def check_output(option: str, path: OutputPath) -> None:
     # too long are refused here.
     probe = path.with_name(f".{path.name}.probing")
     if not isinstance(path, Path):
-        with _remote_errors(path):
-            probe.write_bytes(b"")
-            probe.unlink()
+        path.check_writable()
         return
     try:
         if path.is_dir():
@@ -150,18 +151,6 @@ def check_output(option: str, path: OutputPath) -> None:
     except OSError as error:
         raise InputError(
             f"{option}: {path} cannot be written ({error.strerror}); choose another file"
-        ) from None
-
-
-@contextlib.contextmanager
-def _remote_errors(path: epath.Path) -> Iterator[None]:
-    """Turn any exception of a client for remote storage into an InputError."""
-    try:
-        yield
-    except Exception as error:  # each client has exceptions of its own
-        raise InputError(
-            f"{path} cannot be written ({one_line(error)}); check the address and your access "
-            "rights, and install gcsfs for gs:// or s3fs for s3://"
         ) from None
 
 

@@ -13,7 +13,7 @@ from jaxvid.config import differences
 from jaxvid.data import fingerprints
 from jaxvid.data.sources import Record, open_dataset
 from jaxvid.distributed import collectives, setup, sharding
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, with_addresses
 from jaxvid.evaluation import comparison
 from jaxvid.evaluation.loop import abstract_eval_model, evaluate_params, make_eval_step
 from jaxvid.evaluation.outputs import save_report
@@ -60,9 +60,10 @@ def evaluate(
             its logits are not finite, a file cannot be read or written, or another run uses the
             workdir.
     """
-    experiment, workdir = resolve(config), Path(workdir)
-    collectives.raise_on_all_processes(_check_weights, experiment, workdir)
-    return _evaluate(experiment, workdir, compare_with=compare_with)
+    experiment = resolve(config)
+    with workdir_lock.open_workdir(workdir) as workdir:
+        collectives.raise_on_all_processes(_check_weights, experiment, workdir)
+        return _evaluate(experiment, workdir, compare_with=compare_with)
 
 
 def _check_weights(experiment: Experiment, workdir: Path) -> None:
@@ -206,7 +207,7 @@ def _load_checkpoint(experiment: Experiment, workdir: Path, mesh: Mesh) -> Weigh
         matrix = (card["preprocessing"] or {}).get("color_matrix", "tagged")
         experiment = experiment.with_color_matrix(matrix)
     params = checkpoint.restore_params(workdir, step, _abstract_params(experiment, mesh))
-    source = str(workdir / "checkpoints" / str(step))
+    source = with_addresses(str(workdir / "checkpoints" / str(step)))
     _log_source(source, experiment, changed)
     return Weights(
         params=params, source=source, experiment=experiment, card=card, card_folder=folder

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from jaxvid import progress
+from jaxvid.errors import with_addresses
 
 log = logging.getLogger("jaxvid")
 
@@ -21,6 +22,7 @@ def setup_logging(workdir: Path) -> None:
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
+    log.filters[:] = [_use_addresses]
     log.propagate = False
     log.setLevel(logging.DEBUG)
     if process := jax.process_index():
@@ -37,6 +39,12 @@ def setup_logging(workdir: Path) -> None:
     console.emit = lambda record: progress.print_above_bar(record.getMessage())
     log.addHandler(file)
     log.addHandler(console)
+
+
+def _use_addresses(record: logging.LogRecord) -> bool:
+    """Replace the paths of local copies of remote files in a message by their addresses."""
+    record.msg, record.args = with_addresses(record.getMessage()), ()
+    return True
 
 
 class RunProgress(progress.Progress):

@@ -20,7 +20,6 @@ in any process of the run. Training saves its state before it stops; run the sam
 import functools
 import gc
 import sys
-from pathlib import Path
 
 from absl import app, flags
 
@@ -68,9 +67,9 @@ for _name, _mode in (("compare", "eval"), ("profile", "train"), ("memory_gb", "p
 def run(_) -> None:
     """Run the program that the flags select; print invalid input as one line, exit code 2."""
     cli.hide_unfinished_saves()
-    from jaxvid import plan
+    from jaxvid import plan, remote_folder
     from jaxvid.distributed import process_group, setup
-    from jaxvid.errors import InputError
+    from jaxvid.errors import InputError, with_addresses
     from jaxvid.evaluate import evaluate
     from jaxvid.experiment import choose_without_training, resolve
     from jaxvid.train import train
@@ -86,7 +85,8 @@ def run(_) -> None:
             print(plan.describe(experiment, MEMORY.value))
             return
         # Joining the processes starts JAX's backend, which fixes XLA's flags.
-        setup.prepare_compilation(Path(WORKDIR.value), deterministic=CONFIG.value.deterministic)
+        workdir = remote_folder.local_folder(WORKDIR.value)
+        setup.prepare_compilation(workdir, deterministic=CONFIG.value.deterministic)
         setup.init_processes(
             COORDINATOR.value,
             NUM_PROCESSES.value,
@@ -102,13 +102,14 @@ def run(_) -> None:
                 evaluate(CONFIG.value, WORKDIR.value, compare_with=COMPARE.value)
             else:
                 experiment = choose_without_training(resolve(CONFIG.value))
-                picture = draw_schedule(
-                    experiment.optimizer,
-                    WORKDIR.value,
-                    batch_size=experiment.batch_size,
-                    num_epochs=experiment.num_epochs,
-                )
-                print(picture)
+                with remote_folder.opened(WORKDIR.value) as workdir:
+                    picture = draw_schedule(
+                        experiment.optimizer,
+                        workdir,
+                        batch_size=experiment.batch_size,
+                        num_epochs=experiment.num_epochs,
+                    )
+                    print(with_addresses(str(picture)))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         gc.collect()  # while messages about a failed save can still be hidden

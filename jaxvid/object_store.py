@@ -6,12 +6,13 @@ environment of the client, e.g. `AWS_ENDPOINT_URL` for s3fs.
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ SCHEMES = {"gs": "gcsfs", "s3": "s3fs", "https": "aiohttp", "http": "aiohttp", "
 ATTEMPTS = 8  # of a request, including the first
 BACKOFF = 0.1  # seconds before the second attempt; doubled before each further attempt
 MAX_WAIT = 20.0  # maximum seconds between two attempts
+MAX_WRITE = 2**26  # bytes that are written with one request
 MAX_REQUESTS = 16  # concurrent requests of one call
 
 # `Path` replaces `//` by `/`.
 _ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}(?=[^/])")
 # Errors that another attempt cannot repair. FileNotFoundError is raised unchanged.
 _PERMANENT = (ImportError, PermissionError, TypeError, NotImplementedError, IsADirectoryError)
-_PERMANENT_WORDS = ("credential", "forbidden", "accessdenied", "access denied", "unauthorized")
+_PERMANENT_WORDS = ("credential", "forbidden", "denied", "unauthorized")
 # Keys of fsspec's file information that identify the version of a file, in order of preference.
 _VERSIONS = (
     *("ETag", "etag", "md5Hash", "crc32c", "Content-MD5", "Digest"),
@@ -132,7 +134,8 @@ def read_ranges(address: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
 
     def read_missing(fs: fsspec.AbstractFileSystem, path: str) -> None:
         missing = [i for i, part in enumerate(parts) if part is None]
-        starts, stops = zip(*(ranges[i] for i in missing), strict=True)
+        starts = [ranges[i][0] for i in missing]
+        stops = [ranges[i][1] for i in missing]
         if len(missing) == 1:
             read = [fs.cat_file(path, start=starts[0], end=stops[0])]
         else:
@@ -155,13 +158,86 @@ def read_ranges(address: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     return parts
 
 
-def upload(file: Path, address: str) -> None:
-    """Write a local file to an address. Other programs see the object only when it is complete.
+def write(address: str, data: bytes) -> None:
+    """Write a file. Other programs see it only when it is complete.
 
     Raises:
-        InputError: The store cannot be reached or refuses access.
+        InputError: The store cannot be reached or refuses access, or there is no such bucket.
     """
-    call(address, lambda fs, path: fs.put_file(str(file), path))
+    with _missing_bucket(address):
+        call(address, lambda fs, path: fs.pipe_file(path, data))
+
+
+def upload(file: Path, address: str) -> None:
+    """Write a local file to an address, as `write` does.
+
+    Raises:
+        FileNotFoundError: There is no local file.
+        InputError: As in `write`.
+    """
+    if file.stat().st_size <= MAX_WRITE:
+        write(address, file.read_bytes())  # a larger file that grows must not be read as a whole
+        return
+    with _missing_bucket(address):
+        call(address, lambda fs, path: fs.put_file(str(file), path))
+
+
+@contextlib.contextmanager
+def _missing_bucket(address: str) -> Iterator[None]:
+    """Turn the FileNotFoundError of a write into an InputError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{address} cannot be written ({one_line(error)}); correct the address"
+        ) from None
+
+
+class RemoteFile:
+    """A file at an address, with some of the attributes and methods of `Path`.
+
+    Args:
+        address: The address.
+    """
+
+    def __init__(self, address: str):
+        self._address = address
+
+    def __str__(self) -> str:
+        return self._address
+
+    @property
+    def name(self) -> str:
+        """The part of the address after the last slash."""
+        return self._address.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of the name, with its dot."""
+        return os.path.splitext(self.name)[1]
+
+    def with_name(self, name: str) -> "RemoteFile":
+        """Return the file with another name in the same folder."""
+        return RemoteFile(f"{self._address.rpartition('/')[0]}/{name}")
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write the file; see `write`."""
+        write(self._address, data)
+
+    def check_writable(self) -> None:
+        """Write and delete another file in the same folder.
+
+        Raises:
+            InputError: As in `write`.
+        """
+
+        def probe(fs: fsspec.AbstractFileSystem, path: str) -> None:
+            folder, _, name = path.rpartition("/")
+            fs.pipe_file(f"{folder}/.{name}.probing", b"")
+            fs.rm_file(f"{folder}/.{name}.probing")
+
+        with _missing_bucket(self._address):
+            call(self._address, probe)
 
 
 def delete(addresses: Iterable[str]) -> None:
@@ -227,6 +303,8 @@ def _refresh(fs: fsspec.AbstractFileSystem) -> dict[str, bool]:
 
 def _to_info(entry: dict) -> ObjectInfo:
     size = int(entry["size"] or 0)
-    version = next((str(entry[key]) for key in _VERSIONS if entry.get(key)), "")
+    version = next((entry[key] for key in _VERSIONS if entry.get(key)), "")
+    if isinstance(version, datetime.datetime):  # the memory file system lists seconds
+        version = version.timestamp()
     digest = hashlib.sha256(f"{size} {version}".encode(errors="surrogateescape")).digest()
     return ObjectInfo(size, int.from_bytes(digest[:6], "big") >> 1)

@@ -15,6 +15,7 @@ from jaxvid import logs, progress
 from jaxvid.data.pipeline import make_train_iter, stored_id
 from jaxvid.data.sources import VideoDataset, open_dataset
 from jaxvid.distributed import collectives, setup, sharding
+from jaxvid.errors import with_addresses
 from jaxvid.evaluation.loop import evaluate_params, make_eval_step
 from jaxvid.evaluation.outputs import save_report
 from jaxvid.evaluation.summary import make_report, summary
@@ -378,7 +379,9 @@ def _write_outputs(run: Run, loop: Loop, state: dict) -> dict:
         log.info("%s", message)
     folder, validation = run.workdir / "model", loop.validation
     report, results = validation.report, validation.results
-    report["checkpoint"] = str(run.workdir / "checkpoints" / str(run.milestones.total))
+    report["checkpoint"] = with_addresses(
+        str(run.workdir / "checkpoints" / str(run.milestones.total))
+    )
     report["weights_sha256"] = model_folder.fingerprint(steps.eval_params(state))
     validation.save_model(folder, state)
     save_report(run.workdir, report, results, run.data.labels, run.data.records["val"])

@@ -87,5 +87,5 @@ def test_remote_storage_that_fails_is_one_line(bucket, monkeypatch):
     for write in (lambda: check_output("--json", path), lambda: write_json(path, 1)):
         with pytest.raises(InputError) as error:
             write()
-        assert str(error.value).startswith("s3://bucket/a.json cannot be written (access to ")
+        assert str(error.value).startswith("s3://bucket/a.json: access refused (")
         assert "\n" not in str(error.value)

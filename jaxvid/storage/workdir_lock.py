@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxvid import remote_folder
 from jaxvid.distributed import collectives, process_group
 from jaxvid.errors import InputError
 from jaxvid.locks import LockedError, locked
+from jaxvid.object_store import is_remote
 
 LOCK = ".lock"
 
@@ -28,10 +30,25 @@ def exclusive(program: Callable) -> Callable:
     @functools.wraps(program)
     def run(config: Any, workdir: str | Path, **options: Any) -> Any:
         with contextlib.ExitStack() as stack:
-            collectives.raise_on_all_processes(_lock, stack, Path(workdir))
+            workdir = stack.enter_context(open_workdir(workdir))
+            collectives.raise_on_all_processes(_lock, stack, workdir)
             return program(config, workdir, **options)
 
     return run
+
+
+def open_workdir(workdir: str | Path) -> contextlib.AbstractContextManager[Path]:
+    """Return a context manager of the local copy of a workdir, as in `remote_folder.opened`.
+
+    Raises:
+        InputError: The workdir is an address, and there are several processes.
+    """
+    if is_remote(workdir) and process_group.current():
+        raise InputError(
+            f"{workdir}: the processes of a run need a folder that they share; choose another "
+            "--workdir, e.g. on a network drive"
+        )
+    return remote_folder.opened(workdir)
 
 
 def _lock(stack: contextlib.ExitStack, workdir: Path) -> None:

@@ -21,6 +21,7 @@ from jaxvid.training.checkpoint_files import (
     check_files,
     check_files_on_all_processes,
     find_steps,
+    upload,
     write_checksums,
 )
 
@@ -93,6 +94,7 @@ class CheckpointManager(ocp.CheckpointManager):
         with contextlib.suppress(Exception):  # raised again by the main thread's wait
             self.wait_until_finished()
             write_checksums(Path(self.directory).parent)
+            upload(Path(self.directory).parent)
 
     def join_checksum_thread(self) -> None:
         """Wait until the checksums of the last save are written."""

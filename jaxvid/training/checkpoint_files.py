@@ -6,10 +6,11 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 
-from jaxvid import files
+from jaxvid import files, remote_folder
 from jaxvid.atomic import write_file
 from jaxvid.distributed import collectives
-from jaxvid.errors import one_line
+from jaxvid.errors import InputError, one_line
+from jaxvid.logs import log
 
 _write_lock = threading.Lock()
 
@@ -33,6 +34,14 @@ def write_checksums(workdir: Path) -> None:
                 for step, folder in steps.items()
             }
             write_file(workdir / "checkpoints.json", json.dumps(checksums).encode())
+
+
+def upload(workdir: Path) -> None:
+    """Upload the changed files of a workdir in an object store; log a failure as a warning."""
+    try:
+        remote_folder.push(workdir)
+    except InputError as error:  # the next call tries again
+        log.warning("the checkpoint was not uploaded: %s", error)
 
 
 def _read_checksums(workdir: Path) -> dict[str, dict[str, int]]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxvid.errors import with_addresses
 from jaxvid.logs import log
 from jaxvid.models import Params
 from jaxvid.storage import model_folder
@@ -102,7 +103,7 @@ class Validation:
             state: The training state of the last evaluation.
         """
         provenance = {
-            "workdir": str(self.workdir),
+            "workdir": with_addresses(str(self.workdir)),
             "step": int(state["step"]),
             **{name: self.report[name] for name in dict.fromkeys((self.metric, "top1"))},
         }

@@ -204,7 +204,7 @@ FRAMES = np.zeros((2, 8, 9, 3), np.uint8)
         ([FRAMES, None], "video 1 of the list: None: expected a path, URL, bytes, .*got NoneType"),
         (5, "5: expected a path, URL, bytes, binary file object or array"),
         (b"", "<bytes>: is empty"),
-        ("s3://bucket/a.mp4", "expected http:// or https://; download it and pass the path"),
+        ("ftp://host/a.mp4", "expected one of gs://, s3://, .*; download it and pass the path"),
         (Path("https://host/a.mp4"), "https:/host/a.mp4: expected // after the colon; pass a URL"),
         (io.StringIO("text"), "<file object>: is opened in text mode; open it with mode 'rb'"),
     ],

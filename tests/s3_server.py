@@ -1,0 +1,66 @@
+"""A local S3 server, moto's, that resets some of its connections and delays some answers."""
+
+import contextlib
+import logging
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+
+class Faults:
+    """A WSGI application that passes requests on, and injects faults.
+
+    Args:
+        app: The application.
+        reset_share: Share of the requests whose connection is reset.
+        slow_share: Share of the requests that wait `slow_seconds`.
+        slow_seconds: Seconds.
+
+    Attributes:
+        requests: Number of requests.
+        resets: Number of connections that were reset.
+    """
+
+    def __init__(
+        self, app: Callable, reset_share: float, slow_share: float, slow_seconds: float = 0.5
+    ):
+        self._app, self._rng = app, random.Random(0)
+        self._shares, self._slow_seconds = (reset_share, slow_share), slow_seconds
+        self.requests = self.resets = 0
+        self.ranges: list[str | None] = []
+
+    def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
+        self.requests += 1
+        self.ranges.append(environ.get("HTTP_RANGE"))
+        draw = self._rng.random()
+        if draw < self._shares[0]:
+            self.resets += 1
+            connection = environ["werkzeug.socket"]
+            # Closing a socket with this option sends a reset.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+            raise ConnectionResetError
+        if draw < sum(self._shares):
+            time.sleep(self._slow_seconds)
+        return self._app(environ, start_response)
+
+
+@contextlib.contextmanager
+def serve(reset_share: float = 0.0, slow_share: float = 0.0) -> Iterator[tuple[str, Faults]]:
+    """Run the server in threads of this process; yield its address and its faults."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
+    faults = Faults(DomainDispatcherApplication(create_backend_app), reset_share, slow_share)
+    server = make_server("127.0.0.1", 0, faults, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", faults
+    finally:
+        server.shutdown()
+        thread.join()
