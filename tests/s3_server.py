@@ -22,6 +22,7 @@ class Faults:
     Attributes:
         requests: Number of requests.
         resets: Number of connections that were reset.
+        forbidden: Whether all requests are answered with 403.
     """
 
     def __init__(
@@ -30,11 +31,13 @@ class Faults:
         self._app, self._rng = app, random.Random(0)
         self._shares, self._slow_seconds = (reset_share, slow_share), slow_seconds
         self.requests = self.resets = 0
-        self.ranges: list[str | None] = []
+        self.forbidden = False
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
         self.requests += 1
-        self.ranges.append(environ.get("HTTP_RANGE"))
+        if self.forbidden:
+            start_response("403 Forbidden", [("Content-Type", "text/xml")])
+            return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
         draw = self._rng.random()
         if draw < self._shares[0]:
             self.resets += 1

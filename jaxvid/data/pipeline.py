@@ -22,6 +22,7 @@ from jaxvid import entry_point
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.protocols import VideoRecord
+from jaxvid.data.read_ahead import is_read_ahead, read_ahead
 from jaxvid.data.records import Record
 from jaxvid.data.video_order import VideoOrder
 
@@ -84,8 +85,11 @@ def make_train_iter(
     def load(record: VideoRecord, rng: np.random.Generator) -> Batch:
         return _example(record, lambda: load_train_clip(record, rng, spec), zeros)
 
-    dataset = order.stream(records, batch_size * shard[1]).random_map(load)
-    return _to_iter(dataset, batch_size, shard, num_threads, num_workers)
+    stream = order.stream(records, batch_size * shard[1])
+    get_record = stream.__getitem__ if is_read_ahead(records) else None
+    return _to_iter(
+        stream.random_map(load), batch_size, shard, num_threads, num_workers, get_record
+    )
 
 
 def make_eval_iter(
@@ -125,8 +129,13 @@ def make_eval_iter(
         record = records[index]
         return _example(record, lambda: load_eval_views(record, spec), zeros)
 
+    def get_record(index: int) -> VideoRecord | None:
+        return records[index] if index < len(records) else None
+
     dataset = grain.MapDataset.range(count).map(load)
-    return _to_iter(dataset, batch_size, shard, num_threads, num_workers)
+    if not is_read_ahead(records):
+        return _to_iter(dataset, batch_size, shard, num_threads, num_workers)
+    return _to_iter(dataset, batch_size, shard, num_threads, num_workers, get_record)
 
 
 def _example(record: VideoRecord | None, load: Callable[[], Batch] | None, zeros: Batch) -> Batch:
@@ -202,15 +211,29 @@ def _to_iter(
     shard: tuple[int, int],
     num_threads: int,
     num_workers: int,
+    get_record: Callable[[int], VideoRecord | None] | None = None,
 ) -> "grain.DatasetIterator | _WorkerIterator":
     """Batch the examples, select this process's part of each global batch, and return an iterator.
 
     Random maps come before sharding, so that the random choices for an example depend on its
     position in the global stream: global batches do not depend on the number of processes. Batching
     comes before the workers, so that the number of workers does not change the batches either.
+
+    `get_record` returns the record of an example, by its position in the global stream, if remote
+    files are to be read before they are needed; see `read_ahead`.
     """
     index, count = shard
     dataset = dataset.batch(batch_size)[index::count]
+    if get_record is not None:
+        # Threads load whole batches: the next ones are being loaded already.
+        distance = (num_threads + 1) * max(1, num_workers)
+
+        def read_next(number: int, batch: Batch) -> Batch:
+            first = ((number + distance) * count + index) * batch_size
+            read_ahead(map(get_record, range(first, first + batch_size)))
+            return batch
+
+        dataset = dataset.map_with_index(read_next)
     # Grain's default buffer would hold 500 batches.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 2)
     iter_dataset = dataset.to_iter_dataset(options)

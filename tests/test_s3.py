@@ -1,0 +1,213 @@
+"""Training, evaluation and packs in an S3 server on this machine, which injects faults.
+
+The tests need s3fs and moto; `make test-remote` installs them into an environment of their own.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from jaxvid import object_store, remote_folder
+from jaxvid.atomic import check_output, output_path, write_json
+from jaxvid.data.clips.clip import ClipSpec, load_train_clip
+from jaxvid.data.formats.pack_writer import Settings
+from jaxvid.data.pipeline import make_train_iter
+from jaxvid.data.prepare import prepare
+from jaxvid.data.sources import DatasetConfig, open_dataset
+from jaxvid.data.video_order import VideoOrder
+from jaxvid.errors import InputError
+from jaxvid.evaluate import evaluate
+from jaxvid.train import train
+from tests.conftest import shrunk_config
+from tests.s3_server import serve
+
+s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed; run make test-remote")
+pytest.importorskip("moto.server", reason="moto is not installed; run make test-remote")
+
+SPEC = ClipSpec(num_frames=4, crop=56, short_side=64, train_short_side=(64, 64))
+BUCKET = "bucket"
+
+
+@pytest.fixture
+def s3(tmp_path, monkeypatch):
+    """Run a server that resets 5 % and delays 1 % of the requests; yield its faults.
+
+    The bucket `BUCKET` is empty. Requests are repeated without waiting.
+    """
+    with serve(reset_share=0.05, slow_share=0.01) as (endpoint, faults):
+        variables = {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
+        variables |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("JAXVID_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(object_store, "BACKOFF", 0.0)
+        s3fs.S3FileSystem.clear_instance_cache()
+        call("", lambda fs, _: fs.exists(BUCKET) or fs.mkdir(BUCKET))
+        yield faults
+        call("", lambda fs, _: fs.rm(BUCKET, recursive=True))
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def call(key, function):
+    return object_store.call(f"s3://{BUCKET}/{key}", function)
+
+
+def upload(folder, key):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            object_store.upload(path, f"s3://{BUCKET}/{key}/{path.relative_to(folder)}")
+
+
+def contents(key):
+    address = f"s3://{BUCKET}/{key}"
+    return {
+        name: object_store.read_ranges(f"{address}/{name}", [(0, info.size)])[0]
+        for name, info in object_store.find(address).items()
+    }
+
+
+def test_training_and_evaluation_equal_local_ones(s3, motion_folder, tmp_path):
+    upload(motion_folder, "motion")
+    expected = train(shrunk_config(motion_folder), tmp_path / "run")
+    config = shrunk_config(f"s3://{BUCKET}/motion")
+    workdir = f"s3://{BUCKET}/runs/a"
+    assert train(config, workdir, stop_step=3) is None
+    shutil.rmtree(tmp_path / "cache")  # continue on another machine
+    report = train(config, workdir)
+    compared = ("weights_sha256", "loss", "top1", "confusion", "class_accuracy")
+    assert {name: report[name] for name in compared} == {name: expected[name] for name in compared}
+    assert report["checkpoint"] == f"{workdir}/checkpoints/6"
+    assert s3.resets > 10
+
+    files = contents("runs/a")
+    local = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*.json*")}
+    assert local <= files.keys()
+    assert not [name for name, data in files.items() if str(tmp_path).encode() in data]
+    lines = [
+        {k: v for k, v in json.loads(line).items() if k.split("/")[0] in ("step", "val")}
+        for source in (files["metrics.jsonl"], (tmp_path / "run/metrics.jsonl").read_bytes())
+        for line in source.splitlines()
+    ]
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+
+    with config.unlocked():
+        config.init_from = f"{workdir}/model"
+    again = evaluate(config, f"s3://{BUCKET}/runs/eval")
+    assert again["loss"] == expected["loss"]
+    assert again["checkpoint"].endswith("/model")
+    assert {"eval.json", "eval_videos.csv", "eval.html"} <= contents("runs/eval").keys()
+
+
+def test_batches_of_worker_processes_equal_local_ones(s3, motion_folder, tmp_path):
+    prepare([motion_folder], tmp_path / "pack", Settings(clips_per_file=8), workers=2)
+    upload(tmp_path / "pack", "pack")
+    upload(motion_folder, "motion")
+    order = VideoOrder(seed=0)
+    for source, folder, key in (
+        ("pack", tmp_path / "pack", "pack"),
+        ("folder", motion_folder, "motion"),
+    ):
+        batches = []
+        for place, workers in ((str(folder), 0), (f"s3://{BUCKET}/{key}", 2)):
+            data = DatasetConfig(source=source, folder=place, cache_gb=1e-3)
+            records = open_dataset(data, 8, ("train",)).records["train"]
+            options = {"spec": SPEC, "batch_size": 8, "num_threads": 2, "num_workers": workers}
+            iterator = make_train_iter(records, order=order, **options)
+            batches.append([next(iterator)["video"] for _ in range(8)])
+            iterator.close()
+        np.testing.assert_array_equal(*batches)
+
+
+def read_pack(folder, count):
+    """Read clips in a random order, without end, and count them."""
+    records = open_dataset(DatasetConfig(source="pack", folder=folder), 8, ("train",))
+    rng = np.random.default_rng()
+    while True:
+        record = records.records["train"][int(rng.integers(48))]
+        load_train_clip(record, rng, SPEC)
+        with count.get_lock():
+            count.value += 1
+
+
+def test_killed_readers_leave_a_usable_cache(s3, motion_folder, tmp_path):
+    prepare([motion_folder], tmp_path / "pack", Settings(clips_per_file=8), workers=2)
+    upload(tmp_path / "pack", "pack")
+    spawn = multiprocessing.get_context("spawn")
+    for _ in range(3):
+        count = spawn.Value("i", 0)
+        options = {"target": read_pack, "args": (f"s3://{BUCKET}/pack", count)}
+        readers = [spawn.Process(**options, daemon=True) for _ in range(2)]
+        for reader in readers:
+            reader.start()
+        while count.value < 3:
+            assert all(reader.is_alive() for reader in readers)
+            time.sleep(0.01)
+        for reader in readers:
+            os.kill(reader.pid, signal.SIGKILL)
+            reader.join()
+    clips = []
+    for folder in (f"s3://{BUCKET}/pack", str(tmp_path / "pack")):
+        data = DatasetConfig(source="pack", folder=folder)
+        records = open_dataset(data, 8, ("train",)).records["train"]
+        clips.append([load_train_clip(r, np.random.default_rng(0), SPEC)["video"] for r in records])
+    np.testing.assert_array_equal(*clips)
+
+
+def test_refusals_are_one_line(s3, tmp_path):
+    with pytest.raises(InputError, match="^s3://none: no such bucket; correct the address$"):
+        open_dataset(DatasetConfig(source="pack", folder="s3://none/pack"), 8, ("train",))
+    with pytest.raises(InputError, match="^s3://none/a.json cannot be written .*does not exist"):
+        check_output("--json", output_path("s3://none/a.json"))
+    s3.forbidden = True
+    try:
+        for action in (
+            lambda: open_dataset(
+                DatasetConfig(source="pack", folder=f"s3://{BUCKET}/pack"), 8, ("train",)
+            ),
+            lambda: write_json(output_path(f"s3://{BUCKET}/a.json"), {}),
+        ):
+            with pytest.raises(InputError, match=f"^s3://{BUCKET}/.*: access refused") as refusal:
+                action()
+            assert "\n" not in str(refusal.value)
+    finally:
+        s3.forbidden = False
+
+
+def write_and_fail(folder):
+    (folder / "best").mkdir()
+    (folder / "best/a").write_text("first")
+    (folder / ".x.partial").write_text("unfinished")
+    raise KeyError
+
+
+def test_a_workdir_is_uploaded_if_the_program_fails(s3):
+    address = f"s3://{BUCKET}/run"
+    with pytest.raises(KeyError), remote_folder.opened(address) as folder:
+        write_and_fail(folder)
+    assert contents("run").keys() == {"best/a", remote_folder.MANIFEST}
+    # The local copy is newer: the process was killed before it uploaded this file.
+    (folder / "b").write_text("second")
+    object_store.write(f"{address}/part_of_an_upload", b"")
+    with remote_folder.opened(address) as folder:
+        assert sorted(path.name for path in folder.iterdir()) == [".x.partial", "b", "best"]
+        (folder / "best/a").unlink()
+    assert not folder.exists()
+    assert contents("run").keys() == {"b", "part_of_an_upload", remote_folder.MANIFEST}
+    with remote_folder.opened(address) as folder:
+        assert [path.name for path in folder.iterdir()] == ["b"]
+
+
+def test_another_machine_has_precedence(s3):
+    address = f"s3://{BUCKET}/run"
+    with pytest.raises(KeyError), remote_folder.opened(address) as folder:
+        write_and_fail(folder)
+    object_store.write(f"{address}/c", b"of another machine")
+    object_store.write(f"{address}/{remote_folder.MANIFEST}", b'["c"]')
+    with remote_folder.opened(address) as folder:
+        assert [path.name for path in folder.iterdir()] == ["c"]
