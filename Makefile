@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-stam test test-full test-mutation lint format
+.PHONY: demo demo-stam test test-full test-mutation test-remote lint format
 
 demo: $(VENV)/.run-installed
 	$(RUN) main.py --config configs/motion.py --workdir runs/motion
@@ -20,6 +20,9 @@ test-full: $(VENV)/.dev-installed
 
 test-mutation: $(VENV)/.mutation-installed
 	$(RUN) -m tests.mutation $(MODULES)
+
+test-remote: .venv-remote/.installed
+	.venv-remote/bin/python -m pytest -n 0 tests/test_s3.py
 
 lint: $(VENV)/.dev-installed
 	$(RUN) -m ruff check .
@@ -44,6 +47,13 @@ $(VENV)/.dev-installed: requirements-dev.txt $(VENV)/.run-installed
 $(VENV)/.mutation-installed: requirements-mutation.txt $(VENV)/.dev-installed
 	@echo "installing requirements-mutation.txt into $(VENV)"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-mutation.txt
+	@touch $@
+
+# s3fs and moto have many requirements, so they have an environment of their own.
+.venv-remote/.installed: requirements-remote.txt requirements-dev.txt requirements.txt
+	@echo "installing requirements-remote.txt into .venv-remote"
+	@$(PYTHON) -m venv .venv-remote
+	@.venv-remote/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 $(RUN):

@@ -25,9 +25,7 @@ class Faults:
         forbidden: Whether all requests are answered with 403.
     """
 
-    def __init__(
-        self, app: Callable, reset_share: float, slow_share: float, slow_seconds: float = 0.5
-    ):
+    def __init__(self, app: Callable, reset_share: float, slow_share: float, slow_seconds: float):
         self._app, self._rng = app, random.Random(0)
         self._shares, self._slow_seconds = (reset_share, slow_share), slow_seconds
         self.requests = self.resets = 0
@@ -52,13 +50,19 @@ class Faults:
 
 
 @contextlib.contextmanager
-def serve(reset_share: float = 0.0, slow_share: float = 0.0) -> Iterator[tuple[str, Faults]]:
-    """Run the server in threads of this process; yield its address and its faults."""
+def serve(
+    reset_share: float = 0.0, slow_share: float = 0.0, slow_seconds: float = 0.5
+) -> Iterator[tuple[str, Faults]]:
+    """Run the server in threads of this process; yield its address and its faults.
+
+    Arguments: `Faults`.
+    """
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
-    faults = Faults(DomainDispatcherApplication(create_backend_app), reset_share, slow_share)
+    app = DomainDispatcherApplication(create_backend_app)
+    faults = Faults(app, reset_share, slow_share, slow_seconds)
     server = make_server("127.0.0.1", 0, faults, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jaxvid import parsers
+from jaxvid import parsers, remote
 from jaxvid.atomic import format_json, write_file
 from jaxvid.data.check import (
     SOME_BROKEN,
@@ -221,6 +221,8 @@ def prepare(
         InputError: The input is invalid; the output folder cannot be written, contains something
             else or is being written by another run of this job; or no video can be read.
     """
+    if remote.is_remote(output):
+        raise InputError(f"{output}: must be a local folder; copy the finished pack")
     output, skipped = Path(output), Skipped()
     records, labels = gather(inputs, prefix, skipped=skipped)
     note_skipped(skipped)
