@@ -6,8 +6,8 @@ python benchmarks/remote.py --latency_ms 20   every request takes at least 20 ms
 It needs s3fs and moto (`make test-remote` installs them into .venv-remote). The server is a process
 of its own, which uses the same CPU cores. In every round, the same batches are loaded from the
 local disk, from the server with an empty cache (cold), and from the server with a full cache
-(warm). The benchmark prints clips per second of wall time, the median of the paired ratios to the
-local disk, and the bytes and requests of a cold round.
+(warm). The benchmark prints clips per second of wall time and the median of the paired ratios to
+the local disk.
 """
 
 import argparse
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from absl import flags
 
-from benchmarks.data import SPEC, write_video
+from benchmarks.data import TRAIN_SPECS, write_video
 from jaxvid import object_store
 from jaxvid.data.formats.pack_writer import Settings
 from jaxvid.data.pipeline import make_train_iter
@@ -66,7 +66,7 @@ def clips_per_second(folder: str, source: str, cache: Path, args: argparse.Names
     records = open_dataset(data, 1, ("train",)).records["train"]
     iterator = make_train_iter(
         records,
-        spec=SPEC,
+        spec=TRAIN_SPECS["multi-scale crop, flip"],
         batch_size=args.batch,
         order=VideoOrder(seed=0),
         num_threads=args.threads,
@@ -121,32 +121,24 @@ def main() -> None:
     parser.add_argument("--latency_ms", type=float, default=0, help="delay of every request")
     args = parser.parse_args()
     flags.FLAGS.mark_as_parsed()  # worker processes need it
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(args.latency_ms / 1e3)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            endpoint = server.stdout.readline().strip()
-            if not endpoint:
-                sys.exit("the server does not start; install s3fs and moto[server]")
-            os.environ |= {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
-            os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
-            urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT"))
-            make_folder(folder / "videos", args.videos, args.different)
-            # moto copies the whole object for each range, so files are kept small.
-            settings = Settings(clips_per_file=2)
-            prepare([folder / "videos"], folder / "pack", settings, workers=2)
-            print(f"{args.videos} videos, {args.threads} threads, {args.workers} workers")
-            compare("folder", folder / "videos", args, folder / "cache")
-            compare("pack", folder / "pack", args, folder / "cache")
-        finally:
-            server.stdin.close()
-            server.wait()
+    command = [sys.executable, "-c", SERVER, str(args.latency_ms / 1e3)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}  # it ends when stdin is closed
+    with (
+        tempfile.TemporaryDirectory() as name,
+        subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as server,
+    ):
+        folder, endpoint = Path(name), server.stdout.readline().strip()
+        if not endpoint:
+            sys.exit("the server does not start; install s3fs and moto[server]")
+        os.environ |= {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
+        os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT")).close()
+        make_folder(folder / "videos", args.videos, args.different)
+        # moto copies the whole object for each range, so files are kept small.
+        prepare([folder / "videos"], folder / "pack", Settings(clips_per_file=2), workers=2)
+        print(f"{args.videos} videos, {args.threads} threads, {args.workers} workers")
+        compare("folder", folder / "videos", args, folder / "cache")
+        compare("pack", folder / "pack", args, folder / "cache")
 
 
 if __name__ == "__main__":

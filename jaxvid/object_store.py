@@ -85,7 +85,8 @@ def info(address: str) -> ObjectInfo | None:
         found = call(address, lambda fs, path: fs.info(path, **_refresh(fs)))
     except FileNotFoundError:
         return None
-    return None if found["type"] == "directory" else _to_info(found)
+    is_index = address.startswith("http") and "html" in str(found.get("mimetype"))
+    return None if found["type"] == "directory" or is_index else _to_info(found)
 
 
 def find(address: str) -> dict[str, ObjectInfo]:

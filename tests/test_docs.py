@@ -57,8 +57,9 @@ NOT_RUN = {
     r"python -m jaxvid probe ": "needs scikit-learn, an optional package; "
     "tests/evaluation/test_probing.py runs the program if it is installed",
     r"(python|jaxvid) .*(gs|s3)://": "needs an object store; tests/test_s3.py runs a server",
-    r"python benchmarks/(forward|data|train|windows|remote)\.py": "takes minutes and an idle machine; "
+    r"python benchmarks/(forward|data|train|windows)\.py": "takes minutes and an idle machine; "
     "tests/test_benchmarks.py runs them on small input",
+    r"python benchmarks/remote\.py": "needs s3fs and moto; tests/test_s3.py runs it on small input",
     r"python -m benchmarks\.gpu ": "takes minutes and a GPU; tests/test_benchmarks.py runs it on "
     "a CPU with tiny sizes",
     r"python -m tests\.mutation ": "needs mutmut and takes minutes",

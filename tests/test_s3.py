@@ -9,10 +9,13 @@ import os
 import shutil
 import signal
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from benchmarks import remote as remote_benchmark
 from jaxvid import object_store, remote_folder
 from jaxvid.atomic import check_output, output_path, write_json
 from jaxvid.data.clips.clip import ClipSpec, load_train_clip
@@ -23,6 +26,7 @@ from jaxvid.data.sources import DatasetConfig, open_dataset
 from jaxvid.data.video_order import VideoOrder
 from jaxvid.errors import InputError
 from jaxvid.evaluate import evaluate
+from jaxvid.inference.video_writer import write_h264
 from jaxvid.train import train
 from tests.conftest import shrunk_config
 from tests.s3_server import serve
@@ -32,6 +36,10 @@ pytest.importorskip("moto.server", reason="moto is not installed; run make test-
 
 SPEC = ClipSpec(num_frames=4, crop=56, short_side=64, train_short_side=(64, 64))
 BUCKET = "bucket"
+VARIABLES = (
+    *("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"),
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+)
 
 
 @pytest.fixture
@@ -41,9 +49,7 @@ def s3(tmp_path, monkeypatch):
     The bucket `BUCKET` is empty. Requests are repeated without waiting.
     """
     with serve(reset_share=0.05, slow_share=0.01) as (endpoint, faults):
-        variables = {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
-        variables |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
-        for name, value in variables.items():
+        for name, value in zip(VARIABLES, (endpoint, "us-east-1", "key", "secret"), strict=True):
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("JAXVID_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(object_store, "BACKOFF", 0.0)
@@ -211,3 +217,19 @@ def test_another_machine_has_precedence(s3):
     object_store.write(f"{address}/{remote_folder.MANIFEST}", b'["c"]')
     with remote_folder.opened(address) as folder:
         assert [path.name for path in folder.iterdir()] == ["c"]
+
+
+def write_noise(path, *_, seed):
+    frames = np.random.default_rng(seed).integers(0, 255, (20, 64, 64, 3), np.uint8)
+    write_h264(path, map(Image.fromarray, frames), Fraction(10), options={})
+
+
+def test_the_benchmark_runs_on_small_input(capsys, monkeypatch):
+    for name in VARIABLES:  # the benchmark sets them
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(remote_benchmark, "write_video", write_noise)
+    monkeypatch.setattr("sys.argv", ["remote.py", "--videos", "4", "--rounds", "1", "--batch", "2"])
+    remote_benchmark.main()
+    lines = capsys.readouterr().out
+    assert lines.count("clips/s") == 6
+    assert lines.count("× local") == 4
