@@ -146,6 +146,8 @@ def read_ranges(address: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         failure = None
         for i, part in zip(missing, read, strict=True):
             start, stop = ranges[i]
+            if isinstance(part, bytes) and len(part) > stop - start:
+                part = part[start:stop]  # a web server without range requests sends the whole file
             if not isinstance(part, bytes):
                 failure = part
             elif len(part) != stop - start:
@@ -267,8 +269,6 @@ def call(address: str, function: Callable[[fsspec.AbstractFileSystem, str], Any]
         try:
             fs, path = fsspec.core.url_to_fs(address)
             return function(fs, path)
-        except FileNotFoundError:
-            raise
         except ImportError as error:
             scheme = address.partition("://")[0]
             raise InputError(
@@ -276,8 +276,11 @@ def call(address: str, function: Callable[[fsspec.AbstractFileSystem, str], Any]
                 f"{SCHEMES[scheme]}"
             ) from None
         except Exception as error:  # each client has exceptions of its own
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            if isinstance(error, _PERMANENT) or any(
+            cause = _cause(address, error)
+            if isinstance(cause, FileNotFoundError):
+                raise
+            reason = f"{type(cause).__name__}: {one_line(cause)}"
+            if isinstance(cause, _PERMANENT) or any(
                 word in reason.lower() for word in _PERMANENT_WORDS
             ):
                 raise InputError(
@@ -291,6 +294,17 @@ def call(address: str, function: Callable[[fsspec.AbstractFileSystem, str], Any]
         f"{address}: {ATTEMPTS} requests failed, the last with {reason}; check the network and the "
         "endpoint, then run the same command again"
     )
+
+
+def _cause(address: str, error: Exception) -> BaseException:
+    """Return the cause of a FileNotFoundError that is due to a connection to a web server.
+
+    fsspec raises it for every problem of such a connection. Other errors are returned unchanged.
+    """
+    cause = error.__cause__
+    is_missing = cause is None or getattr(cause, "status", None) in (404, 410)
+    is_hidden = address.startswith("http") and isinstance(error, FileNotFoundError)
+    return cause if is_hidden and not is_missing else error
 
 
 def _has_buckets(address: str) -> bool:
