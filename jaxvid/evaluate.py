@@ -180,9 +180,10 @@ def _load_folder(experiment: Experiment, _: Path, mesh: Mesh) -> Weights:
         there="in the model card",
         here="now",
     )
-    _log_source(str(folder), experiment, changed)
+    source = with_addresses(str(folder))
+    _log_source(source, experiment, changed)
     return Weights(
-        params=params, source=str(folder), experiment=experiment, card=card, card_folder=folder
+        params=params, source=source, experiment=experiment, card=card, card_folder=folder
     )
 
 
