@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import os
 import struct
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from jaxvid.object_store import ObjectInfo
 BLOCK = 2**16  # bytes; the blocks of Riegeli files have the same size and alignment
 MAX_GAP = 2**16  # two ranges with a smaller gap between them are read with one request
 MAX_RANGE = 2**23  # bytes per request
+MAX_RANGES = 16  # ranges that are read at the same time, and are in memory
 FREE_SHARE = 0.1  # share of the cache that is freed when it is full
 TOUCH_SECONDS = 60  # accuracy of the time of the last use
 DEFAULT_GB = 20.0
@@ -94,10 +96,35 @@ def place(path: Path, info: ObjectInfo) -> None:
                 os.truncate(path, info.size)
             os.utime(path, ns=(status.st_atime_ns, info.stamp))
     except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
+        _create(path, info)
+
+
+def _create(path: Path, info: ObjectInfo) -> None:
+    """Create a sparse file, unless another thread or process has created it.
+
+    The caller may hold a shared lock, so none is acquired here. Other threads see the file only
+    with its stamp.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        with open(partial, "wb") as file:
             file.truncate(info.size)
-        os.utime(path, ns=(time.time_ns(), info.stamp))
+        os.utime(partial, ns=(time.time_ns(), info.stamp))
+        # The state of a deleted file. Losing marks of blocks is safe: they are read again.
+        with contextlib.suppress(FileNotFoundError):
+            os.truncate(_state_path(path), 0)
+        with contextlib.suppress(FileExistsError):
+            os.link(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a copy whose object does not exist any more, unless a reader holds it."""
+    with contextlib.suppress(BlockingIOError), _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as file:
+        os.ftruncate(file, 0)
+        path.unlink(missing_ok=True)
 
 
 def _read_stamp(state: int) -> int | None:
@@ -179,11 +206,13 @@ class Pinned:
             if time.time_ns() - status.st_atime_ns > TOUCH_SECONDS * 10**9:
                 os.utime(self._path, ns=(time.time_ns(), self._stamp()))
             return
-        data = object_store.read_ranges(self._address, missing)
-        try:
-            self._store(missing, data)
-        except OSError as error:
-            raise _not_written(self._path, error) from None
+        for i in range(0, len(missing), MAX_RANGES):
+            ranges = missing[i : i + MAX_RANGES]
+            data = object_store.read_ranges(self._address, ranges)
+            try:
+                self._store(ranges, data)
+            except OSError as error:
+                raise _not_written(self._path, error) from None
 
     def _missing(self, ranges: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
         """Return the ranges of the missing blocks, joined and ascending."""

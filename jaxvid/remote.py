@@ -122,7 +122,7 @@ def _copy_label_files(address: str, folder: Path) -> None:
         if info := object_store.info(f"{address}/{name}"):
             _copy_file(f"{address}/{name}", folder / name, info, complete=True)
         else:
-            (folder / name).unlink(missing_ok=True)
+            block_cache.remove(folder / name)
 
 
 def _copy_folder(
@@ -133,7 +133,7 @@ def _copy_folder(
         for name in names:
             path = Path(parent, name)
             if str(path.relative_to(folder)) not in found and not name.endswith(".partial"):
-                path.unlink(missing_ok=True)
+                block_cache.remove(path)
 
     def copy(name: str) -> None:
         is_text = name.endswith(TEXT_SUFFIXES) and os.path.dirname(name) in ("", *TEXT_FOLDERS)

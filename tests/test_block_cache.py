@@ -1,5 +1,7 @@
 """Tests of jaxvid/block_cache.py on fsspec's memory file system."""
 
+import concurrent.futures
+import functools
 import os
 
 import fsspec
@@ -95,6 +97,33 @@ def test_an_unknown_object_is_looked_up(store):
     assert path.read_bytes() == data
     with pytest.raises(FileNotFoundError):
         fetch(path.with_name("none"))
+
+
+def test_a_deleted_copy_is_read_again(store):
+    for delete in (block_cache.remove, os.unlink):
+        path, data = store.put("a", 2)
+        fetch(path)
+        delete(path)
+        path, data = store.put("a", 2)
+        fetch(path)
+        assert path.read_bytes() == data
+        fetch(path)
+        os.unlink(path)
+        fetch(path)  # looked up
+        assert path.read_bytes() == data
+    with Pinned(path):
+        block_cache.remove(path)
+    assert path.exists()
+
+
+def test_threads_share_a_new_file(store):
+    path, data = store.put("a", 40)
+    for _ in range(10):
+        block_cache.remove(path)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            parts = [(i * BLOCK, (i + 2) * BLOCK) for i in range(0, 40, 2)]
+            list(pool.map(functools.partial(fetch, path), parts))
+        assert path.read_bytes() == data
 
 
 def test_the_least_recently_used_files_are_freed(store):
