@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import remote as remote_benchmark
-from jaxvid import object_store, remote_folder
+from jaxvid import object_store
 from jaxvid.atomic import check_output, output_path, write_json
 from jaxvid.data.clips.clip import ClipSpec, load_train_clip
 from jaxvid.data.formats.pack_writer import Settings
@@ -184,40 +184,6 @@ def test_refusals_are_one_line(s3, tmp_path):
             assert "\n" not in str(refusal.value)
     finally:
         s3.forbidden = False
-
-
-def write_and_fail(folder):
-    (folder / "best").mkdir()
-    (folder / "best/a").write_text("first")
-    (folder / ".x.partial").write_text("unfinished")
-    raise KeyError
-
-
-def test_a_workdir_is_uploaded_if_the_program_fails(s3):
-    address = f"s3://{BUCKET}/run"
-    with pytest.raises(KeyError), remote_folder.opened(address) as folder:
-        write_and_fail(folder)
-    assert contents("run").keys() == {"best/a", remote_folder.MANIFEST}
-    # The local copy is newer: the process was killed before it uploaded this file.
-    (folder / "b").write_text("second")
-    object_store.write(f"{address}/part_of_an_upload", b"")
-    with remote_folder.opened(address) as folder:
-        assert sorted(path.name for path in folder.iterdir()) == [".x.partial", "b", "best"]
-        (folder / "best/a").unlink()
-    assert not folder.exists()
-    assert contents("run").keys() == {"b", "part_of_an_upload", remote_folder.MANIFEST}
-    with remote_folder.opened(address) as folder:
-        assert [path.name for path in folder.iterdir()] == ["b"]
-
-
-def test_another_machine_has_precedence(s3):
-    address = f"s3://{BUCKET}/run"
-    with pytest.raises(KeyError), remote_folder.opened(address) as folder:
-        write_and_fail(folder)
-    object_store.write(f"{address}/c", b"of another machine")
-    object_store.write(f"{address}/{remote_folder.MANIFEST}", b'["c"]')
-    with remote_folder.opened(address) as folder:
-        assert [path.name for path in folder.iterdir()] == ["c"]
 
 
 def write_noise(path, *_, seed):
