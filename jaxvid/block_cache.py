@@ -137,8 +137,11 @@ def _read_stamp(state: int) -> int | None:
 def _locked(path: Path, kind: int) -> Iterator[int]:
     """Open and lock the state file of a copy; yield its descriptor."""
     state = _state_path(path)
-    state.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(state, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        descriptor = os.open(state, os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:
+        state.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(state, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, kind)
         yield descriptor

@@ -28,11 +28,14 @@ MAX_WAIT = 20.0  # maximum seconds between two attempts
 MAX_WRITE = 2**26  # bytes that are written with one request
 MAX_REQUESTS = 16  # concurrent requests of one call
 
+# Scheme → options of its client, in seconds. A connection without data is closed and made again.
+_OPTIONS = {"s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 20}}}
+
 # `Path` replaces `//` by `/`.
 _ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}(?=[^/])")
 # Errors that another attempt cannot repair. FileNotFoundError is raised unchanged.
 _PERMANENT = (ImportError, PermissionError, TypeError, NotImplementedError, IsADirectoryError)
-_PERMANENT_WORDS = ("credential", "forbidden", "denied", "unauthorized")
+_PERMANENT_WORDS = ("credential", "forbidden", "denied", "unauthorized", "not valid", "invalid")
 # Keys of fsspec's file information that identify the version of a file, in order of preference.
 _VERSIONS = (
     *("ETag", "etag", "md5Hash", "crc32c", "Content-MD5", "Digest"),
@@ -265,12 +268,12 @@ def call(address: str, function: Callable[[fsspec.AbstractFileSystem, str], Any]
         FileNotFoundError: Raised by `function`.
         InputError: The client is not installed, access is refused, or all attempts failed.
     """
+    scheme = address.partition("://")[0]
     for attempt in range(ATTEMPTS):
         try:
-            fs, path = fsspec.core.url_to_fs(address)
+            fs, path = fsspec.core.url_to_fs(address, **_OPTIONS.get(scheme, {}))
             return function(fs, path)
         except ImportError as error:
-            scheme = address.partition("://")[0]
             raise InputError(
                 f"{address}: needs {SCHEMES[scheme]} ({one_line(error)}); pip install "
                 f"{SCHEMES[scheme]}"

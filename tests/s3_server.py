@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import random
 import socket
 import struct
@@ -40,9 +41,10 @@ class Faults:
         if draw < self._shares[0]:
             self.resets += 1
             connection = environ["werkzeug.socket"]
-            # Closing a socket with this option sends a reset.
+            # Closing a socket with this option sends a reset. `socket.close` would not close it,
+            # because the server's file objects share it.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.close()
+            os.close(connection.detach())
             raise ConnectionResetError
         if draw < sum(self._shares):
             time.sleep(self._slow_seconds)
@@ -64,6 +66,7 @@ def serve(
     app = DomainDispatcherApplication(create_backend_app)
     faults = Faults(app, reset_share, slow_share, slow_seconds)
     server = make_server("127.0.0.1", 0, faults, threaded=True)
+    server.handle_error = lambda *_: None  # a handler fails if its connection was reset
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
