@@ -6,8 +6,8 @@ python benchmarks/remote.py --latency_ms 20   every request takes at least 20 ms
 It needs s3fs and moto (`make test-remote` installs them into .venv-remote). The server is a process
 of its own, which uses the same CPU cores. In every round, the same batches are loaded from the
 local disk, from the server with an empty cache (cold), and from the server with a full cache
-(warm). The benchmark prints clips per second of wall time and the median of the paired ratios to
-the local disk.
+(warm). The benchmark prints clips per second of wall time, the median of the paired ratios to the
+local disk, and the CPU time per clip of the process that trains, without that of the server.
 """
 
 import argparse
@@ -60,8 +60,12 @@ def make_folder(folder: Path, num_videos: int, num_different: int) -> None:
     (folder / "train.csv").write_text("".join(f"{i}.mp4 0\n" for i in range(num_videos)))
 
 
-def clips_per_second(folder: str, source: str, cache: Path, args: argparse.Namespace) -> float:
-    """Return the rate at which the batches of two epochs are loaded, without opening the data."""
+def measure(folder: str, source: str, cache: Path, args: argparse.Namespace) -> tuple[float, float]:
+    """Load the batches of a few epochs; opening the data set is not measured.
+
+    Returns:
+        Clips per second, and CPU time of this process per clip in milliseconds, with its threads.
+    """
     data = DatasetConfig(source=source, folder=folder, cache_dir=str(cache))
     records = open_dataset(data, 1, ("train",)).records["train"]
     iterator = make_train_iter(
@@ -73,12 +77,13 @@ def clips_per_second(folder: str, source: str, cache: Path, args: argparse.Names
         num_workers=args.workers,
     )
     num_batches = args.epochs * len(records) // args.batch
-    start = time.perf_counter()
+    num_clips = num_batches * args.batch
+    start, cpu = time.perf_counter(), time.process_time()
     for _ in range(num_batches):
         next(iterator)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     iterator.close()
-    return num_batches * args.batch / seconds
+    return num_clips / seconds, cpu / num_clips * 1e3
 
 
 def compare(source: str, local: Path, args: argparse.Namespace, cache: Path) -> None:
@@ -87,19 +92,22 @@ def compare(source: str, local: Path, args: argparse.Namespace, cache: Path) -> 
     for path in local.rglob("*"):
         if path.is_file():
             object_store.upload(path, f"{address}/{path.relative_to(local)}")
-    rates = {"local": [], "cold": [], "warm": []}
+    folders = {"local": str(local), "cold": address, "warm": address}
+    measured = {name: [] for name in folders}
     for _ in range(args.rounds):
         shutil.rmtree(cache, ignore_errors=True)
-        rates["local"].append(clips_per_second(str(local), source, cache, args))
-        rates["cold"].append(clips_per_second(address, source, cache, args))
-        rates["warm"].append(clips_per_second(address, source, cache, args))
+        for name, folder in folders.items():
+            measured[name].append(measure(folder, source, cache, args))
     used = sum(path.stat().st_blocks * 512 for path in cache.rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in local.rglob("*") if path.is_file())
     print(f"\n{source}: {size / 1e6:.1f} MB, {used / 1e6:.1f} MB in the cache")
-    for name, values in rates.items():
-        line = f"{name:6} {statistics.median(values):7.1f} clips/s"
+    for name, values in measured.items():
+        rates, times = zip(*values, strict=True)
+        line = f"{name:6} {statistics.median(rates):7.1f} clips/s"
+        line += f" {statistics.median(times):6.1f} ms of CPU time per clip"
         if name in GOALS:
-            ratios = [a / b for a, b in zip(values, rates["local"], strict=True)]
+            pairs = zip(rates, measured["local"], strict=True)
+            ratios = [rate / local for rate, (local, _) in pairs]
             line += f"   {statistics.median(ratios):.2f} × local"
             line += f" ({min(ratios):.2f} to {max(ratios):.2f}; goal {GOALS[name]})"
         print(line, flush=True)
