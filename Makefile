@@ -50,7 +50,7 @@ $(VENV)/.mutation-installed: requirements-mutation.txt $(VENV)/.dev-installed
 	@touch $@
 
 # s3fs and moto have many requirements, so they have an environment of their own.
-.venv-remote/.installed: requirements-remote.txt requirements-dev.txt requirements.txt
+.venv-remote/.installed: requirements-remote.txt requirements.txt
 	@echo "installing requirements-remote.txt into .venv-remote"
 	@$(PYTHON) -m venv .venv-remote
 	@.venv-remote/bin/python -m pip install --quiet --disable-pip-version-check -r $<

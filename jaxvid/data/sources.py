@@ -49,13 +49,12 @@ class DatasetConfig:
             into splits; 0: off. See `ValidationSplit`.
         group: Regular expression; videos with the same match are in the same split.
         missing: Missing files in lists: `error` refuses them, `keep` counts them as decode errors.
-        skip_broken: Whether to leave out training videos that are known to be missing or broken,
-            and to continue if more cannot be decoded. In the other splits, missing and broken
-            videos remain listed and count as wrong.
+        skip_broken: Whether to leave out missing and broken training videos, and to continue if
+            more cannot be decoded. In the other splits, they remain listed and count as wrong.
         color_matrix: Conversion to RGB: `tagged`, `bt601`, or `auto`: that of the model card, or
             `tagged` without a card.
         multi_label: Whether videos have any number of classes.
-        cache_dir: Cache folder of remote files; empty: the default. `cache_gb` limits its size.
+        cache_dir: Cache folder of remote files; empty: the default. `cache_gb` is its limit.
         motion: For `source="motion"`: `num_train`, `num_val` and `seed` of the clips to generate.
 
     Raises:
