@@ -48,6 +48,7 @@ async function readEvents(response, onEvent) {
 }
 
 function askForToken() {
+  if (token) showProblem("The server refused the token.");
   token = "";
   $("token-form").hidden = false;
   $("token").focus();
@@ -86,8 +87,8 @@ async function classify(source, windows = {}) {
   showProblem();
   showPlayer(source);
   showUse(source);
-  const limit = results.limits?.upload_bytes;
-  if (source.blob && limit && source.blob.size > limit) {
+  const limit = [...results.cards.values()][0].limits.upload_bytes;
+  if (source.blob && source.blob.size > limit) {
     setStatus("");
     showProblem(`${source.name} has ${megabytes(source.blob.size)}; the server accepts at most ${megabytes(limit)}.`);
     return;
@@ -113,7 +114,6 @@ async function explain(model, run) {
       if (name === "error") throw new RequestError(data.status, data.message, false);
       if (name === "done") complete = true;
       else addEvent(model, name, data);
-      if (name === "info") showInfo(data);
       if (name === "prediction") setStatus(summary(), true);
       if (name === "plan") showWindowForm(data);
     });
@@ -131,8 +131,6 @@ function summary() {
   });
   return best.length ? `Most likely: ${best.join(", ")}` : "";
 }
-
-const megabytes = (bytes) => (bytes < 1e6 ? `${Math.max(1, Math.round(bytes / 1e3))} kB` : `${(bytes / 1e6).toFixed(1)} MB`);
 
 // ------------------------------------------------------------------ player
 const video = $("video");
@@ -156,12 +154,6 @@ for (const event of ["timeupdate", "seeked"]) {
   video.addEventListener(event, () => { if (!video.paused || !$("chart").matches(":hover")) showTime(video.currentTime); });
 }
 results.isPlaying = () => !video.paused;
-
-function showInfo({ width, height, seconds, frames, fps, bytes }) {
-  const facts = [`${width} × ${height} px`, ...(seconds === null ? [] : [clock(seconds)]), many(frames, "frame"),
-    ...(fps ? [`${+fps.toFixed(2)} frames/s`] : []), megabytes(bytes)];
-  $("facts").textContent = facts.join(" · ");
-}
 
 // ------------------------------------------------------------------ windows of the timeline
 const seconds = (id) => el("input", { type: "number", id, class: "short", min: 0.1, step: "any", required: "" });
@@ -209,9 +201,9 @@ $("url-form").addEventListener("submit", (event) => {
   classify({ name: new URL(url).pathname.split("/").pop() || url, url });
 });
 
-async function showSamples() {
-  const samples = await (await request("v1/samples")).json();
+function showSamples(samples, note) {
   $("samples").hidden = !samples.length;
+  $("samples-note").textContent = note;
   $("sample-list").replaceChildren(...samples.map((sample) => {
     const clip = el("video", { src: sample.url, muted: "", loop: "", playsinline: "", preload: "auto", "aria-hidden": "true", tabindex: -1 });
     clip.muted = true;
@@ -302,17 +294,16 @@ function showModels(cards) {
 
 async function start() {
   try {
-    const cards = await (await request("v1/model")).json();
+    const { cards, samples, samples_note: note, allow_urls: allowUrls } = await (await request("v1/page")).json();
     sessionStorage.setItem("token", token);
-    results.limits = cards[0].limits;
+    showProblem();
     showModels(cards);
     setCards(cards);
-    $("url-form").hidden = !results.limits?.allow_urls;
+    $("url-form").hidden = !allowUrls;
+    showSamples(samples, note);
     $("input").hidden = false;
-    await showSamples();
   } catch (error) {
-    $("input").hidden = false;
-    showProblem(error.message, error.retryable && start);
+    if (error.status !== 401) showProblem(error.message, error.retryable && start);
   }
 }
 start();

@@ -20,6 +20,7 @@ const bdi = (words) => el("bdi", {}, words); // keeps a right-to-left name from 
 
 const percent = (probability) => `${(100 * probability).toFixed(1)} %`;
 const many = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+const megabytes = (bytes) => (bytes < 1e6 ? `${Math.max(1, Math.round(bytes / 1e3))} kB` : `${(bytes / 1e6).toFixed(1)} MB`);
 function clock(seconds) {
   if (seconds < 60) return `${seconds.toFixed(2)} s`;
   const minutes = Math.floor(seconds / 60);
@@ -51,9 +52,10 @@ function addEvent(model, name, data) {
   const run = results.runs.get(model);
   if (name === "window") run.windows.push(data);
   else run[name] = data;
-  if (["prediction", "warnings"].includes(name)) drawPredictions();
+  if (name === "info") $("facts").textContent = describeInfo(data);
+  if (name === "prediction") drawPredictions();
   if (["frames", "attention"].includes(name)) drawFrames();
-  if (["plan", "window", "info"].includes(name)) drawTimelineSoon();
+  if (["plan", "window"].includes(name)) drawTimelineSoon();
 }
 
 // ------------------------------------------------------------------ radio buttons and check boxes
@@ -68,6 +70,11 @@ function modelChoice(id, onChange) {
   const focused = fieldset.contains(document.activeElement);
   fieldset.replaceChildren(fieldset.querySelector("legend"), ...options);
   if (focused) fieldset.querySelector(":checked").focus();
+}
+
+function describeInfo({ width, height, seconds, frames, fps, bytes }) {
+  return [`${width} × ${height} px`, ...(seconds === null ? [] : [clock(seconds)]), many(frames, "frame"),
+    ...(fps ? [`${+fps.toFixed(2)} frames/s`] : []), megabytes(bytes)].join(" · ");
 }
 
 // ------------------------------------------------------------------ classes
@@ -87,12 +94,11 @@ function describeTiming({ seconds }) {
 function drawPrediction(model, run) {
   const parts = [];
   if (results.runs.size > 1) parts.push(el("h3", {}, bdi(model)));
-  for (const message of run.warnings ?? []) parts.push(el("p", { class: "warning" }, message));
-  if (run.error) parts.push(el("p", { class: "failure" }, run.error.message));
+  for (const message of run.prediction?.warnings ?? []) parts.push(el("p", { class: "warning" }, message));
   if (run.prediction) {
     const list = el("ol", { class: "bars", "aria-label": `Most likely classes by ${model}` });
     parts.push(barList(list, run.prediction.top), el("p", { class: "small soft" }, describeTiming(run.prediction)));
-  } else if (!run.error) parts.push(el("p", { class: "soft" }, "…"));
+  }
   return el("div", {}, ...parts);
 }
 
@@ -171,7 +177,7 @@ function drawPicture(frame, i, run, peak) {
   const picture = seekable
     ? el("button", { type: "button", class: "picture", title: `Show ${time} in the player`, onclick: () => selectTime(frame.time) }, ...layers)
     : el("div", { class: "picture" }, ...layers);
-  const caption = [el("span", {}, time || words), el("span", { class: "soft" }, time && ` ${frame.index}`)];
+  const caption = time ? [time, el("span", { class: "soft" }, ` · frame ${frame.index}`)] : [words];
   return el("figure", {}, picture, el("figcaption", {}, el("div", {}, ...caption), ...drawWeight(attention, i)));
 }
 
@@ -253,8 +259,8 @@ function chartFrame(svg, length) {
     draw("line", { x1: x(0), x2: x(length), y1: y(share), y2: y(share), stroke: share ? "var(--line)" : "var(--edge)" }),
     text(edge.left - 6, y(share) + 4, 100 * share, "end")]);
   const times = ticks(length, wide / 110).map((time) => text(x(time), high - 22, time));
-  svg.replaceChildren(...grid, ...times, text(edge.left, high - 4, "seconds", "start"),
-    text(edge.left - 6, high - edge.bottom + 20, "top", "end"));
+  svg.replaceChildren(...grid, ...times, text((x(0) + x(length)) / 2, high - 4, "time (s)"),
+    text(edge.left - 6, high - edge.bottom + 20, "top-1", "end"));
   return { x, y, strip: { y: high - edge.bottom + 8, height: edge.strip }, bottom: high - edge.bottom + 8 + edge.strip };
 }
 
@@ -265,8 +271,8 @@ function drawTimeline() {
   modelChoice("timeline-model", () => { drawFrames(); drawTimeline(); });
   const { plan } = run, classes = mainClasses(windows);
   $("timeline-note").textContent = `Each window of ${clock(plan.window)} is classified like a separate video; a new one starts every `
-    + `${clock(plan.stride)}. ${windows.length < plan.count ? `${windows.length} of ${plan.count} windows` : many(plan.count, "window")}.`;
-  const svg = $("curves"), { x, y, strip, bottom } = chartFrame(svg, plan.length);
+    + `${clock(plan.stride)}. ${windows.length < plan.windows ? `${windows.length} of ${plan.windows} windows` : many(plan.windows, "window")}.`;
+  const svg = $("curves"), { x, y, strip, bottom } = chartFrame(svg, plan.seconds);
   classes.forEach((label, curve) => svg.append(...drawCurve(windows, label, curve, x, y)));
   windows.forEach((window, i) => {
     const from = i ? (middle(windows[i - 1]) + middle(window)) / 2 : window.start;
@@ -275,8 +281,9 @@ function drawTimeline() {
     svg.append(draw("rect", { x: x(from), width: Math.max(1, x(to) - x(from)), ...strip, fill: fillColour }));
   });
   svg.append(draw("line", { id: "cursor", y1: 0, y2: bottom, stroke: "var(--ink)", "stroke-width": 2 }));
-  $("legend").replaceChildren(...classes.map((label, curve) => el("li", {}, swatch(curve), bdi(label))));
-  $("chart").setAttribute("aria-valuemax", plan.length.toFixed(2));
+  const others = windows.some((window) => !classes.includes(window.top[0].label)) ? [el("li", {}, swatch(-1), "other classes")] : [];
+  $("legend").replaceChildren(...classes.map((label, curve) => el("li", {}, swatch(curve), bdi(label))), ...others);
+  $("chart").setAttribute("aria-valuemax", plan.seconds.toFixed(2));
   $("chart").setAttribute("aria-valuemin", 0);
   showTime(results.time);
 }
@@ -297,7 +304,7 @@ function showTime(time) {
   results.time = time;
   const windows = shownRun()?.windows ?? [];
   if ($("timeline").hidden || !windows.length || !axes) return;
-  const window = windows[windowAt(windows, time)], at = axes.x(Math.min(time, shownRun().plan.length));
+  const window = windows[windowAt(windows, time)], at = axes.x(Math.min(time, shownRun().plan.seconds));
   for (const end of ["x1", "x2"]) $("cursor")?.setAttribute(end, at);
   const top = window.top.slice(0, 5);
   $("moment").textContent = `At ${clock(time)}`;
@@ -314,7 +321,7 @@ function selectTime(time) {
 function watchChart() {
   const chart = $("chart");
   const timeAt = (event) => {
-    const length = shownRun()?.plan?.length ?? 0;
+    const length = shownRun()?.plan?.seconds ?? 0;
     return Math.min(length, Math.max(0, axes.time(event.clientX - chart.getBoundingClientRect().left)));
   };
   chart.addEventListener("pointermove", (event) => { if (axes && !results.isPlaying()) selectTime(timeAt(event)); });
@@ -339,19 +346,21 @@ function watchChart() {
 
 // ------------------------------------------------------------------ model cards
 function describeValue(value) {
-  if (value !== null && typeof value === "object") return el("code", {}, JSON.stringify(value));
-  return bdi(String(value));
+  if (typeof value === "number") return value.toLocaleString("en");
+  return typeof value === "object" ? el("code", {}, JSON.stringify(value)) : bdi(String(value));
 }
 
 function drawCard(card, open) {
   const facts = el("dl", { class: "facts" });
   const add = (term, ...about) => facts.append(el("dt", {}, term), el("dd", {}, ...about));
   const lines = (items) => el("ul", {}, ...items.map((item) => el("li", {}, item)));
-  add("Protocol", lines(card.protocol));
+  add("Protocol", lines(card.description));
   const names = card.labels.slice(0, 1000);
-  add("Classes", el("details", {}, el("summary", {}, many(card.labels.length, "class").replace("classs", "classes")),
+  add("Classes", el("details", {}, el("summary", {}, `${card.labels.length.toLocaleString("en")} classes`),
     el("ul", { tabindex: 0, "aria-label": "Classes" }, ...names.map((label) => el("li", {}, bdi(label))))));
-  for (const [group, title] of [["preprocessing", "Preprocessing"], ["provenance", "Provenance"], ["limits", "Limits of this server"]]) {
+  if (card.labels_source) add("Class names", bdi(card.labels_source));
+  add("Probabilities", card.activation === "sigmoid" ? "sigmoid: each class independently" : card.activation);
+  for (const [group, title] of [["provenance", "Provenance"], ["limits", "Limits of this server"]]) {
     const entries = Object.entries(card[group] ?? {}).filter(([, value]) => value !== null);
     if (entries.length) add(title, lines(entries.map(([name, value]) => el("span", {}, `${name.replaceAll("_", " ")}: `, describeValue(value)))));
   }
