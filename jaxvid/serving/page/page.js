@@ -156,10 +156,10 @@ for (const event of ["timeupdate", "seeked"]) {
 results.isPlaying = () => !video.paused;
 
 // ------------------------------------------------------------------ windows of the timeline
-const seconds = (id) => el("input", { type: "number", id, class: "short", min: 0.1, step: "any", required: "" });
+const secondsInput = (id, words) => el("label", { class: "row" }, words,
+  el("input", { type: "number", id, class: "short", min: 0.01, step: "any", required: "" }));
 const windowForm = el("form", { class: "row", hidden: "" },
-  el("label", { for: "window" }, "Window (s)"), seconds("window"),
-  el("label", { for: "stride" }, "stride (s)"), seconds("stride"), el("button", {}, "Apply"));
+  secondsInput("window", "Window (s)"), secondsInput("stride", "Stride (s)"), el("button", {}, "Apply"));
 $("timeline").append(windowForm);
 function showWindowForm({ window, stride }) {
   windowForm.hidden = false;

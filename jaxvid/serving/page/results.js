@@ -177,8 +177,8 @@ function drawPicture(frame, i, run, peak) {
   const picture = seekable
     ? el("button", { type: "button", class: "picture", title: `Show ${time} in the player`, onclick: () => selectTime(frame.time) }, ...layers)
     : el("div", { class: "picture" }, ...layers);
-  const caption = time ? [time, el("span", { class: "soft" }, ` · frame ${frame.index}`)] : [words];
-  return el("figure", {}, picture, el("figcaption", {}, el("div", {}, ...caption), ...drawWeight(attention, i)));
+  const caption = time ? [el("span", {}, time), el("span", { class: "soft" }, `frame ${frame.index}`)] : [words];
+  return el("figure", {}, picture, el("figcaption", {}, el("div", { class: "when" }, ...caption), ...drawWeight(attention, i)));
 }
 
 function drawWeight(attention, i) {
@@ -208,7 +208,7 @@ function drawFrames() {
 }
 
 // ------------------------------------------------------------------ timeline
-const MAX_CURVES = 6;
+const MAX_CURVES = 8;
 const colour = (curve) => (curve < 0 ? "var(--edge)" : `var(--curve-${curve})`);
 const middle = ({ start, end }) => (start + end) / 2;
 
@@ -345,7 +345,9 @@ function watchChart() {
 }
 
 // ------------------------------------------------------------------ model cards
-function describeValue(value) {
+function describeValue(name, value) {
+  if (name.endsWith("_bytes")) return megabytes(value);
+  if (name.endsWith("_seconds")) return `${value} s`;
   if (typeof value === "number") return value.toLocaleString("en");
   return typeof value === "object" ? el("code", {}, JSON.stringify(value)) : bdi(String(value));
 }
@@ -362,7 +364,7 @@ function drawCard(card, open) {
   add("Probabilities", card.activation === "sigmoid" ? "sigmoid: each class independently" : card.activation);
   for (const [group, title] of [["provenance", "Provenance"], ["limits", "Limits of this server"]]) {
     const entries = Object.entries(card[group] ?? {}).filter(([, value]) => value !== null);
-    if (entries.length) add(title, lines(entries.map(([name, value]) => el("span", {}, `${name.replaceAll("_", " ")}: `, describeValue(value)))));
+    if (entries.length) add(title, lines(entries.map(([name, value]) => el("span", {}, `${name.replace(/_(bytes|seconds)$/, "").replaceAll("_", " ")}: `, describeValue(name, value)))));
   }
   const details = el("details", {}, el("summary", {}, bdi(card.name)), facts);
   details.open = open;
