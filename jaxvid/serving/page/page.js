@@ -244,10 +244,9 @@ function showUse(source) {
 }
 
 function pythonExample(server, source) {
-  const text = (words) => JSON.stringify(words);
-  const secret = token ? ', token=os.environ["JAXVID_TOKEN"]' : "";
-  return [...(token ? ["import os", ""] : []), "import jaxvid", "", `client = jaxvid.Client(${text(server)}${secret})`,
-    `print(client.predict(${text(source.url ?? source.name)}, top_k=${TOP_K}))`].join("\n");
+  const secret = token ? "  # the token is in $JAXVID_TOKEN" : "";
+  return ["import jaxvid", "", `client = jaxvid.Client(${JSON.stringify(server)})${secret}`,
+    `print(client.predict(${JSON.stringify(source.url ?? source.name)}, top_k=${TOP_K}))`].join("\n");
 }
 
 for (const button of document.querySelectorAll("[data-copy]")) {
