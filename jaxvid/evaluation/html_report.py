@@ -23,6 +23,7 @@ from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.sources import Record
 from jaxvid.evaluation import metrics
 from jaxvid.evaluation.metrics import Results
+from jaxvid.html import embed_json
 
 TEMPLATE = Path(__file__).with_name("html_report.html")
 MAX_MISTAKES = 12
@@ -71,13 +72,9 @@ def make_page(data: dict) -> str:
     Args:
         data: The result of `page_data`, with `curves`.
     """
-    # Escape "</script" and "<!--", which would end or change the script element.
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
     name, value = ("top-1", data["top1"]) if "mAP" not in data else ("mAP", data["mAP"])
     title = f"{name} {value:.2f} % on {data['num_videos']} videos"
-    parts = {"{{title}}": title, "{{data}}": text}
+    parts = {"{{title}}": title, "{{data}}": embed_json(data)}
     template = TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"\{\{(title|data)\}\}", lambda match: parts[match[0]], template)
 

@@ -1,9 +1,10 @@
 """The routes of the API: predictions, features, timelines, model cards, health and metrics."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -13,7 +14,7 @@ from jaxvid.serving import decoder_tasks, query
 from jaxvid.serving.errors import RequestError
 from jaxvid.serving.event_stream import EventStream
 from jaxvid.serving.openapi import make_document
-from jaxvid.serving.served_model import Event
+from jaxvid.serving.served_model import Event, ServedModel
 from jaxvid.serving.service import Service, guard
 from jaxvid.serving.uploads import Upload
 
@@ -26,9 +27,38 @@ def service_of(request: Request) -> Service:
     return request.app.state.service
 
 
+async def classify(
+    request: Request,
+    model: ServedModel,
+    top_k: int | None,
+    decode: Callable[[Upload], Awaitable[dict[str, np.ndarray]]],
+    *,
+    max_parts: int = 1,
+) -> Response:
+    """Receive a video, and answer with its prediction.
+
+    Args:
+        request: The request.
+        model: The model.
+        top_k: Number of classes; None: `TOP_K`.
+        decode: Returns the clips of an upload as `load_eval_views` does.
+        max_parts: Maximum number of files in the request.
+    """
+    service, start = service_of(request), time.perf_counter()
+    receiving = service.receive(request, max_parts=max_parts)
+    async with receiving as upload, guard(request, service.settings.limits.deadline_seconds):
+        received = time.perf_counter()
+        clip = await decode(upload)
+        decoded = time.perf_counter()
+        probabilities = await model.probabilities(clip["video"])
+    end = time.perf_counter()
+    seconds = {"decode": decoded - received, "network": end - decoded, "total": end - start}
+    return JSONResponse(model.describe_prediction(clip, probabilities, top_k or TOP_K, seconds))
+
+
 async def predict(request: Request) -> Response:
     """Classify a video."""
-    service, start = service_of(request), time.perf_counter()
+    service = service_of(request)
     limits = service.settings.limits
     options = query.read(
         request,
@@ -43,15 +73,11 @@ async def predict(request: Request) -> Response:
         spec = model.spec_for(options["views"])
     except InputError as error:
         raise RequestError(400, f"views={options['views']}: {error}") from None
-    async with service.receive(request) as upload, guard(request, limits.deadline_seconds):
-        received = time.perf_counter()
-        clip = await service.decode(decoder_tasks.views, upload, spec)
-        decoded = time.perf_counter()
-        probabilities = await model.probabilities(clip["video"])
-    end = time.perf_counter()
-    seconds = {"decode": decoded - received, "network": end - decoded, "total": end - start}
-    return JSONResponse(
-        model.describe_prediction(clip, probabilities, options["top_k"] or TOP_K, seconds)
+    return await classify(
+        request,
+        model,
+        options["top_k"],
+        lambda upload: service.decode(decoder_tasks.views, upload, spec),
     )
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from starlette.routing import Route
 
 from jaxvid.data.clips.description import describe_views
 from jaxvid.serving import decoder_tasks, page_events, query, samples
-from jaxvid.serving.api import MAX_TOP_K, TOP_K, describe_models, service_of
+from jaxvid.serving.api import MAX_TOP_K, TOP_K, classify, describe_models, service_of
 from jaxvid.serving.errors import RequestError
 from jaxvid.serving.event_stream import EventStream
 from jaxvid.serving.report import PAGE, make_report
@@ -141,20 +140,16 @@ async def report(request: Request) -> Response:
 
 async def live_frames(request: Request) -> Response:
     """Classify JPEG pictures, evenly spaced over the duration of a clip, as one clip."""
-    service, start = service_of(request), time.perf_counter()
+    service = service_of(request)
     kinds = {name: EXPLAIN_OPTIONS[name] for name in ("model", "top_k")}
     options = query.read(request, kinds)
-    model, limit = service.find_model(options["model"]), service.settings.limits.deadline_seconds
-    receiving = service.receive(request, max_parts=MAX_LIVE_FRAMES)
-    async with receiving as upload, guard(request, limit):
-        received = time.perf_counter()
-        clip = await service.decode(decoder_tasks.live_clip, upload, model.spec, upload.parts)
-        decoded = time.perf_counter()
-        probabilities = await model.probabilities(clip["video"])
-    end = time.perf_counter()
-    seconds = {"decode": decoded - received, "network": end - decoded, "total": end - start}
-    return JSONResponse(
-        model.describe_prediction(clip, probabilities, options["top_k"] or TOP_K, seconds)
+    model = service.find_model(options["model"])
+    return await classify(
+        request,
+        model,
+        options["top_k"],
+        lambda upload: service.decode(decoder_tasks.live_clip, upload, model.spec, upload.parts),
+        max_parts=MAX_LIVE_FRAMES,
     )
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxvid import __version__
 from jaxvid.html import embed_json
 
 PAGE = Path(__file__).parent / "page"
@@ -30,7 +29,7 @@ style-src '{style_hash}'; script-src '{script_hash}'">
 <header>
   <h1><bdi>{title}</bdi></h1>
   <p class="small soft" id="facts"></p>
-  <p class="small soft">{origin}</p>
+  <p class="small soft">Classified with jaxvid on {made}</p>
   <noscript><p>This report needs JavaScript.</p></noscript>
 </header>
 <div class="stage">
@@ -60,7 +59,7 @@ def make_report(
     made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return TEMPLATE.format(
         title=html.escape(name),
-        origin=f"Classified by jaxvid {__version__} on {made}",
+        made=made,
         style=style,
         style_hash=_hash(style),
         script=script,

@@ -47,6 +47,17 @@ async function readEvents(response, onEvent) {
   }
 }
 
+// Waits until the networks are compiled.
+async function waitUntilReady(signal) {
+  for (;;) {
+    const response = await fetch("readyz", { signal }).catch(() => null); // the next request reports a lost server
+    const { status } = await response?.json().catch(() => ({})) ?? {};
+    if (status !== "compiling") return;
+    setStatus("The server is compiling the network…", true);
+    await new Promise((resolve) => { setTimeout(resolve, 500); });
+  }
+}
+
 function askForToken() {
   if (token) showProblem("The server refused the token.");
   token = "";
@@ -93,6 +104,8 @@ async function classify(source, windows = {}) {
     showProblem(`${source.name} has ${megabytes(source.blob.size)}; the server accepts at most ${megabytes(limit)}.`);
     return;
   }
+  await waitUntilReady(run.controller.signal);
+  if (run !== current) return;
   setStatus(`Classifying ${source.name}…`, true);
   const outcomes = await Promise.allSettled([...results.cards.keys()].map((model) => explain(model, run)));
   if (run !== current) return;
