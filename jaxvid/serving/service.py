@@ -157,7 +157,9 @@ class Service:
         with self.metrics.stages.labels("decode").time():
             items = self.pool.run(task, upload.fd, *args, **options)
             async with contextlib.aclosing(items):
-                return await anext(items)
+                # A task that is closed before its end costs a process.
+                [item] = [item async for item in items]
+                return item
 
     async def read_windows(
         self, model: ServedModel, upload: Upload, window: float, stride: float
