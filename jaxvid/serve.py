@@ -129,6 +129,8 @@ async def run_until_stopped(server: "HttpServer", listener: socket.socket, url: 
     def stop(number: signal.Signals) -> None:
         if service.is_stopping:
             entry_point.exit_now(128 + number)
+        if service.status == "compiling" and not service.num_requests():
+            entry_point.exit_now(0)  # a compilation cannot be interrupted
         server.stop()
         if count := service.num_requests():
             print(

@@ -14,6 +14,7 @@ from jaxvid.errors import InputError
 from jaxvid.inference.classifier import Classifier
 from jaxvid.inference.sliding_windows import ClipGatherer, WindowPlan
 from jaxvid.model_path import OF_A_RUN
+from jaxvid.progress import compiling
 from jaxvid.serving.batcher import Batcher, NetworkThread
 from jaxvid.serving.engine import Engine, JaxEngine
 from jaxvid.serving.errors import RequestError
@@ -50,7 +51,7 @@ class ServedModel:
         self.labels, self.config = classifier.labels, classifier.config
         self.preprocessing, self.spec = classifier.preprocessing, classifier.spec
         self.shares_frames = "frame_features" in engine.programs
-        self.is_ready = False
+        self.is_ready = self._is_closing = False
         self._batchers: dict[str, Batcher] = {}
 
     # -------------------------------------------------------------- life cycle
@@ -71,10 +72,12 @@ class ServedModel:
         Raises:
             InputError: The outputs are not finite, because the weights are damaged.
         """
-        for program in self.engine.programs:
-            sizes = settings.batch_sizes if program in BATCHED else (1,)
-            for size in sizes:
-                await thread.call(self.engine.warm_up, program, size)
+        sizes_of = {
+            program: settings.batch_sizes if program in BATCHED else (1,)
+            for program in self.engine.programs
+        }
+        await thread.call(self._warm_up, sizes_of)
+        for program, sizes in sizes_of.items():
             self._batchers[program] = Batcher(
                 lambda batch, program=program: self.engine.run(program, batch),
                 thread,
@@ -85,8 +88,18 @@ class ServedModel:
         self._windows_per_group = max(1, settings.max_batch // self.spec.num_crops)
         self.is_ready = True
 
+    def _warm_up(self, sizes_of: dict[str, tuple[int, ...]]) -> None:
+        """Compile each program for its sizes of batches."""
+        with compiling(self.name):
+            for program, sizes in sizes_of.items():
+                for size in sizes:
+                    if self._is_closing:
+                        return
+                    self.engine.warm_up(program, size)
+
     async def close(self) -> None:
         """Stop the batchers."""
+        self._is_closing = True
         for batcher in self._batchers.values():
             await batcher.close()
 
