@@ -5,6 +5,7 @@ script inserts names only as text nodes and attribute values, so that no name ca
 """
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -16,6 +17,8 @@ import numpy as np
 from PIL import Image
 
 from jaxvid.atomic import write_file
+from jaxvid.data.clips.clip import ViewSpec
+from jaxvid.data.clips.description import describe_views
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.sources import Record
 from jaxvid.evaluation import metrics
@@ -45,13 +48,6 @@ SHOWN = (
     "seconds",
     "clips_per_second",
 )
-SAMPLINGS = {
-    "segments": "one from each of {num_frames} equal segments of the video",
-    "dense_stride": "evenly spaced over {num_frames} × {sampling_rate} frames at 30 fps",
-    "uniform_10s": "evenly spaced over 10 seconds",
-}
-RESIZES = {"pil_bilinear": "with antialiasing", "torch_bilinear": "without antialiasing"}
-COLOR_MATRICES = {"tagged": "with the matrix tagged in each file", "bt601": "with BT.601"}
 CURVES = ("train/loss", "val/loss", "train/top1", "val/top1", "val/mAP", "learning_rate")
 
 
@@ -139,20 +135,10 @@ def page_data(result: dict, results: Results, labels: list[str], records: Sequen
 
 def describe_protocol(protocol: dict) -> list[str]:
     """Describe the protocol in an `eval.json`, one line per topic."""
-    num_clips, num_crops = protocol["num_clips"], protocol["num_crops"]
-    clips = f"{num_clips} {'clip' if num_clips == 1 else 'clips'}"
-    crops = f"{num_crops} {'crop' if num_crops == 1 else 'crops'}"
-    size = protocol["image_size"]
-    return [
-        f"{clips} × {crops} per video",
-        f"{protocol['num_frames']} frames per clip, "
-        + SAMPLINGS[protocol["sampling"]].format(**protocol)
-        + (", sampled by timestamp" if protocol["by_time"] else ""),
-        f"short side resized to {protocol['short_side']} px {RESIZES[protocol['resize']]}, "
-        + f"cropped to {size} × {size} px; converted to RGB "
-        + COLOR_MATRICES[protocol["color_matrix"]],
-        f"video score: {protocol['score']}, computed in {protocol['dtype']}",
-    ]
+    fields = {**protocol, "crop": protocol["image_size"]}
+    views = ViewSpec(**{field.name: fields[field.name] for field in dataclasses.fields(ViewSpec)})
+    score = f"video score: {protocol['score']}, computed in {protocol['dtype']}"
+    return [*describe_views(views), score]
 
 
 def find_mistakes(results: Results, records: Sequence[Record]) -> list[dict]:

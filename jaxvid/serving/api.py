@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from jaxvid.errors import InputError
-from jaxvid.serving import decoder_tasks, input_warnings, query
+from jaxvid.serving import decoder_tasks, query
 from jaxvid.serving.errors import RequestError
 from jaxvid.serving.event_stream import EventStream
 from jaxvid.serving.openapi import make_document
@@ -50,13 +51,7 @@ async def predict(request: Request) -> Response:
     end = time.perf_counter()
     seconds = {"decode": decoded - received, "network": end - decoded, "total": end - start}
     return JSONResponse(
-        {
-            "model": model.name,
-            "top": model.top(probabilities, options["top_k"] or TOP_K),
-            "padded": bool(clip["padded"]),
-            "seconds": {name: round(value, 4) for name, value in seconds.items()},
-            "warnings": input_warnings.describe(clip),
-        }
+        model.describe_prediction(clip, probabilities, options["top_k"] or TOP_K, seconds)
     )
 
 
@@ -91,13 +86,17 @@ async def timeline(request: Request) -> EventStream:
     return EventStream(service, request, events)
 
 
-async def list_models(request: Request) -> Response:
-    """Return the cards of all models."""
-    service = service_of(request)
+def describe_models(service: Service) -> list[dict[str, Any]]:
+    """Return the cards of all models, with the limits of the server."""
     limits = service.settings.limits
     shown = ("upload_bytes", "video_seconds", "pixels", "views", "windows", "deadline_seconds")
     described = {"limits": {name: getattr(limits, name) for name in shown}}
-    return JSONResponse([model.describe() | described for model in service.models.values()])
+    return [model.describe() | described for model in service.models.values()]
+
+
+async def list_models(request: Request) -> Response:
+    """Return the cards of all models."""
+    return JSONResponse(describe_models(service_of(request)))
 
 
 async def is_alive(_: Request) -> Response:

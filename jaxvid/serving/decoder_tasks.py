@@ -1,14 +1,18 @@
 """Tasks of the decoder processes: generator functions that do not import JAX."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views
+from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.records import NO_LABEL
 from jaxvid.inference.sliding_windows import plan_windows, read_frames
+from jaxvid.serving import video_frames
 from jaxvid.serving.limits import Limits
 
 NAME = "video"  # in error messages; the names of the client's files are not known
@@ -77,3 +81,37 @@ def windows(
         plan = plan_windows(reader, spec, window, stride, align=align, name=NAME)
         yield plan
         yield from read_frames(reader, np.unique(plan.indices), spec, chunk)
+
+
+def frames(path: str, limits: Limits, spec: ClipSpec) -> Iterator[dict[str, Any]]:
+    """Yield the result of `load_eval_views`, and that of `describe_clip` for the first clip."""
+    cv2.setNumThreads(0)
+    upload = Upload(path, limits)
+    clip = load_eval_views(upload, spec)
+    yield clip
+    with upload.open() as reader:
+        yield video_frames.describe_clip(reader, clip["indices"][0], spec)
+
+
+def live_clip(
+    path: str, limits: Limits, spec: ClipSpec, parts: Sequence[tuple[int, int]]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the clip of JPEG pictures; see `make_live_clip`.
+
+    Args:
+        path: A file that contains the pictures.
+        limits: Limits of the video.
+        spec: Resize and crop.
+        parts: Start and size in bytes of each picture.
+    """
+    cv2.setNumThreads(0)
+    with open(path, "rb") as file:
+
+        def read(i: int) -> bytes:
+            start, size = parts[i]
+            return os.pread(file.fileno(), size, start)
+
+        try:
+            yield video_frames.make_live_clip(JpegFrames(NAME, len(parts), None, read), spec)
+        except DecodeError:
+            raise DecodeError(f"{NAME}: expected JPEG pictures of one size") from None
