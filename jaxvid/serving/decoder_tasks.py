@@ -113,7 +113,9 @@ def windows(
         # `plan_windows` refuses a stride of 0 and increases a stride below the distance of frames.
         hop, limit = max(stride, 1 / reader.fps if reader.fps else 0.0), video.limits.windows
         if stride > 0 and _duration(reader) / hop > limit:
-            raise InputError(f"stride={stride:g}: gives more than {limit} windows; increase it")
+            raise InputError(
+                f"stride={stride:g}: gives more than {limit} windows; use a longer stride"
+            )
         plan = plan_windows(reader, spec, window, stride, align=align, name=video.id)
         yield dataclasses.asdict(plan)
         needed = np.unique(plan.indices)
