@@ -103,7 +103,7 @@ def windows(
         window: Length of a window in seconds.
         stride: Time between the starts of consecutive windows in seconds.
         align: Adjust the stride so that windows share frames; see `plan_windows`.
-        chunk: Maximum number of frames per message.
+        chunk: Frames per message; see `read_frames`.
 
     Raises:
         DecodeError: The video cannot be decoded, or has neither frame rate nor timestamps.
@@ -119,7 +119,7 @@ def windows(
         plan = plan_windows(reader, spec, window, stride, align=align, name=video.id)
         yield dataclasses.asdict(plan)
         needed = np.unique(plan.indices)
-        for numbers, crops in read_frames(reader, needed, spec, min(chunk, len(needed))):
+        for numbers, crops in read_frames(reader, needed, spec, chunk):
             yield {"numbers": numbers, "crops": crops}
 
 
