@@ -58,7 +58,8 @@ class HttpServer:
             on_start: Called when connections are accepted.
         """
         # Malformed requests must not fill the log.
-        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        for name in ("uvicorn.error", "python_multipart"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         self._server.on_start = on_start
         await self._server.serve([listener])
 

@@ -1,7 +1,6 @@
 """A video that crashes or exhausts its decoder process costs one request and nothing else."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -9,7 +8,6 @@ import struct
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +23,7 @@ from jaxvid.serving.errors import DecodeTimeoutError, OverloadedError, RequestEr
 from jaxvid.serving.limits import Limits
 from tests.data.test_video_reader import write_video
 from tests.serving import tasks
+from tests.serving.processes import decoder_processes
 
 SPEC = ClipSpec(num_frames=4, crop=24, short_side=32, num_clips=2, num_crops=3)
 LIMITS = Limits(decode_seconds=20.0, memory_bytes=2_000_000_000, queue_length=1)
@@ -50,21 +49,13 @@ def run(test, *, limits=LIMITS, num_processes=1):
 
     result = asyncio.run(with_pool())
     assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert not decoder_processes()
+    assert not running_decoders()
     return result
 
 
-def decoder_processes() -> set[int]:
+def running_decoders() -> set[int]:
     """Return the ids of the decoder processes of this process that have not ended."""
-    processes, mark = set(), os.environ["DECODERS_OF"].encode()
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            is_decoder = b"decoder_process" in (folder / "cmdline").read_bytes()
-            is_decoder &= mark in (folder / "environ").read_bytes()
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-            if is_decoder and state != "Z":
-                processes.add(int(folder.name))
-    return processes
+    return decoder_processes(os.environ["DECODERS_OF"])
 
 
 async def collect(pool, task, *arguments, video=b"contents", **options):
@@ -259,14 +250,14 @@ def test_a_process_that_dies_while_idle_is_replaced():
     async def test(pool):
         [before] = await collect(pool, tasks.report)
         os.kill(before["pid"], signal.SIGKILL)
-        while before["pid"] in decoder_processes():
+        while before["pid"] in running_decoders():
             await asyncio.sleep(0.01)
         [after] = await collect(pool, tasks.report)
         assert after["pid"] != before["pid"]
-        [template] = decoder_processes() - {after["pid"]}
+        [template] = running_decoders() - {after["pid"]}
         os.kill(template, signal.SIGKILL)  # the next worker needs another template
         os.kill(after["pid"], signal.SIGKILL)
-        while template in decoder_processes() or after["pid"] in decoder_processes():
+        while template in running_decoders() or after["pid"] in running_decoders():
             await asyncio.sleep(0.01)
         assert await collect(pool, tasks.read) == [{"text": "contents"}]
 
@@ -297,7 +288,7 @@ def test_a_client_that_leaves_frees_its_process(how):
         else:
             await messages.aclose()
         assert await collect(pool, tasks.read) == [{"text": "contents"}]
-        while message["pid"] in decoder_processes():
+        while message["pid"] in running_decoders():
             await asyncio.sleep(0.01)
 
     run(test)
@@ -329,7 +320,7 @@ def test_tasks_run_in_parallel_on_their_own_videos():
         contents = [f"video {i}".encode() for i in range(20)]
         results = await asyncio.gather(*(collect(pool, tasks.read, video=c) for c in contents))
         assert [result[0]["text"].encode() for result in results] == contents
-        assert len(decoder_processes()) == 3 + 1  # with the template
+        assert len(running_decoders()) == 3 + 1  # with the template
 
     run(test, limits=Limits(), num_processes=3)
 
@@ -364,16 +355,16 @@ def test_processes_end_when_the_server_is_killed(tmp_path):
 
     async def test(pool):
         del pool
-        before = decoder_processes()
+        before = running_decoders()
         pipe = asyncio.subprocess.PIPE
         server = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=pipe)
         await server.stdout.readline()
-        started = decoder_processes() - before
+        started = running_decoders() - before
         assert len(started) == 3
         server.kill()
         await server.wait()
         deadline = time.monotonic() + 20
-        while decoder_processes() & started:
+        while running_decoders() & started:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.01)
 
