@@ -226,7 +226,7 @@ class ServedModel:
         Yields:
             The events `plan`, `window` for each window, `progress`, and finally `done`.
         """
-        start, plan = time.monotonic(), await anext(items)
+        start, plan = time.monotonic(), WindowPlan(**await anext(items))
         gatherer, done, total = ClipGatherer(plan.indices), 0, len(plan.indices)
         yield (
             "plan",
@@ -237,9 +237,10 @@ class ServedModel:
                 "seconds": round(float(plan.ends[-1]), 3),
             },
         )
-        async for numbers, crops in items:
-            values = await self._encode_frames(crops) if self.shares_frames else crops
-            clips = gatherer.add(numbers, values)
+        async for item in items:
+            values = item["crops"]
+            values = await self._encode_frames(values) if self.shares_frames else values
+            clips = gatherer.add(item["numbers"], values)
             while group := list(itertools.islice(clips, self._windows_per_group)):
                 for probabilities in await self._score_windows(group):
                     yield "window", self._describe_window(plan, done, probabilities, top_k)
