@@ -280,8 +280,7 @@ $("download").addEventListener("click", async () => {
   const { source, windows } = current;
   $("download").disabled = true;
   try {
-    const query = [...results.cards.keys()].map((model) => ["model", model]);
-    query.push(["top_k", TOP_K], ["name", source.name], ...Object.entries(windows));
+    const query = { name: source.name, top_k: TOP_K, ...windows };
     const response = await request("v1/report", { method: "POST", query, ...bodyOf(source) });
     const href = URL.createObjectURL(await response.blob());
     el("a", { href, download: `${source.name}.html` }).click();

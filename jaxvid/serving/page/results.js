@@ -94,7 +94,6 @@ function describeTiming({ seconds }) {
 function drawPrediction(model, run) {
   const parts = [];
   if (results.runs.size > 1) parts.push(el("h3", {}, bdi(model)));
-  for (const message of run.prediction?.warnings ?? []) parts.push(el("p", { class: "warning" }, message));
   if (run.prediction) {
     const list = el("ol", { class: "bars", "aria-label": `Most likely classes by ${model}` });
     parts.push(barList(list, run.prediction.top), el("p", { class: "small soft" }, describeTiming(run.prediction)));
@@ -102,8 +101,19 @@ function drawPrediction(model, run) {
   return el("div", {}, ...parts);
 }
 
+// Lists the warnings about the video; those that only some models give name the model.
+function drawWarnings() {
+  const given = [...results.runs].filter(([, run]) => run.prediction);
+  const messages = new Set(given.flatMap(([, run]) => run.prediction.warnings));
+  $("warnings").replaceChildren(...[...messages].map((message) => {
+    const models = given.filter(([, run]) => run.prediction.warnings.includes(message)).map(([model]) => model);
+    return el("p", { class: "warning" }, models.length < given.length ? `${models.join(", ")}: ${message}` : message);
+  }));
+}
+
 function drawPredictions() {
   $("classes").hidden = false;
+  drawWarnings();
   $("predictions").replaceChildren(...[...results.runs].map(([model, run]) => drawPrediction(model, run)));
   drawAgreement();
 }
