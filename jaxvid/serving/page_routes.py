@@ -11,9 +11,10 @@ from starlette.routing import Route
 
 from jaxvid.data.clips.description import describe_views
 from jaxvid.serving import decoder_tasks, page_events, query, samples
-from jaxvid.serving.api import MAX_TOP_K, TOP_K, classify, describe_models, service_of
+from jaxvid.serving.api import classify, describe_models, service_of
 from jaxvid.serving.errors import RequestError
 from jaxvid.serving.event_stream import EventStream
+from jaxvid.serving.openapi import MAX_TOP_K, TOP_K
 from jaxvid.serving.report import PAGE, make_report
 from jaxvid.serving.samples import Sample
 from jaxvid.serving.served_model import Event, ServedModel

@@ -71,7 +71,8 @@ async function goLive() {
   if (!opened) return;
   const captures = []; // {time, jpeg} of the last seconds
   opened.timer = setInterval(() => capture(captures), 1000 / CAPTURES_PER_SECOND);
-  $("camera-text").textContent = `Classes of the last ${clipSeconds().toFixed(1)} s`;
+  const by = results.cards.size > 1 ? ` by ${liveCard().name}` : "";
+  $("camera-text").textContent = `Classes of the last ${clipSeconds().toFixed(1)} s${by}`;
   $("rate").hidden = false;
   $("rate").textContent = "Waiting for frames…";
   const latencies = []; // of the last requests, in milliseconds, each with its end
