@@ -11,13 +11,10 @@ from jaxvid.errors import InputError
 from jaxvid.serving import decoder_tasks, input_warnings, query
 from jaxvid.serving.errors import RequestError
 from jaxvid.serving.event_stream import EventStream
-from jaxvid.serving.openapi import make_document
+from jaxvid.serving.openapi import MAX_TOP_K, TOP_K, make_document
 from jaxvid.serving.served_model import Event
 from jaxvid.serving.service import Service, guard
 from jaxvid.serving.uploads import Upload
-
-MAX_TOP_K = 1000
-TOP_K = 5  # default
 
 
 def service_of(request: Request) -> Service:
@@ -117,9 +114,10 @@ async def metrics(request: Request) -> Response:
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def openapi(_: Request) -> Response:
+async def openapi(request: Request) -> Response:
     """Return the OpenAPI document."""
-    return JSONResponse(make_document())
+    service = service_of(request)
+    return JSONResponse(make_document([*service.models], service.settings))
 
 
 ROUTES = [

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from jaxvid.errors import short_repr
-from jaxvid.serving import decoder_tasks, uploads
+from jaxvid.serving import decoder_tasks, uploads, url_download
 from jaxvid.serving.batcher import NetworkThread
 from jaxvid.serving.decoder_pool import DecoderPool
 from jaxvid.serving.errors import OverloadedError, RequestError
@@ -128,10 +128,25 @@ class Service:
             receiving = uploads.receive(request, self.settings.limits, max_parts=max_parts)
             start = time.monotonic()
             async with receiving as upload:
+                if upload.url:
+                    await self._download(upload)
                 self.metrics.stages.labels("upload").observe(time.monotonic() - start)
                 yield upload
         finally:
             self._num_requests -= 1
+
+    async def _download(self, upload: Upload) -> None:
+        """Download the video whose URL was sent.
+
+        Raises:
+            RequestError: URLs are not allowed, or the download fails.
+        """
+        if not self.settings.allow_urls:
+            raise RequestError(
+                403, "url: this server downloads no videos (--allow_urls); send the file itself"
+            )
+        size = await url_download.download(upload.url, upload.file, self.settings.limits)
+        upload.parts.append((0, size))
 
     async def decode(
         self, task: Callable[..., Iterator[Any]], upload: Upload, *args: Any, **options: Any
