@@ -108,7 +108,7 @@ def test_too_many_windows_are_refused(video):
     with running([make_fake_model()], settings) as server:
         status, _, body = server.request("POST", "/v1/timeline?window=0.2&stride=0.1", video)
     assert status == 400
-    assert "windows, more than 2; use a longer stride" in json.loads(body)["error"]["message"]
+    assert "gives more than 2 windows; use a longer stride" in json.loads(body)["error"]["message"]
 
 
 def test_a_broken_video_is_refused(server, video):
