@@ -13,7 +13,7 @@ RUN python3 -m venv /opt/jaxvid
 COPY requirements.txt requirements-dev.txt ./
 RUN /opt/jaxvid/bin/pip install -r requirements.txt && \
     if [ "${ACCELERATOR}" != cpu ]; then \
-        /opt/jaxvid/bin/pip install -c requirements.txt "jax[${ACCELERATOR}]"; \
+        /opt/jaxvid/bin/pip install -r requirements.txt "jax[${ACCELERATOR}]"; \
     fi
 COPY . .
 # requirements-dev.txt has the versions of the packages that `jaxvid serve` needs.
@@ -28,9 +28,9 @@ LABEL org.opencontainers.image.title="jaxvid" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin jaxvid && \
-    install -d -o jaxvid -g jaxvid /cache
+    install -d -m 1777 /cache
 COPY --from=build /opt/jaxvid /opt/jaxvid
-# Nothing is written outside /cache (downloaded models, compiled programs) and /tmp.
+# Only /cache (downloaded models, compiled programs) and /tmp are written to, by any user.
 ENV PATH=/opt/jaxvid/bin:$PATH \
     HOME=/tmp \
     JAXVID_CACHE=/cache \
@@ -38,6 +38,7 @@ ENV PATH=/opt/jaxvid/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
+VOLUME /cache
 USER 10001:10001
 WORKDIR /work
 EXPOSE 7860
