@@ -44,6 +44,7 @@ COMMANDS = {
     "features": Command("jaxvid.features", "extract features of videos", hint=CONTINUE),
     "probe": Command("jaxvid.probe", "linear and k-NN accuracy on features"),
     "visualize": Command("jaxvid.visualize", "draw the attention of a network on a video"),
+    "serve": Command("jaxvid.serve", "serve models over HTTP, with a page to try them"),
     "export": Command("jaxvid.export", "write a network as StableHLO or safetensors"),
     "convert": Command("convert.torch_to_flax", "convert PyTorch weights into a model folder"),
     "convert-to-torch": Command("convert.flax_to_torch", "convert a model folder to PyTorch"),

@@ -36,6 +36,22 @@ rollout assigns all attention to the frame's own patches, so that the heat map i
 time.
 """
 
+SERVE = """Serve models over HTTP: a page to try them with videos or a webcam, and an API.
+
+The first line printed is the address of the page. The API is described in docs/serving.md and, for
+programs, at /openapi.json. Preprocessing and the number of views come from the model card, so that
+predictions equal those of `jaxvid predict`.
+
+Videos are decoded in separate processes with limits of time and memory. Requests that arrive at the
+same time share the batches of the network.
+
+Ctrl-C or SIGTERM: the server accepts no more requests, answers those in progress and exits. A
+second signal ends it at once.
+
+Exit codes: 0: stopped by a signal, all requests answered; 2: invalid input, or the port is in use;
+130, 143: ended before all requests were answered.
+"""
+
 EXPORT = """Export a model folder.
 
 `stablehlo` (default): the network with weights and normalisation as one program, for CPU and CUDA

@@ -1,0 +1,170 @@
+"""Serve models over HTTP: the command `jaxvid serve`."""
+
+if __name__ == "__main__":  # before the slow imports below
+    from jaxvid import entry_point
+
+    entry_point.run("jaxvid.serve")
+
+import argparse
+import asyncio
+import errno
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jaxvid import entry_point, parsers
+from jaxvid.errors import InputError, import_or_explain
+from jaxvid.model_path import check_model_path
+from jaxvid.serving.limits import Limits, Settings
+
+if TYPE_CHECKING:
+    from jaxvid.serving.http_server import HttpServer
+
+PACKAGES = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
+MAX_BATCH = 256
+
+
+def check_options(args: argparse.Namespace) -> Settings:
+    """Return the settings of the server.
+
+    Args:
+        args: The parsed command line.
+
+    Raises:
+        InputError: An option is invalid. The message names it.
+    """
+    if not 1 <= args.max_batch <= MAX_BATCH or args.max_batch & (args.max_batch - 1):
+        raise InputError(f"--max_batch={args.max_batch}: must be a power of 2 up to {MAX_BATCH}")
+    if args.decoders < 1:
+        raise InputError(f"--decoders={args.decoders}: must be at least 1")
+    if not 0 <= args.port <= 65535:
+        raise InputError(f"--port={args.port}: must be 0 to 65535")
+    if not 0 <= args.max_wait <= 10:
+        raise InputError(f"--max_wait={args.max_wait:g}: must be 0 to 10 seconds")
+    if not 0 < args.max_upload <= 1e6:
+        raise InputError(f"--max_upload={args.max_upload:g}: must be above 0 and at most 1e6 MB")
+    if not 0 < args.deadline <= 86400:
+        raise InputError(f"--deadline={args.deadline:g}: must be above 0 and at most 86400 seconds")
+    token = args.token if args.token is not None else os.environ.get("JAXVID_TOKEN", "")
+    if not token and not _is_loopback(args.host):
+        raise InputError(
+            f"--host {args.host}: other machines can reach this address; set a secret with "
+            "--token TOKEN or $JAXVID_TOKEN"
+        )
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise InputError("--token: must consist of printable ASCII characters without spaces")
+    limits = Limits(upload_bytes=round(args.max_upload * 1e6), deadline_seconds=args.deadline)
+    return Settings(
+        token=token,
+        public_hosts=tuple(name.lower() for name in args.public_host),
+        allow_urls=args.allow_urls,
+        num_decoders=args.decoders,
+        max_batch=args.max_batch,
+        max_wait=args.max_wait,
+        limits=limits,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    """Return whether only this machine can connect to an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to an address, but does not accept connections yet.
+
+    Raises:
+        InputError: The address is unknown or in use.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"--host {host}: not an address of this machine ({error})") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        reason = {
+            errno.EADDRINUSE: "is in use; choose another one, e.g. --port 0 for any free port",
+            errno.EACCES: "needs special rights; choose one above 1023",
+        }.get(error.errno)
+        if reason:
+            raise InputError(f"--port {port}: {reason}") from None
+        raise InputError(f"--host {host}: {error.strerror}; choose another address") from None
+    return listener
+
+
+def describe_address(host: str, listener: socket.socket) -> str:
+    """Return the URL of the page."""
+    port = listener.getsockname()[1]
+    is_any = host in ("0.0.0.0", "::", "")
+    name = "localhost" if is_any else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}/"
+
+
+async def run_until_stopped(server: "HttpServer", listener: socket.socket, url: str) -> None:
+    """Serve until a signal arrives and the requests in progress are answered.
+
+    A second signal ends the process at once.
+
+    Raises:
+        Exception: A network cannot be compiled.
+    """
+    loop, service = asyncio.get_running_loop(), server.service
+
+    def stop(number: signal.Signals) -> None:
+        if service.is_stopping:
+            entry_point.exit_now(128 + number)
+        server.stop()
+        if count := service.num_requests():
+            print(
+                f"stopping: {count} requests in progress; a second signal ends them",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    # asyncio replaces the wake-up descriptor of `entry_point`.
+    for number in entry_point.SIGNALS:
+        loop.add_signal_handler(number, stop, number)
+    await server.serve(
+        listener, lambda: print(f"serving {', '.join(service.models)} at {url}", flush=True)
+    )
+    if service.failure is not None:
+        raise service.failure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = parsers.serve().parse_args(argv)
+    try:
+        settings = check_options(args)
+        for model in args.models:
+            check_model_path(model)
+        for package in PACKAGES:
+            import_or_explain(package, "jaxvid[serve]", "jaxvid serve needs")
+        listener = bind(args.host, args.port)
+        from jaxvid.serving.app import make_app
+        from jaxvid.serving.http_server import HttpServer
+        from jaxvid.serving.served_model import load_models
+
+        app = make_app(load_models(args.models, args.dtype), settings)
+        server = HttpServer(app, settings.limits)
+        asyncio.run(run_until_stopped(server, listener, describe_address(args.host, listener)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return InputError.EXIT_CODE
+    return 0

@@ -1,0 +1,122 @@
+"""The HTTP/1.1 server: uvicorn with limits of connections and of the time for headers."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from jaxvid.serving.limits import Limits
+from jaxvid.serving.service import Service
+
+HEADER_BYTES = 65536  # maximum size of the headers of a request
+
+
+class HttpServer:
+    """A server for an application of `make_app`.
+
+    Args:
+        app: The application.
+        limits: Limits of connections.
+
+    Attributes:
+        service: State of the application.
+    """
+
+    def __init__(self, app: Starlette, limits: Limits):
+        self.service: Service = app.state.service
+        config = uvicorn.Config(
+            app,
+            http=_make_protocol(limits.header_seconds),
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=limits.connections,
+            timeout_graceful_shutdown=round(limits.drain_seconds),
+            h11_max_incomplete_event_size=HEADER_BYTES,
+        )
+        self._server = _Server(config)
+        self.service.on_failure = self.stop
+
+    def stop(self) -> None:
+        """Accept no more requests, answer those in progress, and return from `serve`."""
+        self.service.is_stopping = True
+        self._server.should_exit = True
+
+    async def serve(self, listener: socket.socket, on_start: Callable[[], None]) -> None:
+        """Serve until `stop` is called and the requests in progress are answered.
+
+        Args:
+            listener: A listening socket.
+            on_start: Called when connections are accepted.
+        """
+        # Malformed requests must not fill the log.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        self._server.on_start = on_start
+        await self._server.serve([listener])
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves signals to its caller."""
+
+    on_start: Callable[[], None]
+
+    @contextlib.contextmanager
+    def capture_signals(self):
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_start()
+
+
+def _make_protocol(header_seconds: float) -> type[H11Protocol]:
+    """Return a protocol that closes connections whose headers do not arrive in time.
+
+    Args:
+        header_seconds: Maximum time from the connection, or from the end of the last answer, to the
+            end of the headers.
+    """
+
+    class Protocol(H11Protocol):
+        _header_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self._update_timer()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._update_timer()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._update_timer()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._cancel_timer()
+
+        def _update_timer(self) -> None:
+            """Start the timer while no request is in progress."""
+            is_waiting = self.cycle is None or self.cycle.response_complete
+            if not is_waiting:
+                self._cancel_timer()
+            elif self._header_timer is None:
+                self._header_timer = self.loop.call_later(header_seconds, self._close)
+
+        def _cancel_timer(self) -> None:
+            if self._header_timer is not None:
+                self._header_timer.cancel()
+                self._header_timer = None
+
+        def _close(self) -> None:
+            self.transport.close()
+
+    return Protocol

@@ -1,0 +1,270 @@
+"""A model that is served: its card, and its network behind batchers."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxvid.data.clips.clip import ClipSpec
+from jaxvid.errors import InputError
+from jaxvid.inference.classifier import Classifier
+from jaxvid.inference.sliding_windows import ClipGatherer, WindowPlan
+from jaxvid.model_path import OF_A_RUN
+from jaxvid.serving.batcher import Batcher, NetworkThread
+from jaxvid.serving.engine import Engine, JaxEngine
+from jaxvid.serving.errors import RequestError
+from jaxvid.serving.limits import Settings
+from jaxvid.storage.model_card import load_card
+from jaxvid.weights.resolve import resolve_model
+
+Event = tuple[str, dict[str, Any]]  # name and data of a server-sent event
+
+# Programs that are compiled for all sizes of batches; the others only for size 1.
+BATCHED = ("score", "frame_features", "score_features")
+
+
+class ServedModel:
+    """A model and its engine. `start` must be called before a video is classified.
+
+    Args:
+        name: Name of the model in requests.
+        card: The contents of its `model.json`.
+        classifier: Its labels, preprocessing and config.
+        engine: Its network.
+
+    Attributes:
+        labels: Class names, in the order of the logits.
+        config: The model config.
+        preprocessing: Preprocessing from the model card.
+        spec: Sampling, resize and crops of the clips.
+        shares_frames: Whether windows share the features of frames.
+        is_ready: Whether all programs are compiled.
+    """
+
+    def __init__(self, name: str, card: dict[str, Any], classifier: Classifier, engine: Engine):
+        self.name, self.card, self.engine = name, card, engine
+        self.labels, self.config = classifier.labels, classifier.config
+        self.preprocessing, self.spec = classifier.preprocessing, classifier.spec
+        self.shares_frames = "frame_features" in engine.programs
+        self.is_ready = False
+        self._batchers: dict[str, Batcher] = {}
+
+    # -------------------------------------------------------------- life cycle
+
+    async def start(
+        self,
+        settings: Settings,
+        thread: NetworkThread,
+        observe: Callable[[str, int], None] = lambda model, size: None,
+    ) -> None:
+        """Compile all programs.
+
+        Args:
+            settings: Sizes of batches.
+            thread: Thread that runs the network.
+            observe: Called with the name of the model and the number of items of each batch.
+
+        Raises:
+            InputError: The outputs are not finite, because the weights are damaged.
+        """
+        for program in self.engine.programs:
+            sizes = settings.batch_sizes if program in BATCHED else (1,)
+            for size in sizes:
+                await thread.call(self.engine.warm_up, program, size)
+            self._batchers[program] = Batcher(
+                lambda batch, program=program: self.engine.run(program, batch),
+                thread,
+                sizes=sizes,
+                max_wait=settings.max_wait if len(sizes) > 1 else 0,
+                observe=lambda size: observe(self.name, size),
+            )
+        self._windows_per_group = max(1, settings.max_batch // self.spec.num_crops)
+        self.is_ready = True
+
+    async def close(self) -> None:
+        """Stop the batchers."""
+        for batcher in self._batchers.values():
+            await batcher.close()
+
+    def num_waiting(self) -> int:
+        """Return the number of views, clips or frames that wait for the network."""
+        return sum(map(len, self._batchers.values()))
+
+    async def run(self, program: str, items: Sequence[np.ndarray]) -> list[Any]:
+        """Return the output of a program of the engine for each item.
+
+        Raises:
+            RequestError: The engine does not have this program.
+        """
+        if program not in self.engine.programs:
+            raise RequestError(
+                400, f"model {self.name}: its engine has no {program}; serve it with another engine"
+            )
+        try:
+            return await self._batchers[program].submit(items)
+        except InputError as error:  # the weights are damaged
+            raise RequestError(500, str(error)) from None
+
+    # -------------------------------------------------------------- card
+
+    def describe(self) -> dict[str, Any]:
+        """Return the model card as it is sent to clients, without paths of this machine."""
+        return {
+            "name": self.name,
+            "network": self.card["name"],
+            "labels": self.labels,
+            "labels_source": self.card["labels_source"],
+            "activation": self.card["activation"],
+            "preprocessing": self.preprocessing.to_json(),
+            "protocol": {
+                "num_clips": self.spec.num_clips,
+                "num_crops": self.spec.num_crops,
+                "views": self.preprocessing.num_views,
+            },
+            "provenance": self.card["provenance"],
+        }
+
+    def spec_for(self, views: int | None) -> ClipSpec:
+        """Return the specification of clips with another number of views.
+
+        Args:
+            views: Number of views. A multiple of the model card's crops has these crops; another
+                number has one crop per clip. None: from the model card.
+
+        Raises:
+            InputError: The sampling does not allow this number of clips.
+        """
+        if views is None:
+            return self.spec
+        crops = self.spec.num_crops if views % self.spec.num_crops == 0 else 1
+        return dataclasses.replace(self.spec, num_clips=views // crops, num_crops=crops)
+
+    def top(self, probabilities: np.ndarray, top_k: int) -> list[dict[str, Any]]:
+        """Return `{"label", "index", "probability"}` of the most likely classes.
+
+        Args:
+            probabilities: `(classes,)`.
+            top_k: Number of classes. If the model has fewer classes, all are returned.
+        """
+        order = np.argsort(-probabilities, kind="stable")[:top_k].tolist()
+        return [
+            {"label": self.labels[i], "index": i, "probability": float(probabilities[i])}
+            for i in order
+        ]
+
+    # -------------------------------------------------------------- inference
+
+    async def probabilities(self, views: np.ndarray) -> np.ndarray:
+        """Classify a video from its views.
+
+        Args:
+            views: Pixels `(v, t, h, w, c)`: `video` of `load_eval_views`.
+
+        Returns:
+            `(classes,)` float64.
+        """
+        logits = await self.run("score", list(views[:, None]))  # one item (1, t, h, w, c) per view
+        return self.engine.probabilities(np.sum(logits, axis=0), len(views))
+
+    async def features(self, views: np.ndarray) -> np.ndarray:
+        """Return the features `(d,)` float32 of a video, averaged over its views.
+
+        Args:
+            views: Pixels `(v, t, h, w, c)`.
+        """
+        outputs = await self.run("embed", list(views[:, None]))
+        return np.mean([output["video"] for output in outputs], axis=0)
+
+    async def timeline(self, items: AsyncIterator[Any], top_k: int) -> AsyncIterator[Event]:
+        """Classify sliding windows of a video as its frames arrive.
+
+        Args:
+            items: Items of the task `decoder_tasks.windows`.
+            top_k: Number of classes per window.
+
+        Yields:
+            The events `plan`, `window` for each window, `progress`, and finally `done`.
+        """
+        start, plan = time.monotonic(), await anext(items)
+        gatherer, done, total = ClipGatherer(plan.indices), 0, len(plan.indices)
+        yield "plan", {"model": self.name, "windows": total, "stride": round(plan.stride, 6)}
+        async for numbers, crops in items:
+            values = await self._encode_frames(crops) if self.shares_frames else crops
+            clips = gatherer.add(numbers, values)
+            while group := list(itertools.islice(clips, self._windows_per_group)):
+                for probabilities in await self._score_windows(group):
+                    yield "window", self._describe_window(plan, done, probabilities, top_k)
+                    done += 1
+            seconds = round(time.monotonic() - start, 3)
+            yield "progress", {"done": done, "total": total, "seconds": seconds}
+        yield "done", {"windows": total, "seconds": round(time.monotonic() - start, 3)}
+
+    async def _encode_frames(self, crops: np.ndarray) -> np.ndarray:
+        """Map the crops of frames `(t, m, h, w, c)` to their features `(t, m, d)`."""
+        features = await self.run("frame_features", list(crops.swapaxes(0, 1)))
+        return np.stack(features, axis=1)
+
+    async def _score_windows(self, clips: Sequence[np.ndarray]) -> np.ndarray:
+        """Classify windows.
+
+        Args:
+            clips: Crops `(m, t, h, w, c)`, or features `(m, t, d)`, of each window.
+
+        Returns:
+            Probabilities `(windows, classes)`.
+        """
+        num_crops = len(clips[0])
+        items = [crop[None] for clip in clips for crop in clip]
+        logits = await self.run("score_features" if self.shares_frames else "score", items)
+        logits = np.stack(logits).reshape(len(clips), num_crops, -1).sum(axis=1)
+        return self.engine.probabilities(logits, num_crops)
+
+    def _describe_window(
+        self, plan: WindowPlan, i: int, probabilities: np.ndarray, top_k: int
+    ) -> dict[str, Any]:
+        """Return the event of window `i`, with times in seconds."""
+        return {
+            "start": round(float(plan.starts[i]), 3),
+            "end": round(float(plan.ends[i]), 3),
+            "padded": bool(plan.padded[i]),
+            "top": self.top(probabilities, top_k),
+        }
+
+
+def load_models(names: Sequence[str], dtype: str) -> list[ServedModel]:
+    """Load the models that are named on the command line.
+
+    Args:
+        names: Model folders, or other names of models; see `resolve_model`.
+        dtype: Compute dtype, one of `precision.DTYPES`.
+
+    Raises:
+        InputError: A model cannot be loaded.
+    """
+    models = []
+    for name in names:
+        folder = resolve_model(name)
+        classifier = Classifier(folder, dtype=dtype)
+        engine = JaxEngine(classifier.network, classifier.spec)
+        short = _short_name(name, [model.name for model in models])
+        models.append(ServedModel(short, load_card(folder), classifier, engine))
+    return models
+
+
+def _short_name(name: str, taken: Sequence[str]) -> str:
+    """Return a name for requests: of the run if the model belongs to one, else the last part.
+
+    Args:
+        name: The model on the command line, e.g. `runs/motion/model`.
+        taken: Names of other models.
+    """
+    path = Path(name.rstrip("/")).absolute() if "://" not in name else Path(name)
+    short = path.stem if path.suffix in (".pth", ".npz", ".safetensors") else path.name
+    if short in OF_A_RUN and path.parent.name:
+        short = path.parent.name if short == "model" else f"{path.parent.name}-{short}"
+    numbered = (f"{short}-{i}" for i in itertools.count(2))
+    return next(n for n in itertools.chain([short], numbered) if n not in taken)
