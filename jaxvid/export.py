@@ -23,8 +23,9 @@ from safetensors.numpy import save as safetensors_bytes
 from jaxvid import parsers
 from jaxvid.atomic import OutputPath, output_path, write_file, write_json
 from jaxvid.data.clips.clip import ClipSpec
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, printable
 from jaxvid.models import split_params
+from jaxvid.storage import exported_file
 from jaxvid.storage.preprocessing import (
     Channels,
     clip_shape,
@@ -100,6 +101,7 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
     if format_ == "stablehlo":
         data = export_stablehlo(model, spec, mean=preprocessing.mean, std=preprocessing.std)
         description |= _describe_program(output, model, spec)
+        description |= exported_file.describe_program(data)
     else:
         data = export_safetensors(model, card)
         description |= _describe_weights(output, model)
@@ -161,8 +163,16 @@ def _describe_weights(output: OutputPath, model: nnx.Module) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 2 if the input is unusable."""
-    args = parsers.export().parse_args(argv)
+    parser = parsers.export()
+    args = parser.parse_args(argv)
+    if args.check is None and None in (args.model, args.output):
+        parser.error("expected --model and --output, or --check")
+    if args.check is not None and (args.model, args.output) != (None, None):
+        parser.error("--check: cannot be combined with --model or --output")
     try:
+        if args.check is not None:
+            print(printable(exported_file.check_exported(args.check)))
+            return 0
         description = export(args.model, args.output, args.format)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -172,4 +182,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{name}: {description['model']}, {description['format']}, {size}")
     print(f"{name}.json: description of the exported file; load that file with:")
     print(*(f"    {line}" for line in description["load"]), sep="\n")
+    if args.format == "stablehlo":
+        print(f"compatibility: {exported_file.describe_guarantee(description)}")
     return 0

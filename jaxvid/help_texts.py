@@ -58,7 +58,12 @@ EXPORT = """Export a model folder.
 and any batch size. Running it requires jax and flatbuffers, but not jaxvid.
 `safetensors`: only the weights, under the same names as in model folders, with `model.json` as
 metadata.
-FILE.json describes the contents of FILE and how to load it.
+FILE.json describes the contents of FILE, how to load it, and for how long a program is guaranteed
+to load. `--check FILE` checks that FILE is unchanged and still usable with the installed packages.
+It runs a program on one clip and compares the logits with those in FILE.json. It compares names and
+shapes of weights with those of this version of jaxvid.
+
+Exit codes: 0 success, 2 invalid input or a failed check.
 """
 
 CONVERT = """Convert released PyTorch weights into a model folder.

@@ -102,9 +102,10 @@ def export() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid export`."""
     parser = _make_parser("export", help_texts.EXPORT)
     add = parser.add_argument
-    add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
-    add("--output", required=True, metavar="FILE",
+    add("--model", metavar="MODEL", help=MODEL_HELP)
+    add("--output", metavar="FILE",
         help="file to write; its description is written to FILE.json")  # fmt: skip
+    add("--check", metavar="FILE", help="check an exported file instead of writing one")
     add("--format", choices=FORMATS, default=FORMATS[0],
         help=f"contents of the file; see above (default: {FORMATS[0]})")  # fmt: skip
     return parser
