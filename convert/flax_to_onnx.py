@@ -38,6 +38,7 @@ class Program(nn.Module):
     """
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing, activation: str):
+        """Combine `mean` and `std` with the factor of the pixels."""
         super().__init__()
         self.network, self.activation = network, ACTIVATIONS[activation]
         mean, std = (

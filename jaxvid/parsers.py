@@ -12,7 +12,8 @@ from jaxvid import help_texts
 
 DTYPES = ("float32", "tfloat32", "bfloat16")  # jaxvid.models.precision.DTYPES
 LAYERS = ("video", "frames")  # jaxvid.inference.feature_extraction.LAYERS
-FORMATS = ("stablehlo", "safetensors")  # of an exported model
+FORMATS = ("stablehlo", "onnx", "safetensors")  # of an exported model
+PRECISIONS = ("float32", "float16", "int8")  # of an ONNX file
 SHELLS = ("bash", "zsh", "fish")
 MODEL_HELP = (
     "model folder, name (see jaxvid models --pretrained), PyTorch checkpoint (file or URL), or "
@@ -108,6 +109,11 @@ def export() -> argparse.ArgumentParser:
     add("--check", metavar="FILE", help="check an exported file instead of writing one")
     add("--format", choices=FORMATS, default=FORMATS[0],
         help=f"contents of the file; see above (default: {FORMATS[0]})")  # fmt: skip
+    add("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="with --format onnx: type "
+        f"of the weights and activations (default: {PRECISIONS[0]})")  # fmt: skip
+    add("--calibrate", type=Path, metavar="LIST_OR_FOLDER", help="with --precision int8: videos "
+        "like those that will be classified. The ranges of the activations are measured on up to "
+        "64 of them")  # fmt: skip
     return parser
 
 
