@@ -41,8 +41,9 @@ def predict() -> argparse.ArgumentParser:
     add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
     add("--batch_size", type=int, help="videos per batch (default: 8 divided by clips × crops, at "
         "least 1); with --window, windows per batch (default: 1)")  # fmt: skip
-    add("--dtype", choices=DTYPES, default="float32",
-        help="compute dtype (default: float32, as in evaluation)")  # fmt: skip
+    add("--dtype", choices=(*DTYPES, "auto"), default="float32", help="compute dtype; auto: the "
+        "faster of float32 and bfloat16, measured once per network and machine (default: float32, "
+        "as in evaluation)")  # fmt: skip
     add("--window", type=float, metavar="SECONDS", help="classify sliding windows of this "
         "length instead of the whole video")  # fmt: skip
     add("--stride", type=float, metavar="SECONDS", help="time between the starts of windows. "
@@ -94,8 +95,9 @@ def serve() -> argparse.ArgumentParser:
         help="maximum size of a video in megabytes (default: 500)")  # fmt: skip
     add("--deadline", type=float, default=60.0, metavar="SECONDS", help="maximum time from the end "
         "of an upload to its answer (default: 60)")  # fmt: skip
-    add("--dtype", choices=DTYPES, default="float32",
-        help="compute dtype (default: float32, as in evaluation)")  # fmt: skip
+    add("--dtype", choices=(*DTYPES, "auto"), default="float32", help="compute dtype; auto: the "
+        "faster of float32 and bfloat16, measured once per network and machine (default: float32, "
+        "as in evaluation)")  # fmt: skip
     return parser
 
 

@@ -176,6 +176,12 @@ def quantize(network: "ModelProto", views: Iterator[np.ndarray]) -> "ModelProto"
             clips = next(views, None)
             return None if clips is None else {"clips": clips}
 
+    weights = {value.name for value in network.graph.initializer}
+    weighted = [
+        node.name
+        for node in network.graph.node
+        if node.op_type in QUANTIZED and node.input[1] in weights
+    ]
     with tempfile.TemporaryDirectory() as folder, _quiet_logging():
         prepared, output = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
         # Without the optimisations of ONNX Runtime, whose operators others do not read.
@@ -185,13 +191,13 @@ def quantize(network: "ModelProto", views: Iterator[np.ndarray]) -> "ModelProto"
             output,
             Reader(),
             op_types_to_quantize=list(QUANTIZED),
+            nodes_to_quantize=weighted,
             per_channel=True,
             activation_type=quantization.QuantType.QInt8,
             weight_type=quantization.QuantType.QInt8,
             extra_options={
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
-                "MatMulConstBOnly": True,
                 "OpTypesToExcludeOutputQuantization": list(QUANTIZED),
             },
         )

@@ -89,7 +89,7 @@ def test_an_onnx_file_matches_the_network_for_any_batch_size(files, folders, nam
 def test_smaller_precisions_are_close_and_keep_their_types(files):
     clips = make_clips(4)
     expected = OnnxNetwork(files["xvit"].read_bytes(), "xvit")(clips)
-    for name, bound, size in (("float16", 2e-3, 0.6), ("int8", 0.1, 0.9)):
+    for name, bound, size in (("float16", 2e-3, 0.8), ("int8", 0.1, 0.9)):
         assert files[name].stat().st_size < size * files["xvit"].stat().st_size
         logits = OnnxNetwork(files[name].read_bytes(), name)(clips)
         assert logits.dtype == np.float32
