@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-stam test test-full test-mutation lint format
+.PHONY: demo demo-stam test test-full test-browser test-mutation chromium lint format
 
 demo: $(VENV)/.run-installed
 	$(RUN) main.py --config configs/motion.py --workdir runs/motion
@@ -17,6 +17,9 @@ test: $(VENV)/.dev-installed
 
 test-full: $(VENV)/.dev-installed
 	$(RUN) -m pytest -m full -n 0
+
+test-browser: $(VENV)/.browser-installed chromium
+	$(RUN) -m pytest -m browser -n 0 tests/browser
 
 test-mutation: $(VENV)/.mutation-installed
 	$(RUN) -m tests.mutation $(MODULES)
@@ -40,6 +43,16 @@ $(VENV)/.dev-installed: requirements-dev.txt $(VENV)/.run-installed
 	@echo "installing requirements-dev.txt into $(VENV)"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
+
+$(VENV)/.browser-installed: requirements-browser.txt $(VENV)/.dev-installed
+	@echo "installing requirements-browser.txt into $(VENV)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
+	@touch $@
+
+chromium:
+	@command -v chromium > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
+	&& echo "installing chromium" && apt-get -qq update && apt-get -qq install -y chromium; } \
+	|| { echo "error: chromium: not found; run: sudo apt-get install chromium" >&2; exit 2; }
 
 $(VENV)/.mutation-installed: requirements-mutation.txt $(VENV)/.dev-installed
 	@echo "installing requirements-mutation.txt into $(VENV)"

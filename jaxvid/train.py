@@ -198,6 +198,7 @@ def _set_up(
     )
     notes += order.describe(data.labels, num_clips=num_clips, batch_size=experiment.batch_size)
     notes += losses.describe_weights(weights, data.labels)
+    notes += experiment.train_clips.describe_mirroring(data.labels)
     return Run(
         experiment=experiment,
         workdir=workdir,

@@ -134,6 +134,11 @@ def _gather_one(
         folder, lists = path.parent, {_split_of(path): path}
     else:
         folder, lists = path, find_lists(path)
+    if os.path.isfile(path / "dataset_info.json"):
+        raise InputError(
+            f"{path} is a pack, whose videos were checked when it was written; choose a list or a "
+            "folder of videos"
+        )
     if not lists:
         splits = tuple(split for split in SPLITS if os.path.isdir(path / split))
         labels, records = read_class_folders(path, splits or ("train",), skipped)

@@ -22,8 +22,9 @@ from jaxvid.data.clips.clip import ClipSpec, load_eval_views
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.distributed import setup
 from jaxvid.errors import InputError
-from jaxvid.inference.attention_rollout import AttentionRollout, make_rollout, read_clip
+from jaxvid.inference.attention_rollout import AttentionRollout, make_rollout
 from jaxvid.inference.class_timeline import ClassTimeline
+from jaxvid.inference.clip_frames import read_clip
 from jaxvid.inference.compiled_network import CompiledNetwork, Function
 from jaxvid.inference.inputs import Source, VideoInput, is_single, make_input, make_inputs
 from jaxvid.inference.results import Features, Prediction, ResultList

@@ -1,23 +1,22 @@
 """The routes of the API: predictions, features, timelines, model cards, health and metrics."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from jaxvid.errors import InputError
-from jaxvid.serving import decoder_tasks, input_warnings, query
+from jaxvid.serving import decoder_tasks, query
 from jaxvid.serving.errors import RequestError
 from jaxvid.serving.event_stream import EventStream
-from jaxvid.serving.openapi import make_document
-from jaxvid.serving.served_model import Event
+from jaxvid.serving.openapi import MAX_TOP_K, TOP_K, make_document
+from jaxvid.serving.served_model import Event, ServedModel
 from jaxvid.serving.service import Service, guard
 from jaxvid.serving.uploads import Upload
-
-MAX_TOP_K = 1000
-TOP_K = 5  # default
 
 
 def service_of(request: Request) -> Service:
@@ -25,9 +24,38 @@ def service_of(request: Request) -> Service:
     return request.app.state.service
 
 
+async def classify(
+    request: Request,
+    model: ServedModel,
+    top_k: int | None,
+    decode: Callable[[Upload], Awaitable[dict[str, np.ndarray]]],
+    *,
+    max_parts: int = 1,
+) -> Response:
+    """Receive a video, and answer with its prediction.
+
+    Args:
+        request: The request.
+        model: The model.
+        top_k: Number of classes; None: `TOP_K`.
+        decode: Returns the clips of an upload as `load_eval_views` does.
+        max_parts: Maximum number of files in the request.
+    """
+    service, start = service_of(request), time.perf_counter()
+    receiving = service.receive(request, max_parts=max_parts)
+    async with receiving as upload, guard(request, service.settings.limits.deadline_seconds):
+        received = time.perf_counter()
+        clip = await decode(upload)
+        decoded = time.perf_counter()
+        probabilities = await model.probabilities(clip["video"])
+    end = time.perf_counter()
+    seconds = {"decode": decoded - received, "network": end - decoded, "total": end - start}
+    return JSONResponse(model.describe_prediction(clip, probabilities, top_k or TOP_K, seconds))
+
+
 async def predict(request: Request) -> Response:
     """Classify a video."""
-    service, start = service_of(request), time.perf_counter()
+    service = service_of(request)
     limits = service.settings.limits
     options = query.read(
         request,
@@ -42,21 +70,11 @@ async def predict(request: Request) -> Response:
         spec = model.spec_for(options["views"])
     except InputError as error:
         raise RequestError(400, f"views={options['views']}: {error}") from None
-    async with service.receive(request) as upload, guard(request, limits.deadline_seconds):
-        received = time.perf_counter()
-        clip = await service.decode(decoder_tasks.views, upload, spec)
-        decoded = time.perf_counter()
-        probabilities = await model.probabilities(clip["video"])
-    end = time.perf_counter()
-    seconds = {"decode": decoded - received, "network": end - decoded, "total": end - start}
-    return JSONResponse(
-        {
-            "model": model.name,
-            "top": model.top(probabilities, options["top_k"] or TOP_K),
-            "padded": bool(clip["padded"]),
-            "seconds": {name: round(value, 4) for name, value in seconds.items()},
-            "warnings": input_warnings.describe(clip),
-        }
+    return await classify(
+        request,
+        model,
+        options["top_k"],
+        lambda upload: service.decode(decoder_tasks.views, upload, spec),
     )
 
 
@@ -91,13 +109,17 @@ async def timeline(request: Request) -> EventStream:
     return EventStream(service, request, events)
 
 
-async def list_models(request: Request) -> Response:
-    """Return the cards of all models."""
-    service = service_of(request)
+def describe_models(service: Service) -> list[dict[str, Any]]:
+    """Return the cards of all models, with the limits of the server."""
     limits = service.settings.limits
     shown = ("upload_bytes", "video_seconds", "pixels", "views", "windows", "deadline_seconds")
     described = {"limits": {name: getattr(limits, name) for name in shown}}
-    return JSONResponse([model.describe() | described for model in service.models.values()])
+    return [model.describe() | described for model in service.models.values()]
+
+
+async def list_models(request: Request) -> Response:
+    """Return the cards of all models."""
+    return JSONResponse(describe_models(service_of(request)))
 
 
 async def is_alive(_: Request) -> Response:
@@ -117,9 +139,10 @@ async def metrics(request: Request) -> Response:
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def openapi(_: Request) -> Response:
+async def openapi(request: Request) -> Response:
     """Return the OpenAPI document."""
-    return JSONResponse(make_document())
+    service = service_of(request)
+    return JSONResponse(make_document([*service.models], service.settings))
 
 
 ROUTES = [

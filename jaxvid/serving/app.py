@@ -1,6 +1,7 @@
 """The ASGI application: routes, error answers and middleware."""
 
 import contextlib
+import errno
 from collections.abc import AsyncIterator, Sequence
 
 from starlette.applications import Starlette
@@ -56,6 +57,7 @@ def make_app(models: Sequence[ServedModel], settings: Settings) -> Starlette:
             DecodeError: _answer_error,
             HTTPException: _answer_http_error,
             ClientDisconnect: _answer_nobody,
+            OSError: _answer_os_error,
             Exception: _answer_defect,
         },
         lifespan=lifespan,
@@ -73,6 +75,13 @@ async def _answer_error(_: Request, error: RequestError | DecodeError) -> Respon
 async def _answer_http_error(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path}: {HTTP_ERRORS[error.status_code]}"
     return await _answer_error(request, RequestError(error.status_code, message, error.headers))
+
+
+async def _answer_os_error(request: Request, error: OSError) -> Response:
+    """Answer a full disk; another error is a defect."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    return await _answer_error(request, RequestError(507, "the disk of the server is full"))
 
 
 async def _answer_nobody(*_: object) -> Response:

@@ -1,31 +1,51 @@
-"""Tasks of the decoder processes: generator functions that do not import JAX."""
+"""Tasks that a decoder process runs on an uploaded video; see `decoder_pool.DecoderPool`.
 
-from collections.abc import Iterator
+A task is a generator function. Its first argument is the `UploadedVideo`. Each item that it yields
+is a dict, whose values are NumPy arrays, or values that JSON can represent. Everything that this
+module imports is free of JAX.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views
+from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.records import NO_LABEL
+from jaxvid.errors import InputError
+from jaxvid.inference.clip_frames import read_clip
 from jaxvid.inference.sliding_windows import plan_windows, read_frames
+from jaxvid.serving import video_frames
 from jaxvid.serving.limits import Limits
 
-NAME = "video"  # in error messages; the names of the client's files are not known
+Message = dict[str, Any]  # names and NumPy arrays or JSON values
+
+cv2.setNumThreads(0)  # videos are decoded in parallel, not frames
 
 
-class Upload:
-    """An uploaded video. It implements the protocol `VideoRecord`.
+@dataclasses.dataclass(frozen=True)
+class UploadedVideo:
+    """The video of a request. It implements the protocol `VideoRecord`.
 
-    Args:
-        path: The file.
-        limits: Limits of the video.
+    Attributes:
+        file: Name of the file in this process.
+        limits: Limits of the size and the duration of the video.
+        max_seconds: Limit of the wall time of opening and decoding together.
+        id: Name of the video in error messages.
     """
 
-    id, label, path = NAME, NO_LABEL, None
+    file: str
+    limits: Limits
+    max_seconds: float
+    id: str = "video"
 
-    def __init__(self, path: str, limits: Limits):
-        self._path, self._limits = path, limits
+    label = NO_LABEL
+    path = None
 
     def open(self) -> VideoFile:
         """Open the video.
@@ -33,47 +53,121 @@ class Upload:
         Raises:
             DecodeError: The file is not a video, or exceeds a limit.
         """
-        reader = VideoFile(self._path, name=NAME, max_seconds=self._limits.decode_seconds)
-        times, limit = reader.times, self._limits.video_seconds
-        if times is not None and times[-1] > limit:
+        options = {"max_seconds": self.max_seconds, "max_pixels": self.limits.pixels}
+        reader = VideoFile(self.file, name=self.id, **options)
+        seconds, limit = _duration(reader), self.limits.video_seconds
+        if seconds > limit:
             reader.close()
-            raise DecodeError(f"{NAME}: lasts {times[-1]:.0f} s; send at most {limit:g} s")
+            raise DecodeError(
+                f"{self.id}: lasts {seconds:.0f} s, and the limit is {limit:g} s; send a part of it"
+            )
         return reader
 
 
-def views(path: str, limits: Limits, spec: ClipSpec) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the result of `load_eval_views`."""
-    cv2.setNumThreads(0)  # videos are decoded in parallel
-    yield load_eval_views(Upload(path, limits), spec)
+def _duration(reader: VideoFile) -> float:
+    """Return the duration of a video in seconds; 0 if it has neither times nor a frame rate."""
+    at_fps = reader.num_frames / reader.fps if reader.fps else 0.0
+    return at_fps if reader.times is None else max(at_fps, float(reader.times[-1]))
+
+
+Task = Callable[..., Iterator[Message]]
+
+
+def views(video: UploadedVideo, spec: ClipSpec) -> Iterator[Message]:
+    """Yield the evaluation views of a video: one message, the result of `load_eval_views`.
+
+    Raises:
+        DecodeError: The video cannot be decoded.
+    """
+    yield load_eval_views(video, spec)
 
 
 def windows(
-    path: str,
-    limits: Limits,
+    video: UploadedVideo,
     spec: ClipSpec,
     window: float,
     stride: float,
     *,
     align: bool,
     chunk: int,
-) -> Iterator[object]:
-    """Yield the `WindowPlan` of a video, and then its frames.
+) -> Iterator[Message]:
+    """Yield the sliding windows of a video.
+
+    The first message is the plan, with the fields of a `WindowPlan`. The following messages are the
+    chunks of `read_frames`: the frame numbers `numbers` and the crops `crops` of all frames that
+    the windows need.
 
     Args:
-        path: The file.
-        limits: Limits of the video.
+        video: The video.
         spec: Sampling, resize and crops of a window. A window has one clip.
         window: Length of a window in seconds.
         stride: Time between the starts of consecutive windows in seconds.
-        align: Adjust the stride so that overlapping windows share frames.
-        chunk: Frames per item.
+        align: Adjust the stride so that windows share frames; see `plan_windows`.
+        chunk: Frames per message; see `read_frames`.
 
-    Yields:
-        The plan, and then pairs of frame numbers `(i,)` and crops `(chunk, m, h, w, c)`; see
-        `read_frames`.
+    Raises:
+        DecodeError: The video cannot be decoded, or has neither frame rate nor timestamps.
+        InputError: `window` or `stride` is not above 0, or there are too many windows.
     """
-    cv2.setNumThreads(0)
-    with Upload(path, limits).open() as reader:
-        plan = plan_windows(reader, spec, window, stride, align=align, name=NAME)
-        yield plan
-        yield from read_frames(reader, np.unique(plan.indices), spec, chunk)
+    with video.open() as reader:
+        # `plan_windows` refuses a stride of 0 and increases a stride below the distance of frames.
+        hop, limit = max(stride, 1 / reader.fps if reader.fps else 0.0), video.limits.windows
+        if stride > 0 and _duration(reader) / hop > limit:
+            raise InputError(
+                f"stride={stride:g}: gives more than {limit} windows; use a longer stride"
+            )
+        plan = plan_windows(reader, spec, window, stride, align=align, name=video.id)
+        yield dataclasses.asdict(plan)
+        needed = np.unique(plan.indices)
+        for numbers, crops in read_frames(reader, needed, spec, chunk):
+            yield {"numbers": numbers, "crops": crops}
+
+
+def clip(video: UploadedVideo, spec: ClipSpec, index: int = 0) -> Iterator[Message]:
+    """Yield a clip of a video with its uncropped frames, to show the network's attention.
+
+    The only message has the clip's first view `video` `(1, t, crop, crop, c)` and `padded`, as from
+    `load_eval_views`, and `frames`, `indices` and `times`, as from `read_clip`.
+
+    Args:
+        video: The video.
+        spec: Sampling, resize and crops of the clips.
+        index: Index of the clip.
+
+    Raises:
+        DecodeError: The video cannot be decoded.
+    """
+    loaded = load_eval_views(video, spec)
+    first = index * spec.num_crops
+    shown = read_clip(video, loaded["indices"][index], spec)
+    yield {**shown, "video": loaded["video"][first : first + 1], "padded": loaded["padded"]}
+
+
+def frames(video: UploadedVideo, spec: ClipSpec) -> Iterator[Message]:
+    """Yield the result of `load_eval_views`, and that of `describe_clip` for the first clip."""
+    loaded = load_eval_views(video, spec)
+    yield loaded
+    with video.open() as reader:
+        yield video_frames.describe_clip(reader, loaded["indices"][0], spec)
+
+
+def live_clip(
+    video: UploadedVideo, spec: ClipSpec, parts: Sequence[tuple[int, int]]
+) -> Iterator[Message]:
+    """Yield the clip of JPEG pictures; see `make_live_clip`.
+
+    Args:
+        video: A file that contains the pictures.
+        spec: Resize and crop.
+        parts: Start and size in bytes of each picture.
+    """
+    with open(video.file, "rb") as file:
+
+        def read(i: int) -> bytes:
+            start, size = parts[i]
+            return os.pread(file.fileno(), size, start)
+
+        try:
+            yield video_frames.make_live_clip(JpegFrames(video.id, len(parts), None, read), spec)
+        except DecodeError:
+            raise DecodeError(f"{video.id}: expected JPEG pictures of one size") from None

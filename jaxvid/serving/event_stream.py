@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from jaxvid.data.formats.video_reader import DecodeError
@@ -55,6 +55,10 @@ class EventStream:
             ):
                 async for name, data in events:
                     await send_event(name, data)
+        except ClientDisconnect:
+            if is_started:
+                return  # the status has already been sent
+            raise
         except (RequestError, DecodeError) as error:
             if not is_started:
                 raise

@@ -36,6 +36,7 @@ class HttpServer:
             lifespan="on",
             log_config=None,
             access_log=False,
+            proxy_headers=False,
             server_header=False,
             limit_concurrency=limits.connections,
             timeout_graceful_shutdown=round(limits.drain_seconds),

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from jaxvid.errors import InputError
 from jaxvid.inference.classifier import Classifier
 from jaxvid.inference.sliding_windows import ClipGatherer, WindowPlan
 from jaxvid.model_path import OF_A_RUN
+from jaxvid.progress import compiling
+from jaxvid.serving import input_warnings
 from jaxvid.serving.batcher import Batcher, NetworkThread
 from jaxvid.serving.engine import Engine, JaxEngine
 from jaxvid.serving.errors import RequestError
@@ -50,7 +52,7 @@ class ServedModel:
         self.labels, self.config = classifier.labels, classifier.config
         self.preprocessing, self.spec = classifier.preprocessing, classifier.spec
         self.shares_frames = "frame_features" in engine.programs
-        self.is_ready = False
+        self.is_ready = self._is_closing = False
         self._batchers: dict[str, Batcher] = {}
 
     # -------------------------------------------------------------- life cycle
@@ -71,10 +73,12 @@ class ServedModel:
         Raises:
             InputError: The outputs are not finite, because the weights are damaged.
         """
-        for program in self.engine.programs:
-            sizes = settings.batch_sizes if program in BATCHED else (1,)
-            for size in sizes:
-                await thread.call(self.engine.warm_up, program, size)
+        sizes_of = {
+            program: settings.batch_sizes if program in BATCHED else (1,)
+            for program in self.engine.programs
+        }
+        await thread.call(self._warm_up, sizes_of)
+        for program, sizes in sizes_of.items():
             self._batchers[program] = Batcher(
                 lambda batch, program=program: self.engine.run(program, batch),
                 thread,
@@ -85,8 +89,18 @@ class ServedModel:
         self._windows_per_group = max(1, settings.max_batch // self.spec.num_crops)
         self.is_ready = True
 
+    def _warm_up(self, sizes_of: dict[str, tuple[int, ...]]) -> None:
+        """Compile each program for its sizes of batches."""
+        with compiling(self.name):
+            for program, sizes in sizes_of.items():
+                for size in sizes:
+                    if self._is_closing:
+                        return
+                    self.engine.warm_up(program, size)
+
     async def close(self) -> None:
         """Stop the batchers."""
+        self._is_closing = True
         for batcher in self._batchers.values():
             await batcher.close()
 
@@ -156,6 +170,29 @@ class ServedModel:
             for i in order
         ]
 
+    def describe_prediction(
+        self,
+        clip: Mapping[str, np.ndarray],
+        probabilities: np.ndarray,
+        top_k: int,
+        seconds: Mapping[str, float],
+    ) -> dict[str, Any]:
+        """Return the answer to a request for a prediction.
+
+        Args:
+            clip: The result of `load_eval_views`.
+            probabilities: `(classes,)`.
+            top_k: Number of classes.
+            seconds: Duration of each stage of the request.
+        """
+        return {
+            "model": self.name,
+            "top": self.top(probabilities, top_k),
+            "padded": bool(clip["padded"]),
+            "seconds": {name: round(value, 4) for name, value in seconds.items()},
+            "warnings": input_warnings.describe(clip),
+        }
+
     # -------------------------------------------------------------- inference
 
     async def probabilities(self, views: np.ndarray) -> np.ndarray:
@@ -189,12 +226,21 @@ class ServedModel:
         Yields:
             The events `plan`, `window` for each window, `progress`, and finally `done`.
         """
-        start, plan = time.monotonic(), await anext(items)
+        start, plan = time.monotonic(), WindowPlan(**await anext(items))
         gatherer, done, total = ClipGatherer(plan.indices), 0, len(plan.indices)
-        yield "plan", {"model": self.name, "windows": total, "stride": round(plan.stride, 6)}
-        async for numbers, crops in items:
-            values = await self._encode_frames(crops) if self.shares_frames else crops
-            clips = gatherer.add(numbers, values)
+        yield (
+            "plan",
+            {
+                "model": self.name,
+                "windows": total,
+                "stride": round(plan.stride, 6),
+                "seconds": round(float(plan.ends[-1]), 3),
+            },
+        )
+        async for item in items:
+            values = item["crops"]
+            values = await self._encode_frames(values) if self.shares_frames else values
+            clips = gatherer.add(item["numbers"], values)
             while group := list(itertools.islice(clips, self._windows_per_group)):
                 for probabilities in await self._score_windows(group):
                     yield "window", self._describe_window(plan, done, probabilities, top_k)

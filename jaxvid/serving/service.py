@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from jaxvid.errors import short_repr
-from jaxvid.serving import decoder_tasks, uploads
+from jaxvid.serving import decoder_tasks, uploads, url_download
 from jaxvid.serving.batcher import NetworkThread
 from jaxvid.serving.decoder_pool import DecoderPool
 from jaxvid.serving.errors import OverloadedError, RequestError
@@ -50,6 +50,16 @@ class Service:
             "requests_in_progress", "Videos that are received or processed", self.num_requests
         )
         self.metrics.add_gauge(
+            "decoder_queue_length",
+            "Videos that wait for a decoder process",
+            lambda: self.pool.num_waiting if self.pool else 0,
+        )
+        self.metrics.add_gauge(
+            "decoders_lost",
+            "Decoder processes that crashed or were killed, and were replaced",
+            lambda: self.pool.num_lost if self.pool else 0,
+        )
+        self.metrics.add_gauge(
             "network_queue_length",
             "Views, clips and frames that wait for a network",
             lambda: sum(model.num_waiting() for model in models),
@@ -65,6 +75,7 @@ class Service:
 
     async def _start_models(self) -> None:
         try:
+            await self.pool.start()
             for model in self.models.values():
                 await model.start(self.settings, self._thread, self.metrics.observe_batch)
         except Exception as error:
@@ -128,10 +139,25 @@ class Service:
             receiving = uploads.receive(request, self.settings.limits, max_parts=max_parts)
             start = time.monotonic()
             async with receiving as upload:
+                if upload.url:
+                    await self._download(upload)
                 self.metrics.stages.labels("upload").observe(time.monotonic() - start)
                 yield upload
         finally:
             self._num_requests -= 1
+
+    async def _download(self, upload: Upload) -> None:
+        """Download the video whose URL was sent.
+
+        Raises:
+            RequestError: URLs are not allowed, or the download fails.
+        """
+        if not self.settings.allow_urls:
+            raise RequestError(
+                403, "url: this server downloads no videos (--allow_urls); send the file itself"
+            )
+        size = await url_download.download(upload.url, upload.file, self.settings.limits)
+        upload.parts.append((0, size))
 
     async def decode(
         self, task: Callable[..., Iterator[Any]], upload: Upload, *args: Any, **options: Any
@@ -146,7 +172,9 @@ class Service:
         with self.metrics.stages.labels("decode").time():
             items = self.pool.run(task, upload.fd, *args, **options)
             async with contextlib.aclosing(items):
-                return await anext(items)
+                # A task that is closed before its end costs a process.
+                [item] = [item async for item in items]
+                return item
 
     async def read_windows(
         self, model: ServedModel, upload: Upload, window: float, stride: float
@@ -171,17 +199,9 @@ class Service:
             stride,
             align=model.shares_frames,
             chunk=model.spec.num_frames,
+            seconds=self.settings.limits.stream_seconds,
         )
         async with contextlib.aclosing(items):
-            plan = await anext(items)
-            limit = self.settings.limits.windows
-            if len(plan.indices) > limit:
-                raise RequestError(
-                    400,
-                    f"stride={stride:g}: the video has {len(plan.indices)} windows, more than "
-                    f"{limit}; use a longer stride",
-                )
-            yield plan
             async for item in items:
                 yield item
 

@@ -99,9 +99,10 @@ async def read_body(request: Request, limits: Limits, max_bytes: int) -> AsyncIt
                 async with asyncio.timeout_at(min(loop.time() + limits.stall_seconds, end)):
                     chunk = await anext(stream, b"")
             except TimeoutError:
-                seconds = limits.upload_seconds if loop.time() >= end else limits.stall_seconds
-                reason = "upload takes longer than" if loop.time() >= end else "no data for"
-                raise RequestError(408, f"the {reason} {seconds:g} s; try again") from None
+                problem = f"the upload takes longer than {limits.upload_seconds:g} s"
+                if loop.time() < end:
+                    problem = f"no data of the body for {limits.stall_seconds:g} s"
+                raise RequestError(408, f"{problem}; try again") from None
             if not chunk:
                 return
             size += len(chunk)

@@ -280,9 +280,11 @@ def check_same_model(card: dict, folder: str | Path, model_config: ModelConfig) 
     """
     changed = model_differences(card["config"], model_config, RATE_FIELDS)
     if changed:
+        remedy = "use its values with --config.model.NAME=VALUE or choose another folder"
+        if [*changed] == ["num_classes"]:  # the usual mistake is to evaluate the initial weights
+            remedy = "set --config.init_from to a model that was trained on these classes"
         raise InputError(
-            f"{folder} contains a different network: {'; '.join(changed.values())}; use its values "
-            "with --config.model.NAME=VALUE or choose another folder"
+            f"{folder} contains a different network: {'; '.join(changed.values())}; {remedy}"
         )
 
 

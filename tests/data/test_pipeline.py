@@ -63,7 +63,9 @@ def test_workers_that_hang_are_killed(records, monkeypatch):
         records, spec=SPEC, batch_size=8, order=VideoOrder(seed=0), num_threads=1, num_workers=2
     )
     next(batches)
-    workers = multiprocessing.active_children()
+    deadline = time.monotonic() + 30
+    while len(workers := multiprocessing.active_children()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)  # Grain may start the second worker after the first batch
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, signal.SIGSTOP)

@@ -380,6 +380,12 @@ def test_check_reports_unusual_files(tmp_path):
     assert row["what"] == ["shorter than a clip of 16 frames"]
 
 
+def test_check_refuses_packs(tmp_path):
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(InputError, match="is a pack, whose videos were checked when it was writ"):
+        check.check([tmp_path], workers=1)
+
+
 def test_repaired_videos_are_packed_by_the_next_run(mixed_list, tmp_path):
     prepare.prepare([mixed_list], tmp_path / "pack", Settings(), workers=2)
     for i, name in enumerate(("missing", "damaged", "empty", "text")):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.data.clips.transforms import (
     FRACTIONS,
     NUM_CROPS,
@@ -242,3 +243,20 @@ def test_uint16_pixels_are_rounded_to_uint8():
     assert rounded.dtype == np.uint8
     assert rounded.tolist() == [0, 0, 1, 254, 255]
     assert to_uint8(rounded) is rounded
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["down", "Left", "right"], "'Left' look like 'right'"),
+        (["from right to left", "from left to right"], "look like 'from left to right'"),
+        (["left", "up"], ""),
+        (["bright", "blight"], ""),
+    ],
+)
+def test_mirroring_of_classes_that_differ_in_left_and_right_is_warned_of(labels, expected):
+    spec = ClipSpec(num_frames=8, short_side=72, crop=64, flip_prob=0.5)
+    lines = spec.describe_mirroring(labels)
+    assert len(lines) == bool(expected)
+    assert expected in "".join(lines)
+    assert ClipSpec(num_frames=8, short_side=72, crop=64).describe_mirroring(labels) == ()

@@ -124,6 +124,9 @@ def test_a_different_network_is_refused_with_the_differences(folder):
     deeper = make_model_config("xvit_tiny", **{**TINY, "depth": 2})
     with pytest.raises(InputError, match="depth: 1 in the folder, 2 in the config"):
         model_card.check_same_model(card, folder, deeper)
+    other = make_model_config("xvit_tiny", **{**TINY, "num_classes": 77})
+    with pytest.raises(InputError, match="set --config.init_from to a model that was trained on"):
+        model_card.check_same_model(card, folder, other)
 
 
 def test_weights_are_loaded_with_the_requested_sharding(folder):

@@ -1,7 +1,8 @@
 """Loading of clips from videos: frame sampling, resizing, augmentation and cropping."""
 
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,24 @@ class ClipSpec(ViewSpec):
     def eval_dtype(self) -> type[np.unsignedinteger]:
         """Pixel type of evaluation views: uint8, or uint16 in 1 / `FRACTIONS` grey levels."""
         return np.uint16 if self.resize == "torch_bilinear" else np.uint8
+
+    def describe_mirroring(self, labels: Sequence[str]) -> tuple[str, ...]:
+        """Return a warning if mirrored clips of one class look like another class.
+
+        Args:
+            labels: Class names. Two classes are mirror images of each other if their names differ
+                only in the words left and right.
+        """
+        swap, names = {"left": "right", "right": "left"}, {label.lower() for label in labels}
+        for label in labels if self.flip_prob else ():
+            words = re.split(r"\b(left|right)\b", label.lower())
+            mirrored = "".join(swap.get(word, word) for word in words)
+            if mirrored != label.lower() and mirrored in names:
+                return (
+                    f"data.flip_prob={self.flip_prob:g}: mirrored clips of {label!r} look like "
+                    f"{mirrored!r}; to distinguish them, set --config.data.flip_prob=0",
+                )
+        return ()
 
 
 def load_train_clip(

@@ -54,6 +54,7 @@ class VideoFile:
         path: A regular file.
         name: Name of the video in error messages; by default, the path.
         max_seconds: Limit of the wall time of opening and decoding together.
+        max_pixels: Limit of the size of a frame; None: `MAX_PIXELS`.
 
     Attributes:
         num_frames: Number of frames, without hidden frames and those before the first key frame.
@@ -67,8 +68,15 @@ class VideoFile:
         DecodeError: The file is missing, unreadable, not a video or empty, or exceeds a limit.
     """
 
-    def __init__(self, path: str | Path, *, name: str = "", max_seconds: float = MAX_SECONDS):
-        self._path, self._name = path, name or path
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        name: str = "",
+        max_seconds: float = MAX_SECONDS,
+        max_pixels: int | None = None,
+    ):
+        self._path, self._name, self._max_pixels = path, name or path, max_pixels or MAX_PIXELS
         self._seconds_left = self._max_seconds = max_seconds
         self._container = self._readable = self._cached = None
         self._reformatter = VideoReformatter()  # shared, because its tables are made once
@@ -101,7 +109,7 @@ class VideoFile:
         self.close()
         if not stat.S_ISREG(os.stat(self._path).st_mode):  # a pipe could block forever
             raise self._error("not a regular file")
-        limits = {"max_pixels": str(MAX_PIXELS)}  # the size may change within the file
+        limits = {"max_pixels": str(self._max_pixels)}  # the size may change within the file
         self._container = av.open(
             f"file:{self._path}",  # otherwise, "12:30.mp4" is parsed as a network protocol
             options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file", **limits},
@@ -117,7 +125,7 @@ class VideoFile:
             stream.discard = Discard.default if stream is self._stream else Discard.all
         if (context := self._stream.codec_context) is None:
             raise self._error("no decoder for its codec")
-        if context.width * context.height > MAX_PIXELS:
+        if context.width * context.height > self._max_pixels:
             raise self._error(f"the frame size {context.width}×{context.height} is too large")
         context.thread_count = 1  # clips are decoded in parallel, not frames
         context.options = limits

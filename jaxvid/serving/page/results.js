@@ -1,0 +1,388 @@
+"use strict";
+// Draws the events of /v1/explain: classes, frames, timeline and model cards.
+// Used by the page (page.js) and, without the rest of the page, by the downloaded report.
+
+// ------------------------------------------------------------------ create elements; names are set only as text or attributes
+const $ = (id) => document.getElementById(id);
+function fill(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "style") Object.assign(node.style, value); // a style attribute is refused by the page's CSP
+    else node.setAttribute(name, value);
+  }
+  node.append(...children);
+  return node;
+}
+const el = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
+const draw = (tag, attributes, ...children) =>
+  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+const bdi = (words) => el("bdi", {}, words); // keeps a right-to-left name from reordering the text around it
+
+const percent = (probability) => `${(100 * probability).toFixed(1)} %`;
+const many = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+const megabytes = (bytes) => (bytes < 1e6 ? `${Math.max(1, Math.round(bytes / 1e3))} kB` : `${(bytes / 1e6).toFixed(1)} MB`);
+function clock(seconds) {
+  if (seconds < 60) return `${seconds.toFixed(2)} s`;
+  const minutes = Math.floor(seconds / 60);
+  return `${minutes}:${(seconds - 60 * minutes).toFixed(1).padStart(4, "0")} min`;
+}
+
+// ------------------------------------------------------------------ state
+const results = {
+  cards: new Map(), // name of a model → its card
+  runs: new Map(), // name of a model → its events for the current video
+  shown: null, // name of the model whose frames and timeline are shown
+  time: 0, // of the timeline's cursor, in seconds
+  onSeek: null, // called with a time that the user selects; null: there is no player
+  isPlaying: () => false, // whether the player is running, which then moves the cursor
+};
+const shownRun = () => results.runs.get(results.shown);
+
+function clearResults() {
+  results.runs.clear();
+  results.shown = null;
+  results.time = 0;
+  for (const id of ["classes", "frames", "timeline"]) $(id).hidden = true;
+}
+
+// One event of /v1/explain. "window" occurs once per window, other events once.
+function addEvent(model, name, data) {
+  if (!results.runs.has(model)) results.runs.set(model, { windows: [] });
+  results.shown ??= model;
+  const run = results.runs.get(model);
+  if (name === "window") run.windows.push(data);
+  else run[name] = data;
+  if (name === "info") $("facts").textContent = describeInfo(data);
+  if (name === "prediction") drawPredictions();
+  if (["frames", "attention"].includes(name)) drawFrames();
+  if (["plan", "window"].includes(name)) drawTimelineSoon();
+}
+
+// ------------------------------------------------------------------ radio buttons and check boxes
+function modelChoice(id, onChange) {
+  const names = [...results.runs.keys()], fieldset = $(id);
+  fieldset.hidden = names.length < 2;
+  const options = names.map((name) => {
+    const input = el("input", { type: "radio", name: id, onchange: () => { results.shown = name; onChange(); } });
+    input.checked = name === results.shown;
+    return el("label", {}, input, el("span", {}, bdi(name)));
+  });
+  const focused = fieldset.contains(document.activeElement);
+  fieldset.replaceChildren(fieldset.querySelector("legend"), ...options);
+  if (focused) fieldset.querySelector(":checked").focus();
+}
+
+function describeInfo({ width, height, seconds, frames, fps, bytes }) {
+  return [`${width} × ${height} px`, ...(seconds === null ? [] : [clock(seconds)]), many(frames, "frame"),
+    ...(fps ? [`${+fps.toFixed(2)} frames/s`] : []), megabytes(bytes)].join(" · ");
+}
+
+// ------------------------------------------------------------------ classes
+function barList(list, top) {
+  list.replaceChildren(...top.map(({ label, probability }, rank) => el("li", rank ? {} : { class: "best" },
+    el("span", { class: "label" }, bdi(label)),
+    el("span", { class: "number" }, percent(probability)),
+    el("span", { class: "track", "aria-hidden": "true" }, el("i", { style: { width: `${100 * probability}%` } })))));
+  return list;
+}
+
+function describeTiming({ seconds }) {
+  const shown = (value) => (value < 1 ? `${Math.round(1000 * value)} ms` : `${value.toFixed(1)} s`);
+  return `decoded in ${shown(seconds.decode)}, classified in ${shown(seconds.network)}`;
+}
+
+function drawPrediction(model, run) {
+  const parts = [];
+  if (results.runs.size > 1) parts.push(el("h3", {}, bdi(model)));
+  for (const message of run.prediction?.warnings ?? []) parts.push(el("p", { class: "warning" }, message));
+  if (run.prediction) {
+    const list = el("ol", { class: "bars", "aria-label": `Most likely classes by ${model}` });
+    parts.push(barList(list, run.prediction.top), el("p", { class: "small soft" }, describeTiming(run.prediction)));
+  }
+  return el("div", {}, ...parts);
+}
+
+function drawPredictions() {
+  $("classes").hidden = false;
+  $("predictions").replaceChildren(...[...results.runs].map(([model, run]) => drawPrediction(model, run)));
+  drawAgreement();
+}
+
+function drawAgreement() {
+  const done = [...results.runs].filter(([, run]) => run.prediction);
+  $("agreement").hidden = done.length < 2;
+  if (done.length < 2) return;
+  const tops = done.map(([model, run]) => ({ model, ...run.prediction.top[0], all: run.prediction.top.map((c) => c.label) }));
+  const known = (label) => done.every(([model]) => results.cards.get(model)?.labels.includes(label));
+  if (!tops.some((top) => known(top.label))) {
+    $("agreement").replaceChildren("The models have different classes, so that their predictions cannot be compared.");
+    return;
+  }
+  const agree = tops.every((top) => top.label === tops[0].label);
+  const common = tops[0].all.filter((label) => tops.every((top) => top.all.includes(label))).length;
+  const verdict = agree ? [el("b", { class: "right" }, "The models agree: "), bdi(tops[0].label), "."]
+    : [el("b", { class: "wrong" }, "The models disagree: "), ...tops.flatMap((top, i) =>
+      [i ? ", " : "", bdi(top.label), ` (${percent(top.probability)}, `, bdi(top.model), ")"]), "."];
+  $("agreement").replaceChildren(...verdict, ` ${common} of the ${tops[0].all.length} most likely classes are in all lists.`);
+}
+
+// ------------------------------------------------------------------ frames and attention
+const LAYERS = [["heat", "attention in the frame"], ["weights", "weight of the frame"]];
+// Matplotlib's colour map plasma, which `jaxvid visualize` uses, at 9 evenly spaced values.
+const PLASMA = [[13, 8, 135], [75, 3, 161], [125, 3, 168], [168, 34, 150], [203, 70, 121], [229, 107, 93],
+  [248, 148, 65], [253, 195, 40], [240, 249, 33]];
+const OPACITY = 0.75; // of the strongest heat
+
+function drawLayerChoice(hasAttention) {
+  $("layers").hidden = !hasAttention;
+  if ($("layers").querySelector("input")) return;
+  $("layers").append(...LAYERS.map(([layer, words]) => {
+    const input = el("input", { type: "checkbox", onchange: () => $("pictures").classList.toggle(layer, input.checked) });
+    input.checked = true;
+    $("pictures").classList.add(layer);
+    return el("label", {}, input, el("span", {}, words));
+  }));
+}
+
+function heatColour(strength) {
+  const position = strength * (PLASMA.length - 1), low = Math.min(Math.floor(position), PLASMA.length - 2);
+  return PLASMA[low].map((value, c) => value + (position - low) * (PLASMA[low + 1][c] - value));
+}
+
+// Draws the attention (rows of patches) of a frame, as `jaxvid visualize` does: uniform attention is transparent.
+function drawHeat(patches, peak) {
+  const [rows, columns] = [patches.length, patches[0].length], uniform = 1 / (rows * columns);
+  const canvas = el("canvas", { width: columns, height: rows, class: "heat" });
+  const context = canvas.getContext("2d"), image = context.createImageData(columns, rows);
+  patches.flat().forEach((share, i) => {
+    const strength = Math.min(1, Math.max(0, (share - uniform) / (peak - uniform)));
+    image.data.set([...heatColour(strength), 255 * OPACITY * Math.sqrt(strength)], 4 * i);
+  });
+  context.putImageData(image, 0, 0);
+  return canvas;
+}
+
+function placeInBox(node, [top, left, bottom, right]) {
+  const share = (value) => `${100 * value}%`;
+  Object.assign(node.style, { top: share(top), left: share(left), width: share(right - left), height: share(bottom - top) });
+  return node;
+}
+
+function drawPicture(frame, i, run, peak) {
+  const { attention, frames } = run, time = frame.time === null ? "" : clock(frame.time);
+  const words = `Frame ${frame.index}${time && ` at ${time}`}`;
+  const layers = [el("img", { src: frame.image, alt: words }), placeInBox(el("span", { class: "crop" }), frames.crop_box)];
+  if (attention) layers.push(placeInBox(drawHeat(attention.patches[i], peak), frames.crop_box));
+  const seekable = results.onSeek && time;
+  const picture = seekable
+    ? el("button", { type: "button", class: "picture", title: `Show ${time} in the player`, onclick: () => selectTime(frame.time) }, ...layers)
+    : el("div", { class: "picture" }, ...layers);
+  const caption = time ? [el("span", {}, time), el("span", { class: "soft" }, `frame ${frame.index}`)] : [words];
+  return el("figure", {}, picture, el("figcaption", {}, el("div", { class: "when" }, ...caption), ...drawWeight(attention, i)));
+}
+
+function drawWeight(attention, i) {
+  if (!attention) return [];
+  const share = attention.weights[i], most = Math.max(...attention.weights), uniform = 1 / attention.weights.length;
+  const bar = el("i", { style: { width: `${(100 * share) / most}%` } });
+  const mark = el("b", { style: { left: `${(100 * uniform) / most}%` } });
+  return [el("div", { class: "weight" },
+    el("span", { class: "track", "aria-hidden": "true" }, bar, mark),
+    el("span", { class: "number", title: "share of the attention over time" }, percent(share)))];
+}
+
+function drawFrames() {
+  const run = shownRun();
+  $("frames").hidden = !run?.frames;
+  if (!run?.frames) return;
+  const { frames, attention } = run;
+  modelChoice("frames-model", () => { drawFrames(); drawTimeline(); });
+  drawLayerChoice(Boolean(attention));
+  $("frames-note").replaceChildren(frames.note);
+  // At least twice the uniform share, so that almost uniform attention does not look strong.
+  const shares = attention ? attention.patches.flat(2) : [];
+  const uniform = attention ? 1 / attention.patches[0].flat().length : 1;
+  const peak = shares.reduce((most, share) => Math.max(most, share), 2 * uniform);
+  $("pictures").replaceChildren(...frames.frames.map((frame, i) => drawPicture(frame, i, run, peak)));
+  $("attention-notes").replaceChildren(...(attention?.notes ?? []).map((note) => el("li", {}, note)));
+}
+
+// ------------------------------------------------------------------ timeline
+const MAX_CURVES = 8;
+const colour = (curve) => (curve < 0 ? "var(--edge)" : `var(--curve-${curve})`);
+const middle = ({ start, end }) => (start + end) / 2;
+
+// The classes to draw: most often the most likely one, then by their highest probability.
+function mainClasses(windows) {
+  const found = new Map();
+  for (const { top } of windows) {
+    top.forEach(({ label, probability }, rank) => {
+      const entry = found.get(label) ?? { label, first: 0, most: 0 };
+      entry.first += rank === 0;
+      entry.most = Math.max(entry.most, probability);
+      found.set(label, entry);
+    });
+  }
+  const order = [...found.values()].sort((a, b) => b.first - a.first || b.most - a.most);
+  return order.slice(0, MAX_CURVES).map((entry) => entry.label);
+}
+
+// The window whose classes are shown at a time: it changes halfway between the middles of two windows.
+function windowAt(windows, time) {
+  const next = windows.findIndex((window, i) => i + 1 < windows.length && time < (middle(window) + middle(windows[i + 1])) / 2);
+  return next < 0 ? windows.length - 1 : next;
+}
+
+function ticks(most, count) { // round numbers from 0 up to `most`
+  const raw = most / count || 1, power = 10 ** Math.floor(Math.log10(raw));
+  const step = [1, 2, 2.5, 5, 10].find((m) => m * power >= raw * 0.999) * power;
+  return Array.from({ length: Math.floor(most / step + 1e-9) + 1 }, (_, i) => +(i * step).toPrecision(6));
+}
+
+let axes = null; // of the chart: {x: time → pixel, time: pixel → time}
+let pending = false;
+function drawTimelineSoon() {
+  if (pending) return;
+  pending = true;
+  setTimeout(() => { pending = false; drawTimeline(); }, 50);
+}
+
+function chartFrame(svg, length) {
+  const wide = Math.max(240, $("chart").clientWidth), high = 230;
+  const edge = { left: 40, right: 8, top: 8, strip: 16, bottom: 60 };
+  const x = (time) => edge.left + (time / length) * (wide - edge.left - edge.right);
+  const y = (share) => high - edge.bottom - share * (high - edge.top - edge.bottom);
+  axes = { x, time: (pixel) => ((pixel - edge.left) / (wide - edge.left - edge.right)) * length };
+  svg.setAttribute("viewBox", `0 0 ${wide} ${high}`);
+  const text = (at, below, words, anchor = "middle") => draw("text", { x: at, y: below, "text-anchor": anchor }, words);
+  const grid = [0, 0.25, 0.5, 0.75, 1].flatMap((share) => [
+    draw("line", { x1: x(0), x2: x(length), y1: y(share), y2: y(share), stroke: share ? "var(--line)" : "var(--edge)" }),
+    text(edge.left - 6, y(share) + 4, 100 * share, "end")]);
+  const times = ticks(length, wide / 110).map((time) => text(x(time), high - 22, time));
+  svg.replaceChildren(...grid, ...times, text((x(0) + x(length)) / 2, high - 4, "time (s)"),
+    text(edge.left - 6, high - edge.bottom + 20, "top-1", "end"));
+  return { x, y, strip: { y: high - edge.bottom + 8, height: edge.strip }, bottom: high - edge.bottom + 8 + edge.strip };
+}
+
+function drawTimeline() {
+  const run = shownRun(), windows = run?.windows ?? [];
+  $("timeline").hidden = !run?.plan;
+  if (!run?.plan) return;
+  modelChoice("timeline-model", () => { drawFrames(); drawTimeline(); });
+  const { plan } = run, classes = mainClasses(windows);
+  $("timeline-note").textContent = `Each window of ${clock(plan.window)} is classified like a separate video; a new one starts every `
+    + `${clock(plan.stride)}. ${windows.length < plan.windows ? `${windows.length} of ${plan.windows} windows` : many(plan.windows, "window")}.`;
+  const svg = $("curves"), { x, y, strip, bottom } = chartFrame(svg, plan.seconds);
+  classes.forEach((label, curve) => svg.append(...drawCurve(windows, label, curve, x, y)));
+  windows.forEach((window, i) => {
+    const from = i ? (middle(windows[i - 1]) + middle(window)) / 2 : window.start;
+    const to = i + 1 < windows.length ? (middle(window) + middle(windows[i + 1])) / 2 : window.end;
+    const fillColour = colour(classes.indexOf(window.top[0].label));
+    svg.append(draw("rect", { x: x(from), width: Math.max(1, x(to) - x(from)), ...strip, fill: fillColour }));
+  });
+  svg.append(draw("line", { id: "cursor", y1: 0, y2: bottom, stroke: "var(--ink)", "stroke-width": 2 }));
+  const others = windows.some((window) => !classes.includes(window.top[0].label)) ? [el("li", {}, swatch(-1), "other classes")] : [];
+  $("legend").replaceChildren(...classes.map((label, curve) => el("li", {}, swatch(curve), bdi(label))), ...others);
+  $("chart").setAttribute("aria-valuemax", plan.seconds.toFixed(2));
+  $("chart").setAttribute("aria-valuemin", 0);
+  showTime(results.time);
+}
+
+function drawCurve(windows, label, curve, x, y) {
+  // Classes below the last listed one of a window are drawn at 0.
+  const value = ({ top }) => top.find((entry) => entry.label === label)?.probability ?? 0;
+  const points = windows.map((window) => [x(middle(window)), y(value(window))]);
+  const line = draw("polyline", { points: points.map((point) => point.join()).join(" "), fill: "none", stroke: colour(curve), "stroke-width": 2 });
+  const dots = windows.length > 60 ? [] : points.map(([cx, cy]) => draw("circle", { cx, cy, r: 3, fill: colour(curve) }));
+  return [line, ...dots];
+}
+
+const swatch = (curve) => el("i", { class: "swatch", style: { background: colour(curve) } });
+
+// Moves the cursor of the timeline and lists the classes at this time.
+function showTime(time) {
+  results.time = time;
+  const windows = shownRun()?.windows ?? [];
+  if ($("timeline").hidden || !windows.length || !axes) return;
+  const window = windows[windowAt(windows, time)], at = axes.x(Math.min(time, shownRun().plan.seconds));
+  for (const end of ["x1", "x2"]) $("cursor")?.setAttribute(end, at);
+  const top = window.top.slice(0, 5);
+  $("moment").textContent = `At ${clock(time)}`;
+  barList($("moment-bars"), top);
+  $("chart").setAttribute("aria-valuenow", time.toFixed(2));
+  $("chart").setAttribute("aria-valuetext", `${clock(time)}: ${top[0].label} ${percent(top[0].probability)}`);
+}
+
+function selectTime(time) {
+  showTime(time);
+  results.onSeek?.(time);
+}
+
+function watchChart() {
+  const chart = $("chart");
+  const timeAt = (event) => {
+    const length = shownRun()?.plan?.seconds ?? 0;
+    return Math.min(length, Math.max(0, axes.time(event.clientX - chart.getBoundingClientRect().left)));
+  };
+  chart.addEventListener("pointermove", (event) => { if (axes && !results.isPlaying()) selectTime(timeAt(event)); });
+  chart.addEventListener("pointerdown", (event) => { if (axes) selectTime(timeAt(event)); });
+  chart.addEventListener("keydown", (event) => {
+    const windows = shownRun()?.windows ?? [];
+    if (!windows.length) return;
+    const at = windowAt(windows, results.time), last = windows.length - 1;
+    const to = { ArrowRight: at + 1, ArrowUp: at + 1, ArrowLeft: at - 1, ArrowDown: at - 1, PageUp: at + 5, PageDown: at - 5,
+      Home: 0, End: last }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    selectTime(middle(windows[Math.min(last, Math.max(0, to))]));
+  });
+  let width = 0;
+  new ResizeObserver(([{ contentRect }]) => {
+    if (width === contentRect.width) return;
+    width = contentRect.width;
+    drawTimeline();
+  }).observe(chart);
+}
+
+// ------------------------------------------------------------------ model cards
+function describeValue(name, value) {
+  if (name.endsWith("_bytes")) return megabytes(value);
+  if (name.endsWith("_seconds")) return `${value} s`;
+  if (typeof value === "number") return value.toLocaleString("en");
+  return typeof value === "object" ? el("code", {}, JSON.stringify(value)) : bdi(String(value));
+}
+
+function drawCard(card, open) {
+  const facts = el("dl", { class: "facts" });
+  const add = (term, ...about) => facts.append(el("dt", {}, term), el("dd", {}, ...about));
+  const lines = (items) => el("ul", {}, ...items.map((item) => el("li", {}, item)));
+  add("Protocol", lines(card.description));
+  const names = card.labels.slice(0, 1000);
+  add("Classes", el("details", {}, el("summary", {}, `${card.labels.length.toLocaleString("en")} classes`),
+    el("ul", { tabindex: 0, "aria-label": "Classes" }, ...names.map((label) => el("li", {}, bdi(label))))));
+  if (card.labels_source) add("Class names", bdi(card.labels_source));
+  add("Probabilities", card.activation === "sigmoid" ? "sigmoid: each class independently" : card.activation);
+  for (const [group, title] of [["provenance", "Provenance"], ["limits", "Limits of this server"]]) {
+    const entries = Object.entries(card[group] ?? {}).filter(([, value]) => value !== null);
+    if (entries.length) add(title, lines(entries.map(([name, value]) => el("span", {}, `${name.replace(/_(bytes|seconds)$/, "").replaceAll("_", " ")}: `, describeValue(name, value)))));
+  }
+  const details = el("details", {}, el("summary", {}, bdi(card.name)), facts);
+  details.open = open;
+  return details;
+}
+
+function setCards(cards) {
+  results.cards = new Map(cards.map((card) => [card.name, card]));
+  $("cards").hidden = false;
+  if (cards.length > 1) $("h-cards").textContent = "Model cards";
+  $("card-list").replaceChildren(...cards.map((card) => drawCard(card, cards.length === 1 && innerWidth >= 900)));
+}
+
+// ------------------------------------------------------------------ the report
+watchChart();
+const saved = $("data");
+if (saved) { // this is a report and not the page
+  const { cards, events } = JSON.parse(saved.textContent);
+  setCards(cards);
+  for (const [model, name, data] of events) addEvent(model, name, data);
+}

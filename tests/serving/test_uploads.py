@@ -1,0 +1,167 @@
+"""Bodies of requests, their limits, and requests that end early."""
+
+import json
+import os
+import socket
+import time
+
+import pytest
+
+from jaxvid.serving.limits import Limits, Settings
+from tests.serving.running_server import make_fake_model, running
+from tests.serving.test_api import make_form
+
+LIMITS = Limits(upload_bytes=200_000, upload_seconds=1.0, stall_seconds=0.2, header_seconds=0.5)
+
+
+@pytest.fixture(scope="module")
+def strict():
+    """Return a server with low limits."""
+    with running([make_fake_model()], Settings(limits=LIMITS)) as server:
+        yield server
+
+
+def send(server, data: bytes, *, then=()) -> bytes:
+    """Send bytes, and more after pauses; return the answer."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(data)
+        for pause, more in then:
+            time.sleep(pause)
+            connection.sendall(more)
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+        return answer
+
+
+def post(*headers: str) -> bytes:
+    lines = ["POST /v1/predict HTTP/1.1", "Host: localhost", "Connection: close", *headers]
+    return "".join(f"{line}\r\n" for line in [*lines, ""]).encode()
+
+
+def error_of(answer: bytes) -> dict:
+    return json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+
+
+def test_a_declared_size_above_the_limit_is_refused_before_the_body(strict):
+    error = error_of(send(strict, post("Content-Length: 2000000000")))
+    assert error == {
+        "status": 413,
+        "message": "the body is larger than 0.2 MB; shorten or compress the video",
+    }
+
+
+def test_a_chunked_body_above_the_limit_is_refused(strict):
+    chunk = b"8000\r\n" + bytes(0x8000) + b"\r\n"
+    error = error_of(send(strict, post("Transfer-Encoding: chunked") + 7 * chunk))
+    assert error["status"] == 413
+
+
+def test_slow_bodies_are_refused(strict):
+    start = time.monotonic()
+    stalled = error_of(send(strict, post("Content-Length: 1000") + b"x"))
+    assert stalled == {"status": 408, "message": "no data of the body for 0.2 s; try again"}
+    drip = error_of(send(strict, post("Content-Length: 1000"), then=[(0.15, b"x")] * 7))
+    assert drip["status"] == 408
+    assert "upload takes longer than 1 s" in drip["message"]
+    assert time.monotonic() - start < 30
+
+
+def test_slow_headers_close_the_connection(strict):
+    assert send(strict, b"GET /healthz HT") == b""
+    with pytest.raises(ConnectionError):  # one byte at a time
+        send(strict, b"GET /healthz HTTP/1.1\r\n", then=[(0.2, b"X")] * 20)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "message"),
+    [
+        (b"", {}, 400, "the body is empty; send a video"),
+        (b"x", {"Content-Type": "text/html"}, 415, "Content-Type: expected video/*"),
+        (b"x", {"Content-Type": "multipart/form-data"}, 400, "Content-Type: multipart/form-data"),
+        (b"x", {"Content-Type": f"multipart/form-data; boundary={300 * 'x'}"}, 400, "the form is"),
+        (b"garbage", {"Content-Type": "multipart/form-data; boundary=XX"}, 400, "the form is"),
+        (b"{}", {"Content-Type": "application/json"}, 400, "the body: expected JSON"),
+        (b'{"url": 5}', {"Content-Type": "application/json"}, 400, "the body: expected JSON"),
+        (b"[" * 5000, {"Content-Type": "application/json"}, 400, "the body: expected JSON"),
+        (b'{"url": "http://a.b/c"}', {"Content-Type": "application/json"}, 403, "url: this server"),
+        (*make_form({"other": b"x"}), 400, "the form has no field video"),
+        (*make_form({"video": b""}), 400, "the field video is empty"),
+        (make_form({"video": b"x"})[0][:-10], make_form({})[1], 400, "the form has no closing"),
+    ],
+)
+def test_bad_bodies_are_refused(strict, body, headers, status, message):
+    actual, _, answer = strict.request("POST", "/v1/predict", body, headers)
+    error = json.loads(answer)["error"]
+    assert (actual, error["status"]) == (status, status)
+    assert error["message"].startswith(message)
+
+
+def test_several_videos_in_one_form_are_refused(strict):
+    body, headers = make_form({"video": b"x"})
+    body = body.replace(b"--XX--", b"") + body
+    status, _, answer = strict.request("POST", "/v1/predict", body, headers)
+    assert status == 400
+    assert "more than 1 fields video" in json.loads(answer)["error"]["message"]
+
+
+def test_uploads_leave_no_files_and_descriptors(server, video, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    server.post("/v1/predict", video)  # opens what stays open
+    before = len(os.listdir("/proc/self/fd"))
+    for name in ("../../evil\x1b[31m.mp4", "a.mp4"):
+        body, headers = make_form({"video": video}, name)
+        server.post("/v1/predict", body, headers)
+        body, headers = make_form({"video": video[:200]}, name)
+        assert server.request("POST", "/v1/predict", body, headers)[0] == 422
+    assert [*tmp_path.iterdir()] == []
+    assert len(os.listdir("/proc/self/fd")) <= before + 1  # a connection may still be closing
+    assert "evil" not in "".join(capfd.readouterr())
+
+
+def test_too_many_requests_are_refused(video):
+    model = make_fake_model()
+    with running([model], Settings(limits=Limits(requests=1))) as server:
+        model.engine.is_free.clear()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(post(f"Content-Length: {len(video)}") + video)
+            while not server.service.num_requests():
+                time.sleep(0.01)
+            status, headers, answer = server.request("POST", "/v1/predict", video)
+            model.engine.is_free.set()
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    assert status == 429
+    assert int(headers["retry-after"]) >= 1
+    assert "the server is busy" in json.loads(answer)["error"]["message"]
+
+
+def test_an_answer_after_the_deadline_is_an_error(video):
+    model = make_fake_model()
+    with running([model], Settings(limits=Limits(deadline_seconds=0.5))) as server:
+        model.engine.is_free.clear()
+        status, _, answer = server.request("POST", "/v1/predict", video)
+        model.engine.is_free.set()
+        assert status == 504
+        assert "no answer within 0.5 s" in json.loads(answer)["error"]["message"]
+        assert server.post("/v1/predict", video)["model"] == "fake"
+
+
+def test_a_client_that_disconnects_leaves_the_queue(video):
+    model = make_fake_model()
+    with running([model]) as server:
+        model.engine.is_free.clear()
+        for path in ("/v1/predict", "/v1/timeline?window=1&stride=1"):
+            data = post(f"Content-Length: {len(video)}").replace(b"/v1/predict", path.encode())
+            with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+                connection.sendall(data + video)
+                while not server.service.num_requests():
+                    time.sleep(0.01)
+                time.sleep(0.1)
+            deadline = time.monotonic() + 30
+            while server.service.num_requests():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        model.engine.is_free.set()
+        assert server.post("/v1/predict", video)["model"] == "fake"
+        text = server.request("GET", "/metrics")[2].decode()
+    assert 'route="/v1/predict",status="499"} 1.0' in text
