@@ -13,6 +13,7 @@ from jaxvid import help_texts
 DTYPES = ("float32", "tfloat32", "bfloat16")  # jaxvid.models.precision.DTYPES
 LAYERS = ("video", "frames")  # jaxvid.inference.feature_extraction.LAYERS
 FORMATS = ("stablehlo", "onnx", "safetensors")  # of an exported model
+ENGINES = ("jax", "onnxruntime")  # of `jaxvid serve`
 PRECISIONS = ("float32", "float16", "int8")  # of an ONNX file
 SHELLS = ("bash", "zsh", "fish")
 MODEL_HELP = (
@@ -98,6 +99,9 @@ def serve() -> argparse.ArgumentParser:
     add("--dtype", choices=(*DTYPES, "auto"), default="float32", help="compute dtype; auto: the "
         "faster of float32 and bfloat16, measured once per network and machine (default: float32, "
         "as in evaluation)")  # fmt: skip
+    add("--engine", choices=ENGINES, default=ENGINES[0], help="what computes predictions; "
+        "onnxruntime needs pip install 'jaxvid[onnx]', and computes in float32 on the CPU "
+        f"(default: {ENGINES[0]})")  # fmt: skip
     return parser
 
 

@@ -1,7 +1,10 @@
 """ONNX files: a network in float32, float16 or int8, and their descriptions."""
 
 import contextlib
+import dataclasses
+import hashlib
 import importlib
+import json
 import logging
 import tempfile
 import warnings
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flax import nnx
 
+from jaxvid.atomic import write_file
 from jaxvid.converters import find_converter
 from jaxvid.data.clips.transforms import to_uint8
 from jaxvid.data.input_videos import open_input
@@ -19,11 +23,17 @@ from jaxvid.data.pipeline import make_eval_iter, split_batch
 from jaxvid.data.protocols import VideoRecord
 from jaxvid.data.records import Selection
 from jaxvid.errors import InputError, import_or_explain
+from jaxvid.files import cache_dir, read_limited
 from jaxvid.models import split_params
 from jaxvid.progress import Progress, to_stderr
-from jaxvid.storage.exported_file import describe_test
+from jaxvid.storage.exported_file import MAX_FILE_BYTES, describe_test
+from jaxvid.storage.model_folder import fingerprint
 from jaxvid.storage.onnx_network import OnnxNetwork
-from jaxvid.storage.preprocessing import Preprocessing, clip_shape
+from jaxvid.storage.preprocessing import (
+    Preprocessing,
+    clip_shape,
+    load_model_and_preprocessing,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -32,6 +42,7 @@ CALIBRATION_VIDEOS = 64
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 # Operators with weights, which int8 files compute in int8, except for the class head (`Gemm`).
 QUANTIZED = ("Conv", "MatMul")
+CACHE_VERSION = 1  # of files in the cache; increased when the export changes
 # Operators between the input and the network: they normalise pixels, in float32.
 NORMALIZATION = ("Cast", "Mul", "Add")
 
@@ -82,6 +93,25 @@ def export_onnx(
     program = OnnxNetwork(data, "the exported network")
     about["test"] = describe_test(clip_shape(preprocessing.spec, 1), program)
     return data, about
+
+
+def cached_onnx(folder: str | Path) -> bytes:
+    """Return a float32 ONNX file of a model folder, which is kept in the user's cache.
+
+    Raises:
+        InputError: The folder is unusable, a package is not installed, or the cache cannot be
+            written.
+    """
+    card, model, preprocessing = load_model_and_preprocessing(folder)
+    made_with = [CACHE_VERSION, card["activation"], preprocessing.to_json()]
+    made_with += [dataclasses.asdict(model.config), fingerprint(split_params(model)[1])]
+    name = hashlib.sha256(json.dumps(made_with).encode()).hexdigest()
+    path = cache_dir() / "onnx" / f"{name}.onnx"
+    with contextlib.suppress(FileNotFoundError):
+        return read_limited(path, MAX_FILE_BYTES)
+    data, _ = export_onnx(model, preprocessing, card["activation"])
+    write_file(path, data)
+    return data
 
 
 # ------------------------------------------------------------------ calibration
