@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxvid
 from jaxvid import export
@@ -17,7 +18,7 @@ from jaxvid.inference import onnx_export
 from jaxvid.models import ModelConfig, abstract_model, make_model_config, merge_params
 from jaxvid.storage import exported_file
 from jaxvid.storage.onnx_network import OnnxNetwork
-from jaxvid.storage.preprocessing import Preprocessing, clip_shape, normalize
+from jaxvid.storage.preprocessing import Preprocessing, normalize
 from tests import goldens
 from tests.models.test_stam import config_of as stam_config_of
 from tests.models.test_xvit import config_of as xvit_config_of
@@ -36,9 +37,32 @@ def run_export(folder, output, *options) -> int:
     return export.main(list(map(str, arguments)))
 
 
+def golden_network(name: str) -> nnx.Module:
+    """Return the network of a golden file, with its synthetic weights."""
+    golden = goldens.load(f"tiny/{name}")
+    config = (stam_config_of if name.startswith("stam") else xvit_config_of)(golden)
+    return synthetic_network(config, int(golden["param_seed"]))
+
+
+def synthetic_network(config: ModelConfig, seed: int) -> nnx.Module:
+    graphdef, abstract = abstract_model(config)
+    return merge_params(graphdef, goldens.params(abstract, seed))
+
+
 @pytest.fixture(scope="module")
-def files(folders, motion_folder, tmp_path_factory):
-    """Return the ONNX files of both tiny networks in float32, and of XViT in the others."""
+def models(folders, tmp_path_factory):
+    """Return model folders: a small XViT for the motion clips, and the STAM of a golden file."""
+    folder = tmp_path_factory.mktemp("models") / "stam"
+    model = golden_network("stam_tiny_4f")
+    sizes = {"num_frames": model.config.num_frames, "crop": model.config.image_size}
+    preprocessing = {**sizes, "short_side": 72, "sampling": "uniform_10s", "mean": 0.5, "std": 0.25}
+    jaxvid.save_model(model, folder, preprocessing=preprocessing)
+    return {"stam": folder, "xvit": folders / "xvit"}
+
+
+@pytest.fixture(scope="module")
+def files(models, motion_folder, tmp_path_factory):
+    """Return the ONNX files of both networks in float32, and of XViT in the other precisions."""
     from convert import flax_to_onnx
 
     target, made, make_onnx = tmp_path_factory.mktemp("onnx"), {}, flax_to_onnx.make_onnx
@@ -58,28 +82,31 @@ def files(folders, motion_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flax_to_onnx, "make_onnx", make_once)
         for name, (model, options) in files.items():
-            assert run_export(folders / model, target / f"{name}.onnx", *options) == 0
+            assert run_export(models[model], target / f"{name}.onnx", *options) == 0
     return {name: target / f"{name}.onnx" for name in files}
 
 
-def make_clips(count: int) -> np.ndarray:
-    return np.random.default_rng(count).integers(0, 256, (count, 8, 64, 64, 3), np.uint8)
+def make_clips(count: int, frames: int = 8, size: int = 64) -> np.ndarray:
+    shape = (count, frames, size, size, 3)
+    return np.random.default_rng(count).integers(0, 256, shape, np.uint8)
 
 
 @needs_onnx
 @pytest.mark.parametrize("name", ["stam", "xvit"])
-def test_an_onnx_file_matches_the_network_for_any_batch_size(files, folders, name):
+def test_an_onnx_file_matches_the_network_for_any_batch_size(files, models, name):
     about = json.loads(files[name].with_name(f"{name}.onnx.json").read_text())
     assert about["sha256"] == hashlib.sha256(files[name].read_bytes()).hexdigest()
     assert (about["format"], about["precision"], about["opset"]) == ("onnx", "float32", 18)
-    assert about["input"]["shape"] == ["b", 8, 64, 64, 3]
-    model = jaxvid.load_model(folders / name)
+    model, std = jaxvid.load_model(models[name]), about["preprocessing"]["std"]
+    frames, size = model.config.num_frames, model.config.image_size
+    assert about["input"]["shape"] == ["b", frames, size, size, 3]
     for count in (1, 3):
-        namespace = {"clips": make_clips(count)}
+        clips = make_clips(count, frames, size)
+        namespace = {"clips": clips}
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(files[name].parent)
             exec("\n".join(about["load"]), namespace)  # as its description says
-        expected = jax.jit(model)(normalize(make_clips(count), 0.5, 0.5))
+        expected = jax.jit(model)(normalize(clips, 0.5, std))
         assert np.abs(namespace["logits"] - expected).max() <= BOUND
         assert np.abs(namespace["probabilities"] - jax.nn.softmax(expected)).max() <= BOUND
         assert np.abs(expected).max() > 0.1
@@ -121,34 +148,20 @@ def test_int8_is_symmetric_and_leaves_attention_products_and_the_head_alone(file
     assert all(sources[name].op_type != "DequantizeLinear" for name in head.input[:1])
 
 
-def largest_difference(config: ModelConfig, seed: int) -> float:
-    """Return the largest difference of the logits of an ONNX file with synthetic weights."""
-    graphdef, abstract = abstract_model(config)
-    model = merge_params(graphdef, goldens.params(abstract, seed))
-    sizes = {"num_frames": config.num_frames, "crop": config.image_size}
-    preprocessing = Preprocessing(
-        **sizes, short_side=config.image_size, sampling="segments", mean=0.5, std=0.25
-    )
-    data, _ = onnx_export.export_onnx(model, preprocessing, "softmax")
-    shape = clip_shape(preprocessing.spec, 2)
-    clips = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    expected = jax.jit(model)(normalize(clips, 0.5, 0.25))
-    return np.abs(OnnxNetwork(data, config.name)(clips) - expected).max()
-
-
-@needs_onnx
-@pytest.mark.parametrize("name", ["xvit_tiny_k600", "stam_tiny_4f"])
-def test_the_networks_of_the_goldens_match(name):
-    golden = goldens.load(f"tiny/{name}")
-    config_of = stam_config_of if name.startswith("stam") else xvit_config_of
-    assert largest_difference(config_of(golden), int(golden["param_seed"])) <= BOUND
-
-
 @needs_onnx
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["stam_16", "xvit_k600"])
-def test_released_sizes_match(name):
-    assert largest_difference(make_model_config(name), 0) <= BOUND
+@pytest.mark.parametrize("name", ["stam_16", "xvit_k600", "xvit_tiny_k600"])
+def test_released_sizes_and_goldens_match(name):
+    is_golden = "tiny" in name
+    model = golden_network(name) if is_golden else synthetic_network(make_model_config(name), 0)
+    size, frames = model.config.image_size, model.config.num_frames
+    preprocessing = Preprocessing(
+        num_frames=frames, crop=size, short_side=size, sampling="segments", mean=0.5, std=0.25
+    )
+    data, _ = onnx_export.export_onnx(model, preprocessing, "softmax")
+    clips = make_clips(2, frames, size)
+    expected = jax.jit(model)(normalize(clips, 0.5, 0.25))
+    assert np.abs(OnnxNetwork(data, name)(clips) - expected).max() <= BOUND
 
 
 # ------------------------------------------------------------------ evaluation

@@ -65,6 +65,7 @@ async def _never_ready():
     pass
 
 
+@pytest.mark.full
 def test_onnxruntime_computes_the_same_predictions(folders, clips, video, tmp_path, monkeypatch):
     for package in onnx_export.PACKAGES:
         pytest.importorskip(package, reason=f"needs {package}: pip install 'jaxvid[onnx]'")
