@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from jaxvid.serving.http_server import HttpServer
         from jaxvid.serving.served_model import load_models
 
-        app = make_app(load_models(args.models, args.dtype), settings)
+        app = make_app(load_models(args.models, args.dtype, args.engine), settings)
         server = HttpServer(app, settings.limits)
         asyncio.run(run_until_stopped(server, listener, describe_address(args.host, listener)))
     except InputError as error:

@@ -38,7 +38,7 @@ def main():
 
     FakeEngine.run = run_later
     FakeEngine.warm_up = lambda engine, *key: engine.warm.add(key)
-    served_model.load_models = lambda names, dtype: [make_fake_model()]
+    served_model.load_models = lambda *_: [make_fake_model()]
     return serve.main(sys.argv[1:])
 
 if __name__ == "__main__":

@@ -13,15 +13,17 @@ import numpy as np
 from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import InputError
 from jaxvid.inference.classifier import Classifier
+from jaxvid.inference.onnx_export import cached_onnx
 from jaxvid.inference.sliding_windows import ClipGatherer, WindowPlan
 from jaxvid.model_path import OF_A_RUN
 from jaxvid.progress import compiling
 from jaxvid.serving import input_warnings
 from jaxvid.serving.batcher import Batcher, NetworkThread
-from jaxvid.serving.engine import Engine, JaxEngine
+from jaxvid.serving.engine import Engine, JaxEngine, OnnxEngine
 from jaxvid.serving.errors import RequestError
 from jaxvid.serving.limits import Settings
 from jaxvid.storage.model_card import load_card
+from jaxvid.storage.onnx_network import OnnxNetwork
 from jaxvid.weights.resolve import resolve_model
 
 Event = tuple[str, dict[str, Any]]  # name and data of a server-sent event
@@ -287,21 +289,24 @@ class ServedModel:
         }
 
 
-def load_models(names: Sequence[str], dtype: str) -> list[ServedModel]:
+def load_models(names: Sequence[str], dtype: str, engine_name: str = "jax") -> list[ServedModel]:
     """Load the models that are named on the command line.
 
     Args:
         names: Model folders, or other names of models; see `resolve_model`.
-        dtype: Compute dtype, one of `precision.DTYPES`.
+        dtype: Compute dtype; see `Classifier`.
+        engine_name: One of `parsers.ENGINES`. `onnxruntime` computes predictions in float32.
 
     Raises:
-        InputError: A model cannot be loaded.
+        InputError: A model cannot be loaded or exported.
     """
     models = []
     for name in names:
         folder = resolve_model(name)
         classifier = Classifier(folder, dtype=dtype)
-        engine = JaxEngine(classifier.network, classifier.spec)
+        engine: Engine = JaxEngine(classifier.network, classifier.spec)
+        if engine_name == "onnxruntime":
+            engine = OnnxEngine(OnnxNetwork(cached_onnx(folder), name), engine)
         short = _short_name(name, [model.name for model in models])
         models.append(ServedModel(short, load_card(folder), classifier, engine))
     return models
