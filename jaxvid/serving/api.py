@@ -49,6 +49,7 @@ async def classify(
         decoded = time.perf_counter()
         probabilities = await model.probabilities(clip["video"])
     end = time.perf_counter()
+    service.metrics.stages.labels("network").observe(end - decoded)
     seconds = {"decode": decoded - received, "network": end - decoded, "total": end - start}
     return JSONResponse(model.describe_prediction(clip, probabilities, top_k or TOP_K, seconds))
 

@@ -51,7 +51,7 @@ def test_a_declared_size_above_the_limit_is_refused_before_the_body(strict):
     error = error_of(send(strict, post("Content-Length: 2000000000")))
     assert error == {
         "status": 413,
-        "message": "the body is larger than 0.2 MB; shorten or compress the video",
+        "message": "the body is larger than the limit of 0.2 MB; send a smaller one",
     }
 
 
