@@ -120,15 +120,18 @@ def describe_address(host: str, listener: socket.socket) -> str:
     return f"http://{name}:{port}/"
 
 
-async def run_until_stopped(server: "HttpServer", listener: socket.socket, url: str) -> None:
+async def run_until_stopped(server: "HttpServer", listener: socket.socket, url: str) -> int:
     """Serve until a signal arrives and the requests in progress are answered.
 
     A second signal ends the process at once.
 
+    Returns:
+        The exit code: 0, or that of a second signal if requests were not answered in time.
+
     Raises:
         Exception: A network cannot be compiled, or stdout cannot be written.
     """
-    loop, service = asyncio.get_running_loop(), server.service
+    loop, service, received = asyncio.get_running_loop(), server.service, []
 
     def announce() -> None:
         try:
@@ -142,6 +145,7 @@ async def run_until_stopped(server: "HttpServer", listener: socket.socket, url: 
             entry_point.exit_now(128 + number)
         if service.status == "compiling" and not service.num_requests():
             entry_point.exit_now(0)  # a compilation cannot be interrupted
+        received.append(number)
         server.stop()
         if count := service.num_requests():
             print(
@@ -156,6 +160,7 @@ async def run_until_stopped(server: "HttpServer", listener: socket.socket, url: 
     await server.serve(listener, announce)
     if service.failure is not None:
         raise service.failure
+    return 128 + received[0] if server.num_ended else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         app = make_app(load_models(args.models, args.dtype, args.engine), settings)
         server = HttpServer(app, settings.limits)
-        asyncio.run(run_until_stopped(server, listener, describe_address(args.host, listener)))
+        url = describe_address(args.host, listener)
+        return asyncio.run(run_until_stopped(server, listener, url))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return InputError.EXIT_CODE
-    return 0

@@ -13,6 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from jaxvid.serving.limits import Limits
 from jaxvid.serving.service import Service
 
+END_SECONDS = 5.0  # time in which requests that are not answered in time must end
 HEADER_BYTES = 65536  # maximum size of the headers of a request
 
 
@@ -25,6 +26,7 @@ class HttpServer:
 
     Attributes:
         service: State of the application.
+        num_ended: Number of requests that were not answered in time after `stop`.
     """
 
     def __init__(self, app: Starlette, limits: Limits):
@@ -39,16 +41,24 @@ class HttpServer:
             proxy_headers=False,
             server_header=False,
             limit_concurrency=limits.connections,
-            timeout_graceful_shutdown=round(limits.drain_seconds),
+            timeout_graceful_shutdown=round(limits.drain_seconds + END_SECONDS),
             h11_max_incomplete_event_size=HEADER_BYTES,
         )
-        self._server = _Server(config)
+        self._server, self._drain_seconds = _Server(config), limits.drain_seconds
+        self.num_ended = 0
         self.service.on_failure = self.stop
 
     def stop(self) -> None:
-        """Accept no more requests, answer those in progress, and return from `serve`."""
+        """Accept no more requests, answer those in progress, and return from `serve`.
+
+        After `drain_seconds`, the rest is answered with status 503.
+        """
         self.service.is_stopping = True
         self._server.should_exit = True
+        asyncio.get_running_loop().call_later(self._drain_seconds, self._end_requests)
+
+    def _end_requests(self) -> None:
+        self.num_ended = self.service.end_requests()
 
     async def serve(self, listener: socket.socket, on_start: Callable[[], None]) -> None:
         """Serve until `stop` is called and the requests in progress are answered.
