@@ -29,6 +29,7 @@ import numpy as np
 
 from benchmarks.http_load import Answer, send_all, serving
 from benchmarks.resources import measure
+from benchmarks.windows import write_video
 from jaxvid.data.synthetic_motion import make_motion
 
 NUM_CLIPS = 64  # generated if no videos are given
@@ -127,9 +128,20 @@ def median(runs: Sequence[Run], field: str) -> float:
 
 
 @contextlib.contextmanager
-def open_videos(paths: Sequence[str], num_requests: int) -> Iterator[list[str]]:
-    """Yield `num_requests` paths: those of the videos, repeated, or generated clips."""
+def open_videos(
+    paths: Sequence[str], num_requests: int, video_seconds: float
+) -> Iterator[list[str]]:
+    """Yield `num_requests` paths: those of the videos, repeated, or generated videos.
+
+    Args:
+        paths: Videos; none: generate them.
+        num_requests: Number of paths.
+        video_seconds: Duration of generated videos of 340×256 pixels; 0: clips of the demo.
+    """
     with tempfile.TemporaryDirectory() as folder:
+        if not paths and video_seconds:
+            paths = [f"{folder}/video.mp4"]
+            write_video(Path(paths[0]), video_seconds)
         if not paths:
             make_motion(Path(folder) / "motion", num_train=8, num_val=NUM_CLIPS, seed=0)
             paths = sorted(map(str, Path(folder).glob("motion/val/*.mp4")))
@@ -190,7 +202,13 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="model folder")
-    parser.add_argument("--videos", nargs="+", default=[], help="files; none: generated clips")
+    parser.add_argument("--videos", nargs="+", default=[], help="files; none: generated")
+    parser.add_argument(
+        "--video_seconds",
+        type=float,
+        default=0.0,
+        help="duration of generated videos of 340×256 px; 0: 72 px clips of the demo, 1.1 s",
+    )
     parser.add_argument("--requests", type=int, default=512, help="videos per run")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each side")
     parser.add_argument("--max_batch", type=int, default=8, help="views per batch")
@@ -201,7 +219,7 @@ def main() -> None:
     command = [sys.executable, "-m", "jaxvid", "serve", "--model", args.model, "--port", "0"]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     with (
-        open_videos(args.videos, args.requests) as paths,
+        open_videos(args.videos, args.requests, args.video_seconds) as paths,
         serving([*command, "--max_batch", str(args.max_batch)]) as dynamic,
         serving([*command, "--max_batch", "1"]) as single,
     ):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import socket
 import sys
 import time
 import urllib.request
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.http_load import serving
+from benchmarks.http_load import make_request, serving
 from benchmarks.resources import Resources, measure
 from jaxvid.serving.limits import Limits, Settings
 from tests.serving.hostile import Attacks, run_load
@@ -49,6 +50,20 @@ def test_hostile_requests_affect_no_other_request(clips, tmp_path, capfd, monkey
     assert not decoder_processes(mark)
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
     assert capfd.readouterr().err == ""
+
+
+def test_a_client_that_does_not_read_is_disconnected():
+    limits = dataclasses.replace(LIMITS, stall_seconds=0.2)
+    request = make_request("/openapi.json", b"", "GET")
+    with (
+        running([make_fake_model()], Settings(limits=limits)) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as client,
+    ):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(WAIT_SECONDS)
+        with pytest.raises(ConnectionError):
+            client.sendall(request * 100_000)
+        assert server.get("/healthz") == {"status": "ok"}
 
 
 def wait_until(condition) -> None:
