@@ -26,7 +26,7 @@ import numpy as np
 
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.errors import InputError
-from jaxvid.serving.decoder_process import HEADER
+from jaxvid.serving.decoder_process import HEADER, JOB_HEADER
 from jaxvid.serving.decoder_tasks import Message, Task
 from jaxvid.serving.errors import DecodeTimeoutError, OverloadedError, RequestError
 from jaxvid.serving.limits import Limits
@@ -297,7 +297,7 @@ class _Worker:
             ConnectionError: The process has died.
         """
         self.reusable = False
-        socket.send_fds(self._connection, [HEADER.pack(len(job))], [fd])
+        socket.send_fds(self._connection, [JOB_HEADER.pack(len(job))], [fd])
         await asyncio.get_running_loop().sock_sendall(self._connection, job)
 
     async def receive(self, max_bytes: int) -> Message | None:
@@ -326,31 +326,32 @@ class _Worker:
 
     async def _receive(self, max_bytes: int) -> tuple[str, Message]:
         """Return the kind and the contents of the next message."""
-        [size] = HEADER.unpack(await self._read(np.empty(HEADER.size, np.uint8)))
-        if size > MAX_DOCUMENT_BYTES:
-            raise ValueError(f"{size} bytes")
-        document = json.loads(bytes(await self._read(np.empty(size, np.uint8))))
+        size, num_bytes = HEADER.unpack(await self._read(HEADER.size))
+        if size > MAX_DOCUMENT_BYTES or num_bytes > max_bytes:
+            raise ValueError(f"{size} and {num_bytes} bytes")
+        data = await self._read(size + num_bytes)
+        document, position = json.loads(bytes(data[:size])), size
         kind, message = document["kind"], dict(document["values"])
         if kind not in ("message", "end", *_ERRORS):
             raise ValueError(f"the kind {kind}")
         for name, dtype, shape in document["arrays"]:
-            dtype = np.dtype(dtype)
-            if dtype.kind not in "biuf" or min(shape, default=0) < 0:
-                raise ValueError(f"an array of {dtype} with shape {shape}")
-            max_bytes -= math.prod(shape) * dtype.itemsize
-            if max_bytes < 0:
-                raise ValueError("arrays that are too large")
-            message[name] = (await self._read(np.empty(shape, dtype)))[()]  # a scalar if 0-d
+            if min(shape, default=0) < 0:
+                raise ValueError(f"the shape {shape}")
+            # NumPy refuses a dtype with Python objects, and a shape that exceeds the data.
+            array = np.frombuffer(data, dtype, math.prod(shape), position).reshape(shape)
+            message[name] = array[()]  # a scalar if 0-d
+            position += array.nbytes
         return kind, message
 
-    async def _read(self, array: np.ndarray) -> np.ndarray:
-        """Fill an array with the next bytes from the connection, and return it."""
-        loop, view = asyncio.get_running_loop(), memoryview(array.reshape(-1).view(np.uint8))
+    async def _read(self, num_bytes: int) -> np.ndarray:
+        """Return the next bytes from the connection `(num_bytes,)` uint8."""
+        data = np.empty(num_bytes, np.uint8)
+        loop, view = asyncio.get_running_loop(), memoryview(data)
         while len(view):
             if not (size := await loop.sock_recv_into(self._connection, view)):
                 raise ConnectionResetError("the process has ended")
             view = view[size:]
-        return array
+        return data
 
 
 # Kind of a message → exception. `decoder_process` describes the kinds.

@@ -33,7 +33,7 @@ class HttpServer:
         self.service: Service = app.state.service
         config = uvicorn.Config(
             app,
-            http=_make_protocol(limits.header_seconds),
+            http=_make_protocol(limits.header_seconds, limits.stall_seconds),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -88,16 +88,18 @@ class _Server(uvicorn.Server):
         self.on_start()
 
 
-def _make_protocol(header_seconds: float) -> type[H11Protocol]:
-    """Return a protocol that closes connections whose headers do not arrive in time.
+def _make_protocol(header_seconds: float, stall_seconds: float) -> type[H11Protocol]:
+    """Return a protocol that closes connections of clients that do not send or read in time.
 
     Args:
         header_seconds: Maximum time from the connection, or from the end of the last answer, to the
             end of the headers.
+        stall_seconds: Maximum time in which the client reads nothing although answers wait.
     """
 
     class Protocol(H11Protocol):
         _header_timer: asyncio.TimerHandle | None = None
+        _stall_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
@@ -114,6 +116,7 @@ def _make_protocol(header_seconds: float) -> type[H11Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
             self._cancel_timer()
+            self.resume_writing()
 
         def _update_timer(self) -> None:
             """Start the timer while no request is in progress."""
@@ -129,6 +132,17 @@ def _make_protocol(header_seconds: float) -> type[H11Protocol]:
                 self._header_timer = None
 
         def _close(self) -> None:
-            self.transport.close()
+            self.transport.close()  # after the client has read what waits for it
+            self.loop.call_later(stall_seconds, self.transport.abort)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._stall_timer = self.loop.call_later(stall_seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._stall_timer is not None:
+                self._stall_timer.cancel()
+                self._stall_timer = None
 
     return Protocol

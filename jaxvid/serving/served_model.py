@@ -64,7 +64,8 @@ class ServedModel:
         self,
         settings: Settings,
         thread: NetworkThread,
-        observe: Callable[[str, int], None] = lambda model, size: None,
+        observe: Callable[[str, int], None],
+        in_progress: Callable[[], int],
     ) -> None:
         """Compile all programs.
 
@@ -72,6 +73,7 @@ class ServedModel:
             settings: Sizes of batches.
             thread: Thread that runs the network.
             observe: Called with the name of the model and the number of items of each batch.
+            in_progress: Returns the number of requests in progress.
 
         Raises:
             InputError: The outputs are not finite, because the weights are damaged.
@@ -88,6 +90,7 @@ class ServedModel:
                 sizes=sizes,
                 max_wait=settings.max_wait if len(sizes) > 1 else 0,
                 observe=lambda size: observe(self.name, size),
+                in_progress=in_progress,
             )
         self._windows_per_group = max(1, settings.max_batch // self.spec.num_crops)
         self.is_ready = True

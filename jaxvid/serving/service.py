@@ -84,7 +84,8 @@ class Service:
         try:
             await self.pool.start()
             for model in self.models.values():
-                await model.start(self.settings, self._thread, self.metrics.observe_batch)
+                observe = self.metrics.observe_batch
+                await model.start(self.settings, self._thread, observe, self.num_requests)
         except Exception as error:
             self.failure = error
             self.on_failure()

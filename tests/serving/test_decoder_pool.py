@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from jaxvid.inference.clip_frames import read_clip
 from jaxvid.inference.sliding_windows import plan_windows, read_frames
 from jaxvid.serving import decoder_tasks
 from jaxvid.serving.decoder_pool import DecoderPool
+from jaxvid.serving.decoder_process import HEADER
 from jaxvid.serving.errors import DecodeTimeoutError, OverloadedError, RequestError
 from jaxvid.serving.limits import Limits
 from tests.data.test_video_reader import write_video
@@ -189,8 +189,8 @@ def test_messages_carry_arrays_and_json_values():
         (tasks.hang, (), DecodeTimeoutError, "decoding takes longer than 0.1 s"),
         (tasks.spin, (), DecodeTimeoutError, "decoding takes longer than 0.1 s"),
         (tasks.yield_forever, (), DecodeTimeoutError, "decoding takes longer than 0.1 s"),
-        (tasks.forge, (bytes(8),), DecodeError, "ended unexpectedly"),
-        (tasks.forge, (b"\xff" * 8,), DecodeError, "ended unexpectedly"),
+        (tasks.forge, (bytes(16),), DecodeError, "ended unexpectedly"),
+        (tasks.forge, (b"\xff" * 16,), DecodeError, "ended unexpectedly"),
     ],
 )
 def test_a_lost_process_costs_one_task(monkeypatch, task, arguments, error, message):
@@ -210,7 +210,7 @@ def test_a_lost_process_costs_one_task(monkeypatch, task, arguments, error, mess
 def forged(document, data=b""):
     """Return the bytes of a message with any document."""
     text = json.dumps(document).encode()
-    return struct.pack("!Q", len(text)) + text + data
+    return HEADER.pack(len(text), len(data)) + text + data
 
 
 @pytest.mark.parametrize(
