@@ -54,6 +54,7 @@ NOT_RUN = {
     "needs a network; tests/weights uses a local server",
     r"python convert/torch_to_flax\.py .*--input (stam_16|xvit_k600|vit_b16_in21k)\.pth": "needs "
     "released weights; tests/test_full.py converts files with the same names and shapes",
+    r"python -m jaxvid(\.| )serve ": "runs until it is stopped; tests/serving starts servers",
     r"python -m jaxvid probe ": "needs scikit-learn, an optional package; "
     "tests/evaluation/test_probing.py runs the program if it is installed",
     r"python benchmarks/(forward|data|train|windows)\.py": "takes minutes and an idle machine; "

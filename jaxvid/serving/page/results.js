@@ -284,8 +284,9 @@ function drawTimeline() {
   if (!run?.plan) return;
   modelChoice("timeline-model", () => { drawFrames(); drawTimeline(); });
   const { plan } = run, classes = mainClasses(windows);
-  $("timeline-note").textContent = `Each window of ${clock(plan.window)} is classified like a separate video; a new one starts every `
-    + `${clock(plan.stride)}. ${windows.length < plan.windows ? `${windows.length} of ${plan.windows} windows` : many(plan.windows, "window")}.`;
+  const count = windows.length < plan.windows ? `${windows.length} of ${plan.windows} windows` : many(plan.windows, "window");
+  $("timeline-note").textContent = `${count} of ${clock(plan.window)}, one every ${clock(plan.stride)}. `
+    + "Each is classified like a separate video.";
   const svg = $("curves"), { x, y, strip, bottom } = chartFrame(svg, plan.seconds);
   classes.forEach((label, curve) => svg.append(...drawCurve(windows, label, curve, x, y)));
   windows.forEach((window, i) => {
