@@ -10,6 +10,7 @@ import asyncio
 import errno
 import ipaddress
 import os
+import re
 import signal
 import socket
 import sys
@@ -57,6 +58,9 @@ def check_options(args: argparse.Namespace) -> Settings:
         )
     if not (token.isascii() and token.isprintable()) or " " in token:
         raise InputError("--token: must consist of printable ASCII characters without spaces")
+    for name in args.public_host:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise InputError(f"--public_host {name}: expected a name, e.g. videos.example.org")
     limits = Limits(upload_bytes=round(args.max_upload * 1e6), deadline_seconds=args.deadline)
     return Settings(
         token=token,
