@@ -21,6 +21,7 @@ function stopCamera(keep = false) {
 async function openCamera() {
   stopCamera();
   showProblem();
+  setStatus("");
   try {
     const stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 640 }, height: { ideal: 480 } }, audio: false });
     camera = { stream };
