@@ -105,6 +105,7 @@ async function classify(source, windows = {}) {
     showProblem(`${source.name} has ${megabytes(source.blob.size)}; the server accepts at most ${megabytes(limit)}.`);
     return;
   }
+  setStatus(`Classifying ${source.name}…`, true);
   await waitUntilReady(run.controller.signal);
   if (run !== current) return;
   setStatus(`Classifying ${source.name}…`, true);
@@ -128,7 +129,10 @@ async function explain(model, run) {
       if (name === "error") throw new RequestError(data.status, data.message, false);
       if (name === "done") complete = true;
       else addEvent(model, name, data);
-      if (name === "prediction") setStatus(summary(), true);
+      if (name === "prediction") {
+        setStatus(summary(), true);
+        scrollToResults();
+      }
       if (name === "plan") showWindowForm(data);
     });
   } catch (error) {
@@ -136,6 +140,13 @@ async function explain(model, run) {
     throw new RequestError(0, "The connection to the server was lost.", true);
   }
   if (!complete && run === current) throw new RequestError(0, "The connection to the server was lost.", true);
+}
+
+// On a phone, the results are below the samples.
+function scrollToResults() {
+  if ($("classes").getBoundingClientRect().top < innerHeight) return;
+  const behavior = matchMedia("(prefers-reduced-motion: reduce)").matches ? "instant" : "smooth";
+  $("stage").scrollIntoView({ behavior });
 }
 
 function summary() {

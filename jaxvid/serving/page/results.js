@@ -187,8 +187,8 @@ function drawPicture(frame, i, run, peak) {
   const seek = { type: "button", title: `Show ${time} in the player`, onclick: () => selectTime(frame.time) };
   const picture = results.onSeek && time ? el("button", { ...seek, class: "picture" }, ...layers)
     : el("div", { class: "picture" }, ...layers);
-  const caption = time ? [el("span", {}, time), el("span", { class: "soft" }, `frame ${frame.index}`)] : [words];
-  return el("figure", {}, picture, el("figcaption", {}, el("div", { class: "when" }, ...caption), ...drawWeight(attention, i)));
+  const caption = time ? [`${time} · `, el("span", { class: "soft" }, `frame ${frame.index}`)] : [words];
+  return el("figure", {}, picture, el("figcaption", {}, el("div", {}, ...caption), ...drawWeight(attention, i)));
 }
 
 function drawWeight(attention, i) {
@@ -284,8 +284,9 @@ function drawTimeline() {
   if (!run?.plan) return;
   modelChoice("timeline-model", () => { drawFrames(); drawTimeline(); });
   const { plan } = run, classes = mainClasses(windows);
-  $("timeline-note").textContent = `Each window of ${clock(plan.window)} is classified like a separate video; a new one starts every `
-    + `${clock(plan.stride)}. ${windows.length < plan.windows ? `${windows.length} of ${plan.windows} windows` : many(plan.windows, "window")}.`;
+  const count = windows.length < plan.windows ? `${windows.length} of ${plan.windows} windows` : many(plan.windows, "window");
+  $("timeline-note").textContent = `Each window of ${clock(plan.window)} is classified like a separate video. `
+    + `A window starts every ${clock(plan.stride)}. ${count}.`;
   const svg = $("curves"), { x, y, strip, bottom } = chartFrame(svg, plan.seconds);
   classes.forEach((label, curve) => svg.append(...drawCurve(windows, label, curve, x, y)));
   windows.forEach((window, i) => {
