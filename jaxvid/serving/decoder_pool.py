@@ -2,9 +2,7 @@
 
 pool = DecoderPool(2, Limits())
 async with contextlib.aclosing(pool.run(decoder_tasks.views, fd, spec)) as messages:
-    async for message in messages:
-        ...
-await pool.close()
+    first = await anext(messages)
 """
 
 import asyncio
@@ -200,7 +198,7 @@ class _Template:
         environment = {
             **os.environ,
             **dict.fromkeys(threads, "1"),
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),  # "": this folder
             "PYTHONSAFEPATH": "1",  # do not add the working directory
         }
         with other:
