@@ -40,9 +40,12 @@ SMOOTHING = 0.1  # weight of the last task in the average duration of tasks
 class DecoderPool:
     """Processes that decode videos. Use it in one event loop.
 
-    Every process decodes one video at a time. A task that ends early, because it exceeds a limit,
-    its process crashes or its client has gone away, costs a process, which is replaced when the
-    next task starts. Starting a process takes milliseconds; see `decoder_process`.
+    Every process decodes one video at a time. Tasks with a longer time limit than
+    `limits.decode_seconds` leave one process to other tasks, if there are several.
+
+    A task that ends early, because it exceeds a limit, its process crashes or its client has gone
+    away, costs a process, which is replaced when the next task starts. Starting a process takes
+    milliseconds; see `decoder_process`.
 
     Args:
         num_processes: Number of videos that are decoded at the same time.
@@ -57,6 +60,7 @@ class DecoderPool:
         self.num_waiting = self.num_lost = 0
         self._num_processes, self._limits = num_processes, limits
         self._free = asyncio.Semaphore(num_processes)
+        self._free_long = asyncio.Semaphore(max(1, num_processes - 1))
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
         self._task_seconds = 1.0  # average duration
@@ -99,7 +103,7 @@ class DecoderPool:
         """
         seconds = self._limits.decode_seconds if seconds is None else seconds
         job = pickle.dumps((task, arguments, options, seconds))
-        async with self._slot():
+        async with self._slot(is_long=seconds > self._limits.decode_seconds):
             worker = await self._take_worker()
             self._busy.add(worker)
             clock = _Clock(seconds + GRACE_SECONDS)
@@ -120,24 +124,28 @@ class DecoderPool:
                 self._task_seconds += SMOOTHING * (clock.seconds - self._task_seconds)
 
     @contextlib.asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
-        """Wait until fewer than `num_processes` tasks run.
+    async def _slot(self, *, is_long: bool) -> AsyncIterator[None]:
+        """Wait until a process is free for a task.
+
+        Args:
+            is_long: Whether the task may not use the last free process.
 
         Raises:
             OverloadedError: Too many tasks are waiting.
         """
-        if self._free.locked() and self.num_waiting >= self._limits.queue_length:
+        needed = [self._free_long, self._free] if is_long else [self._free]
+        is_full = self.num_waiting >= self._limits.queue_length
+        if is_full and any(semaphore.locked() for semaphore in needed):
             rounds = (self.num_waiting + 1) / self._num_processes
             raise OverloadedError(max(1, math.ceil(rounds * self._task_seconds)))
-        self.num_waiting += 1
-        try:
-            await self._free.acquire()
-        finally:
-            self.num_waiting -= 1
-        try:
+        async with contextlib.AsyncExitStack() as stack:
+            self.num_waiting += 1
+            try:
+                for semaphore in needed:
+                    await stack.enter_async_context(semaphore)
+            finally:
+                self.num_waiting -= 1
             yield
-        finally:
-            self._free.release()
 
     async def _take_worker(self) -> "_Worker":
         """Return an idle worker, or start one."""

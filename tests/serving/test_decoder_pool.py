@@ -315,6 +315,23 @@ def test_a_full_queue_is_refused():
     run(test)
 
 
+def test_long_tasks_leave_a_process_to_others():
+    async def test(pool):
+        messages = pool.run(tasks.hang, 0, seconds=100)
+        await anext(messages)
+        waiting = asyncio.create_task(collect(pool, tasks.read, seconds=100))
+        while not pool.num_waiting:
+            await asyncio.sleep(0)
+        assert await collect(pool, tasks.read) == [{"text": "contents"}]
+        assert not waiting.done()
+        with pytest.raises(OverloadedError):
+            await collect(pool, tasks.read, seconds=100)
+        await messages.aclose()
+        assert await waiting == [{"text": "contents"}]
+
+    run(test, num_processes=2)
+
+
 def test_tasks_run_in_parallel_on_their_own_videos():
     async def test(pool):
         contents = [f"video {i}".encode() for i in range(20)]
