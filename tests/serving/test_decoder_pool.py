@@ -265,12 +265,12 @@ def test_a_process_that_dies_while_idle_is_replaced():
 
 
 def test_processes_that_cannot_start_are_reported(monkeypatch):
-    monkeypatch.setattr("jaxvid.serving.decoder_pool.PROCESS", "jaxvid.serving.missing")
+    monkeypatch.setattr("jaxvid.serving.decoder_worker.PROCESS", "jaxvid.serving.missing")
 
     async def test(pool):
         raise AssertionError("the pool has started")
 
-    with pytest.raises(InputError, match=r"jaxvid\.serving\.missing: cannot be started"):
+    with pytest.raises(InputError, match="decoder processes cannot be started"):
         run(test)
 
 
