@@ -42,7 +42,7 @@ class Template:
         environment = {
             **os.environ,
             **dict.fromkeys(threads, "1"),
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),  # "": this folder
             "PYTHONSAFEPATH": "1",  # do not add the working directory
         }
         with other:
