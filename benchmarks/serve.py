@@ -1,6 +1,7 @@
 """Throughput and latency of `jaxvid serve`, compared with the loop `Classifier.stream`.
 
-    python benchmarks/serve.py --model runs/motion/model [--videos FILE...]
+    python benchmarks/serve.py --model runs/motion/model        the demo's network and clips
+    python benchmarks/serve.py --video_seconds 10 --requests 64         a ViT-Ti/16, 340×256 px
 
 The server and the loop classify the same videos, in turn, on this machine. The clients run on this
 machine too, so that they take CPU time from the server. All ratios are of runs that follow each
@@ -21,7 +22,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ import numpy as np
 
 from benchmarks.http_load import Answer, send_all, serving
 from benchmarks.resources import measure
-from benchmarks.windows import write_video
+from benchmarks.windows import write_model, write_video
 from jaxvid.data.synthetic_motion import make_motion
 
 NUM_CLIPS = 64  # generated if no videos are given
@@ -127,25 +128,18 @@ def median(runs: Sequence[Run], field: str) -> float:
     return float(np.median([getattr(run, field) for run in runs]))
 
 
-@contextlib.contextmanager
-def open_videos(
-    paths: Sequence[str], num_requests: int, video_seconds: float
-) -> Iterator[list[str]]:
-    """Yield `num_requests` paths: those of the videos, repeated, or generated videos.
+def make_videos(folder: Path, video_seconds: float) -> list[str]:
+    """Write videos, and return their paths.
 
     Args:
-        paths: Videos; none: generate them.
-        num_requests: Number of paths.
-        video_seconds: Duration of generated videos of 340×256 pixels; 0: clips of the demo.
+        folder: Folder of the files.
+        video_seconds: Duration of a video of 340×256 pixels; 0: clips of the demo.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        if not paths and video_seconds:
-            paths = [f"{folder}/video.mp4"]
-            write_video(Path(paths[0]), video_seconds)
-        if not paths:
-            make_motion(Path(folder) / "motion", num_train=8, num_val=NUM_CLIPS, seed=0)
-            paths = sorted(map(str, Path(folder).glob("motion/val/*.mp4")))
-        yield list(itertools.islice(itertools.cycle(paths), num_requests))
+    if video_seconds:
+        write_video(folder / "video.mp4", video_seconds)
+        return [str(folder / "video.mp4")]
+    make_motion(folder / "motion", num_train=8, num_val=NUM_CLIPS, seed=0)
+    return sorted(map(str, folder.glob("motion/val/*.mp4")))
 
 
 def compare(args: argparse.Namespace, paths: Sequence[str], servers: Sequence[Server]) -> None:
@@ -201,7 +195,9 @@ def main() -> None:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument(
+        "--model", default="", help="model folder; empty: stam_16 as a ViT-Ti/16, not trained"
+    )
     parser.add_argument("--videos", nargs="+", default=[], help="files; none: generated")
     parser.add_argument(
         "--video_seconds",
@@ -216,13 +212,21 @@ def main() -> None:
         "--clients", type=int, nargs="+", default=[1, 8, 64], help="numbers of clients; last: most"
     )
     args = parser.parse_args()
-    command = [sys.executable, "-m", "jaxvid", "serve", "--model", args.model, "--port", "0"]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    with (
-        open_videos(args.videos, args.requests, args.video_seconds) as paths,
-        serving([*command, "--max_batch", str(args.max_batch)]) as dynamic,
-        serving([*command, "--max_batch", "1"]) as single,
-    ):
+    load = os.getloadavg()[0]
+    print(f"{os.cpu_count()} CPUs, load average before the start {load:.1f}", flush=True)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if not args.model:
+            args.model = str(folder / "model")
+            write_model(Path(args.model), "")
+        paths = args.videos or make_videos(folder, args.video_seconds)
+        paths = list(itertools.islice(itertools.cycle(paths), args.requests))
+        command = [sys.executable, "-m", "jaxvid", "serve", "--model", args.model, "--port=0"]
+        dynamic, single = (
+            stack.enter_context(serving([*command, f"--max_batch={size}"]))
+            for size in (args.max_batch, 1)
+        )
         servers = Server(*dynamic), Server(*single)
         for server in servers:
             server.run([Path(path).read_bytes() for path in paths[:16]], 4)

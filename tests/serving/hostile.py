@@ -196,7 +196,7 @@ class Attacks:
                 **common,
             ),
             "body": Attack(
-                data=trickle(body), statuses={408}, seconds=limits.upload_seconds, **common
+                data=trickle(body), statuses={408, CLOSED}, seconds=limits.upload_seconds, **common
             ),
             "no body": self._raw(body + b"x", statuses=(408,)),
             "no reading": Attack(

@@ -265,12 +265,12 @@ def test_a_process_that_dies_while_idle_is_replaced():
 
 
 def test_processes_that_cannot_start_are_reported(monkeypatch):
-    monkeypatch.setattr("jaxvid.serving.decoder_pool.PROCESS", "jaxvid.serving.missing")
+    monkeypatch.setattr("jaxvid.serving.decoder_worker.PROCESS", "jaxvid.serving.missing")
 
     async def test(pool):
         raise AssertionError("the pool has started")
 
-    with pytest.raises(InputError, match=r"jaxvid\.serving\.missing: cannot be started"):
+    with pytest.raises(InputError, match="decoder processes cannot be started"):
         run(test)
 
 
@@ -313,6 +313,23 @@ def test_a_full_queue_is_refused():
         assert await waiting == [{"text": "contents"}]
 
     run(test)
+
+
+def test_long_tasks_leave_a_process_to_others():
+    async def test(pool):
+        messages = pool.run(tasks.hang, 0, seconds=100)
+        await anext(messages)
+        waiting = asyncio.create_task(collect(pool, tasks.read, seconds=100))
+        while not pool.num_waiting:
+            await asyncio.sleep(0)
+        assert await collect(pool, tasks.read) == [{"text": "contents"}]
+        assert not waiting.done()
+        with pytest.raises(OverloadedError):
+            await collect(pool, tasks.read, seconds=100)
+        await messages.aclose()
+        assert await waiting == [{"text": "contents"}]
+
+    run(test, num_processes=2)
 
 
 def test_tasks_run_in_parallel_on_their_own_videos():
