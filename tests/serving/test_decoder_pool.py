@@ -14,7 +14,6 @@ import pytest
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.errors import InputError
-from jaxvid.inference.clip_frames import read_clip
 from jaxvid.inference.sliding_windows import plan_windows, read_frames
 from jaxvid.serving import decoder_tasks
 from jaxvid.serving.decoder_pool import DecoderPool
@@ -79,12 +78,10 @@ def test_results_are_those_of_the_functions_in_this_process(video):
         [views] = await collect(pool, decoder_tasks.views, SPEC, video=data)
         options = {"align": True, "chunk": 7}
         windows = await collect(pool, decoder_tasks.windows, SPEC, 0.5, 0.2, **options, video=data)
-        [clip] = await collect(pool, decoder_tasks.clip, SPEC, 1, video=data)
-        return views, windows, clip
+        return views, windows
 
-    views, [plan, *chunks], clip = run(test)
-    expected = load_eval_views(video, SPEC)
-    check_equal(views, expected)
+    views, [plan, *chunks] = run(test)
+    check_equal(views, load_eval_views(video, SPEC))
     with VideoFile(video) as reader:
         expected_plan = plan_windows(reader, SPEC, 0.5, 0.2, align=True, name="video")
         check_equal(plan, vars(expected_plan))
@@ -92,9 +89,6 @@ def test_results_are_those_of_the_functions_in_this_process(video):
     assert len(chunks) == len(frames) > 1
     for chunk, (numbers, crops) in zip(chunks, frames, strict=True):
         check_equal(chunk, {"numbers": numbers, "crops": crops})
-    upload = decoder_tasks.UploadedVideo(str(video), LIMITS, 20.0)
-    shown = read_clip(upload, expected["indices"][1], SPEC)
-    check_equal(clip, {**shown, "video": expected["video"][3:4], "padded": expected["padded"]})
 
 
 def check_equal(message, expected):
