@@ -110,7 +110,7 @@ def test_events_fit_their_schema(server, video):
 def test_the_served_document_has_the_settings(document):
     settings = Settings(token="a", allow_urls=True)
     with running([make_fake_model("a"), make_fake_model("b")], settings) as server:
-        served = server.get("/openapi.json")
+        served = server.get("/openapi.json", Authorization="Bearer a")
     operation = served["paths"]["/v1/predict"]["post"]
     assert operation["parameters"][0]["schema"]["enum"] == ["a", "b"]
     assert "application/json" in operation["requestBody"]["content"]
