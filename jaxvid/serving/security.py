@@ -14,7 +14,7 @@ from jaxvid.serving.errors import RequestError
 from jaxvid.serving.limits import Settings
 
 # Paths that need no token: the page, which asks for it, and the checks of an orchestrator.
-PUBLIC_PATHS = ("/", "/healthz", "/readyz")
+PUBLIC_PATHS = ("/", "/healthz", "/readyz", "/openapi.json")
 PUBLIC_FOLDERS = ("/static/", "/samples/")
 SAFE_METHODS = ("GET", "HEAD")
 
