@@ -47,6 +47,7 @@ NOT_RUN = {
     r"make ": "installs packages, or runs these tests",
     r"python3 -m (venv|pip) |\.venv/bin/pip ": "installs packages",
     r"srun ": "needs a Slurm cluster",
+    r"docker ": "needs Docker; make test-container builds and runs the image",
     r"python main\.py .*--num_processes 2 ": "waits for a second process; "
     "tests/distributed starts both processes",
     r"python main\.py --config configs/xvit_k600\.py (?!.*--mode schedule)": "needs Kinetics-600",
@@ -58,8 +59,10 @@ NOT_RUN = {
     "released weights; tests/test_full.py converts files with the same names and shapes",
     r"python -m jaxvid probe ": "needs scikit-learn, an optional package; "
     "tests/evaluation/test_probing.py runs the program if it is installed",
-    r"python benchmarks/(forward|data|train|windows)\.py": "takes minutes and an idle machine; "
-    "tests/test_benchmarks.py runs them on small input",
+    r"python -m jaxvid(\.export .*--format onnx| eval .*--onnx )": "needs optional packages; "
+    "tests/inference/test_onnx.py runs the programs if they are installed",
+    r"python benchmarks/(forward|deploy|data|train|windows|serve)\.py": "takes minutes and an idle "
+    "machine; tests/test_benchmarks.py runs them on small input",
     r"python -m benchmarks\.gpu ": "takes minutes and a GPU; tests/test_benchmarks.py runs it on "
     "a CPU with tiny sizes",
     r"python -m tests\.mutation ": "needs mutmut and takes minutes",
@@ -171,7 +174,7 @@ def check_command(command: str, monkeypatch) -> None:
     if name == "srun":
         check_command(command[command.index("python ") :], monkeypatch)
         return
-    if name in ("python3", ".venv/bin/pip", "curl"):
+    if name in ("python3", ".venv/bin/pip", "docker", "curl"):
         return
     assert PYTHON.match(command), command
     module, arguments = program_of(arguments)

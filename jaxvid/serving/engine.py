@@ -5,7 +5,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxvid.data.clips.clip import ClipSpec
+from jaxvid.errors import InputError
 from jaxvid.inference.compiled_network import CompiledNetwork
+from jaxvid.storage.onnx_network import OnnxNetwork
 from jaxvid.storage.preprocessing import clip_shape
 
 
@@ -86,3 +88,37 @@ class JaxEngine:
         if program == "score_features":
             return self._features[1]
         return np.dtype(self._spec.eval_dtype)
+
+
+class OnnxEngine:
+    """An engine that computes `score` with ONNX Runtime, and all other programs with JAX.
+
+    Clips with fractions of a grey level are rounded (see `ClipSpec.eval_dtype`).
+
+    Args:
+        network: The exported network.
+        other: The engine of the other programs.
+    """
+
+    def __init__(self, network: OnnxNetwork, other: JaxEngine):
+        self._network, self._other = network, other
+        self.programs, self.probabilities = other.programs, other.probabilities
+
+    def warm_up(self, program: str, size: int) -> None:
+        """Compile a program for batches of a size, and run it once."""
+        if program == "score":
+            self.run(program, np.zeros((size, 1, *self._network.clip_shape), np.uint8))
+        else:
+            self._other.warm_up(program, size)
+
+    def run(self, program: str, batch: np.ndarray) -> Any:
+        """Return the result of a program."""
+        if program != "score":
+            return self._other.run(program, batch)
+        logits = self._network(batch[:, 0])
+        if not np.isfinite(logits).all():
+            raise InputError(
+                "the logits are not finite, so the weights are damaged; retrain the "
+                "model or export it again"
+            )
+        return logits

@@ -64,7 +64,7 @@ async def explain(
     """
     start = time.perf_counter()
     items = service.pool.run(decoder_tasks.frames, upload.fd, model.spec)
-    async with contextlib.aclosing(items):
+    async with contextlib.aclosing(items), service.reserve(model.spec):
         clip = await anext(items)
         decoded = time.perf_counter()
         probabilities = await model.probabilities(clip["video"])

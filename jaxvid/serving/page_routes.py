@@ -150,6 +150,7 @@ async def live_frames(request: Request) -> Response:
     return await classify(
         request,
         model,
+        model.spec,
         options["top_k"],
         lambda upload: service.decode(decoder_tasks.live_clip, upload, model.spec, upload.parts),
         max_parts=MAX_LIVE_FRAMES,

@@ -13,15 +13,17 @@ import numpy as np
 from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import InputError
 from jaxvid.inference.classifier import Classifier
+from jaxvid.inference.onnx_export import cached_onnx
 from jaxvid.inference.sliding_windows import ClipGatherer, WindowPlan
 from jaxvid.model_path import OF_A_RUN
 from jaxvid.progress import compiling
 from jaxvid.serving import input_warnings
 from jaxvid.serving.batcher import Batcher, NetworkThread
-from jaxvid.serving.engine import Engine, JaxEngine
+from jaxvid.serving.engine import Engine, JaxEngine, OnnxEngine
 from jaxvid.serving.errors import RequestError
 from jaxvid.serving.limits import Settings
 from jaxvid.storage.model_card import load_card
+from jaxvid.storage.onnx_network import OnnxNetwork
 from jaxvid.weights.resolve import resolve_model
 
 Event = tuple[str, dict[str, Any]]  # name and data of a server-sent event
@@ -62,7 +64,8 @@ class ServedModel:
         self,
         settings: Settings,
         thread: NetworkThread,
-        observe: Callable[[str, int], None] = lambda model, size: None,
+        observe: Callable[[str, int], None],
+        in_progress: Callable[[], int],
     ) -> None:
         """Compile all programs.
 
@@ -70,6 +73,7 @@ class ServedModel:
             settings: Sizes of batches.
             thread: Thread that runs the network.
             observe: Called with the name of the model and the number of items of each batch.
+            in_progress: Returns the number of requests in progress.
 
         Raises:
             InputError: The outputs are not finite, because the weights are damaged.
@@ -86,6 +90,7 @@ class ServedModel:
                 sizes=sizes,
                 max_wait=settings.max_wait if len(sizes) > 1 else 0,
                 observe=lambda size: observe(self.name, size),
+                in_progress=in_progress,
             )
         self._windows_per_group = max(1, settings.max_batch // self.spec.num_crops)
         self.is_ready = True
@@ -287,21 +292,24 @@ class ServedModel:
         }
 
 
-def load_models(names: Sequence[str], dtype: str) -> list[ServedModel]:
+def load_models(names: Sequence[str], dtype: str, engine_name: str = "jax") -> list[ServedModel]:
     """Load the models that are named on the command line.
 
     Args:
         names: Model folders, or other names of models; see `resolve_model`.
-        dtype: Compute dtype, one of `precision.DTYPES`.
+        dtype: Compute dtype; see `Classifier`.
+        engine_name: One of `parsers.ENGINES`. `onnxruntime` computes predictions in float32.
 
     Raises:
-        InputError: A model cannot be loaded.
+        InputError: A model cannot be loaded or exported.
     """
     models = []
     for name in names:
         folder = resolve_model(name)
         classifier = Classifier(folder, dtype=dtype)
-        engine = JaxEngine(classifier.network, classifier.spec)
+        engine: Engine = JaxEngine(classifier.network, classifier.spec)
+        if engine_name == "onnxruntime":
+            engine = OnnxEngine(OnnxNetwork(cached_onnx(folder), name), engine)
         short = _short_name(name, [model.name for model in models])
         models.append(ServedModel(short, load_card(folder), classifier, engine))
     return models

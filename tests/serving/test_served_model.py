@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import jaxvid
+from jaxvid.inference import onnx_export
 from jaxvid.inference.compiled_network import CompiledNetwork
 from jaxvid.serving.limits import Settings
 from jaxvid.serving.served_model import load_models
@@ -72,3 +73,23 @@ def test_no_answer_before_the_networks_are_compiled(folders, video):
 
 async def _never_ready():
     pass
+
+
+@pytest.mark.full
+def test_onnxruntime_computes_the_same_predictions(folders, clips, video, tmp_path, monkeypatch):
+    for package in onnx_export.PACKAGES:
+        pytest.importorskip(package, reason=f"needs {package}: pip install 'jaxvid[onnx]'")
+    monkeypatch.setenv("JAXVID_CACHE", str(tmp_path))
+    folder = str(folders / "xvit")
+    [model] = load_models([folder], "float32", "onnxruntime")
+    monkeypatch.setattr(onnx_export, "export_onnx", None)
+    load_models([folder], "float32", "onnxruntime")  # from the cache
+    with running([model], Settings(max_batch=2)) as server:
+        answer = server.post("/v1/predict?top_k=8", video)
+        vector = server.post("/v1/features", video)["vector"]
+    classifier = jaxvid.Classifier(folder)
+    expected = classifier(clips[0], top_k=8)
+    assert [entry["label"] for entry in answer["top"]] == list(expected.labels)
+    probabilities = [entry["probability"] for entry in answer["top"]]
+    assert probabilities == pytest.approx(expected.probabilities, abs=1e-6)
+    assert vector == pytest.approx(classifier.features(clips[0]).vector.tolist(), abs=1e-5)
