@@ -71,7 +71,8 @@ async def explain(
         end = time.perf_counter()
         seconds = {"decode": decoded - start, "network": end - decoded, "total": end - start}
         yield "prediction", model.describe_prediction(clip, probabilities, top_k, seconds)
-        described = await anext(items)
+        # A task that is closed before its end costs a process.
+        [described] = [item async for item in items]
     info = described["info"]
     yield "info", info | {"bytes": sum(size for _, size in upload.parts)}
     size = info["height"], info["width"]
