@@ -7,16 +7,16 @@ const middle = ({ start, end }) => (start + end) / 2;
 
 // The classes to draw: most often the most likely one, then by their highest probability.
 function mainClasses(windows) {
-  const found = new Map();
+  const entries = new Map();
   for (const { top } of windows) {
     top.forEach(({ label, probability }, rank) => {
-      const entry = found.get(label) ?? { label, first: 0, most: 0 };
+      const entry = entries.get(label) ?? { label, first: 0, most: 0 };
       entry.first += rank === 0;
       entry.most = Math.max(entry.most, probability);
-      found.set(label, entry);
+      entries.set(label, entry);
     });
   }
-  const order = [...found.values()].sort((a, b) => b.first - a.first || b.most - a.most);
+  const order = [...entries.values()].sort((a, b) => b.first - a.first || b.most - a.most);
   return order.slice(0, MAX_CURVES).map((entry) => entry.label);
 }
 
@@ -26,8 +26,8 @@ const boundary = (windows, i) =>
 
 // The window whose classes are shown at a time.
 function windowAt(windows, time) {
-  const found = windows.findIndex((_, i) => time < boundary(windows, i));
-  return found < 0 ? windows.length - 1 : found;
+  const index = windows.findIndex((_, i) => time < boundary(windows, i));
+  return index < 0 ? windows.length - 1 : index;
 }
 
 function ticks(most, count) { // round numbers from 0 up to `most`
@@ -78,8 +78,9 @@ function drawTimeline() {
     svg.append(draw("rect", { x: x(from), width: Math.max(1, x(to) - x(from)), ...strip, fill: fillColour }));
   });
   svg.append(draw("line", { id: "cursor", y1: 0, y2: bottom, stroke: "var(--ink)", "stroke-width": 2 }));
-  const others = windows.some((window) => !classes.includes(window.top[0].label)) ? [el("li", {}, swatch(-1), "other classes")] : [];
-  $("legend").replaceChildren(...classes.map((label, curve) => el("li", {}, swatch(curve), bdi(label))), ...others);
+  const legend = classes.map((label, curve) => el("li", {}, swatch(curve), bdi(label)));
+  if (windows.some(({ top }) => !classes.includes(top[0].label))) legend.push(el("li", {}, swatch(-1), "other classes"));
+  $("legend").replaceChildren(...legend);
   $("chart").setAttribute("aria-valuemax", plan.seconds.toFixed(2));
   $("chart").setAttribute("aria-valuemin", 0);
   showTime(results.time);
