@@ -17,7 +17,7 @@ import pytest
 from benchmarks.http_load import make_request, serving
 from benchmarks.resources import Resources, measure
 from jaxvid.serving.limits import Limits, Settings
-from tests.serving.hostile import Attacks, run_load
+from tests.serving.hostile import Attack, Attacks, attack_server, run_load
 from tests.serving.processes import decoder_processes
 from tests.serving.running_server import WAIT_SECONDS, make_fake_model, running
 
@@ -64,6 +64,21 @@ def test_a_client_that_does_not_read_is_disconnected():
         with pytest.raises(ConnectionError):
             client.sendall(request * 100_000)
         assert server.get("/healthz") == {"status": "ok"}
+
+
+def test_overload_is_refused_with_a_time_to_retry(clips):
+    video = Path(clips[0]).read_bytes()
+    limits = dataclasses.replace(LIMITS, queue_length=2)
+    attack = Attack(data=[make_request("/v1/predict", video)], statuses=set(), seconds=20.0)
+
+    async def overload(port):
+        return await asyncio.gather(*(attack_server(port, attack) for _ in range(24)))
+
+    with running([make_fake_model()], Settings(limits=limits, num_decoders=1)) as server:
+        answers = asyncio.run(overload(server.port))
+        assert server.request("POST", "/v1/predict", video)[0] == 200
+    assert {answer.status for answer in answers} == {200, 429}
+    assert all(int(a.headers["retry-after"]) >= 1 for a in answers if a.status == 429)
 
 
 def wait_until(condition) -> None:
