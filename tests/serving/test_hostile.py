@@ -95,11 +95,8 @@ def test_ten_thousand_requests_leave_no_trace(folders, clips, tmp_path):
     """A tenth of the requests is hostile; memory, files, threads and processes stay constant."""
     before, after = run_in_process(folders / "xvit", clips, tmp_path, num_requests=10_000)
     print(before, after, sep="\n")
-    assert (after.files, after.threads, after.processes) == (
-        before.files,
-        before.threads,
-        before.processes,
-    )
+    assert (after.files, after.processes) == (before.files, before.processes)
+    assert after.threads <= before.threads
     assert after.megabytes < 1.05 * before.megabytes + 20
     assert after.other_megabytes < 1.2 * before.other_megabytes + 50
 
