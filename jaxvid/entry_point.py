@@ -335,7 +335,8 @@ def _open_closed_descriptors() -> None:
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, `fd`
+            # It gets the lowest free descriptor, `fd`, and is inherited as standard streams are.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115
 

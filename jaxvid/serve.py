@@ -10,6 +10,7 @@ import asyncio
 import errno
 import ipaddress
 import os
+import re
 import signal
 import socket
 import sys
@@ -57,6 +58,9 @@ def check_options(args: argparse.Namespace) -> Settings:
         )
     if not (token.isascii() and token.isprintable()) or " " in token:
         raise InputError("--token: must consist of printable ASCII characters without spaces")
+    for name in args.public_host:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise InputError(f"--public_host {name}: expected a name, e.g. videos.example.org")
     limits = Limits(upload_bytes=round(args.max_upload * 1e6), deadline_seconds=args.deadline)
     return Settings(
         token=token,
@@ -122,9 +126,16 @@ async def run_until_stopped(server: "HttpServer", listener: socket.socket, url: 
     A second signal ends the process at once.
 
     Raises:
-        Exception: A network cannot be compiled.
+        Exception: A network cannot be compiled, or stdout cannot be written.
     """
     loop, service = asyncio.get_running_loop(), server.service
+
+    def announce() -> None:
+        try:
+            print(f"serving {', '.join(service.models)} at {url}", flush=True)
+        except (InputError, SystemExit) as error:
+            service.failure = error
+            server.stop()
 
     def stop(number: signal.Signals) -> None:
         if service.is_stopping:
@@ -142,9 +153,7 @@ async def run_until_stopped(server: "HttpServer", listener: socket.socket, url: 
     # asyncio replaces the wake-up descriptor of `entry_point`.
     for number in entry_point.SIGNALS:
         loop.add_signal_handler(number, stop, number)
-    await server.serve(
-        listener, lambda: print(f"serving {', '.join(service.models)} at {url}", flush=True)
-    )
+    await server.serve(listener, announce)
     if service.failure is not None:
         raise service.failure
 

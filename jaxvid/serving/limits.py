@@ -10,6 +10,7 @@ class Limits:
     Attributes:
         upload_bytes: Maximum size of a video.
         upload_seconds: Maximum duration of an upload.
+        upload_rate: Minimum average rate of an upload in bytes per second, after `stall_seconds`.
         stall_seconds: Maximum time between two chunks of an upload.
         header_seconds: Maximum time from the connection, or from the previous answer, to the end of
             the headers of a request.
@@ -29,6 +30,7 @@ class Limits:
 
     upload_bytes: int = 500_000_000
     upload_seconds: float = 300.0
+    upload_rate: float = 16_000.0
     stall_seconds: float = 10.0
     header_seconds: float = 10.0
     decode_seconds: float = 30.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
@@ -126,7 +127,12 @@ class ServedModel:
     # -------------------------------------------------------------- card
 
     def describe(self) -> dict[str, Any]:
-        """Return the model card as it is sent to clients, without paths of this machine."""
+        """Return the model card as it is sent to clients, without absolute paths."""
+        provenance = {
+            name: value
+            for name, value in self.card["provenance"].items()
+            if not (isinstance(value, str) and os.path.isabs(value))
+        }
         return {
             "name": self.name,
             "network": self.card["name"],
@@ -139,7 +145,7 @@ class ServedModel:
                 "num_crops": self.spec.num_crops,
                 "views": self.preprocessing.num_views,
             },
-            "provenance": self.card["provenance"],
+            "provenance": provenance,
         }
 
     def spec_for(self, views: int | None) -> ClipSpec:

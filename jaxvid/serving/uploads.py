@@ -92,16 +92,27 @@ async def read_body(request: Request, limits: Limits, max_bytes: int) -> AsyncIt
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _too_large(max_bytes)
     loop = asyncio.get_running_loop()
-    end, size = loop.time() + limits.upload_seconds, 0
+    start, size = loop.time(), 0
     async with contextlib.aclosing(request.stream()) as stream:
         while True:
+            seconds, problem = min(
+                (
+                    limits.upload_seconds,
+                    f"the upload takes longer than {limits.upload_seconds:g} s",
+                ),
+                (
+                    limits.stall_seconds + size / limits.upload_rate,
+                    f"the upload is slower than {limits.upload_rate / 1000:g} kB/s",
+                ),
+                (
+                    limits.stall_seconds + loop.time() - start,
+                    f"no data of the body for {limits.stall_seconds:g} s",
+                ),
+            )
             try:
-                async with asyncio.timeout_at(min(loop.time() + limits.stall_seconds, end)):
+                async with asyncio.timeout_at(start + seconds):
                     chunk = await anext(stream, b"")
             except TimeoutError:
-                problem = f"the upload takes longer than {limits.upload_seconds:g} s"
-                if loop.time() < end:
-                    problem = f"no data of the body for {limits.stall_seconds:g} s"
                 raise RequestError(408, f"{problem}; try again") from None
             if not chunk:
                 return

@@ -88,6 +88,8 @@ def check_exported(path: str | Path) -> str:
     Raises:
         InputError: The file or its description is missing, damaged or cannot be used.
     """
+    if "://" in str(path):
+        raise InputError(f"{path}: is remote; copy it and its .json file to this machine")
     path = Path(path)
     try:
         data = read_limited(path, MAX_FILE_BYTES)
@@ -123,6 +125,10 @@ def _read_description(path: Path) -> dict[str, Any]:
     try:
         about = json.loads(read_limited(about_path, MAX_CARD_BYTES))
     except FileNotFoundError:
+        if path.suffix == ".json":
+            raise InputError(
+                f"{path}: is the description of an exported file; check {path.stem} instead"
+            ) from None
         raise InputError(
             f"{about_path}: not found; copy it from the folder in which {path.name} was written, "
             "or export the model again"
