@@ -23,6 +23,7 @@ from jaxvid.config import translate
 from jaxvid.errors import InputError, memory_problem, one_line, short_repr
 from jaxvid.files import read_limited
 from jaxvid.models import abstract_model, make_model_config
+from jaxvid.progress import compiling
 from jaxvid.storage.model_card import MAX_CARD_BYTES
 
 BACKWARD_MONTHS = 6
@@ -57,7 +58,7 @@ def describe_program(data: bytes) -> dict[str, Any]:
         unknown, the dates in `compatibility` are None.
     """
     program = jax_export.deserialize(bytearray(data))
-    shape = (1, *map(int, program.in_avals[0].shape[1:]))
+    shape = _clip_shape(program)
     return {
         "compatibility": {
             "written": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -68,9 +69,20 @@ def describe_program(data: bytes) -> dict[str, Any]:
         },
         "test": {
             "clips": f"(np.arange(np.prod({shape})) % 251).astype(np.uint8).reshape({shape})",
-            "logits": np.asarray(program.call(make_test_clips(shape)))[0].tolist(),
+            "logits": _compute_logits(program).tolist(),
         },
     }
+
+
+def _clip_shape(program: jax_export.Exported) -> tuple[int, ...]:
+    """Return the shape `(1, t, h, w, c)` of one clip."""
+    return (1, *map(int, program.in_avals[0].shape[1:]))
+
+
+def _compute_logits(program: jax_export.Exported) -> np.ndarray:
+    """Run a program on the test clip; return the logits `(num_classes,)`."""
+    with compiling("the exported program"):
+        return np.asarray(program.call(make_test_clips(_clip_shape(program))))[0]
 
 
 def check_exported(path: str | Path) -> str:
@@ -163,8 +175,7 @@ def _check_program(path: Path, data: bytes, about: dict[str, Any]) -> str:
                 f"{path}: was exported for {', '.join(program.platforms)}, but JAX uses "
                 f"{platform}; set JAX_PLATFORMS={program.platforms[0]}"
             )
-        shape = (1, *map(int, program.in_avals[0].shape[1:]))
-        logits = np.asarray(program.call(make_test_clips(shape)))[0]
+        logits = _compute_logits(program)
     except InputError:
         raise
     except Exception as error:  # flatbuffers, MLIR and XLA raise many types
