@@ -58,8 +58,8 @@ NOT_RUN = {
     "tests/evaluation/test_probing.py runs the program if it is installed",
     r"python -m jaxvid(\.export .*--format onnx| eval .*--onnx )": "needs optional packages; "
     "tests/inference/test_onnx.py runs the programs if they are installed",
-    r"python benchmarks/(forward|deploy|data|train|windows)\.py": "takes minutes and an idle machine; "
-    "tests/test_benchmarks.py runs them on small input",
+    r"python benchmarks/(forward|deploy|data|train|windows)\.py": "takes minutes and an idle "
+    "machine; tests/test_benchmarks.py runs them on small input",
     r"python -m benchmarks\.gpu ": "takes minutes and a GPU; tests/test_benchmarks.py runs it on "
     "a CPU with tiny sizes",
     r"python -m tests\.mutation ": "needs mutmut and takes minutes",

@@ -96,7 +96,7 @@ def make_clips(count: int, frames: int = 8, size: int = 64) -> np.ndarray:
 def test_an_onnx_file_matches_the_network_for_any_batch_size(files, models, name):
     about = json.loads(files[name].with_name(f"{name}.onnx.json").read_text())
     assert about["sha256"] == hashlib.sha256(files[name].read_bytes()).hexdigest()
-    assert (about["format"], about["precision"], about["opset"]) == ("onnx", "float32", 18)
+    assert (about["format"], about["precision"], about["opset"]) == ("onnx", "float32", 20)
     model, std = jaxvid.load_model(models[name]), about["preprocessing"]["std"]
     frames, size = model.config.num_frames, model.config.image_size
     assert about["input"]["shape"] == ["b", frames, size, size, 3]
@@ -121,7 +121,7 @@ def test_smaller_precisions_are_close_and_keep_their_types(files):
         logits = OnnxNetwork(files[name].read_bytes(), name)(clips)
         assert logits.dtype == np.float32
         assert 0 < np.abs(logits - expected).max() <= bound * np.abs(expected).max()
-        assert onnx.load(files[name]).opset_import[0].version == 18
+        assert onnx.load(files[name]).opset_import[0].version == 20
     about = json.loads(files["int8"].with_name("int8.onnx.json").read_text())
     assert about["calibration"] == {
         "input": about["calibration"]["input"], "num_videos": 48, "num_failed": 0
