@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-stam test test-full test-browser test-mutation chromium lint format
+.PHONY: demo demo-stam test test-full test-browser test-container test-mutation chromium lint format
 
 demo: $(VENV)/.run-installed
 	$(RUN) main.py --config configs/motion.py --workdir runs/motion
@@ -21,6 +21,9 @@ test-full: $(VENV)/.dev-installed
 test-browser: $(VENV)/.browser-installed chromium
 	$(RUN) -m pytest -m browser -n 0 tests/browser
 
+test-container: $(VENV)/.dev-installed
+	$(RUN) -m tests.container $(OPTIONS)
+
 test-mutation: $(VENV)/.mutation-installed
 	$(RUN) -m tests.mutation $(MODULES)
 
@@ -28,6 +31,7 @@ lint: $(VENV)/.dev-installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/hadolint Dockerfile
 
 format: $(VENV)/.dev-installed
 	$(RUN) -m ruff check --fix .

@@ -335,7 +335,7 @@ def _open_closed_descriptors() -> None:
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, `fd`
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free one: `fd`
         if getattr(sys, name) is None:
             setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115
 

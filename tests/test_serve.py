@@ -172,14 +172,16 @@ def test_requests_in_progress_are_answered_after_a_signal(start, clips, tmp_path
     connection = send_video(port, clips)
     process.send_signal(signal.SIGTERM)
     line = process.stderr.readline()
-    assert line == "stopping: 1 requests in progress; a second signal ends them\n"
+    assert line == "stopping; requests in progress: 1; a second signal ends them\n"
+    with pytest.raises(ConnectionError):  # new connections are soon refused  # noqa: PT012
+        for _ in range(1000):
+            get(port, "/healthz")
+            time.sleep(0.02)
     (tmp_path / "go").touch()
     with contextlib.closing(connection):
         response = connection.getresponse()
         assert response.status == 200
         assert json.loads(response.read())["model"] == "fake"
-    with pytest.raises(ConnectionError):
-        get(port, "/healthz")
     stdout, stderr = process.communicate(timeout=WAIT_SECONDS)
     assert (process.returncode, stdout, stderr) == (0, "", "")
 
@@ -189,7 +191,7 @@ def test_a_second_signal_ends_the_server_at_once(start, clips):
     process, port = start()
     connection = send_video(port, clips)
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline().startswith("stopping: 1 requests in progress")
+    assert process.stderr.readline().startswith("stopping; requests in progress: 1")
     process.send_signal(signal.SIGINT)
     with (
         contextlib.closing(connection),
@@ -198,3 +200,54 @@ def test_a_second_signal_ends_the_server_at_once(start, clips):
         connection.getresponse()
     process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 130
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("shell", "code", "line"),
+    [
+        ('exec "$@" > >(exec <&-)', 141, ""),
+        ('exec "$@" > /dev/full', 2, "error: stdout: cannot be written (No space left on device);"),
+    ],
+)
+def test_lost_streams_end_the_server_with_at_most_one_error(shell, code, line, tmp_path, folders):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    arguments = [sys.executable, "program.py", "--model", str(folders / "xvit"), "--port", "0"]
+    done = subprocess.run(
+        ["bash", "-c", shell, "bash", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=WAIT_SECONDS,
+    )
+    assert done.returncode == code
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == bool(line)
+
+
+@pytest.mark.full
+def test_the_server_runs_without_standard_streams(tmp_path, folders, clips):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "go").touch()
+    with serve.bind("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+    arguments = ["program.py", "--model", str(folders / "xvit"), "--port", str(port)]
+    process = subprocess.Popen(
+        ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", sys.executable, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    deadline, status = time.monotonic() + WAIT_SECONDS, b""
+    while b"ready" not in status:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        with contextlib.suppress(ConnectionError):
+            status = get(port, "/readyz")
+        time.sleep(0.1)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_SECONDS)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/predict", Path(clips[0]).read_bytes())
+        assert connection.getresponse().status == 200
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(WAIT_SECONDS) == 0

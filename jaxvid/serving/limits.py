@@ -10,6 +10,7 @@ class Limits:
     Attributes:
         upload_bytes: Maximum size of a video.
         upload_seconds: Maximum duration of an upload.
+        upload_rate: Minimum average rate of an upload in bytes per second, after `stall_seconds`.
         stall_seconds: Maximum time between two chunks of an upload.
         header_seconds: Maximum time from the connection, or from the previous answer, to the end of
             the headers of a request.
@@ -17,6 +18,7 @@ class Limits:
         video_seconds: Maximum duration of a video.
         pixels: Maximum number of pixels of a frame.
         memory_bytes: Address space of a decoder process.
+        decoded_bytes: Size of the decoded clips of all requests. Requests for more wait.
         queue_length: Number of requests that may wait for a decoder process.
         requests: Number of videos that are received and processed at the same time.
         connections: Number of open connections.
@@ -29,12 +31,14 @@ class Limits:
 
     upload_bytes: int = 500_000_000
     upload_seconds: float = 300.0
+    upload_rate: float = 16_000.0
     stall_seconds: float = 10.0
     header_seconds: float = 10.0
     decode_seconds: float = 30.0
     video_seconds: float = 3600.0
     pixels: int = 36_000_000
     memory_bytes: int = 4_000_000_000
+    decoded_bytes: int = 4_000_000_000
     queue_length: int = 64
     requests: int = 128
     connections: int = 512

@@ -138,8 +138,9 @@ SCHEMAS = {
 
 EVENTS = """Server-sent events. Their data is JSON.
 
-- `plan`: `{"model", "windows", "stride"}`: the number of windows, and the seconds between their
-  starts, which may differ from the requested ones so that windows share frames
+- `plan`: `{"model", "windows", "stride", "seconds"}`: the number of windows, the seconds between
+  their starts, which may differ from the requested ones so that windows share frames, and the
+  duration of the video
 - `window`: the classes of a window (schema `Window`)
 - `progress`: `{"done", "total", "seconds"}`
 - `done` (last): `{"windows", "seconds"}`

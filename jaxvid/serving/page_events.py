@@ -66,7 +66,7 @@ async def explain(
         service.pool.run(decoder_tasks.frames, upload.fd, model.spec),
         time.perf_counter(),
     )
-    async with contextlib.aclosing(items):
+    async with contextlib.aclosing(items), service.reserve(model.spec):
         clip = await anext(items)
         decoded = time.perf_counter()
         probabilities = await model.probabilities(clip["video"])

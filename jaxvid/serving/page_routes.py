@@ -11,9 +11,10 @@ from starlette.routing import Route
 
 from jaxvid.data.clips.description import describe_views
 from jaxvid.serving import decoder_tasks, page_events, query, samples
-from jaxvid.serving.api import MAX_TOP_K, TOP_K, classify, describe_models, service_of
+from jaxvid.serving.api import classify, describe_models, service_of
 from jaxvid.serving.errors import RequestError
 from jaxvid.serving.event_stream import EventStream
+from jaxvid.serving.openapi import MAX_TOP_K, TOP_K
 from jaxvid.serving.report import PAGE, make_report
 from jaxvid.serving.samples import Sample
 from jaxvid.serving.served_model import Event, ServedModel
@@ -147,6 +148,7 @@ async def live_frames(request: Request) -> Response:
     return await classify(
         request,
         model,
+        model.spec,
         options["top_k"],
         lambda upload: service.decode(decoder_tasks.live_clip, upload, model.spec, upload.parts),
         max_parts=MAX_LIVE_FRAMES,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
@@ -63,7 +64,8 @@ class ServedModel:
         self,
         settings: Settings,
         thread: NetworkThread,
-        observe: Callable[[str, int], None] = lambda model, size: None,
+        observe: Callable[[str, int], None],
+        in_progress: Callable[[], int],
     ) -> None:
         """Compile all programs.
 
@@ -71,6 +73,7 @@ class ServedModel:
             settings: Sizes of batches.
             thread: Thread that runs the network.
             observe: Called with the name of the model and the number of items of each batch.
+            in_progress: Returns the number of requests in progress.
 
         Raises:
             InputError: The outputs are not finite, because the weights are damaged.
@@ -87,6 +90,7 @@ class ServedModel:
                 sizes=sizes,
                 max_wait=settings.max_wait if len(sizes) > 1 else 0,
                 observe=lambda size: observe(self.name, size),
+                in_progress=in_progress,
             )
         self._windows_per_group = max(1, settings.max_batch // self.spec.num_crops)
         self.is_ready = True
@@ -128,7 +132,12 @@ class ServedModel:
     # -------------------------------------------------------------- card
 
     def describe(self) -> dict[str, Any]:
-        """Return the model card as it is sent to clients, without paths of this machine."""
+        """Return the model card as it is sent to clients, without absolute paths."""
+        provenance = {
+            name: value
+            for name, value in self.card["provenance"].items()
+            if not (isinstance(value, str) and os.path.isabs(value))
+        }
         return {
             "name": self.name,
             "network": self.card["name"],
@@ -141,7 +150,7 @@ class ServedModel:
                 "num_crops": self.spec.num_crops,
                 "views": self.preprocessing.num_views,
             },
-            "provenance": self.card["provenance"],
+            "provenance": provenance,
         }
 
     def spec_for(self, views: int | None) -> ClipSpec:
