@@ -75,7 +75,8 @@ def serve() -> argparse.ArgumentParser:
     parser = _make_parser("serve", help_texts.SERVE)
     add = parser.add_argument
     add("--model", required=True, action="append", dest="models", metavar="MODEL",
-        help=f"{MODEL_HELP}; may be repeated to compare models")  # fmt: skip
+        help=f"{MODEL_HELP}, or .onnx file from jaxvid export; may be repeated to compare "
+        "models")  # fmt: skip
     add("--host", default="127.0.0.1", help="address to listen on; any other than that of this "
         "machine itself needs a token (default: 127.0.0.1)")  # fmt: skip
     add("--port", type=int, default=7860, help="TCP port; 0: any free port (default: 7860)")
@@ -100,8 +101,8 @@ def serve() -> argparse.ArgumentParser:
         "faster of float32 and bfloat16, measured once per network and machine (default: float32, "
         "as in evaluation)")  # fmt: skip
     add("--engine", choices=ENGINES, default=ENGINES[0], help="what computes predictions; "
-        "onnxruntime needs pip install 'jaxvid[onnx]', and computes in float32 on the CPU "
-        f"(default: {ENGINES[0]})")  # fmt: skip
+        "onnxruntime needs pip install 'jaxvid[onnx]', and computes in float32 on the CPU; .onnx "
+        f"files always use it (default: {ENGINES[0]})")  # fmt: skip
     return parser
 
 

@@ -40,11 +40,10 @@ if TYPE_CHECKING:
 
 CALIBRATION_VIDEOS = 64
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
-# Operators with weights, which int8 files compute in int8, except for the class head (`Gemm`).
-QUANTIZED = ("Conv", "MatMul")
+# int8 files compute these operators in int8 if they have weights. The patch embedding is a `Conv`,
+# and the class head a `Gemm`.
+QUANTIZED = "MatMul"
 CACHE_VERSION = 1  # of files in the cache; increased when the export changes
-# Operators between the input and the network: they normalise pixels, in float32.
-NORMALIZATION = ("Cast", "Mul", "Add")
 
 
 def export_onnx(
@@ -170,28 +169,27 @@ def read_views(
 def to_float16(network: "ModelProto") -> "ModelProto":
     """Return a model with float16 weights and activations.
 
-    The normalisation of the pixels stays in float32, as do the outputs.
+    The patch embedding, which includes the normalisation of the pixels, stays in float32, as do the
+    outputs.
     """
     from onnxruntime.transformers import float16
 
-    normalization, tensors = [], {"clips"}
-    for node in network.graph.node:
-        if node.op_type in NORMALIZATION and tensors & {*node.input}:
-            normalization.append(node.name)
-            tensors |= {*node.output}
+    nodes = network.graph.node
+    [last] = [i for i, node in enumerate(nodes) if node.op_type == "Conv"]
+    first_nodes = [node.name for node in nodes[: last + 1]]
     with warnings.catch_warnings():  # about weights below the range of float16
         warnings.simplefilter("ignore")
         return float16.convert_float_to_float16(
-            network, keep_io_types=True, node_block_list=normalization
+            network, keep_io_types=True, node_block_list=first_nodes
         )
 
 
 def quantize(network: "ModelProto", views: Iterator[np.ndarray]) -> "ModelProto":
-    """Return a model that computes the operators `QUANTIZED` in int8, as QDQ nodes.
+    """Return a model that computes the operators `QUANTIZED` with weights in int8, as QDQ nodes.
 
     Weights have one scale per output channel, activations one per tensor, measured as the largest
-    absolute value in `views`. All zero points are 0, as TensorRT requires. Attention products,
-    norms and the class head stay in float32.
+    absolute value in `views`. All zero points are 0, as TensorRT requires. The patch embedding,
+    attention products, norms and the class head stay in float32.
 
     Args:
         network: The float32 model.
@@ -210,7 +208,7 @@ def quantize(network: "ModelProto", views: Iterator[np.ndarray]) -> "ModelProto"
     weighted = [
         node.name
         for node in network.graph.node
-        if node.op_type in QUANTIZED and node.input[1] in weights
+        if node.op_type == QUANTIZED and node.input[1] in weights
     ]
     with tempfile.TemporaryDirectory() as folder, _quiet_logging():
         prepared, output = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
@@ -220,7 +218,7 @@ def quantize(network: "ModelProto", views: Iterator[np.ndarray]) -> "ModelProto"
             prepared,
             output,
             Reader(),
-            op_types_to_quantize=list(QUANTIZED),
+            op_types_to_quantize=[QUANTIZED],
             nodes_to_quantize=weighted,
             per_channel=True,
             activation_type=quantization.QuantType.QInt8,
@@ -228,7 +226,7 @@ def quantize(network: "ModelProto", views: Iterator[np.ndarray]) -> "ModelProto"
             extra_options={
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
-                "OpTypesToExcludeOutputQuantization": list(QUANTIZED),
+                "OpTypesToExcludeOutputQuantization": [QUANTIZED],
             },
         )
         return onnx.load(output)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import InputError
 from jaxvid.inference.compiled_network import CompiledNetwork
+from jaxvid.storage.activation import probabilities
 from jaxvid.storage.onnx_network import OnnxNetwork
 from jaxvid.storage.preprocessing import clip_shape
 
@@ -91,18 +92,19 @@ class JaxEngine:
 
 
 class OnnxEngine:
-    """An engine that computes `score` with ONNX Runtime, and all other programs with JAX.
+    """An engine that computes `score` with ONNX Runtime, and other programs with JAX, if possible.
 
     Clips with fractions of a grey level are rounded (see `ClipSpec.eval_dtype`).
 
     Args:
         network: The exported network.
-        other: The engine of the other programs.
+        activation: Function from logits to probabilities, a key of `activation.ACTIVATIONS`.
+        other: The engine of the other programs; None: there are no others.
     """
 
-    def __init__(self, network: OnnxNetwork, other: JaxEngine):
-        self._network, self._other = network, other
-        self.programs, self.probabilities = other.programs, other.probabilities
+    def __init__(self, network: OnnxNetwork, activation: str, other: JaxEngine | None = None):
+        self._network, self._activation, self._other = network, activation, other
+        self.programs = other.programs if other else ("score",)
 
     def warm_up(self, program: str, size: int) -> None:
         """Compile a program for batches of a size, and run it once."""
@@ -122,3 +124,7 @@ class OnnxEngine:
                 "model or export it again"
             )
         return logits
+
+    def probabilities(self, logits: np.ndarray, num_views: int) -> np.ndarray:
+        """Map logits `(..., classes)`, summed over views, to probabilities, in float64."""
+        return probabilities(logits.astype(np.float64) / num_views, self._activation)

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,16 +13,20 @@ from flax import nnx
 
 import jaxvid
 from jaxvid import export
+from jaxvid.data.clips.clip import load_eval_views
 from jaxvid.errors import InputError
 from jaxvid.evaluate import evaluate
 from jaxvid.inference import onnx_export
 from jaxvid.models import ModelConfig, abstract_model, make_model_config, merge_params
+from jaxvid.serving.limits import Settings
+from jaxvid.serving.served_model import load_models
 from jaxvid.storage import exported_file
 from jaxvid.storage.onnx_network import OnnxNetwork
-from jaxvid.storage.preprocessing import Preprocessing, normalize
+from jaxvid.storage.preprocessing import Preprocessing, load_model_and_preprocessing, normalize
 from tests import goldens
 from tests.models.test_stam import config_of as stam_config_of
 from tests.models.test_xvit import config_of as xvit_config_of
+from tests.serving.running_server import running
 
 MISSING = [name for name in onnx_export.PACKAGES if importlib.util.find_spec(name) is None]
 needs_onnx = pytest.mark.skipif(
@@ -96,7 +101,7 @@ def make_clips(count: int, frames: int = 8, size: int = 64) -> np.ndarray:
 def test_an_onnx_file_matches_the_network_for_any_batch_size(files, models, name):
     about = json.loads(files[name].with_name(f"{name}.onnx.json").read_text())
     assert about["sha256"] == hashlib.sha256(files[name].read_bytes()).hexdigest()
-    assert (about["format"], about["precision"], about["opset"]) == ("onnx", "float32", 18)
+    assert (about["format"], about["precision"], about["opset"]) == ("onnx", "float32", 20)
     model, std = jaxvid.load_model(models[name]), about["preprocessing"]["std"]
     frames, size = model.config.num_frames, model.config.image_size
     assert about["input"]["shape"] == ["b", frames, size, size, 3]
@@ -121,7 +126,7 @@ def test_smaller_precisions_are_close_and_keep_their_types(files):
         logits = OnnxNetwork(files[name].read_bytes(), name)(clips)
         assert logits.dtype == np.float32
         assert 0 < np.abs(logits - expected).max() <= bound * np.abs(expected).max()
-        assert onnx.load(files[name]).opset_import[0].version == 18
+        assert onnx.load(files[name]).opset_import[0].version == 20
     about = json.loads(files["int8"].with_name("int8.onnx.json").read_text())
     assert about["calibration"] == {
         "input": about["calibration"]["input"], "num_videos": 48, "num_failed": 0
@@ -230,6 +235,24 @@ def test_unusable_files_and_configs_are_refused(files, config, tmp_path):
 def test_exported_files_are_checked(files, tmp_path):
     for name in ("xvit", "float16", "int8"):
         assert "runs with onnxruntime" in exported_file.check_exported(files[name])
+
+
+@needs_onnx
+def test_an_exported_file_is_served(files, folders, clips):
+    [model] = load_models([str(files["int8"])], "float32")
+    assert model.name == "int8"
+    with running([model], Settings(max_batch=2)) as server:
+        video = Path(clips[0]).read_bytes()
+        top = server.post("/v1/predict?top_k=8", video)["top"]
+        status, _, body = server.request("POST", "/v1/features", video)
+        assert server.request("GET", "/v1/model")[0] == 200
+    assert (status, b"its engine has no embed" in body) == (400, True)
+    spec = load_model_and_preprocessing(folders / "xvit")[2].spec
+    logits = OnnxNetwork(files["int8"].read_bytes(), "int8")(
+        load_eval_views(clips[0], spec)["video"]
+    )
+    expected = sorted(jax.nn.softmax(logits[0]).tolist(), reverse=True)
+    assert [entry["probability"] for entry in top] == pytest.approx(expected, abs=1e-5)
 
 
 # ------------------------------------------------------------------ without the packages
