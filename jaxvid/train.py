@@ -98,10 +98,8 @@ def train(
             handlers.enter_context(loop.signals)
             state, reason = run_loop(loop, state)
         if reason is not StopReason.FINISHED:
-            log.info(
-                "stopped and saved at step %d; run the same command to resume",
-                int(state["step"]),
-            )
+            message = "stopped and saved at step %d; run the same command to resume"
+            log.info(message, int(state["step"]))
         if reason is StopReason.SIGNAL:
             raise SystemExit(128 + (loop.signals.received or signal.SIGTERM))
         if reason is StopReason.STOP_STEP:
