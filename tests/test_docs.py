@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -454,6 +455,7 @@ def test_all_examples_run(page, trained, monkeypatch, server_url):
 @pytest.mark.timeout(600)
 def test_fine_tuning_after_the_demo_runs(trained):
     _, train = commands_after_the_demo()
+    shutil.rmtree(trained / "runs/mine", ignore_errors=True)  # of the examples in the docs
     run_command(train, trained)
     assert (trained / "runs" / "mine" / "eval.json").exists()
 
