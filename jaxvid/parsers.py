@@ -87,8 +87,8 @@ def serve() -> argparse.ArgumentParser:
         "localhost and IP addresses)")  # fmt: skip
     add("--allow_urls", action="store_true",
         help="allow requests to name the URL of a video, which the server downloads")  # fmt: skip
-    add("--max_batch", type=int, default=8, help="maximum number of views that the network "
-        "computes together, a power of 2 (default: 8)")  # fmt: skip
+    add("--max_batch", type=int, help="maximum number of views that the network computes together, "
+        "a power of 2 (default: the fastest up to 8, measured at the start)")  # fmt: skip
     add("--max_wait", type=float, default=0.005, metavar="SECONDS", help="maximum time that a view "
         "waits for others to share its batch (default: 0.005)")  # fmt: skip
     add("--decoders", type=int, default=os.cpu_count(),

@@ -39,8 +39,9 @@ def check_options(args: argparse.Namespace) -> Settings:
     Raises:
         InputError: An option is invalid. The message names it.
     """
-    if not 1 <= args.max_batch <= MAX_BATCH or args.max_batch & (args.max_batch - 1):
-        raise InputError(f"--max_batch={args.max_batch}: must be a power of 2 up to {MAX_BATCH}")
+    max_batch = Settings.max_batch if args.max_batch is None else args.max_batch
+    if not 1 <= max_batch <= MAX_BATCH or max_batch & (max_batch - 1):
+        raise InputError(f"--max_batch={max_batch}: must be a power of 2 up to {MAX_BATCH}")
     if args.decoders < 1:
         raise InputError(f"--decoders={args.decoders}: must be at least 1")
     if not 0 <= args.port <= 65535:
@@ -68,7 +69,8 @@ def check_options(args: argparse.Namespace) -> Settings:
         public_hosts=tuple(name.lower() for name in args.public_host),
         allow_urls=args.allow_urls,
         num_decoders=args.decoders,
-        max_batch=args.max_batch,
+        max_batch=max_batch,
+        measure_batches=args.max_batch is None,
         max_wait=args.max_wait,
         limits=limits,
     )

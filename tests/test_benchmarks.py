@@ -94,7 +94,7 @@ def test_table_has_a_row_for_every_model(capsys):
         ),
         pytest.param(
             ("serve.py", "--requests", "8", "--rounds", "1", "--clients", "1", "2"),
-            "server / offline loop",
+            "server / offline loop in batches of",
             marks=pytest.mark.full,
         ),
     ],

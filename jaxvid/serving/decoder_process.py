@@ -69,9 +69,10 @@ def _end_after(function: Callable[..., None], *arguments: Any) -> None:
     """Call a function, and end the process without returning to its caller."""
     try:
         function(*arguments)
-    except OSError:  # the server has closed the connection
+    except ConnectionError:  # the server has closed the connection
         os._exit(0)
     except BaseException:
+        traceback.print_exc()  # shown if the worker has not yet started
         os._exit(1)
     os._exit(0)
 
@@ -82,8 +83,9 @@ def _work(connection: socket.socket, limits: Limits) -> None:
     The first message on the connection has the worker's pidfd. A pidfd never denotes another
     process, even if the pid is used again.
     """
+    pidfd = os.pidfd_open(os.getpid())
     _limit_resources(limits)
-    socket.send_fds(connection, [b"."], [os.pidfd_open(os.getpid())])
+    socket.send_fds(connection, [b"."], [pidfd])
     reusable = True
     while reusable:
         header, fds, _, _ = socket.recv_fds(connection, JOB_HEADER.size, 1)

@@ -60,6 +60,8 @@ class Settings:
         allow_urls: Whether a request may name the URL of a video.
         num_decoders: Number of decoder processes.
         max_batch: Maximum number of views that the network computes together, a power of 2.
+        measure_batches: Whether to use smaller batches than `max_batch` if they are faster when the
+            server starts.
         max_wait: Maximum time in seconds that a view waits for others to share its batch.
         limits: Limits of requests.
     """
@@ -69,6 +71,7 @@ class Settings:
     allow_urls: bool = False
     num_decoders: int = 2
     max_batch: int = 8
+    measure_batches: bool = False
     max_wait: float = 0.005
     limits: Limits = dataclasses.field(default_factory=Limits)
 

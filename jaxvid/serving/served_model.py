@@ -34,6 +34,11 @@ Event = tuple[str, dict[str, Any]]  # name and data of a server-sent event
 # Programs that are compiled for all sizes of batches; the others only for size 1.
 BATCHED = ("score", "frame_features", "score_features")
 
+# Measurement of the sizes of batches.
+SLOWER = 1.1  # larger batches are not tried after one whose time per item is longer by this factor
+MAX_RUNS = 5  # per size
+MEASURE_SECONDS = 1.0  # per size, after which no other run is started
+
 
 class ServedModel:
     """A model and its engine. `start` must be called before a video is classified.
@@ -87,12 +92,7 @@ class ServedModel:
         Raises:
             InputError: The outputs are not finite, because the weights are damaged.
         """
-        sizes_of = {
-            program: settings.batch_sizes if program in BATCHED else (1,)
-            for program in self.engine.programs
-        }
-        await thread.call(self._warm_up, sizes_of)
-        for program, sizes in sizes_of.items():
+        for program, sizes in (await thread.call(self._warm_up, settings)).items():
             self._batchers[program] = Batcher(
                 lambda batch, program=program: self.engine.run(program, batch),
                 thread,
@@ -104,14 +104,39 @@ class ServedModel:
         self._windows_per_group = max(1, settings.max_batch // self.spec.num_crops)
         self.is_ready = True
 
-    def _warm_up(self, sizes_of: dict[str, tuple[int, ...]]) -> None:
-        """Compile each program for its sizes of batches."""
+    def _warm_up(self, settings: Settings) -> dict[str, Sequence[int]]:
+        """Compile each program; return the sizes of its batches."""
+        sizes_of = {}
         with compiling(self.name):
-            for program, sizes in sizes_of.items():
-                for size in sizes:
-                    if self._is_closing:
-                        return
-                    self.engine.warm_up(program, size)
+            for program in self.engine.programs:
+                sizes = settings.batch_sizes if program in BATCHED else (1,)
+                measures = settings.measure_batches and len(sizes) > 1
+                sizes_of[program] = self._warm_up_program(program, sizes, measures=measures)
+        return sizes_of
+
+    def _warm_up_program(
+        self, program: str, sizes: Sequence[int], *, measures: bool
+    ) -> Sequence[int]:
+        """Compile a program for sizes of batches.
+
+        Args:
+            program: Name of the program.
+            sizes: The sizes, ascending.
+            measures: Whether to leave out the sizes above the one with the shortest time per item.
+
+        Returns:
+            The sizes to use.
+        """
+        seconds = []  # per item
+        for size in sizes:
+            if self._is_closing:
+                break
+            self.engine.warm_up(program, size)
+            if measures:
+                seconds.append(_shortest_time(self.engine.warm_up, program, size) / size)
+                if seconds[-1] > SLOWER * min(seconds):
+                    break  # larger batches are slower still
+        return sizes[: seconds.index(min(seconds)) + 1] if seconds else sizes
 
     async def close(self) -> None:
         """Stop the batchers."""
@@ -299,6 +324,16 @@ class ServedModel:
             "padded": bool(plan.padded[i]),
             "top": self.top(probabilities, top_k),
         }
+
+
+def _shortest_time(function: Callable[..., None], *arguments: Any) -> float:
+    """Return the shortest wall time in seconds of up to `MAX_RUNS` calls of a function."""
+    seconds = []
+    while len(seconds) < MAX_RUNS and sum(seconds) < MEASURE_SECONDS:
+        start = time.perf_counter()
+        function(*arguments)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def load_models(names: Sequence[str], dtype: str, engine_name: str = "jax") -> list[ServedModel]:

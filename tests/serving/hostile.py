@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.http_load import Answer, make_request, read_answers
 from jaxvid.serving.limits import Limits
-from tests.serving.hostile_bodies import make_files, make_form, make_mutant
+from tests.serving.hostile_bodies import make_files, make_form, make_jpeg, make_mutant
 
 CLOSED = 0  # status if the connection is closed without an answer
 UNREADABLE = {200, 422}  # a damaged video may still be readable
@@ -68,9 +68,13 @@ class Attacks:
             "mutant in a form": lambda rng: self._post(
                 make_form({"video": make_mutant(clips, rng)}), UNREADABLE, Content_Type=FORM
             ),
-            "mutant timeline": lambda rng: self._post(
-                make_mutant(clips, rng), UNREADABLE, path=TIMELINE
-            ),
+            **{
+                f"mutant: {path}": lambda rng, path=path: self._post(
+                    make_mutant(clips, rng), UNREADABLE | {400}, path=path
+                )
+                for path in (TIMELINE, "/v1/features", "/v1/explain", "/v1/report")
+            },
+            **{f"pictures: {name}": lambda _, a=a: a for name, a in self._pictures().items()},
             **{
                 f"file: {name}": lambda _, body=body: self._post(body, UNREADABLE)
                 for name, body in self._files.items()
@@ -129,6 +133,23 @@ class Attacks:
             ),
             "long boundary": self._post(clip, {400}, Content_Type=f"{FORM}{'X' * 5000}"),
             "noise": self._post(self._files["noise"], {400}, **kind),
+        }
+
+    def _pictures(self) -> dict[str, Attack]:
+        """Return forms with pictures of a webcam that cannot be decoded."""
+
+        def post(*pictures: bytes) -> Attack:
+            form = b"".join(make_form({"video": picture}, end=b"") for picture in pictures)
+            return self._post(form + b"--XX--\r\n", {400, 422}, "/v1/frames", Content_Type=FORM)
+
+        small = make_jpeg(16, 16)
+        return {
+            "video": post(self._clips[0]),
+            "noise": post(small, self._files["noise"]),
+            "large": post(make_jpeg(16, 65_500)),
+            "sizes": post(small, make_jpeg(32, 32)),
+            "truncated": post(small[: len(small) // 2]),
+            "many": post(*[small] * 1000),
         }
 
     def _requests(self) -> dict[str, Attack]:

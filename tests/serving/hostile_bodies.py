@@ -68,6 +68,15 @@ def make_gif(size: int, num_frames: int) -> bytes:
     return data[:start] + data[start:-1] * num_frames + data[-1:]
 
 
+def make_jpeg(size: int, declared: int) -> bytes:
+    """Return a square black picture whose header declares another size."""
+    file = io.BytesIO()
+    Image.new("RGB", (size, size)).save(file, "JPEG")
+    frame_header = b"\xff\xc0\x00\x11\x08"  # followed by the height and the width
+    sizes = size.to_bytes(2) * 2, declared.to_bytes(2) * 2
+    return file.getvalue().replace(*(frame_header + pair for pair in sizes))
+
+
 def make_mutant(clips: Sequence[bytes], rng: np.random.Generator) -> bytes:
     """Return a damaged copy of a video."""
     return mutate(clips[rng.integers(len(clips))], rng) or b"\0"

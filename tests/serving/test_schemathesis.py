@@ -17,7 +17,7 @@ EXCLUDED = "positive_data_acceptance"
 @pytest.mark.skipif(
     importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed"
 )
-def test_schemathesis_finds_no_failure():
+def test_schemathesis_finds_no_failure(tmp_path):
     with running([make_fake_model()]) as server:
         command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"]
         options = [
@@ -28,6 +28,7 @@ def test_schemathesis_finds_no_failure():
         ]
         result = subprocess.run(
             [*command, *options, "--suppress-health-check=all", "--continue-on-failure"],
+            cwd=tmp_path,  # it writes a cache
             capture_output=True,
             text=True,
         )

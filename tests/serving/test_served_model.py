@@ -6,9 +6,10 @@ import pytest
 import jaxvid
 from jaxvid.inference import onnx_export
 from jaxvid.inference.compiled_network import CompiledNetwork
+from jaxvid.serving import served_model
 from jaxvid.serving.limits import Settings
 from jaxvid.serving.served_model import load_models
-from tests.serving.running_server import running
+from tests.serving.running_server import make_fake_model, running
 
 
 @pytest.mark.parametrize("family", ["xvit", "stam"])
@@ -93,3 +94,20 @@ def test_onnxruntime_computes_the_same_predictions(folders, clips, video, tmp_pa
     probabilities = [entry["probability"] for entry in answer["top"]]
     assert probabilities == pytest.approx(expected.probabilities, abs=1e-6)
     assert vector == pytest.approx(classifier.features(clips[0]).vector.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "used", "compiled"),
+    [
+        ({1: 1.0, 2: 1.8, 4: 4.6, 8: 1.0}, 2, {1, 2, 4}),  # 4.6 / 4 is longer than 1.1 · 1.8 / 2
+        ({1: 1.0, 2: 2.1, 4: 3.0, 8: 5.0}, 8, {1, 2, 4, 8}),
+        ({1: 1.0, 2: 3.0}, 1, {1, 2}),
+    ],
+)
+def test_batches_are_as_large_as_is_fastest(monkeypatch, seconds, used, compiled):
+    monkeypatch.setattr(served_model, "_shortest_time", lambda _, program, size: seconds[size])
+    model = make_fake_model()
+    sizes = model._warm_up(Settings(max_batch=8, measure_batches=True))
+    assert sizes["score"][-1] == used
+    assert {size for program, size in model.engine.warm if program == "score"} == compiled
+    assert model._warm_up(Settings(max_batch=8))["score"] == (1, 2, 4, 8)
