@@ -16,8 +16,9 @@ RUN /opt/jaxvid/bin/pip install -r requirements.txt && \
         /opt/jaxvid/bin/pip install -r requirements.txt "jax[${ACCELERATOR}]"; \
     fi
 COPY . .
-# requirements-dev.txt has the versions of the packages that `jaxvid serve` needs.
-RUN /opt/jaxvid/bin/pip install -c requirements-dev.txt ".[serve]"
+# Optional packages, which pyproject.toml lists. requirements-dev.txt has the versions for `serve`.
+ARG EXTRAS=serve
+RUN /opt/jaxvid/bin/pip install -c requirements-dev.txt ".[${EXTRAS}]"
 
 FROM ${BASE}
 ARG VERSION=unknown

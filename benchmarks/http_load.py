@@ -68,9 +68,9 @@ def _make_parser(method: str) -> h11.Connection:
 
 def make_request(path: str, body: bytes, method: str = "POST", **headers: str) -> bytes:
     """Return the bytes of a request; in the names of headers, `_` stands for a hyphen."""
-    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+    headers = {"Host": "localhost", "Content_Length": str(len(body))} | headers
+    lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode("latin-1") + body
 
 
 async def send_all(

@@ -33,6 +33,7 @@ import socket
 import struct
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def main() -> None:
         os.close(fds[0])
 
 
-def _end_after(function, *arguments: Any) -> None:
+def _end_after(function: Callable[..., None], *arguments: Any) -> None:
     """Call a function, and end the process without returning to its caller."""
     try:
         function(*arguments)

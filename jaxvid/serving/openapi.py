@@ -246,11 +246,12 @@ def make_document(models: list[str], settings: Settings) -> Json:
     """Return the OpenAPI document of a server.
 
     Args:
-        models: Names of the models; the first one is the default.
+        models: Names of the models. A server with a token does not publish them.
         settings: Settings of the server.
     """
-    description = f"Name of the model (default: {models[0]})."
-    model = _parameter("model", _string(description, enum=models))
+    description = "Name of the model (default: the first one of /v1/model)."
+    model = _string(description) if settings.token else _string(description, enum=models)
+    model = _parameter("model", model)
     top_k = _integer("Number of classes.", minimum=1, maximum=MAX_TOP_K, default=TOP_K)
     top_k = _parameter("top_k", top_k)
     views = _integer(

@@ -24,6 +24,7 @@ from jaxvid.config import translate
 from jaxvid.errors import InputError, memory_problem, one_line, short_repr
 from jaxvid.files import read_limited
 from jaxvid.models import abstract_model, make_model_config
+from jaxvid.progress import compiling
 from jaxvid.storage import model_card
 from jaxvid.storage.model_card import MAX_CARD_BYTES
 from jaxvid.storage.onnx_network import OnnxNetwork
@@ -61,7 +62,7 @@ def describe_program(data: bytes) -> dict[str, Any]:
         unknown, the dates in `compatibility` are None.
     """
     program = jax_export.deserialize(bytearray(data))
-    shape = (1, *map(int, program.in_avals[0].shape[1:]))
+    shape = _clip_shape(program)
     return {
         "compatibility": {
             "written": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -70,7 +71,7 @@ def describe_program(data: bytes) -> dict[str, Any]:
             "jaxlib": jaxlib.__version__,
             **_guarantee(jaxlib.__version__),
         },
-        "test": describe_test(shape, program.call),
+        "test": describe_test(shape, lambda clips: _call(program, clips)),
     }
 
 
@@ -89,6 +90,17 @@ def describe_test(
     }
 
 
+def _clip_shape(program: jax_export.Exported) -> tuple[int, ...]:
+    """Return the shape `(1, t, h, w, c)` of one clip."""
+    return (1, *map(int, program.in_avals[0].shape[1:]))
+
+
+def _call(program: jax_export.Exported, clips: np.ndarray) -> np.ndarray:
+    """Run a program, and announce a slow compilation; return the logits `(b, num_classes)`."""
+    with compiling("the exported program"):
+        return np.asarray(program.call(clips))
+
+
 def check_exported(path: str | Path) -> str:
     """Check that an exported file is unchanged and can be used by the installed packages.
 
@@ -104,6 +116,8 @@ def check_exported(path: str | Path) -> str:
     Raises:
         InputError: The file or its description is missing, damaged or cannot be used.
     """
+    if "://" in str(path):
+        raise InputError(f"{path}: is remote; copy it and its .json file to this machine")
     path = Path(path)
     data, about = read_exported(path)
     checks = {"stablehlo": _check_program, "safetensors": _check_weights, "onnx": _check_onnx}
@@ -149,6 +163,10 @@ def _read_description(path: Path) -> dict[str, Any]:
     try:
         about = json.loads(read_limited(about_path, MAX_CARD_BYTES))
     except FileNotFoundError:
+        if path.suffix == ".json":
+            raise InputError(
+                f"{path}: is the description of an exported file; check {path.stem} instead"
+            ) from None
         raise InputError(
             f"{about_path}: not found; copy it from the folder in which {path.name} was written, "
             "or export the model again"
@@ -183,8 +201,7 @@ def _check_program(path: Path, data: bytes, about: dict[str, Any]) -> str:
                 f"{path}: was exported for {', '.join(program.platforms)}, but JAX uses "
                 f"{platform}; set JAX_PLATFORMS={program.platforms[0]}"
             )
-        shape = (1, *map(int, program.in_avals[0].shape[1:]))
-        logits = np.asarray(program.call(make_test_clips(shape)))[0]
+        logits = _call(program, make_test_clips(_clip_shape(program)))[0]
     except InputError:
         raise
     except Exception as error:  # flatbuffers, MLIR and XLA raise many types

@@ -9,7 +9,7 @@ import simplejpeg
 
 from jaxvid.models import PRESETS
 from jaxvid.serving import page_events
-from jaxvid.serving.limits import Settings
+from jaxvid.serving.limits import Limits, Settings
 from jaxvid.serving.page_routes import FILES
 from jaxvid.serving.report import PAGE
 from tests.serving.running_server import FakeEngine, make_fake_model, running
@@ -176,11 +176,12 @@ def test_explain_refuses(server, query, status, message):
     assert json.loads(body)["error"]["message"].startswith(message)
 
 
-def test_too_many_windows_are_an_event(server, tour):
-    name, data = server.post_events("/v1/explain?window=1&stride=0.001", tour)[-1]
-    assert name in ("done", "error")  # strides below a frame are raised to one frame
-    if name == "error":
-        assert data["status"] == 400
+def test_too_many_windows_end_with_an_error(tour):
+    settings = Settings(limits=Limits(windows=5))
+    with running([make_fake_model()], settings) as server:
+        events = server.post_events("/v1/explain?window=4&stride=1", tour)
+    assert [name for name, _ in events] == ["prediction", "info", "frames", "error"]
+    assert events[-1][1]["message"] == "stride=1: gives more than 5 windows; use a longer stride"
 
 
 @pytest.mark.parametrize(

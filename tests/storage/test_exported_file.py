@@ -169,6 +169,10 @@ def test_file_that_is_no_export_is_refused(files, capsys, name, message):
 def test_missing_files_are_named(files, capsys):
     assert "absent: not found; choose a file" in check_error(files / "absent", capsys)
     assert "is a folder, not a regular file" in check_error(files, capsys)
+    description = files / f"{PROGRAM}.json"
+    assert f"description of an exported file; check {PROGRAM}" in check_error(description, capsys)
+    assert export.main(["--check", "gs://bucket/file"]) == 2
+    assert "gs://bucket/file: is remote; copy it" in capsys.readouterr().err
     (files / f"{PROGRAM}.json").unlink()
     error = check_error(files / PROGRAM, capsys)
     assert f"{PROGRAM}.json: not found; copy it from the folder" in error

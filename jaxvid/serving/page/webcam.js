@@ -3,7 +3,7 @@
 
 const CAPTURES_PER_SECOND = 12; // frames kept for the sliding window
 const JPEG_QUALITY = 0.9;
-let camera = null; // {stream, timer, live}
+let camera = null; // {stream, timer}, and while recording {recorder, keep}
 
 // Stops the webcam. A recording is classified if it is kept, otherwise discarded.
 function stopCamera(keep = false) {
@@ -23,8 +23,13 @@ async function openCamera() {
   showProblem();
   setStatus("");
   try {
-    const stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 640 }, height: { ideal: 480 } }, audio: false });
+    const size = { width: { ideal: 640 }, height: { ideal: 480 } };
+    const stream = await navigator.mediaDevices.getUserMedia({ video: size, audio: false });
     camera = { stream };
+    stream.getVideoTracks()[0].addEventListener("ended", () => { // not called by stopCamera
+      stopCamera();
+      showProblem("The webcam was disconnected.");
+    });
   } catch (error) {
     const reason = error.name === "NotAllowedError" ? "allow it in the browser's address bar" : "connect one and try again";
     showProblem(`The webcam cannot be used (${error.message}); ${reason}.`);
