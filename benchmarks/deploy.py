@@ -30,6 +30,9 @@ from benchmarks.turns import THREADS, Program, Side, SideError, Workload, reside
 from jaxvid.cpu_info import describe_cpu
 
 BASE = "jax-float32"
+EXPORTER = ("torch", "onnx", "onnxscript", "onnxruntime")
+# Engine → the packages that it needs, and those that write its files.
+PACKAGES = {"torch": ("torch",), "onnxruntime": EXPORTER, "openvino": (*EXPORTER, "openvino")}
 MODELS = ("xvit_tiny", "stam_16")  # that of the demo, and a released one
 
 
@@ -126,9 +129,10 @@ def compare(work: Workload, names: list[str], pairs: int) -> None:
         pairs: Number of timed rounds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        writer = Side()
-        writer.call(write_files, work, Path(folder))
-        writer.close()
+        if any(name.startswith(("onnxruntime", "openvino")) for name in names):
+            writer = Side()
+            writer.call(write_files, work, Path(folder))
+            writer.close()
         sides = {}
         for name, make in make_sides(work, Path(folder)).items():
             if name not in names:
@@ -172,10 +176,10 @@ def main() -> None:
     print(f"CPU: {describe_cpu()}, {os.cpu_count()} CPUs")
     for model in args.model:
         names = [BASE, *(name for name in args.sides if name != BASE)]
-        for package in ("torch", "onnxruntime", "openvino"):
-            if importlib.util.find_spec(package) is None:
-                print(f"{package}: not installed, left out")
-                names = [name for name in names if not name.startswith(package)]
+        for engine, packages in PACKAGES.items():
+            if missing := [p for p in packages if importlib.util.find_spec(p) is None]:
+                print(f"{engine}: left out, because {', '.join(missing)} is not installed")
+                names = [name for name in names if not name.startswith(engine)]
         compare(Workload(model, args.batch, "float32", False), names, args.pairs)
 
 

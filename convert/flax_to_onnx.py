@@ -11,7 +11,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-import numpy as np
 import onnx
 import torch
 from torch import nn
@@ -54,7 +53,7 @@ def fold_normalization(patches: nn.Conv2d, preprocessing: Preprocessing) -> None
     of a tiny network.
     """
     mean, std = (
-        torch.tensor(np.broadcast_to(np.asarray(value, np.float64), 3).reshape(1, 3, 1, 1).copy())
+        torch.tensor(value, dtype=torch.float64).expand(3).reshape(1, 3, 1, 1)
         for value in (preprocessing.mean, preprocessing.std)
     )
     weight, bias = patches.weight.data.double(), patches.bias.data.double()  # (d c p p), (d)

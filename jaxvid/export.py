@@ -214,8 +214,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--check: cannot be combined with --model or --output")
     if args.format != "onnx" and args.precision != "float32":
         parser.error(f"--precision {args.precision}: requires --format onnx")
-    if (args.precision == "int8") != (args.calibrate is not None):
-        parser.error("--precision int8 and --calibrate: expected both, or none")
+    if args.precision == "int8" and args.calibrate is None:
+        parser.error("--precision int8: requires --calibrate LIST_OR_FOLDER")
+    if args.precision != "int8" and args.calibrate is not None:
+        parser.error("--calibrate: requires --precision int8")
     try:
         if args.check is not None:
             print(printable(exported_file.check_exported(args.check)))

@@ -128,7 +128,7 @@ def list_videos(path: Path) -> Sequence[VideoRecord]:
         try:  # a data set: its training videos
             records = open_input(path, "train").records
         except InputError:
-            raise error from None
+            raise InputError(f"--calibrate: {error}") from None
     count = min(len(records), CALIBRATION_VIDEOS)
     return Selection(records, np.linspace(0, len(records) - 1, count).astype(int).tolist())
 

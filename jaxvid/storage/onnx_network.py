@@ -1,6 +1,5 @@
 """ONNX files that `jaxvid export` has written, run by ONNX Runtime."""
 
-import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +19,7 @@ class OnnxNetwork:
     Args:
         data: The contents of the file.
         name: Name of the file, for messages.
-        num_threads: Threads per operator; None: one per CPU that this process may use.
+        num_threads: Threads per operator; None: chosen by ONNX Runtime, one per CPU core.
 
     Attributes:
         clip_shape: `(t, h, w, c)`.
@@ -34,7 +33,7 @@ class OnnxNetwork:
     def __init__(self, data: bytes, name: str, num_threads: int | None = None):
         runtime = import_or_explain("onnxruntime", "jaxvid[onnx]", "ONNX files need")
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = num_threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = num_threads or 0  # 0: chosen by ONNX Runtime
         options.log_severity_level = 3  # errors; they are also raised
         try:
             session = runtime.InferenceSession(data, options, ["CPUExecutionProvider"])

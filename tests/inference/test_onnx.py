@@ -270,8 +270,8 @@ def test_options_of_onnx_files_are_checked(folders, tmp_path, capsys, monkeypatc
 
     assert "requires --format onnx" in error_of("--precision", "float16")
     int8 = ["--format", "onnx", "--precision", "int8"]
-    assert "expected both, or none" in error_of(*int8)
-    assert "expected both, or none" in error_of("--format", "onnx", "--calibrate", tmp_path)
+    assert "int8: requires --calibrate LIST_OR_FOLDER" in error_of(*int8)
+    assert "requires --precision int8" in error_of("--format", "onnx", "--calibrate", tmp_path)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert "--format onnx needs jaxvid[onnx]" in error_of("--format", "onnx")
     assert not [*tmp_path.iterdir()]
