@@ -58,7 +58,7 @@ def describe_program(data: bytes) -> dict[str, Any]:
         unknown, the dates in `compatibility` are None.
     """
     program = jax_export.deserialize(bytearray(data))
-    shape = _clip_shape(program)
+    shape = (1, *map(int, program.in_avals[0].shape[1:]))
     return {
         "compatibility": {
             "written": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -69,20 +69,9 @@ def describe_program(data: bytes) -> dict[str, Any]:
         },
         "test": {
             "clips": f"(np.arange(np.prod({shape})) % 251).astype(np.uint8).reshape({shape})",
-            "logits": _compute_logits(program).tolist(),
+            "logits": np.asarray(program.call(make_test_clips(shape)))[0].tolist(),
         },
     }
-
-
-def _clip_shape(program: jax_export.Exported) -> tuple[int, ...]:
-    """Return the shape `(1, t, h, w, c)` of one clip."""
-    return (1, *map(int, program.in_avals[0].shape[1:]))
-
-
-def _compute_logits(program: jax_export.Exported) -> np.ndarray:
-    """Run a program on the test clip; return the logits `(num_classes,)`."""
-    with compiling("the exported program"):
-        return np.asarray(program.call(make_test_clips(_clip_shape(program))))[0]
 
 
 def check_exported(path: str | Path) -> str:
@@ -120,7 +109,9 @@ def check_exported(path: str | Path) -> str:
         )
     try:
         return f"{path}: {checks[about['format']](path, data, about)}"
-    except (KeyError, TypeError, AttributeError) as error:  # a value with another type
+    except InputError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
             f"{path}.json: a field is missing or invalid ({one_line(repr(error))}); "
             "export the model again"
@@ -151,7 +142,8 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{about_path}: cannot be read ({one_line(error)}); export the model again"
         ) from None
-    if not isinstance(about, dict) or not {"format", "sha256"} <= about.keys():
+    required = ("format", "sha256")
+    if not isinstance(about, dict) or not all(isinstance(about.get(n), str) for n in required):
         raise InputError(
             f"{about_path}: does not describe an exported file; export the model again"
         )
@@ -175,7 +167,9 @@ def _check_program(path: Path, data: bytes, about: dict[str, Any]) -> str:
                 f"{path}: was exported for {', '.join(program.platforms)}, but JAX uses "
                 f"{platform}; set JAX_PLATFORMS={program.platforms[0]}"
             )
-        logits = _compute_logits(program)
+        shape = (1, *map(int, program.in_avals[0].shape[1:]))
+        with compiling("the exported program"):
+            logits = np.asarray(program.call(make_test_clips(shape)))[0]
     except InputError:
         raise
     except Exception as error:  # flatbuffers, MLIR and XLA raise many types
