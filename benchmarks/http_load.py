@@ -1,9 +1,13 @@
 """HTTP client for load tests: many connections in one asyncio loop."""
 
 import asyncio
+import contextlib
 import dataclasses
+import http.client
+import re
+import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import h11
 
@@ -48,7 +52,8 @@ async def read_answers(reader: asyncio.StreamReader, method: str = "POST") -> As
             if is_closed or headers.get("connection") == "close":
                 return
             parser, status, headers, body = _make_parser(method), 0, {}, b""
-            parser.receive_data(rest)
+            if rest:  # no data would mean that the connection is closed
+                parser.receive_data(rest)
         elif isinstance(event, h11.ConnectionClosed):
             return
 
@@ -63,9 +68,9 @@ def _make_parser(method: str) -> h11.Connection:
 
 def make_request(path: str, body: bytes, method: str = "POST", **headers: str) -> bytes:
     """Return the bytes of a request; in the names of headers, `_` stands for a hyphen."""
-    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+    headers = {"Host": "localhost", "Content_Length": str(len(body))} | headers
+    lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode("latin-1") + body
 
 
 async def send_all(
@@ -101,3 +106,40 @@ async def send_all(
         for _ in range(num_clients):
             group.create_task(run_client())
     return seconds
+
+
+@contextlib.contextmanager
+def serving(command: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Run a server until the end of the context.
+
+    Args:
+        command: A command that prints a line with the URL, and then serves until SIGTERM.
+
+    Yields:
+        The id of the process and its port, when the server is ready.
+
+    Raises:
+        RuntimeError: The server ends before it is ready.
+    """
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            match = re.search(r"http://[^/ ]*:(\d+)", process.stdout.readline())
+            if match is None:
+                raise RuntimeError(f"{command}: has ended; see the messages above")
+            port = int(match[1])
+            while get_status(port, "/readyz") != 200:
+                if process.poll() is not None:
+                    raise RuntimeError(f"{command}: has ended; see the messages above")
+                time.sleep(0.1)
+            yield process.pid, port
+        finally:
+            process.terminate()
+
+
+def get_status(port: int, path: str) -> int:
+    """Return the status of a GET request to 127.0.0.1; 0 if nothing answers."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection), contextlib.suppress(ConnectionError):
+        connection.request("GET", path)
+        return connection.getresponse().status
+    return 0

@@ -36,6 +36,7 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     config.checkpoint_every_epochs = 1.0  # -1: chosen
     config.checkpoint_keep = 2  # number of newest checkpoints to keep, beside the best model
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
+    # model.dtype may also be auto: the faster of float32 and bfloat16, measured at the first start.
     config.model = ConfigDict(dataclasses.asdict(make_model_config(model, **model_fields)))
     config.data = _default_data()
     config.eval = _default_eval()

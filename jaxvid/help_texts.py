@@ -56,6 +56,10 @@ EXPORT = """Export a model folder.
 
 `stablehlo` (default): the network with weights and normalisation as one program, for CPU and CUDA
 and any batch size. Running it requires jax and flatbuffers, but not jaxvid.
+`onnx`: the same as an ONNX model, for ONNX Runtime, OpenVINO and TensorRT. It outputs logits and
+probabilities. Writing it requires pip install 'jaxvid[onnx]'. --precision float16 halves the size;
+it is meant for GPUs. --precision int8 computes most matrix products in int8, with scales that are
+measured on the videos of --calibrate. Measure its accuracy with jaxvid eval --onnx FILE.
 `safetensors`: only the weights, under the same names as in model folders, with `model.json` as
 metadata.
 FILE.json describes the contents of FILE, how to load it, and for how long a program is guaranteed

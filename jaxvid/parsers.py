@@ -12,7 +12,9 @@ from jaxvid import help_texts
 
 DTYPES = ("float32", "tfloat32", "bfloat16")  # jaxvid.models.precision.DTYPES
 LAYERS = ("video", "frames")  # jaxvid.inference.feature_extraction.LAYERS
-FORMATS = ("stablehlo", "safetensors")  # of an exported model
+FORMATS = ("stablehlo", "onnx", "safetensors")  # of an exported model
+ENGINES = ("jax", "onnxruntime")  # of `jaxvid serve`
+PRECISIONS = ("float32", "float16", "int8")  # of an ONNX file
 SHELLS = ("bash", "zsh", "fish")
 MODEL_HELP = (
     "model folder, name (see jaxvid models --pretrained), PyTorch checkpoint (file or URL), or "
@@ -40,8 +42,9 @@ def predict() -> argparse.ArgumentParser:
     add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
     add("--batch_size", type=int, help="videos per batch (default: 8 divided by clips × crops, at "
         "least 1); with --window, windows per batch (default: 1)")  # fmt: skip
-    add("--dtype", choices=DTYPES, default="float32",
-        help="compute dtype (default: float32, as in evaluation)")  # fmt: skip
+    add("--dtype", choices=(*DTYPES, "auto"), default="float32", help="compute dtype; auto: the "
+        "faster of float32 and bfloat16, measured once per network and machine (default: float32, "
+        "as in evaluation)")  # fmt: skip
     add("--window", type=float, metavar="SECONDS", help="classify sliding windows of this "
         "length instead of the whole video")  # fmt: skip
     add("--stride", type=float, metavar="SECONDS", help="time between the starts of windows. "
@@ -72,7 +75,8 @@ def serve() -> argparse.ArgumentParser:
     parser = _make_parser("serve", help_texts.SERVE)
     add = parser.add_argument
     add("--model", required=True, action="append", dest="models", metavar="MODEL",
-        help=f"{MODEL_HELP}; may be repeated to compare models")  # fmt: skip
+        help=f"{MODEL_HELP}, or .onnx file from jaxvid export; may be repeated to compare "
+        "models")  # fmt: skip
     add("--host", default="127.0.0.1", help="address to listen on; any other than that of this "
         "machine itself needs a token (default: 127.0.0.1)")  # fmt: skip
     add("--port", type=int, default=7860, help="TCP port; 0: any free port (default: 7860)")
@@ -93,8 +97,12 @@ def serve() -> argparse.ArgumentParser:
         help="maximum size of a video in megabytes (default: 500)")  # fmt: skip
     add("--deadline", type=float, default=60.0, metavar="SECONDS", help="maximum time from the end "
         "of an upload to its answer (default: 60)")  # fmt: skip
-    add("--dtype", choices=DTYPES, default="float32",
-        help="compute dtype (default: float32, as in evaluation)")  # fmt: skip
+    add("--dtype", choices=(*DTYPES, "auto"), default="float32", help="compute dtype; auto: the "
+        "faster of float32 and bfloat16, measured once per network and machine (default: float32, "
+        "as in evaluation)")  # fmt: skip
+    add("--engine", choices=ENGINES, default=ENGINES[0], help="what computes predictions; "
+        "onnxruntime needs pip install 'jaxvid[onnx]', and computes in float32 on the CPU; .onnx "
+        f"files always use it (default: {ENGINES[0]})")  # fmt: skip
     return parser
 
 
@@ -108,6 +116,11 @@ def export() -> argparse.ArgumentParser:
     add("--check", metavar="FILE", help="check an exported file instead of writing one")
     add("--format", choices=FORMATS, default=FORMATS[0],
         help=f"contents of the file; see above (default: {FORMATS[0]})")  # fmt: skip
+    add("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="with --format onnx: type "
+        f"of the weights and activations (default: {PRECISIONS[0]})")  # fmt: skip
+    add("--calibrate", type=Path, metavar="LIST_OR_FOLDER", help="with --precision int8: videos "
+        "like those that will be classified. The ranges of the activations are measured on up to "
+        "64 of them")  # fmt: skip
     return parser
 
 

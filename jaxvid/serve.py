@@ -15,11 +15,12 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from jaxvid import entry_point, parsers
 from jaxvid.errors import InputError, import_or_explain
 from jaxvid.model_path import check_model_path
+from jaxvid.progress import print_above_bar
 from jaxvid.serving.limits import Limits, Settings
 
 if TYPE_CHECKING:
@@ -120,15 +121,21 @@ def describe_address(host: str, listener: socket.socket) -> str:
     return f"http://{name}:{port}/"
 
 
-async def run_until_stopped(server: "HttpServer", listener: socket.socket, url: str) -> None:
-    """Serve until a signal arrives and the requests in progress are answered.
+async def run_until_stopped(server: "HttpServer", listener: socket.socket, url: str) -> NoReturn:
+    """Serve until a signal arrives and the requests in progress are answered; end the process.
 
-    A second signal ends the process at once.
+    The exit code is 0, or 128 + the signal if requests were not answered in time. A second signal
+    ends the process at once.
+
+    Args:
+        server: The server.
+        listener: Its listening socket.
+        url: Address of the page, which is printed.
 
     Raises:
         Exception: A network cannot be compiled, or stdout cannot be written.
     """
-    loop, service = asyncio.get_running_loop(), server.service
+    loop, service, received = asyncio.get_running_loop(), server.service, []
 
     def announce() -> None:
         try:
@@ -142,13 +149,10 @@ async def run_until_stopped(server: "HttpServer", listener: socket.socket, url: 
             entry_point.exit_now(128 + number)
         if service.status == "compiling" and not service.num_requests():
             entry_point.exit_now(0)  # a compilation cannot be interrupted
+        received.append(number)
         server.stop()
         if count := service.num_requests():
-            print(
-                f"stopping: {count} requests in progress; a second signal ends them",
-                file=sys.stderr,
-                flush=True,
-            )
+            print_above_bar(f"stopping; requests in progress: {count}; a second signal ends them")
 
     # asyncio replaces the wake-up descriptor of `entry_point`.
     for number in entry_point.SIGNALS:
@@ -156,10 +160,12 @@ async def run_until_stopped(server: "HttpServer", listener: socket.socket, url: 
     await server.serve(listener, announce)
     if service.failure is not None:
         raise service.failure
+    # The interpreter would wait for the network's thread, which may still compute a batch.
+    entry_point.exit_now(128 + received[0] if server.num_ended else 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line; return the exit code if the server cannot be started."""
     args = parsers.serve().parse_args(argv)
     try:
         settings = check_options(args)
@@ -172,10 +178,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from jaxvid.serving.http_server import HttpServer
         from jaxvid.serving.served_model import load_models
 
-        app = make_app(load_models(args.models, args.dtype), settings)
+        app = make_app(load_models(args.models, args.dtype, args.engine), settings)
         server = HttpServer(app, settings.limits)
-        asyncio.run(run_until_stopped(server, listener, describe_address(args.host, listener)))
+        url = describe_address(args.host, listener)
+        asyncio.run(run_until_stopped(server, listener, url))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return InputError.EXIT_CODE
-    return 0

@@ -18,7 +18,14 @@ from jaxvid.distributed import collectives, setup, sharding
 from jaxvid.evaluation.loop import evaluate_params, make_eval_step
 from jaxvid.evaluation.outputs import save_report
 from jaxvid.evaluation.summary import make_report, summary
-from jaxvid.experiment import Config, Experiment, check_batch_sizes, choose_schedule, resolve
+from jaxvid.experiment import (
+    Config,
+    Experiment,
+    check_batch_sizes,
+    choose_model_dtype,
+    choose_schedule,
+    resolve,
+)
 from jaxvid.logs import log
 from jaxvid.storage import model_card, model_folder, workdir_lock
 from jaxvid.training import (
@@ -142,6 +149,7 @@ def _set_up(
 ) -> Run:
     """Open the data and make everything that does not depend on checkpoints."""
     setup.prepare_compilation(workdir, deterministic=experiment.deterministic)
+    experiment, dtype_notes = choose_model_dtype(experiment)
     mesh = sharding.make_mesh(experiment.mesh)
     check_batch_sizes(experiment, mesh)
     run_config.check_same_run(experiment.fields, workdir)
@@ -154,6 +162,7 @@ def _set_up(
     order = experiment.order.for_videos(data.records["train"])
     num_clips = order.epoch_clips(len(data.records["train"]))
     experiment, notes = choose_schedule(experiment, mesh, num_clips)
+    notes = dtype_notes + notes
     index, count = sharding.batch_shard(mesh, experiment.batch_size)
     batches = make_batches(
         data.records["train"],

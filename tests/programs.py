@@ -114,6 +114,7 @@ PROGRAMS = {
         r".*: SHA-256 \w+, converted to .*",
     ),
 }  # fmt: skip
+# `jaxvid serve` does not end by itself; tests/test_serve.py tests its signals and streams.
 if importlib.util.find_spec("sklearn") is None:  # an optional package
     del PROGRAMS["probe"]
 

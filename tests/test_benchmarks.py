@@ -92,6 +92,11 @@ def test_table_has_a_row_for_every_model(capsys):
             ("windows.py", "--model", "stam_tiny", "--windows", "4", "--rounds", "1"),
             "frames to compute: 14 with sharing, 32 without",
         ),
+        pytest.param(
+            ("serve.py", "--requests", "8", "--rounds", "1", "--clients", "1", "2"),
+            "server / offline loop",
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_benchmarks_run(arguments, printed):

@@ -96,17 +96,18 @@ def test_a_busy_server_is_asked_again(server, client, clips, monkeypatch):
 
     def pause(seconds: float) -> None:
         pauses.append(seconds)
-        server.service._num_requests = 0
+        requests.clear()
 
+    requests = server.service._requests
     monkeypatch.setattr(time, "sleep", pause)
-    server.service._num_requests = 1
+    requests.add("another")
     assert client.predict(clips[0]).model == "fake"
     assert pauses == [1]
-    server.service._num_requests = 1
+    requests.add("another")
     impatient = jaxvid.Client(server.url, token="a-secret", retry_seconds=0)
     with pytest.raises(ServerError) as caught:
         impatient.predict(clips[0])
-    server.service._num_requests = 0
+    requests.clear()
     assert caught.value.status == 429
 
 

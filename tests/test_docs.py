@@ -59,8 +59,10 @@ NOT_RUN = {
     "released weights; tests/test_full.py converts files with the same names and shapes",
     r"python -m jaxvid probe ": "needs scikit-learn, an optional package; "
     "tests/evaluation/test_probing.py runs the program if it is installed",
-    r"python benchmarks/(forward|data|train|windows)\.py": "takes minutes and an idle machine; "
-    "tests/test_benchmarks.py runs them on small input",
+    r"python -m jaxvid(\.export .*--format onnx| eval .*--onnx )": "needs optional packages; "
+    "tests/inference/test_onnx.py runs the programs if they are installed",
+    r"python benchmarks/(forward|deploy|data|train|windows|serve)\.py": "takes minutes and an idle "
+    "machine; tests/test_benchmarks.py runs them on small input",
     r"python -m benchmarks\.gpu ": "takes minutes and a GPU; tests/test_benchmarks.py runs it on "
     "a CPU with tiny sizes",
     r"python -m tests\.mutation ": "needs mutmut and takes minutes",
@@ -172,7 +174,7 @@ def check_command(command: str, monkeypatch) -> None:
     if name == "srun":
         check_command(command[command.index("python ") :], monkeypatch)
         return
-    if name in ("python3", ".venv/bin/pip", "curl", "docker"):
+    if name in ("python3", ".venv/bin/pip", "docker", "curl"):
         return
     assert PYTHON.match(command), command
     module, arguments = program_of(arguments)

@@ -38,7 +38,7 @@ def main():
 
     FakeEngine.run = run_later
     FakeEngine.warm_up = lambda engine, *key: engine.warm.add(key)
-    served_model.load_models = lambda names, dtype: [make_fake_model()]
+    served_model.load_models = lambda *_: [make_fake_model()]
     return serve.main(sys.argv[1:])
 
 if __name__ == "__main__":
@@ -172,7 +172,7 @@ def test_requests_in_progress_are_answered_after_a_signal(start, clips, tmp_path
     connection = send_video(port, clips)
     process.send_signal(signal.SIGTERM)
     line = process.stderr.readline()
-    assert line == "stopping: 1 requests in progress; a second signal ends them\n"
+    assert line == "stopping; requests in progress: 1; a second signal ends them\n"
     with pytest.raises(ConnectionError):  # new connections are soon refused  # noqa: PT012
         for _ in range(1000):
             get(port, "/healthz")
@@ -191,7 +191,7 @@ def test_a_second_signal_ends_the_server_at_once(start, clips):
     process, port = start()
     connection = send_video(port, clips)
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline().startswith("stopping: 1 requests in progress")
+    assert process.stderr.readline().startswith("stopping; requests in progress: 1")
     process.send_signal(signal.SIGINT)
     with (
         contextlib.closing(connection),

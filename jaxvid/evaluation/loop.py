@@ -19,7 +19,8 @@ from jaxvid.evaluation.protocol import EvalProtocol
 from jaxvid.logs import log
 from jaxvid.models import ModelConfig, Params, abstract_model, family_of
 from jaxvid.storage.eval_step import eval_step as classify_batch
-from jaxvid.storage.eval_step import run_ahead
+from jaxvid.storage.eval_step import onnx_eval_step, run_ahead
+from jaxvid.storage.onnx_network import OnnxNetwork
 from jaxvid.storage.partial_results import PartialResults
 
 EvalStep = Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]]
@@ -61,6 +62,17 @@ def make_eval_step(model_config: ModelConfig, protocol: EvalProtocol, mesh: Mesh
 
     jitted = jax.jit(step, out_shardings=sharding.replicated(mesh))
     return progress.announce_compilation(jitted, "the evaluation step", log.info)
+
+
+def make_onnx_eval_step(network: OnnxNetwork, protocol: EvalProtocol) -> EvalStep:
+    """Make an evaluation step that runs an ONNX network on the CPU, and ignores the weights."""
+
+    def step(_: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return onnx_eval_step(
+            batch, network=network, score=protocol.score, activation=protocol.activation
+        )
+
+    return step
 
 
 def evaluate_params(

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import InputError
 from jaxvid.serving import decoder_tasks, query
 from jaxvid.serving.errors import RequestError
@@ -27,6 +28,7 @@ def service_of(request: Request) -> Service:
 async def classify(
     request: Request,
     model: ServedModel,
+    spec: ClipSpec,
     top_k: int | None,
     decode: Callable[[Upload], Awaitable[dict[str, np.ndarray]]],
     *,
@@ -37,18 +39,21 @@ async def classify(
     Args:
         request: The request.
         model: The model.
+        spec: Number and sizes of the views.
         top_k: Number of classes; None: `TOP_K`.
         decode: Returns the clips of an upload as `load_eval_views` does.
         max_parts: Maximum number of files in the request.
     """
     service, start = service_of(request), time.perf_counter()
     receiving = service.receive(request, max_parts=max_parts)
-    async with receiving as upload, guard(request, service.settings.limits.deadline_seconds):
+    seconds = service.settings.limits.deadline_seconds
+    async with receiving as upload, guard(request, seconds), service.reserve(spec):
         received = time.perf_counter()
         clip = await decode(upload)
         decoded = time.perf_counter()
         probabilities = await model.probabilities(clip["video"])
     end = time.perf_counter()
+    service.metrics.stages.labels("network").observe(end - decoded)
     seconds = {"decode": decoded - received, "network": end - decoded, "total": end - start}
     return JSONResponse(model.describe_prediction(clip, probabilities, top_k or TOP_K, seconds))
 
@@ -73,6 +78,7 @@ async def predict(request: Request) -> Response:
     return await classify(
         request,
         model,
+        spec,
         options["top_k"],
         lambda upload: service.decode(decoder_tasks.views, upload, spec),
     )
@@ -83,8 +89,8 @@ async def features(request: Request) -> Response:
     service = service_of(request)
     options = query.read(request, {"model": query.text})
     model = service.find_model(options["model"])
-    limits = service.settings.limits
-    async with service.receive(request) as upload, guard(request, limits.deadline_seconds):
+    receiving, seconds = service.receive(request), service.settings.limits.deadline_seconds
+    async with receiving as upload, guard(request, seconds), service.reserve(model.spec):
         clip = await service.decode(decoder_tasks.views, upload, model.spec)
         vector = await model.features(clip["video"])
     return JSONResponse({"model": model.name, "vector": vector.tolist()})

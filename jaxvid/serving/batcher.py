@@ -5,6 +5,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,9 +46,10 @@ class _Item:
 class Batcher:
     """Gathers items into batches for one program of a network.
 
-    A batch starts when it is full, or when its first item has waited for `max_wait` seconds. While
-    the network computes, more items may join. A batch is padded with zeros to the next size that is
-    compiled. Items of cancelled requests leave the batch.
+    A batch starts when it is full, when its first item has waited for `max_wait` seconds, or at
+    once if no other request is in progress. While the network computes, more items may join. A
+    batch is padded with zeros to the next size that is compiled. Items of cancelled requests leave
+    the batch.
 
     Args:
         run: Maps a batch to an array or a dict of arrays, whose first axis is the batch.
@@ -55,6 +57,7 @@ class Batcher:
         sizes: Sizes of batches for which `run` is compiled, ascending.
         max_wait: Seconds.
         observe: Called with the number of items of each batch, before padding.
+        in_progress: Returns the number of requests in progress, whose items may join a batch.
     """
 
     def __init__(
@@ -65,9 +68,11 @@ class Batcher:
         sizes: Sequence[int],
         max_wait: float,
         observe: Callable[[int], None] = lambda size: None,
+        in_progress: Callable[[], float] = lambda: math.inf,
     ):
         self._run, self._thread, self._sizes = run, thread, tuple(sizes)
         self._max_wait, self._observe = max_wait, observe
+        self._in_progress, self._num_requests = in_progress, 0
         self._waiting: collections.deque[_Item] = collections.deque()
         self._arrived = asyncio.Event()
         self._worker: asyncio.Task | None = None
@@ -85,7 +90,11 @@ class Batcher:
         items = [_Item(value, loop.create_future(), deadline) for value in values]
         self._waiting.extend(items)
         self._arrived.set()
-        return await asyncio.gather(*(item.result for item in items))
+        self._num_requests += 1
+        try:
+            return await asyncio.gather(*(item.result for item in items))
+        finally:
+            self._num_requests -= 1
 
     def __len__(self) -> int:
         """Return the number of items that wait for a batch."""
@@ -113,7 +122,8 @@ class Batcher:
         loop = asyncio.get_running_loop()
         while len(self._waiting) < self._sizes[-1]:
             left = self._waiting[0].deadline - loop.time() if self._waiting else None
-            if left is not None and left <= 0:
+            is_last = self._in_progress() <= self._num_requests  # no other item can arrive
+            if left is not None and (left <= 0 or is_last):
                 return
             self._arrived.clear()
             with contextlib.suppress(TimeoutError):

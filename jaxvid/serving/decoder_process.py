@@ -9,8 +9,8 @@ forking safe. Neither the template nor the workers import JAX.
 A worker is a process that a malicious video may take over. Therefore it has resource limits, it
 sees one video at a time, and the server reads its messages without unpickling them.
 
-A message from a worker is `HEADER` (the number of bytes of the JSON document), the document, and
-the contents of the arrays that the document lists. Kinds of messages:
+A message from a worker is `HEADER`, a JSON document, and the contents of the arrays that the
+document lists. Kinds of messages:
 
 | kind | meaning |
 |---|---|
@@ -33,6 +33,7 @@ import socket
 import struct
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ from jaxvid.errors import InputError, memory_problem
 from jaxvid.serving.decoder_tasks import Message, Task, UploadedVideo
 from jaxvid.serving.limits import Limits
 
-HEADER = struct.Struct("!Q")  # number of bytes that follow
+JOB_HEADER = struct.Struct("!Q")  # size of the pickled job
+HEADER = struct.Struct("!QQ")  # of a message: sizes of the JSON document and of the arrays
 REQUEST_BYTES = 2**16  # maximum size of a message to the template
 MAX_FILES = 32  # open files of a worker
 
@@ -63,7 +65,7 @@ def main() -> None:
         os.close(fds[0])
 
 
-def _end_after(function, *arguments: Any) -> None:
+def _end_after(function: Callable[..., None], *arguments: Any) -> None:
     """Call a function, and end the process without returning to its caller."""
     try:
         function(*arguments)
@@ -84,11 +86,11 @@ def _work(connection: socket.socket, limits: Limits) -> None:
     socket.send_fds(connection, [b"."], [os.pidfd_open(os.getpid())])
     reusable = True
     while reusable:
-        header, fds, _, _ = socket.recv_fds(connection, HEADER.size, 1)
+        header, fds, _, _ = socket.recv_fds(connection, JOB_HEADER.size, 1)
         if not fds:
             return
         try:
-            job = _receive(connection, *HEADER.unpack(header))
+            job = _receive(connection, *JOB_HEADER.unpack(header))
             reusable = _run_job(connection, fds[0], job, limits)
         finally:
             os.close(fds[0])
@@ -166,7 +168,7 @@ def _receive(connection: socket.socket, size: int) -> bytes:
 def _send(connection: socket.socket, kind: str, message: Message) -> None:
     """Send a message to the server; block while the server does not read."""
     arrays = {
-        name: np.asarray(value, order="C")
+        name: np.asarray(value)
         for name, value in message.items()
         if isinstance(value, np.ndarray | np.generic)
     }
@@ -176,9 +178,9 @@ def _send(connection: socket.socket, kind: str, message: Message) -> None:
         "arrays": [[name, array.dtype.str, array.shape] for name, array in arrays.items()],
     }
     data = json.dumps(document).encode()
-    connection.sendall(HEADER.pack(len(data)) + data)
-    for array in arrays.values():
-        connection.sendall(array.reshape(-1).view(np.uint8))
+    contents = b"".join(array.tobytes() for array in arrays.values())
+    connection.sendall(HEADER.pack(len(data), len(contents)) + data)
+    connection.sendall(contents)
 
 
 if __name__ == "__main__":

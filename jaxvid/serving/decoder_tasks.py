@@ -18,7 +18,6 @@ from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.records import NO_LABEL
 from jaxvid.errors import InputError
-from jaxvid.inference.clip_frames import read_clip
 from jaxvid.inference.sliding_windows import plan_windows, read_frames
 from jaxvid.serving import video_frames
 from jaxvid.serving.limits import Limits
@@ -121,26 +120,6 @@ def windows(
         needed = np.unique(plan.indices)
         for numbers, crops in read_frames(reader, needed, spec, chunk):
             yield {"numbers": numbers, "crops": crops}
-
-
-def clip(video: UploadedVideo, spec: ClipSpec, index: int = 0) -> Iterator[Message]:
-    """Yield a clip of a video with its uncropped frames, to show the network's attention.
-
-    The only message has the clip's first view `video` `(1, t, crop, crop, c)` and `padded`, as from
-    `load_eval_views`, and `frames`, `indices` and `times`, as from `read_clip`.
-
-    Args:
-        video: The video.
-        spec: Sampling, resize and crops of the clips.
-        index: Index of the clip.
-
-    Raises:
-        DecodeError: The video cannot be decoded.
-    """
-    loaded = load_eval_views(video, spec)
-    first = index * spec.num_crops
-    shown = read_clip(video, loaded["indices"][index], spec)
-    yield {**shown, "video": loaded["video"][first : first + 1], "padded": loaded["padded"]}
 
 
 def frames(video: UploadedVideo, spec: ClipSpec) -> Iterator[Message]:

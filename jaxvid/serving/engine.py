@@ -5,7 +5,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxvid.data.clips.clip import ClipSpec
+from jaxvid.errors import InputError
 from jaxvid.inference.compiled_network import CompiledNetwork
+from jaxvid.storage.activation import probabilities
+from jaxvid.storage.onnx_network import OnnxNetwork
 from jaxvid.storage.preprocessing import clip_shape
 
 
@@ -86,3 +89,42 @@ class JaxEngine:
         if program == "score_features":
             return self._features[1]
         return np.dtype(self._spec.eval_dtype)
+
+
+class OnnxEngine:
+    """An engine that computes `score` with ONNX Runtime, and other programs with JAX, if possible.
+
+    Clips with fractions of a grey level are rounded (see `ClipSpec.eval_dtype`).
+
+    Args:
+        network: The exported network.
+        activation: Function from logits to probabilities, a key of `activation.ACTIVATIONS`.
+        other: The engine of the other programs; None: there are no others.
+    """
+
+    def __init__(self, network: OnnxNetwork, activation: str, other: JaxEngine | None = None):
+        self._network, self._activation, self._other = network, activation, other
+        self.programs = other.programs if other else ("score",)
+
+    def warm_up(self, program: str, size: int) -> None:
+        """Compile a program for batches of a size, and run it once."""
+        if program == "score":
+            self.run(program, np.zeros((size, 1, *self._network.clip_shape), np.uint8))
+        else:
+            self._other.warm_up(program, size)
+
+    def run(self, program: str, batch: np.ndarray) -> Any:
+        """Return the result of a program."""
+        if program != "score":
+            return self._other.run(program, batch)
+        logits = self._network(batch[:, 0])
+        if not np.isfinite(logits).all():
+            raise InputError(
+                "the logits are not finite, so the weights are damaged; retrain the "
+                "model or export it again"
+            )
+        return logits
+
+    def probabilities(self, logits: np.ndarray, num_views: int) -> np.ndarray:
+        """Map logits `(..., classes)`, summed over views, to probabilities, in float64."""
+        return probabilities(logits.astype(np.float64) / num_views, self._activation)

@@ -18,6 +18,7 @@ class Limits:
         video_seconds: Maximum duration of a video.
         pixels: Maximum number of pixels of a frame.
         memory_bytes: Address space of a decoder process.
+        decoded_bytes: Size of the decoded clips of all requests. Requests for more wait.
         queue_length: Number of requests that may wait for a decoder process.
         requests: Number of videos that are received and processed at the same time.
         connections: Number of open connections.
@@ -37,6 +38,7 @@ class Limits:
     video_seconds: float = 3600.0
     pixels: int = 36_000_000
     memory_bytes: int = 4_000_000_000
+    decoded_bytes: int = 4_000_000_000
     queue_length: int = 64
     requests: int = 128
     connections: int = 512

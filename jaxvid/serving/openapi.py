@@ -138,8 +138,9 @@ SCHEMAS = {
 
 EVENTS = """Server-sent events. Their data is JSON.
 
-- `plan`: `{"model", "windows", "stride"}`: the number of windows, and the seconds between their
-  starts, which may differ from the requested ones so that windows share frames
+- `plan`: `{"model", "windows", "stride", "seconds"}`: the number of windows, the seconds between
+  their starts, which may differ from the requested ones so that windows share frames, and the
+  duration of the video
 - `window`: the classes of a window (schema `Window`)
 - `progress`: `{"done", "total", "seconds"}`
 - `done` (last): `{"windows", "seconds"}`
@@ -245,11 +246,12 @@ def make_document(models: list[str], settings: Settings) -> Json:
     """Return the OpenAPI document of a server.
 
     Args:
-        models: Names of the models; the first one is the default.
+        models: Names of the models. A server with a token does not publish them.
         settings: Settings of the server.
     """
-    description = f"Name of the model (default: {models[0]})."
-    model = _parameter("model", _string(description, enum=models))
+    description = "Name of the model (default: the first one of /v1/model)."
+    model = _string(description) if settings.token else _string(description, enum=models)
+    model = _parameter("model", model)
     top_k = _integer("Number of classes.", minimum=1, maximum=MAX_TOP_K, default=TOP_K)
     top_k = _parameter("top_k", top_k)
     views = _integer(

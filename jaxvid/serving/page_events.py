@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ async def explain(
     top_k: int,
     window: float | None,
     stride: float | None,
-) -> AsyncIterator[Event]:
+) -> AsyncGenerator[Event]:
     """Classify a video and show why.
 
     Args:
@@ -62,18 +62,17 @@ async def explain(
         DecodeError: The video cannot be decoded.
         RequestError: The video needs too much time, or has too many windows.
     """
-    items, start = (
-        service.pool.run(decoder_tasks.frames, upload.fd, model.spec),
-        time.perf_counter(),
-    )
-    async with contextlib.aclosing(items):
+    start = time.perf_counter()
+    items = service.pool.run(decoder_tasks.frames, upload.fd, model.spec)
+    async with contextlib.aclosing(items), service.reserve(model.spec):
         clip = await anext(items)
         decoded = time.perf_counter()
         probabilities = await model.probabilities(clip["video"])
         end = time.perf_counter()
         seconds = {"decode": decoded - start, "network": end - decoded, "total": end - start}
         yield "prediction", model.describe_prediction(clip, probabilities, top_k, seconds)
-        described = await anext(items)
+        # A task that is closed before its end costs a process.
+        [described] = [item async for item in items]
     info = described["info"]
     yield "info", info | {"bytes": sum(size for _, size in upload.parts)}
     size = info["height"], info["width"]
@@ -95,10 +94,9 @@ def describe_frames(spec: ClipSpec) -> str:
     parts = [f"{spec.num_frames} frames, {describe_sampling(spec)}."]
     if spec.num_clips > 1:
         parts.append(f"The network saw {spec.num_clips} clips; this is the first one.")
-    crop = (
-        "outlined crop" if spec.num_crops == 1 else f"outlined crop and {spec.num_crops - 1} others"
-    )
-    return " ".join([*parts, f"The network saw the {crop}, of {spec.crop} × {spec.crop} px."])
+    others = f" and {spec.num_crops - 1} others" if spec.num_crops > 1 else ""
+    parts.append(f"The network saw the outlined crop{others}, of {spec.crop} × {spec.crop} px.")
+    return " ".join(parts)
 
 
 def choose_stride(window: float, seconds: float | None) -> float:
@@ -142,7 +140,7 @@ async def attend(
 
 async def timeline(
     service: Service, model: ServedModel, upload: Upload, window: float, stride: float
-) -> AsyncIterator[Event]:
+) -> AsyncGenerator[Event]:
     """Yield the events `plan` and `window` of a video; see `ServedModel.timeline`."""
     items = service.read_windows(model, upload, window, stride)
     async with contextlib.aclosing(items):

@@ -1,8 +1,9 @@
 """The page, and the routes that it uses in addition to the API."""
 
 import asyncio
+import contextlib
 import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
@@ -11,17 +12,18 @@ from starlette.routing import Route
 
 from jaxvid.data.clips.description import describe_views
 from jaxvid.serving import decoder_tasks, page_events, query, samples
-from jaxvid.serving.api import MAX_TOP_K, TOP_K, classify, describe_models, service_of
+from jaxvid.serving.api import classify, describe_models, service_of
 from jaxvid.serving.errors import RequestError
 from jaxvid.serving.event_stream import EventStream
+from jaxvid.serving.openapi import MAX_TOP_K, TOP_K
 from jaxvid.serving.report import PAGE, make_report
 from jaxvid.serving.samples import Sample
 from jaxvid.serving.served_model import Event, ServedModel
 from jaxvid.serving.service import Service, guard
 from jaxvid.serving.uploads import Upload
 
-SCRIPT = "text/javascript"
-FILES = {"page.css": "text/css", **dict.fromkeys(("page.js", "results.js", "webcam.js"), SCRIPT)}
+SCRIPTS = ("results.js", "timeline.js", "webcam.js", "page.js")
+FILES = {"page.css": "text/css", **dict.fromkeys(SCRIPTS, "text/javascript")}
 MAX_NAME = 200  # characters of the name of a video in a report
 MAX_LIVE_FRAMES = 256
 SAMPLES_NOTE = (
@@ -110,7 +112,7 @@ async def explain(request: Request) -> EventStream:
 
 def _explain(
     service: Service, model: ServedModel, upload: Upload, options: dict[str, Any]
-) -> AsyncIterator[Event]:
+) -> AsyncGenerator[Event]:
     return page_events.explain(
         service,
         model,
@@ -130,8 +132,9 @@ async def report(request: Request) -> Response:
     limit, events = service.settings.limits.stream_seconds, []
     async with service.receive(request) as upload, guard(request, limit):
         for model in models:
-            async for name, data in _explain(service, model, upload, options):
-                events.append((model.name, name, data))
+            async with contextlib.aclosing(_explain(service, model, upload, options)) as items:
+                async for name, data in items:
+                    events.append((model.name, name, data))
     cards = [card for card in _describe_cards(service) if card["name"] in names]
     text = make_report((options["name"] or "video")[:MAX_NAME], cards, events)
     headers = {"Content-Disposition": 'attachment; filename="report.html"'}
@@ -147,6 +150,7 @@ async def live_frames(request: Request) -> Response:
     return await classify(
         request,
         model,
+        model.spec,
         options["top_k"],
         lambda upload: service.decode(decoder_tasks.live_clip, upload, model.spec, upload.parts),
         max_parts=MAX_LIVE_FRAMES,

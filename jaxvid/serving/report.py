@@ -11,6 +11,7 @@ from typing import Any
 from jaxvid.html import embed_json
 
 PAGE = Path(__file__).parent / "page"
+SCRIPTS = ("results.js", "timeline.js", "report.js")
 RESULTS = ("<!-- results -->", "<!-- end of results -->")  # bounds of the results in index.html
 TEMPLATE = """<!doctype html>
 <html lang="en">
@@ -53,7 +54,7 @@ def make_report(
         cards: Cards of the models, as the page receives them.
         events: Model, name and data of each event of `page_events.explain`.
     """
-    style, script = (_read(file) for file in ("page.css", "results.js"))
+    style, script = _read("page.css"), "".join(map(_read, SCRIPTS))
     _, _, rest = _read("index.html").partition(RESULTS[0])
     results, _, _ = rest.partition(RESULTS[1])
     made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

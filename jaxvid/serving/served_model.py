@@ -13,15 +13,20 @@ import numpy as np
 from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import InputError
 from jaxvid.inference.classifier import Classifier
+from jaxvid.inference.onnx_export import cached_onnx
 from jaxvid.inference.sliding_windows import ClipGatherer, WindowPlan
 from jaxvid.model_path import OF_A_RUN
+from jaxvid.models import ModelConfig, make_model_config
 from jaxvid.progress import compiling
 from jaxvid.serving import input_warnings
 from jaxvid.serving.batcher import Batcher, NetworkThread
-from jaxvid.serving.engine import Engine, JaxEngine
+from jaxvid.serving.engine import Engine, JaxEngine, OnnxEngine
 from jaxvid.serving.errors import RequestError
 from jaxvid.serving.limits import Settings
+from jaxvid.storage import exported_file
 from jaxvid.storage.model_card import load_card
+from jaxvid.storage.onnx_network import OnnxNetwork
+from jaxvid.storage.preprocessing import Preprocessing, read_preprocessing
 from jaxvid.weights.resolve import resolve_model
 
 Event = tuple[str, dict[str, Any]]  # name and data of a server-sent event
@@ -35,7 +40,7 @@ class ServedModel:
 
     Args:
         name: Name of the model in requests.
-        card: The contents of its `model.json`.
+        card: The contents of its `model.json`, or of the description of an exported file.
         classifier: Its labels, preprocessing and config.
         engine: Its network.
 
@@ -48,7 +53,13 @@ class ServedModel:
         is_ready: Whether all programs are compiled.
     """
 
-    def __init__(self, name: str, card: dict[str, Any], classifier: Classifier, engine: Engine):
+    def __init__(
+        self,
+        name: str,
+        card: dict[str, Any],
+        classifier: "Classifier | _Description",
+        engine: Engine,
+    ):
         self.name, self.card, self.engine = name, card, engine
         self.labels, self.config = classifier.labels, classifier.config
         self.preprocessing, self.spec = classifier.preprocessing, classifier.spec
@@ -62,7 +73,8 @@ class ServedModel:
         self,
         settings: Settings,
         thread: NetworkThread,
-        observe: Callable[[str, int], None] = lambda model, size: None,
+        observe: Callable[[str, int], None],
+        in_progress: Callable[[], int],
     ) -> None:
         """Compile all programs.
 
@@ -70,6 +82,7 @@ class ServedModel:
             settings: Sizes of batches.
             thread: Thread that runs the network.
             observe: Called with the name of the model and the number of items of each batch.
+            in_progress: Returns the number of requests in progress.
 
         Raises:
             InputError: The outputs are not finite, because the weights are damaged.
@@ -86,6 +99,7 @@ class ServedModel:
                 sizes=sizes,
                 max_wait=settings.max_wait if len(sizes) > 1 else 0,
                 observe=lambda size: observe(self.name, size),
+                in_progress=in_progress,
             )
         self._windows_per_group = max(1, settings.max_batch // self.spec.num_crops)
         self.is_ready = True
@@ -287,24 +301,61 @@ class ServedModel:
         }
 
 
-def load_models(names: Sequence[str], dtype: str) -> list[ServedModel]:
+def load_models(names: Sequence[str], dtype: str, engine_name: str = "jax") -> list[ServedModel]:
     """Load the models that are named on the command line.
 
     Args:
         names: Model folders, or other names of models; see `resolve_model`.
-        dtype: Compute dtype, one of `precision.DTYPES`.
+        dtype: Compute dtype; see `Classifier`.
+        engine_name: One of `parsers.ENGINES`. `onnxruntime` computes predictions with a float32
+            export of the model. ONNX files always use it.
 
     Raises:
-        InputError: A model cannot be loaded.
+        InputError: A model cannot be loaded or exported.
     """
     models = []
     for name in names:
-        folder = resolve_model(name)
-        classifier = Classifier(folder, dtype=dtype)
-        engine = JaxEngine(classifier.network, classifier.spec)
         short = _short_name(name, [model.name for model in models])
-        models.append(ServedModel(short, load_card(folder), classifier, engine))
+        if name.endswith(".onnx"):
+            models.append(_load_onnx(short, Path(name)))
+            continue
+        folder = resolve_model(name)
+        card, classifier = load_card(folder), Classifier(folder, dtype=dtype)
+        engine: Engine = JaxEngine(classifier.network, classifier.spec)
+        if engine_name == "onnxruntime":
+            network = OnnxNetwork(cached_onnx(folder), name)
+            engine = OnnxEngine(network, card["activation"], engine)
+        models.append(ServedModel(short, card, classifier, engine))
     return models
+
+
+@dataclasses.dataclass(frozen=True)
+class _Description:
+    """The fields of `Classifier` that a served model needs."""
+
+    labels: list[str]
+    config: ModelConfig
+    preprocessing: Preprocessing
+
+    @property
+    def spec(self) -> ClipSpec:
+        return self.preprocessing.spec
+
+
+def _load_onnx(name: str, path: Path) -> ServedModel:
+    """Load an exported ONNX file, which can only classify, under a name for requests.
+
+    Raises:
+        InputError: The file or its description is missing or damaged.
+    """
+    network, about = exported_file.open_onnx(path)
+    about = about | {"name": about["model"]}
+    description = _Description(
+        labels=about["labels"],
+        config=make_model_config(**about["config"]),
+        preprocessing=read_preprocessing(about, path.with_name(f"{path.name}.json")),
+    )
+    return ServedModel(name, about, description, OnnxEngine(network, about["activation"]))
 
 
 def _short_name(name: str, taken: Sequence[str]) -> str:
@@ -315,7 +366,7 @@ def _short_name(name: str, taken: Sequence[str]) -> str:
         taken: Names of other models.
     """
     path = Path(name.rstrip("/")).absolute() if "://" not in name else Path(name)
-    short = path.stem if path.suffix in (".pth", ".npz", ".safetensors") else path.name
+    short = path.stem if path.suffix in (".pth", ".npz", ".safetensors", ".onnx") else path.name
     if short in OF_A_RUN and path.parent.name:
         short = path.parent.name if short == "model" else f"{path.parent.name}-{short}"
     numbered = (f"{short}-{i}" for i in itertools.count(2))

@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from starlette.requests import ClientDisconnect, Request
 
+from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import short_repr
 from jaxvid.serving import decoder_tasks, uploads, url_download
 from jaxvid.serving.batcher import NetworkThread
@@ -17,6 +20,7 @@ from jaxvid.serving.limits import Settings
 from jaxvid.serving.monitoring import Metrics
 from jaxvid.serving.served_model import ServedModel
 from jaxvid.serving.uploads import Upload
+from jaxvid.storage.preprocessing import clip_shape
 
 
 class Service:
@@ -45,7 +49,10 @@ class Service:
         self.on_failure: Callable[[], None] = lambda: None
         self._thread: NetworkThread | None = None
         self._starting: asyncio.Task | None = None
-        self._num_requests = 0
+        self._requests: set[asyncio.Task] = set()  # those that receive or process a video
+        self._has_ended_requests = False
+        self._memory = asyncio.Condition()  # notified when `_reserved_bytes` decreases
+        self._reserved_bytes = 0
         self.metrics.add_gauge(
             "requests_in_progress", "Videos that are received or processed", self.num_requests
         )
@@ -77,7 +84,8 @@ class Service:
         try:
             await self.pool.start()
             for model in self.models.values():
-                await model.start(self.settings, self._thread, self.metrics.observe_batch)
+                observe = self.metrics.observe_batch
+                await model.start(self.settings, self._thread, observe, self.num_requests)
         except Exception as error:
             self.failure = error
             self.on_failure()
@@ -102,7 +110,14 @@ class Service:
 
     def num_requests(self) -> int:
         """Return the number of videos that are received or processed."""
-        return self._num_requests
+        return len(self._requests)
+
+    def end_requests(self) -> int:
+        """Answer all requests in progress with an error; return their number."""
+        self._has_ended_requests = True
+        for task in self._requests:
+            task.cancel()
+        return len(self._requests)
 
     # -------------------------------------------------------------- requests
 
@@ -117,7 +132,7 @@ class Service:
             raise RequestError(400, f"model={short_repr(name)}: must be one of {known}")
         model = self.models[name] if name else next(iter(self.models.values()))
         if self.status == "stopping":
-            raise RequestError(503, "the server is stopping", {"Retry-After": "5"})
+            raise _stopping()
         if not model.is_ready:
             raise RequestError(
                 503, "the network is being compiled; try again", {"Retry-After": "5"}
@@ -132,9 +147,10 @@ class Service:
             RequestError: The body is refused, or too many requests are in progress.
             ClientDisconnect: The client has closed the connection.
         """
-        if self._num_requests >= self.settings.limits.requests:
+        if len(self._requests) >= self.settings.limits.requests:
             raise OverloadedError
-        self._num_requests += 1
+        task = asyncio.current_task()
+        self._requests.add(task)
         try:
             receiving = uploads.receive(request, self.settings.limits, max_parts=max_parts)
             start = time.monotonic()
@@ -143,8 +159,13 @@ class Service:
                     await self._download(upload)
                 self.metrics.stages.labels("upload").observe(time.monotonic() - start)
                 yield upload
+        except asyncio.CancelledError:
+            if not self._has_ended_requests:
+                raise
+            task.uncancel()
+            raise _stopping() from None
         finally:
-            self._num_requests -= 1
+            self._requests.remove(task)
 
     async def _download(self, upload: Upload) -> None:
         """Download the video whose URL was sent.
@@ -158,6 +179,27 @@ class Service:
             )
         size = await url_download.download(upload.url, upload.file, self.settings.limits)
         upload.parts.append((0, size))
+
+    @contextlib.asynccontextmanager
+    async def reserve(self, spec: ClipSpec) -> AsyncIterator[None]:
+        """Reserve memory for the decoded views of a video; wait until it is free.
+
+        Args:
+            spec: Number and sizes of the views.
+        """
+        limit = self.settings.limits.decoded_bytes
+        shape = clip_shape(spec, spec.num_clips * spec.num_crops)
+        # A video that needs more than the limit is processed alone.
+        size = min(math.prod(shape) * np.dtype(spec.eval_dtype).itemsize, limit)
+        async with self._memory:
+            await self._memory.wait_for(lambda: self._reserved_bytes + size <= limit)
+        self._reserved_bytes += size
+        try:
+            yield
+        finally:
+            self._reserved_bytes -= size
+            async with self._memory:
+                self._memory.notify_all()
 
     async def decode(
         self, task: Callable[..., Iterator[Any]], upload: Upload, *args: Any, **options: Any
@@ -204,6 +246,10 @@ class Service:
         async with contextlib.aclosing(items):
             async for item in items:
                 yield item
+
+
+def _stopping() -> RequestError:
+    return RequestError(503, "the server is stopping", {"Retry-After": "5"})
 
 
 @contextlib.asynccontextmanager

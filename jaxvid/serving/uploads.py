@@ -76,20 +76,23 @@ async def receive(request: Request, limits: Limits, *, max_parts: int = 1) -> As
         yield upload
 
 
-async def read_body(request: Request, limits: Limits, max_bytes: int) -> AsyncIterator[bytes]:
+async def read_body(
+    request: Request, limits: Limits, max_bytes: int, *, overhead: int = 0
+) -> AsyncIterator[bytes]:
     """Yield the chunks of a body.
 
     Args:
         request: The request.
         limits: Limits of the time.
         max_bytes: Maximum size. The declared size is checked first.
+        overhead: Number of bytes that are allowed in addition.
 
     Raises:
         RequestError: The body is too large or too slow.
         ClientDisconnect: The client has closed the connection.
     """
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
+    if declared.isdecimal() and int(declared) > max_bytes + overhead:
         raise _too_large(max_bytes)
     loop = asyncio.get_running_loop()
     start, size = loop.time(), 0
@@ -117,14 +120,14 @@ async def read_body(request: Request, limits: Limits, max_bytes: int) -> AsyncIt
             if not chunk:
                 return
             size += len(chunk)
-            if size > max_bytes:
+            if size > max_bytes + overhead:
                 raise _too_large(max_bytes)
             yield chunk
 
 
 def _too_large(max_bytes: int) -> RequestError:
     return RequestError(
-        413, f"the body is larger than {max_bytes / 1e6:g} MB; shorten or compress the video"
+        413, f"the body is larger than the limit of {max_bytes / 1e6:g} MB; send a smaller one"
     )
 
 
@@ -166,7 +169,7 @@ async def _receive_form(
     receiver = _FormReceiver(upload, max_parts)
     try:
         parser = MultipartParser(boundary, receiver.callbacks())
-        async for chunk in read_body(request, limits, limits.upload_bytes + FORM_BYTES):
+        async for chunk in read_body(request, limits, limits.upload_bytes, overhead=FORM_BYTES):
             parser.write(chunk)
             receiver.check()
         parser.finalize()

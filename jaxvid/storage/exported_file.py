@@ -9,6 +9,7 @@ import calendar
 import datetime
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from jaxvid.errors import InputError, memory_problem, one_line, short_repr
 from jaxvid.files import read_limited
 from jaxvid.models import abstract_model, make_model_config
 from jaxvid.progress import compiling
+from jaxvid.storage import model_card
 from jaxvid.storage.model_card import MAX_CARD_BYTES
+from jaxvid.storage.onnx_network import OnnxNetwork
 
 BACKWARD_MONTHS = 6
 FORWARD_WEEKS = 3
@@ -36,9 +39,10 @@ JAXLIB_RELEASES = {
     "0.11.2": "2026-09-17",
     "0.12.0": "2026-10-19",
 }
-# `config.dtype` of the network → largest difference of the logits, relative to the largest logit.
-# Another CPU or a GPU adds in another order. A GPU also rounds the factors of a tfloat32 product.
-TOLERANCES = {"float32": 1e-3, "tfloat32": 1e-2, "bfloat16": 5e-2}
+# `precision` of an ONNX file, or `config.dtype` of another file → largest difference of the logits,
+# relative to the largest logit. Another CPU or a GPU adds in another order. A GPU also rounds the
+# factors of a tfloat32 product. Sums of int8 products may saturate on CPUs without VNNI.
+TOLERANCES = {"float32": 1e-3, "tfloat32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2, "int8": 1e-1}
 MAX_FILE_BYTES = 2**33
 
 
@@ -67,11 +71,34 @@ def describe_program(data: bytes) -> dict[str, Any]:
             "jaxlib": jaxlib.__version__,
             **_guarantee(jaxlib.__version__),
         },
-        "test": {
-            "clips": f"(np.arange(np.prod({shape})) % 251).astype(np.uint8).reshape({shape})",
-            "logits": np.asarray(program.call(make_test_clips(shape)))[0].tolist(),
-        },
+        "test": describe_test(shape, lambda clips: _call(program, clips)),
     }
+
+
+def describe_test(
+    shape: tuple[int, ...], program: Callable[[np.ndarray], jax.Array | np.ndarray]
+) -> dict[str, Any]:
+    """Run a program on a test clip; return the field `test` of its description.
+
+    Args:
+        shape: `(1, t, h, w, c)`.
+        program: Maps clips uint8 to logits.
+    """
+    return {
+        "clips": f"(np.arange(np.prod({shape})) % 251).astype(np.uint8).reshape({shape})",
+        "logits": np.asarray(program(make_test_clips(shape)))[0].tolist(),
+    }
+
+
+def _clip_shape(program: jax_export.Exported) -> tuple[int, ...]:
+    """Return the shape `(1, t, h, w, c)` of one clip."""
+    return (1, *map(int, program.in_avals[0].shape[1:]))
+
+
+def _call(program: jax_export.Exported, clips: np.ndarray) -> np.ndarray:
+    """Run a program, and announce a slow compilation; return the logits `(b, num_classes)`."""
+    with compiling("the exported program"):
+        return np.asarray(program.call(clips))
 
 
 def check_exported(path: str | Path) -> str:
@@ -92,16 +119,8 @@ def check_exported(path: str | Path) -> str:
     if "://" in str(path):
         raise InputError(f"{path}: is remote; copy it and its .json file to this machine")
     path = Path(path)
-    try:
-        data = read_limited(path, MAX_FILE_BYTES)
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found; choose a file written by jaxvid export") from None
-    about = _read_description(path)
-    if hashlib.sha256(data).hexdigest() != about["sha256"]:
-        size = about.get("bytes", len(data))
-        kind = "its contents have" if size == len(data) else f"its size ({len(data)} bytes) has"
-        raise InputError(f"{path}: {kind} changed since the export; copy or export it again")
-    checks = {"stablehlo": _check_program, "safetensors": _check_weights}
+    data, about = read_exported(path)
+    checks = {"stablehlo": _check_program, "safetensors": _check_weights, "onnx": _check_onnx}
     if about["format"] not in checks:
         raise InputError(
             f"{path}.json: format is {short_repr(about['format'])}, expected one of "
@@ -116,6 +135,24 @@ def check_exported(path: str | Path) -> str:
             f"{path}.json: a field is missing or invalid ({one_line(repr(error))}); "
             "export the model again"
         ) from None
+
+
+def read_exported(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """Read an exported file and its description, which has at least `format` and `sha256`.
+
+    Raises:
+        InputError: The file or its description is missing, or they do not belong together.
+    """
+    try:
+        data = read_limited(path, MAX_FILE_BYTES)
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; choose a file written by jaxvid export") from None
+    about = _read_description(path)
+    if hashlib.sha256(data).hexdigest() != about["sha256"]:
+        size = about.get("bytes", len(data))
+        kind = "its contents have" if size == len(data) else f"its size ({len(data)} bytes) has"
+        raise InputError(f"{path}: {kind} changed since the export; copy or export it again")
+    return data, about
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -167,9 +204,7 @@ def _check_program(path: Path, data: bytes, about: dict[str, Any]) -> str:
                 f"{path}: was exported for {', '.join(program.platforms)}, but JAX uses "
                 f"{platform}; set JAX_PLATFORMS={program.platforms[0]}"
             )
-        shape = (1, *map(int, program.in_avals[0].shape[1:]))
-        with compiling("the exported program"):
-            logits = np.asarray(program.call(make_test_clips(shape)))[0]
+        logits = _call(program, make_test_clips(_clip_shape(program)))[0]
     except InputError:
         raise
     except Exception as error:  # flatbuffers, MLIR and XLA raise many types
@@ -199,7 +234,8 @@ def _compare_logits(path: Path, logits: np.ndarray, about: dict[str, Any]) -> st
             f"{path}: computes {len(logits)} logits, but {path.name}.json has {len(expected)}; "
             "export the model again"
         )
-    tolerance = TOLERANCES[about["config"]["dtype"]] * np.abs(expected).max()
+    precision = about.get("precision", about["config"]["dtype"])
+    tolerance = TOLERANCES[precision] * np.abs(expected).max()
     difference = np.abs(logits - expected).max()
     if not difference <= tolerance:
         raise InputError(
@@ -228,6 +264,33 @@ def _check_weights(path: Path, data: bytes, about: dict[str, Any]) -> str:
                     f"{expected.get(name)} in {owner}; export the model again"
                 )
     return f"{len(shapes)} weights; names and shapes are those of {config.name} in this jaxvid"
+
+
+def _check_onnx(path: Path, data: bytes, about: dict[str, Any]) -> str:
+    """Run an ONNX model on the test clip and compare the logits; see `check_exported`."""
+    network = OnnxNetwork(data, str(path))
+    logits = network(make_test_clips((1, *network.clip_shape)))[0]
+    return f"runs with {network.engine}; {_compare_logits(path, logits, about)}"
+
+
+def open_onnx(path: Path) -> tuple[OnnxNetwork, dict[str, Any]]:
+    """Load an ONNX file, and its description with the fields of a model card.
+
+    Raises:
+        InputError: The file or its description is missing or damaged, or has another format.
+    """
+    data, about = read_exported(path)
+    if about["format"] != "onnx":
+        raise InputError(
+            f"{path}: is a {short_repr(about['format'])} file; choose a file written by jaxvid "
+            "export --format onnx"
+        )
+    try:
+        model_card.check_description(about)
+    except (InputError, KeyError, TypeError, AttributeError) as error:
+        reason = one_line(error if isinstance(error, InputError) else repr(error))
+        raise InputError(f"{path}.json: {reason}; export the model again") from None
+    return OnnxNetwork(data, str(path)), about
 
 
 def describe_guarantee(about: dict[str, Any]) -> str:

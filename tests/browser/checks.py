@@ -1,5 +1,7 @@
 """Checks that hold for every page: accessibility, width, and use by keyboard."""
 
+import difflib
+
 # Returns what Tab should reach, in order: of each radio group, only the selected button.
 TAB_STOPS = """() => [...document.querySelectorAll(
     "a[href], button, input, select, summary, textarea, video[controls], [tabindex]")]
@@ -15,7 +17,8 @@ FOCUSED = """() => {
     && parseFloat(getComputedStyle(x).outlineWidth) >= 2;
   return [(NAME)(e), Boolean(outlined(e) || outlined(e.nextElementSibling))];
 }"""
-NAME = """(e) => `${e.tagName.toLowerCase()}#${e.id} ${e.name ?? ""} ${e.value ?? ""}
+# The position makes names unique.
+NAME = """(e) => `${[...document.querySelectorAll("*")].indexOf(e)} ${e.tagName} ${e.id}
   ${e.getAttribute("aria-label") ?? ""} ${e.textContent}`.replace(/\\s+/g, " ").slice(0, 60)"""
 
 
@@ -51,6 +54,8 @@ def tab_stops(page) -> list[str]:
         if focused is None:
             return names
         name, outlined = focused
+        if names[-1:] == [name]:
+            continue  # a control inside of a player
         assert outlined, name
         names.append(name)
     raise AssertionError("Tab does not leave the page")
@@ -58,7 +63,8 @@ def tab_stops(page) -> list[str]:
 
 def check_keyboard(page) -> None:
     """Check that Tab visits every control of the page in the order of the document."""
-    assert tab_stops(page) == page.evaluate(TAB_STOPS.replace("NAME", NAME))
+    stops, controls = tab_stops(page), page.evaluate(TAB_STOPS.replace("NAME", NAME))
+    assert stops == controls, "\n".join(difflib.ndiff(stops, controls))
 
 
 def tab_to(page, locator) -> None:

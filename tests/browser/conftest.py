@@ -1,9 +1,17 @@
-"""Chromium, driven by Playwright. Every test checks the console and the requests of its pages."""
+"""Chromium and a server. Every test checks the console and the requests of its pages."""
 
 import re
 import shutil
+from pathlib import Path
 
+import av
+import numpy as np
 import pytest
+
+from jaxvid.data.synthetic_motion import write_clip
+from jaxvid.serving.limits import Settings
+from jaxvid.serving.served_model import load_models
+from tests.serving.running_server import RunningServer, running
 
 DESKTOP = {"viewport": {"width": 1280, "height": 800}}
 PHONE = {
@@ -12,7 +20,7 @@ PHONE = {
     "is_mobile": True,
     "has_touch": True,
 }
-TIMEOUT_MS = 20_000  # long, as the machine may be busy
+TIMEOUT_MS = 6_000  # long, as the machine may be busy
 
 
 @pytest.fixture(scope="session")
@@ -24,13 +32,48 @@ def playwright():
         yield running
 
 
+def read_frames(path: Path) -> np.ndarray:
+    """Return the frames of a video, `(t, h, w, c)`."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
 @pytest.fixture(scope="session")
-def browser(playwright):
-    """Yield a Chromium without a window."""
+def long_video(clips, tmp_path_factory) -> Path:
+    """Return the path of a video of 9 s, longer than a clip: eight scenes."""
+    path = tmp_path_factory.mktemp("videos") / "eight scenes.mp4"
+    write_clip(path, np.concatenate([read_frames(clip) for clip in clips[:8]]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def server(folders) -> RunningServer:
+    """Yield a server of two untrained models, `xvit` and `stam`."""
+    models = load_models([str(folders / name) for name in ("xvit", "stam")], "float32")
+    with running(models, Settings(max_batch=2)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def browser(playwright, long_video, tmp_path_factory):
+    """Yield a Chromium without a window, whose webcam shows `long_video`."""
     path = shutil.which("chromium")
     if path is None:
         pytest.skip("needs chromium")
-    browser = playwright.chromium.launch(executable_path=path)
+    recording = tmp_path_factory.mktemp("webcam") / "webcam.y4m"
+    with av.open(str(recording), "w", format="yuv4mpegpipe") as container:
+        stream = container.add_stream("wrapped_avframe", rate=15)
+        stream.height, stream.width, stream.pix_fmt = 96, 128, "yuv420p"
+        for picture in read_frames(long_video):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame.reformat(128, 96, "yuv420p")))
+    browser = playwright.chromium.launch(
+        executable_path=path,
+        args=[
+            "--use-fake-device-for-media-stream",
+            f"--use-file-for-fake-video-capture={recording}",
+        ],
+    )
     yield browser
     browser.close()
 
@@ -81,7 +124,7 @@ def open_page(browser):
         contexts.append(context)
         context.set_default_timeout(TIMEOUT_MS)
         page = context.new_page()
-        watch(page, site or url, errors, problems)
+        watch(page, site or url.partition("#")[0], errors, problems)
         page.goto(url)
         return page
 

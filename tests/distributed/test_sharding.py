@@ -28,10 +28,11 @@ from tests import hlo
 
 # Sizes of the mesh axes 'data', 'fsdp' and 'tensor'.
 COMBINATIONS = [
-    (1, 8, 1),
-    (1, 1, 8),
     (2, 2, 2),
-    *(pytest.param(sizes, marks=pytest.mark.full) for sizes in ((8, 1, 1), (4, 2, 1))),
+    *(
+        pytest.param(sizes, marks=pytest.mark.full)
+        for sizes in ((8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1))
+    ),
 ]
 
 

@@ -48,6 +48,23 @@ def values(*numbers):
     return [np.array([number]) for number in numbers]
 
 
+def test_the_only_request_does_not_wait():
+    async def run(num_requests):
+        network, thread = Network(), NetworkThread()
+        options = {"sizes": (1, 2), "max_wait": 60.0, "in_progress": lambda: num_requests}
+        batcher = Batcher(network.run, thread, **options)
+        try:
+            requests = [batcher.submit(values(i)) for i in range(num_requests)]
+            await asyncio.gather(*requests)
+        finally:
+            await batcher.close()
+            thread.close()
+        return network.sizes
+
+    assert asyncio.run(run(1)) == [1]
+    assert asyncio.run(run(2)) == [2]
+
+
 def test_items_of_several_requests_share_a_batch_in_one_thread():
     async def body(batcher, network):
         requests = [batcher.submit(values(*numbers)) for numbers in ((1,), (2, 3), (4,))]

@@ -108,14 +108,18 @@ def test_events_fit_their_schema(server, video):
 
 
 def test_the_served_document_has_the_settings(document):
-    settings = Settings(token="a", allow_urls=True)
-    with running([make_fake_model("a"), make_fake_model("b")], settings) as server:
+    with running([make_fake_model("a"), make_fake_model("b")], Settings(allow_urls=True)) as server:
         served = server.get("/openapi.json")
     operation = served["paths"]["/v1/predict"]["post"]
     assert operation["parameters"][0]["schema"]["enum"] == ["a", "b"]
     assert "application/json" in operation["requestBody"]["content"]
-    assert served["security"] == [{"token": []}]
-    assert document["security"] == []
+    assert served["security"] == document["security"] == []
+
+
+def test_a_server_with_a_token_does_not_name_its_models():
+    document = make_document(["secret_name"], Settings(token="a"))
+    assert document["security"] == [{"token": []}]
+    assert "secret_name" not in json.dumps(document)
 
 
 def test_every_described_error_is_possible(document):

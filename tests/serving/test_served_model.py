@@ -1,8 +1,10 @@
 """Real networks give the predictions of `Classifier`, and compile nothing after the start."""
 
+import numpy as np
 import pytest
 
 import jaxvid
+from jaxvid.inference import onnx_export
 from jaxvid.inference.compiled_network import CompiledNetwork
 from jaxvid.serving.limits import Settings
 from jaxvid.serving.served_model import load_models
@@ -26,11 +28,20 @@ def test_answers_equal_those_of_the_classifier(folders, clips, video, family, mo
         vector = server.post("/v1/features", video)["vector"]
         events = server.post_events("/v1/timeline?window=0.5&stride=0.25&top_k=8", video)
         server.post("/v1/predict?views=3", video)
+        explained = dict(server.post_events("/v1/explain?top_k=8", video))
     monkeypatch.undo()
     assert [entry["label"] for entry in answer["top"]] == list(expected.labels)
     probabilities = [entry["probability"] for entry in answer["top"]]
     assert probabilities == pytest.approx(expected.probabilities, abs=1e-6)
     assert vector == pytest.approx(classifier.features(clips[0]).vector.tolist(), abs=1e-5)
+    assert explained["prediction"]["top"] == answer["top"]
+    rollout = classifier.attention(clips[0])
+    assert [frame["index"] for frame in explained["frames"]["frames"]] == rollout.indices.tolist()
+    assert explained["frames"]["crop_box"] == pytest.approx(rollout.crop_box)
+    assert explained["attention"]["notes"] == rollout.notes
+    patches, weights = explained["attention"]["patches"], explained["attention"]["weights"]
+    np.testing.assert_allclose(patches, rollout.patch_attention, atol=1e-4)
+    np.testing.assert_allclose(weights, rollout.frame_attention, atol=1e-4)
     windows = [data for name, data in events if name == "window"]
     rows = classifier.windows(clips[0], 0.5, 0.25).rows(8)
     assert [window["start"] for window in windows] == [row["start"] for row in rows]
@@ -62,3 +73,23 @@ def test_no_answer_before_the_networks_are_compiled(folders, video):
 
 async def _never_ready():
     pass
+
+
+@pytest.mark.full
+def test_onnxruntime_computes_the_same_predictions(folders, clips, video, tmp_path, monkeypatch):
+    for package in onnx_export.PACKAGES:
+        pytest.importorskip(package, reason=f"needs {package}: pip install 'jaxvid[onnx]'")
+    monkeypatch.setenv("JAXVID_CACHE", str(tmp_path))
+    folder = str(folders / "xvit")
+    [model] = load_models([folder], "float32", "onnxruntime")
+    monkeypatch.setattr(onnx_export, "export_onnx", None)
+    load_models([folder], "float32", "onnxruntime")  # from the cache
+    with running([model], Settings(max_batch=2)) as server:
+        answer = server.post("/v1/predict?top_k=8", video)
+        vector = server.post("/v1/features", video)["vector"]
+    classifier = jaxvid.Classifier(folder)
+    expected = classifier(clips[0], top_k=8)
+    assert [entry["label"] for entry in answer["top"]] == list(expected.labels)
+    probabilities = [entry["probability"] for entry in answer["top"]]
+    assert probabilities == pytest.approx(expected.probabilities, abs=1e-6)
+    assert vector == pytest.approx(classifier.features(clips[0]).vector.tolist(), abs=1e-5)

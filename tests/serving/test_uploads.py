@@ -1,6 +1,7 @@
 """Bodies of requests, their limits, and requests that end early."""
 
 import asyncio
+import concurrent.futures
 import json
 import os
 import socket
@@ -51,7 +52,7 @@ def test_a_declared_size_above_the_limit_is_refused_before_the_body(strict):
     error = error_of(send(strict, post("Content-Length: 2000000000")))
     assert error == {
         "status": 413,
-        "message": "the body is larger than 0.2 MB; shorten or compress the video",
+        "message": "the body is larger than the limit of 0.2 MB; send a smaller one",
     }
 
 
@@ -158,6 +159,37 @@ def test_too_many_requests_are_refused(video):
     assert status == 429
     assert int(headers["retry-after"]) >= 1
     assert "the server is busy" in json.loads(answer)["error"]["message"]
+
+
+def test_decoded_clips_wait_for_memory(video):
+    model = make_fake_model()
+    with running([model], Settings(limits=Limits(decoded_bytes=1))) as server:
+        model.engine.is_free.clear()
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            answers = [threads.submit(server.post, "/v1/predict", video) for _ in range(2)]
+            while server.service.num_requests() < 2 or not model.engine.batches:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            model.engine.is_free.set()
+            assert [answer.result()["model"] for answer in answers] == ["fake", "fake"]
+    assert model.engine.batches == [("score", 1), ("score", 1)]
+
+
+def test_requests_that_take_too_long_to_end_are_answered_when_the_server_stops(video):
+    model = make_fake_model()
+    settings = Settings(limits=Limits(drain_seconds=0.2))
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        with running([model], settings) as server:
+            model.engine.is_free.clear()
+            paths = ("/v1/predict", "/v1/timeline?window=9&stride=9")
+            answers = [threads.submit(server.request, "POST", path, video) for path in paths]
+            while not model.engine.batches or server.service.num_requests() < 2:
+                time.sleep(0.01)
+            time.sleep(0.2)
+        (status, _, body), (_, _, events) = [answer.result() for answer in answers]
+        model.engine.is_free.set()
+    assert (status, json.loads(body)["error"]["message"]) == (503, "the server is stopping")
+    assert b"the server is stopping" in events
 
 
 def test_an_answer_after_the_deadline_is_an_error(video):

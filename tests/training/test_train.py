@@ -121,7 +121,7 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_resumed(run, tmp_path):
     assert weights(tmp_path / "w") == weights(workdir)
 
 
-@pytest.mark.parametrize("several_processes", [False, True])
+@pytest.mark.parametrize("several_processes", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_signals_at_any_moment_change_no_output(run, tmp_path, monkeypatch, several_processes):
     """Signals stop the run in a log window, an evaluation, the last step and the last evaluation.
 
@@ -522,7 +522,10 @@ def damage_arrays(folder: Path, damage) -> None:
         damage(path)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_bit, Path.unlink])
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, *(pytest.param(d, marks=pytest.mark.full) for d in (flip_bit, Path.unlink))],
+)
 def test_a_damaged_checkpoint_is_moved_and_the_previous_one_restored(run, tmp_path, damage):
     workdir, config, _ = run
     train(config, tmp_path / "w", stop_step=6)

@@ -41,8 +41,8 @@ async function readEvents(response, onEvent) {
     const blocks = (text + value).split("\n\n");
     text = blocks.pop();
     for (const block of blocks) {
-      const fields = Object.fromEntries(block.split("\n").map((line) => [line.slice(0, line.indexOf(":")), line.slice(line.indexOf(":") + 1).trim()]));
-      if (fields.data) onEvent(fields.event, JSON.parse(fields.data));
+      const fields = new Map(block.split("\n").map((line) => line.split(/: (.*)/s, 2)));
+      if (fields.has("data")) onEvent(fields.get("event"), JSON.parse(fields.get("data")));
     }
   }
 }
@@ -94,7 +94,8 @@ async function classify(source, windows = {}) {
   stopCamera();
   const run = { source, windows, controller: new AbortController() };
   current = run;
-  clearResults();
+  const models = [...results.cards.keys()];
+  clearResults(models);
   showProblem();
   showPlayer(source);
   showUse(source);
@@ -104,10 +105,11 @@ async function classify(source, windows = {}) {
     showProblem(`${source.name} has ${megabytes(source.blob.size)}; the server accepts at most ${megabytes(limit)}.`);
     return;
   }
+  setStatus(`Classifying ${source.name}…`, true);
   await waitUntilReady(run.controller.signal);
   if (run !== current) return;
   setStatus(`Classifying ${source.name}…`, true);
-  const outcomes = await Promise.allSettled([...results.cards.keys()].map((model) => explain(model, run)));
+  const outcomes = await Promise.allSettled(models.map((model) => explain(model, run)));
   if (run !== current) return;
   const failures = outcomes.filter((outcome) => outcome.status === "rejected").map((outcome) => outcome.reason);
   if (failures.length) setStatus("");
@@ -127,7 +129,10 @@ async function explain(model, run) {
       if (name === "error") throw new RequestError(data.status, data.message, false);
       if (name === "done") complete = true;
       else addEvent(model, name, data);
-      if (name === "prediction") setStatus(summary(), true);
+      if (name === "prediction") {
+        setStatus(summary(), true);
+        scrollToResults();
+      }
       if (name === "plan") showWindowForm(data);
     });
   } catch (error) {
@@ -135,6 +140,13 @@ async function explain(model, run) {
     throw new RequestError(0, "The connection to the server was lost.", true);
   }
   if (!complete && run === current) throw new RequestError(0, "The connection to the server was lost.", true);
+}
+
+// On a phone, the results are below the samples.
+function scrollToResults() {
+  if ($("classes").getBoundingClientRect().top < innerHeight) return;
+  const behavior = matchMedia("(prefers-reduced-motion: reduce)").matches ? "instant" : "smooth";
+  $("stage").scrollIntoView({ behavior });
 }
 
 function summary() {
@@ -204,23 +216,28 @@ document.addEventListener("drop", (event) => {
   const [file] = event.dataTransfer.files;
   if (file) classify({ name: file.name, blob: file });
 });
+const classifyUrl = (url) => classify({ name: new URL(url).pathname.split("/").pop() || url, url });
 document.addEventListener("paste", (event) => {
-  const [file] = event.clipboardData.files;
+  const [file] = event.clipboardData.files, text = event.clipboardData.getData("text").trim();
   if (file) classify({ name: file.name, blob: file });
+  else if (!$("url-form").hidden && event.target.tagName !== "INPUT" && /^https?:/.test(text) && URL.canParse(text)) {
+    $("url").value = text;
+    classifyUrl(text);
+  }
 });
 $("url-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  const url = $("url").value;
-  classify({ name: new URL(url).pathname.split("/").pop() || url, url });
+  classifyUrl($("url").value);
 });
 
 function showSamples(samples, note) {
   $("samples").hidden = !samples.length;
   $("samples-note").textContent = note;
   $("sample-list").replaceChildren(...samples.map((sample) => {
-    const clip = el("video", { src: sample.url, muted: "", loop: "", playsinline: "", preload: "auto", "aria-hidden": "true", tabindex: -1 });
+    const clip = el("video", { src: sample.url, loop: "", playsinline: "", "aria-hidden": "true", tabindex: -1 });
     clip.muted = true;
-    const button = el("button", { type: "button", "aria-pressed": "false", onclick: () => classifySample(sample, button) }, clip, el("span", {}, sample.title));
+    const choose = () => classifySample(sample, button);
+    const button = el("button", { type: "button", "aria-pressed": "false", onclick: choose }, clip, el("span", {}, sample.title));
     const stop = () => { clip.pause(); };
     const play = () => { if (!matchMedia("(prefers-reduced-motion: reduce)").matches) clip.play().catch(() => {}); };
     fill(button, { onpointerenter: play, onfocus: play, onpointerleave: stop, onblur: stop }, []);
@@ -242,8 +259,9 @@ const quoted = (words) => `'${words.replaceAll("'", "'\\''")}'`;
 function showUse(source) {
   $("use").hidden = false;
   for (const button of $("sample-list").querySelectorAll("button")) button.setAttribute("aria-pressed", button === source.button);
-  const server = new URL(".", location.href).href, models = results.cards.size > 1 ? `&model=${encodeURIComponent([...results.cards.keys()][0])}` : "";
-  const address = `${server}v1/predict?top_k=${TOP_K}${models}`;
+  const server = new URL(".", location.href).href, [model] = results.cards.keys();
+  const query = new URLSearchParams({ top_k: TOP_K, ...(results.cards.size > 1 && { model }) });
+  const address = `${server}v1/predict?${query}`;
   const auth = token ? ` -H "Authorization: Bearer $JAXVID_TOKEN"` : "";
   const file = source.name.replaceAll("\\", "\\\\").replaceAll('"', '\\"');
   const lines = [];
@@ -280,8 +298,7 @@ $("download").addEventListener("click", async () => {
   const { source, windows } = current;
   $("download").disabled = true;
   try {
-    const query = [...results.cards.keys()].map((model) => ["model", model]);
-    query.push(["top_k", TOP_K], ["name", source.name], ...Object.entries(windows));
+    const query = { name: source.name, top_k: TOP_K, ...windows };
     const response = await request("v1/report", { method: "POST", query, ...bodyOf(source) });
     const href = URL.createObjectURL(await response.blob());
     el("a", { href, download: `${source.name}.html` }).click();

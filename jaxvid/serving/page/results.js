@@ -1,6 +1,6 @@
 "use strict";
-// Draws the events of /v1/explain: classes, frames, timeline and model cards.
-// Used by the page (page.js) and, without the rest of the page, by the downloaded report.
+// Draws the events of /v1/explain: classes, frames and model cards; timeline.js draws the timeline.
+// Used by the page (page.js) and, without the rest of the page, by the downloaded report (report.js).
 
 // ------------------------------------------------------------------ create elements; names are set only as text or attributes
 const $ = (id) => document.getElementById(id);
@@ -22,7 +22,7 @@ const percent = (probability) => `${(100 * probability).toFixed(1)} %`;
 const many = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 const megabytes = (bytes) => (bytes < 1e6 ? `${Math.max(1, Math.round(bytes / 1e3))} kB` : `${(bytes / 1e6).toFixed(1)} MB`);
 function clock(seconds) {
-  if (seconds < 60) return `${seconds.toFixed(2)} s`;
+  if (seconds < 60) return `${seconds.toFixed(seconds < 10 ? 2 : 1)} s`;
   const minutes = Math.floor(seconds / 60);
   return `${minutes}:${(seconds - 60 * minutes).toFixed(1).padStart(4, "0")} min`;
 }
@@ -38,9 +38,10 @@ const results = {
 };
 const shownRun = () => results.runs.get(results.shown);
 
-function clearResults() {
-  results.runs.clear();
-  results.shown = null;
+// Removes the results of the previous video, and waits for those of these models.
+function clearResults(models) {
+  results.runs = new Map(models.map((model) => [model, { windows: [] }]));
+  results.shown = models[0];
   results.time = 0;
   for (const id of ["classes", "frames", "timeline"]) $(id).hidden = true;
 }
@@ -94,7 +95,6 @@ function describeTiming({ seconds }) {
 function drawPrediction(model, run) {
   const parts = [];
   if (results.runs.size > 1) parts.push(el("h3", {}, bdi(model)));
-  for (const message of run.prediction?.warnings ?? []) parts.push(el("p", { class: "warning" }, message));
   if (run.prediction) {
     const list = el("ol", { class: "bars", "aria-label": `Most likely classes by ${model}` });
     parts.push(barList(list, run.prediction.top), el("p", { class: "small soft" }, describeTiming(run.prediction)));
@@ -102,8 +102,19 @@ function drawPrediction(model, run) {
   return el("div", {}, ...parts);
 }
 
+// Lists the warnings about the video; those that only some models give name the model.
+function drawWarnings() {
+  const given = [...results.runs].filter(([, run]) => run.prediction);
+  const messages = new Set(given.flatMap(([, run]) => run.prediction.warnings));
+  $("warnings").replaceChildren(...[...messages].map((message) => {
+    const models = given.filter(([, run]) => run.prediction.warnings.includes(message)).map(([model]) => model);
+    return el("p", { class: "warning" }, models.length < given.length ? `${models.join(", ")}: ${message}` : message);
+  }));
+}
+
 function drawPredictions() {
   $("classes").hidden = false;
+  drawWarnings();
   $("predictions").replaceChildren(...[...results.runs].map(([model, run]) => drawPrediction(model, run)));
   drawAgreement();
 }
@@ -173,12 +184,11 @@ function drawPicture(frame, i, run, peak) {
   const words = `Frame ${frame.index}${time && ` at ${time}`}`;
   const layers = [el("img", { src: frame.image, alt: words }), placeInBox(el("span", { class: "crop" }), frames.crop_box)];
   if (attention) layers.push(placeInBox(drawHeat(attention.patches[i], peak), frames.crop_box));
-  const seekable = results.onSeek && time;
-  const picture = seekable
-    ? el("button", { type: "button", class: "picture", title: `Show ${time} in the player`, onclick: () => selectTime(frame.time) }, ...layers)
+  const seek = { type: "button", title: `Show ${time} in the player`, onclick: () => selectTime(frame.time) };
+  const picture = results.onSeek && time ? el("button", { ...seek, class: "picture" }, ...layers)
     : el("div", { class: "picture" }, ...layers);
-  const caption = time ? [el("span", {}, time), el("span", { class: "soft" }, `frame ${frame.index}`)] : [words];
-  return el("figure", {}, picture, el("figcaption", {}, el("div", { class: "when" }, ...caption), ...drawWeight(attention, i)));
+  const caption = time ? [`${time} · `, el("span", { class: "soft" }, `frame ${frame.index}`)] : [words];
+  return el("figure", {}, picture, el("figcaption", {}, el("div", {}, ...caption), ...drawWeight(attention, i)));
 }
 
 function drawWeight(attention, i) {
@@ -207,149 +217,13 @@ function drawFrames() {
   $("attention-notes").replaceChildren(...(attention?.notes ?? []).map((note) => el("li", {}, note)));
 }
 
-// ------------------------------------------------------------------ timeline
-const MAX_CURVES = 8;
-const colour = (curve) => (curve < 0 ? "var(--edge)" : `var(--curve-${curve})`);
-const middle = ({ start, end }) => (start + end) / 2;
-
-// The classes to draw: most often the most likely one, then by their highest probability.
-function mainClasses(windows) {
-  const found = new Map();
-  for (const { top } of windows) {
-    top.forEach(({ label, probability }, rank) => {
-      const entry = found.get(label) ?? { label, first: 0, most: 0 };
-      entry.first += rank === 0;
-      entry.most = Math.max(entry.most, probability);
-      found.set(label, entry);
-    });
-  }
-  const order = [...found.values()].sort((a, b) => b.first - a.first || b.most - a.most);
-  return order.slice(0, MAX_CURVES).map((entry) => entry.label);
-}
-
-// The window whose classes are shown at a time: it changes halfway between the middles of two windows.
-function windowAt(windows, time) {
-  const next = windows.findIndex((window, i) => i + 1 < windows.length && time < (middle(window) + middle(windows[i + 1])) / 2);
-  return next < 0 ? windows.length - 1 : next;
-}
-
-function ticks(most, count) { // round numbers from 0 up to `most`
-  const raw = most / count || 1, power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 2.5, 5, 10].find((m) => m * power >= raw * 0.999) * power;
-  return Array.from({ length: Math.floor(most / step + 1e-9) + 1 }, (_, i) => +(i * step).toPrecision(6));
-}
-
-let axes = null; // of the chart: {x: time → pixel, time: pixel → time}
-let pending = false;
-function drawTimelineSoon() {
-  if (pending) return;
-  pending = true;
-  setTimeout(() => { pending = false; drawTimeline(); }, 50);
-}
-
-function chartFrame(svg, length) {
-  const wide = Math.max(240, $("chart").clientWidth), high = 230;
-  const edge = { left: 40, right: 8, top: 8, strip: 16, bottom: 60 };
-  const x = (time) => edge.left + (time / length) * (wide - edge.left - edge.right);
-  const y = (share) => high - edge.bottom - share * (high - edge.top - edge.bottom);
-  axes = { x, time: (pixel) => ((pixel - edge.left) / (wide - edge.left - edge.right)) * length };
-  svg.setAttribute("viewBox", `0 0 ${wide} ${high}`);
-  const text = (at, below, words, anchor = "middle") => draw("text", { x: at, y: below, "text-anchor": anchor }, words);
-  const grid = [0, 0.25, 0.5, 0.75, 1].flatMap((share) => [
-    draw("line", { x1: x(0), x2: x(length), y1: y(share), y2: y(share), stroke: share ? "var(--line)" : "var(--edge)" }),
-    text(edge.left - 6, y(share) + 4, 100 * share, "end")]);
-  const times = ticks(length, wide / 110).map((time) => text(x(time), high - 22, time));
-  svg.replaceChildren(...grid, ...times, text((x(0) + x(length)) / 2, high - 4, "time (s)"),
-    text(edge.left - 6, high - edge.bottom + 20, "top-1", "end"));
-  return { x, y, strip: { y: high - edge.bottom + 8, height: edge.strip }, bottom: high - edge.bottom + 8 + edge.strip };
-}
-
-function drawTimeline() {
-  const run = shownRun(), windows = run?.windows ?? [];
-  $("timeline").hidden = !run?.plan;
-  if (!run?.plan) return;
-  modelChoice("timeline-model", () => { drawFrames(); drawTimeline(); });
-  const { plan } = run, classes = mainClasses(windows);
-  $("timeline-note").textContent = `Each window of ${clock(plan.window)} is classified like a separate video; a new one starts every `
-    + `${clock(plan.stride)}. ${windows.length < plan.windows ? `${windows.length} of ${plan.windows} windows` : many(plan.windows, "window")}.`;
-  const svg = $("curves"), { x, y, strip, bottom } = chartFrame(svg, plan.seconds);
-  classes.forEach((label, curve) => svg.append(...drawCurve(windows, label, curve, x, y)));
-  windows.forEach((window, i) => {
-    const from = i ? (middle(windows[i - 1]) + middle(window)) / 2 : window.start;
-    const to = i + 1 < windows.length ? (middle(window) + middle(windows[i + 1])) / 2 : window.end;
-    const fillColour = colour(classes.indexOf(window.top[0].label));
-    svg.append(draw("rect", { x: x(from), width: Math.max(1, x(to) - x(from)), ...strip, fill: fillColour }));
-  });
-  svg.append(draw("line", { id: "cursor", y1: 0, y2: bottom, stroke: "var(--ink)", "stroke-width": 2 }));
-  const others = windows.some((window) => !classes.includes(window.top[0].label)) ? [el("li", {}, swatch(-1), "other classes")] : [];
-  $("legend").replaceChildren(...classes.map((label, curve) => el("li", {}, swatch(curve), bdi(label))), ...others);
-  $("chart").setAttribute("aria-valuemax", plan.seconds.toFixed(2));
-  $("chart").setAttribute("aria-valuemin", 0);
-  showTime(results.time);
-}
-
-function drawCurve(windows, label, curve, x, y) {
-  // Classes below the last listed one of a window are drawn at 0.
-  const value = ({ top }) => top.find((entry) => entry.label === label)?.probability ?? 0;
-  const points = windows.map((window) => [x(middle(window)), y(value(window))]);
-  const line = draw("polyline", { points: points.map((point) => point.join()).join(" "), fill: "none", stroke: colour(curve), "stroke-width": 2 });
-  const dots = windows.length > 60 ? [] : points.map(([cx, cy]) => draw("circle", { cx, cy, r: 3, fill: colour(curve) }));
-  return [line, ...dots];
-}
-
-const swatch = (curve) => el("i", { class: "swatch", style: { background: colour(curve) } });
-
-// Moves the cursor of the timeline and lists the classes at this time.
-function showTime(time) {
-  results.time = time;
-  const windows = shownRun()?.windows ?? [];
-  if ($("timeline").hidden || !windows.length || !axes) return;
-  const window = windows[windowAt(windows, time)], at = axes.x(Math.min(time, shownRun().plan.seconds));
-  for (const end of ["x1", "x2"]) $("cursor")?.setAttribute(end, at);
-  const top = window.top.slice(0, 5);
-  $("moment").textContent = `At ${clock(time)}`;
-  barList($("moment-bars"), top);
-  $("chart").setAttribute("aria-valuenow", time.toFixed(2));
-  $("chart").setAttribute("aria-valuetext", `${clock(time)}: ${top[0].label} ${percent(top[0].probability)}`);
-}
-
-function selectTime(time) {
-  showTime(time);
-  results.onSeek?.(time);
-}
-
-function watchChart() {
-  const chart = $("chart");
-  const timeAt = (event) => {
-    const length = shownRun()?.plan?.seconds ?? 0;
-    return Math.min(length, Math.max(0, axes.time(event.clientX - chart.getBoundingClientRect().left)));
-  };
-  chart.addEventListener("pointermove", (event) => { if (axes && !results.isPlaying()) selectTime(timeAt(event)); });
-  chart.addEventListener("pointerdown", (event) => { if (axes) selectTime(timeAt(event)); });
-  chart.addEventListener("keydown", (event) => {
-    const windows = shownRun()?.windows ?? [];
-    if (!windows.length) return;
-    const at = windowAt(windows, results.time), last = windows.length - 1;
-    const to = { ArrowRight: at + 1, ArrowUp: at + 1, ArrowLeft: at - 1, ArrowDown: at - 1, PageUp: at + 5, PageDown: at - 5,
-      Home: 0, End: last }[event.key];
-    if (to === undefined) return;
-    event.preventDefault();
-    selectTime(middle(windows[Math.min(last, Math.max(0, to))]));
-  });
-  let width = 0;
-  new ResizeObserver(([{ contentRect }]) => {
-    if (width === contentRect.width) return;
-    width = contentRect.width;
-    drawTimeline();
-  }).observe(chart);
-}
-
 // ------------------------------------------------------------------ model cards
-function describeValue(name, value) {
-  if (name.endsWith("_bytes")) return megabytes(value);
-  if (name.endsWith("_seconds")) return `${value} s`;
-  if (typeof value === "number") return value.toLocaleString("en");
-  return typeof value === "object" ? el("code", {}, JSON.stringify(value)) : bdi(String(value));
+function describeField(name, value) {
+  const words = `${name.replace(/_(bytes|seconds)$/, "").replaceAll("_", " ")}: `;
+  const shown = name.endsWith("_bytes") ? megabytes(value) : name.endsWith("_seconds") ? `${value} s`
+    : typeof value === "number" ? value.toLocaleString("en")
+      : typeof value === "object" ? el("code", {}, JSON.stringify(value)) : bdi(String(value));
+  return el("span", {}, words, shown);
 }
 
 function drawCard(card, open) {
@@ -364,7 +238,7 @@ function drawCard(card, open) {
   add("Probabilities", card.activation === "sigmoid" ? "sigmoid: each class independently" : card.activation);
   for (const [group, title] of [["provenance", "Provenance"], ["limits", "Limits of this server"]]) {
     const entries = Object.entries(card[group] ?? {}).filter(([, value]) => value !== null);
-    if (entries.length) add(title, lines(entries.map(([name, value]) => el("span", {}, `${name.replace(/_(bytes|seconds)$/, "").replaceAll("_", " ")}: `, describeValue(name, value)))));
+    if (entries.length) add(title, lines(entries.map(([name, value]) => describeField(name, value))));
   }
   const details = el("details", {}, el("summary", {}, bdi(card.name)), facts);
   details.open = open;
@@ -376,13 +250,4 @@ function setCards(cards) {
   $("cards").hidden = false;
   if (cards.length > 1) $("h-cards").textContent = "Model cards";
   $("card-list").replaceChildren(...cards.map((card) => drawCard(card, cards.length === 1 && innerWidth >= 900)));
-}
-
-// ------------------------------------------------------------------ the report
-watchChart();
-const saved = $("data");
-if (saved) { // this is a report and not the page
-  const { cards, events } = JSON.parse(saved.textContent);
-  setCards(cards);
-  for (const [model, name, data] of events) addEvent(model, name, data);
 }

@@ -3,7 +3,7 @@
 
 const CAPTURES_PER_SECOND = 12; // frames kept for the sliding window
 const JPEG_QUALITY = 0.9;
-let camera = null; // {stream, timer, live}
+let camera = null; // {stream, timer}, and while recording {recorder, keep}
 
 // Stops the webcam. A recording is classified if it is kept, otherwise discarded.
 function stopCamera(keep = false) {
@@ -21,9 +21,15 @@ function stopCamera(keep = false) {
 async function openCamera() {
   stopCamera();
   showProblem();
+  setStatus("");
   try {
-    const stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 640 }, height: { ideal: 480 } }, audio: false });
+    const size = { width: { ideal: 640 }, height: { ideal: 480 } };
+    const stream = await navigator.mediaDevices.getUserMedia({ video: size, audio: false });
     camera = { stream };
+    stream.getVideoTracks()[0].addEventListener("ended", () => { // not called by stopCamera
+      stopCamera();
+      showProblem("The webcam was disconnected.");
+    });
   } catch (error) {
     const reason = error.name === "NotAllowedError" ? "allow it in the browser's address bar" : "connect one and try again";
     showProblem(`The webcam cannot be used (${error.message}); ${reason}.`);
@@ -48,6 +54,7 @@ async function record() {
   const begin = performance.now();
   $("rate").hidden = true;
   $("live-bars").replaceChildren();
+  showLiveWarnings([]);
   const showRest = () => {
     const rest = length - (performance.now() - begin) / 1000;
     $("camera-text").textContent = `Recording: ${Math.max(0, rest).toFixed(0)} s left`;
@@ -71,7 +78,8 @@ async function goLive() {
   if (!opened) return;
   const captures = []; // {time, jpeg} of the last seconds
   opened.timer = setInterval(() => capture(captures), 1000 / CAPTURES_PER_SECOND);
-  $("camera-text").textContent = `Classes of the last ${clipSeconds().toFixed(1)} s`;
+  const by = results.cards.size > 1 ? ` by ${liveCard().name}` : "";
+  $("camera-text").textContent = `Classes of the last ${clipSeconds().toFixed(1)} s${by}`;
   $("rate").hidden = false;
   $("rate").textContent = "Waiting for frames…";
   const latencies = []; // of the last requests, in milliseconds, each with its end
@@ -113,9 +121,10 @@ async function classifyFrames(frames, latencies, opened) {
   const begin = performance.now();
   try {
     const query = { model: liveCard().name, top_k: TOP_K };
-    const { top } = await (await request("v1/frames", { method: "POST", query, body: form })).json();
+    const { top, warnings } = await (await request("v1/frames", { method: "POST", query, body: form })).json();
     if (camera !== opened) return false;
     barList($("live-bars"), top);
+    showLiveWarnings(warnings);
   } catch (error) {
     if (camera === opened && error.status !== 429) {
       stopCamera();
@@ -126,6 +135,12 @@ async function classifyFrames(frames, latencies, opened) {
   }
   showRate(latencies, begin);
   return camera === opened;
+}
+
+function showLiveWarnings(warnings) {
+  const list = $("live-warnings"), words = warnings.join(" ");
+  if (list.textContent !== words) list.textContent = words; // otherwise, screen readers repeat it
+  list.hidden = !words;
 }
 
 function showRate(latencies, begin) {
