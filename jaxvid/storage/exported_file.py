@@ -62,7 +62,7 @@ def describe_program(data: bytes) -> dict[str, Any]:
         unknown, the dates in `compatibility` are None.
     """
     program = jax_export.deserialize(bytearray(data))
-    shape = (1, *map(int, program.in_avals[0].shape[1:]))
+    shape = _clip_shape(program)
     return {
         "compatibility": {
             "written": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -179,8 +179,8 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{about_path}: cannot be read ({one_line(error)}); export the model again"
         ) from None
-    required = ("format", "sha256")
-    if not isinstance(about, dict) or not all(isinstance(about.get(n), str) for n in required):
+    fields = ("format", "sha256")
+    if not isinstance(about, dict) or not all(isinstance(about.get(f), str) for f in fields):
         raise InputError(
             f"{about_path}: does not describe an exported file; export the model again"
         )
