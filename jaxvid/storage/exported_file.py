@@ -38,6 +38,7 @@ JAXLIB_RELEASES = {
     "0.11.1": "2026-08-17",
     "0.11.2": "2026-09-17",
     "0.12.0": "2026-10-19",
+    "0.12.0.1": "2026-10-21",
 }
 # `precision` of an ONNX file, or `config.dtype` of another file → largest difference of the logits,
 # relative to the largest logit. Another CPU or a GPU adds in another order. A GPU also rounds the
