@@ -38,6 +38,7 @@ JAXLIB_RELEASES = {
     "0.11.1": "2026-08-17",
     "0.11.2": "2026-09-17",
     "0.12.0": "2026-10-19",
+    "0.12.0.1": "2026-10-21",
 }
 # `precision` of an ONNX file, or `config.dtype` of another file → largest difference of the logits,
 # relative to the largest logit. Another CPU or a GPU adds in another order. A GPU also rounds the
@@ -128,7 +129,9 @@ def check_exported(path: str | Path) -> str:
         )
     try:
         return f"{path}: {checks[about['format']](path, data, about)}"
-    except (KeyError, TypeError, AttributeError) as error:  # a value with another type
+    except InputError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
             f"{path}.json: a field is missing or invalid ({one_line(repr(error))}); "
             "export the model again"
@@ -177,7 +180,8 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{about_path}: cannot be read ({one_line(error)}); export the model again"
         ) from None
-    if not isinstance(about, dict) or not {"format", "sha256"} <= about.keys():
+    fields = ("format", "sha256")
+    if not isinstance(about, dict) or not all(isinstance(about.get(f), str) for f in fields):
         raise InputError(
             f"{about_path}: does not describe an exported file; export the model again"
         )

@@ -104,14 +104,18 @@ def find_engine() -> list[str]:
 
 
 def make_base(engine: Engine, folder: Path) -> str:
-    """Make a base image of Debian 12 with Python; return its name."""
+    """Make a base image of Debian 12 with Python; return its name.
+
+    Raises:
+        InputError: The program debootstrap is not installed or fails.
+    """
+    if shutil.which("debootstrap") is None:
+        raise InputError("--base debootstrap: install the program debootstrap")
     name, root = "localhost/jaxvid-base", folder / "base"
     packages = "--include=python3-venv,ca-certificates"
-    subprocess.run(
-        ["debootstrap", "--variant=minbase", packages, "bookworm", root, MIRROR],
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
+    command = ["debootstrap", "--variant=minbase", packages, "bookworm", root, MIRROR]
+    if status := subprocess.call(command, stdout=subprocess.DEVNULL):
+        raise InputError(f"--base debootstrap: exit code {status}")
     with subprocess.Popen(["tar", "-C", root, "-c", "."], stdout=subprocess.PIPE) as archive:
         engine("import", "-", name, stdin=archive.stdout)
     return name

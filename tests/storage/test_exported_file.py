@@ -199,6 +199,8 @@ def test_other_logits_are_refused(files, capsys):
     ("changes", "message"),
     [
         ({"format": "onnx2"}, "expected one of stablehlo, safetensors"),
+        ({"format": ["stablehlo"]}, "does not describe an exported file"),
+        ({"test": {"logits": ["a"] * 5}}, "a field is missing or invalid"),
         ({"format": None}, "does not describe an exported file"),
         ({"test": {"logits": None}}, "a field is missing or invalid"),
         ({"config": None}, "a field is missing or invalid (KeyError('config'))"),
