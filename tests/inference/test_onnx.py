@@ -1,5 +1,6 @@
 """ONNX files match the network in every precision, and jaxvid evaluates them."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -19,7 +20,7 @@ from jaxvid.evaluate import evaluate
 from jaxvid.inference import onnx_export
 from jaxvid.models import ModelConfig, abstract_model, make_model_config, merge_params
 from jaxvid.serving.limits import Settings
-from jaxvid.serving.served_model import load_models
+from jaxvid.serving.model_loading import load_models
 from jaxvid.storage import exported_file
 from jaxvid.storage.onnx_network import OnnxNetwork
 from jaxvid.storage.preprocessing import Preprocessing, load_model_and_preprocessing, normalize
@@ -45,7 +46,8 @@ def run_export(folder, output, *options) -> int:
 def golden_network(name: str) -> nnx.Module:
     """Return the network of a golden file, with its synthetic weights."""
     golden = goldens.load(f"tiny/{name}")
-    config = (stam_config_of if name.startswith("stam") else xvit_config_of)(golden)
+    family, config_of = ("stam", stam_config_of) if "stam" in name else ("xvit", xvit_config_of)
+    config = dataclasses.replace(config_of(golden), name=f"{family}_tiny")  # a known preset
     return synthetic_network(config, int(golden["param_seed"]))
 
 
