@@ -1,5 +1,6 @@
 """ONNX files match the network in every precision, and jaxvid evaluates them."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -45,7 +46,9 @@ def run_export(folder, output, *options) -> int:
 def golden_network(name: str) -> nnx.Module:
     """Return the network of a golden file, with its synthetic weights."""
     golden = goldens.load(f"tiny/{name}")
-    config = (stam_config_of if name.startswith("stam") else xvit_config_of)(golden)
+    family = name.partition("_")[0]
+    config = {"stam": stam_config_of, "xvit": xvit_config_of}[family](golden)
+    config = dataclasses.replace(config, name=f"{family}_tiny")  # a preset, for the model card
     return synthetic_network(config, int(golden["param_seed"]))
 
 
