@@ -46,8 +46,9 @@ def run_export(folder, output, *options) -> int:
 def golden_network(name: str) -> nnx.Module:
     """Return the network of a golden file, with its synthetic weights."""
     golden = goldens.load(f"tiny/{name}")
-    family, config_of = ("stam", stam_config_of) if "stam" in name else ("xvit", xvit_config_of)
-    config = dataclasses.replace(config_of(golden), name=f"{family}_tiny")  # a known preset
+    family = name.partition("_")[0]
+    config = {"stam": stam_config_of, "xvit": xvit_config_of}[family](golden)
+    config = dataclasses.replace(config, name=f"{family}_tiny")  # a preset, for the model card
     return synthetic_network(config, int(golden["param_seed"]))
 
 
