@@ -1,7 +1,6 @@
 """A config as frozen dataclasses: programs resolve it once and pass its parts on."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +14,12 @@ from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.data.pipeline import LoaderConfig
 from jaxvid.data.sources import DatasetConfig, open_dataset
 from jaxvid.data.video_order import VideoOrder
-from jaxvid.distributed.collectives import gather, raise_on_all_processes
+from jaxvid.distributed.collectives import gather
 from jaxvid.distributed.sharding import MeshShape, check_batch_size, make_mesh
 from jaxvid.errors import InputError
 from jaxvid.evaluation.protocol import EvalProtocol
 from jaxvid.models import ModelConfig, make_model_config
-from jaxvid.storage.dtype_choice import AUTO, choose_dtype
+from jaxvid.storage.dtype_choice import AUTO, DtypeChoice, choose_dtype
 from jaxvid.storage.preprocessing import Preprocessing
 from jaxvid.training import schedule_choice
 from jaxvid.training.checkpoint import CheckpointPolicy
@@ -290,8 +289,9 @@ def choose_model_dtype(experiment: Experiment) -> tuple[Experiment, tuple[str, .
     """
     if experiment.fields["model"]["dtype"] != AUTO:
         return experiment, ()
-    choice = raise_on_all_processes(functools.partial(choose_dtype, train=True), experiment.model)
-    choice = gather(choice)[0]
+    choice = DtypeChoice(
+        **gather(dataclasses.asdict(choose_dtype(experiment.model, train=True)))[0]
+    )
     config = _with_fields(ConfigDict(experiment.fields), {"model.dtype": choice.dtype})
     return resolve(config), (f"model.{choice}",)
 

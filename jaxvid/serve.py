@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         listener = bind(args.host, args.port)
         from jaxvid.serving.app import make_app
         from jaxvid.serving.http_server import HttpServer
-        from jaxvid.serving.served_model import load_models
+        from jaxvid.serving.model_loading import load_models
 
         app = make_app(load_models(args.models, args.dtype, args.engine), settings)
         server = HttpServer(app, settings.limits)

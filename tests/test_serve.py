@@ -26,7 +26,7 @@ from jaxvid import entry_point
 
 def main():
     from jaxvid import serve
-    from jaxvid.serving import served_model
+    from jaxvid.serving import model_loading
     from tests.serving.running_server import FakeEngine, make_fake_model
 
     run = FakeEngine.run
@@ -38,7 +38,7 @@ def main():
 
     FakeEngine.run = run_later
     FakeEngine.warm_up = lambda engine, *key: engine.warm.add(key)
-    served_model.load_models = lambda *_: [make_fake_model()]
+    model_loading.load_models = lambda *_: [make_fake_model()]
     return serve.main(sys.argv[1:])
 
 if __name__ == "__main__":

@@ -5,29 +5,21 @@ import itertools
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import InputError
-from jaxvid.inference.classifier import Classifier
-from jaxvid.inference.onnx_export import cached_onnx
 from jaxvid.inference.sliding_windows import ClipGatherer, WindowPlan
-from jaxvid.model_path import OF_A_RUN
-from jaxvid.models import ModelConfig, make_model_config
+from jaxvid.models import ModelConfig
 from jaxvid.progress import compiling
 from jaxvid.serving import input_warnings
 from jaxvid.serving.batcher import Batcher, NetworkThread
-from jaxvid.serving.engine import Engine, JaxEngine, OnnxEngine
+from jaxvid.serving.engine import Engine
 from jaxvid.serving.errors import RequestError
 from jaxvid.serving.limits import Settings
-from jaxvid.storage import exported_file
-from jaxvid.storage.model_card import load_card
-from jaxvid.storage.onnx_network import OnnxNetwork
-from jaxvid.storage.preprocessing import Preprocessing, read_preprocessing
-from jaxvid.weights.resolve import resolve_model
+from jaxvid.storage.preprocessing import Preprocessing
 
 Event = tuple[str, dict[str, Any]]  # name and data of a server-sent event
 
@@ -40,13 +32,28 @@ MAX_RUNS = 5  # per size
 MEASURE_SECONDS = 1.0  # per size, after which no other run is started
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelDescription:
+    """What a server needs to know about a model, apart from its network.
+
+    Attributes:
+        labels: Class names, in the order of the logits.
+        config: The model config.
+        preprocessing: Preprocessing from the model card.
+    """
+
+    labels: list[str]
+    config: ModelConfig
+    preprocessing: Preprocessing
+
+
 class ServedModel:
     """A model and its engine. `start` must be called before a video is classified.
 
     Args:
         name: Name of the model in requests.
         card: The contents of its `model.json`, or of the description of an exported file.
-        classifier: Its labels, preprocessing and config.
+        description: Its labels, config and preprocessing.
         engine: Its network.
 
     Attributes:
@@ -62,12 +69,12 @@ class ServedModel:
         self,
         name: str,
         card: dict[str, Any],
-        classifier: "Classifier | _Description",
+        description: ModelDescription,
         engine: Engine,
     ):
         self.name, self.card, self.engine = name, card, engine
-        self.labels, self.config = classifier.labels, classifier.config
-        self.preprocessing, self.spec = classifier.preprocessing, classifier.spec
+        self.labels, self.config = description.labels, description.config
+        self.preprocessing, self.spec = description.preprocessing, description.preprocessing.spec
         self.shares_frames = "frame_features" in engine.programs
         self.is_ready = self._is_closing = False
         self._batchers: dict[str, Batcher] = {}
@@ -334,75 +341,3 @@ def _shortest_time(function: Callable[..., None], *arguments: Any) -> float:
         function(*arguments)
         seconds.append(time.perf_counter() - start)
     return min(seconds)
-
-
-def load_models(names: Sequence[str], dtype: str, engine_name: str = "jax") -> list[ServedModel]:
-    """Load the models that are named on the command line.
-
-    Args:
-        names: Model folders, or other names of models; see `resolve_model`.
-        dtype: Compute dtype; see `Classifier`.
-        engine_name: One of `parsers.ENGINES`. `onnxruntime` computes predictions with a float32
-            export of the model. ONNX files always use it.
-
-    Raises:
-        InputError: A model cannot be loaded or exported.
-    """
-    models = []
-    for name in names:
-        short = _short_name(name, [model.name for model in models])
-        if name.endswith(".onnx"):
-            models.append(_load_onnx(short, Path(name)))
-            continue
-        folder = resolve_model(name)
-        card, classifier = load_card(folder), Classifier(folder, dtype=dtype)
-        engine: Engine = JaxEngine(classifier.network, classifier.spec)
-        if engine_name == "onnxruntime":
-            network = OnnxNetwork(cached_onnx(folder), name)
-            engine = OnnxEngine(network, card["activation"], engine)
-        models.append(ServedModel(short, card, classifier, engine))
-    return models
-
-
-@dataclasses.dataclass(frozen=True)
-class _Description:
-    """The fields of `Classifier` that a served model needs."""
-
-    labels: list[str]
-    config: ModelConfig
-    preprocessing: Preprocessing
-
-    @property
-    def spec(self) -> ClipSpec:
-        return self.preprocessing.spec
-
-
-def _load_onnx(name: str, path: Path) -> ServedModel:
-    """Load an exported ONNX file, which can only classify, under a name for requests.
-
-    Raises:
-        InputError: The file or its description is missing or damaged.
-    """
-    network, about = exported_file.open_onnx(path)
-    about = about | {"name": about["model"]}
-    description = _Description(
-        labels=about["labels"],
-        config=make_model_config(**about["config"]),
-        preprocessing=read_preprocessing(about, path.with_name(f"{path.name}.json")),
-    )
-    return ServedModel(name, about, description, OnnxEngine(network, about["activation"]))
-
-
-def _short_name(name: str, taken: Sequence[str]) -> str:
-    """Return a name for requests: of the run if the model belongs to one, else the last part.
-
-    Args:
-        name: The model on the command line, e.g. `runs/motion/model`.
-        taken: Names of other models.
-    """
-    path = Path(name.rstrip("/")).absolute() if "://" not in name else Path(name)
-    short = path.stem if path.suffix in (".pth", ".npz", ".safetensors", ".onnx") else path.name
-    if short in OF_A_RUN and path.parent.name:
-        short = path.parent.name if short == "model" else f"{path.parent.name}-{short}"
-    numbered = (f"{short}-{i}" for i in itertools.count(2))
-    return next(n for n in itertools.chain([short], numbered) if n not in taken)

@@ -121,8 +121,8 @@ def _make_step(config: ModelConfig, train: bool) -> Callable[[], None]:
 
 def _cache_key(config: ModelConfig, train: bool) -> str:
     """Return a name for the device, the versions, the network and the kind of step."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     fields = dataclasses.asdict(dataclasses.replace(config, dtype=CANDIDATES[0]))
     machine = describe_cpu() if device.platform == "cpu" else device.device_kind
-    values = [machine, len(jax.devices()), jax.__version__, jaxlib.__version__, fields, train]
+    values = [machine, jax.local_device_count(), jax.__version__, jaxlib.__version__, fields, train]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:24]

@@ -10,7 +10,7 @@ import pytest
 
 from jaxvid.data.synthetic_motion import write_clip
 from jaxvid.serving.limits import Settings
-from jaxvid.serving.served_model import load_models
+from jaxvid.serving.model_loading import load_models
 from tests.serving.running_server import RunningServer, running
 
 DESKTOP = {"viewport": {"width": 1280, "height": 800}}

@@ -1,5 +1,6 @@
 """ONNX files match the network in every precision, and jaxvid evaluates them."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -19,7 +20,7 @@ from jaxvid.evaluate import evaluate
 from jaxvid.inference import onnx_export
 from jaxvid.models import ModelConfig, abstract_model, make_model_config, merge_params
 from jaxvid.serving.limits import Settings
-from jaxvid.serving.served_model import load_models
+from jaxvid.serving.model_loading import load_models
 from jaxvid.storage import exported_file
 from jaxvid.storage.onnx_network import OnnxNetwork
 from jaxvid.storage.preprocessing import Preprocessing, load_model_and_preprocessing, normalize
@@ -45,7 +46,9 @@ def run_export(folder, output, *options) -> int:
 def golden_network(name: str) -> nnx.Module:
     """Return the network of a golden file, with its synthetic weights."""
     golden = goldens.load(f"tiny/{name}")
-    config = (stam_config_of if name.startswith("stam") else xvit_config_of)(golden)
+    family = name.partition("_")[0]
+    config = {"stam": stam_config_of, "xvit": xvit_config_of}[family](golden)
+    config = dataclasses.replace(config, name=f"{family}_tiny")  # a preset, for the model card
     return synthetic_network(config, int(golden["param_seed"]))
 
 
@@ -121,8 +124,9 @@ def test_an_onnx_file_matches_the_network_for_any_batch_size(files, models, name
 def test_smaller_precisions_are_close_and_keep_their_types(files):
     clips = make_clips(4)
     expected = OnnxNetwork(files["xvit"].read_bytes(), "xvit")(clips)
-    for name, bound, size in (("float16", 2e-3, 0.8), ("int8", 0.1, 0.9)):
-        assert files[name].stat().st_size < size * files["xvit"].stat().st_size
+    # Half of the weights of this network are in the patch embedding, which stays in float32.
+    for name, bound in (("float16", 2e-3), ("int8", 0.1)):
+        assert files[name].stat().st_size < 0.9 * files["xvit"].stat().st_size
         logits = OnnxNetwork(files[name].read_bytes(), name)(clips)
         assert logits.dtype == np.float32
         assert 0 < np.abs(logits - expected).max() <= bound * np.abs(expected).max()

@@ -11,7 +11,7 @@ from jaxvid.serve import bind, describe_address
 from jaxvid.serving.app import make_app
 from jaxvid.serving.http_server import HttpServer
 from jaxvid.serving.limits import Limits, Settings
-from jaxvid.serving.served_model import load_models
+from jaxvid.serving.model_loading import load_models
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ import json
 import socket
 import threading
 import time
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from jaxvid.serve import bind
 from jaxvid.serving.app import make_app
 from jaxvid.serving.http_server import HttpServer
 from jaxvid.serving.limits import Settings
-from jaxvid.serving.served_model import ServedModel
+from jaxvid.serving.served_model import ModelDescription, ServedModel
 from jaxvid.storage.preprocessing import Preprocessing
 
 WAIT_SECONDS = 60  # for the machine; no test depends on it
@@ -61,11 +60,9 @@ def make_fake_model(name: str = "fake", **preprocessing: Any) -> ServedModel:
     """Return a model with a `FakeEngine`; `preprocessing` replaces fields."""
     values = {"num_frames": 8, "short_side": 72, "crop": 64, "mean": 0.5, "std": 0.5}
     made = Preprocessing(**(values | preprocessing))
-    classifier = types.SimpleNamespace(
-        labels=list(LABELS), config=None, preprocessing=made, spec=made.spec
-    )
+    description = ModelDescription(labels=list(LABELS), config=None, preprocessing=made)
     card = {"name": "fake", "labels_source": None, "activation": "softmax", "provenance": {}}
-    return ServedModel(name, card, classifier, FakeEngine())
+    return ServedModel(name, card, description, FakeEngine())
 
 
 class RunningServer:

@@ -8,7 +8,7 @@ from jaxvid.inference import onnx_export
 from jaxvid.inference.compiled_network import CompiledNetwork
 from jaxvid.serving import served_model
 from jaxvid.serving.limits import Settings
-from jaxvid.serving.served_model import load_models
+from jaxvid.serving.model_loading import load_models
 from tests.serving.running_server import make_fake_model, running
 
 

@@ -101,6 +101,9 @@ def test_blocks_of_all_families_can_be_timed(cache, name):
 def test_training_records_its_choice_and_a_resumed_run_keeps_it(config, tmp_path, monkeypatch):
     choices = iter([DtypeChoice("bfloat16", 2.0)])
     monkeypatch.setattr(experiments, "choose_dtype", lambda *_, train: next(choices))
+    # Other processes choose differently. Values of processes are exchanged as JSON.
+    other = {"dtype": "float32", "speed_up": 1.0}
+    monkeypatch.setattr(experiments, "gather", lambda value: [json.loads(json.dumps(value)), other])
     config = config.copy_and_resolve_references().unlock()
     config.model.dtype = "auto"
     experiment, [line] = choose_model_dtype(resolve(config.lock(), tmp_path))
