@@ -20,7 +20,7 @@ PHONE = {
     "is_mobile": True,
     "has_touch": True,
 }
-TIMEOUT_MS = 6_000  # long, as the machine may be busy
+TIMEOUT_MS = 30_000  # long, as the machine may be busy
 
 
 @pytest.fixture(scope="session")

@@ -101,6 +101,24 @@ def test_live_mode_ends_with_the_servers_error(open_with_webcam):
     assert not is_webcam_on(page)
 
 
+def test_double_click_opens_the_webcam_once(open_page, server):
+    page = open_page("about:blank", site=server.url, permissions=["camera"])
+    page.add_init_script("""
+      const open = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+      window.streams = [];
+      navigator.mediaDevices.getUserMedia = async (options) => {
+        const stream = await open(options);
+        window.streams.push(stream);
+        return stream;
+      };
+    """)
+    page.goto(f"{server.url}/")
+    page.get_by_role("button", name="Live webcam").dblclick()
+    expect(page.locator("#rate")).to_have_text(RATE)
+    page.get_by_role("button", name="Stop").click()
+    assert page.evaluate("streams.map((stream) => stream.active)") == [False]
+
+
 def test_refused_webcam_is_explained(open_page, server):
     page = open_page(f"{server.url}/")
     page.get_by_role("button", name="Live webcam").click()
