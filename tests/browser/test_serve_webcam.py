@@ -4,12 +4,11 @@ import re
 
 import pytest
 
-from tests.browser.checks import check_accessible, check_fits, tab_to
+from tests.browser.checks import check_accessible, check_fits, expect, tab_to
 from tests.browser.conftest import DESKTOP, PHONE
 from tests.browser.serve_page import HTTP_ERRORS, choose, expect_result, expect_start, top_classes
 
 pytestmark = pytest.mark.browser
-expect = pytest.importorskip("playwright.sync_api", reason="make test-browser installs it").expect
 
 RATE = re.compile(r"^\d+\.\d predictions/s, latency \d+ ms$")
 
@@ -20,7 +19,7 @@ def open_with_webcam(open_page, server):
 
     def open_(**options):
         page = open_page(f"{server.url}/", permissions=["camera"], **options)
-        expect_start(page, expect)
+        expect_start(page)
         return page
 
     return open_
@@ -39,7 +38,7 @@ def test_recording_is_classified_with_the_keyboard(open_with_webcam, tmp_path):
     expect(stop).to_be_focused()
     expect(page.locator("#camera-text")).to_have_text(re.compile(r"^Recording: [01] s left$"))
     page.keyboard.press("Enter")
-    expect_result(page, expect)
+    expect_result(page)
     assert not is_webcam_on(page)
     assert len(top_classes(page)) == 5
     expect(page.locator("#facts")).to_have_text(re.compile(r"^\d+ × \d+ px · "))
@@ -52,7 +51,7 @@ def test_recording_is_classified_with_the_keyboard(open_with_webcam, tmp_path):
 def test_recording_ends_by_itself(open_with_webcam):
     page = open_with_webcam()
     page.get_by_role("button", name="Record from the webcam").click()
-    expect_result(page, expect)
+    expect_result(page)
     assert not is_webcam_on(page)
 
 
@@ -77,7 +76,7 @@ def test_choosing_a_file_ends_live_mode(open_with_webcam, clips):
     page.get_by_role("button", name="Live webcam").click()
     expect(page.locator("#rate")).to_have_text(RATE)
     choose(page, clips[0])
-    expect_result(page, expect)
+    expect_result(page)
     assert not is_webcam_on(page)
     expect(page.get_by_role("alert")).to_be_empty()
 
