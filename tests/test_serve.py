@@ -116,6 +116,14 @@ def test_a_port_in_use_is_one_line(folders, capsys):
     assert stderr.count("\n") == 1
 
 
+def test_a_missing_package_is_one_line(folders, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    assert serve.main(["--model", str(folders / "xvit"), "--port", "0"]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: jaxvid serve needs 'jaxvid[serve]' (")
+    assert stderr.endswith("): pip install 'jaxvid[serve]'\n")
+
+
 def test_damaged_weights_end_the_server_with_one_line(folders, capsys, monkeypatch):
     def fail(program, size):
         raise InputError("the weights are damaged")
