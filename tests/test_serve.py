@@ -16,7 +16,7 @@ import pytest
 
 from jaxvid import parsers, serve
 from jaxvid.errors import InputError
-from tests.serving.running_server import WAIT_SECONDS
+from tests.serving.running_server import WAIT_SECONDS, make_fake_model
 
 ROOT = Path(__file__).parents[1]
 # Runs the command with a model that needs no compilation. A batch waits until a file `go` exists.
@@ -114,6 +114,27 @@ def test_a_port_in_use_is_one_line(folders, capsys):
     stderr = capsys.readouterr().err
     assert stderr.startswith(f"error: --port {port}: is in use")
     assert stderr.count("\n") == 1
+
+
+def test_a_missing_package_is_one_line(folders, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    assert serve.main(["--model", str(folders / "xvit"), "--port", "0"]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: jaxvid serve needs 'jaxvid[serve]' (")
+    assert stderr.endswith("): pip install 'jaxvid[serve]'\n")
+
+
+def test_damaged_weights_end_the_server_with_one_line(folders, capsys, monkeypatch):
+    def fail(program, size):
+        raise InputError("the weights are damaged")
+
+    model = make_fake_model()
+    model.engine.warm_up = fail
+    monkeypatch.setattr("jaxvid.serving.served_model.load_models", lambda *_: [model])
+    assert serve.main(["--model", str(folders / "xvit"), "--port", "0"]) == 2
+    stdout, stderr = capsys.readouterr()
+    assert re.fullmatch(r"serving fake at http://127\.0\.0\.1:\d+/\n", stdout)
+    assert stderr == "error: the weights are damaged\n"
 
 
 # ------------------------------------------------------------------ signals

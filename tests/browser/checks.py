@@ -2,6 +2,12 @@
 
 import difflib
 
+import pytest
+
+# Modules that import this one are skipped if Playwright is missing.
+expect = pytest.importorskip("playwright.sync_api", reason="make test-browser installs it").expect
+from axe_playwright_python.sync_playwright import Axe
+
 # Returns what Tab should reach, in order: of each radio group, only the selected button.
 TAB_STOPS = """() => [...document.querySelectorAll(
     "a[href], button, input, select, summary, textarea, video[controls], [tabindex]")]
@@ -24,8 +30,6 @@ NAME = """(e) => `${[...document.querySelectorAll("*")].indexOf(e)} ${e.tagName}
 
 def check_accessible(page) -> None:
     """Check that axe-core has no finding of impact `serious` or `critical`."""
-    from axe_playwright_python.sync_playwright import Axe  # only `make test-browser` installs it
-
     findings = Axe().run(page).response["violations"]
     texts = [
         f"{finding['impact']}: {finding['help']}: {node['html'][:200]}: {node['failureSummary']}"

@@ -3,11 +3,13 @@
 import re
 from pathlib import Path
 
+from tests.browser.checks import expect
+
 # Chromium logs every answer whose status is an error.
 HTTP_ERRORS = r"^Failed to load resource"
 
 
-def expect_start(page, expect) -> None:
+def expect_start(page) -> None:
     """Wait until the page shows what it can classify."""
     expect(page.get_by_role("heading", name="Choose a video")).to_be_visible()
 
@@ -17,7 +19,7 @@ def choose(page, path: Path | str) -> None:
     page.get_by_label("Choose a file").set_input_files(path)
 
 
-def expect_result(page, expect) -> None:
+def expect_result(page) -> None:
     """Wait until a video is classified completely."""
     expect(page.locator("#status:not(.busy)")).to_have_text(re.compile("^Most likely: "))
 

@@ -10,14 +10,13 @@ import pytest
 from jaxvid.data.class_names import class_names
 from jaxvid.data.sources import Record, read_list
 from jaxvid.data.synthetic_motion import LABELS
-from tests.browser.checks import check_accessible, check_fits, check_keyboard, tab_to
+from tests.browser.checks import check_accessible, check_fits, check_keyboard, expect, tab_to
 from tests.browser.conftest import DESKTOP, PHONE
 from tests.conftest import shrunk_config
 from tests.evaluation.report_pages import HOSTILE, save
 from tests.evaluation.test_metrics import results
 
 pytestmark = pytest.mark.browser
-expect = pytest.importorskip("playwright.sync_api", reason="make test-browser installs it").expect
 
 BROKEN = "moov atom not found"
 TICK = r"0|\d{1,4}(\.\d{1,2})?|0\.\d{1,4}|\d(\.\d{1,2})?e-\d+|\d{1,4}(\.\d)?k"  # label of an axis

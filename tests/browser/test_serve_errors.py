@@ -13,13 +13,12 @@ import av
 import pytest
 
 from jaxvid.serving.limits import Limits, Settings
-from tests.browser.checks import check_accessible, check_fits, tab_to
+from tests.browser.checks import check_accessible, check_fits, expect, tab_to
 from tests.browser.conftest import PHONE, read_frames
 from tests.browser.serve_page import HTTP_ERRORS, choose, expect_result, expect_start
 from tests.serving.running_server import make_fake_model, running
 
 pytestmark = pytest.mark.browser
-expect = pytest.importorskip("playwright.sync_api", reason="make test-browser installs it").expect
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a-secret"
@@ -50,7 +49,7 @@ def test_broken_video_is_explained(open_page, server, clips, long_video, tmp_pat
     expect(page.get_by_role("button", name="Download report")).to_be_disabled()
     check_accessible(page)
     choose(page, clips[0])
-    expect_result(page, expect)
+    expect_result(page)
     expect(alert).to_be_empty()
     expect(page.get_by_role("button", name="Download report")).to_be_enabled()
 
@@ -64,7 +63,7 @@ def test_video_that_the_browser_cannot_play_is_classified(open_page, server, cli
         container.mux(stream.encode())
     page = open_page(f"{server.url}/")
     choose(page, tmp_path / "old.avi")
-    expect_result(page, expect)
+    expect_result(page)
     expect(page.get_by_text("This browser cannot play the file.")).to_be_visible()
     page.locator("#pictures figure button").first.press("Enter")  # without a player
     expect(page.get_by_role("alert")).to_be_empty()
@@ -97,20 +96,20 @@ def test_token_is_asked_for(open_page, restricted, clips):
     expect(field).to_be_focused()
     field.fill(TOKEN)
     page.keyboard.press("Enter")
-    expect_start(page, expect)
+    expect_start(page)
     expect(page.get_by_role("alert")).to_be_empty()
     choose(page, clips[0])
-    expect_result(page, expect)
+    expect_result(page)
     page.reload()
-    expect_start(page, expect)
+    expect_start(page)
 
 
 def test_token_in_the_address_is_hidden(open_page, restricted, clips):
     page = open_page(f"{restricted.url}/#token={TOKEN}")
-    expect_start(page, expect)
+    expect_start(page)
     assert page.url == f"{restricted.url}/"
     page.get_by_role("button", name="growing").click()
-    expect_result(page, expect)
+    expect_result(page)
     for code in ("#curl", "#python"):
         expect(page.locator(code)).to_contain_text("JAXVID_TOKEN")
         expect(page.locator(code)).not_to_contain_text(TOKEN)
@@ -118,10 +117,10 @@ def test_token_in_the_address_is_hidden(open_page, restricted, clips):
 
 def test_urls_are_offered_only_if_they_are_allowed(open_page, server, restricted):
     page = open_page(f"{server.url}/")
-    expect_start(page, expect)
+    expect_start(page)
     expect(page.get_by_label("Address of a video")).to_be_hidden()
     page = open_page(f"{restricted.url}/#token={TOKEN}")
-    expect_start(page, expect)
+    expect_start(page)
     check_accessible(page)
     field = page.get_by_label("Address of a video")
     tab_to(page, field)
@@ -150,7 +149,7 @@ def test_busy_server_is_tried_again(open_page, server, clips):
     choose(page, clips[0])
     expect(page.get_by_role("alert")).to_contain_text("the server is busy")
     page.get_by_role("button", name="Try again").press("Enter")
-    expect_result(page, expect)
+    expect_result(page)
     expect(page.get_by_role("alert")).to_be_empty()
 
 
@@ -189,7 +188,7 @@ def test_server_that_is_killed_and_started_again(open_page, folders, clips):
     process, url = start_server(folders / "xvit", 0)
     try:
         page = open_page(url, errors=HTTP_ERRORS)
-        expect_start(page, expect)
+        expect_start(page)
         process.send_signal(signal.SIGSTOP)  # so that it is killed during the request
         choose(page, clips[0])
         expect(page.locator("#status")).to_have_text("Classifying 00000.mp4…")
@@ -201,7 +200,7 @@ def test_server_that_is_killed_and_started_again(open_page, folders, clips):
         process.stdout.close()
         process, _ = start_server(folders / "xvit", int(re.search(r":(\d+)/", url)[1]))
         page.get_by_role("button", name="Try again").press("Enter")
-        expect_result(page, expect)
+        expect_result(page)
         expect(alert).to_be_empty()
     finally:
         process.kill()

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 import jaxvid
-from tests.browser.checks import check_accessible, check_fits, check_keyboard, tab_to
+from tests.browser.checks import check_accessible, check_fits, check_keyboard, expect, tab_to
 from tests.browser.conftest import DESKTOP, PHONE
 from tests.browser.serve_page import choose, expect_result, expect_start, top_classes
 
 pytestmark = pytest.mark.browser
-expect = pytest.importorskip("playwright.sync_api", reason="make test-browser installs it").expect
 
 # Gives a file to the page as if the user dropped or pasted it.
 TRANSFER = """([kind, name, data]) => {
@@ -39,7 +38,7 @@ def transfer(page, kind: str, path: Path) -> bool:
 def page(open_page, server):
     """Return the page of the server."""
     page = open_page(f"{server.url}/")
-    expect_start(page, expect)
+    expect_start(page)
     return page
 
 
@@ -47,7 +46,7 @@ def page(open_page, server):
 def shown(page, long_video):
     """Return the page with the results of `long_video`."""
     choose(page, long_video)
-    expect_result(page, expect)
+    expect_result(page)
     return page
 
 
@@ -58,11 +57,11 @@ def shown(page, long_video):
 @pytest.mark.parametrize("device", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_page_is_accessible_and_fits(open_page, server, long_video, scheme, device):
     page = open_page(f"{server.url}/", color_scheme=scheme, **device)
-    expect_start(page, expect)
+    expect_start(page)
     check_fits(page)
     check_accessible(page)
     choose(page, long_video)
-    expect_result(page, expect)
+    expect_result(page)
     page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     check_fits(page)
     check_accessible(page)
@@ -71,7 +70,7 @@ def test_page_is_accessible_and_fits(open_page, server, long_video, scheme, devi
 def test_tab_visits_every_control(page, long_video):
     check_keyboard(page)
     choose(page, long_video)
-    expect_result(page, expect)
+    expect_result(page)
     page.locator("h1").click()  # the focus returns to the beginning
     check_keyboard(page)
 
@@ -81,7 +80,7 @@ def test_tab_visits_every_control(page, long_video):
 
 def test_picker_shows_the_probabilities_of_the_classifier(page, folders, clips):
     choose(page, clips[0])
-    expect_result(page, expect)
+    expect_result(page)
     for number, name in enumerate(("xvit", "stam")):
         result = jaxvid.Classifier(folders / name).predict(clips[0], top_k=5)
         percentages = [f"{100 * probability:.1f} %" for probability in result.probabilities]
@@ -93,20 +92,20 @@ def test_file_is_dropped(page, long_video):
     expect(page.locator("#drop")).to_have_class("over")
     assert transfer(page, "drop", long_video)
     expect(page.locator("#drop")).not_to_have_class("over")
-    expect_result(page, expect)
+    expect_result(page)
     expect(page.get_by_role("heading", name=long_video.name)).to_be_visible()
 
 
 def test_file_is_pasted(page, clips):
     transfer(page, "paste", Path(clips[0]))
-    expect_result(page, expect)
+    expect_result(page)
 
 
 def test_sample_is_chosen_with_the_keyboard(page):
     sample = page.get_by_role("button", name="counter-clockwise")
     tab_to(page, sample)
     page.keyboard.press("Enter")
-    expect_result(page, expect)
+    expect_result(page)
     expect(sample).to_have_attribute("aria-pressed", "true")
     expect(page.locator("#curl")).to_contain_text("counter-clockwise.mp4")
 
@@ -114,7 +113,7 @@ def test_sample_is_chosen_with_the_keyboard(page):
 def test_second_video_replaces_the_first(page, long_video, clips):
     choose(page, long_video)
     choose(page, clips[0])
-    expect_result(page, expect)
+    expect_result(page)
     expect(page.get_by_role("heading", name=Path(clips[0]).name)).to_be_visible()
     expect(page.get_by_role("heading", name="Classes over time")).to_be_hidden()
     assert len(top_classes(page)) == 5
@@ -124,7 +123,7 @@ def test_names_of_files_are_shown_as_text(page, clips, tmp_path):
     name = """'"><img src=x onerror=alert(1)>$(touch hacked)`touch hacked`.mp4"""
     shutil.copy(clips[0], tmp_path / name)
     choose(page, tmp_path / name)
-    expect_result(page, expect)
+    expect_result(page)
     expect(page.get_by_role("heading", name=name)).to_be_visible()
     expect(page.locator("img[onerror]")).to_have_count(0)
     # The command that the page shows classifies this file.
@@ -203,7 +202,7 @@ def test_timeline_follows_the_mouse_and_the_player(shown):
 def test_timeline_follows_touch(open_page, server, long_video):
     page = open_page(f"{server.url}/", **PHONE)
     choose(page, long_video)
-    expect_result(page, expect)
+    expect_result(page)
     chart = page.locator("#chart")
     chart.scroll_into_view_if_needed()
     chart.tap(position={"x": 200, "y": 60})
@@ -219,7 +218,7 @@ def test_windows_of_the_timeline_are_chosen(shown):
     expect(note).to_have_text(
         re.compile(r"^Each window of 2\.00 s .* every 1\.00 s\. \d windows\.$")
     )
-    expect_result(shown, expect)
+    expect_result(shown)
     assert note.inner_text() != before
 
 
@@ -283,7 +282,7 @@ def report(browser, server, long_video, tmp_path_factory):
     page = context.new_page()
     page.goto(f"{server.url}/")
     choose(page, long_video)
-    expect_result(page, expect)
+    expect_result(page)
     with page.expect_download() as download:
         page.get_by_role("button", name="Download report").press("Enter")
     assert download.value.suggested_filename == "eight scenes.mp4.html"
@@ -297,7 +296,7 @@ def report(browser, server, long_video, tmp_path_factory):
 def test_commands_are_copied(open_page, server, clips):
     page = open_page(f"{server.url}/", permissions=["clipboard-read", "clipboard-write"])
     choose(page, clips[0])
-    expect_result(page, expect)
+    expect_result(page)
     button = page.get_by_role("button", name="Copy").first
     button.press("Enter")
     expect(page.get_by_role("button", name="Copied")).to_be_visible()

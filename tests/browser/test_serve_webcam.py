@@ -4,12 +4,11 @@ import re
 
 import pytest
 
-from tests.browser.checks import check_accessible, check_fits, tab_to
+from tests.browser.checks import check_accessible, check_fits, expect, tab_to
 from tests.browser.conftest import DESKTOP, PHONE
 from tests.browser.serve_page import HTTP_ERRORS, choose, expect_result, expect_start, top_classes
 
 pytestmark = pytest.mark.browser
-expect = pytest.importorskip("playwright.sync_api", reason="make test-browser installs it").expect
 
 RATE = re.compile(r"^\d+\.\d predictions/s, latency \d+ ms$")
 
@@ -20,7 +19,7 @@ def open_with_webcam(open_page, server):
 
     def open_(**options):
         page = open_page(f"{server.url}/", permissions=["camera"], **options)
-        expect_start(page, expect)
+        expect_start(page)
         return page
 
     return open_
@@ -39,7 +38,7 @@ def test_recording_is_classified_with_the_keyboard(open_with_webcam, tmp_path):
     expect(stop).to_be_focused()
     expect(page.locator("#camera-text")).to_have_text(re.compile(r"^Recording: [01] s left$"))
     page.keyboard.press("Enter")
-    expect_result(page, expect)
+    expect_result(page)
     assert not is_webcam_on(page)
     assert len(top_classes(page)) == 5
     expect(page.locator("#facts")).to_have_text(re.compile(r"^\d+ × \d+ px · "))
@@ -52,7 +51,7 @@ def test_recording_is_classified_with_the_keyboard(open_with_webcam, tmp_path):
 def test_recording_ends_by_itself(open_with_webcam):
     page = open_with_webcam()
     page.get_by_role("button", name="Record from the webcam").click()
-    expect_result(page, expect)
+    expect_result(page)
     assert not is_webcam_on(page)
 
 
@@ -77,7 +76,7 @@ def test_choosing_a_file_ends_live_mode(open_with_webcam, clips):
     page.get_by_role("button", name="Live webcam").click()
     expect(page.locator("#rate")).to_have_text(RATE)
     choose(page, clips[0])
-    expect_result(page, expect)
+    expect_result(page)
     assert not is_webcam_on(page)
     expect(page.get_by_role("alert")).to_be_empty()
 
@@ -99,6 +98,24 @@ def test_live_mode_ends_with_the_servers_error(open_with_webcam):
     expect(page.get_by_role("alert")).to_contain_text("The server does not answer.")
     expect(page.get_by_role("button", name="Try again")).to_be_visible()
     assert not is_webcam_on(page)
+
+
+def test_double_click_opens_the_webcam_once(open_page, server):
+    page = open_page("about:blank", site=server.url, permissions=["camera"])
+    page.add_init_script("""
+      const open = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+      window.streams = [];
+      navigator.mediaDevices.getUserMedia = async (options) => {
+        const stream = await open(options);
+        window.streams.push(stream);
+        return stream;
+      };
+    """)
+    page.goto(f"{server.url}/")
+    page.get_by_role("button", name="Live webcam").dblclick()
+    expect(page.locator("#rate")).to_have_text(RATE)
+    page.get_by_role("button", name="Stop").click()
+    assert page.evaluate("streams.map((stream) => stream.active)") == [False]
 
 
 def test_refused_webcam_is_explained(open_page, server):

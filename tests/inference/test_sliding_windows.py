@@ -149,7 +149,7 @@ def test_frames_are_decoded_and_encoded_once_and_their_features_are_released(
     def count_held(indices, items):
         generator = gather(indices, items)
         for clip in generator:
-            held.append(len(generator.gi_frame.f_locals["held"]))
+            held.append(len(generator.gi_frame.f_locals["gatherer"]._held))
             yield clip
 
     monkeypatch.setattr(window_classification, "gather_clips", count_held)

@@ -4,6 +4,7 @@
 const CAPTURES_PER_SECOND = 12; // frames kept for the sliding window
 const JPEG_QUALITY = 0.9;
 let camera = null; // {stream, timer}, and while recording {recorder, keep}
+let isOpening = false; // while the browser asks for permission
 
 // Stops the webcam. A recording is classified if it is kept, otherwise discarded.
 function stopCamera(keep = false) {
@@ -19,6 +20,8 @@ function stopCamera(keep = false) {
 }
 
 async function openCamera() {
+  if (isOpening) return null;
+  isOpening = true;
   stopCamera();
   showProblem();
   setStatus("");
@@ -34,6 +37,8 @@ async function openCamera() {
     const reason = error.name === "NotAllowedError" ? "allow it in the browser's address bar" : "connect one and try again";
     showProblem(`The webcam cannot be used (${error.message}); ${reason}.`);
     return null;
+  } finally {
+    isOpening = false;
   }
   $("preview").srcObject = camera.stream;
   await $("preview").play();
