@@ -17,6 +17,7 @@ from jaxvid.serving.limits import Limits
 
 FIELD = "video"  # name of the form field that has the video
 FORM_BYTES = 100_000  # allowed in addition to the videos of a form: boundaries and headers
+MAX_OTHER_FIELDS = 100  # of a form; millions of small fields would keep the server busy for minutes
 JSON_BYTES = 10_000
 # `curl --data-binary @FILE` sends the type of an HTML form.
 RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded", "image/gif")
@@ -197,7 +198,7 @@ class _FormReceiver:
     def __init__(self, upload: Upload, max_parts: int):
         self._upload, self._max_parts = upload, max_parts
         self._name, self._value, self._is_video = b"", b"", False
-        self._size = 0
+        self._size = self._num_fields = 0
         self.is_complete = False
 
     def callbacks(self) -> dict[str, Callable]:
@@ -207,15 +208,18 @@ class _FormReceiver:
         return {f"on_{name}": getattr(self, f"_{name}") for name in names}
 
     def check(self) -> None:
-        """Refuse a form with too many videos.
+        """Refuse a form with too many videos or other fields.
 
         Raises:
             RequestError: There are too many.
         """
         if len(self._upload.parts) > self._max_parts:
             raise RequestError(
-                400, f"the form has more than {self._max_parts} fields {FIELD}; send fewer"
+                400, f"the form has too many fields {FIELD}; send at most {self._max_parts}"
             )
+        limit = self._max_parts + MAX_OTHER_FIELDS
+        if self._num_fields > limit:
+            raise RequestError(400, f"the form has more than {limit} fields; send only {FIELD}")
 
     def _header_begin(self) -> None:
         self._name = self._value = b""
@@ -233,6 +237,7 @@ class _FormReceiver:
                 self._is_video = True
 
     def _part_begin(self) -> None:
+        self._num_fields += 1
         self._is_video = False
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
