@@ -155,7 +155,11 @@ def live_clip(
             start, size = parts[i]
             return os.pread(file.fileno(), size, start)
 
+        limit = video.limits.pixels
+        reader = JpegFrames(video.id, len(parts), None, read, max_pixels=limit)
         try:
-            yield video_frames.make_live_clip(JpegFrames(video.id, len(parts), None, read), spec)
+            yield video_frames.make_live_clip(reader, spec)
         except DecodeError:
-            raise DecodeError(f"{video.id}: expected JPEG pictures of one size") from None
+            raise DecodeError(
+                f"{video.id}: expected JPEG pictures of one size, with at most {limit} pixels"
+            ) from None
