@@ -284,6 +284,20 @@ class ClipGatherer:
             yield np.stack([self._held[n] for n in row], axis=1)
 
 
+def max_held_frames(indices: np.ndarray) -> int:
+    """Return the largest number of frames that a `ClipGatherer` holds if they arrive one by one.
+
+    Args:
+        indices: Frame numbers of each window `(windows, t)`, non-decreasing along both axes.
+    """
+    needed = np.unique(indices)
+    starts, ends = np.searchsorted(needed, indices[:, 0]), np.searchsorted(needed, indices[:, -1])
+    starts = np.append(
+        starts[:1], starts[:-1]
+    )  # frames are dropped when the next window is complete
+    return int((ends + 1 - starts).max())
+
+
 def gather_clips(
     indices: np.ndarray, items: Iterator[tuple[np.ndarray, np.ndarray]]
 ) -> Iterator[np.ndarray]:

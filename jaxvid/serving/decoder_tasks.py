@@ -18,7 +18,7 @@ from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.records import NO_LABEL
 from jaxvid.errors import InputError
-from jaxvid.inference.sliding_windows import plan_windows, read_frames
+from jaxvid.inference.sliding_windows import max_held_frames, plan_windows, read_frames
 from jaxvid.serving import video_frames
 from jaxvid.serving.limits import Limits
 
@@ -106,7 +106,8 @@ def windows(
 
     Raises:
         DecodeError: The video cannot be decoded, or has neither frame rate nor timestamps.
-        InputError: `window` or `stride` is not above 0, or there are too many windows.
+        InputError: `window` or `stride` is not above 0, or the windows are too many or share too
+            many frames.
     """
     with video.open() as reader:
         # `plan_windows` refuses a stride of 0 and increases a stride below the distance of frames.
@@ -116,6 +117,14 @@ def windows(
                 f"stride={stride:g}: gives more than {limit} windows; use a longer stride"
             )
         plan = plan_windows(reader, spec, window, stride, align=align, name=video.id)
+        frame_bytes = spec.num_crops * spec.crop**2 * 3 * np.dtype(spec.eval_dtype).itemsize
+        # Windows that share features of frames need much less memory.
+        if not align and max_held_frames(plan.indices) * frame_bytes > video.limits.timeline_bytes:
+            raise InputError(
+                f"window={window:g}: the frames that windows share need more than "
+                f"{video.limits.timeline_bytes / 1e9:g} GB of memory; use a shorter window or a "
+                "longer stride"
+            )
         yield dataclasses.asdict(plan)
         needed = np.unique(plan.indices)
         for numbers, crops in read_frames(reader, needed, spec, chunk):
@@ -146,7 +155,11 @@ def live_clip(
             start, size = parts[i]
             return os.pread(file.fileno(), size, start)
 
+        limit = video.limits.pixels
+        reader = JpegFrames(video.id, len(parts), None, read, max_pixels=limit)
         try:
-            yield video_frames.make_live_clip(JpegFrames(video.id, len(parts), None, read), spec)
+            yield video_frames.make_live_clip(reader, spec)
         except DecodeError:
-            raise DecodeError(f"{video.id}: expected JPEG pictures of one size") from None
+            raise DecodeError(
+                f"{video.id}: expected JPEG pictures of one size, with at most {limit} pixels"
+            ) from None

@@ -24,6 +24,8 @@ class Limits:
         connections: Number of open connections.
         views: Maximum number of views of a prediction.
         windows: Maximum number of windows of a timeline.
+        timeline_bytes: Size of the frames of a timeline that are held in memory, because its
+            windows overlap.
         deadline_seconds: Maximum time from the end of the upload to the answer.
         stream_seconds: The same, for answers that are streams of events.
         drain_seconds: Maximum time in which a stopping server answers the requests in flight.
@@ -44,6 +46,7 @@ class Limits:
     connections: int = 512
     views: int = 64
     windows: int = 4000
+    timeline_bytes: int = 1_000_000_000
     deadline_seconds: float = 60.0
     stream_seconds: float = 600.0
     drain_seconds: float = 25.0

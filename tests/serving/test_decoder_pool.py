@@ -142,6 +142,7 @@ def test_bad_videos_and_arguments_raise_the_errors_of_the_task(video):
         ({"pixels": 64 * 48 - 1}, r"the frame size 64×48 is too large"),
         ({"decode_seconds": 1e-6}, r"decoding takes longer than 1e-06 s"),
         ({"windows": 3}, r"stride=0.1: gives more than 3 windows"),
+        ({"timeline_bytes": 4000}, r"window=0.5: the frames that windows share need more than"),
     ],
 )
 def test_limits_of_a_video(video, changed, message):

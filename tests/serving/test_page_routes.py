@@ -274,5 +274,5 @@ def test_live_frames_are_refused(server):
     for body in (pictures, {"a": b"not a JPEG"}):
         status, answer = post_pictures(server, body)
         assert status == 422
-        assert answer["error"]["message"] == "video: expected JPEG pictures of one size"
+        assert "expected JPEG pictures of one size" in answer["error"]["message"]
     assert post_pictures(server, {f"v{i}": b"x" for i in range(257)})[0] == 400

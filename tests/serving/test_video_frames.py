@@ -11,7 +11,9 @@ from PIL import Image
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views
 from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
-from jaxvid.serving import video_frames
+from jaxvid.serving import decoder_tasks, video_frames
+from jaxvid.serving.decoder_tasks import UploadedVideo
+from jaxvid.serving.limits import Limits
 
 
 def make_spec(**changes):
@@ -91,3 +93,11 @@ def test_live_pictures_of_different_sizes_are_refused():
     ]
     with pytest.raises(DecodeError):
         video_frames.make_live_clip(JpegFrames("v", 4, None, jpegs.__getitem__), make_spec())
+
+
+def test_live_pictures_above_the_limit_are_refused(tmp_path):
+    jpeg = simplejpeg.encode_jpeg(np.zeros((16, 32, 3), np.uint8))
+    (tmp_path / "pictures").write_bytes(jpeg)
+    video = UploadedVideo(str(tmp_path / "pictures"), Limits(pixels=16 * 32 - 1), 10.0)
+    with pytest.raises(DecodeError, match="with at most 511 pixels"):
+        next(decoder_tasks.live_clip(video, make_spec(), [(0, len(jpeg))]))

@@ -39,6 +39,7 @@ class JpegFrames:
             requests the frames in ascending order.
         close: Function that closes the underlying file; None: there is nothing to close.
         get_times: Function that returns `times`; None: no times are known.
+        max_pixels: Limit of the size of a frame.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class JpegFrames:
         close: Callable[[], None] | None = None,
         *,
         get_times: Callable[[], np.ndarray] | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
         self._name, self._get, self._get_times, self._close = name, get, get_times, close
+        self._max_pixels = max_pixels
         self.num_frames, self.fps = num_frames, fps
 
     @functools.cached_property
@@ -76,8 +79,8 @@ class JpegFrames:
             `(t, h, w, c)` uint8, RGB, one frame per index.
 
         Raises:
-            DecodeError: A frame cannot be read or decoded, has more than `MAX_PIXELS` pixels, or
-                has a different size than the other frames.
+            DecodeError: A frame cannot be read or decoded, is too large, or has a different size
+                than the other frames.
             IndexError: A frame number is out of range.
             InputError: The package simplejpeg is not installed.
         """
@@ -108,7 +111,7 @@ class JpegFrames:
                 try:
                     jpeg = self._get(i)
                     h, w, *_ = simplejpeg.decode_jpeg_header(jpeg)
-                    if frame is None and h * w <= MAX_PIXELS:
+                    if frame is None and h * w <= self._max_pixels:
                         frame = np.empty((h, w, 3), np.uint8)
                     if frame is None or frame.shape[:2] != (h, w):
                         raise ValueError(f"size {w}×{h} is too large or differs from other frames")

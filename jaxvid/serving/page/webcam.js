@@ -88,10 +88,13 @@ async function goLive() {
   $("rate").hidden = false;
   $("rate").textContent = "Waiting for frames…";
   const latencies = []; // of the last requests, in milliseconds, each with its end
+  let newest; // last capture of the previous window
   while (camera === opened) {
-    const frames = sampleWindow(captures);
-    if (frames.length < 2) await new Promise((resolve) => { setTimeout(resolve, 100); });
-    else if (!await classifyFrames(frames, latencies, opened)) return;
+    if (captures.at(-1) === newest) await new Promise((resolve) => { setTimeout(resolve, 20); });
+    else {
+      newest = captures.at(-1);
+      if (!await classifyFrames(sampleWindow(captures), latencies, opened)) return;
+    }
   }
 }
 
@@ -110,7 +113,6 @@ function capture(captures) {
 
 // The captures nearest to evenly spaced times in the last seconds, one per frame of a clip.
 function sampleWindow(captures) {
-  if (!captures.length) return [];
   const count = liveCard().preprocessing.num_frames, end = captures.at(-1).time;
   const begin = Math.max(captures[0].time, end - clipSeconds());
   return Array.from({ length: count }, (_, i) => {
