@@ -67,8 +67,8 @@ class HttpServer:
             listener: A listening socket.
             on_start: Called when connections are accepted.
         """
-        # Malformed requests must not fill the log.
-        for name in ("uvicorn.error", "python_multipart"):
+        # Malformed requests and lost connections must not fill the log.
+        for name in ("asyncio", "uvicorn.error", "python_multipart"):
             logging.getLogger(name).setLevel(logging.ERROR)
         self._server.on_start = on_start
         await self._server.serve([listener])
