@@ -26,6 +26,13 @@ class InputError(ValueError):
     EXIT_CODE = 2
 
 
+class DecodeError(InputError):
+    """A video that cannot be decoded. The message is one line with the file and the reason."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
 def check_option(name: str, value: object, options: Iterable) -> None:
     """Check that an option has one of its valid values.
 

@@ -130,7 +130,7 @@ def test_damaged_weights_end_the_server_with_one_line(folders, capsys, monkeypat
 
     model = make_fake_model()
     model.engine.warm_up = fail
-    monkeypatch.setattr("jaxvid.serving.served_model.load_models", lambda *_: [model])
+    monkeypatch.setattr("jaxvid.serving.model_loading.load_models", lambda *_: [model])
     assert serve.main(["--model", str(folders / "xvit"), "--port", "0"]) == 2
     stdout, stderr = capsys.readouterr()
     assert re.fullmatch(r"serving fake at http://127\.0\.0\.1:\d+/\n", stdout)

@@ -18,7 +18,7 @@ from av.video.reformatter import VideoReformatter
 
 from jaxvid.data.formats.packet_index import PacketIndex
 from jaxvid.data.formats.rgb import to_rgb
-from jaxvid.errors import InputError, printable
+from jaxvid.errors import DecodeError
 
 # Limits for untrusted files, far above what clips need.
 MAX_PIXELS = 64_000_000  # per frame: twice that of 8K video
@@ -26,22 +26,13 @@ MAX_FRAMES = 1_000_000  # nine hours at 30 frames/s
 MAX_SECONDS = 60.0  # wall time of opening a file and decoding it
 MAX_EARLY = 64  # decoded frames that may wait for an earlier one; more than any codec reorders
 MAX_PACKET_BYTES = 64 * 2**20  # in a file; if there are more, packets are not kept in memory
-
-# Containers that store the frames themselves. Other formats can refer to other files or network
-# addresses.
+# Containers that store their frames. Other formats can refer to other files or to addresses.
 CONTAINERS = (
     "asf,avi,dv,flv,gif,h264,hevc,ivf,matroska,mov,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,"
     "yuv4mpegpipe"
 )
 # Codecs that always mark frames that no other frame refers to, so that decoders can skip them.
 SKIPPABLE = ("h264", "mpeg1video", "mpeg2video", "mpeg4")
-
-
-class DecodeError(InputError):
-    """A video that cannot be decoded. The message is one line with the file and the reason."""
-
-    def __str__(self) -> str:
-        return printable(super().__str__())
 
 
 class VideoFile:
@@ -54,7 +45,7 @@ class VideoFile:
         path: A regular file.
         name: Name of the video in error messages; by default, the path.
         max_seconds: Limit of the wall time of opening and decoding together.
-        max_pixels: Limit of the size of a frame; None: `MAX_PIXELS`.
+        max_pixels: Limit of the size of a frame.
 
     Attributes:
         num_frames: Number of frames, without hidden frames and those before the first key frame.
@@ -74,9 +65,9 @@ class VideoFile:
         *,
         name: str = "",
         max_seconds: float = MAX_SECONDS,
-        max_pixels: int | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
-        self._path, self._name, self._max_pixels = path, name or path, max_pixels or MAX_PIXELS
+        self._path, self._name, self._max_pixels = path, name or path, max_pixels
         self._seconds_left = self._max_seconds = max_seconds
         self._container = self._readable = self._cached = None
         self._reformatter = VideoReformatter()  # shared, because its tables are made once
@@ -258,9 +249,7 @@ class VideoFile:
         if not 0 <= requested[0] <= requested[-1] < self.num_frames:
             raise IndexError(f"{self._name}: {requested} outside 0..{self.num_frames - 1}")
 
-    def _check_frames(
-        self, requested: list[int], intact: Container[int], shapes: set[tuple]
-    ) -> None:
+    def _check_frames(self, requested: list[int], intact: Container[int], shapes: set) -> None:
         """Raise a DecodeError if requested frames are damaged or have different shapes."""
         if missing := [i for i in requested if i not in intact]:
             readable = f"{self.count_readable()} of {self.num_frames} can be read"
