@@ -104,6 +104,18 @@ def test_token_is_asked_for(open_page, restricted, clips):
     expect_start(page)
 
 
+def test_video_that_is_chosen_before_the_token_is_classified_afterwards(
+    open_page, restricted, clips
+):
+    page = open_page(f"{restricted.url}/", errors=HTTP_ERRORS)
+    field = page.get_by_label("Token")
+    expect(field).to_be_focused()
+    choose(page, clips[0])
+    field.fill(TOKEN)
+    page.keyboard.press("Enter")
+    expect_result(page)
+
+
 def test_token_in_the_address_is_hidden(open_page, restricted, clips):
     page = open_page(f"{restricted.url}/#token={TOKEN}")
     expect_start(page)

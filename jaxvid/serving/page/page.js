@@ -89,7 +89,12 @@ let playing = ""; // object URL of the player's video
 const bodyOf = ({ blob, url }) => (blob ? { body: blob, headers: { "Content-Type": "application/octet-stream" } }
   : { body: JSON.stringify({ url }), headers: { "Content-Type": "application/json" } });
 
+let early = null; // a video that was chosen before the models are known
 async function classify(source, windows = {}) {
+  if (!results.cards.size) { // the page waits for the server, or for the token
+    early = source;
+    return;
+  }
   current?.controller.abort();
   stopCamera();
   const run = { source, windows, controller: new AbortController() };
@@ -331,6 +336,8 @@ async function start() {
     $("url-form").hidden = !allowUrls;
     showSamples(samples, note);
     $("input").hidden = false;
+    if (early) classify(early);
+    early = null;
   } catch (error) {
     if (error.status !== 401) showProblem(error.message, error.retryable && start);
   }
