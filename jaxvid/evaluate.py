@@ -112,7 +112,7 @@ def _evaluate(
     report = make_report(
         results,
         experiment.protocol,
-        data=experiment.dataset.folder,
+        data=experiment.dataset.location,
         checkpoint=weights.source,
     )
     report["weights_sha256"] = sha256
