@@ -1,6 +1,8 @@
 """Runs a function on the workers of a runner of Apache Beam."""
 
+import contextlib
 import dataclasses
+import io
 import logging
 import shlex
 import sys
@@ -30,6 +32,32 @@ class BeamRunner:
     def __post_init__(self):
         check_option("--runner", self.name, RUNNERS)
 
+    def make_pipeline(self) -> Any:
+        """Return an empty `beam.Pipeline`. Workers log errors only, unless the options say more.
+
+        Raises:
+            InputError: Apache Beam is not installed, or an option has an invalid value or is
+                unknown.
+        """
+        beam = import_or_explain("apache_beam", "apache-beam", "--runner needs")
+        from apache_beam.options.pipeline_options import PipelineOptions
+
+        logging.getLogger().setLevel(logging.ERROR)  # Beam logs every step
+        usage, flags = io.StringIO(), f"--beam_args {shlex.join(self.options)}"
+        try:
+            with contextlib.redirect_stderr(usage):  # argparse prints all options of Beam
+                given = PipelineOptions(list(self.options))
+                known = given.get_all_options(drop_default=True)
+                parsed = given.get_all_options(drop_default=True, retain_unknown_options=True)
+        except SystemExit:
+            problem = usage.getvalue().strip().rpartition("error: ")[2]
+            raise InputError(f"{flags}: {one_line(problem)}; correct it") from None
+        if unknown := {*parsed} - {*known}:
+            raise InputError(f"{flags}: Beam has no option {', '.join(sorted(unknown))}; correct it")
+        defaults = ["--default_sdk_harness_log_level=ERROR"]
+        options = PipelineOptions([f"--runner={self.name}", *defaults, *self.options])
+        return beam.Pipeline(options=options)
+
 
 def make_runner(name: str | None, options: str) -> BeamRunner | None:
     """Return the runner of the options `--runner` and `--beam_args`; None without `--runner`.
@@ -42,9 +70,10 @@ def make_runner(name: str | None, options: str) -> BeamRunner | None:
             raise InputError("--beam_args needs --runner NAME")
         return None
     try:
-        return BeamRunner(name, tuple(shlex.split(options)))
+        arguments = tuple(shlex.split(options))
     except ValueError as error:
         raise InputError(f"--beam_args {options}: {error}; correct the quotation marks") from None
+    return BeamRunner(name, arguments)
 
 
 def run_on_workers(
@@ -65,14 +94,12 @@ def run_on_workers(
     """
     if not items:
         return
-    beam = import_or_explain("apache_beam", "apache-beam")
-    from apache_beam.options.pipeline_options import PipelineOptions
+    new_pipeline = runner.make_pipeline()
+    import apache_beam as beam
 
-    logging.getLogger().setLevel(logging.WARNING)  # Beam logs its steps at the level INFO
     print(f"running {len(items)} parts on {runner.name}", file=sys.stderr)
     try:
-        options = PipelineOptions([f"--runner={runner.name}", *runner.options])
-        with beam.Pipeline(options=options) as pipeline:
+        with new_pipeline as pipeline:
             (
                 pipeline
                 | "Parts" >> beam.Create(list(items))
@@ -80,10 +107,6 @@ def run_on_workers(
                 | "Distribute" >> beam.Reshuffle()
                 | "Work" >> beam.Map(function)
             )
-    except (InputError, KeyboardInterrupt):
-        raise
-    except SystemExit:
-        raise InputError(f"--beam_args {shlex.join(runner.options)}: invalid option") from None
     except Exception as error:  # runners raise exceptions of many types
         raise InputError(
             f"{runner.name} failed ({_last_line(error)}); fix this and run the same command again "
