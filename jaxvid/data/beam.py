@@ -53,7 +53,9 @@ class BeamRunner:
             problem = usage.getvalue().strip().rpartition("error: ")[2]
             raise InputError(f"{flags}: {one_line(problem)}; correct it") from None
         if unknown := {*parsed} - {*known}:
-            raise InputError(f"{flags}: Beam has no option {', '.join(sorted(unknown))}; correct it")
+            raise InputError(
+                f"{flags}: Beam has no option {', '.join(sorted(unknown))}; correct it"
+            )
         defaults = ["--default_sdk_harness_log_level=ERROR"]
         options = PipelineOptions([f"--runner={self.name}", *defaults, *self.options])
         return beam.Pipeline(options=options)

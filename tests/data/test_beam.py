@@ -1,5 +1,6 @@
 """`prepare` and `check` on runners of Apache Beam, which `make test-beam` installs."""
 
+import contextlib
 import json
 import os
 import signal
@@ -119,28 +120,77 @@ def test_a_killed_pipeline_continues(beam, folder, local, tmp_path):
     assert read_pack(output) == local[0]
 
 
-@pytest.fixture
-def cluster(beam, tmp_path):
-    """A job server and two pools of workers, which are processes of their own; yield its options.
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
 
-    The runners of Flink and Spark talk to their workers through the same interfaces.
+
+def start(stack, module, *arguments):
+    """Start a server in a process group of its own, which is killed when the stack is closed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def stop():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    stack.callback(stop)
+    return process
+
+
+def wait_for_port(port):
+    deadline = time.monotonic() + STARTED
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("localhost", port), 1):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"nothing listens on port {port}")
+
+
+def start_cluster(stack):
+    """Start a job server and a pool of workers, as the runners of Flink and Spark use them.
+
+    Returns:
+        The options of the runner, and the process of the pool.
     """
-    with contextlib.ExitStack() as stack:
-        yield start_cluster(stack, tmp_path)
+    job_port, pool_port = free_port(), free_port()
+    start(
+        stack,
+        "apache_beam.runners.portability.local_job_service_main",
+        *("--port", str(job_port)),
+    )
+    pool = start(
+        stack,
+        "apache_beam.runners.worker.worker_pool_main",
+        *("--service_port", str(pool_port)),
+    )
+    wait_for_port(job_port)
+    wait_for_port(pool_port)
+    options = (
+        f"--job_endpoint=localhost:{job_port} --environment_type=EXTERNAL "
+        f"--environment_config=localhost:{pool_port}"
+    )
+    return options, pool
 
 
 @pytest.mark.full
 def test_a_lost_worker_does_not_change_the_pack(beam, folder, local, tmp_path):
     output = tmp_path / "pack"
     with contextlib.ExitStack() as stack:
-        options, workers = start_cluster(stack, tmp_path)
+        options, workers = start_cluster(stack)
         arguments = command(folder, output, "--runner=PortableRunner", f"--beam_args={options}")
         process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
         wait_for_a_part(process, output)
         os.killpg(workers.pid, signal.SIGKILL)
         process.communicate()
     with contextlib.ExitStack() as stack:
-        options, _ = start_cluster(stack, tmp_path)
+        options, _ = start_cluster(stack)
         arguments = command(folder, output, "--runner=PortableRunner", f"--beam_args={options}")
         result = subprocess.run(arguments, capture_output=True, text=True)
     assert result.returncode == 3, result.stderr
