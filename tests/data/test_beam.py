@@ -130,6 +130,8 @@ def start(stack, module, *arguments):
     """Start a server in a process group of its own, which is killed when the stack is closed."""
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
+        # The pool starts its workers with the command `python`.
+        env=os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"},
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -185,14 +187,17 @@ def test_a_lost_worker_does_not_change_the_pack(beam, folder, local, tmp_path):
     with contextlib.ExitStack() as stack:
         options, workers = start_cluster(stack)
         arguments = command(folder, output, "--runner=PortableRunner", f"--beam_args={options}")
-        process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
-        wait_for_a_part(process, output)
+        process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+        stack.callback(process.wait)
+        stack.callback(process.kill)  # the job server does not notice the loss
+        finished = wait_for_a_part(process, output)
         os.killpg(workers.pid, signal.SIGKILL)
-        process.communicate()
+        before = {name: (output / ".parts" / name).stat().st_mtime_ns for name in finished}
     with contextlib.ExitStack() as stack:
         options, _ = start_cluster(stack)
         arguments = command(folder, output, "--runner=PortableRunner", f"--beam_args={options}")
         result = subprocess.run(arguments, capture_output=True, text=True)
     assert result.returncode == 3, result.stderr
+    assert {name: (output / ".parts" / name).stat().st_mtime_ns for name in finished} == before
     assert read_pack(output) == local[0]
     assert json.loads((output / "report.json").read_text())["complete"]
