@@ -71,6 +71,14 @@ def wait_for_a_part(process, output):
     raise AssertionError(f"no part was finished; exit code {process.poll()}")
 
 
+def test_workers_need_only_the_data_part():
+    script = (
+        "import sys; sys.modules |= dict.fromkeys(('jax', 'flax', 'orbax', 'optax', 'grain'))\n"
+        "from jaxvid.data import check, pack_parts, part_results"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_options_are_checked():
     assert make_runner(None, "") is None
     assert make_runner("DirectRunner", "--a 'b c'") == BeamRunner("DirectRunner", ("--a", "b c"))
