@@ -113,6 +113,27 @@ def test_a_check_equals_that_of_one_process(beam, folder, tmp_path):
     assert without_times(report) == without_times(check([folder], 1))
 
 
+def test_the_tfds_builder_uses_the_runner(beam, folder, local, tmp_path):
+    import tensorflow_datasets as tfds
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    from jaxvid.data.tfds_builder import PackBuilder
+
+    class MotionVideos(PackBuilder, skip_registration=True):
+        VERSION = "1.0.0"
+        INPUTS = (str(folder),)
+        SETTINGS = SETTINGS
+
+    config = tfds.download.DownloadConfig(
+        beam_runner="DirectRunner", beam_options=PipelineOptions(PROCESSES.split())
+    )
+    MotionVideos(data_dir=tmp_path).download_and_prepare(download_config=config)
+    built = read_pack(tmp_path / "motion_videos" / "1.0.0")
+    assert {name: data for name, data in built.items() if name != "dataset_info.json"} == {
+        name: data for name, data in local[0].items() if name != "dataset_info.json"
+    }
+
+
 def test_a_killed_pipeline_continues(beam, folder, local, tmp_path):
     output = tmp_path / "pack"
     arguments = command(folder, output, "--runner=DirectRunner", f"--beam_args={PROCESSES}")
