@@ -165,7 +165,9 @@ def _read_metadata(folder: str, split: str) -> SplitFiles:
     labels = None
     if label.num_classes:
         feature = features.ClassLabel(num_classes=label.num_classes)
-        feature.load_metadata(folder, "label")
+        names = Path(feature.get_names_filepath(folder, "label"))
+        if names.exists() and names.read_text(encoding="utf-8").strip():
+            feature.load_metadata(folder, "label")
         labels = list(feature.names)
     template = naming.ShardedFileTemplate(
         dataset_name=info.name, data_dir=folder, filetype_suffix=file_format
