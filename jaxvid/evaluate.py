@@ -227,7 +227,7 @@ def _log_source(source: str, experiment: Experiment, changed: dict[str, str]) ->
     if lines:
         log.warning("preprocessing differs from the model's: %s", "; ".join(lines))
     lines = [changed[name] for name in SPLIT_FIELDS if name in changed]
-    if lines and not {"data.folder", "data.list"} & {*changed}:
+    if lines and not {"data.folder", "data.list", "data.name"} & {*changed}:
         log.warning(
             "the validation videos may include training videos of the run: %s", "; ".join(lines)
         )
