@@ -325,21 +325,19 @@ def print_report(report: dict, done: str) -> None:
 
 def check(
     paths: Sequence[str | Path],
-    workers: int,
+    workers: int | BeamRunner,
     prefix: str = "",
     state: Path | None = None,
-    beam: BeamRunner | None = None,
 ) -> dict:
     """Read every video of lists and folders completely.
 
     Args:
         paths: As in `gather`.
-        workers: Number of threads.
+        workers: Number of threads of this process; or a runner of Apache Beam, whose workers read
+            the videos and write `state` under the same paths.
         prefix: As in `gather`.
         state: Folder with the results of finished parts, which are not read again; None: no
-            results are stored.
-        beam: Runner of Apache Beam whose workers read the videos, or None for threads of this
-            process. It needs `state`.
+            results are stored. A runner needs it.
 
     Returns:
         The report of `make_report`, with one more key: `overlaps` (lines about videos that are in
@@ -357,8 +355,9 @@ def check(
     if state is None:
         findings = list(_read(items, workers))
     else:
+        runner = workers if isinstance(workers, BeamRunner) else None
         read = functools.partial(_read, workers=workers)
-        rows = part_results.run(items, state, read, read_part, beam)
+        rows = part_results.run(items, state, read, read_part, runner)
         findings = [Finding(**row) for row in rows]
     return make_report(findings, time.monotonic() - start) | {"overlaps": overlaps}
 
@@ -387,7 +386,7 @@ def main() -> None:
             raise InputError("--runner needs --state DIR, a folder that all workers can write")
         if output:
             check_output("--json", output)
-        report = check(args.input, max(1, args.workers), args.prefix, args.state, beam)
+        report = check(args.input, beam or max(1, args.workers), args.prefix, args.state)
         if output:
             write_json(output, report)
     except InputError as error:

@@ -119,11 +119,10 @@ def prepare(
     output: str | Path,
     settings: Settings,
     *,
-    workers: int,
+    workers: int | BeamRunner,
     shard: tuple[int, int] = (0, 1),
     prefix: str = "",
     split: ValidationSplit | None = None,
-    beam: BeamRunner | None = None,
 ) -> dict:
     """Pack the videos of lists and folders, or resume an unfinished pack.
 
@@ -131,12 +130,11 @@ def prepare(
         inputs: Lists and folders, as in `check.gather`.
         output: Folder of the pack.
         settings: Settings of the pack.
-        workers: Number of threads.
+        workers: Number of threads of this process; or a runner of Apache Beam, whose workers read
+            the videos and write the pack under the same paths.
         shard: `(index, count)`: index of this job, and number of jobs that share the work.
         prefix: Folder that paths in lists are relative to, as in `check.gather`.
         split: Division of the videos into training and validation, or None.
-        beam: Runner of Apache Beam whose workers write the pack, or None for threads of this
-            process. The workers read the videos and write the pack under the same paths.
 
     Returns:
         The report of `check.make_report` with three more keys: `packed_bytes`, `settings`, and
@@ -175,17 +173,7 @@ def prepare(
         with locked(output / ".parts" / f"lock{tag}"):
             note_overlaps(records)
             try:
-                remaining = [part for part in job_parts if load_state(part, output) is None]
-                if len(remaining) < len(job_parts):
-                    complete = len(job_parts) - len(remaining)
-                    print(f"{complete} of {len(job_parts)} parts are complete", file=sys.stderr)
-                if beam is None:
-                    _write_parts(remaining, output, settings, labels, tag, workers)
-                else:
-                    write = functools.partial(
-                        encode_and_write, output=output, settings=settings, labels=labels
-                    )
-                    run_on_workers(write, remaining, beam)
+                _write_parts(job_parts, output, settings, labels, tag, workers)
                 return _finish(parts, job_parts, output, labels, settings)
             finally:
                 for partial in (output / ".parts").glob(f"*{tag}"):
@@ -227,10 +215,23 @@ def _divide(
 
 
 def _write_parts(
-    parts: list[Part], output: Path, settings: Settings, labels: list[str], tag: str, workers: int
+    parts: list[Part],
+    output: Path,
+    settings: Settings,
+    labels: list[str],
+    tag: str,
+    workers: int | BeamRunner,
 ) -> None:
-    """Write parts with threads of this process."""
-    items = [(record, part.split) for part in parts for record in part.records]
+    """Write the parts of this job that are not complete."""
+    remaining = [part for part in parts if load_state(part, output) is None]
+    num_complete = len(parts) - len(remaining)
+    if num_complete:
+        print(f"{num_complete} of {len(parts)} parts are complete", file=sys.stderr)
+    if isinstance(workers, BeamRunner):
+        write = functools.partial(encode_and_write, output=output, settings=settings, labels=labels)
+        run_on_workers(write, remaining, workers)
+        return
+    items = [(record, part.split) for part in remaining for record in part.records]
     progress = Progress(len(items), "packing")
     with contextlib.closing(
         map_in_order(lambda item: encode(*item, settings), items, workers)
@@ -243,7 +244,7 @@ def _write_parts(
                 yield clip
 
         try:
-            for part in parts:
+            for part in remaining:
                 write_part(part, clips_of(part), output, settings, labels, tag)
         finally:
             progress.close()
@@ -309,11 +310,10 @@ def main() -> None:
             args.input,
             args.output,
             settings,
-            workers=max(1, args.workers),
+            workers=beam or max(1, args.workers),
             shard=shard,
             prefix=args.prefix,
             split=ValidationSplit(args.val_share, args.group),
-            beam=beam,
         )
     except InputError as error:
         parser.exit(InputError.EXIT_CODE, f"error: {printable(error)}\n")

@@ -97,10 +97,10 @@ class PackBuilder(tfds.core.DatasetBuilder, skip_registration=True):
         """
         if self.SETTINGS.format != "arrayrecord":
             raise InputError(f"SETTINGS.format={self.SETTINGS.format}: must be 'arrayrecord'")
-        beam = None
+        workers = os.cpu_count() or 1
         if download_config and (download_config.beam_runner or download_config.beam_options):
             config = download_config
-            beam = _ConfiguredRunner(
+            workers = _ConfiguredRunner(
                 name=str(config.beam_runner or "the runner of beam_options"),
                 runner=config.beam_runner,
                 pipeline_options=config.beam_options,
@@ -110,10 +110,9 @@ class PackBuilder(tfds.core.DatasetBuilder, skip_registration=True):
             self.INPUTS,
             folder,
             self.SETTINGS,
-            workers=os.cpu_count() or 1,
+            workers=workers,
             prefix=self.PREFIX,
             split=self.SPLIT,
-            beam=beam,
         )
         self.info.set_splits(tfds.core.splits.SplitDict(self._split_infos(folder)))
 

@@ -100,7 +100,7 @@ def test_invalid_options_of_beam_are_refused(beam, capfd):
 
 def test_a_pack_equals_that_of_one_process(beam, folder, local, tmp_path):
     runner = make_runner("DirectRunner", PROCESSES)
-    report = prepare([folder], tmp_path / "pack", SETTINGS, workers=1, beam=runner)
+    report = prepare([folder], tmp_path / "pack", SETTINGS, workers=runner)
     assert read_pack(tmp_path / "pack") == local[0]
     assert without_times(report) == without_times(local[1])
     assert [row["id"] for row in report["broken"]] == ["train/00003.mp4", "val/00002.mp4"]
@@ -109,7 +109,7 @@ def test_a_pack_equals_that_of_one_process(beam, folder, local, tmp_path):
 
 def test_a_check_equals_that_of_one_process(beam, folder, tmp_path):
     runner = make_runner("DirectRunner", "")
-    report = check([folder], 1, state=tmp_path / "state", beam=runner)
+    report = check([folder], runner, state=tmp_path / "state")
     assert without_times(report) == without_times(check([folder], 1))
 
 
