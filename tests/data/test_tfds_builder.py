@@ -68,3 +68,21 @@ def test_builders_refuse_wrong_inputs(builder, tmp_path, monkeypatch):
     monkeypatch.setattr(type(builder), "INPUTS", (str(tmp_path / "nowhere"),))
     with pytest.raises(InputError, match="nowhere does not exist"):
         type(builder)(data_dir=tmp_path / "other").download_and_prepare()
+
+
+def test_kinetics_annotations_are_packed(builder, motion_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "kinetics"
+    (folder / "train").mkdir(parents=True)
+    lines = ["label,youtube_id,time_start,time_end,split"]
+    for i, label in enumerate(("dancing", "abseiling")):
+        name = f"video_{i}_000001_000011.mp4"
+        (folder / "train" / name).symlink_to(motion_folder / "val" / f"{i:05d}.mp4")
+        lines.append(f"{label},video_{i},1,11,train")
+    (folder / "train.csv").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(type(builder), "INPUTS", (str(folder / "train.csv"),))
+    kinetics = type(builder)(data_dir=tmp_path / "tfds")
+    kinetics.download_and_prepare()
+    assert kinetics.info.features["label"].names == ["abseiling", "dancing"]
+    prepare([folder / "train.csv"], tmp_path / "pack", SETTINGS, workers=1)
+    built, without = tmp_path / "tfds" / "motion_videos" / "1.0.0", ("dataset_info.json",)
+    assert read_pack(built, without=without) == read_pack(tmp_path / "pack", without=without)
