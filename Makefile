@@ -3,8 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PYTEST := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0
 
-.PHONY: demo demo-stam test test-full test-browser test-container test-mutation chromium lint format
+.PHONY: demo demo-stam test test-full test-browser test-container test-beam test-tfds test-mutation \
+	chromium lint format
 
 demo: $(VENV)/.run-installed
 	$(RUN) main.py --config configs/motion.py --workdir runs/motion
@@ -23,6 +25,13 @@ test-browser: $(VENV)/.browser-installed chromium
 
 test-container: $(VENV)/.dev-installed
 	$(RUN) -m tests.container $(OPTIONS)
+
+# Beam and TensorFlow need other versions of some packages, so they have environments of their own.
+test-beam: $(VENV)-beam/.installed
+	$(VENV)-beam/bin/python -m pytest -m 'full or not full' -n 0 tests/data/test_beam.py
+
+test-tfds: $(VENV)-tfds/.installed
+	$(VENV)-tfds/bin/python -m pytest -m full -n 0 tests/data/test_tfds.py
 
 test-mutation: $(VENV)/.mutation-installed
 	$(RUN) -m tests.mutation $(MODULES)
@@ -61,6 +70,20 @@ chromium:
 $(VENV)/.mutation-installed: requirements-mutation.txt $(VENV)/.dev-installed
 	@echo "installing requirements-mutation.txt into $(VENV)"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-mutation.txt
+	@touch $@
+
+$(VENV)-beam/.installed: requirements-beam.txt pyproject.toml
+	@echo "installing jaxvid and requirements-beam.txt into $(VENV)-beam"
+	@$(PYTHON) -m venv $(VENV)-beam
+	@$(VENV)-beam/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r requirements-beam.txt '.[beam]' $(PYTEST)
+	@touch $@
+
+$(VENV)-tfds/.installed: pyproject.toml
+	@echo "installing jaxvid and TensorFlow into $(VENV)-tfds"
+	@$(PYTHON) -m venv $(VENV)-tfds
+	@$(VENV)-tfds/bin/python -m pip install --quiet --disable-pip-version-check \
+		tensorflow-cpu . $(PYTEST)
 	@touch $@
 
 $(RUN):

@@ -53,6 +53,10 @@ def _default_data() -> ConfigDict:
     data = ConfigDict()
     data.source = "folder"  # motion, folder, class_folders, xvit_h5, pack or tfds
     data.folder = ""
+    data.name = ""  # of a TFDS data set, for data.source=tfds, as in ucf101/ucf101_1:2.0.0
+    data.tfds_dir = ""  # folder of TFDS data sets; empty: $TFDS_DATA_DIR or ~/tensorflow_datasets
+    # TFDS splits or slices, as in train[:90%]; empty: train; the first of val, validation, test.
+    data.splits = ConfigDict({"train": "", "val": ""})
     data.list = ""  # list of all videos below data.folder; empty: train.csv and val.csv in it
     data.prefix = ""  # directory that paths in lists are relative to; empty: the list's
     data.val_share = 0.0  # validation share of videos that are not divided into splits; 0: off

@@ -144,7 +144,7 @@ def _evaluate(
     report = make_report(
         results,
         experiment.protocol,
-        data=experiment.dataset.folder,
+        data=experiment.dataset.location,
         checkpoint=weights.source,
     )
     report["weights_sha256"] = sha256
@@ -329,7 +329,7 @@ def _log_source(source: str, experiment: Experiment, changed: dict[str, str]) ->
     if lines:
         log.warning("preprocessing differs from the model's: %s", "; ".join(lines))
     lines = [changed[name] for name in SPLIT_FIELDS if name in changed]
-    if lines and not {"data.folder", "data.list"} & {*changed}:
+    if lines and not {"data.folder", "data.list", "data.name"} & {*changed}:
         log.warning(
             "the validation videos may include training videos of the run: %s", "; ".join(lines)
         )

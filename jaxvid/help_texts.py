@@ -87,6 +87,11 @@ to finish completes the pack.
 Exit codes: 0 success, 2 invalid input, 3 some videos are broken and left out.
 """
 
+CHECK = """Decode every frame of every video of a data set, and report broken and unusual videos.
+
+Exit codes: 0 all videos can be read, 2 invalid input, 3 some videos are broken.
+"""
+
 CHECK_LABELS = """Check the order of a model's class names on a few labelled videos.
 
 --videos names class folders, a data folder, an official list of Kinetics or Something-Something, or

@@ -182,7 +182,34 @@ def prepare() -> argparse.ArgumentParser:
     add("--color_matrix", default="tagged", help="conversion of YUV to RGB: tagged (by the color "
         "matrix that the video file names), or bt601 (always BT.601, for converted STAM weights) "
         "(default: tagged)")  # fmt: skip
+    _add_beam(parser)
     return parser
+
+
+def check() -> argparse.ArgumentParser:
+    """Return the parser of `jaxvid check`."""
+    parser = _make_parser("check", help_texts.CHECK)
+    add = parser.add_argument
+    add("input", nargs="+", metavar="LIST_OR_FOLDER", help="lists or data folders")
+    add("--prefix", default="", help="folder that paths in lists are relative to (default: the "
+        "list's folder)")  # fmt: skip
+    add("--json", metavar="OUT", help="write the report to this file")
+    add("--workers", type=int, default=os.cpu_count(), help="number of threads (default: CPUs)")
+    add("--state", type=Path, metavar="DIR", help="store the results of finished parts in this "
+        "folder, so that the same command continues an interrupted check (default: not "
+        "stored)")  # fmt: skip
+    _add_beam(parser)
+    return parser
+
+
+def _add_beam(parser: argparse.ArgumentParser) -> None:
+    """Add the options of programs whose work Apache Beam can divide among machines."""
+    add = parser.add_argument
+    add("--runner", metavar="NAME", help="runner of Apache Beam: DirectRunner, FlinkRunner, "
+        "SparkRunner, DataflowRunner or PortableRunner (default: threads of this "
+        "process)")  # fmt: skip
+    add("--beam_args", default="", metavar="'ARG ...'", help="options of the runner, as one quoted "
+        "text (default: none)")  # fmt: skip
 
 
 def check_labels() -> argparse.ArgumentParser:

@@ -357,7 +357,7 @@ def _make_validation(
             mesh=run.mesh,
         ),
         make_report=functools.partial(
-            make_report, protocol=experiment.protocol, data=experiment.dataset.folder
+            make_report, protocol=experiment.protocol, data=experiment.dataset.location
         ),
         describe=summary,
         make_card=functools.partial(

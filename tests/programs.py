@@ -89,7 +89,11 @@ PROGRAMS = {
         ("out.json",),
         "fitting: .*",
     ),
-    "check": Program(["-m", "jaxvid.data.check", "{data}", "--json={out}/out.json"], ("out.json",)),
+    "check": Program(
+        ["-m", "jaxvid.data.check", "{data}", "--json={out}/out.json", "--state={out}/state"],
+        ("out.json",),
+        "reading: .*|.* parts are complete",
+    ),
     "prepare": Program(
         ["-m", "jaxvid.data.prepare", "--input", "{data}", "--output={out}/pack"],
         ("pack/report.json",),

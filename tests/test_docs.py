@@ -49,6 +49,11 @@ NOT_RUN = {
     r"python3 -m (venv|pip) |\.venv/bin/pip ": "installs packages",
     r"srun ": "needs a Slurm cluster",
     r"docker ": "needs Docker; make test-container builds and runs the image",
+    r"tfds ": "needs TensorFlow",
+    r"python main\.py .*--config\.data\.source=tfds ": "needs UCF101; "
+    "tests/data/test_tfds.py trains on a miniature",
+    r"python -m jaxvid .*--runner ": "needs apache-beam; tests/data/test_beam.py runs the programs "
+    "if it is installed",
     r"python main\.py .*--num_processes 2 ": "waits for a second process; "
     "tests/distributed starts both processes",
     r"python main\.py --config configs/xvit_k600\.py (?!.*--mode schedule)": "needs Kinetics-600",
@@ -175,7 +180,7 @@ def check_command(command: str, monkeypatch) -> None:
     if name == "srun":
         check_command(command[command.index("python ") :], monkeypatch)
         return
-    if name in ("python3", ".venv/bin/pip", "docker", "curl"):
+    if name in ("python3", ".venv/bin/pip", "docker", "curl", "tfds"):
         return
     assert PYTHON.match(command), command
     module, arguments = program_of(arguments)

@@ -29,11 +29,15 @@ ADDED_FIELDS = {
     **{"data.list": "", "data.val_share": 0.0, "data.group": ""},
     **{"data.sampler": "uniform", "data.repeats": 1, "loss.name": "softmax"},
     "loss.class_weights": "none",
+    **{f"data.{field}": "" for field in ("name", "tfds_dir", "splits.train", "splits.val")},
     **{"model.attention": "auto", "model.scan": "auto"},
 }
 
 # Fields that may differ between the processes of one run.
-OWN_FIELDS = ("data.folder", "data.list", "data.prefix", "data.num_threads", "data.num_workers")
+OWN_FIELDS = (
+    *("data.folder", "data.tfds_dir", "data.list", "data.prefix"),
+    *("data.num_threads", "data.num_workers"),
+)
 
 
 def check_same_run(config: Mapping[str, Any], workdir: Path) -> None:

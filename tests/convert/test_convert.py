@@ -239,7 +239,9 @@ def test_image_weights_initialize_video_models(name, suffix, tmp_path, capsys):
     np.testing.assert_allclose(params[f"{prefix}pos_embed"], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["stam_8", "xvit_k400", "xvit_ssv2"])
+@pytest.mark.parametrize(
+    "name", ["stam_8", pytest.param("xvit_k400", marks=pytest.mark.full), "xvit_ssv2"]
+)
 def test_converted_folders_can_predict_and_be_fine_tuned(name, tmp_path, motion_folder, clips):
     path, folder = save(tmp_path / "in.pth", name, state_dict(name)), tmp_path / "model"
     assert convert(name, path, folder) == 0

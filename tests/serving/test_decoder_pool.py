@@ -20,6 +20,7 @@ from jaxvid.serving.decoder_pool import DecoderPool
 from jaxvid.serving.decoder_process import HEADER
 from jaxvid.serving.errors import DecodeTimeoutError, OverloadedError, RequestError
 from jaxvid.serving.limits import Limits
+from tests.data.test_pipeline import is_running
 from tests.data.test_video_reader import write_video
 from tests.serving import tasks
 from tests.serving.processes import decoder_processes
@@ -245,14 +246,14 @@ def test_a_process_that_dies_while_idle_is_replaced():
     async def test(pool):
         [before] = await collect(pool, tasks.report)
         os.kill(before["pid"], signal.SIGKILL)
-        while before["pid"] in running_decoders():
+        while is_running(before["pid"]):
             await asyncio.sleep(0.01)
         [after] = await collect(pool, tasks.report)
         assert after["pid"] != before["pid"]
         [template] = running_decoders() - {after["pid"]}
         os.kill(template, signal.SIGKILL)  # the next worker needs another template
         os.kill(after["pid"], signal.SIGKILL)
-        while template in running_decoders() or after["pid"] in running_decoders():
+        while is_running(template) or is_running(after["pid"]):
             await asyncio.sleep(0.01)
         assert await collect(pool, tasks.read) == [{"text": "contents"}]
 

@@ -256,7 +256,7 @@ def distance(a, b):
     "options",
     [
         {},
-        {"mixup_alpha": 0.4, "erase_prob": 0.5},
+        pytest.param({"mixup_alpha": 0.4, "erase_prob": 0.5}, marks=pytest.mark.full),
         pytest.param({"cutmix_alpha": 1.0}, marks=pytest.mark.full),
     ],
     ids=str,

@@ -217,6 +217,7 @@ def test_a_changed_config_is_refused_with_the_differences(run):
         train(other.lock(), workdir)
 
 
+@pytest.mark.full
 def test_mesh_and_logging_may_change_between_starts(run, tmp_path):
     """Threads, logging and the mesh change the weights only by rounding errors."""
     workdir, config, _ = run

@@ -1,14 +1,17 @@
-"""Reader of videos whose frames are stored as JPEG images, in a pack or an HDF5 file."""
+"""Reader of videos whose frames are stored as JPEG or PNG images, e.g. in a pack."""
 
 import contextlib
 import ctypes
 import functools
 from collections.abc import Callable, Iterable, Iterator
 
+import cv2
 import numpy as np
 
 from jaxvid.data.formats.video_reader import MAX_PIXELS, DecodeError
 from jaxvid.errors import import_or_explain, one_line
+
+PNG = b"\x89PNG\r\n\x1a\n"  # first bytes of a PNG image
 
 
 @functools.cache
@@ -25,7 +28,7 @@ def keep_freed_memory() -> None:
 
 
 class JpegFrames:
-    """An open video whose frames are JPEG images. It implements the protocol `VideoReader`.
+    """An open video whose frames are JPEG or PNG images. It implements the protocol `VideoReader`.
 
     Attributes:
         num_frames: Number of frames.
@@ -35,7 +38,7 @@ class JpegFrames:
         name: Name of the video in error messages.
         num_frames: Number of frames.
         fps: Frames per second, or None if unknown.
-        get: Function from a frame number to the bytes of the JPEG image. Each call of `get_frames`
+        get: Function from a frame number to the bytes of the image. Each call of `get_frames`
             requests the frames in ascending order.
         close: Function that closes the underlying file; None: there is nothing to close.
         get_times: Function that returns `times`; None: no times are known.
@@ -109,13 +112,17 @@ class JpegFrames:
             i = numbers[position]
             if i != last:
                 try:
-                    jpeg = self._get(i)
-                    h, w, *_ = simplejpeg.decode_jpeg_header(jpeg)
+                    image = self._get(i)
+                    is_png = bytes(image[: len(PNG)]) == PNG
+                    h, w = _png_size(image) if is_png else simplejpeg.decode_jpeg_header(image)[:2]
                     if frame is None and h * w <= self._max_pixels:
                         frame = np.empty((h, w, 3), np.uint8)
                     if frame is None or frame.shape[:2] != (h, w):
                         raise ValueError(f"size {w}×{h} is too large or differs from other frames")
-                    simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=frame)
+                    if is_png:
+                        frame[:] = _decode_png(image)
+                    else:
+                        simplejpeg.decode_jpeg(image, colorspace="RGB", buffer=frame)
                 except DecodeError:
                     raise
                 except (ValueError, OSError, RuntimeError, TypeError) as error:
@@ -136,3 +143,21 @@ class JpegFrames:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _png_size(image: bytes) -> tuple[int, int]:
+    """Return the height and width in the header of a PNG image."""
+    return int.from_bytes(image[20:24], "big"), int.from_bytes(image[16:20], "big")
+
+
+def _decode_png(image: bytes) -> np.ndarray:
+    """Decode a PNG image to RGB, `(h, w, c)` uint8; grey becomes RGB, transparency is dropped.
+
+    Raises:
+        ValueError: The image is damaged.
+    """
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    frame = cv2.imdecode(np.frombuffer(image, np.uint8), flags)
+    if frame is None:
+        raise ValueError("the PNG image is damaged")
+    return frame
