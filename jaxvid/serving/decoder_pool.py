@@ -62,7 +62,8 @@ class DecoderPool:
             InputError: They cannot be started.
         """
         missing = self._num_processes - len(self._idle) - len(self._busy)
-        self._idle += [await self._start_worker() for _ in range(missing)]
+        for _ in range(missing):  # one by one, so that `close` finds them if this is cancelled
+            self._idle.append(await self._start_worker())
 
     async def run(
         self, task: Task, fd: int, *arguments: Any, seconds: float | None = None, **options: Any
