@@ -16,7 +16,6 @@ from jaxvid.distributed import collectives, process_group, setup, sharding
 from jaxvid.errors import InputError
 from jaxvid.evaluation import comparison
 from jaxvid.evaluation.loop import (
-    abstract_eval_model,
     evaluate_params,
     make_eval_step,
     make_onnx_eval_step,
@@ -25,7 +24,7 @@ from jaxvid.evaluation.outputs import save_report
 from jaxvid.evaluation.summary import make_report, summary
 from jaxvid.experiment import Config, Experiment, resolve
 from jaxvid.logs import log
-from jaxvid.models import Params, family_of
+from jaxvid.models import Params
 from jaxvid.models.implementation import CHOICES
 from jaxvid.storage import exported_file, model_card, model_folder, workdir_lock
 from jaxvid.storage.onnx_network import OnnxNetwork
@@ -316,9 +315,8 @@ def _load_checkpoint(experiment: Experiment, workdir: Path, mesh: Mesh) -> Weigh
 
 
 def _abstract_params(experiment: Experiment, mesh: Mesh) -> Params:
-    _, abstract_params = abstract_eval_model(experiment.model, experiment.protocol)
-    splits = family_of(experiment.model).tensor_splits(experiment.model)
-    return sharding.with_sharding(abstract_params, mesh, splits)
+    config = dataclasses.replace(experiment.model, dtype=experiment.protocol.dtype)
+    return model_folder.abstract_sharded_model(config, mesh)[1]
 
 
 def _log_source(source: str, experiment: Experiment, changed: dict[str, str]) -> None:

@@ -42,9 +42,7 @@ def predict() -> argparse.ArgumentParser:
     add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
     add("--batch_size", type=int, help="videos per batch (default: 8 divided by clips × crops, at "
         "least 1); with --window, windows per batch (default: 1)")  # fmt: skip
-    add("--dtype", choices=(*DTYPES, "auto"), default="float32", help="compute dtype; auto: the "
-        "faster of float32 and bfloat16, measured once per network and machine (default: float32, "
-        "as in evaluation)")  # fmt: skip
+    _add_dtype(parser)
     add("--window", type=float, metavar="SECONDS", help="classify sliding windows of this "
         "length instead of the whole video")  # fmt: skip
     add("--stride", type=float, metavar="SECONDS", help="time between the starts of windows. "
@@ -97,9 +95,7 @@ def serve() -> argparse.ArgumentParser:
         help="maximum size of a video in megabytes (default: 500)")  # fmt: skip
     add("--deadline", type=float, default=60.0, metavar="SECONDS", help="maximum time from the end "
         "of an upload to its answer (default: 60)")  # fmt: skip
-    add("--dtype", choices=(*DTYPES, "auto"), default="float32", help="compute dtype; auto: the "
-        "faster of float32 and bfloat16, measured once per network and machine (default: float32, "
-        "as in evaluation)")  # fmt: skip
+    _add_dtype(parser)
     add("--engine", choices=ENGINES, default=ENGINES[0], help="what computes predictions; "
         "onnxruntime needs pip install 'jaxvid[onnx]', and computes in float32 on the CPU; .onnx "
         f"files always use it (default: {ENGINES[0]})")  # fmt: skip
@@ -308,6 +304,13 @@ def completion() -> argparse.ArgumentParser:
     parser = _make_parser("completion", help_texts.COMPLETION)
     parser.add_argument("shell", choices=SHELLS)
     return parser
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--dtype` of programs that can measure which dtype is faster."""
+    parser.add_argument("--dtype", choices=(*DTYPES, "auto"), default="float32",
+        help="compute dtype; auto: the faster of float32 and bfloat16, measured once per network "
+        "and machine (default: float32, as in evaluation)")  # fmt: skip
 
 
 class _StoreOnce(argparse.Action):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from jaxvid import logs, progress
@@ -26,13 +25,6 @@ from jaxvid.storage.partial_results import PartialResults
 EvalStep = Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]]
 
 
-def abstract_eval_model(
-    model_config: ModelConfig, protocol: EvalProtocol
-) -> tuple[nnx.GraphDef, Params]:
-    """Return `abstract_model` of a network that computes in the dtype of the protocol."""
-    return abstract_model(dataclasses.replace(model_config, dtype=protocol.dtype))
-
-
 def make_eval_step(model_config: ModelConfig, protocol: EvalProtocol, mesh: Mesh) -> EvalStep:
     """Make the jitted evaluation step: `eval_step` in jaxvid/storage/eval_step.py.
 
@@ -46,7 +38,7 @@ def make_eval_step(model_config: ModelConfig, protocol: EvalProtocol, mesh: Mesh
     Returns:
         Function of the weights, sharded as in training, and a batch.
     """
-    graphdef, _ = abstract_eval_model(model_config, protocol)
+    graphdef, _ = abstract_model(dataclasses.replace(model_config, dtype=protocol.dtype))
     splits = family_of(model_config).tensor_splits(model_config)
 
     def step(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -118,11 +118,32 @@ def make_rollout(
 
     Args:
         clip: From `read_clip`.
-        attention: Rollout of each attention of the network: `spatial` `(t, patches)` and, unless
-            the network averages its frames, `temporal` `(t,)`.
+        attention: As in `describe_attention`.
         top: The most likely classes and their probabilities.
         spec: Resize and crop of the clip.
         config: The network's config.
+    """
+    return AttentionRollout(
+        **clip,
+        crop_box=find_crop_box(*clip["frames"].shape[1:3], spec),
+        top=top,
+        **describe_attention(attention, spec, config),
+    )
+
+
+def describe_attention(
+    attention: dict[str, np.ndarray], spec: ClipSpec, config: ModelConfig
+) -> dict[str, Any]:
+    """Return the fields of `AttentionRollout` that describe the attention.
+
+    Args:
+        attention: Rollout of each attention of the network: `spatial` `(t, patches)` and, unless
+            the network averages its frames, `temporal` `(t,)`.
+        spec: Crop of the clip.
+        config: The network's config.
+
+    Returns:
+        `patch_attention`, `frame_attention` and `notes`.
     """
     side = spec.crop // config.patch_size
     patch_attention = attention["spatial"].reshape(-1, side, side)
@@ -136,11 +157,8 @@ def make_rollout(
     notes = [f"Bars: {bars}.", f"Heat: attention rollout; the strongest patch receives {peak}."]
     if family_of(config).mixes_frames(config):
         notes.append("This network's attention mixes frames: the heat is approximate in time.")
-    return AttentionRollout(
-        **clip,
-        crop_box=find_crop_box(*clip["frames"].shape[1:3], spec),
-        patch_attention=patch_attention,
-        frame_attention=frame_attention,
-        top=top,
-        notes=notes,
-    )
+    return {
+        "patch_attention": patch_attention,
+        "frame_attention": frame_attention,
+        "notes": notes,
+    }

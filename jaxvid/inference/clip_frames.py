@@ -11,7 +11,7 @@ from jaxvid.data.clips.clip import (
     resize_eval_frames,
     set_color_matrix,
 )
-from jaxvid.data.protocols import VideoRecord
+from jaxvid.data.protocols import VideoReader, VideoRecord
 
 
 def find_crop_box(height: int, width: int, spec: ClipSpec) -> tuple[float, float, float, float]:
@@ -26,6 +26,13 @@ def find_crop_box(height: int, width: int, spec: ClipSpec) -> tuple[float, float
     [crop] = cut_eval_crops(coordinates, dataclasses.replace(spec, num_crops=1))
     top, left = crop[0, 0, 0]
     return top / h, left / w, (top + spec.crop) / h, (left + spec.crop) / w
+
+
+def frame_times(reader: VideoReader) -> np.ndarray | None:
+    """Return the time of each frame of a video in seconds; None if unknown."""
+    if reader.times is None and reader.fps:
+        return np.arange(reader.num_frames) / reader.fps
+    return reader.times
 
 
 def read_clip(video: VideoRecord, indices: np.ndarray, spec: ClipSpec) -> dict[str, Any]:
@@ -44,9 +51,7 @@ def read_clip(video: VideoRecord, indices: np.ndarray, spec: ClipSpec) -> dict[s
     """
     with video.open() as reader:
         set_color_matrix(reader, spec)
-        frames, times = reader.get_frames(indices), reader.times
-        if times is None and reader.fps:
-            times = np.arange(reader.num_frames) / reader.fps
+        frames, times = reader.get_frames(indices), frame_times(reader)
     times = None if times is None else times[indices]
     name = video.path.name if video.path else video.id
     return {"name": name, "frames": frames, "indices": indices, "times": times}

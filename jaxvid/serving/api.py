@@ -46,8 +46,8 @@ async def classify(
     """
     service, start = service_of(request), time.perf_counter()
     receiving = service.receive(request, max_parts=max_parts)
-    seconds = service.settings.limits.deadline_seconds
-    async with receiving as upload, guard(request, seconds), service.reserve(spec):
+    deadline = service.settings.limits.deadline_seconds
+    async with receiving as upload, guard(request, deadline), service.reserve(spec):
         received = time.perf_counter()
         clip = await decode(upload)
         decoded = time.perf_counter()

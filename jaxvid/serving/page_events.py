@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.data.clips.description import describe_sampling
-from jaxvid.inference.attention_rollout import find_crop_box, make_rollout
+from jaxvid.inference.attention_rollout import describe_attention
+from jaxvid.inference.clip_frames import find_crop_box
 from jaxvid.serving import decoder_tasks
 from jaxvid.serving.samples import CLIP_SECONDS, is_demo
 from jaxvid.serving.served_model import Event, ServedModel
@@ -79,7 +80,7 @@ async def explain(
     frames = {"note": describe_frames(model.spec), "frames": described["frames"]}
     yield "frames", frames | {"crop_box": await asyncio.to_thread(find_crop_box, *size, model.spec)}
     if "attend" in model.engine.programs:
-        yield "attention", await attend(model, clip, size)
+        yield "attention", await attend(model, clip)
     is_chosen = window is not None or stride is not None
     window = window or clip_seconds(model)
     stride = stride or choose_stride(window, info["seconds"])
@@ -109,15 +110,12 @@ def choose_stride(window: float, seconds: float | None) -> float:
     return max(window / WINDOWS_PER_CLIP, (seconds or 0) / MAX_WINDOWS)
 
 
-async def attend(
-    model: ServedModel, clip: Mapping[str, np.ndarray], size: tuple[int, int]
-) -> dict[str, Any]:
+async def attend(model: ServedModel, clip: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Compute the attention rollout on the centre crop of the first clip.
 
     Args:
         model: The model. Its engine has the program `attend`.
         clip: The result of `load_eval_views`.
-        size: Height and width of the video in pixels.
 
     Returns:
         `patches` `(t, rows, columns)`, which sum to 1 in each frame, `weights` `(t,)` of frames,
@@ -125,16 +123,11 @@ async def attend(
     """
     spec = model.spec
     [outputs] = await model.run("attend", [clip["video"][spec.num_crops // 2]])
-    del outputs["logits"]
-    # Only the shape of the frames is used.
-    frames = np.broadcast_to(np.uint8(0), (spec.num_frames, *size, 3))
-    indices = clip["indices"][0]
-    video = {"name": "", "frames": frames, "indices": indices, "times": None}
-    rollout = await asyncio.to_thread(make_rollout, video, outputs, [], spec, model.config)
+    attention = describe_attention(outputs, spec, model.config)
     return {
-        "patches": rollout.patch_attention.astype(float).round(DIGITS).tolist(),
-        "weights": rollout.frame_attention.astype(float).round(DIGITS).tolist(),
-        "notes": rollout.notes,
+        "patches": attention["patch_attention"].astype(float).round(DIGITS).tolist(),
+        "weights": attention["frame_attention"].astype(float).round(DIGITS).tolist(),
+        "notes": attention["notes"],
     }
 
 

@@ -15,6 +15,7 @@ from jaxvid.data.clips.clip import (
 )
 from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.video_reader import VideoFile
+from jaxvid.inference.clip_frames import frame_times
 
 PICTURE_PX = 320  # longer side of a picture
 PICTURE_QUALITY = 85
@@ -39,9 +40,7 @@ def describe_clip(reader: VideoFile, indices: np.ndarray, spec: ClipSpec) -> dic
         DecodeError: A frame is damaged.
     """
     set_color_matrix(reader, spec)
-    times, fps = reader.times, reader.fps
-    if times is None and fps:
-        times = np.arange(reader.num_frames) / fps
+    times, fps = frame_times(reader), reader.fps
     distinct, pictures, size = np.unique(indices), {}, (0, 0)
     for number, frame in zip(distinct.tolist(), reader.iter_frames(distinct), strict=True):
         pictures[number], size = to_data_url(frame), frame.shape[1::-1]
