@@ -3,8 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PYTEST := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0
 
-.PHONY: demo demo-stam test test-full test-mutation test-remote lint format
+.PHONY: demo demo-stam test test-full test-browser test-container test-beam test-tfds test-remote \
+	test-mutation chromium lint format
 
 demo: $(VENV)/.run-installed
 	$(RUN) main.py --config configs/motion.py --workdir runs/motion
@@ -18,16 +20,30 @@ test: $(VENV)/.dev-installed
 test-full: $(VENV)/.dev-installed
 	$(RUN) -m pytest -m full -n 0
 
+test-browser: $(VENV)/.browser-installed chromium
+	$(RUN) -m pytest -m browser -n 0 tests/browser
+
+test-container: $(VENV)/.dev-installed
+	$(RUN) -m tests.container $(OPTIONS)
+
+# Beam and TensorFlow need other versions of some packages, so they have environments of their own.
+test-beam: $(VENV)-beam/.installed
+	$(VENV)-beam/bin/python -m pytest -m 'full or not full' -n 0 tests/data/test_beam.py
+
+test-tfds: $(VENV)-tfds/.installed
+	$(VENV)-tfds/bin/python -m pytest -m full -n 0 tests/data/test_tfds.py
+
 test-mutation: $(VENV)/.mutation-installed
 	$(RUN) -m tests.mutation $(MODULES)
 
-test-remote: .venv-remote/.installed
-	.venv-remote/bin/python -m pytest -n 0 tests/test_s3.py
+test-remote: $(VENV)-remote/.installed
+	$(VENV)-remote/bin/python -m pytest -n 0 tests/test_s3.py
 
 lint: $(VENV)/.dev-installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/hadolint Dockerfile
 
 format: $(VENV)/.dev-installed
 	$(RUN) -m ruff check --fix .
@@ -44,16 +60,40 @@ $(VENV)/.dev-installed: requirements-dev.txt $(VENV)/.run-installed
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+$(VENV)/.browser-installed: requirements-browser.txt $(VENV)/.dev-installed
+	@echo "installing requirements-browser.txt into $(VENV)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
+	@touch $@
+
+chromium:
+	@command -v chromium > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
+	&& echo "installing chromium" && apt-get -qq update && apt-get -qq install -y chromium; } \
+	|| { echo "error: chromium: not found; run: sudo apt-get install chromium" >&2; exit 2; }
+
 $(VENV)/.mutation-installed: requirements-mutation.txt $(VENV)/.dev-installed
 	@echo "installing requirements-mutation.txt into $(VENV)"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-mutation.txt
 	@touch $@
 
 # s3fs and moto have many requirements, so they have an environment of their own.
-.venv-remote/.installed: requirements-remote.txt requirements.txt
-	@echo "installing requirements-remote.txt into .venv-remote"
-	@$(PYTHON) -m venv .venv-remote
-	@.venv-remote/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+$(VENV)-remote/.installed: requirements-remote.txt requirements.txt
+	@echo "installing requirements-remote.txt into $(VENV)-remote"
+	@$(PYTHON) -m venv $(VENV)-remote
+	@$(VENV)-remote/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+$(VENV)-beam/.installed: requirements-beam.txt pyproject.toml
+	@echo "installing jaxvid and requirements-beam.txt into $(VENV)-beam"
+	@$(PYTHON) -m venv $(VENV)-beam
+	@$(VENV)-beam/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r requirements-beam.txt '.[beam]' $(PYTEST)
+	@touch $@
+
+$(VENV)-tfds/.installed: pyproject.toml
+	@echo "installing jaxvid and TensorFlow into $(VENV)-tfds"
+	@$(PYTHON) -m venv $(VENV)-tfds
+	@$(VENV)-tfds/bin/python -m pip install --quiet --disable-pip-version-check \
+		tensorflow-cpu . $(PYTEST)
 	@touch $@
 
 $(RUN):

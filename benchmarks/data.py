@@ -358,7 +358,7 @@ def main() -> None:
         with contextlib.redirect_stderr(io.StringIO()):
             settings = Settings(frames_per_record=args.frames_per_record)
             prepare([folder / "train.csv"], folder / "pack", settings, workers=1)
-        pack = PackRecords(str(folder / "pack"), "train", is_folder=True)
+        pack = PackRecords(str(folder / "pack"), "train")
         records = {path: pack[i] for i, path in enumerate(paths)}
         jpegs = {path: jpegs_of(record) for path, record in records.items()}
         sides = {

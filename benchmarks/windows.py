@@ -35,6 +35,7 @@ from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.inference.sliding_windows import plan_windows, prefetch, read_frames
 from jaxvid.inference.window_classification import score_windows
+from jaxvid.models import ModelConfig
 
 WINDOW, FPS = 10.0, 30  # window length in seconds, frame rate in frames per second
 # ViT-Ti/16 with a small aggregator.
@@ -53,6 +54,27 @@ def write_video(path: Path, seconds: float) -> None:
             frame = np.roll(pattern, (i, 2 * i), (0, 1)) // 8 * 7 + noise
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def write_model(folder: Path, preset: str) -> ModelConfig:
+    """Write a STAM with random weights; return its config.
+
+    Args:
+        folder: Model folder.
+        preset: A STAM preset; empty: stam_16 as a ViT-Ti/16.
+    """
+    model = jaxvid.create_model(preset or "stam_16", **({} if preset else TI))
+    config = model.config
+    preprocessing = {
+        "sampling": "uniform_10s",
+        "num_frames": config.num_frames,
+        "crop": config.image_size,
+        "short_side": config.image_size * 8 // 7,
+        "mean": 0.0,
+        "std": 1.0,
+    }
+    jaxvid.save_model(model, folder, preprocessing=preprocessing)
+    return config
 
 
 def read_windows(reader: VideoFile, indices: np.ndarray, spec: ClipSpec) -> Iterator[np.ndarray]:
@@ -107,18 +129,8 @@ def main() -> None:
     args = parser.parse_args()
     stride = WINDOW * (1 - args.overlap)
 
-    model = jaxvid.create_model(args.model or "stam_16", **({} if args.model else TI))
-    config = model.config
-    preprocessing = {
-        "sampling": "uniform_10s",
-        "num_frames": config.num_frames,
-        "crop": config.image_size,
-        "short_side": config.image_size * 8 // 7,
-        "mean": 0.0,
-        "std": 1.0,
-    }
     with tempfile.TemporaryDirectory() as folder:
-        jaxvid.save_model(model, Path(folder) / "model", preprocessing=preprocessing)
+        config = write_model(Path(folder) / "model", args.model)
         video = Path(folder) / "video.mp4"
         write_video(video, WINDOW + (args.windows - 1) * stride)
         classifier = jaxvid.Classifier(Path(folder) / "model")

@@ -36,6 +36,7 @@ def default_config(model: str, **model_fields) -> ConfigDict:
     config.checkpoint_every_epochs = 1.0  # -1: chosen
     config.checkpoint_keep = 2  # number of newest checkpoints to keep, beside the best model
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
+    # model.dtype may also be auto: the faster of float32 and bfloat16, measured at the first start.
     config.model = ConfigDict(dataclasses.asdict(make_model_config(model, **model_fields)))
     config.data = _default_data()
     config.eval = _default_eval()
@@ -52,6 +53,10 @@ def _default_data() -> ConfigDict:
     data = ConfigDict()
     data.source = "folder"  # motion, folder, class_folders, xvit_h5, pack or tfds
     data.folder = ""
+    data.name = ""  # of a TFDS data set, for data.source=tfds, as in ucf101/ucf101_1:2.0.0
+    data.tfds_dir = ""  # folder of TFDS data sets; empty: $TFDS_DATA_DIR or ~/tensorflow_datasets
+    # TFDS splits or slices, as in train[:90%]; empty: train; the first of val, validation, test.
+    data.splits = ConfigDict({"train": "", "val": ""})
     data.list = ""  # list of all videos below data.folder; empty: train.csv and val.csv in it
     data.prefix = ""  # directory that paths in lists are relative to; empty: the list's
     data.cache_dir = ""  # cache of remote files; empty: in $JAXVID_CACHE or ~/.cache/jaxvid

@@ -1,5 +1,6 @@
-"""Reference models in plain PyTorch, written from the papers, to check the JAX models.
+"""Reference models in plain PyTorch, written from the papers.
 
+They check the JAX models, and `flax_to_onnx.py` exports them to ONNX.
 Parameter names equal those of the released checkpoints, so that `load_state_dict(strict=True)`
 loads them. Axis letters: jaxvid/models/layers.py.
 """
@@ -34,7 +35,7 @@ def attend_fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) 
 
 
 class Attention(nn.Module):
-    """Self-attention. Keys and values may be shifted in time by the module `shift`."""
+    """Self-attention. The module `mixing` may mix the keys and values of several frames."""
 
     def __init__(
         self,
@@ -42,19 +43,19 @@ class Attention(nn.Module):
         heads: int,
         *,
         bias: bool,
-        shift: nn.Module | None = None,
+        mixing: nn.Module | None = None,
         attend: Attend = attend,
     ):
         super().__init__()
-        self.heads, self.shift, self.attend = heads, shift, attend
+        self.heads, self.mixing, self.attend = heads, mixing, attend
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, num_queries: int | None = None) -> torch.Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if self.shift is not None:
-            k, v = self.shift(k), self.shift(v)
-        return self.proj(self.attend(q, k, v, self.heads))
+        if self.mixing is not None:
+            k, v = self.mixing(k, v)
+        return self.proj(self.attend(q[:, :num_queries], k, v, self.heads))
 
 
 class Mlp(nn.Module):
@@ -76,8 +77,8 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
         self.attn, self.mlp = attention, Mlp(width, hidden)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: torch.Tensor, num_queries: int | None = None) -> torch.Tensor:
+        x = x[:, :num_queries] + self.attn(self.norm1(x), num_queries)
         return x + self.mlp(self.norm2(x))
 
 
@@ -93,7 +94,14 @@ class PatchEmbed(nn.Module):
 
 
 class ImageViT(nn.Module):
-    """The image ViT that STAM and XViT apply to each frame."""
+    """The image ViT that STAM and XViT apply to each frame.
+
+    Attributes:
+        last_queries: Number of tokens that the last block computes: 1 (the class token, the only
+            one that is used) or None (all, as in the original programs).
+    """
+
+    last_queries: int | None = None
 
     def __init__(self, cfg: ModelConfig, eps: float, make_attention: Callable[[int], Attention]):
         super().__init__()
@@ -112,7 +120,7 @@ class ImageViT(nn.Module):
         frames = video.flatten(0, 1).permute(0, 3, 1, 2)  # (b·t c h w)
         grid = [size // self.patch_embed.proj.stride[0] for size in frames.shape[2:]]
         x = self.patch_embed(frames)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         side = round((self.pos_embed.shape[1] - 1) ** 0.5)
         pos_embed = self.pos_embed
         if grid != [side, side]:
@@ -125,8 +133,8 @@ class ImageViT(nn.Module):
     def frame_features(self, video: torch.Tensor, record: list | None = None) -> torch.Tensor:
         """Return the class tokens `(b, t, d)`; append the output of each block to `record`."""
         x = self.embed(video)
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks, 1):
+            x = block(x, self.last_queries if i == len(self.blocks) else None)
             if record is not None:
                 record.append(x)
         return self.norm(x)[:, 0].unflatten(0, video.shape[:2])
@@ -147,7 +155,7 @@ class Aggregate(nn.Module):
         )
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([self.cls_token.expand(len(frames), -1, -1), frames], dim=1)
+        x = torch.cat([self.cls_token.expand(frames.shape[0], -1, -1), frames], dim=1)
         return self.transformer_enc(x + self.pos_embed)[:, 0]
 
 
@@ -167,43 +175,68 @@ class STAM(ImageViT):
         return self.head(frames.mean(1) if self.aggregate is None else self.aggregate(frames))
 
 
-class Shift(nn.Module):
-    """Temporal shift of `(b·t, n, d)`; see `jaxvid.models.space_time_mixing.shift_time`.
+class Mixing(nn.Module):
+    """Space-time mixing of keys and values; see `jaxvid.models.space_time_mixing`.
 
     Args:
-        segment: Number of consecutive frames within which features are shifted.
-        fold: Number of features that are shifted in each direction.
+        cfg: The model config.
+        index: Index of the block.
     """
 
-    def __init__(self, segment: int, fold: int):
+    def __init__(self, cfg: XViTConfig, index: int):
         super().__init__()
-        self.segment, self.fold = segment, fold
+        shifts = index in cfg.shift_blocks or not cfg.shift_blocks
+        self.shift_keys = shifts and cfg.shift in ("both", "keys")
+        self.shift_values = shifts and cfg.shift in ("both", "values")
+        self.segment, self.summary_tokens = cfg.shift_segment, cfg.summary_tokens
+        self.groups = cfg.heads if cfg.shift_per_head else 1
+        self.fold = cfg.width // self.groups // cfg.shift_div
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.unflatten(0, (-1, self.segment))  # (b·segments t n d)
-        fold, shifted = self.fold, x.clone()
-        shifted[:, -1, :, :fold] = 0
-        shifted[:, :-1, :, :fold] = x[:, 1:, :, :fold]
-        shifted[:, 0, :, fold : 2 * fold] = 0
-        shifted[:, 1:, :, fold : 2 * fold] = x[:, :-1, :, fold : 2 * fold]
-        return shifted.flatten(0, 1)
+    def forward(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mixed = []
+        for x, shifts in ((k, self.shift_keys), (v, self.shift_values)):
+            parts = [self.shift(x) if shifts else x]
+            if self.summary_tokens:
+                parts.append(self.summarize(x))
+            mixed.append(torch.cat(parts, dim=1))
+        return mixed[0], mixed[1]
+
+    def shift(self, x: torch.Tensor) -> torch.Tensor:
+        """Take some channels of `(b·t, n, d)` from the next and the previous frame."""
+        # To (b·segments t n groups channels).
+        x = x.unflatten(0, (-1, self.segment)).unflatten(-1, (self.groups, -1))
+        following = F.pad(x[:, 1:, ..., : self.fold], (0, 0) * 3 + (0, 1))
+        previous = F.pad(x[:, :-1, ..., self.fold : 2 * self.fold], (0, 0) * 3 + (1, 0))
+        shifted = torch.cat([following, previous, x[..., 2 * self.fold :]], dim=-1)
+        return shifted.flatten(-2).flatten(0, 1)
+
+    def summarize(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the mean patch tokens of the frames of the segment: `(b·t, segment, d)`."""
+        means = x[:, 1:].mean(dim=1).unflatten(0, (-1, 1, self.segment))
+        return means.expand(-1, self.segment, -1, -1).flatten(0, 1)
 
 
 class XViTBackbone(ImageViT):
-    """The image ViT with a temporal embedding and with keys and values shifted in time."""
+    """The image ViT with a temporal embedding and space-time mixing."""
 
     def __init__(self, cfg: XViTConfig, attend: Attend):
-        shift = Shift(cfg.shift_segment, cfg.width // cfg.shift_div)
+        mixes = cfg.shift != "none" or cfg.summary_tokens
 
-        def make_attention(_: int) -> Attention:
-            return Attention(cfg.width, cfg.heads, bias=True, shift=shift, attend=attend)
+        def make_attention(index: int) -> Attention:
+            mixing = Mixing(cfg, index) if mixes else None
+            return Attention(cfg.width, cfg.heads, bias=True, mixing=mixing, attend=attend)
 
         super().__init__(cfg, 1e-6, make_attention)
-        self.temp_embed = nn.Parameter(torch.zeros(1, cfg.temporal_embedding_frames, 1, cfg.width))
+        if cfg.temporal_embedding_frames:
+            shape = (1, cfg.temporal_embedding_frames, 1, cfg.width)
+            self.temp_embed = nn.Parameter(torch.zeros(shape))
 
     def embed(self, video: torch.Tensor) -> torch.Tensor:
-        x = super().embed(video).unflatten(0, video.shape[:2])  # (b t n d)
+        x = super().embed(video)
+        if not hasattr(self, "temp_embed"):
+            return x
         repeats = video.shape[1] // self.temp_embed.shape[1]
+        x = x.unflatten(0, video.shape[:2])  # (b t n d)
         return (x + self.temp_embed.repeat(1, repeats, 1, 1)).flatten(0, 1)
 
 
@@ -231,62 +264,44 @@ class Consensus(nn.Module):
         )
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([self.cls_token.expand(len(frames), -1, -1), frames], dim=1)
+        x = torch.cat([self.cls_token.expand(frames.shape[0], -1, -1), frames], dim=1)
         for block in self.temporal_encoder:
             x = block(x)
         return self.mlp_head(x[:, 0])
 
 
 class XViT(nn.Module):
-    """The released XViT. The layer `new_fc` is in its checkpoints, but is never used."""
+    """XViT. The layer `new_fc` is in all checkpoints, but only the head `mean` uses it."""
 
     def __init__(self, cfg: XViTConfig, attend: Attend = attend):
         super().__init__()
         self.base_model = XViTBackbone(cfg, attend)
         self.dropout = nn.Dropout(cfg.dropout)
         self.new_fc = nn.Linear(cfg.width, cfg.num_classes)
-        self.consensus = Consensus(cfg)
+        self.consensus = Consensus(cfg) if cfg.head == "attention" else None
 
     def frame_features(self, video: torch.Tensor, record: list | None = None) -> torch.Tensor:
         """Return the class tokens `(b, t, d)`; append the output of each block to `record`."""
         return self.base_model.frame_features(video, record)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
-        return self.consensus(self.dropout(self.frame_features(video)))
-
-
-def _make_xvit(cfg: XViTConfig, attend: Attend) -> XViT:
-    """Return the PyTorch model of an XViT config.
-
-    Raises:
-        InputError: The config has an option that the PyTorch reference lacks.
-    """
-    if (
-        cfg.shift != "both"
-        or cfg.shift_blocks
-        or cfg.shift_per_head
-        or cfg.summary_tokens
-        or cfg.head != "attention"
-        or not cfg.temporal_embedding_frames
-    ):
-        raise InputError(f"the PyTorch reference supports only the released XViT, got {cfg}")
-    return XViT(cfg, attend)
+        frames = self.dropout(self.frame_features(video))
+        return self.new_fc(frames.mean(1)) if self.consensus is None else self.consensus(frames)
 
 
 # Family → function `(config, attend)` that returns a module.
-REFERENCES = {"stam": STAM, "xvit": _make_xvit}
+REFERENCES = {"stam": STAM, "xvit": XViT}
 
 
 def build_reference(config: ModelConfig, *, fused: bool = False) -> nn.Module:
     """Return the PyTorch model of a config, in evaluation mode.
 
     Args:
-        config: The model config. Only sizes and STAM's `aggregator` may differ from those of the
-            released models.
+        config: The model config.
         fused: Use PyTorch's fused attention kernel (`attend_fused`) instead of `attend`.
 
     Raises:
-        InputError: The family has no reference, or the reference lacks an option of the config.
+        InputError: The family has no reference.
     """
     family = family_of(config)
     if family.name not in REFERENCES:

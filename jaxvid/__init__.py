@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxvid.client import Client
     from jaxvid.inference.classifier import Classifier
     from jaxvid.inference.results import Prediction
     from jaxvid.inference.transform import make_transform
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 # Public name → module that defines it.
 _MODULES = {
     "Classifier": "inference.classifier",
+    "Client": "client",
     "Prediction": "inference.results",
     "create_model": "models",
     "list_models": "model_list",
@@ -33,6 +35,7 @@ _MODULES = {
 }
 __all__ = [
     "Classifier",
+    "Client",
     "Prediction",
     "__version__",
     "create_model",

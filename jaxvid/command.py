@@ -4,13 +4,12 @@ It imports only the standard library, so that `--help` and completion are fast.
 """
 
 import difflib
-import importlib.util
 import multiprocessing
 import sys
-from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from jaxvid import __version__, entry_point, parsers
+from jaxvid.converters import find_converter
 
 if multiprocessing.parent_process():  # each worker process imports the console script first
     entry_point.ignore_signals()
@@ -44,7 +43,8 @@ COMMANDS = {
     "features": Command("jaxvid.features", "extract features of videos", hint=CONTINUE),
     "probe": Command("jaxvid.probe", "linear and k-NN accuracy on features"),
     "visualize": Command("jaxvid.visualize", "draw the attention of a network on a video"),
-    "export": Command("jaxvid.export", "write a network as StableHLO or safetensors"),
+    "serve": Command("jaxvid.serve", "serve models over HTTP, with a page to try them"),
+    "export": Command("jaxvid.export", "write a network as StableHLO, ONNX or safetensors"),
     "convert": Command("convert.torch_to_flax", "convert PyTorch weights into a model folder"),
     "convert-to-torch": Command("convert.flax_to_torch", "convert a model folder to PyTorch"),
     "check": Command("jaxvid.data.check", "find videos that cannot be decoded"),
@@ -92,17 +92,7 @@ def main() -> NoReturn:
     sys.argv[:2] = [f"jaxvid {name}", *command.arguments]
     if make_parser := getattr(parsers, name.replace("-", "_"), None):
         make_parser().parse_args()  # --help and wrong options end here
-    entry_point.run(_find(command.module), command.hint)
-
-
-def _find(module: str) -> str:
-    """Return the name under which a module is installed.
-
-    In an installed package, `convert` is `jaxvid.convert`. In a checkout, it is beside `jaxvid`.
-    """
-    if module.startswith("jaxvid."):
-        return module
-    if importlib.util.find_spec("jaxvid.convert"):
-        return f"jaxvid.{module}"
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    return module
+    module = command.module
+    if not module.startswith("jaxvid."):
+        module = find_converter(module)
+    entry_point.run(module, command.hint)

@@ -41,7 +41,6 @@ import glob
 import importlib
 import io
 import os
-import resource
 import select
 import signal
 import sys
@@ -51,6 +50,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
+from jaxvid import memory_limits
 from jaxvid.errors import InputError, memory_problem, one_line
 
 PIPE_STATUS = 128 + signal.SIGPIPE
@@ -70,7 +70,7 @@ def run(module: str, hint: str = "") -> NoReturn:
     # The resource tracker of `multiprocessing` is a process that inherits this option. Without it,
     # the tracker would warn about shared memory that it removes after `os._exit`.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    supervisor = _supervise() if _memory_limits() else _Supervisor()
+    supervisor = _supervise() if memory_limits.describe() else _Supervisor()
     for name in ("stdout", "stderr"):
         _replace_stream(name)
     if supervisor.parent_fd is not None:
@@ -80,6 +80,8 @@ def run(module: str, hint: str = "") -> NoReturn:
     process = _process = _Process(hint, supervisor)
     try:
         process.watch()
+        if memory_limits.describe():
+            memory_limits.load_openblas()
         process.status = importlib.import_module(module).main() or 0
     except SystemExit as error:
         process.status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -105,7 +107,7 @@ def describe(error: Exception) -> tuple[int, str]:
     if isinstance(error, BrokenPipeError):
         return PIPE_STATUS, ""
     if problem := memory_problem(error):
-        limits = _memory_limits()
+        limits = memory_limits.describe()
         remedy = "raise the limit" if limits else "free memory or use a smaller batch"
         return 2, f"error: out of memory ({'; '.join([problem, *limits])}); {remedy}"
     if isinstance(error, InputError):
@@ -113,7 +115,7 @@ def describe(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError):
         subject = f"{error.filename}: " if error.filename else ""
         return 2, f"error: {subject}{error.strerror or one_line(error)}; fix this and try again"
-    if type(error).__name__ == "JaxRuntimeError" and (limits := _memory_limits()):
+    if type(error).__name__ == "JaxRuntimeError" and (limits := memory_limits.describe()):
         # If XLA cannot allocate memory, it fails with many different errors.
         return 2, f"error: {one_line(error)}; {'; '.join(limits)}: raise the limit"
     if "getpwuid" in str(error) or "home directory" in str(error):
@@ -335,23 +337,12 @@ def _open_closed_descriptors() -> None:
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, `fd`
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free one: `fd`
         if getattr(sys, name) is None:
             setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115
 
 
 # ------------------------------------------------------------------ address-space limits
-
-
-def _memory_limits() -> list[str]:
-    """Return a text for each memory limit that is set, e.g. `ulimit -v is 4000 MB`."""
-    kinds = {"ulimit -v": resource.RLIMIT_AS, "ulimit -d": resource.RLIMIT_DATA}
-    limits = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
-    return [
-        f"{name} is {limit / 1e6:.0f} MB"
-        for name, limit in limits.items()
-        if limit != resource.RLIM_INFINITY
-    ]
 
 
 def _supervise() -> _Supervisor:
@@ -388,7 +379,7 @@ def _supervise() -> _Supervisor:
     is_crash = -code in CRASHES or (code >= 0 and not os.read(read_fd, 1))
     if is_crash:
         reason = signal.Signals(-code).name if code < 0 else f"a library exited with code {code}"
-        limits = "; ".join(_memory_limits())
+        limits = "; ".join(memory_limits.describe())
         print(f"error: out of memory ({reason}; {limits}); raise the limit", file=sys.stderr)
         code = InputError.EXIT_CODE
     elif code not in (InputError.EXIT_CODE, *(128 + number for number in SIGNALS)):

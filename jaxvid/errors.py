@@ -32,16 +32,16 @@ class InputError(ValueError):
         return with_addresses(super().__str__())
 
 
+def with_addresses(text: str) -> str:
+    """Replace the paths of local copies of remote files by their addresses."""
+    return _COPY.sub(r"\1://", text)
+
+
 class DecodeError(InputError):
     """A video that cannot be decoded. The message is one line with the file and the reason."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
-
-
-def with_addresses(text: str) -> str:
-    """Replace the paths of local copies of remote files by their addresses."""
-    return _COPY.sub(r"\1://", text)
 
 
 def check_option(name: str, value: object, options: Iterable) -> None:

@@ -12,17 +12,22 @@ from jaxvid import logs
 from jaxvid.config import differences
 from jaxvid.data import fingerprints
 from jaxvid.data.sources import Record, open_dataset
-from jaxvid.distributed import collectives, setup, sharding
+from jaxvid.distributed import collectives, process_group, setup, sharding
 from jaxvid.errors import InputError, with_addresses
 from jaxvid.evaluation import comparison
-from jaxvid.evaluation.loop import abstract_eval_model, evaluate_params, make_eval_step
+from jaxvid.evaluation.loop import (
+    evaluate_params,
+    make_eval_step,
+    make_onnx_eval_step,
+)
 from jaxvid.evaluation.outputs import save_report
 from jaxvid.evaluation.summary import make_report, summary
 from jaxvid.experiment import Config, Experiment, resolve
 from jaxvid.logs import log
-from jaxvid.models import Params, family_of
+from jaxvid.models import Params
 from jaxvid.models.implementation import CHOICES
-from jaxvid.storage import model_card, model_folder, workdir_lock
+from jaxvid.storage import exported_file, model_card, model_folder, workdir_lock
+from jaxvid.storage.onnx_network import OnnxNetwork
 from jaxvid.storage.partial_results import PartialResults
 from jaxvid.storage.preprocessing import check_preprocessing, default_color_matrix
 from jaxvid.training import checkpoint, outputs, run_config, run_metadata
@@ -39,7 +44,11 @@ SPLIT_FIELDS = ("data.val_share", "data.group")
 
 
 def evaluate(
-    config: Config, workdir: str | Path, *, compare_with: str | Path | None = None
+    config: Config,
+    workdir: str | Path,
+    *,
+    compare_with: str | Path | None = None,
+    onnx: str | Path | None = None,
 ) -> dict:
     """Evaluate the model folder `init_from`, or the workdir's newest checkpoint if it is not set.
 
@@ -51,6 +60,8 @@ def evaluate(
             `confusion.png`. If `init_from` is not set, it must contain a training run.
         compare_with: The `eval.json` of another evaluation, or its folder. Its results are compared
             with the new ones, video by video, in the log and in `WORKDIR/comparison.json`.
+        onnx: An ONNX file, written by `jaxvid export`, which is evaluated instead. ONNX Runtime
+            computes it on the CPU.
 
     Returns:
         The contents of `eval.json` without `class_accuracy`, `confusion` and `labels`.
@@ -62,23 +73,36 @@ def evaluate(
     """
     experiment = resolve(config)
     with workdir_lock.open_workdir(workdir) as workdir:
-        collectives.raise_on_all_processes(_check_weights, experiment, workdir)
-        return _evaluate(experiment, workdir, compare_with=compare_with)
+        file = collectives.raise_on_all_processes(_check_weights, experiment, workdir, onnx)
+        return _evaluate(experiment, workdir, compare_with=compare_with, file=file)
 
 
-def _check_weights(experiment: Experiment, workdir: Path) -> None:
-    """Refuse missing weights or another network, before the workdir is created and locked."""
+def _check_weights(
+    experiment: Experiment, workdir: Path, onnx: str | Path | None
+) -> "OnnxFile | None":
+    """Refuse missing weights or another network, before the workdir is created and locked.
+
+    Returns:
+        The ONNX file that is evaluated, or None.
+    """
+    if onnx is not None:
+        return _open_onnx(experiment, onnx)
     if experiment.init_from:
         # Isolated, because `prepare_compilation` must run before JAX uses a device.
         folder = resolve_model(experiment.init_from, isolated=True)
-        model_card.check_same_model(folder, experiment.model)
+        model_card.check_same_model(model_card.load_card(folder), folder, experiment.model)
     else:
         checkpoint.newest_step(workdir)
+    return None
 
 
 @workdir_lock.exclusive
 def _evaluate(
-    experiment: Experiment, workdir: Path, *, compare_with: str | Path | None = None
+    experiment: Experiment,
+    workdir: Path,
+    *,
+    compare_with: str | Path | None,
+    file: "OnnxFile | None",
 ) -> dict:
     """Evaluate with a resolved config, as described in `evaluate`."""
     setup.prepare_compilation(workdir, deterministic=experiment.deterministic)
@@ -90,22 +114,29 @@ def _evaluate(
     collectives.raise_on_all_processes(outputs.check_writable, workdir, 10**6)
     logs.setup_logging(workdir)
 
-    load = _load_folder if experiment.init_from else _load_checkpoint
-    weights = load(experiment, workdir, mesh)
+    if file is not None:
+        weights = _load_onnx(experiment, file)
+    else:
+        load = _load_folder if experiment.init_from else _load_checkpoint
+        weights = load(experiment, workdir, mesh)
     experiment = weights.experiment
     records, labels = _open_videos(weights)
     if before is not None:
         comparison.check_shared(before, (record.id for record in records), labels)
 
-    sha256 = model_folder.fingerprint(weights.params)
+    sha256 = file.about["sha256"] if file else model_folder.fingerprint(weights.params)
     unfinished = PartialResults(
         workdir / ".unfinished_eval", _resume_key(experiment, records, sha256)
     )
+    if file is None:
+        eval_step = make_eval_step(experiment.model, experiment.protocol, mesh)
+    else:
+        eval_step = make_onnx_eval_step(file.network, experiment.protocol)
     results = evaluate_params(
         weights.params,
         records,
         experiment.protocol,
-        eval_step=make_eval_step(experiment.model, experiment.protocol, mesh),
+        eval_step=eval_step,
         loader=experiment.loader,
         mesh=mesh,
         unfinished=unfinished,
@@ -113,10 +144,13 @@ def _evaluate(
     report = make_report(
         results,
         experiment.protocol,
-        data=experiment.dataset.folder,
+        data=experiment.dataset.location,
         checkpoint=weights.source,
     )
     report["weights_sha256"] = sha256
+    if file is not None:
+        report["engine"] = file.network.engine
+        report["protocol"]["dtype"] = file.about["precision"]
     collectives.raise_on_all_processes(save_report, workdir, report, results, labels, records)
     unfinished.remove()
     for video in report["failed"]:
@@ -162,13 +196,86 @@ class Weights:
     card_folder: str | Path
 
 
+@dataclasses.dataclass(frozen=True)
+class OnnxFile:
+    """An ONNX file that is evaluated.
+
+    Attributes:
+        path: The file.
+        about: Its description, which has the fields of a model card.
+        network: The network.
+    """
+
+    path: Path
+    about: dict[str, Any]
+    network: OnnxNetwork
+
+
+def _open_onnx(experiment: Experiment, path: str | Path) -> OnnxFile:
+    """Open an ONNX file.
+
+    Raises:
+        InputError: The file is unusable or contains a different network, or the config has options
+            that do not apply to ONNX files.
+    """
+    if experiment.init_from:
+        raise InputError(f"--onnx {path}: cannot be combined with init_from; remove one of them")
+    if (dtype := experiment.protocol.dtype) != "float32":
+        raise InputError(
+            f"eval.dtype={dtype}: does not apply to --onnx, whose file has a precision of its own; "
+            "remove it"
+        )
+    if process_group.current():
+        raise InputError(f"--onnx {path}: is evaluated by one process; start only one")
+    path = Path(path)
+    network, about = exported_file.open_onnx(path)
+    model_card.check_same_model(about, path, experiment.model)
+    return OnnxFile(path, about, network)
+
+
+def _load_onnx(experiment: Experiment, file: OnnxFile) -> Weights:
+    """Check that an ONNX file fits the config, and return it as weights without parameters."""
+    experiment = _check_card(experiment, file.about, file.path)
+    return Weights(
+        params={},
+        source=str(file.path),
+        experiment=experiment,
+        card=file.about,
+        card_folder=file.path,
+    )
+
+
 def _load_folder(experiment: Experiment, _: Path, mesh: Mesh) -> Weights:
     """Load the weights of the model folder `init_from`."""
     folder = collectives.raise_on_all_processes(resolve_model, experiment.init_from)
-    check_preprocessing(folder, experiment.preprocessing)
     card = model_card.load_card(folder)
-    model_card.check_activation(card, folder, experiment.protocol.activation)
+    experiment = _check_card(experiment, card, folder)
     params = model_folder.load_params(folder, _abstract_params(experiment, mesh))
+    return Weights(
+        params=params,
+        source=with_addresses(str(folder)),
+        experiment=experiment,
+        card=card,
+        card_folder=folder,
+    )
+
+
+def _check_card(experiment: Experiment, card: dict[str, Any], folder: str | Path) -> Experiment:
+    """Compare activation and preprocessing with a model card, and log the differences.
+
+    Args:
+        experiment: The config.
+        card: The model card.
+        folder: The model folder or exported file.
+
+    Returns:
+        The config with the color matrix of the model card, if the config says `auto`.
+
+    Raises:
+        InputError: The activation or important preprocessing differs.
+    """
+    check_preprocessing(card, folder, experiment.preprocessing)
+    model_card.check_activation(card, folder, experiment.protocol.activation)
     expected = {"color_matrix": default_color_matrix(card)} | (card["preprocessing"] or {})
     experiment = experiment.with_color_matrix(expected["color_matrix"])
     actual = experiment.preprocessing.to_json()
@@ -180,11 +287,8 @@ def _load_folder(experiment: Experiment, _: Path, mesh: Mesh) -> Weights:
         there="in the model card",
         here="now",
     )
-    source = with_addresses(str(folder))
-    _log_source(source, experiment, changed)
-    return Weights(
-        params=params, source=source, experiment=experiment, card=card, card_folder=folder
-    )
+    _log_source(with_addresses(str(folder)), experiment, changed)
+    return experiment
 
 
 def _load_checkpoint(experiment: Experiment, workdir: Path, mesh: Mesh) -> Weights:
@@ -216,9 +320,8 @@ def _load_checkpoint(experiment: Experiment, workdir: Path, mesh: Mesh) -> Weigh
 
 
 def _abstract_params(experiment: Experiment, mesh: Mesh) -> Params:
-    _, abstract_params = abstract_eval_model(experiment.model, experiment.protocol)
-    splits = family_of(experiment.model).tensor_splits(experiment.model)
-    return sharding.with_sharding(abstract_params, mesh, splits)
+    config = dataclasses.replace(experiment.model, dtype=experiment.protocol.dtype)
+    return model_folder.abstract_sharded_model(config, mesh)[1]
 
 
 def _log_source(source: str, experiment: Experiment, changed: dict[str, str]) -> None:
@@ -229,7 +332,7 @@ def _log_source(source: str, experiment: Experiment, changed: dict[str, str]) ->
     if lines:
         log.warning("preprocessing differs from the model's: %s", "; ".join(lines))
     lines = [changed[name] for name in SPLIT_FIELDS if name in changed]
-    if lines and not {"data.folder", "data.list"} & {*changed}:
+    if lines and not {"data.folder", "data.list", "data.name"} & {*changed}:
         log.warning(
             "the validation videos may include training videos of the run: %s", "; ".join(lines)
         )

@@ -14,10 +14,12 @@ from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.data.pipeline import LoaderConfig
 from jaxvid.data.sources import DatasetConfig, open_dataset
 from jaxvid.data.video_order import VideoOrder
+from jaxvid.distributed.collectives import gather
 from jaxvid.distributed.sharding import MeshShape, check_batch_size, make_mesh
 from jaxvid.errors import InputError
 from jaxvid.evaluation.protocol import EvalProtocol
 from jaxvid.models import ModelConfig, make_model_config
+from jaxvid.storage.dtype_choice import AUTO, DtypeChoice, choose_dtype
 from jaxvid.storage.preprocessing import Preprocessing
 from jaxvid.training import schedule_choice
 from jaxvid.training.checkpoint import CheckpointPolicy
@@ -34,7 +36,8 @@ TOP_FIELDS = ("batch_size", "num_epochs", "deterministic", "init_from", "log_ste
 class Experiment:
     """A resolved config.
 
-    Some fields may be `CHOSEN` until `choose_schedule` replaces them.
+    Some fields may be `CHOSEN` until `choose_schedule` replaces them. The model's dtype may be
+    `auto` in `fields`, and a placeholder in `model`, until `choose_model_dtype` replaces both.
 
     Attributes:
         fields: The complete config as a nested dict, which is saved, and compared when the run is
@@ -138,7 +141,9 @@ def resolve(config: Config, workdir: Path | None = None) -> Experiment:
     check_names(config.to_dict())
     if workdir is not None:
         config = _with_fields(config, schedule_choice.saved_choice(config.to_dict(), workdir))
-    model = make_model_config(**config.model)
+    # `auto` depends on the machine; networks only have real dtypes.
+    real_dtype = {"dtype": "float32"} if config.model.dtype == AUTO else {}
+    model = make_model_config(**{**config.model, **real_dtype})
     loss = LossConfig(**config.loss)
     dataset = DatasetConfig(**_section(config.data, DatasetConfig), multi_label=loss.multi_label)
     preprocessing = _make_preprocessing(config, model, dataset)
@@ -274,8 +279,26 @@ def choose_schedule(
     return experiment, (schedule_choice.describe(chosen, num_clips),)
 
 
+def choose_model_dtype(experiment: Experiment) -> tuple[Experiment, tuple[str, ...]]:
+    """Replace the model's dtype `auto` by the one that trains faster on this machine.
+
+    All processes use the choice of process 0.
+
+    Returns:
+        The experiment, and a line for the log or none.
+    """
+    if experiment.fields["model"]["dtype"] != AUTO:
+        return experiment, ()
+    choice = DtypeChoice(
+        **gather(dataclasses.asdict(choose_dtype(experiment.model, train=True)))[0]
+    )
+    config = _with_fields(ConfigDict(experiment.fields), {"model.dtype": choice.dtype})
+    return resolve(config), (f"model.{choice}",)
+
+
 def choose_without_training(experiment: Experiment) -> Experiment:
     """Return the experiment that training would choose; open the data only if this is needed."""
+    experiment, _ = choose_model_dtype(experiment)
     if not schedule_choice.chosen_fields(experiment.fields):
         return experiment
     data = open_dataset(experiment.dataset, experiment.model.num_classes, ("train",))

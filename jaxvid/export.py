@@ -23,8 +23,10 @@ from safetensors.numpy import save as safetensors_bytes
 from jaxvid import parsers
 from jaxvid.atomic import OutputPath, output_path, write_file, write_json
 from jaxvid.data.clips.clip import ClipSpec
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, printable
+from jaxvid.inference.onnx_export import export_onnx
 from jaxvid.models import split_params
+from jaxvid.storage import exported_file
 from jaxvid.storage.preprocessing import (
     Channels,
     clip_shape,
@@ -54,16 +56,21 @@ def export_stablehlo(model: nnx.Module, spec: ClipSpec, *, mean: Channels, std: 
     Raises:
         InputError: The weights are too large for one program.
     """
-    size = sum(leaf.nbytes for leaf in split_params(model)[1].values())
-    if size > MAX_BYTES:
-        raise InputError(
-            f"the weights have {size / 1e9:.1f} GB, more than the limit of a StableHLO program "
-            f"({MAX_BYTES / 1e9:.1f} GB); use --format safetensors"
-        )
+    _check_size(model, "a StableHLO program")
     (b,) = jax_export.symbolic_shape("b")
     clips = jax.ShapeDtypeStruct(clip_shape(spec, b), jnp.uint8)
     program = jax.jit(lambda clips: model(normalize(clips, mean, std)))
     return bytes(jax_export.export(program, platforms=PLATFORMS)(clips).serialize())
+
+
+def _check_size(model: nnx.Module, kind: str) -> None:
+    """Refuse weights that are too large for a kind of file."""
+    size = sum(leaf.nbytes for leaf in split_params(model)[1].values())
+    if size > MAX_BYTES:
+        raise InputError(
+            f"the weights have {size / 1e9:.1f} GB, more than the limit of {kind} "
+            f"({MAX_BYTES / 1e9:.1f} GB); use --format safetensors"
+        )
 
 
 def export_safetensors(model: nnx.Module, card: dict) -> bytes:
@@ -77,20 +84,29 @@ def export_safetensors(model: nnx.Module, card: dict) -> bytes:
     return safetensors_bytes(weights, {"model.json": json.dumps(card, ensure_ascii=False)})
 
 
-def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -> dict:
+def export(
+    folder: str | Path,
+    output: str | Path,
+    format_: str = "stablehlo",
+    *,
+    precision: str = "float32",
+    calibrate: Path | None = None,
+) -> dict:
     """Write the network of a model folder as one file, and a description of the file as JSON.
 
     Args:
         folder: Model folder, or another name of a model; see `resolve_model`.
         output: File to write. The description is written to `OUTPUT.json`.
         format_: One of `parsers.FORMATS`.
+        precision: Of an ONNX file: one of `parsers.PRECISIONS`.
+        calibrate: Videos from which the ranges of an int8 file are measured; see `export_onnx`.
 
     Returns:
         The contents of `OUTPUT.json`.
 
     Raises:
-        InputError: The model folder is unusable, the weights are too large, or a file cannot be
-            written.
+        InputError: The model folder is unusable, the weights are too large, a package is not
+            installed, or a file cannot be written.
     """
     card, model, preprocessing = load_model_and_preprocessing(resolve_model(folder))
     spec, output = preprocessing.spec, output_path(output)
@@ -100,6 +116,13 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
     if format_ == "stablehlo":
         data = export_stablehlo(model, spec, mean=preprocessing.mean, std=preprocessing.std)
         description |= _describe_program(output, model, spec)
+        description |= exported_file.describe_program(data)
+    elif format_ == "onnx":
+        _check_size(model, "an ONNX file")
+        data, about = export_onnx(
+            model, preprocessing, card["activation"], precision=precision, calibrate=calibrate
+        )
+        description |= _describe_onnx(output, model, spec, card["activation"]) | about
     else:
         data = export_safetensors(model, card)
         description |= _describe_weights(output, model)
@@ -116,6 +139,34 @@ def export(folder: str | Path, output: str | Path, format_: str = "stablehlo") -
 
 def _describe_program(output: OutputPath, model: nnx.Module, spec: ClipSpec) -> dict:
     """Describe the input and output of a StableHLO program, and how to load it."""
+    return {
+        **_describe_signature(model, spec),
+        "platforms": list(PLATFORMS),
+        "load": [
+            "from jax import export  # pip install jax flatbuffers",
+            f"model = export.deserialize(open({output.name!r}, 'rb').read())",
+            "logits = model.call(clips)",
+        ],
+    }
+
+
+def _describe_onnx(output: OutputPath, model: nnx.Module, spec: ClipSpec, activation: str) -> dict:
+    """Describe the input and outputs of an ONNX file, and how to load it."""
+    signature = _describe_signature(model, spec)
+    probabilities = signature["output"] | {"meaning": f"{activation} of the logits"}
+    return {
+        **signature,
+        "probabilities": probabilities,
+        "load": [
+            "import onnxruntime  # pip install onnxruntime",
+            f"session = onnxruntime.InferenceSession({output.name!r})",
+            "logits, probabilities = session.run(None, {'clips': clips})",
+        ],
+    }
+
+
+def _describe_signature(model: nnx.Module, spec: ClipSpec) -> dict:
+    """Describe the input and the logits of a program."""
     meaning = (
         "clips (b, t, h, w, RGB) with pixels from 0 to 255, sampled, resized and cropped as "
         "described in `preprocessing`; the program applies mean and std"
@@ -132,12 +183,6 @@ def _describe_program(output: OutputPath, model: nnx.Module, spec: ClipSpec) -> 
             "dtype": "float32",
             "meaning": "logits, in the order of `labels`",
         },
-        "platforms": list(PLATFORMS),
-        "load": [
-            "from jax import export  # pip install jax flatbuffers",
-            f"model = export.deserialize(open({output.name!r}, 'rb').read())",
-            "logits = model.call(clips)",
-        ],
     }
 
 
@@ -161,9 +206,29 @@ def _describe_weights(output: OutputPath, model: nnx.Module) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 2 if the input is unusable."""
-    args = parsers.export().parse_args(argv)
+    parser = parsers.export()
+    args = parser.parse_args(argv)
+    if args.check is None and None in (args.model, args.output):
+        parser.error("expected --model and --output, or --check")
+    if args.check is not None and (args.model, args.output) != (None, None):
+        parser.error("--check: cannot be combined with --model or --output")
+    if args.format != "onnx" and args.precision != "float32":
+        parser.error(f"--precision {args.precision}: requires --format onnx")
+    if args.precision == "int8" and args.calibrate is None:
+        parser.error("--precision int8: requires --calibrate LIST_OR_FOLDER")
+    if args.precision != "int8" and args.calibrate is not None:
+        parser.error("--calibrate: requires --precision int8")
     try:
-        description = export(args.model, args.output, args.format)
+        if args.check is not None:
+            print(printable(exported_file.check_exported(args.check)))
+            return 0
+        description = export(
+            args.model,
+            args.output,
+            args.format,
+            precision=args.precision,
+            calibrate=args.calibrate,
+        )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return InputError.EXIT_CODE
@@ -172,4 +237,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{name}: {description['model']}, {description['format']}, {size}")
     print(f"{name}.json: description of the exported file; load that file with:")
     print(*(f"    {line}" for line in description["load"]), sep="\n")
+    if args.format == "stablehlo":
+        print(f"compatibility: {exported_file.describe_guarantee(description)}")
     return 0

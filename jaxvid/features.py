@@ -35,7 +35,7 @@ from jaxvid.inference.feature_extraction import (
     extract_features,
 )
 from jaxvid.locks import LockedError, locked
-from jaxvid.models import ModelConfig, Params, abstract_model, family_of, make_model_config
+from jaxvid.models import ModelConfig, Params, make_model_config
 from jaxvid.object_store import is_remote
 from jaxvid.storage import model_card, model_folder
 from jaxvid.storage.feature_file import (
@@ -199,14 +199,11 @@ def _load_network(folder: str | Path, options: FeatureOptions, mesh: Mesh) -> Ne
     path = Path(folder) / model_card.CARD_NAME
     preprocessing = read_preprocessing(card, path)
     num_clips = options.num_clips if options.window is None else 1
-    views = {"num_clips": num_clips, "num_crops": options.num_crops}
-    views = {name: value for name, value in views.items() if value is not None}
-    preprocessing = dataclasses.replace(preprocessing, **views)
+    preprocessing = preprocessing.with_views(num_clips, options.num_crops)
     config = make_model_config(**card["config"] | {"dtype": options.dtype})
-    graphdef, abstract_params = abstract_model(config)
-    splits = family_of(config).tensor_splits(config)
+    graphdef, abstract_params = model_folder.abstract_sharded_model(config, mesh)
     check_fit(graphdef, abstract_params, preprocessing, path)
-    params = model_folder.load_params(folder, sharding.with_sharding(abstract_params, mesh, splits))
+    params = model_folder.load_params(folder, abstract_params)
     return Network(
         name=card["name"],
         config=config,

@@ -36,13 +36,38 @@ rollout assigns all attention to the frame's own patches, so that the heat map i
 time.
 """
 
+SERVE = """Serve models over HTTP: a page to try them with videos or a webcam, and an API.
+
+The first line printed is the address of the page. The API is described in docs/serving.md and, for
+programs, at /openapi.json. Preprocessing and the number of views come from the model card, so that
+predictions equal those of `jaxvid predict`.
+
+Videos are decoded in separate processes with limits of time and memory. Requests that arrive at the
+same time share the batches of the network.
+
+Ctrl-C or SIGTERM: the server accepts no more requests, answers those in progress and exits. A
+second signal ends it at once.
+
+Exit codes: 0: stopped by a signal, all requests answered; 2: invalid input, or the port is in use;
+130, 143: ended before all requests were answered.
+"""
+
 EXPORT = """Export a model folder.
 
 `stablehlo` (default): the network with weights and normalisation as one program, for CPU and CUDA
 and any batch size. Running it requires jax and flatbuffers, but not jaxvid.
+`onnx`: the same as an ONNX model, for ONNX Runtime, OpenVINO and TensorRT. It outputs logits and
+probabilities. Writing it requires pip install 'jaxvid[onnx]'. --precision float16 halves the size;
+it is meant for GPUs. --precision int8 computes most matrix products in int8, with scales that are
+measured on the videos of --calibrate. Measure its accuracy with jaxvid eval --onnx FILE.
 `safetensors`: only the weights, under the same names as in model folders, with `model.json` as
 metadata.
-FILE.json describes the contents of FILE and how to load it.
+FILE.json describes the contents of FILE, how to load it, and for how long a program is guaranteed
+to load. `--check FILE` checks that FILE is unchanged and still usable with the installed packages.
+It runs a program on one clip and compares the logits with those in FILE.json. It compares names and
+shapes of weights with those of this version of jaxvid.
+
+Exit codes: 0 success, 2 invalid input or a failed check.
 """
 
 CONVERT = """Convert released PyTorch weights into a model folder.
@@ -60,6 +85,11 @@ uninterrupted run. With `--shard 0/8` to `--shard 7/8`, eight jobs share the wor
 to finish completes the pack.
 
 Exit codes: 0 success, 2 invalid input, 3 some videos are broken and left out.
+"""
+
+CHECK = """Decode every frame of every video of a data set, and report broken and unusual videos.
+
+Exit codes: 0 all videos can be read, 2 invalid input, 3 some videos are broken.
 """
 
 CHECK_LABELS = """Check the order of a model's class names on a few labelled videos.

@@ -7,6 +7,7 @@ jaxvid schedule --config CONFIG --workdir FOLDER    plot the learning rate
 jaxvid plan --config CONFIG                         print the memory of a training step
 ... --config.FIELD=VALUE                            override a field of configs/common.py
 jaxvid eval ... --compare OTHER                     compare with the evaluation in another folder
+jaxvid eval ... --onnx FILE                         evaluate an exported ONNX file
 jaxvid train ... --profile 10:20                    write a profiler trace of steps 10 to 19
 ... --coordinator HOST:PORT --num_processes N --process_id I     one process of several
 
@@ -42,6 +43,12 @@ COMPARE = flags.DEFINE_string(
     "written to comparison.json, and the difference is tested for significance. Requires --mode "
     "eval.",
 )
+ONNX = flags.DEFINE_string(
+    "onnx",
+    None,
+    "ONNX file, written by jaxvid export, to evaluate with ONNX Runtime on the CPU instead of a "
+    "checkpoint or model folder. Requires --mode eval.",
+)
 MEMORY = flags.DEFINE_float(
     "memory_gb", None, "Memory of a device in GB: also print the largest batch size that fits."
 )
@@ -56,7 +63,8 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, fr
 JOIN_SECONDS = flags.DEFINE_float(
     "join_seconds", 300.0, "Seconds to wait for the other processes at the start. Default: 300."
 )
-for _name, _mode in (("compare", "eval"), ("profile", "train"), ("memory_gb", "plan")):
+_MODES = {"compare": "eval", "onnx": "eval", "profile": "train", "memory_gb": "plan"}
+for _name, _mode in _MODES.items():
     flags.register_multi_flags_validator(
         ("mode", _name),
         lambda values, name=_name, mode=_mode: not values[name] or values["mode"] == mode,
@@ -99,7 +107,7 @@ def run(_) -> None:
             if MODE.value == "train":
                 train(CONFIG.value, WORKDIR.value, profile_steps=profile_steps)
             elif MODE.value == "eval":
-                evaluate(CONFIG.value, WORKDIR.value, compare_with=COMPARE.value)
+                evaluate(CONFIG.value, WORKDIR.value, compare_with=COMPARE.value, onnx=ONNX.value)
             else:
                 experiment = choose_without_training(resolve(CONFIG.value))
                 with remote_folder.opened(WORKDIR.value) as workdir:

@@ -12,7 +12,9 @@ from jaxvid import help_texts
 
 DTYPES = ("float32", "tfloat32", "bfloat16")  # jaxvid.models.precision.DTYPES
 LAYERS = ("video", "frames")  # jaxvid.inference.feature_extraction.LAYERS
-FORMATS = ("stablehlo", "safetensors")  # of an exported model
+FORMATS = ("stablehlo", "onnx", "safetensors")  # of an exported model
+ENGINES = ("jax", "onnxruntime")  # of `jaxvid serve`
+PRECISIONS = ("float32", "float16", "int8")  # of an ONNX file
 SHELLS = ("bash", "zsh", "fish")
 MODEL_HELP = (
     "model folder, name (see jaxvid models --pretrained), PyTorch checkpoint (file or URL), or "
@@ -40,8 +42,7 @@ def predict() -> argparse.ArgumentParser:
     add("--crops", type=int, help="crops per clip, 1 or 3 (default: from the model card)")
     add("--batch_size", type=int, help="videos per batch (default: 8 divided by clips × crops, at "
         "least 1); with --window, windows per batch (default: 1)")  # fmt: skip
-    add("--dtype", choices=DTYPES, default="float32",
-        help="compute dtype (default: float32, as in evaluation)")  # fmt: skip
+    _add_dtype(parser)
     add("--window", type=float, metavar="SECONDS", help="classify sliding windows of this "
         "length instead of the whole video")  # fmt: skip
     add("--stride", type=float, metavar="SECONDS", help="time between the starts of windows. "
@@ -67,15 +68,55 @@ def visualize() -> argparse.ArgumentParser:
     return parser
 
 
+def serve() -> argparse.ArgumentParser:
+    """Return the parser of `jaxvid serve`."""
+    parser = _make_parser("serve", help_texts.SERVE)
+    add = parser.add_argument
+    add("--model", required=True, action="append", dest="models", metavar="MODEL",
+        help=f"{MODEL_HELP}, or .onnx file from jaxvid export; may be repeated to compare "
+        "models")  # fmt: skip
+    add("--host", default="127.0.0.1", help="address to listen on; any other than that of this "
+        "machine itself needs a token (default: 127.0.0.1)")  # fmt: skip
+    add("--port", type=int, default=7860, help="TCP port; 0: any free port (default: 7860)")
+    add("--token", help="secret that requests must contain (default: $JAXVID_TOKEN, which other "
+        "users of this machine cannot see in the list of processes)")  # fmt: skip
+    add("--public_host", action="append", default=[], metavar="NAME", help="name under which "
+        "browsers reach the server, e.g. videos.example.org; may be repeated (default: only "
+        "localhost and IP addresses)")  # fmt: skip
+    add("--allow_urls", action="store_true",
+        help="allow requests to name the URL of a video, which the server downloads")  # fmt: skip
+    add("--max_batch", type=int, help="maximum number of views that the network computes together, "
+        "a power of 2 (default: the fastest up to 8, measured at the start)")  # fmt: skip
+    add("--max_wait", type=float, default=0.005, metavar="SECONDS", help="maximum time that a view "
+        "waits for others to share its batch (default: 0.005)")  # fmt: skip
+    add("--decoders", type=int, default=os.cpu_count(),
+        help="number of decoder processes (default: CPUs)")  # fmt: skip
+    add("--max_upload", type=float, default=500.0, metavar="MB",
+        help="maximum size of a video in megabytes (default: 500)")  # fmt: skip
+    add("--deadline", type=float, default=60.0, metavar="SECONDS", help="maximum time from the end "
+        "of an upload to its answer (default: 60)")  # fmt: skip
+    _add_dtype(parser)
+    add("--engine", choices=ENGINES, default=ENGINES[0], help="what computes predictions; "
+        "onnxruntime needs pip install 'jaxvid[onnx]', and computes in float32 on the CPU; .onnx "
+        f"files always use it (default: {ENGINES[0]})")  # fmt: skip
+    return parser
+
+
 def export() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid export`."""
     parser = _make_parser("export", help_texts.EXPORT)
     add = parser.add_argument
-    add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
-    add("--output", required=True, metavar="FILE",
+    add("--model", metavar="MODEL", help=MODEL_HELP)
+    add("--output", metavar="FILE",
         help="file to write; its description is written to FILE.json")  # fmt: skip
+    add("--check", metavar="FILE", help="check an exported file instead of writing one")
     add("--format", choices=FORMATS, default=FORMATS[0],
         help=f"contents of the file; see above (default: {FORMATS[0]})")  # fmt: skip
+    add("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="with --format onnx: type "
+        f"of the weights and activations (default: {PRECISIONS[0]})")  # fmt: skip
+    add("--calibrate", type=Path, metavar="LIST_OR_FOLDER", help="with --precision int8: videos "
+        "like those that will be classified. The ranges of the activations are measured on up to "
+        "64 of them")  # fmt: skip
     return parser
 
 
@@ -137,7 +178,34 @@ def prepare() -> argparse.ArgumentParser:
     add("--color_matrix", default="tagged", help="conversion of YUV to RGB: tagged (by the color "
         "matrix that the video file names), or bt601 (always BT.601, for converted STAM weights) "
         "(default: tagged)")  # fmt: skip
+    _add_beam(parser)
     return parser
+
+
+def check() -> argparse.ArgumentParser:
+    """Return the parser of `jaxvid check`."""
+    parser = _make_parser("check", help_texts.CHECK)
+    add = parser.add_argument
+    add("input", nargs="+", metavar="LIST_OR_FOLDER", help="lists or data folders")
+    add("--prefix", default="", help="folder that paths in lists are relative to (default: the "
+        "list's folder)")  # fmt: skip
+    add("--json", metavar="OUT", help="write the report to this file")
+    add("--workers", type=int, default=os.cpu_count(), help="number of threads (default: CPUs)")
+    add("--state", type=Path, metavar="DIR", help="store the results of finished parts in this "
+        "folder, so that the same command continues an interrupted check (default: not "
+        "stored)")  # fmt: skip
+    _add_beam(parser)
+    return parser
+
+
+def _add_beam(parser: argparse.ArgumentParser) -> None:
+    """Add the options of programs whose work Apache Beam can divide among machines."""
+    add = parser.add_argument
+    add("--runner", metavar="NAME", help="runner of Apache Beam: DirectRunner, FlinkRunner, "
+        "SparkRunner, DataflowRunner or PortableRunner (default: threads of this "
+        "process)")  # fmt: skip
+    add("--beam_args", default="", metavar="'ARG ...'", help="options of the runner, as one quoted "
+        "text (default: none)")  # fmt: skip
 
 
 def check_labels() -> argparse.ArgumentParser:
@@ -236,6 +304,13 @@ def completion() -> argparse.ArgumentParser:
     parser = _make_parser("completion", help_texts.COMPLETION)
     parser.add_argument("shell", choices=SHELLS)
     return parser
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--dtype` of programs that can measure which dtype is faster."""
+    parser.add_argument("--dtype", choices=(*DTYPES, "auto"), default="float32",
+        help="compute dtype; auto: the faster of float32 and bfloat16, measured once per network "
+        "and machine (default: float32, as in evaluation)")  # fmt: skip
 
 
 class _StoreOnce(argparse.Action):

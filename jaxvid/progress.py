@@ -14,6 +14,7 @@ from jaxvid.errors import InputError
 
 LINE_SECONDS = 10.0  # minimum time between two progress lines
 COMPILE_SECONDS = 1.0  # duration of a compilation after which it is announced
+_compiling = threading.local()  # has `name` inside `compiling`
 
 
 def to_stderr(line: str) -> None:
@@ -33,13 +34,17 @@ def compiling(name: str, write_line: Callable[[str], None] = print_above_bar) ->
     """Announce the compilation in the body, and its duration, if it is slow.
 
     Programs in the compilation cache usually load in less than `COMPILE_SECONDS`, so that they are
-    not announced.
+    not announced. In the body of another `compiling` of the same thread, which announces all
+    compilations together, nothing is announced.
 
     Args:
         name: Name of the compiled function, e.g. `the training step`.
         write_line: Called with `compiling NAME…` after `COMPILE_SECONDS`, by another thread, and
             with `compiled in 14 s` at the end.
     """
+    if hasattr(_compiling, "name"):
+        yield
+        return
     announced, start = threading.Event(), time.monotonic()
 
     def announce() -> None:
@@ -49,9 +54,11 @@ def compiling(name: str, write_line: Callable[[str], None] = print_above_bar) ->
     timer = threading.Timer(COMPILE_SECONDS, announce)
     timer.daemon = True
     timer.start()
+    _compiling.name = name
     try:
         yield
     finally:
+        del _compiling.name
         timer.cancel()
         timer.join()
     if announced.is_set():

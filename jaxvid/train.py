@@ -19,7 +19,14 @@ from jaxvid.errors import with_addresses
 from jaxvid.evaluation.loop import evaluate_params, make_eval_step
 from jaxvid.evaluation.outputs import save_report
 from jaxvid.evaluation.summary import make_report, summary
-from jaxvid.experiment import Config, Experiment, check_batch_sizes, choose_schedule, resolve
+from jaxvid.experiment import (
+    Config,
+    Experiment,
+    check_batch_sizes,
+    choose_model_dtype,
+    choose_schedule,
+    resolve,
+)
 from jaxvid.logs import log
 from jaxvid.storage import model_card, model_folder, workdir_lock
 from jaxvid.training import (
@@ -92,10 +99,8 @@ def train(
             handlers.enter_context(loop.signals)
             state, reason = run_loop(loop, state)
         if reason is not StopReason.FINISHED:
-            log.info(
-                "stopped and saved at step %d; run the same command to resume",
-                int(state["step"]),
-            )
+            message = "stopped and saved at step %d; run the same command to resume"
+            log.info(message, int(state["step"]))
         if reason is StopReason.SIGNAL:
             raise SystemExit(128 + (loop.signals.received or signal.SIGTERM))
         if reason is StopReason.STOP_STEP:
@@ -143,6 +148,7 @@ def _set_up(
 ) -> Run:
     """Open the data and make everything that does not depend on checkpoints."""
     setup.prepare_compilation(workdir, deterministic=experiment.deterministic)
+    experiment, dtype_notes = choose_model_dtype(experiment)
     mesh = sharding.make_mesh(experiment.mesh)
     check_batch_sizes(experiment, mesh)
     run_config.check_same_run(experiment.fields, workdir)
@@ -155,6 +161,7 @@ def _set_up(
     order = experiment.order.for_videos(data.records["train"])
     num_clips = order.epoch_clips(len(data.records["train"]))
     experiment, notes = choose_schedule(experiment, mesh, num_clips)
+    notes = dtype_notes + notes
     index, count = sharding.batch_shard(mesh, experiment.batch_size)
     batches = make_batches(
         data.records["train"],
@@ -351,7 +358,7 @@ def _make_validation(
             mesh=run.mesh,
         ),
         make_report=functools.partial(
-            make_report, protocol=experiment.protocol, data=experiment.dataset.folder
+            make_report, protocol=experiment.protocol, data=experiment.dataset.location
         ),
         describe=summary,
         make_card=functools.partial(
@@ -379,9 +386,7 @@ def _write_outputs(run: Run, loop: Loop, state: dict) -> dict:
         log.info("%s", message)
     folder, validation = run.workdir / "model", loop.validation
     report, results = validation.report, validation.results
-    report["checkpoint"] = with_addresses(
-        str(run.workdir / "checkpoints" / str(run.milestones.total))
-    )
+    report["checkpoint"] = with_addresses(f"{run.workdir}/checkpoints/{run.milestones.total}")
     report["weights_sha256"] = model_folder.fingerprint(steps.eval_params(state))
     validation.save_model(folder, state)
     save_report(run.workdir, report, results, run.data.labels, run.data.records["val"])

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the time of the tests is spent in compilation, which takes half as long without
@@ -20,6 +21,27 @@ from jaxvid.data.synthetic_motion import LABELS, make_motion
 from jaxvid.logs import log
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+FOLDER = Path(__file__).parent
+
+
+SLOW_FILES = (
+    "training/test_train.py",
+    "distributed/test_processes.py",
+    "distributed/test_failures.py",
+    "distributed/test_collectives.py",
+    "training/test_steps.py",
+    "models/test_xvit.py",
+    "distributed/test_sharding.py",
+    "test_configs.py",
+    "models/test_stam.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Run slow files first, so that the processes of pytest-xdist end at about the same time."""
+    ranks = {FOLDER / name: i for i, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -89,7 +89,11 @@ PROGRAMS = {
         ("out.json",),
         "fitting: .*",
     ),
-    "check": Program(["-m", "jaxvid.data.check", "{data}", "--json={out}/out.json"], ("out.json",)),
+    "check": Program(
+        ["-m", "jaxvid.data.check", "{data}", "--json={out}/out.json", "--state={out}/state"],
+        ("out.json",),
+        "reading: .*|.* parts are complete",
+    ),
     "prepare": Program(
         ["-m", "jaxvid.data.prepare", "--input", "{data}", "--output={out}/pack"],
         ("pack/report.json",),
@@ -114,6 +118,7 @@ PROGRAMS = {
         r".*: SHA-256 \w+, converted to .*",
     ),
 }  # fmt: skip
+# `jaxvid serve` does not end by itself; tests/test_serve.py tests its signals and streams.
 if importlib.util.find_spec("sklearn") is None:  # an optional package
     del PROGRAMS["probe"]
 

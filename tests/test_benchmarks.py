@@ -81,6 +81,12 @@ def test_table_has_a_row_for_every_model(capsys):
             "× as fast as unshifted",
             marks=pytest.mark.full,
         ),
+        pytest.param(
+            ("deploy.py", "--model", "xvit_tiny", "--pairs", "1")
+            + ("--sides", "jax-bfloat16", "onnxruntime-int8"),
+            "jax-bfloat16 ",
+            marks=pytest.mark.full,
+        ),
         (("data.py", "--size", "340x256", "--videos", "1", "--rounds", "1"), "AutoAugment"),
         pytest.param(
             ("train.py", "--input", "pack", "--trace", "--turns", "1", "--steps", "2")
@@ -91,6 +97,11 @@ def test_table_has_a_row_for_every_model(capsys):
         (
             ("windows.py", "--model", "stam_tiny", "--windows", "4", "--rounds", "1"),
             "frames to compute: 14 with sharing, 32 without",
+        ),
+        pytest.param(
+            ("serve.py", "--requests", "8", "--rounds", "1", "--clients", "1", "2"),
+            "server / offline loop in batches of",
+            marks=pytest.mark.full,
         ),
     ],
 )

@@ -14,8 +14,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +34,7 @@ from jaxvid.data.synthetic_motion import LABELS, make_motion
 from jaxvid.experiment import resolve
 from jaxvid.training import outputs
 from tests.programs import write_evaluation
+from tests.serving.running_server import make_fake_model, running
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md"]
@@ -45,6 +48,12 @@ NOT_RUN = {
     r"make ": "installs packages, or runs these tests",
     r"python3 -m (venv|pip) |\.venv/bin/pip ": "installs packages",
     r"srun ": "needs a Slurm cluster",
+    r"docker ": "needs Docker; make test-container builds and runs the image",
+    r"tfds ": "needs TensorFlow",
+    r"python main\.py .*--config\.data\.source=tfds ": "needs UCF101; "
+    "tests/data/test_tfds.py trains on a miniature",
+    r"python -m jaxvid .*--runner ": "needs apache-beam; tests/data/test_beam.py runs the programs "
+    "if it is installed",
     r"python main\.py .*--num_processes 2 ": "waits for a second process; "
     "tests/distributed starts both processes",
     r"python main\.py --config configs/xvit_k600\.py (?!.*--mode schedule)": "needs Kinetics-600",
@@ -56,13 +65,16 @@ NOT_RUN = {
     "released weights; tests/test_full.py converts files with the same names and shapes",
     r"python -m jaxvid probe ": "needs scikit-learn, an optional package; "
     "tests/evaluation/test_probing.py runs the program if it is installed",
+    r"python -m jaxvid(\.export .*--format onnx| eval .*--onnx )": "needs optional packages; "
+    "tests/inference/test_onnx.py runs the programs if they are installed",
+    r"python benchmarks/(forward|deploy|data|train|windows|serve)\.py": "takes minutes and an idle "
+    "machine; tests/test_benchmarks.py runs them on small input",
     r"(python|jaxvid) .*(gs|s3)://": "needs an object store; tests/test_s3.py runs a server",
-    r"python benchmarks/(forward|data|train|windows)\.py": "takes minutes and an idle machine; "
-    "tests/test_benchmarks.py runs them on small input",
     r"python benchmarks/remote\.py": "needs s3fs and moto; tests/test_s3.py runs it on small input",
     r"python -m benchmarks\.gpu ": "takes minutes and a GPU; tests/test_benchmarks.py runs it on "
     "a CPU with tiny sizes",
     r"python -m tests\.mutation ": "needs mutmut and takes minutes",
+    r"python -m jaxvid serve ": "runs until a signal; tests/test_serve.py runs it",
 }
 
 # Programs whose `main` takes seconds on small input and can be called in this process.
@@ -82,6 +94,7 @@ SHRINK = {
 FOLDERS = ("benchmarks", "configs", "convert", "docs", "jaxvid", "tests")
 PYTHON = re.compile(r"^(\.venv/bin/)?python ")  # start of a command that runs Python
 JAXVID = re.compile(r"^(\.venv/bin/)?jaxvid ")
+SERVER = "http://127.0.0.1:7860"  # address of the server in examples
 CONFIG_SECTIONS = ("data", "eval", "loss", "model", "optimizer", "mesh", "distill")
 
 
@@ -169,7 +182,7 @@ def check_command(command: str, monkeypatch) -> None:
     if name == "srun":
         check_command(command[command.index("python ") :], monkeypatch)
         return
-    if name in ("python3", ".venv/bin/pip"):
+    if name in ("python3", ".venv/bin/pip", "docker", "curl", "tfds"):
         return
     assert PYTHON.match(command), command
     module, arguments = program_of(arguments)
@@ -359,8 +372,18 @@ def test_every_pattern_in_not_run_matches_a_command():
         assert any(re.match(pattern, command) for command in commands), pattern
 
 
-def run_in_process(command: str, monkeypatch) -> None:
-    """Call the `main` of a quick program. Commands of other programs are ignored."""
+@pytest.fixture(scope="module")
+def server_url() -> Iterator[str]:
+    """Yield the address of a running server, which replaces `SERVER` in examples."""
+    with running([make_fake_model()]) as server:
+        yield server.url
+
+
+def run_in_process(command: str, monkeypatch, server_url: str) -> None:
+    """Run `curl`, or call the `main` of a quick program. Other commands are ignored."""
+    if command.startswith("curl "):
+        run_command(command.replace(SERVER, server_url).replace("curl ", "curl -sSf ", 1), ".")
+        return
     if not PYTHON.match(command) or reason_not_run(command):
         return
     module, arguments = program_of(shlex.split(command)[1:])
@@ -375,26 +398,27 @@ def run_in_process(command: str, monkeypatch) -> None:
     assert not status, command
 
 
-def run_python(block: Block) -> None:
+def run_python(block: Block, server_url: str) -> None:
     """Run a `python` block in this process."""
-    exec(compile(block.text, block.location, "exec"), {"__name__": "example"})
+    text = block.text.replace(SERVER, server_url)
+    exec(compile(text, block.location, "exec"), {"__name__": "example"})
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_quick_examples_run(page, checkout, monkeypatch):
+def test_quick_examples_run(page, checkout, monkeypatch, server_url):
     monkeypatch.chdir(checkout)
     for block in read_blocks(page):
         if block.language == "python":
-            run_python(block)
+            run_python(block, server_url)
         elif block.language == "bash":
             for command in block.commands():
-                run_in_process(command, monkeypatch)
+                run_in_process(command, monkeypatch, server_url)
 
 
 # ------------------------------------------------------------------ all examples
 
 
-def run_command(command: str, folder: Path) -> None:
+def run_command(command: str, folder: str | Path) -> None:
     """Run a command in a folder, on one CPU device. `SHRINK` shortens training commands."""
     for config, fields in SHRINK.items():
         if re.search(rf"--config (configs/)?{config}\b", command):
@@ -423,21 +447,22 @@ def trained(tmp_path_factory) -> Path:
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", PAGES)
-def test_all_examples_run(page, trained, monkeypatch):
+def test_all_examples_run(page, trained, monkeypatch, server_url):
     monkeypatch.chdir(trained)
     for block in read_blocks(page):
         if block.language == "python":
-            run_python(block)
+            run_python(block, server_url)
         elif block.language == "bash":
             for command in block.commands():
                 if not reason_not_run(command):
-                    run_command(command, trained)
+                    run_command(command.replace(SERVER, server_url), trained)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
 def test_fine_tuning_after_the_demo_runs(trained):
     _, train = commands_after_the_demo()
+    shutil.rmtree(trained / "runs/mine", ignore_errors=True)  # of the examples in the docs
     run_command(train, trained)
     assert (trained / "runs" / "mine" / "eval.json").exists()
 

@@ -44,6 +44,7 @@ def test_memory_is_split_over_the_mesh(experiment):
     assert json.dumps(parts)
 
 
+@pytest.mark.full
 def test_the_largest_batch_fits_and_a_larger_one_does_not(experiment):
     limit = plan.measure(experiment, 32).total
     batch_size, memory = plan.largest_batch(experiment, limit)

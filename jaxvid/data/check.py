@@ -1,20 +1,15 @@
-"""Decode every frame of every video of a data set, and report broken and unusual videos.
-
-    python -m jaxvid.data.check LIST_OR_FOLDER [--json OUT]
-
-Exit codes: 0 all videos can be read, 2 invalid input, 3 some videos are broken.
-"""
+"""Find videos that cannot be decoded: the command `jaxvid check`."""
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     from jaxvid import entry_point
 
     entry_point.run("jaxvid.data.check")
 
-import argparse
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -23,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxvid import progress, remote
+from jaxvid import parsers, progress, remote
 from jaxvid.atomic import check_output, output_path, write_json
+from jaxvid.data import part_results
 from jaxvid.data.annotations import (
     SPLITS,
     find_lists,
@@ -32,6 +28,7 @@ from jaxvid.data.annotations import (
     read_names_in_lists,
     read_records,
 )
+from jaxvid.data.beam import BeamRunner, make_runner
 from jaxvid.data.class_names import names_classes, read_labels
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
@@ -327,13 +324,21 @@ def print_report(report: dict, done: str) -> None:
     )
 
 
-def check(paths: Sequence[str | Path], workers: int, prefix: str = "") -> dict:
+def check(
+    paths: Sequence[str | Path],
+    workers: int | BeamRunner,
+    prefix: str = "",
+    state: Path | None = None,
+) -> dict:
     """Read every video of lists and folders completely.
 
     Args:
         paths: As in `gather`.
-        workers: Number of threads.
+        workers: Number of threads of this process; or a runner of Apache Beam, whose workers read
+            the videos and write `state` under the same paths.
         prefix: As in `gather`.
+        state: Folder with the results of finished parts, which are not read again; None: no
+            results are stored. A runner needs it.
 
     Returns:
         The report of `make_report`, with one more key: `overlaps` (lines about videos that are in
@@ -347,36 +352,44 @@ def check(paths: Sequence[str | Path], workers: int, prefix: str = "") -> dict:
     note_skipped(skipped)
     overlaps = note_overlaps(records)
     items = [(record, split) for split, videos in records.items() for record in videos]
-    start, findings = time.monotonic(), []
+    start = time.monotonic()
+    if state is None:
+        findings = list(_read(items, workers))
+    else:
+        runner = workers if isinstance(workers, BeamRunner) else None
+        read = functools.partial(_read, workers=workers)
+        rows = part_results.run(items, state, read, read_part, runner)
+        findings = [Finding(**row) for row in rows]
+    return make_report(findings, time.monotonic() - start) | {"overlaps": overlaps}
+
+
+def _read(items: Sequence[tuple[Record, str]], workers: int) -> Iterator[Finding]:
+    """Read videos in threads; yield the results in order, and show the progress."""
     with contextlib.closing(Progress(len(items), "reading")) as bar:
         for finding in map_in_order(lambda item: examine(*item, lambda _: None), items, workers):
-            findings.append(finding)
             bar.advance(finding.size)
-    return make_report(findings, time.monotonic() - start) | {"overlaps": overlaps}
+            yield finding
+
+
+def read_part(items: Sequence[tuple[Record, str]]) -> list[Finding]:
+    """Read videos one after the other, on a worker of Beam."""
+    return [examine(*item, lambda _: None) for item in items]
 
 
 def main() -> None:
     """Run the command line of this module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("input", nargs="+", metavar="LIST_OR_FOLDER", help="lists or data folders")
-    parser.add_argument(
-        "--prefix",
-        default="",
-        help="folder that paths in lists are relative to (default: the list's folder)",
-    )
-    parser.add_argument(
-        "--json", type=output_path, metavar="OUT", help="write the report to this file"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="number of threads (default: CPUs)"
-    )
+    parser = parsers.check()
     args = parser.parse_args()
     try:
-        if args.json:
-            check_output("--json", args.json)
-        report = check(args.input, max(1, args.workers), args.prefix)
-        if args.json:
-            write_json(args.json, report)
+        output = output_path(args.json) if args.json else None
+        beam = make_runner(args.runner, args.beam_args)
+        if beam and not args.state:
+            raise InputError("--runner needs --state DIR, a folder that all workers can write")
+        if output:
+            check_output("--json", output)
+        report = check(args.input, beam or max(1, args.workers), args.prefix, args.state)
+        if output:
+            write_json(output, report)
     except InputError as error:
         parser.exit(InputError.EXIT_CODE, f"error: {printable(error)}\n")
     print_report(report, "can be read")

@@ -73,7 +73,7 @@ def make_rows(config: Config, count: int) -> list[tuple[str, np.ndarray, np.ndar
                 print(f"left out: {error}", file=sys.stderr)
     if not rows:
         raise InputError(
-            f"{experiment.dataset.folder}: none of the chosen videos can be decoded; "
+            f"{experiment.dataset.location}: none of the chosen videos can be decoded; "
             "check them with jaxvid.data.check"
         )
     return rows

@@ -66,9 +66,9 @@ def open_input(
             return InputVideos([Record(path, NO_LABEL, path.name)], [], "video file")
         return InputVideos(*_read_list(path, prefix), "list")
     if os.path.isfile(path / "dataset_info.json"):
-        info = read_metadata(str(path), "train", is_folder=True)
+        info = read_metadata(str(path), "train")
         split = _choose_split(path, tuple(info.splits), split)
-        records = PackRecords(str(path), split, is_folder=True)
+        records = PackRecords(str(path), split)
         return InputVideos(records, records.labels, "pack")
     lists = {name: find_split(path, name) for name in SPLITS}
     lists = {name: file for name, file in lists.items() if os.path.lexists(file)}

@@ -21,11 +21,16 @@ def use_local_copies(data: Config) -> Config:
     """
     paths = {name: getattr(data, name) for name in ("folder", "list", "prefix")}
     paths = {name: path for name, path in paths.items() if remote.is_remote(path)}
-    if not paths:
+    has_tfds = remote.is_remote(data.tfds_dir)
+    if not paths and not has_tfds:
         return data
     if data.source == "motion":
         raise InputError(f"data.folder={data.folder}: must be a local folder; choose another")
     cache = Path(data.cache_dir) if data.cache_dir else remote.default_cache()
     block_cache.set_limit(cache, data.cache_gb)
     copies = {name: str(remote.local_path(path, cache)) for name, path in paths.items()}
+    if has_tfds:  # of the data sets in this folder, only the one that is used
+        name = data.name.partition("/")[0].partition(":")[0]
+        folder = remote.local_path(f"{data.tfds_dir.rstrip('/')}/{name}", cache)
+        copies["tfds_dir"] = str(folder.parent)
     return dataclasses.replace(data, **copies)

@@ -7,20 +7,20 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxvid import parsers, remote
 from jaxvid.atomic import format_json, write_file
+from jaxvid.data.beam import BeamRunner, make_runner, run_on_workers
 from jaxvid.data.check import (
     SOME_BROKEN,
-    Finding,
     Progress,
     gather,
     make_report,
@@ -33,91 +33,14 @@ from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats import pack_writer, tfds_api
 from jaxvid.data.formats.pack_index import format_table, list_videos, table_path
 from jaxvid.data.formats.pack_writer import Clip, Part, Settings, encode, plan
-from jaxvid.data.formats.xvit_hdf5 import write_h5
 from jaxvid.data.label_sets import SEPARATOR
+from jaxvid.data.pack_parts import encode_and_write, load_state, write_part, write_text
 from jaxvid.data.records import Record
 from jaxvid.data.validation_split import ValidationSplit
 from jaxvid.errors import InputError, printable
 from jaxvid.locks import LockedError, locked
 
 # ------------------------------------------------------------------ files
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a text file atomically; file names in the text need not be UTF-8."""
-    write_file(path, text.encode("utf-8", "surrogateescape"), writer=str(os.getpid()))
-
-
-def _write_part(
-    part: Part, clips: Iterator[Clip], output: Path, settings: Settings, labels: list[str], tag: str
-) -> None:
-    """Write the files of a part under temporary names, rename them, and write its state file."""
-    start, rows, findings, files = time.monotonic(), [], [], {}
-    partials = output / ".parts"
-
-    def readable() -> Iterator[tuple[str, Clip]]:
-        """Yield the names and clips of readable videos; collect `findings` and `rows` of all."""
-        for name, clip in zip(part.names, clips, strict=True):
-            findings.append(clip.finding)
-            has_times = int(clip.times is not None)
-            # Broken videos have a row with zero frames, because evaluation must count them.
-            rows.append([name, clip.finding.id, clip.label, len(clip.jpegs), clip.fps, has_times])
-            if clip.jpegs:
-                yield name, clip
-
-    def commit(partial: Path, name: str) -> None:
-        """Give a complete file its final name."""
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        files[name] = partial.stat().st_size
-        os.replace(partial, output / name)
-
-    if settings.format == "arrayrecord":
-        examples = (
-            example
-            for _, clip in readable()
-            for example in pack_writer.make_examples(clip, settings.frames_per_record)
-        )
-        name = pack_writer.array_record_name(part.split, part.number, part.count)
-        partial = partials / f"{name}{tag}"
-        pack_writer.write_array_record(partial, examples, labels)
-        commit(partial, name)
-    else:
-        (output / "seq_h5" / part.split).mkdir(parents=True, exist_ok=True)
-        for name, clip in readable():
-            partial = partials / f"{part.split}-{part.number}.h5{tag}"
-            write_h5(partial, name, clip.jpegs)
-            commit(partial, f"seq_h5/{part.split}/{name}.h5")
-    state = {
-        # One row per video, also for broken ones: file name, id, label, number of frames, fps,
-        # has_times.
-        "kept": rows,
-        "findings": [dataclasses.asdict(finding) for finding in findings],
-        "files": files,
-        "seconds": time.monotonic() - start,
-    }
-    _write_text(part.state_path(output), json.dumps(state))
-
-
-def _load_state(part: Part, output: Path) -> dict | None:
-    """Return the contents of a part's state file, or None if the part must be written.
-
-    A part must be written if it has no readable state file, if one of its files is missing or
-    does not have the size in the state file, or if a broken video now has a different size: it may
-    have been repaired.
-    """
-    try:
-        state = json.loads(part.state_path(output).read_text())
-        sizes = state["files"].items()
-        complete = all((output / name).stat().st_size == size for name, size in sizes)
-        findings = [Finding(**finding) for finding in state["findings"]]
-        pairs = list(zip(part.records, findings, strict=True))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    for record, finding in pairs:
-        size = os.path.getsize(record.path) if os.path.isfile(record.path) else -1
-        complete &= not finding.broken or size == finding.size
-    return {**state, "findings": findings} if complete else None
 
 
 def _claim(output: Path, settings: dict) -> None:
@@ -146,7 +69,7 @@ def _claim(output: Path, settings: dict) -> None:
             f"{output} was started with different settings ({', '.join(names)}); choose another "
             "folder or delete it"
         )
-    _write_text(path, json.dumps(settings, ensure_ascii=False))
+    write_text(path, json.dumps(settings, ensure_ascii=False))
 
 
 def _write_metadata(
@@ -154,7 +77,7 @@ def _write_metadata(
 ) -> None:
     """Write the indices or lists, metadata and class names of a pack whose parts are complete.
 
-    `states` are the results of `_load_state` for the parts.
+    `states` are the results of `load_state` for the parts.
     """
     # Split → number of records of each file, total size of the files, and rows of the videos.
     lengths, sizes, rows = {}, {}, {}
@@ -166,7 +89,7 @@ def _write_metadata(
     if settings.format == "arrayrecord":
         for split, split_rows in rows.items():
             listed = list_videos([row[1:] for row in split_rows], settings.frames_per_record)
-            _write_text(table_path(output, split), format_table(listed))
+            write_text(table_path(output, split), format_table(listed))
         try:
             tfds_api.write_metadata(output, labels, lengths, sizes)
         except OSError:
@@ -182,10 +105,10 @@ def _write_metadata(
         readable = [row for row in split_rows if row[3]]
         lines = "".join(f"{name},{frames},{label}\n" for name, _, label, frames, *_ in readable)
         rates = "".join(f"{row[0]},{row[4]}\n" for row in readable)
-        _write_text(output / "annotations" / f"{split}.txt", lines)
-        _write_text(output / "annotations" / f"{split}_fps.txt", rates)
-        _write_text(output / "annotation" / f"{split}_fps.txt", rates)
-    _write_text(output / "labels.txt", "".join(f"{label}\n" for label in labels))
+        write_text(output / "annotations" / f"{split}.txt", lines)
+        write_text(output / "annotations" / f"{split}_fps.txt", rates)
+        write_text(output / "annotation" / f"{split}_fps.txt", rates)
+    write_text(output / "labels.txt", "".join(f"{label}\n" for label in labels))
 
 
 # ------------------------------------------------------------------ the program
@@ -196,7 +119,7 @@ def prepare(
     output: str | Path,
     settings: Settings,
     *,
-    workers: int,
+    workers: int | BeamRunner,
     shard: tuple[int, int] = (0, 1),
     prefix: str = "",
     split: ValidationSplit | None = None,
@@ -207,7 +130,8 @@ def prepare(
         inputs: Lists and folders, as in `check.gather`.
         output: Folder of the pack.
         settings: Settings of the pack.
-        workers: Number of threads.
+        workers: Number of threads of this process; or a runner of Apache Beam, whose workers read
+            the videos and write the pack under the same paths.
         shard: `(index, count)`: index of this job, and number of jobs that share the work.
         prefix: Folder that paths in lists are relative to, as in `check.gather`.
         split: Division of the videos into training and validation, or None.
@@ -293,13 +217,22 @@ def _divide(
 
 
 def _write_parts(
-    parts: list[Part], output: Path, settings: Settings, labels: list[str], tag: str, workers: int
+    parts: list[Part],
+    output: Path,
+    settings: Settings,
+    labels: list[str],
+    tag: str,
+    workers: int | BeamRunner,
 ) -> None:
     """Write the parts of this job that are not complete."""
-    remaining = [part for part in parts if _load_state(part, output) is None]
+    remaining = [part for part in parts if load_state(part, output) is None]
     num_complete = len(parts) - len(remaining)
     if num_complete:
         print(f"{num_complete} of {len(parts)} parts are complete", file=sys.stderr)
+    if isinstance(workers, BeamRunner):
+        write = functools.partial(encode_and_write, output=output, settings=settings, labels=labels)
+        run_on_workers(write, remaining, workers)
+        return
     items = [(record, part.split) for part in remaining for record in part.records]
     progress = Progress(len(items), "packing")
     with contextlib.closing(
@@ -314,7 +247,7 @@ def _write_parts(
 
         try:
             for part in remaining:
-                _write_part(part, clips_of(part), output, settings, labels, tag)
+                write_part(part, clips_of(part), output, settings, labels, tag)
         finally:
             progress.close()
 
@@ -329,9 +262,9 @@ def _finish(
     Raises:
         InputError: All parts are complete, but no video can be read.
     """
-    states = [_load_state(part, output) for part in parts]
+    states = [load_state(part, output) for part in parts]
     complete = None not in states
-    reported = states if complete else [_load_state(part, output) for part in job_parts]
+    reported = states if complete else [load_state(part, output) for part in job_parts]
     findings = [finding for state in reported for finding in state["findings"]]
     report = make_report(findings, sum(state["seconds"] for state in reported))
     report["packed_bytes"] = sum(sum(state["files"].values()) for state in reported)
@@ -372,11 +305,14 @@ def main() -> None:
             args.color_matrix,
         )
         shard = (int(index), int(count))
+        beam = make_runner(args.runner, args.beam_args)
+        if beam and shard != (0, 1):
+            raise InputError("--shard cannot be combined with --runner, which divides the work")
         report = prepare(
             args.input,
             args.output,
             settings,
-            workers=max(1, args.workers),
+            workers=beam or max(1, args.workers),
             shard=shard,
             prefix=args.prefix,
             split=ValidationSplit(args.val_share, args.group),

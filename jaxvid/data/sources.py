@@ -17,12 +17,15 @@ from jaxvid.data.annotations import (
 from jaxvid.data.class_names import names_classes, read_labels_or_numbers
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.pack_reader import PackRecords, read_color_matrix
+from jaxvid.data.formats.tfds_api import find_folder
 from jaxvid.data.formats.xvit_hdf5 import read_xvit_list
 from jaxvid.data.local_copies import DEFAULT_GB, use_local_copies
 from jaxvid.data.protocols import VideoRecord
-from jaxvid.data.records import Record, Selection, find_missing
+from jaxvid.data.records import Record
+from jaxvid.data.skip_broken import leave_out_broken
 from jaxvid.data.split_checks import check_labels, note_empty_classes
 from jaxvid.data.synthetic_motion import make_motion
+from jaxvid.data.tfds_splits import find_splits
 from jaxvid.data.validation_split import ValidationSplit
 from jaxvid.data.video_lists import read_list
 from jaxvid.errors import InputError, check_option, printable, with_addresses
@@ -41,7 +44,7 @@ class DatasetConfig:
 
     Attributes:
         source: A key of `SOURCES`.
-        folder: The folder of the data, or the name of a TFDS data set.
+        folder: The folder of the data.
         list: A list of all videos, for `source="folder"`; empty: the folder has a list per split.
             Its paths are relative to `folder`.
         prefix: Folder that paths in lists are relative to; empty: the list's folder.
@@ -54,6 +57,11 @@ class DatasetConfig:
         color_matrix: Conversion to RGB: `tagged`, `bt601`, or `auto`: that of the model card, or
             `tagged` without a card.
         multi_label: Whether videos have any number of classes.
+        name: For `source="tfds"`: `NAME`, `NAME/CONFIG` or `NAME/CONFIG:VERSION`; empty: `folder`
+            is the name.
+        tfds_dir: Folder of TFDS data sets; empty: TFDS's default.
+        splits: For `source="tfds"`: split (`train`, `val`) → TFDS split or slice, as in
+            `train[:90%]`. See `find_splits`.
         cache_dir: Cache folder of remote files; empty: the default. `cache_gb` is its limit.
         motion: For `source="motion"`: `num_train`, `num_val` and `seed` of the clips to generate.
 
@@ -72,6 +80,9 @@ class DatasetConfig:
     skip_broken: bool = False
     color_matrix: str = "auto"
     multi_label: bool = False
+    name: str = ""
+    tfds_dir: str = ""
+    splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cache_dir: str = ""
     cache_gb: float = DEFAULT_GB
     motion: Mapping[str, int] | None = None
@@ -82,13 +93,24 @@ class DatasetConfig:
             raise InputError("data.source='motion': data.motion is missing; use configs/motion.py")
         if self.list and self.source != "folder":
             raise InputError(f"data.list={self.list}: needs data.source='folder'")
+        for field in ("name", "tfds_dir"):
+            if getattr(self, field) and self.source != "tfds":
+                raise InputError(f"data.{field}={getattr(self, field)}: needs data.source='tfds'")
+        if self.source != "tfds" and any(self.splits.values()):
+            raise InputError("data.splits: needs data.source='tfds'")
         if not self.cache_gb > 0:
             raise InputError(f"data.cache_gb={self.cache_gb}: must be above 0")
         if self.split.share and self.source not in DIVISIBLE:
             raise InputError(
                 f"data.val_share={self.val_share:g}: needs data.source='folder' or "
-                "'class_folders'; for a pack, use the option --val_share of jaxvid prepare"
+                "'class_folders'; for a pack, use the option --val_share of jaxvid prepare, for a "
+                "TFDS data set --config.data.splits.val='train[80%:]'"
             )
+
+    @property
+    def location(self) -> str:
+        """The folder or name of the data, for messages."""
+        return self.name or self.folder
 
     @property
     def split(self) -> ValidationSplit:
@@ -135,14 +157,14 @@ def open_dataset(data: DatasetConfig, num_classes: int, splits: tuple[str, ...])
     if data.source in FOLDER_SOURCES:
         check_folder(data.folder)
     dataset = SOURCES[data.source](data, num_classes, splits)
-    check_num_classes(dataset.labels, data.folder, num_classes)
+    check_num_classes(dataset.labels, data.location, num_classes)
     for split in splits:
         dataset.records[split] = check_labels(
-            dataset.records[split], num_classes, f"{data.folder}: ", multi_label=data.multi_label
+            dataset.records[split], num_classes, f"{data.location}: ", multi_label=data.multi_label
         )
     notes, left_out = list(dataset.notes), ()
     if data.skip_broken and "train" in splits:
-        training, left_out = _leave_out(dataset.records["train"], data.folder)
+        training, left_out = leave_out_broken(dataset.records["train"], data.location)
         dataset.records["train"] = training
         if left_out:
             notes.append(
@@ -212,14 +234,18 @@ def _open_xvit_h5(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]
 
 def _open_pack(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
     """Read a folder that `jaxvid.data.prepare` wrote."""
-    records = {split: PackRecords(data.folder, split, is_folder=True) for split in splits}
+    records = {split: PackRecords(data.folder, split) for split in splits}
     return VideoDataset(records, records[splits[0]].labels, notes=_compare_color_matrix(data))
 
 
 def _open_tfds(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
     """Open a TFDS data set of ArrayRecord files by its name."""
-    records = {split: PackRecords(data.folder, split, is_folder=False) for split in splits}
-    return VideoDataset(records, records[splits[0]].labels)
+    if not data.location:
+        raise InputError("data.name is empty; set it to a TFDS data set, as in ucf101:2.0.0")
+    folder = find_folder(data.location, data.tfds_dir)
+    names, notes = find_splits(folder, data.splits, splits)
+    records = {split: PackRecords(folder, names[split], data.location) for split in splits}
+    return VideoDataset(records, records[splits[0]].labels, notes=notes)
 
 
 # A source is a function of the data config, the number of classes and the splits. To add one,
@@ -341,32 +367,6 @@ def _compare_color_matrix(data: DatasetConfig) -> tuple[str, ...]:
     )
 
 
-def _leave_out(
-    records: Sequence[VideoRecord], folder: str
-) -> tuple[Sequence[VideoRecord], tuple[str, ...]]:
-    """Leave out videos that are known to be missing or broken, without opening any video.
-
-    Returns:
-        The remaining videos, in order, and the ids of those that are left out.
-
-    Raises:
-        InputError: No video is left.
-    """
-    if isinstance(records, PackRecords):
-        broken = set(records.find_broken())
-    else:
-        broken = {i for i, _ in find_missing(records)}
-    if not broken:
-        return records, ()
-    remaining = [i for i in range(len(records)) if i not in broken]
-    if not remaining:
-        raise InputError(
-            f"{folder}: all {len(broken)} training videos are missing or broken; check the paths "
-            "and the files"
-        )
-    return Selection(records, remaining), tuple(records[i].id for i in sorted(broken))
-
-
 def guess_source(path: Path) -> tuple[str, int]:
     """Return the value of `data.source` for a data folder or a list, and the number of classes.
 
@@ -379,7 +379,7 @@ def guess_source(path: Path) -> tuple[str, int]:
         return "folder", len(read_list_labels(path.parent, [path])[0])
     check_folder(path)
     if os.path.isfile(path / "dataset_info.json"):
-        return "pack", len(PackRecords(str(path), "train", is_folder=True).labels)
+        return "pack", len(PackRecords(str(path), "train").labels)
     if os.path.isfile(find_split(path, "train")):
         return "folder", len(read_list_labels(path, [*find_lists(path).values()])[0])
     if os.path.isdir(path / "train") or has_class_folders(path):

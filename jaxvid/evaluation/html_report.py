@@ -5,6 +5,7 @@ script inserts names only as text nodes and attribute values, so that no name ca
 """
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -16,10 +17,13 @@ import numpy as np
 from PIL import Image
 
 from jaxvid.atomic import write_file
+from jaxvid.data.clips.clip import ViewSpec
+from jaxvid.data.clips.description import describe_views
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.sources import Record
 from jaxvid.evaluation import metrics
 from jaxvid.evaluation.metrics import Results
+from jaxvid.html import embed_json
 
 TEMPLATE = Path(__file__).with_name("html_report.html")
 MAX_MISTAKES = 12
@@ -45,13 +49,6 @@ SHOWN = (
     "seconds",
     "clips_per_second",
 )
-SAMPLINGS = {
-    "segments": "one from each of {num_frames} equal segments of the video",
-    "dense_stride": "evenly spaced over {num_frames} × {sampling_rate} frames at 30 fps",
-    "uniform_10s": "evenly spaced over 10 seconds",
-}
-RESIZES = {"pil_bilinear": "with antialiasing", "torch_bilinear": "without antialiasing"}
-COLOR_MATRICES = {"tagged": "with the matrix tagged in each file", "bt601": "with BT.601"}
 CURVES = ("train/loss", "val/loss", "train/top1", "val/top1", "val/mAP", "learning_rate")
 
 
@@ -75,13 +72,9 @@ def make_page(data: dict) -> str:
     Args:
         data: The result of `page_data`, with `curves`.
     """
-    # Escape "</script" and "<!--", which would end or change the script element.
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
     name, value = ("top-1", data["top1"]) if "mAP" not in data else ("mAP", data["mAP"])
     title = f"{name} {value:.2f} % on {data['num_videos']} videos"
-    parts = {"{{title}}": title, "{{data}}": text}
+    parts = {"{{title}}": title, "{{data}}": embed_json(data)}
     template = TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"\{\{(title|data)\}\}", lambda match: parts[match[0]], template)
 
@@ -139,20 +132,10 @@ def page_data(result: dict, results: Results, labels: list[str], records: Sequen
 
 def describe_protocol(protocol: dict) -> list[str]:
     """Describe the protocol in an `eval.json`, one line per topic."""
-    num_clips, num_crops = protocol["num_clips"], protocol["num_crops"]
-    clips = f"{num_clips} {'clip' if num_clips == 1 else 'clips'}"
-    crops = f"{num_crops} {'crop' if num_crops == 1 else 'crops'}"
-    size = protocol["image_size"]
-    return [
-        f"{clips} × {crops} per video",
-        f"{protocol['num_frames']} frames per clip, "
-        + SAMPLINGS[protocol["sampling"]].format(**protocol)
-        + (", sampled by timestamp" if protocol["by_time"] else ""),
-        f"short side resized to {protocol['short_side']} px {RESIZES[protocol['resize']]}, "
-        + f"cropped to {size} × {size} px; converted to RGB "
-        + COLOR_MATRICES[protocol["color_matrix"]],
-        f"video score: {protocol['score']}, computed in {protocol['dtype']}",
-    ]
+    fields = {**protocol, "crop": protocol["image_size"]}
+    views = ViewSpec(**{field.name: fields[field.name] for field in dataclasses.fields(ViewSpec)})
+    score = f"video score: {protocol['score']}, computed in {protocol['dtype']}"
+    return [*describe_views(views), score]
 
 
 def find_mistakes(results: Results, records: Sequence[Record]) -> list[dict]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from jaxvid import logs, progress
@@ -19,17 +18,11 @@ from jaxvid.evaluation.protocol import EvalProtocol
 from jaxvid.logs import log
 from jaxvid.models import ModelConfig, Params, abstract_model, family_of
 from jaxvid.storage.eval_step import eval_step as classify_batch
-from jaxvid.storage.eval_step import run_ahead
+from jaxvid.storage.eval_step import onnx_eval_step, run_ahead
+from jaxvid.storage.onnx_network import OnnxNetwork
 from jaxvid.storage.partial_results import PartialResults
 
 EvalStep = Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]]
-
-
-def abstract_eval_model(
-    model_config: ModelConfig, protocol: EvalProtocol
-) -> tuple[nnx.GraphDef, Params]:
-    """Return `abstract_model` of a network that computes in the dtype of the protocol."""
-    return abstract_model(dataclasses.replace(model_config, dtype=protocol.dtype))
 
 
 def make_eval_step(model_config: ModelConfig, protocol: EvalProtocol, mesh: Mesh) -> EvalStep:
@@ -45,7 +38,7 @@ def make_eval_step(model_config: ModelConfig, protocol: EvalProtocol, mesh: Mesh
     Returns:
         Function of the weights, sharded as in training, and a batch.
     """
-    graphdef, _ = abstract_eval_model(model_config, protocol)
+    graphdef, _ = abstract_model(dataclasses.replace(model_config, dtype=protocol.dtype))
     splits = family_of(model_config).tensor_splits(model_config)
 
     def step(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -61,6 +54,17 @@ def make_eval_step(model_config: ModelConfig, protocol: EvalProtocol, mesh: Mesh
 
     jitted = jax.jit(step, out_shardings=sharding.replicated(mesh))
     return progress.announce_compilation(jitted, "the evaluation step", log.info)
+
+
+def make_onnx_eval_step(network: OnnxNetwork, protocol: EvalProtocol) -> EvalStep:
+    """Make an evaluation step that runs an ONNX network on the CPU, and ignores the weights."""
+
+    def step(_: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return onnx_eval_step(
+            batch, network=network, score=protocol.score, activation=protocol.activation
+        )
+
+    return step
 
 
 def evaluate_params(

@@ -7,14 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvid.data.clips.clip import (
-    ClipSpec,
-    cut_eval_crops,
-    resize_eval_frames,
-    set_color_matrix,
-)
+from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.errors import printable
-from jaxvid.inference.inputs import VideoInput
+from jaxvid.inference.clip_frames import find_crop_box
 from jaxvid.inference.results import Result, describe_class
 from jaxvid.models import ModelConfig, family_of
 
@@ -112,44 +107,6 @@ def roll_out(weights: jax.Array) -> jax.Array:
     return jnp.where(total > 0, row[..., 1:] / total, 1 / (n - 1))
 
 
-def find_crop_box(height: int, width: int, spec: ClipSpec) -> tuple[float, float, float, float]:
-    """Locate the centre crop in a frame by cropping an array of coordinates as in evaluation.
-
-    Returns:
-        Top, left, bottom, right, relative to the height and width.
-    """
-    blank = np.zeros((1, height, width, 3), np.uint8)
-    _, h, w, _ = resize_eval_frames(blank, spec).shape
-    coordinates = np.stack(np.mgrid[:h, :w], axis=-1)[None]  # (1 h w 2)
-    [crop] = cut_eval_crops(coordinates, dataclasses.replace(spec, num_crops=1))
-    top, left = crop[0, 0, 0]
-    return top / h, left / w, (top + spec.crop) / h, (left + spec.crop) / w
-
-
-def read_clip(video: VideoInput, indices: np.ndarray, spec: ClipSpec) -> dict[str, Any]:
-    """Decode the uncropped frames of a clip.
-
-    Args:
-        video: The video.
-        indices: Frame numbers `(t,)`.
-        spec: Defines the conversion to RGB.
-
-    Returns:
-        The fields `name`, `frames`, `indices` and `times` of `AttentionRollout`.
-
-    Raises:
-        DecodeError: The video cannot be decoded.
-    """
-    with video.open() as reader:
-        set_color_matrix(reader, spec)
-        frames, times = reader.get_frames(indices), reader.times
-        if times is None and reader.fps:
-            times = np.arange(reader.num_frames) / reader.fps
-    times = None if times is None else times[indices]
-    name = video.path.name if video.path else video.id
-    return {"name": name, "frames": frames, "indices": indices, "times": times}
-
-
 def make_rollout(
     clip: dict[str, Any],
     attention: dict[str, np.ndarray],
@@ -161,11 +118,32 @@ def make_rollout(
 
     Args:
         clip: From `read_clip`.
-        attention: Rollout of each attention of the network: `spatial` `(t, patches)` and, unless
-            the network averages its frames, `temporal` `(t,)`.
+        attention: As in `describe_attention`.
         top: The most likely classes and their probabilities.
         spec: Resize and crop of the clip.
         config: The network's config.
+    """
+    return AttentionRollout(
+        **clip,
+        crop_box=find_crop_box(*clip["frames"].shape[1:3], spec),
+        top=top,
+        **describe_attention(attention, spec, config),
+    )
+
+
+def describe_attention(
+    attention: dict[str, np.ndarray], spec: ClipSpec, config: ModelConfig
+) -> dict[str, Any]:
+    """Return the fields of `AttentionRollout` that describe the attention.
+
+    Args:
+        attention: Rollout of each attention of the network: `spatial` `(t, patches)` and, unless
+            the network averages its frames, `temporal` `(t,)`.
+        spec: Crop of the clip.
+        config: The network's config.
+
+    Returns:
+        `patch_attention`, `frame_attention` and `notes`.
     """
     side = spec.crop // config.patch_size
     patch_attention = attention["spatial"].reshape(-1, side, side)
@@ -179,11 +157,8 @@ def make_rollout(
     notes = [f"Bars: {bars}.", f"Heat: attention rollout; the strongest patch receives {peak}."]
     if family_of(config).mixes_frames(config):
         notes.append("This network's attention mixes frames: the heat is approximate in time.")
-    return AttentionRollout(
-        **clip,
-        crop_box=find_crop_box(*clip["frames"].shape[1:3], spec),
-        patch_attention=patch_attention,
-        frame_attention=frame_attention,
-        top=top,
-        notes=notes,
-    )
+    return {
+        "patch_attention": patch_attention,
+        "frame_attention": frame_attention,
+        "notes": notes,
+    }

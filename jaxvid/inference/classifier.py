@@ -22,13 +22,16 @@ from jaxvid.data.clips.clip import ClipSpec, load_eval_views
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.distributed import setup
 from jaxvid.errors import InputError
-from jaxvid.inference.attention_rollout import AttentionRollout, make_rollout, read_clip
+from jaxvid.inference.attention_rollout import AttentionRollout, make_rollout
 from jaxvid.inference.class_timeline import ClassTimeline
+from jaxvid.inference.clip_frames import read_clip
 from jaxvid.inference.compiled_network import CompiledNetwork, Function
 from jaxvid.inference.inputs import Source, VideoInput, is_single, make_input, make_inputs
 from jaxvid.inference.results import Features, Prediction, ResultList
 from jaxvid.inference.window_classification import classify_windows
-from jaxvid.storage.model_card import describe_assumed_labels
+from jaxvid.models import make_model_config
+from jaxvid.storage.dtype_choice import AUTO, choose_dtype
+from jaxvid.storage.model_card import describe_assumed_labels, load_card
 from jaxvid.storage.preprocessing import clip_shape, load_model_and_preprocessing
 from jaxvid.weights.resolve import resolve_model
 
@@ -59,7 +62,8 @@ class Classifier:
         num_clips: Clips per video; None: from the model card.
         num_crops: Crops per clip, 1 or 3; None: from the model card.
         num_threads: Decoder threads; None: one per CPU core.
-        dtype: Compute dtype, one of `precision.DTYPES`, like the config field `eval.dtype`.
+        dtype: Compute dtype, one of `precision.DTYPES`, like the config field `eval.dtype`; or
+            `auto`: the faster of float32 and bfloat16, measured once per network and machine.
 
     Attributes:
         labels: Class names, in the order of the logits.
@@ -88,6 +92,10 @@ class Classifier:
                 raise InputError(f"{name}={value}: must be at least 1")
         setup.use_compilation_cache()
         folder = resolve_model(folder)
+        if dtype == AUTO:
+            choice = choose_dtype(make_model_config(**load_card(folder)["config"]), train=False)
+            print(choice, file=sys.stderr)
+            dtype = choice.dtype
         card, model, preprocessing = load_model_and_preprocessing(folder, dtype)
         if warning := describe_assumed_labels(card, folder):
             _warn_once(warning)

@@ -253,25 +253,60 @@ def prefetch_chain(iterators: Iterator[Iterator], *, num_threads: int, ahead: in
             thread.shutdown(cancel_futures=True)
 
 
-def gather_clips(
-    indices: np.ndarray, items: Iterator[tuple[np.ndarray, np.ndarray]]
-) -> Iterator[np.ndarray]:
-    """Assemble the clips of windows, which may share frames.
+class ClipGatherer:
+    """Assembles the clips of windows, which may share frames, as the frames arrive.
 
     A frame is held in memory only until the last window that needs it.
 
     Args:
         indices: Frame numbers of each window `(windows, t)`, non-decreasing along both axes.
-        items: Chunks of increasing frame numbers `(i,)` and their crops or features
-            `(j, m, ...)`. j ≥ i: values after the i-th are padding.
-
-    Yields:
-        The values `(m, t, ...)` of each window.
     """
-    held = {}  # frame number → value
-    for row in indices:
-        held = {number: value for number, value in held.items() if number >= row[0]}
-        while row[-1] not in held:
-            numbers, values = next(items)
-            held.update(zip(numbers.tolist(), values, strict=False))
-        yield np.stack([held[number] for number in row.tolist()], axis=1)
+
+    def __init__(self, indices: np.ndarray):
+        self._rows = collections.deque(indices.tolist())
+        self._held = {}  # frame number → value
+
+    def add(self, numbers: np.ndarray, values: np.ndarray) -> Iterator[np.ndarray]:
+        """Add a chunk of frames; iterate over the result before the next call.
+
+        Args:
+            numbers: Frame numbers `(i,)`, increasing over all chunks.
+            values: Crops or features `(j, m, ...)` of these frames. j ≥ i: values after the i-th
+                are padding.
+
+        Yields:
+            The values `(m, t, ...)` of each window whose last frame has arrived.
+        """
+        self._held.update(zip(numbers.tolist(), values, strict=False))
+        while self._rows and self._rows[0][-1] in self._held:
+            row = self._rows.popleft()
+            self._held = {n: value for n, value in self._held.items() if n >= row[0]}
+            yield np.stack([self._held[n] for n in row], axis=1)
+
+
+def max_held_frames(indices: np.ndarray) -> int:
+    """Return the largest number of frames that a `ClipGatherer` holds if they arrive one by one.
+
+    Args:
+        indices: Frame numbers of each window `(windows, t)`, non-decreasing along both axes.
+    """
+    needed = np.unique(indices)
+    starts, ends = np.searchsorted(needed, indices[:, 0]), np.searchsorted(needed, indices[:, -1])
+    starts = np.append(
+        starts[:1], starts[:-1]
+    )  # frames are dropped when the next window is complete
+    return int((ends + 1 - starts).max())
+
+
+def gather_clips(
+    indices: np.ndarray, items: Iterator[tuple[np.ndarray, np.ndarray]]
+) -> Iterator[np.ndarray]:
+    """Yield the values `(m, t, ...)` of each window; see `ClipGatherer`.
+
+    Args:
+        indices: Frame numbers of each window `(windows, t)`.
+        items: Chunks of frames: the arguments of `ClipGatherer.add`.
+    """
+    gatherer = ClipGatherer(indices)
+    for numbers, values in items:
+        yield from gatherer.add(numbers, values)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from jaxvid.distributed import sharding
 from jaxvid.models import Params, merge_params
 from jaxvid.storage.activation import ACTIVATIONS
+from jaxvid.storage.onnx_network import OnnxNetwork
 from jaxvid.storage.preprocessing import Channels, normalize
 
 # Number of batches that the device computes while the host collects the results of earlier ones.
@@ -72,10 +74,25 @@ def eval_step(
         scores. The probabilities are the activation of the mean logits if `score="logits"`,
         otherwise the mean over the views of the activation of their logits.
     """
-    activate = ACTIVATIONS[activation]
     b, v, *clip = batch["video"].shape
     video = normalize(batch["video"].reshape(b * v, *clip), mean, std)
     logits = merge_params(graphdef, params)(video).reshape(b, v, -1)  # (b v classes)
+    return combine_views(logits, score=score, activation=activation)
+
+
+def onnx_eval_step(
+    batch: dict[str, jax.Array], *, network: OnnxNetwork, score: str, activation: str
+) -> dict[str, jax.Array]:
+    """Classify a batch of videos with an ONNX network; see `eval_step`."""
+    video = np.asarray(batch["video"])  # (b v t h w c)
+    logits = network(video.reshape(-1, *video.shape[2:]))
+    logits = jnp.asarray(logits).reshape(*video.shape[:2], -1)  # (b v classes)
+    return combine_views(logits, score=score, activation=activation)
+
+
+def combine_views(logits: jax.Array, *, score: str, activation: str) -> dict[str, jax.Array]:
+    """Combine the logits `(b, v, num_classes)` of the views; see `eval_step`."""
+    activate = ACTIVATIONS[activation]
     if score == "probabilities":
         probabilities = activate(logits).mean(axis=1)
         return {"scores": probabilities, "probabilities": probabilities}

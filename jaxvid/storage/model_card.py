@@ -127,6 +127,17 @@ def _check_card(card: dict) -> None:
                 )
     if not card["files"]:
         raise InputError("files is empty")
+    check_description(card)
+
+
+def check_description(card: dict) -> None:
+    """Refuse invalid values of fields that a model card shares with descriptions of exported files.
+
+    Raises:
+        InputError: The message names the field, but not the file.
+        KeyError: A field is missing.
+        TypeError: `config` has no field `name`.
+    """
     config, labels = make_model_config(**card["config"]), card["labels"]
     if not isinstance(labels, list | None):
         raise InputError(f"labels is {short_repr(labels)}, expected a list or null")
@@ -254,15 +265,20 @@ def _plain(labels: Sequence) -> list[str]:
     return [plain_name(str(label)) for label in labels]
 
 
-def check_same_model(folder: str | Path, model_config: ModelConfig) -> None:
-    """Refuse a model folder whose network differs from a config.
+def check_same_model(card: dict, folder: str | Path, model_config: ModelConfig) -> None:
+    """Refuse a model whose network differs from a config.
 
     Dropout rates, dtype and other fields that change no weight may differ.
+
+    Args:
+        card: The model card, from `load_card`.
+        folder: The model folder or exported file, for the message.
+        model_config: The config.
 
     Raises:
         InputError: The message names every field that differs, with both values.
     """
-    changed = model_differences(load_card(folder)["config"], model_config, RATE_FIELDS)
+    changed = model_differences(card["config"], model_config, RATE_FIELDS)
     if changed:
         remedy = "use its values with --config.model.NAME=VALUE or choose another folder"
         if [*changed] == ["num_classes"]:  # the usual mistake is to evaluate the initial weights

@@ -20,9 +20,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxvid import atomic, files
-from jaxvid.distributed import collectives, process_group
+from jaxvid.distributed import collectives, process_group, sharding
 from jaxvid.errors import InputError, memory_problem, one_line
 from jaxvid.models import (
     ModelConfig,
@@ -107,6 +108,13 @@ def _check_target(folder: Path, need_bytes: int) -> None:
     if folder.exists() and not (folder / CARD_NAME).is_file():
         raise InputError(f"{folder} exists and is not a model folder; choose another one")
     files.check_room(folder, need_bytes)
+
+
+def abstract_sharded_model(config: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Params]:
+    """Return `abstract_model` of a network, with the weights sharded over a mesh."""
+    graphdef, abstract_params = abstract_model(config)
+    splits = family_of(config).tensor_splits(config)
+    return graphdef, sharding.with_sharding(abstract_params, mesh, splits)
 
 
 def load_params(folder: str | Path, abstract_params: Params) -> Params:

@@ -182,15 +182,22 @@ def default_color_matrix(card: dict) -> str:
     return family.released_preprocessing(make_model_config(**card["config"]))["color_matrix"]
 
 
-def check_preprocessing(folder: str | Path, preprocessing: Preprocessing) -> None:
-    """Refuse to evaluate a model folder with preprocessing that differs from its model card.
+def check_preprocessing(
+    card: dict[str, Any], folder: str | Path, preprocessing: Preprocessing
+) -> None:
+    """Refuse to evaluate a model with preprocessing that differs from its model card.
 
     Only `sampling`, `mean` and `std` are compared, and `sampling_rate` for `dense_stride` sampling.
+
+    Args:
+        card: The model card, from `load_card`.
+        folder: The model folder or exported file, for the message.
+        preprocessing: The preprocessing.
 
     Raises:
         InputError: The message names every difference.
     """
-    expected = model_card.load_card(folder)["preprocessing"] or {}
+    expected = dict(card["preprocessing"] or {})
     for name in {"mean", "std"} & {*expected}:
         if _is_channels(name, expected[name]):  # three equal numbers are the same as one
             expected[name] = _to_json(_read_channels(name, expected[name]))

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxvid.config import differences
 from jaxvid.distributed import collectives, sharding
 from jaxvid.errors import InputError
-from jaxvid.models import ModelConfig, Params, abstract_model, family_of, make_model_config
+from jaxvid.models import ModelConfig, Params, make_model_config
 from jaxvid.storage import model_card, model_folder
 from jaxvid.storage.preprocessing import read_preprocessing
 from jaxvid.training.steps import Teacher
@@ -79,9 +79,7 @@ def load_teacher(
         )
     model_card.check_labels(card["labels"], labels, folder)
     preprocessing = read_preprocessing(card, Path(folder) / "model.json")
-    graphdef, abstract = abstract_model(model_config)
-    splits = family_of(model_config).tensor_splits(model_config)
-    abstract = sharding.with_sharding(abstract, mesh, splits)
+    graphdef, abstract = model_folder.abstract_sharded_model(model_config, mesh)
     params = model_folder.load_params(folder, abstract)
     # Complete on every device: in contrast to the student, it has no gradients and moments.
     gathered = sharding.without_fsdp(jax.tree.map(lambda leaf: leaf.sharding, abstract))

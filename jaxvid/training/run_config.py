@@ -29,13 +29,14 @@ ADDED_FIELDS = {
     **{"data.list": "", "data.val_share": 0.0, "data.group": ""},
     **{"data.sampler": "uniform", "data.repeats": 1, "loss.name": "softmax"},
     **{"loss.class_weights": "none", "data.cache_dir": "", "data.cache_gb": 20.0},
+    **{f"data.{field}": "" for field in ("name", "tfds_dir", "splits.train", "splits.val")},
     **{"model.attention": "auto", "model.scan": "auto"},
 }
 
 # Fields that may differ between the processes of one run.
 OWN_FIELDS = (
-    *("data.folder", "data.list", "data.prefix", "data.num_threads", "data.num_workers"),
-    *("data.cache_dir", "data.cache_gb"),
+    *("data.folder", "data.tfds_dir", "data.list", "data.prefix"),
+    *("data.num_threads", "data.num_workers", "data.cache_dir", "data.cache_gb"),
 )
 
 

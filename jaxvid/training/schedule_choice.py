@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxvid.config import CHOSEN, flatten
+from jaxvid.storage.dtype_choice import AUTO
 from jaxvid.training.checkpoint_files import find_steps
 
 FIELDS = (
@@ -43,13 +44,15 @@ def chosen_fields(config: Mapping[str, Any]) -> list[str]:
 
 
 def saved_choice(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
-    """Return the values of these fields in the run that is resumed; empty for a new run.
+    """Return the values of these fields, and of the dtype `auto`, in the run that is resumed.
 
     Args:
         config: A complete config as a nested dict.
-        workdir: The run's folder.
+        workdir: The run's folder. For a new run, the result is empty.
     """
     names = chosen_fields(config)
+    if config["model"]["dtype"] == AUTO:
+        names.append("model.dtype")
     if not names or not find_steps(workdir):
         return {}
     try:

@@ -6,6 +6,7 @@ import json
 import pickle
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -13,11 +14,11 @@ import torch
 import jaxvid
 from configs import finetune
 from convert import flax_to_torch, torch_to_flax
-from convert.torch_reference import build_reference
+from convert.torch_reference import ImageViT, build_reference
 from jaxvid import atomic
 from jaxvid.data.class_names import class_names
 from jaxvid.errors import InputError
-from jaxvid.models import PRESETS, abstract_model, make_model_config, split_params
+from jaxvid.models import PRESETS, make_model_config, split_params
 from jaxvid.storage import model_card, model_folder
 from jaxvid.storage.preprocessing import Preprocessing
 from jaxvid.train import train
@@ -238,7 +239,9 @@ def test_image_weights_initialize_video_models(name, suffix, tmp_path, capsys):
     np.testing.assert_allclose(params[f"{prefix}pos_embed"], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["stam_8", "xvit_k400", "xvit_ssv2"])
+@pytest.mark.parametrize(
+    "name", ["stam_8", pytest.param("xvit_k400", marks=pytest.mark.full), "xvit_ssv2"]
+)
 def test_converted_folders_can_predict_and_be_fine_tuned(name, tmp_path, motion_folder, clips):
     path, folder = save(tmp_path / "in.pth", name, state_dict(name)), tmp_path / "model"
     assert convert(name, path, folder) == 0
@@ -518,8 +521,26 @@ def test_flax_to_torch_checkpoints_load_strictly_and_bad_folders_are_refused(tmp
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_the_torch_reference_supports_only_released_models():
-    with pytest.raises(ValueError, match="supports only the released XViT"):
-        build_reference(make_model_config("xvit_k400", summary_tokens=True))
-    # jaxvid supports this option.
-    assert abstract_model(make_model_config("xvit_k400", summary_tokens=True))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("xvit_tiny", {"summary_tokens": True, "shift": "keys", "shift_per_head": True}),
+        ("xvit_tiny", {"shift": "values", "shift_blocks": (1,), "head_depth": 2}),
+        ("xvit_tiny", {"head": "mean", "shift": "none", "temporal_embedding_frames": 0}),
+        ("stam_tiny", {"aggregator": "mean"}),
+    ],
+)
+def test_the_torch_reference_has_all_options(name, options):
+    model = jaxvid.create_model(name, width=16, depth=2, **options)
+    reference = build_reference(model.config)
+    params = split_params(model)[1]
+    reference.load_state_dict(flax_to_torch.to_state_dict(params, model.config), strict=True)
+    clips = np.random.default_rng(0).normal(size=(2, 8, 64, 64, 3)).astype(np.float32)
+    expected = jax.jit(model)(clips)
+    for last_queries in (None, 1):
+        for module in reference.modules():
+            if isinstance(module, ImageViT):
+                module.last_queries = last_queries
+        with torch.no_grad():
+            logits = reference(torch.from_numpy(clips))
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)

@@ -28,10 +28,11 @@ from tests import hlo
 
 # Sizes of the mesh axes 'data', 'fsdp' and 'tensor'.
 COMBINATIONS = [
-    (1, 8, 1),
-    (1, 1, 8),
     (2, 2, 2),
-    *(pytest.param(sizes, marks=pytest.mark.full) for sizes in ((8, 1, 1), (4, 2, 1))),
+    *(
+        pytest.param(sizes, marks=pytest.mark.full)
+        for sizes in ((8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1))
+    ),
 ]
 
 
@@ -127,6 +128,7 @@ def test_combinations_equal_one_device(sizes, one_device):
         assert kernel.addressable_shards[0].data.size == kernel.size // (fsdp * tensor)
 
 
+@pytest.mark.full
 def test_sharded_mixup_and_ema_equal_one_device():
     options = {"mixup_alpha": 0.4, "erase_prob": 0.5, "accumulate_steps": 2, "ema_decay": 0.9}
     options["drop_path"] = 0.2

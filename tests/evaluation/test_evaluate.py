@@ -133,6 +133,7 @@ def tiny_model(tmp_path_factory):
 def stub(folder, tmp_path, monkeypatch):
     """Return a config whose `init_from` is a model folder of the stub."""
     monkeypatch.setattr(loop, "abstract_model", abstract_stub)
+    monkeypatch.setattr(model_folder, "abstract_model", abstract_stub)
     config = make_config(folder).unlock()
     save_stub(tmp_path / "stub", **config.model)
     config.init_from = str(tmp_path / "stub")

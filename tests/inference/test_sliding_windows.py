@@ -18,7 +18,12 @@ from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.synthetic_motion import render_scene
 from jaxvid.inference import window_classification
 from jaxvid.inference.class_timeline import ClassTimeline
-from jaxvid.inference.sliding_windows import plan_windows, prefetch
+from jaxvid.inference.sliding_windows import (
+    ClipGatherer,
+    max_held_frames,
+    plan_windows,
+    prefetch,
+)
 from jaxvid.predict import main
 from jaxvid.storage.preprocessing import normalize
 
@@ -124,6 +129,19 @@ def test_window_probabilities_equal_the_model(folders, long_videos, name, crops,
     assert timeline.ends[-1] == 30
 
 
+@pytest.mark.parametrize("spread", [0, 3, 40])
+def test_the_number_of_held_frames_is_known_in_advance(spread):
+    rng = np.random.default_rng(spread)
+    starts = np.sort(rng.integers(0, 200, 20))[:, None]
+    indices = np.maximum.accumulate(starts + np.sort(rng.integers(0, spread + 1, (20, 4))), axis=0)
+    gatherer, held = ClipGatherer(indices), []
+    for number in np.unique(indices):
+        clips = gatherer.add(np.array([number]), np.array([[number]]))
+        held.append(len(gatherer._held) + 1)  # before the clips are made
+        assert all(clip.shape == (1, 4) for clip in clips)
+    assert max_held_frames(indices) == max(held)
+
+
 def test_frames_are_decoded_and_encoded_once_and_their_features_are_released(
     folders, long_videos, monkeypatch
 ):
@@ -149,7 +167,7 @@ def test_frames_are_decoded_and_encoded_once_and_their_features_are_released(
     def count_held(indices, items):
         generator = gather(indices, items)
         for clip in generator:
-            held.append(len(generator.gi_frame.f_locals["held"]))
+            held.append(len(generator.gi_frame.f_locals["gatherer"]._held))
             yield clip
 
     monkeypatch.setattr(window_classification, "gather_clips", count_held)

@@ -14,7 +14,8 @@ from PIL import Image
 import jaxvid
 from jaxvid import visualize
 from jaxvid.data.clips.clip import ClipSpec
-from jaxvid.inference.attention_rollout import AttentionRollout, find_crop_box, roll_out
+from jaxvid.inference.attention_rollout import AttentionRollout, roll_out
+from jaxvid.inference.clip_frames import find_crop_box
 from jaxvid.models import merge_params, split_params
 from jaxvid.visualize import BAR, BAR_HEIGHT, SHEET_PANEL, draw_frame, draw_sheet
 

@@ -226,7 +226,7 @@ def test_too_large_network_is_refused_by_every_reader(best, config, capsys):
     with pytest.raises(InputError, match=message):
         model_folder.load_init(best, student, {})
     with pytest.raises(InputError, match=message):
-        model_card.check_same_model(best, student)
+        model_card.check_same_model(model_card.load_card(best), best, student)
     with pytest.raises(InputError, match=message):
         finetune.get_config(f"{best},{config.data.folder}")
     with pytest.raises(InputError, match=message):

@@ -186,15 +186,19 @@ def test_impossible_statistics_are_refused(field, value):
         Preprocessing(**{**SIZES, "mean": 0.5, "std": 0.5, field: value})
 
 
+def check(folder, preprocessing):
+    check_preprocessing(model_card.load_card(folder), folder, preprocessing)
+
+
 def test_the_statistics_of_config_and_model_card_are_compared(damaged):
     edit(damaged, preprocessing={"mean": [0.5, 0.5, 0.5]})
     fields = {**SIZES, "mean": 0.5, "std": 0.5}
-    check_preprocessing(damaged, Preprocessing(**fields))
+    check(damaged, Preprocessing(**fields))
     edit(damaged, preprocessing={"mean": [0.485, 0.456, 0.406]})
-    check_preprocessing(damaged, Preprocessing(**{**fields, "mean": "imagenet"}))
+    check(damaged, Preprocessing(**{**fields, "mean": "imagenet"}))
     message = r"mean: \[0.485, 0.456, 0.406\] in the model card, 0.5 in the config; use the"
     with pytest.raises(InputError, match=message):
-        check_preprocessing(damaged, Preprocessing(**fields))
+        check(damaged, Preprocessing(**fields))
 
 
 def test_a_config_may_name_the_statistics(config):

@@ -119,13 +119,14 @@ def test_damaged_model_folders_are_refused(folder, tmp_path):
 
 def test_a_different_network_is_refused_with_the_differences(folder):
     other = make_model_config("xvit_tiny", **TINY, dropout=0.3, remat="full")
-    model_card.check_same_model(folder, other)
+    card = model_card.load_card(folder)
+    model_card.check_same_model(card, folder, other)
+    deeper = make_model_config("xvit_tiny", **{**TINY, "depth": 2})
     with pytest.raises(InputError, match="depth: 1 in the folder, 2 in the config"):
-        model_card.check_same_model(folder, make_model_config("xvit_tiny", **{**TINY, "depth": 2}))
+        model_card.check_same_model(card, folder, deeper)
+    other = make_model_config("xvit_tiny", **{**TINY, "num_classes": 77})
     with pytest.raises(InputError, match="set --config.init_from to a model that was trained on"):
-        model_card.check_same_model(
-            folder, make_model_config("xvit_tiny", **{**TINY, "num_classes": 77})
-        )
+        model_card.check_same_model(card, folder, other)
 
 
 def test_weights_are_loaded_with_the_requested_sharding(folder):

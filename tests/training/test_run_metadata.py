@@ -53,7 +53,7 @@ def test_ids_labels_and_files_have_fingerprints(videos):
 
 def test_a_pack_has_fingerprints_of_its_list_and_its_files(motion_folder, tmp_path):
     prepare([motion_folder], tmp_path / "pack", Settings(), workers=1)
-    packed = PackRecords(str(tmp_path / "pack"), "val", is_folder=True)
+    packed = PackRecords(str(tmp_path / "pack"), "val")
     listed = read_list(motion_folder / "val.csv", 8)
     assert fingerprints.describe_videos(packed) == fingerprints.describe_videos(listed)
     before = fingerprints.fingerprint_files(packed)

@@ -253,7 +253,13 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"mixup_alpha": 0.4, "erase_prob": 0.5}, {"cutmix_alpha": 1.0}], ids=str
+    "options",
+    [
+        {},
+        pytest.param({"mixup_alpha": 0.4, "erase_prob": 0.5}, marks=pytest.mark.full),
+        pytest.param({"cutmix_alpha": 1.0}, marks=pytest.mark.full),
+    ],
+    ids=str,
 )
 def test_accumulation_equals_the_full_batch(options):
     config, optimizer = make_model_config("xvit_tiny", **TINY), optax.sgd(0.1, momentum=0.9)

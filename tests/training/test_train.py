@@ -121,7 +121,7 @@ def test_a_signal_saves_and_stops_and_the_run_can_be_resumed(run, tmp_path):
     assert weights(tmp_path / "w") == weights(workdir)
 
 
-@pytest.mark.parametrize("several_processes", [False, True])
+@pytest.mark.parametrize("several_processes", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_signals_at_any_moment_change_no_output(run, tmp_path, monkeypatch, several_processes):
     """Signals stop the run in a log window, an evaluation, the last step and the last evaluation.
 
@@ -217,6 +217,7 @@ def test_a_changed_config_is_refused_with_the_differences(run):
         train(other.lock(), workdir)
 
 
+@pytest.mark.full
 def test_mesh_and_logging_may_change_between_starts(run, tmp_path):
     """Threads, logging and the mesh change the weights only by rounding errors."""
     workdir, config, _ = run
@@ -522,7 +523,10 @@ def damage_arrays(folder: Path, damage) -> None:
         damage(path)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_bit, Path.unlink])
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, *(pytest.param(d, marks=pytest.mark.full) for d in (flip_bit, Path.unlink))],
+)
 def test_a_damaged_checkpoint_is_moved_and_the_previous_one_restored(run, tmp_path, damage):
     workdir, config, _ = run
     train(config, tmp_path / "w", stop_step=6)

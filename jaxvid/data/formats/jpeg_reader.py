@@ -1,14 +1,17 @@
-"""Reader of videos whose frames are stored as JPEG images, in a pack or an HDF5 file."""
+"""Reader of videos whose frames are stored as JPEG or PNG images, e.g. in a pack."""
 
 import contextlib
 import ctypes
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import cv2
 import numpy as np
 
 from jaxvid.data.formats.video_reader import MAX_PIXELS, DecodeError
 from jaxvid.errors import import_or_explain, one_line
+
+PNG = b"\x89PNG\r\n\x1a\n"  # first bytes of a PNG image
 
 
 @functools.cache
@@ -25,7 +28,7 @@ def keep_freed_memory() -> None:
 
 
 class JpegFrames:
-    """An open video whose frames are JPEG images. It implements the protocol `VideoReader`.
+    """An open video whose frames are JPEG or PNG images. It implements the protocol `VideoReader`.
 
     Attributes:
         num_frames: Number of frames.
@@ -35,12 +38,13 @@ class JpegFrames:
         name: Name of the video in error messages.
         num_frames: Number of frames.
         fps: Frames per second, or None if unknown.
-        get: Function from a frame number to the bytes of the JPEG image. Each call of `get_frames`
+        get: Function from a frame number to the bytes of the image. Each call of `get_frames`
             requests the frames in ascending order.
         close: Function that closes the underlying file; None: there is nothing to close.
         prepare: Function that is called with the frame numbers before `get` is called for each of
             them; None: nothing is called.
         get_times: Function that returns `times`; None: no times are known.
+        max_pixels: Limit of the size of a frame.
     """
 
     def __init__(
@@ -53,9 +57,11 @@ class JpegFrames:
         *,
         prepare: Callable[[Sequence[int]], None] | None = None,
         get_times: Callable[[], np.ndarray] | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
         self._name, self._get, self._get_times, self._close = name, get, get_times, close
         self._prepare = prepare
+        self._max_pixels = max_pixels
         self.num_frames, self.fps = num_frames, fps
 
     @functools.cached_property
@@ -80,8 +86,8 @@ class JpegFrames:
             `(t, h, w, c)` uint8, RGB, one frame per index.
 
         Raises:
-            DecodeError: A frame cannot be read or decoded, has more than `MAX_PIXELS` pixels, or
-                has a different size than the other frames.
+            DecodeError: A frame cannot be read or decoded, is too large, or has a different size
+                than the other frames.
             IndexError: A frame number is out of range.
             InputError: The package simplejpeg is not installed.
         """
@@ -112,13 +118,17 @@ class JpegFrames:
             i = numbers[position]
             if i != last:
                 try:
-                    jpeg = self._get(i)
-                    h, w, *_ = simplejpeg.decode_jpeg_header(jpeg)
-                    if frame is None and h * w <= MAX_PIXELS:
+                    image = self._get(i)
+                    is_png = bytes(image[: len(PNG)]) == PNG
+                    h, w = _png_size(image) if is_png else simplejpeg.decode_jpeg_header(image)[:2]
+                    if frame is None and h * w <= self._max_pixels:
                         frame = np.empty((h, w, 3), np.uint8)
                     if frame is None or frame.shape[:2] != (h, w):
                         raise ValueError(f"size {w}×{h} is too large or differs from other frames")
-                    simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=frame)
+                    if is_png:
+                        frame[:] = _decode_png(image)
+                    else:
+                        simplejpeg.decode_jpeg(image, colorspace="RGB", buffer=frame)
                 except DecodeError:
                     raise
                 except (ValueError, OSError, RuntimeError, TypeError) as error:
@@ -139,3 +149,21 @@ class JpegFrames:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _png_size(image: bytes) -> tuple[int, int]:
+    """Return the height and width in the header of a PNG image."""
+    return int.from_bytes(image[20:24], "big"), int.from_bytes(image[16:20], "big")
+
+
+def _decode_png(image: bytes) -> np.ndarray:
+    """Decode a PNG image to RGB, `(h, w, c)` uint8; grey becomes RGB, transparency is dropped.
+
+    Raises:
+        ValueError: The image is damaged.
+    """
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    frame = cv2.imdecode(np.frombuffer(image, np.uint8), flags)
+    if frame is None:
+        raise ValueError("the PNG image is damaged")
+    return frame

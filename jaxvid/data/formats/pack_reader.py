@@ -1,4 +1,4 @@
-"""Reader of packs and other TFDS data sets whose ArrayRecord files contain JPEG frames."""
+"""Reader of packs and other TFDS data sets whose ArrayRecord files contain encoded frames."""
 
 import bisect
 import contextlib
@@ -16,12 +16,19 @@ import numpy as np
 from jaxvid.data.formats.array_record_file import ArrayRecordFile
 from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.pack_index import PackedVideoInfo, PackIndex, table_path
-from jaxvid.data.formats.tfds_api import MAX_METADATA_BYTES, parse_record, read_metadata
+from jaxvid.data.formats.tfds_api import (
+    MAX_METADATA_BYTES,
+    PREPARE,
+    RECREATE,
+    parse_record,
+    read_metadata,
+)
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.errors import InputError, one_line
 from jaxvid.files import read_limited
 
 LABEL_FILE = "label.labels.txt"  # class names, as TFDS stores them
+FRAMES = ("video", "frames")  # features that may contain the frames
 # Features besides `frames` of a record that `prepare` wrote.
 FIELDS = ("label", "fps", "id", "first", "num_frames", "times")
 
@@ -62,60 +69,69 @@ class PackRecords(Sequence):
     """The videos of a split of a TFDS data set. Each file is opened when it is first read.
 
     In a pack of `prepare`, a record contains consecutive frames of a video, and an index file lists
-    the records of each video. In other data sets, a record is a video with the features `frames`,
-    `label` and optionally `fps`.
+    the records of each video. In other data sets, a record is a video with the features `video` or
+    `frames`, `label` and optionally `fps`.
 
     Attributes:
         labels: Names of the classes.
         paths: Files of the split.
 
     Args:
-        name: Folder of a pack, or name of a TFDS data set.
-        split: Name of the split.
-        is_folder: Whether `name` is a folder.
+        folder: Folder of a pack or of another TFDS data set.
+        split: Name of the split; of a data set that is not a pack, also a slice as in
+            `train[:90%]`.
+        name: Name of the TFDS data set for messages; empty: the folder is a pack.
 
     Raises:
         InputError: The data set is missing or damaged, does not have the required features or the
             split, or a file is missing or outside of the folder.
     """
 
-    def __init__(self, name: str, split: str, *, is_folder: bool):
-        self.name, self.split = name, split
+    def __init__(self, folder: str, split: str, name: str = ""):
+        self.name, self.split = name or folder, split
         self._readers, self._lock = {}, threading.Lock()
-        info = read_metadata(name, split, is_folder=is_folder)
-        if split not in info.splits:
-            raise InputError(f"{name}: has no split {split!r}, only {info.splits}")
+        info = read_metadata(folder, split, RECREATE if name else PREPARE)
+        if not info.ranges:
+            raise InputError(f"{self.name}: has no split {split!r}, only {info.splits}")
         if info.file_format != "array_record":
             raise InputError(
-                f"{name}: the file format is {info.file_format}; recreate it with TFDS as "
-                "array_record"
+                f"{self.name}: the files are in the format {info.file_format}; convert them once, "
+                "where tensorflow, apache-beam and mlcroissant are installed: tfds convert_format "
+                f"--dataset_version_dir={folder} --out_file_format=array_record"
             )
-        if "frames" not in info.features or info.labels is None:
+        self._feature = next((name for name in FRAMES if name in info.features), None)
+        if self._feature is None or info.labels is None:
             raise InputError(
-                f"{name}: the features are {sorted(info.features)}; expected 'frames', a Sequence "
-                "of Text with JPEG bytes, and 'label', a ClassLabel"
+                f"{self.name}: the features are {sorted(info.features)}; expected 'video' or "
+                "'frames' with JPEG or PNG bytes, and 'label', a ClassLabel"
             )
-        if is_folder:  # other TFDS data sets may have classes without names
+        if not name:  # other TFDS data sets may have classes without names
             _check_label_file(Path(info.root) / LABEL_FILE, info.num_classes)
-        self.labels, self.paths = info.labels, info.paths
-        self._ends = list(itertools.accumulate(info.lengths))  # first record after each file
-        root = info.root
+        self.labels, self._ranges = info.labels, info.ranges
+        self.paths = [part.path for part in info.ranges]
+        # First record after each file.
+        self._ends = list(itertools.accumulate(part.length for part in info.ranges))
+        root, remedy = info.root, "recreate it with TFDS" if name else "run prepare again"
         if outside := [path for path in self.paths if not path.startswith(root + os.sep)]:
-            raise InputError(f"{name}: file {outside[0]} is outside of {root}; run prepare again")
+            raise InputError(f"{self.name}: file {outside[0]} is outside of {root}; {remedy}")
         if missing := [path for path in self.paths if not os.path.isfile(path)]:
             raise InputError(
-                f"{len(missing)} of {len(self.paths)} files do not exist, first {missing[0]}; run "
-                "prepare again"
+                f"{len(missing)} of {len(self.paths)} files do not exist, first {missing[0]}; "
+                f"{remedy}"
             )
         index_file = table_path(Path(root), split)
         self._index = None
         # A pack has both the feature `first` and an index file. If it has only one of them, its
         # layout is older or the index is missing, and PackIndex raises an error.
         if "first" in info.features or os.path.lexists(index_file):
-            num_records = self._ends[-1] if self._ends else 0
-            self._index = PackIndex(index_file, num_records, len(self.labels))
-        elif not self._ends or not self._ends[-1]:
-            raise InputError(f"{name}: split {split!r} is empty; recreate it with TFDS")
+            if not info.is_whole:
+                raise InputError(
+                    f"{self.name}: {split!r} would cut videos, because a pack has several records "
+                    "per video; choose a whole split, or prepare it with --val_share"
+                )
+            self._index = PackIndex(index_file, self._ends[-1], len(self.labels))
+        elif not self._ends[-1]:
+            raise InputError(f"{self.name}: split {split!r} is empty; recreate it with TFDS")
 
     @property
     def has_ids(self) -> bool:
@@ -130,8 +146,8 @@ class PackRecords(Sequence):
         """Read a record.
 
         Returns:
-            A dict of `frames` (JPEG bytes), `label`, and `fps` if the record has it. For packs of
-            `prepare`, all features of `tfds_api.make_features`.
+            A dict of `frames` (JPEG or PNG bytes), `label`, and `fps` if the record has it. For
+            packs of `prepare`, all features of `tfds_api.make_features`.
 
         Raises:
             DecodeError: The record is damaged, or a feature is missing or invalid.
@@ -140,12 +156,12 @@ class PackRecords(Sequence):
         try:
             file, position = self._locate(record)
             features = parse_record(self._open_file(file).read(position))
-            values = {"frames": features.get("frames", ())}
+            values = {"frames": features.get(self._feature, ())}
             for name in ("label", "fps") if self._index is None else FIELDS:
                 if name in features:
                     values[name] = features[name][0]
             if not values["frames"] or not isinstance(values["frames"][0], bytes):
-                raise ValueError("the feature 'frames' is missing, empty or not bytes")
+                raise ValueError(f"the feature {self._feature!r} is missing, empty or not bytes")
             if self._index is not None and len(values) <= len(FIELDS):
                 raise ValueError(f"it has only the features {', '.join(values)}")
             if not 0 <= values["label"] < len(self.labels):
@@ -164,6 +180,12 @@ class PackRecords(Sequence):
         return DecodeError(
             f"{self.name}: record {record} of split {self.split!r} {problem}; {remedy}"
         )
+
+    def id_of(self, record: int) -> str:
+        """Return the split and the index of a record in it, which are the same in every slice."""
+        file = self._file_of(record)
+        part = self._ranges[file]
+        return f"{part.split}/{part.first + record - (self._ends[file - 1] if file else 0)}"
 
     def path_of(self, record: int) -> Path:
         """Return the file that contains a record.
@@ -194,7 +216,8 @@ class PackRecords(Sequence):
     def _locate(self, record: int) -> tuple[int, int]:
         """Return the index of the file that contains a record, and its position in it."""
         file = self._file_of(record)
-        return file, record - (self._ends[file - 1] if file else 0)
+        in_part = record - (self._ends[file - 1] if file else 0)
+        return file, in_part + self._ranges[file].start
 
     def _open_file(self, file: int) -> ArrayRecordFile:
         """Return a file; open it only once."""
@@ -336,7 +359,7 @@ class TfdsVideo:
     @property
     def id(self) -> str:
         """Split and index of its record: an id that is known without reading the record."""
-        return f"{self.records.split}/{self.index}"
+        return self.records.id_of(self.index)
 
     @property
     def path(self) -> Path:

@@ -3,18 +3,21 @@
 Only this file uses parts of TFDS that are not public. They were checked with tensorflow-datasets
 4.9.10. `core.example_serializer` and `proto.tf_example_pb2` encode and decode records in pure
 Python. `core.SplitInfo` and `core.ShardedFileTemplate` are argument types of the public
-`folder_dataset.write_metadata`.
+`folder_dataset.write_metadata`. `core.read_only_builder`, `core.dataset_info` and `core.splits`
+find data sets, read their metadata and resolve slices.
 """
 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +27,9 @@ from jaxvid.files import check_regular
 NAME = "jaxvid"  # name of the data set that `prepare` writes
 MAX_METADATA_BYTES = 2**26  # size limit of each metadata file
 MAX_RECORDS = 2**40  # maximum number of records in a file
+# Ends of error messages about packs and other TFDS data sets.
+PREPARE = "run jaxvid.data.prepare"
+RECREATE = "correct data.splits or recreate it with TFDS"
 _import_lock = threading.Lock()
 
 
@@ -45,20 +51,38 @@ def import_tfds() -> ModuleType:
 # ------------------------------------------------------------------ reading
 
 
+class FileRange(NamedTuple):
+    """Consecutive records of a file of a TFDS data set.
+
+    Attributes:
+        path: The file.
+        start: Index of the first record in the file.
+        length: Number of records.
+        split: Name of the split that the file belongs to.
+        first: Index of the first record in that split.
+    """
+
+    path: str
+    start: int
+    length: int
+    split: str
+    first: int
+
+
 @dataclasses.dataclass(frozen=True)
 class SplitFiles:
-    """Metadata of a split of a TFDS data set.
+    """Metadata of a split, or of a slice of one, of a TFDS data set.
 
     Attributes:
         root: Folder of the data set.
         splits: Names of all splits of the data set.
-        file_format: Format of the files.
+        file_format: Format of the files: `array_record` if they also exist in this format.
         features: Names of the features of a record.
         labels: Names of the classes, or None if the feature `label` is not a ClassLabel or has no
             classes.
         num_classes: Number of classes; 0 if `labels` is None.
-        paths: Files of the split; empty if the split does not exist.
-        lengths: Number of records of each file.
+        ranges: Records of the split, file by file; empty if the split does not exist.
+        is_whole: Whether the split is one of `splits`, not a slice or a combination.
     """
 
     root: str
@@ -67,52 +91,133 @@ class SplitFiles:
     features: list[str]
     labels: list[str] | None
     num_classes: int
-    paths: list[str]
-    lengths: list[int]
+    ranges: list[FileRange]
+    is_whole: bool
 
 
-def read_metadata(name: str, split: str, *, is_folder: bool) -> SplitFiles:
-    """Read the metadata of a TFDS data set.
+def find_folder(name: str, data_dir: str) -> str:
+    """Return the folder of a TFDS data set.
 
     Args:
-        name: Folder or name of the data set.
-        split: Name of the split.
-        is_folder: Whether `name` is a folder.
+        name: `NAME`, `NAME/CONFIG` or `NAME/CONFIG:VERSION`. Without a config, the default one is
+            used; without a version, the newest.
+        data_dir: Folder of TFDS data sets; empty: TFDS's default.
+
+    Raises:
+        InputError: There is no such data set, or a required package is not installed.
+    """
+    import_tfds()
+    from tensorflow_datasets.core import constants, read_only_builder
+    from tensorflow_datasets.core.utils import error_utils
+
+    try:
+        with error_utils.record_error_context():
+            folder = read_only_builder._find_builder_dir(name, data_dir=data_dir or None)
+    except Exception as error:  # TFDS raises exceptions of many types
+        raise InputError(
+            f"data.name={name}: is not the name of a TFDS data set ({one_line(error)}); expected "
+            "NAME, NAME/CONFIG or NAME/CONFIG:VERSION"
+        ) from None
+    if folder is None:
+        raise InputError(
+            f"data.name={name}: not found in {data_dir or constants.DATA_DIR}; create it with "
+            "`tfds build --file_format=array_record`, or set data.tfds_dir to the folder that "
+            f"contains {name.partition(':')[0].partition('/')[0]}"
+        )
+    return os.path.abspath(folder)
+
+
+def read_metadata(folder: str, split: str, remedy: str = PREPARE) -> SplitFiles:
+    """Read the metadata of a TFDS data set.
+
+    TFDS's own reader is not used, because it needs TensorFlow for the feature `Video`.
+
+    Args:
+        folder: Folder of the data set.
+        split: Name of the split, or a slice as in `train[:90%]`.
+        remedy: End of the error message.
 
     Raises:
         InputError: The metadata is missing or damaged, or a required package is not installed.
     """
-    tfds = import_tfds()
-    if is_folder:
-        for path in [*Path(name).glob("*.json"), *Path(name).glob("*.labels.txt")]:
-            with contextlib.suppress(FileNotFoundError):  # a broken link, which TFDS reports
-                check_regular(path, MAX_METADATA_BYTES)
+    import_tfds()
+    for path in [*Path(folder).glob("*.json"), *Path(folder).glob("*.labels.txt")]:
+        with contextlib.suppress(FileNotFoundError):  # a broken link, which TFDS reports
+            check_regular(path, MAX_METADATA_BYTES)
     try:
-        builder = tfds.builder_from_directory(name) if is_folder else tfds.builder(name)
-        features, info = dict(builder.info.features), builder.info.splits.get(split)
-        label = features.get("label")
-        is_label = isinstance(label, tfds.features.ClassLabel)
-        files = SplitFiles(
-            root=os.path.abspath(builder.data_dir),
-            splits=list(builder.info.splits),
-            file_format=builder.info.file_format.value,
-            features=list(features),
-            labels=list(label.names) if is_label and label.num_classes else None,
-            num_classes=int(label.num_classes or 0) if is_label else 0,
-            paths=[os.path.abspath(path) for path in info.filepaths] if info else [],
-            lengths=[int(length) for length in info.shard_lengths] if info else [],
-        )
-        if len(files.paths) != len(files.lengths):
-            raise ValueError(f"{len(files.paths)} files, but {len(files.lengths)} lengths")
-        if not all(0 <= length <= MAX_RECORDS for length in files.lengths):
+        return _read_metadata(folder, split)
+    except Exception as error:  # TFDS and protobuf raise exceptions of many types
+        raise InputError(f"{folder}: no readable pack ({one_line(error)}); {remedy}") from None
+
+
+def _read_metadata(folder: str, split: str) -> SplitFiles:
+    """Read the metadata of a TFDS data set; errors are of any type."""
+    from google.protobuf import json_format
+    from tensorflow_datasets.core import dataset_info, features, naming, splits
+    from tensorflow_datasets.core.proto import feature_pb2
+
+    info = dataset_info.read_proto_from_builder_dir(folder)
+    formats = (info.file_format or "tfrecord", *info.alternative_file_formats)
+    file_format = "array_record" if "array_record" in formats else formats[0]
+    text = (Path(folder) / "features.json").read_text(encoding="utf-8")
+    protos = json_format.Parse(text, feature_pb2.Feature()).features_dict.features
+    label = protos["label"].class_label if "label" in protos else feature_pb2.ClassLabel()
+    labels = None
+    if label.num_classes:
+        feature = features.ClassLabel(num_classes=label.num_classes)
+        names = Path(feature.get_names_filepath(folder, "label"))
+        if names.exists() and names.read_text(encoding="utf-8").strip():
+            feature.load_metadata(folder, "label")
+        labels = list(feature.names)
+    template = naming.ShardedFileTemplate(
+        dataset_name=info.name, data_dir=folder, filetype_suffix=file_format
+    )
+    known = splits.SplitDict.from_proto(info.splits, template)
+    return SplitFiles(
+        root=os.path.abspath(folder),
+        splits=list(known),
+        file_format=file_format,
+        features=list(protos),
+        labels=labels,
+        num_classes=label.num_classes,
+        ranges=_find_ranges(known, split),
+        is_whole=split in known,
+    )
+
+
+def _find_ranges(known: Any, split: str) -> list[FileRange]:
+    """Return the records of a split or slice.
+
+    Args:
+        known: TFDS's `SplitDict` of the data set.
+        split: Name of the split, or a slice. An unknown name has no records.
+
+    Raises:
+        ValueError: The metadata of a split or the slice is invalid.
+    """
+    if split not in known and re.fullmatch(r"\w+", split):
+        return []
+    whole = {}  # file → all its records
+    for name, info in known.items():
+        paths, lengths = [os.path.abspath(path) for path in info.filepaths], info.shard_lengths
+        if len(paths) != len(lengths):
+            raise ValueError(f"{len(paths)} files, but {len(lengths)} lengths")
+        if not all(0 <= length <= MAX_RECORDS for length in lengths):
             raise ValueError(
-                f"numbers of records from {min(files.lengths)} to {max(files.lengths)}, "
+                f"numbers of records from {min(lengths)} to {max(lengths)}, "
                 f"expected 0 to {MAX_RECORDS}"
             )
-        return files
-    except Exception as error:  # TFDS and protobuf raise exceptions of many types
-        remedy = "run jaxvid.data.prepare" if is_folder else "create it with TFDS"
-        raise InputError(f"{name}: no readable pack ({one_line(error)}); {remedy}") from None
+        firsts = itertools.accumulate(lengths, initial=0)
+        for path, length, first in zip(paths, lengths, firsts, strict=False):
+            whole[path] = FileRange(path, 0, length, name, first)
+    if split in known:
+        return [part for part in whole.values() if part.split == split]
+    ranges = []
+    for part in known[split].file_instructions:
+        file = whole[os.path.abspath(part.filename)]
+        first = file.first + part.skip
+        ranges.append(FileRange(file.path, part.skip, part.take, file.split, first))
+    return ranges
 
 
 @functools.cache

@@ -27,9 +27,7 @@ MAX_FRAMES = 1_000_000  # nine hours at 30 frames/s
 MAX_SECONDS = 60.0  # wall time of opening a file and decoding it
 MAX_EARLY = 64  # decoded frames that may wait for an earlier one; more than any codec reorders
 MAX_PACKET_BYTES = 64 * 2**20  # in a file; if there are more, packets are not kept in memory
-
-# Containers that store the frames themselves. Other formats can refer to other files or network
-# addresses.
+# Containers that store their frames. Other formats can refer to other files or to addresses.
 CONTAINERS = (
     "asf,avi,dv,flv,gif,h264,hevc,ivf,matroska,mov,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,"
     "yuv4mpegpipe"
@@ -38,8 +36,8 @@ CONTAINERS = (
 SKIPPABLE = ("h264", "mpeg1video", "mpeg2video", "mpeg4")
 
 
-class VideoFile:
-    """An open video file. It implements the protocol `VideoReader` and is not thread-safe.
+class VideoFile(contextlib.AbstractContextManager):
+    """An open video file: a `VideoReader` that is not thread-safe.
 
     Opening reads all packets of the container, without decoding, to find the number of frames and
     their timestamps. The header is not trusted.
@@ -48,9 +46,10 @@ class VideoFile:
         path: A regular file. The copy of a remote file is completed, and kept until `close`.
         name: Name of the video in error messages; by default, the path.
         max_seconds: Limit of the wall time of opening and decoding together.
+        max_pixels: Limit of the size of a frame.
 
     Attributes:
-        num_frames: Number of frames, without hidden frames and those before the first key frame.
+        num_frames: Number of frames, without hidden ones and those before the first key frame.
         fps: Average number of frames per second, or None if it is unknown or implausible.
         times: Time of each frame in seconds, relative to the first frame: `(num_frames,)` float64,
             non-decreasing; None if the file has no usable timestamps.
@@ -62,13 +61,19 @@ class VideoFile:
         InputError: A remote file cannot be reached.
     """
 
-    def __init__(self, path: str | Path, *, name: str = "", max_seconds: float = MAX_SECONDS):
-        self._path, self._name = path, name or path
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        name: str = "",
+        max_seconds: float = MAX_SECONDS,
+        max_pixels: int = MAX_PIXELS,
+    ):
+        self._path, self._name, self._max_pixels = path, name or path, max_pixels
         self._seconds_left = self._max_seconds = max_seconds
         self._container = self._readable = self._cached = None
         self._reformatter = VideoReformatter()  # shared, because its tables are made once
-        self.oddities: list[str] = []
-        self.color_matrix = "tagged"
+        self.oddities, self.color_matrix = [], "tagged"
         self._pinned = Pinned.whole_file(path)
         try:
             with self._bounded():
@@ -98,7 +103,7 @@ class VideoFile:
             self._container.close()
         if not stat.S_ISREG(os.stat(self._path).st_mode):  # a pipe could block forever
             raise self._error("not a regular file")
-        limits = {"max_pixels": str(MAX_PIXELS)}  # the size may change within the file
+        limits = {"max_pixels": str(self._max_pixels)}  # the size may change within the file
         self._container = av.open(
             f"file:{self._path}",  # otherwise, "12:30.mp4" is parsed as a network protocol
             options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file", **limits},
@@ -114,7 +119,7 @@ class VideoFile:
             stream.discard = Discard.default if stream is self._stream else Discard.all
         if (context := self._stream.codec_context) is None:
             raise self._error("no decoder for its codec")
-        if context.width * context.height > MAX_PIXELS:
+        if context.width * context.height > self._max_pixels:
             raise self._error(f"the frame size {context.width}×{context.height} is too large")
         context.thread_count = 1  # clips are decoded in parallel, not frames
         context.options = limits
@@ -247,9 +252,7 @@ class VideoFile:
         if not 0 <= requested[0] <= requested[-1] < self.num_frames:
             raise IndexError(f"{self._name}: {requested} outside 0..{self.num_frames - 1}")
 
-    def _check_frames(
-        self, requested: list[int], intact: Container[int], shapes: set[tuple]
-    ) -> None:
+    def _check_frames(self, requested: list[int], intact: Container[int], shapes: set) -> None:
         """Raise a DecodeError if requested frames are damaged or have different shapes."""
         if missing := [i for i in requested if i not in intact]:
             readable = f"{self.count_readable()} of {self.num_frames} can be read"
@@ -383,9 +386,6 @@ class VideoFile:
         if self._container is not None:
             self._container.close()
         self._pinned.close()
-
-    def __enter__(self) -> "VideoFile":
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()

@@ -1,0 +1,1 @@
+"""Test of the container image, which needs Docker or Podman."""
