@@ -55,7 +55,7 @@ class Target:
     """Functions to mutate, and the tests that run for each mutant.
 
     Attributes:
-        tests: A test file.
+        tests: Test files, separated by spaces.
         select: pytest's `-k` expression; empty: all tests of the file.
         functions: Names of functions, classes and variables; empty: the whole module.
         share: Run many mutants in one process, so that JAX starts and compiles only once. Only
@@ -128,8 +128,9 @@ TARGETS = {
     ],
     "jaxvid/training/steps.py": [
         Target(
-            "tests/training/test_steps.py",
-            "linear or fresh_state or each_part or recipes or mixed_within",
+            "tests/training/test_steps.py tests/training/test_losses.py",
+            "linear or fresh_state or each_part or recipes or mixed_within or weighted_step "
+            "or weighted_mean or mixed_labels or multi_label_targets",
             (
                 "Recipe",
                 "Teacher",
@@ -189,8 +190,13 @@ TARGETS = {
         Target(
             "tests/training/test_checkpoint.py",
             "checkpoints or disk or that_fails or aside",
+            (
+                *("LATE_OUTPUTS", "OUTPUTS", "check_writable", "check_room", "num_bytes"),
+                *("starts_over", "tidy_outputs", "_tidy_outputs"),
+            ),
             share=True,
-        )
+        ),
+        Target("tests/training/test_outputs.py", "", ("describe_use",), share=True),
     ],
 }
 
@@ -506,7 +512,7 @@ def run_target(path: str, target: Target, jobs: int, only: str) -> list[tuple[Mu
     name = path.removesuffix(".py").replace("/", ".")
     mutants = [m for m in make_mutants(ROOT / path, target.functions) if only in m.name]
     options = ["-q", "-x", "-s", "-n", "0", "-p", "no:cacheprovider", "-o", "timeout=0"]
-    options += [target.tests, "-k", target.select]
+    options += [*target.tests.split(), "-k", target.select]
     notes = Path(tempfile.mkdtemp(dir=os.environ["PYTEST_DEBUG_TEMPROOT"])) / "notes"
 
     def note(mutant: Mutant, code: int | None, seconds: float) -> None:

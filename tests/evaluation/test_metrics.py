@@ -400,3 +400,11 @@ def test_multi_label_metrics():
     assert losses[0] == pytest.approx(expected, rel=1e-5)
     assert np.isnan(losses[3])
     assert (results.label(0), results.label(1)) == ([0, 1], [])
+    assert results.count_labels(np.array([True, True, True, False])).tolist() == [1, 2, 0]
+
+
+def test_multi_label_losses_of_certain_and_wrong_networks_are_finite():
+    results = multi_label_results([[1, 0], [0, 1]], [[99, -999], [99, -999]], ["", ""])
+    right, wrong = results.losses()
+    assert 0 < right < 1.1e-7  # probabilities are limited to [1e-7, 1 - 1e-7]
+    assert wrong == pytest.approx(-np.log(1e-7))

@@ -153,8 +153,10 @@ def test_binary_cross_entropy_equals_pytorch(weights):
     np.testing.assert_allclose(actual, expected.mean(axis=1), rtol=1e-5)
 
 
-def test_multi_label_targets_are_mixed():
-    recipe = Recipe(seed=3, mixup_alpha=0.4, multi_label=True)
+@pytest.mark.parametrize("weights", [(), WEIGHTS])
+def test_multi_label_targets_are_mixed(weights):
+    """The weighted losses are averaged over the clips and classes, as in PyTorch."""
+    recipe = Recipe(seed=3, mixup_alpha=0.4, multi_label=True, class_weights=weights)
     state, batch = linear_state(recipe), linear_batch(count=6)
     batch["mask"][:] = True
     batch["label"] = np.random.default_rng(0).integers(0, 2, (6, 4)).astype(np.int32)
@@ -167,7 +169,8 @@ def test_multi_label_targets_are_mixed():
     scale = 0.5 + float(jax.random.uniform(key))
     logits = linear_logits(state["params"], video, scale)[1]
     targets = lam * batch["label"] + (1 - lam) * batch["label"][partner]
-    expected = torch.nn.BCEWithLogitsLoss()(torch.tensor(logits), torch.tensor(targets))
+    criterion = torch.nn.BCEWithLogitsLoss(weight=torch.tensor(weights) if weights else None)
+    expected = criterion(torch.tensor(logits), torch.tensor(targets))
     _, metrics = linear_step(state, batch, recipe)
     assert metrics["loss"] == pytest.approx(6 * float(expected), rel=1e-4)
     hits = batch["label"][np.arange(6), logits.argmax(axis=1)]

@@ -21,7 +21,7 @@ from jaxvid.models import (
     merge_params,
     split_params,
 )
-from jaxvid.storage.eval_step import eval_step
+from jaxvid.storage.eval_step import eval_step, onnx_eval_step, run_ahead
 from jaxvid.storage.preprocessing import normalize, renormalize
 from jaxvid.training import steps
 from jaxvid.training.losses import cross_entropy, distillation_loss
@@ -124,6 +124,45 @@ def test_eval_step_averages_probabilities():
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     np.testing.assert_allclose(results["scores"][0], probabilities.mean(0), rtol=1e-5)
     np.testing.assert_array_equal(results["scores"], results["probabilities"])
+
+
+@pytest.mark.parametrize("score", ["logits", "probabilities"])
+def test_onnx_eval_step_equals_eval_step(score):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 2, 3), np.uint8)
+    expected, shapes = stub_scores(pixels, score), []
+
+    def network(video):
+        shapes.append(video.shape)
+        pixel = video[:, 0, 0, 0] / np.float32(255)
+        return np.concatenate([pixel, np.full((len(video), 1), 0.5, np.float32)], axis=1)
+
+    batch = {"video": pixels[:, :, None, None, None, :]}
+    results = onnx_eval_step(batch, network=network, score=score, activation="softmax")
+    assert shapes == [(6, 1, 1, 1, 3)]
+    for name, values in expected.items():
+        np.testing.assert_allclose(results[name], values, rtol=1e-5)
+    sigmoid = onnx_eval_step(batch, network=network, score=score, activation="sigmoid")
+    assert not np.allclose(sigmoid["probabilities"], results["probabilities"])
+
+
+@pytest.mark.parametrize("num_batches", [0, 1, 4])
+def test_run_ahead_of_eval_step_by_one_batch(num_batches):
+    """The step of the next batch is called before the outputs of a batch are used."""
+    mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=1, tensor=4))
+    calls = []
+
+    def step(params, batch):
+        assert batch.keys() == {"video"}
+        assert batch["video"].sharding.mesh == mesh
+        calls.append(params)
+        return batch["video"] + params
+
+    batches = [(np.full((2, 3), i), f"batch {i}") for i in range(num_batches)]
+    for i, (outputs, metadata) in enumerate(run_ahead(step, 10, iter(batches), mesh)):
+        assert metadata == f"batch {i}"
+        np.testing.assert_array_equal(outputs, np.full((2, 3), 10 + i))
+        assert calls == [10] * min(i + 2, num_batches)
+    assert len(calls) == num_batches
 
 
 def make_step(config, optimizer, seed, **options):
