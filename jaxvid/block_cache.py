@@ -25,7 +25,9 @@ from jaxvid.errors import COPIES, InputError
 from jaxvid.object_store import ObjectInfo
 
 BLOCK = 2**16  # bytes; the blocks of Riegeli files have the same size and alignment
-MAX_GAP = 2**16  # two ranges with a smaller gap between them are read with one request
+# Ranges with smaller gaps between them are read with one request: an object store sends several
+# megabytes in the time that it takes to answer, and later epochs need other frames of a video.
+MAX_GAP = 2**20
 MAX_RANGE = 2**23  # bytes per request
 MAX_RANGES = 16  # ranges that are read at the same time, and are in memory
 FREE_SHARE = 0.1  # share of the cache that is freed when it is full
