@@ -71,6 +71,14 @@ def test_a_weighted_step_minimises_pytorchs_weighted_mean(num_parts):
         np.testing.assert_allclose(new_state["params"][name], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_weighted_step_depends_on_the_ratios_of_the_weights_only():
+    batch, results = linear_batch(count=6), []
+    for factor in (1, 1e-3):
+        recipe = Recipe(seed=3, class_weights=tuple(factor * weight for weight in WEIGHTS))
+        results.append(linear_step(linear_state(recipe), batch, recipe)[1])
+    assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
+
+
 def test_mixed_labels_have_their_weights():
     recipe = Recipe(seed=3, mixup_alpha=0.4, class_weights=WEIGHTS)
     state, batch = linear_state(recipe), linear_batch(count=6)
