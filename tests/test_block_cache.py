@@ -42,6 +42,7 @@ def store(tmp_path, monkeypatch):
         return read(address, ranges)
 
     monkeypatch.setattr(object_store, "read_ranges", record)
+    monkeypatch.setattr(block_cache, "MAX_GAP", BLOCK)  # the files of these tests are small
     yield store
     store.fs.store.clear()
 
