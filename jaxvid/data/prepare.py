@@ -19,23 +19,15 @@ from pathlib import Path
 from jaxvid import parsers, remote
 from jaxvid.atomic import format_json, write_file
 from jaxvid.data.beam import BeamRunner, make_runner, run_on_workers
-from jaxvid.data.check import (
-    SOME_BROKEN,
-    Progress,
-    gather,
-    make_report,
-    map_in_order,
-    note_overlaps,
-    note_skipped,
-    print_report,
-)
+from jaxvid.data.check import SOME_BROKEN, Progress, make_report, map_in_order, print_report
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats import pack_writer, tfds_api
 from jaxvid.data.formats.pack_index import format_table, list_videos, table_path
 from jaxvid.data.formats.pack_writer import Clip, Part, Settings, encode, plan
+from jaxvid.data.gather import gather, note_overlaps, note_skipped
 from jaxvid.data.label_sets import SEPARATOR
 from jaxvid.data.pack_parts import encode_and_write, load_state, write_part, write_text
-from jaxvid.data.records import Record
+from jaxvid.data.records import VideoFiles
 from jaxvid.data.validation_split import ValidationSplit
 from jaxvid.errors import InputError, printable
 from jaxvid.locks import LockedError, locked
@@ -127,13 +119,13 @@ def prepare(
     """Pack the videos of lists and folders, or resume an unfinished pack.
 
     Args:
-        inputs: Lists and folders, as in `check.gather`.
+        inputs: Lists and folders, as in `gather`.
         output: Folder of the pack.
         settings: Settings of the pack.
         workers: Number of threads of this process; or a runner of Apache Beam, whose workers read
             the videos and write the pack under the same paths.
         shard: `(index, count)`: index of this job, and number of jobs that share the work.
-        prefix: Folder that paths in lists are relative to, as in `check.gather`.
+        prefix: Folder that paths in lists are relative to, as in `gather`.
         split: Division of the videos into training and validation, or None.
 
     Returns:
@@ -150,12 +142,13 @@ def prepare(
     output, skipped = Path(output), Skipped()
     records, labels = gather(inputs, prefix, skipped=skipped)
     note_skipped(skipped)
-    for record in itertools.chain(*records.values()):
-        if isinstance(record.label, tuple):
-            raise InputError(
-                f"{record.id} has the label {SEPARATOR.join(map(str, record.label))}{SEPARATOR}, "
-                "but a pack stores one class per video; train on the list itself"
-            )
+    for videos in records.values():
+        for id_, label in zip(videos.ids, videos.labels, strict=True):
+            if isinstance(label, tuple):
+                raise InputError(
+                    f"{id_} has the label {SEPARATOR.join(map(str, label))}{SEPARATOR}, but a pack "
+                    "stores one class per video; train on the list itself"
+                )
     if split is not None and split.share:
         records = _divide(records, split, ", ".join(map(str, inputs)))
     for name in labels:
@@ -165,7 +158,11 @@ def prepare(
         print(
             "the class names are the label numbers; write labels.txt to name them", file=sys.stderr
         )
-    lines = [[split, r.id, r.label] for split, videos in records.items() for r in videos]
+    lines = [
+        [split, id_, label]
+        for split, videos in records.items()
+        for id_, label in zip(videos.ids, videos.labels, strict=True)
+    ]
     list_digest = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
     parts = plan(records, settings)
     job_parts = parts[shard[0] :: shard[1]]
@@ -193,8 +190,8 @@ def prepare(
 
 
 def _divide(
-    records: dict[str, list[Record]], split: ValidationSplit, source: str
-) -> dict[str, list[Record]]:
+    records: dict[str, VideoFiles], split: ValidationSplit, source: str
+) -> dict[str, VideoFiles]:
     """Divide the videos of the only split of an input into training and validation.
 
     Args:

@@ -93,7 +93,7 @@ def test_prefix_replaces_the_folder_of_the_list(clips):
     write(clips / "lists" / "labels.txt", "only\n")
     folder = clips / "lists"
     records = open_dataset(section("folder", folder, str(clips)), 1, ("val",)).records["val"]
-    assert records == [Record(clips / "a.mp4", 0)]
+    assert list(records) == [Record(clips / "a.mp4", 0)]
     with pytest.raises(InputError, match="val.csv:1: .*lists/a.mp4 does not exist"):
         open_dataset(section("folder", folder), 1, ("val",))
 
