@@ -24,9 +24,16 @@ from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats import pack_writer, tfds_api
 from jaxvid.data.formats.pack_index import format_table, list_videos, table_path
 from jaxvid.data.formats.pack_writer import Clip, Part, Settings, encode, plan
+from jaxvid.data.formats.record_offsets import find_offsets, join_offsets, offsets_path
 from jaxvid.data.gather import gather, note_overlaps, note_skipped
 from jaxvid.data.label_sets import SEPARATOR
-from jaxvid.data.pack_parts import encode_and_write, load_state, write_part, write_text
+from jaxvid.data.pack_parts import (
+    encode_and_write,
+    load_state,
+    write_offsets,
+    write_part,
+    write_text,
+)
 from jaxvid.data.records import VideoFiles
 from jaxvid.data.validation_split import ValidationSplit
 from jaxvid.errors import InputError, printable
@@ -101,6 +108,20 @@ def _write_metadata(
         write_text(output / "annotations" / f"{split}_fps.txt", rates)
         write_text(output / "annotation" / f"{split}_fps.txt", rates)
     write_text(output / "labels.txt", "".join(f"{label}\n" for label in labels))
+
+
+def _write_offsets(output: Path, parts: list[Part]) -> None:
+    """Write the offsets of the records of each split."""
+    older = [part for part in parts if not part.offsets_path(output).exists()]
+    if older:  # written by an older version
+        print(f"reading {len(older)} finished files for their offsets", file=sys.stderr)
+    for part in older:
+        name = pack_writer.array_record_name(part.split, part.number, part.count)
+        write_offsets(part, output, find_offsets(output / name))
+    for split in {part.split: None for part in parts}:
+        files = [part.offsets_path(output) for part in parts if part.split == split]
+        if all(file.exists() for file in files):
+            join_offsets(files, offsets_path(output, split))
 
 
 # ------------------------------------------------------------------ the program
@@ -277,6 +298,8 @@ def _finish(
             for partial in (output / folder).glob("*.partial"):  # files of jobs that were killed
                 partial.unlink(missing_ok=True)
         _write_metadata(output, parts, states, labels, settings)
+        if settings.format == "arrayrecord":
+            _write_offsets(output, parts)
         write_file(output / "report.json", format_json(report), writer=str(os.getpid()))
     return report
 

@@ -99,6 +99,7 @@ TARGETS = {
     "features.json": "pack",
     "label.labels.txt": "pack",
     "train_index.csv": "pack",
+    "train_offsets.bin": "pack",
     "jaxvid-train.array_record-00000-of-00001": "pack",
 }
 SOURCES = {  # kind of folder → `data.source`

@@ -683,7 +683,8 @@ def test_h5_packs_without_class_names_are_refused(pack, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["dataset_info.json", "features.json", "label.labels.txt", "val_index.csv"]
+    "name",
+    ["dataset_info.json", "features.json", "label.labels.txt", "val_index.csv", "val_offsets.bin"],
 )
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop"])
 def test_metadata_files_that_are_not_regular_are_refused_without_blocking(pack_copy, name, kind):

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,11 +75,8 @@ class PackIndex(Sequence):
                 header = next(rows, [])
                 if header[:2] == ["id", "label"] and header != list(PackedVideoInfo._fields):
                     raise InputError(f"{path}: has an older layout; run prepare again")
-                self._ids, numbers = [], []
-                for id_, label, num_frames, fps, *rest in rows:
-                    self._ids.append(id_)
-                    numbers.append((int(label), int(num_frames), float(fps), *map(int, rest)))
-            self._numbers = np.array(numbers, self._NUMBERS)
+                self._ids: list[str] = []
+                self._numbers = np.fromiter(self._parse(rows), self._NUMBERS)
             if not self._numbers["num_frames"].any():
                 raise InputError(f"{path}: lists no readable video; run prepare again")
             self._check(num_records, num_classes)
@@ -89,6 +86,12 @@ class PackIndex(Sequence):
             raise InputError(f"{path} does not exist; run prepare again") from None
         except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
             raise InputError(f"{path}: is damaged ({error}); run prepare again") from None
+
+    def _parse(self, rows: Iterable[list[str]]) -> Iterator[tuple]:
+        """Yield the numbers of each row, and collect the ids."""
+        for id_, label, num_frames, fps, *rest in rows:
+            self._ids.append(id_)
+            yield int(label), int(num_frames), float(fps), *map(int, rest)
 
     def _check(self, num_records: int, num_classes: int) -> None:
         """Raise a ValueError if values are out of range or do not match the records of the pack."""

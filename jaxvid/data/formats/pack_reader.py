@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxvid.block_cache import address_of
 from jaxvid.data.formats.array_record_file import ArrayRecordFile
 from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.pack_index import PackedVideoInfo, PackIndex, table_path
+from jaxvid.data.formats.record_offsets import RecordOffsets, offsets_path
 from jaxvid.data.formats.tfds_api import (
     MAX_METADATA_BYTES,
     PREPARE,
@@ -120,7 +122,7 @@ class PackRecords(Sequence):
                 f"{remedy}"
             )
         index_file = table_path(Path(root), split)
-        self._index = None
+        self._index = self._offsets = None
         # A pack has both the feature `first` and an index file. If it has only one of them, its
         # layout is older or the index is missing, and PackIndex raises an error.
         if "first" in info.features or os.path.lexists(index_file):
@@ -130,6 +132,9 @@ class PackRecords(Sequence):
                     "per video; choose a whole split, or prepare it with --val_share"
                 )
             self._index = PackIndex(index_file, self._ends[-1], len(self.labels))
+            if address_of(root) is None:
+                path = offsets_path(Path(root), split)
+                self._offsets = RecordOffsets.open(path, self._ends[-1])
         elif not self._ends[-1]:
             raise InputError(f"{self.name}: split {split!r} is empty; recreate it with TFDS")
 
@@ -137,6 +142,11 @@ class PackRecords(Sequence):
     def has_ids(self) -> bool:
         """Whether videos have ids of their own. Otherwise, ids are derived from record numbers."""
         return self._index is not None
+
+    @property
+    def num_without_offset(self) -> int:
+        """Number of records that are read with array_record, which keeps their positions."""
+        return 0 if self._offsets else self._ends[-1]
 
     def find_broken(self) -> list[int]:
         """Return the indices of the videos that could not be decoded when the pack was made."""
@@ -225,7 +235,8 @@ class PackRecords(Sequence):
             return opened
         with self._lock:
             if file not in self._readers:
-                self._readers[file] = ArrayRecordFile(self.paths[file])
+                first = self._ends[file - 1] if file else 0
+                self._readers[file] = ArrayRecordFile(self.paths[file], self._offsets, first)
             return self._readers[file]
 
     def __len__(self) -> int:

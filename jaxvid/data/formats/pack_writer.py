@@ -36,10 +36,7 @@ class Settings:
         quality: JPEG quality, 1 to 100; the chroma subsampling is 4:2:0.
         clips_per_file: Videos per ArrayRecord file; 0: 64, or more if a split would have over 256
             files. A run that is resumed after it was killed repeats at most one file.
-        frames_per_record: Frames per record; a record is always read completely. With larger
-            records, more frames are read than requested, but less memory is needed: array_record
-            keeps 8 bytes per record in every reading process (0.6 GB for 240,000 videos of 300
-            frames with one frame per record).
+        frames_per_record: Frames per record; a record is always read completely.
         color_matrix: Conversion to RGB, one of `rgb.COLOR_MATRICES`.
 
     Raises:
@@ -105,6 +102,10 @@ class Part:
     def state_path(self, output: Path) -> Path:
         """Return the path of the part's state file, which exists once the part is complete."""
         return output / ".parts" / f"{self.split}-{self.number:05d}.json"
+
+    def offsets_path(self, output: Path) -> Path:
+        """Return the path of the offsets of the part's records."""
+        return self.state_path(output).with_suffix(".offsets")
 
 
 def encode(record: Record, split: str, settings: Settings) -> Clip:
