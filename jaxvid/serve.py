@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for model in args.models:
             check_model_path(model)
         for package in PACKAGES:
-            import_or_explain(package, "'jaxvid[serve]'", "jaxvid serve needs")
+            import_or_explain(package, "jaxvid[serve]", "jaxvid serve needs")
         listener = bind(args.host, args.port)
         from jaxvid.serving.app import make_app
         from jaxvid.serving.http_server import HttpServer
