@@ -18,21 +18,26 @@ async def is_waiting(task: asyncio.Task) -> bool:
     return not task.done()
 
 
+async def enter(budget: MemoryBudget, size: int) -> None:
+    """Reserve memory, and free it."""
+    async with budget.reserve(size):
+        pass
+
+
 def test_a_request_waits_until_there_is_enough_memory():
     async def test():
         budget = MemoryBudget(10)
         async with budget.reserve(4):
             async with budget.reserve(6):
-                waiting = asyncio.create_task(budget.reserve(5).__aenter__())
+                waiting = asyncio.create_task(enter(budget, 5))
                 assert await is_waiting(waiting)
             await waiting
-            cancelled = asyncio.create_task(budget.reserve(2).__aenter__())
+            cancelled = asyncio.create_task(enter(budget, 7))
             assert await is_waiting(cancelled)
             cancelled.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await cancelled
-            async with budget.reserve(1):
-                pass
+            await enter(budget, 6)
 
     asyncio.run(test())
 
@@ -41,7 +46,7 @@ def test_a_request_for_more_than_the_limit_is_alone():
     async def test():
         budget = MemoryBudget(10)
         async with budget.reserve(100):
-            waiting = asyncio.create_task(budget.reserve(1).__aenter__())
+            waiting = asyncio.create_task(enter(budget, 1))
             assert await is_waiting(waiting)
         await waiting
 

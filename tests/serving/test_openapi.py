@@ -8,6 +8,7 @@ import pytest
 from jaxvid.serving.app import make_app
 from jaxvid.serving.limits import Limits, Settings
 from jaxvid.serving.openapi import ERRORS, SCHEMAS, make_document
+from jaxvid.serving.security import PUBLIC_FOLDERS, PUBLIC_PATHS
 from tests.serving.hostile_bodies import make_jpeg
 from tests.serving.running_server import make_attentive_model, make_fake_model, running
 from tests.serving.test_api import make_form
@@ -144,6 +145,13 @@ def test_a_server_with_a_token_does_not_name_its_models():
     document = make_document(["secret_name"], Settings(token="a"))
     assert document["security"] == [{"token": []}]
     assert "secret_name" not in json.dumps(document)
+
+
+def test_operations_that_need_no_token_are_marked(document):
+    for path, item in document["paths"].items():
+        is_public = path in PUBLIC_PATHS or path.startswith(PUBLIC_FOLDERS)
+        for operation in item.values():
+            assert (operation.get("security") == []) == is_public, path
 
 
 def test_every_described_error_is_possible(document):
