@@ -82,9 +82,15 @@ async def _read_answer(reader: asyncio.StreamReader) -> Answer:
 
 
 async def send_all(
-    port: int, path: str, bodies: Sequence[bytes], num_clients: int, check: Callable[[Answer], None]
+    port: int,
+    path: str,
+    bodies: Sequence[bytes],
+    num_clients: int,
+    check: Callable[[Answer], None],
+    *,
+    method: str = "POST",
 ) -> list[float]:
-    """Send POST requests from several clients, each of which keeps its connection open.
+    """Send requests from several clients, each of which keeps its connection open.
 
     Args:
         port: Port of the server on 127.0.0.1.
@@ -92,6 +98,7 @@ async def send_all(
         bodies: Bodies of the requests. Each client sends the next one when it is idle.
         num_clients: Number of clients.
         check: Called with each answer.
+        method: Method of the requests.
 
     Returns:
         Seconds from the start of each request to the end of its answer.
@@ -102,7 +109,7 @@ async def send_all(
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for body in waiting:
             start = time.perf_counter()
-            writer.write(make_request(path, body))
+            writer.write(make_request(path, body, method))
             answer = await _read_answer(reader)
             seconds.append(time.perf_counter() - start)
             check(answer)
