@@ -277,5 +277,7 @@ def test_options_of_onnx_files_are_checked(folders, tmp_path, capsys, monkeypatc
     assert "int8: requires --calibrate LIST_OR_FOLDER" in error_of(*int8)
     assert "requires --precision int8" in error_of("--format", "onnx", "--calibrate", tmp_path)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert "--format onnx needs jaxvid[onnx]" in error_of("--format", "onnx")
+    message = error_of("--format", "onnx")
+    assert "--format onnx needs jaxvid[onnx]" in message
+    assert message.endswith("pip install 'jaxvid[onnx]'")
     assert not [*tmp_path.iterdir()]
