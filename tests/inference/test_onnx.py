@@ -100,7 +100,7 @@ def make_clips(count: int, frames: int = 8, size: int = 64) -> np.ndarray:
 
 
 @needs_onnx
-@pytest.mark.parametrize("name", ["stam", "xvit"])
+@pytest.mark.parametrize("name", [pytest.param("stam", marks=pytest.mark.full), "xvit"])
 def test_an_onnx_file_matches_the_network_for_any_batch_size(files, models, name):
     about = json.loads(files[name].with_name(f"{name}.onnx.json").read_text())
     assert about["sha256"] == hashlib.sha256(files[name].read_bytes()).hexdigest()
