@@ -229,10 +229,10 @@ def test_windows_of_a_pack_are_refused(motion_folder, folders, tmp_path, capsys,
     assert len(table.label_names) == 8
 
 
-def test_urls_are_refused(folders, capsys):
-    arguments = ["https://a.org/b.mp4", "--model", str(folders / "xvit"), "--output", "o.npz"]
+def test_urls_of_unknown_kinds_are_refused(folders, capsys):
+    arguments = ["ftp://a.org/b.mp4", "--model", str(folders / "xvit"), "--output", "o.npz"]
     assert main(arguments) == 2
-    assert "error: https://a.org/b.mp4: is a URL; download" in capsys.readouterr().err
+    assert "error: ftp://a.org/b.mp4: is a URL; download" in capsys.readouterr().err
 
 
 def test_features_that_are_not_finite_are_refused(extract, monkeypatch):
