@@ -6,9 +6,9 @@ python benchmarks/remote.py --latency_ms 20   every request takes at least 20 ms
 It needs s3fs. The server (`benchmarks/object_server.py`) is a process of its own, which uses the
 same CPU cores. In every round, the same epoch is loaded from the local disk, from the server with
 an empty cache (cold), and from the server with the blocks of these clips in the cache (warm). The
-first three batches of an epoch are not read ahead. The benchmark prints clips per second of wall
-time, the median of the paired ratios to the local disk, and the CPU time per clip of the process
-that trains, without that of the server.
+first batches, which are not read ahead, are not measured. The benchmark prints clips per second of
+wall time, the median of the paired ratios to the local disk, and the CPU time per clip of the
+process that trains, without that of the server.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from benchmarks.data import TRAIN_SPECS, write_video
 from benchmarks.object_server import BUCKET
 from jaxvid.data import read_ahead
 from jaxvid.data.formats.pack_writer import Settings
-from jaxvid.data.pipeline import make_train_iter
+from jaxvid.data.pipeline import describe_decoding, make_train_iter
 from jaxvid.data.prepare import prepare
 from jaxvid.data.sources import DatasetConfig, open_dataset
 from jaxvid.data.video_order import VideoOrder
@@ -53,7 +53,7 @@ def make_folder(folder: Path, num_videos: int, num_different: int) -> None:
 
 
 def measure(folder: str, source: str, cache: Path, args: argparse.Namespace) -> tuple[float, float]:
-    """Load the batches of the epochs; opening the data set is not measured.
+    """Load the batches of the epochs; opening the data set and the first batches are not measured.
 
     Returns:
         Clips per second, and CPU time of this process per clip in milliseconds, with its threads.
@@ -68,15 +68,27 @@ def measure(folder: str, source: str, cache: Path, args: argparse.Namespace) -> 
         num_threads=args.threads,
         num_workers=args.workers,
     )
-    num_batches = args.epochs * len(records) // args.batch
+    num_skipped = (args.threads + 1) * max(1, args.workers)  # batches that are not read ahead
+    for _ in range(num_skipped):
+        next(iterator)
+    num_batches = args.epochs * len(records) // args.batch - num_skipped
     num_clips = num_batches * args.batch
     start, cpu = time.perf_counter(), time.process_time()
     for _ in range(num_batches):
         next(iterator)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     iterator.close()
-    concurrent.futures.wait(read_ahead.cancel())
+    wait_for_threads()
     return num_clips / seconds, cpu / num_clips * 1e3
+
+
+def wait_for_threads() -> None:
+    """Wait until no thread loads clips: Grain's threads finish the batches that they have begun."""
+    idle_checks = 0
+    while idle_checks < 20:
+        time.sleep(0.01)
+        idle_checks = 0 if describe_decoding() else idle_checks + 1
+    concurrent.futures.wait(read_ahead.cancel())
 
 
 def compare(source: str, local: Path, args: argparse.Namespace, cache: Path) -> None:
@@ -84,10 +96,10 @@ def compare(source: str, local: Path, args: argparse.Namespace, cache: Path) -> 
     address = f"s3://{BUCKET}/{local.name}"
     folders = {"local": str(local), "cold": address, "warm": address}
     measured = {name: [] for name in folders}
-    for _ in range(args.rounds):
+    for i in range(args.rounds):
         shutil.rmtree(cache, ignore_errors=True)
-        for name, folder in folders.items():
-            measured[name].append(measure(folder, source, cache, args))
+        for name in ("local", "cold", "warm") if i % 2 else ("cold", "warm", "local"):
+            measured[name].append(measure(folders[name], source, cache, args))
     used = sum(path.stat().st_blocks * 512 for path in cache.rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in local.rglob("*") if path.is_file())
     print(f"\n{source}: {size / 1e6:.1f} MB, {used / 1e6:.1f} MB in the cache")
@@ -120,7 +132,7 @@ def main() -> None:
     args = parser.parse_args()
     flags.FLAGS.mark_as_parsed()  # worker processes need it
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}  # it ends when stdin is closed
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name) / BUCKET
         folder.mkdir()
         make_folder(folder / "videos", args.videos, args.different)

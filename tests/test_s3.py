@@ -206,6 +206,12 @@ def start(*arguments, **environment):
     )
 
 
+def finish(process):
+    """Wait for a process; return its exit code and its messages."""
+    _, errors = process.communicate()
+    return process.returncode, errors
+
+
 def test_a_killed_prepare_continues(s3, motion_folder, tmp_path):
     address = f"s3://{BUCKET}/packs/a"
     command = ["-m", "jaxvid.data.prepare", "--input", str(motion_folder), "--output", address]
@@ -215,14 +221,14 @@ def test_a_killed_prepare_continues(s3, motion_folder, tmp_path):
         assert first.poll() is None, first.stderr.read()
         time.sleep(0.05)
     first.send_signal(signal.SIGSTOP)
-    second = start(*command)
-    assert second.wait() == 2
-    assert f"error: {address}: in use by another run (process {first.pid}" in second.stderr.read()
+    code, errors = finish(start(*command))
+    assert code == 2
+    assert f"error: {address}: in use by another run (process {first.pid}" in errors
     first.kill()
-    first.communicate()
-    last = start(*command)
-    assert last.wait() == 0, last.stderr.read()
-    assert "parts are complete" in last.stderr.read()
+    finish(first)
+    code, errors = finish(start(*command))
+    assert code == 0, errors
+    assert "parts are complete" in errors
     prepare([motion_folder], tmp_path / "pack", Settings(clips_per_file=4), workers=2)
     files = contents("packs/a")
     expected = read_pack(tmp_path / "pack")
@@ -244,13 +250,13 @@ def test_several_processes_share_the_local_copy(s3, motion_folder, tmp_path):
             start(*command, f"--process_id={i}", JAXVID_CACHE=str(cache), XLA_FLAGS=flags)
             for i, cache in enumerate(caches)
         ]
-        return [(process.communicate()[1], process.returncode) for process in runs]
+        return [finish(process) for process in runs]
 
     refused = run(tmp_path / "one", tmp_path / "two")
-    assert [code for _, code in refused] == [2, 2]
-    assert "process 1 does not see " in refused[0][0]
+    assert [code for code, _ in refused] == [2, 2]
+    assert "process 1 does not see " in refused[0][1]
     results = run(tmp_path / "one", tmp_path / "one")
-    assert [code for _, code in results] == [0, 0], results
+    assert [code for code, _ in results] == [0, 0], results
     files = contents("runs/two")
     assert {"eval.json", "model/model.json", "checkpoints.json"} <= files.keys()
     assert not [name for name in files if "lock" in name]
@@ -276,7 +282,7 @@ def test_the_benchmark_runs_on_small_input(capsys, monkeypatch):
     for name in VARIABLES:  # the benchmark sets them
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(remote_benchmark, "write_video", write_noise)
-    monkeypatch.setattr("sys.argv", ["remote.py", "--videos", "4", "--rounds", "1", "--batch", "2"])
+    monkeypatch.setattr("sys.argv", ["remote.py", "--videos", "8", "--rounds", "1", "--batch", "2"])
     remote_benchmark.main()
     lines = capsys.readouterr().out
     assert lines.count("clips/s") == 6
