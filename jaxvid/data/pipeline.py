@@ -136,9 +136,10 @@ def make_eval_iter(
             read_ahead(records[index], spec)
 
     dataset = grain.MapDataset.range(count).map(load)
-    if not is_read_ahead(records):
-        return _to_iter(dataset, batch_size, shard, num_threads, num_workers)
-    return _to_iter(dataset, batch_size, shard, num_threads, num_workers, prefetch)
+    is_ahead = is_read_ahead(records)
+    return _to_iter(
+        dataset, batch_size, shard, num_threads, num_workers, prefetch if is_ahead else None
+    )
 
 
 def _example(record: VideoRecord | None, load: Callable[[], Batch] | None, zeros: Batch) -> Batch:
