@@ -3,6 +3,7 @@
 import importlib
 import re
 import reprlib
+import shlex
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -70,7 +71,7 @@ def import_or_explain(module: str, package: str, use: str = "packed frames need"
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(f"{use} {package} ({error}): pip install {package}") from None
+        raise InputError(f"{use} {package} ({error}): pip install {shlex.quote(package)}") from None
 
 
 def memory_problem(error: BaseException | None) -> str | None:
