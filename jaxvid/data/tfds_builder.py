@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from jaxvid.data.beam import BeamRunner
-from jaxvid.data.formats.pack_reader import LABEL_FILE
+from jaxvid.data.formats.pack_index import LABEL_FILE
 from jaxvid.data.formats.pack_writer import Settings
 from jaxvid.data.formats.tfds_api import NAME, import_tfds, make_features, read_metadata
 from jaxvid.data.gather import gather

@@ -1,4 +1,4 @@
-"""Index file of a split of a pack: the metadata and the records of each video."""
+"""Files of a pack besides its records: class names, and the index of the videos of a split."""
 
 import csv
 import io
@@ -11,6 +11,7 @@ import numpy as np
 from jaxvid.errors import InputError
 from jaxvid.files import check_regular
 
+LABEL_FILE = "label.labels.txt"  # class names, as TFDS stores them
 MAX_TABLE_BYTES = 2**30  # size limit of an index file
 # Column → lowest and highest valid value. The upper bounds are far above what `prepare` writes, and
 # low enough that sums of a column stay below 2^63.
@@ -20,6 +21,28 @@ BOUNDS = {
     "fps": (0, 1000),
     "has_times": (0, 1),
 }
+
+
+def check_label_file(path: Path, num_classes: int) -> None:
+    """Check the class names of a pack. Without the file, TFDS would return label numbers as names.
+
+    Raises:
+        InputError: The file is missing or unreadable, or does not contain `num_classes` names.
+    """
+    try:
+        names = {line.strip() for line in path.read_text(encoding="utf-8").split("\n")} - {""}
+    except FileNotFoundError:
+        names = None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); restore it") from None
+    if names is None or len(names) != num_classes:
+        problem = "does not exist"
+        if names is not None:
+            problem = f"contains {len(names)} class names, not {num_classes}"
+        raise InputError(
+            f"{path}: {problem}; write {num_classes} class names, one per line, in the order of "
+            "the labels, or run prepare again"
+        )
 
 
 class PackedVideoInfo(NamedTuple):

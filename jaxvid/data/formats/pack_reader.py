@@ -16,7 +16,13 @@ import numpy as np
 from jaxvid.block_cache import address_of
 from jaxvid.data.formats.array_record_file import ArrayRecordFile
 from jaxvid.data.formats.jpeg_reader import JpegFrames
-from jaxvid.data.formats.pack_index import PackedVideoInfo, PackIndex, table_path
+from jaxvid.data.formats.pack_index import (
+    LABEL_FILE,
+    PackedVideoInfo,
+    PackIndex,
+    check_label_file,
+    table_path,
+)
 from jaxvid.data.formats.record_offsets import RecordOffsets, offsets_path
 from jaxvid.data.formats.tfds_api import (
     MAX_METADATA_BYTES,
@@ -29,32 +35,9 @@ from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.errors import InputError, one_line
 from jaxvid.files import read_limited
 
-LABEL_FILE = "label.labels.txt"  # class names, as TFDS stores them
 FRAMES = ("video", "frames")  # features that may contain the frames
 # Features besides `frames` of a record that `prepare` wrote.
 FIELDS = ("label", "fps", "id", "first", "num_frames", "times")
-
-
-def _check_label_file(path: Path, num_classes: int) -> None:
-    """Check the class names of a pack. Without the file, TFDS would return label numbers as names.
-
-    Raises:
-        InputError: The file is missing or unreadable, or does not contain `num_classes` names.
-    """
-    try:
-        names = {line.strip() for line in path.read_text(encoding="utf-8").split("\n")} - {""}
-    except FileNotFoundError:
-        names = None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); restore it") from None
-    if names is None or len(names) != num_classes:
-        problem = "does not exist"
-        if names is not None:
-            problem = f"contains {len(names)} class names, not {num_classes}"
-        raise InputError(
-            f"{path}: {problem}; write {num_classes} class names, one per line, in the order of "
-            "the labels, or run prepare again"
-        )
 
 
 def read_color_matrix(folder: str | Path) -> str | None:
@@ -108,7 +91,7 @@ class PackRecords(Sequence):
                 "'frames' with JPEG or PNG bytes, and 'label', a ClassLabel"
             )
         if not name:  # other TFDS data sets may have classes without names
-            _check_label_file(Path(info.root) / LABEL_FILE, info.num_classes)
+            check_label_file(Path(info.root) / LABEL_FILE, info.num_classes)
         self.labels, self._ranges = info.labels, info.ranges
         self.paths = [part.path for part in info.ranges]
         # First record after each file.
@@ -317,8 +300,8 @@ class PackedVideo:
                 raise self.records.error(listed.record, "has no valid frame times")
             return times
 
-        def prepare(numbers: Sequence[int]) -> None:
-            parts = {i // listed.frames_per_record for i in numbers}
+        def fetch(numbers: Sequence[int]) -> None:
+            parts = {int(i) // listed.frames_per_record for i in numbers}
             self.records.fetch([listed.record + number for number in parts])
 
         return JpegFrames(
@@ -326,7 +309,7 @@ class PackedVideo:
             listed.num_frames,
             listed.fps or None,
             get,
-            prepare=prepare,
+            fetch=fetch,
             get_times=get_times if listed.has_times else None,
         )
 
@@ -384,6 +367,14 @@ class TfdsVideo:
             with contextlib.suppress(DecodeError):
                 self.open()
         return self._label
+
+    def fetch(self) -> None:
+        """Read the record of a remote data set into the cache.
+
+        Raises:
+            InputError: The store cannot be reached or refuses access.
+        """
+        self.records.fetch([self.index])
 
     def open(self) -> JpegFrames:
         """Open the video.
