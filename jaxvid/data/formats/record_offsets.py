@@ -64,6 +64,8 @@ def _find_offsets(path: str | Path) -> np.ndarray | None:
 
     options = "readahead_buffer_size:0,max_parallelism:0"
     reader = ArrayRecordReader(str(path), options=options, file_reader_buffer_size=2**20)
+    if not reader.ok():  # it then has no records
+        raise ValueError("its footers cannot be read")
     rows = np.zeros(reader.num_records(), ROW)
     if not len(rows):
         return rows
