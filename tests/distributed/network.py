@@ -26,12 +26,10 @@ class Network:
 
     Attributes:
         prefix: Start of the names of the network namespaces.
-        count: Number of hosts.
         hosts_file: File with the addresses and names of the hosts, as /etc/hosts.
     """
 
     prefix: str
-    count: int
     hosts_file: Path
 
     def name(self, host: int) -> str:
@@ -56,11 +54,10 @@ class Network:
 
     def limit_rate(self, host: int, rate: str) -> None:
         """Limit the rate at which a host sends and receives, e.g. `1mbit`."""
-        for namespace, device in ((f"{self.prefix}-{host}", "eth0"), ("switch", f"port{host}")):
-            if namespace == "switch":
-                namespace = f"{self.prefix}-switch"
-            limit = ("rate", rate, "burst", "32kbit", "latency", "400ms")
-            _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf", *limit)
+        limit = ("rate", rate, "burst", "32kbit", "latency", "400ms")
+        for namespace, device in ((str(host), "eth0"), ("switch", f"port{host}")):
+            target = (f"{self.prefix}-{namespace}", "qdisc", "replace", "dev", device, "root")
+            _run("tc", "-n", *target, "tbf", *limit)
 
 
 def reason_unavailable() -> str:
@@ -87,7 +84,7 @@ def network(count: int) -> Iterator[Network]:
     switch = f"{prefix}-switch"
     namespaces = [switch, *(f"{prefix}-{host}" for host in range(count))]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        net = Network(prefix, count, Path(folder) / "hosts")
+        net = Network(prefix, Path(folder) / "hosts")
         lines = ["127.0.0.1 localhost"]
         lines += [f"{net.address(host)} {net.name(host)}" for host in range(count)]
         net.hosts_file.write_text("\n".join(lines) + "\n")
