@@ -149,8 +149,9 @@ class ProcessGroup:
         number, self._rounds = self._rounds, self._rounds + 1
         self._check()
         with self._failure_first():
-            self._store.set(f"jaxvid/value/{number}/{self.index}", json.dumps(value))
-            values = [
+            own = json.dumps([self._host, value])
+            self._store.set(f"jaxvid/value/{number}/{self.index}", own)
+            received = [
                 json.loads(self._wait_for(f"jaxvid/value/{number}/{process}", deadline))
                 for process in range(self.count)
             ]
@@ -158,7 +159,9 @@ class ProcessGroup:
             # previous round.
             if number:
                 self._store.delete(f"jaxvid/value/{number - 1}/{self.index}")
-        return values
+        for process, heartbeat in self._others.items():
+            heartbeat.host = received[process][0]  # may fail before its first heartbeat
+        return [value for _, value in received]
 
     def leave(self) -> None:
         """Wait until all processes have finished.
@@ -315,8 +318,9 @@ class ProcessGroup:
                 if int(left) < self._reached:
                     self._fail(process, "ended before the others were done")
                 continue
-            alive = json.loads(states.get(f"jaxvid/state/alive/{process}", '["", 0, 0]'))
-            heartbeat.update(*alive, self._reached, passed)
+            alive = states.get(f"jaxvid/state/alive/{process}")
+            status = json.loads(alive) if alive else (heartbeat.host, 0, 0)
+            heartbeat.update(*status, self._reached, passed)
             if heartbeat.silent > LOST_SECONDS:
                 self._fail_silent(process)
             elif heartbeat.behind > HUNG_SECONDS:

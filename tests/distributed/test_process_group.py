@@ -91,6 +91,13 @@ def test_exchange_returns_all_values_and_the_store_stays_small():
     assert call_in_threads(*[peer.leave for peer in peers]) == [None] * 3
 
 
+def test_machines_are_known_after_the_first_exchange():
+    _, (first, second) = make_peers(2)
+    call_in_threads(lambda: first.exchange(0), lambda: second.exchange(0))
+    first.beat()  # before the first heartbeat of the other process
+    assert str(first._fail(1, "was killed")) == "process 1 on node1: was killed"
+
+
 def test_a_process_without_heartbeats_is_lost(monkeypatch):
     _, (first, second, third) = make_peers(3)
     set_beat_interval(first, monkeypatch, 2.0)
