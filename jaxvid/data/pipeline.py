@@ -22,7 +22,7 @@ from jaxvid import entry_point
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.protocols import VideoRecord
-from jaxvid.data.read_ahead import is_read_ahead, read_ahead
+from jaxvid.data.read_ahead import is_read_ahead, read_ahead, wait
 from jaxvid.data.records import Record
 from jaxvid.data.video_order import VideoOrder
 
@@ -86,10 +86,12 @@ def make_train_iter(
         return _example(record, lambda: load_train_clip(record, rng, spec), zeros)
 
     stream = order.stream(records, batch_size * shard[1])
-    get_record = stream.__getitem__ if is_read_ahead(records) else None
-    return _to_iter(
-        stream.random_map(load), batch_size, shard, num_threads, num_workers, get_record
-    )
+    prefetch = None
+    if is_read_ahead(records):
+        # It has the seed of `random_map(load)`, so that the same frames are drawn.
+        ahead = stream.random_map(lambda record, rng: read_ahead(record, spec, rng))
+        prefetch = ahead.__getitem__
+    return _to_iter(stream.random_map(load), batch_size, shard, num_threads, num_workers, prefetch)
 
 
 def make_eval_iter(
@@ -129,13 +131,15 @@ def make_eval_iter(
         record = records[index]
         return _example(record, lambda: load_eval_views(record, spec), zeros)
 
-    def get_record(index: int) -> VideoRecord | None:
-        return records[index] if index < len(records) else None
+    def prefetch(index: int) -> None:
+        if index < len(records):
+            read_ahead(records[index], spec)
 
     dataset = grain.MapDataset.range(count).map(load)
-    if not is_read_ahead(records):
-        return _to_iter(dataset, batch_size, shard, num_threads, num_workers)
-    return _to_iter(dataset, batch_size, shard, num_threads, num_workers, get_record)
+    is_ahead = is_read_ahead(records)
+    return _to_iter(
+        dataset, batch_size, shard, num_threads, num_workers, prefetch if is_ahead else None
+    )
 
 
 def _example(record: VideoRecord | None, load: Callable[[], Batch] | None, zeros: Batch) -> Batch:
@@ -154,6 +158,7 @@ def _example(record: VideoRecord | None, load: Callable[[], Batch] | None, zeros
         thread = threading.get_ident()
         _loading[thread] = (record.id, time.monotonic())
         try:
+            wait(record)
             example = load()
         except DecodeError as failure:
             error = str(failure)
@@ -211,7 +216,7 @@ def _to_iter(
     shard: tuple[int, int],
     num_threads: int,
     num_workers: int,
-    get_record: Callable[[int], VideoRecord | None] | None = None,
+    prefetch: Callable[[int], None] | None = None,
 ) -> "grain.DatasetIterator | _WorkerIterator":
     """Batch the examples, select this process's part of each global batch, and return an iterator.
 
@@ -219,18 +224,19 @@ def _to_iter(
     position in the global stream: global batches do not depend on the number of processes. Batching
     comes before the workers, so that the number of workers does not change the batches either.
 
-    `get_record` returns the record of an example, by its position in the global stream, if remote
-    files are to be read before they are needed; see `read_ahead`.
+    `prefetch` is called with the position of an example in the global stream some time before the
+    example is loaded, if its video is remote; see `read_ahead`.
     """
     index, count = shard
     dataset = dataset.batch(batch_size)[index::count]
-    if get_record is not None:
+    if prefetch is not None:
         # Threads load whole batches: the next ones are being loaded already.
         distance = (num_threads + 1) * max(1, num_workers)
 
         def read_next(number: int, batch: Batch) -> Batch:
             first = ((number + distance) * count + index) * batch_size
-            read_ahead(map(get_record, range(first, first + batch_size)))
+            for position in range(first, first + batch_size):
+                prefetch(position)
             return batch
 
         dataset = dataset.map_with_index(read_next)

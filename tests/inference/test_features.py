@@ -192,7 +192,7 @@ def test_broken_videos_are_left_out_and_counted(data, folders, tmp_path, capsys)
         ("--batch_size 3", "--batch_size=3: must be a positive multiple of 8, the number of dev"),
         ("--split val", "--split val was not found; the input has no splits; leave out --split"),
         ("--output out.csv", "--output out.csv: the file name must end in one of .npz, .parquet"),
-        ("--output gs://bucket/out.npz", "must be a local file; copy it afterwards"),
+        ("--output https://a.org/out.npz", "https://a.org/out.npz cannot be written; choose"),
         ("--model nowhere", "nowhere does not exist"),
     ],
 )
