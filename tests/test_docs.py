@@ -48,6 +48,8 @@ NOT_RUN = {
     r"make ": "installs packages, or runs these tests",
     r"python3 -m (venv|pip) |\.venv/bin/pip ": "installs packages",
     r"srun ": "needs a Slurm cluster",
+    r"(sbatch|kubectl) ": "needs a cluster; tests/distributed/test_cluster_files.py checks the "
+    "files",
     r"docker ": "needs Docker; make test-container builds and runs the image",
     r"tfds ": "needs TensorFlow",
     r"python main\.py .*--config\.data\.source=tfds ": "needs UCF101; "
@@ -182,7 +184,7 @@ def check_command(command: str, monkeypatch) -> None:
     if name == "srun":
         check_command(command[command.index("python ") :], monkeypatch)
         return
-    if name in ("python3", ".venv/bin/pip", "docker", "curl", "tfds"):
+    if name in ("python3", ".venv/bin/pip", "docker", "curl", "tfds", "sbatch", "kubectl"):
         return
     assert PYTHON.match(command), command
     module, arguments = program_of(arguments)
