@@ -5,8 +5,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PYTEST := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0
 
-.PHONY: demo demo-stam test test-full test-browser test-container test-beam test-tfds test-remote \
-	test-mutation chromium lint format
+.PHONY: demo demo-stam test test-full test-browser test-api test-container test-beam test-tfds \
+	test-remote test-mutation chromium lint format
 
 demo: $(VENV)/.run-installed
 	$(RUN) main.py --config configs/motion.py --workdir runs/motion
@@ -22,6 +22,9 @@ test-full: $(VENV)/.dev-installed
 
 test-browser: $(VENV)/.browser-installed chromium
 	$(RUN) -m pytest -m browser -n 0 tests/browser
+
+test-api: $(VENV)/.api-installed
+	$(RUN) -m pytest -m full -n 0 tests/serving/test_schemathesis.py
 
 test-container: $(VENV)/.dev-installed
 	$(RUN) -m tests.container $(OPTIONS)
@@ -63,6 +66,11 @@ $(VENV)/.dev-installed: requirements-dev.txt $(VENV)/.run-installed
 $(VENV)/.browser-installed: requirements-browser.txt $(VENV)/.dev-installed
 	@echo "installing requirements-browser.txt into $(VENV)"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
+	@touch $@
+
+$(VENV)/.api-installed: requirements-api.txt $(VENV)/.dev-installed
+	@echo "installing requirements-api.txt into $(VENV)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-api.txt
 	@touch $@
 
 chromium:

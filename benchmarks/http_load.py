@@ -73,10 +73,24 @@ def make_request(path: str, body: bytes, method: str = "POST", **headers: str) -
     return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode("latin-1") + body
 
 
+async def _read_answer(reader: asyncio.StreamReader) -> Answer:
+    """Read an answer with a `Content-Length`; it takes much less CPU time than `read_answers`."""
+    status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
+    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    body = await reader.readexactly(int(headers["content-length"]))
+    return Answer(int(status.split()[1]), headers, body)
+
+
 async def send_all(
-    port: int, path: str, bodies: Sequence[bytes], num_clients: int, check: Callable[[Answer], None]
+    port: int,
+    path: str,
+    bodies: Sequence[bytes],
+    num_clients: int,
+    check: Callable[[Answer], None],
+    *,
+    method: str = "POST",
 ) -> list[float]:
-    """Send POST requests from several clients, each of which keeps its connection open.
+    """Send requests from several clients, each of which keeps its connection open.
 
     Args:
         port: Port of the server on 127.0.0.1.
@@ -84,6 +98,7 @@ async def send_all(
         bodies: Bodies of the requests. Each client sends the next one when it is idle.
         num_clients: Number of clients.
         check: Called with each answer.
+        method: Method of the requests.
 
     Returns:
         Seconds from the start of each request to the end of its answer.
@@ -92,11 +107,10 @@ async def send_all(
 
     async def run_client() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        answers = read_answers(reader)
         for body in waiting:
             start = time.perf_counter()
-            writer.write(make_request(path, body))
-            answer = await anext(answers)
+            writer.write(make_request(path, body, method))
+            answer = await _read_answer(reader)
             seconds.append(time.perf_counter() - start)
             check(answer)
         writer.close()

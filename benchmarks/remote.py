@@ -1,16 +1,18 @@
 """Compare training input from an S3 server on this machine with input from the local disk.
 
-python benchmarks/remote.py                   video files and a pack, 24 videos of 340×256, 10 s
+python benchmarks/remote.py                   video files and a pack, 48 videos of 340×256, 10 s
 python benchmarks/remote.py --latency_ms 20   every request takes at least 20 ms
 
-It needs s3fs and moto (`make test-remote` installs them into .venv-remote). The server is a process
-of its own, which uses the same CPU cores. In every round, the same batches are loaded from the
-local disk, from the server with an empty cache (cold), and from the server with a full cache
-(warm). The benchmark prints clips per second of wall time, the median of the paired ratios to the
-local disk, and the CPU time per clip of the process that trains, without that of the server.
+It needs s3fs. The server (`benchmarks/object_server.py`) is a process of its own, which uses the
+same CPU cores. In every round, the same epoch is loaded from the local disk, from the server with
+an empty cache (cold), and from the server with the blocks of these clips in the cache (warm). The
+first batches, which are not read ahead, are not measured. The benchmark prints clips per second of
+wall time, the median of the paired ratios to the local disk, and the CPU time per clip of the
+process that trains, without that of the server.
 """
 
 import argparse
+import concurrent.futures
 import os
 import shutil
 import statistics
@@ -18,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -27,24 +28,15 @@ sys.path.insert(0, str(ROOT))
 from absl import flags
 
 from benchmarks.data import TRAIN_SPECS, write_video
-from jaxvid import object_store
+from benchmarks.object_server import BUCKET
+from jaxvid.data import read_ahead
 from jaxvid.data.formats.pack_writer import Settings
-from jaxvid.data.pipeline import make_train_iter
+from jaxvid.data.pipeline import describe_decoding, make_train_iter
 from jaxvid.data.prepare import prepare
 from jaxvid.data.sources import DatasetConfig, open_dataset
 from jaxvid.data.video_order import VideoOrder
 
-BUCKET = "s3://bucket"
 GOALS = {"warm": 0.8, "cold": 0.5}
-SERVER = """
-import sys, time
-from tests.s3_server import serve
-
-latency = float(sys.argv[1])
-with serve(slow_share=1.0 if latency else 0.0, slow_seconds=latency) as (endpoint, _):
-    print(endpoint, flush=True)
-    sys.stdin.read()
-"""
 
 
 def make_folder(folder: Path, num_videos: int, num_different: int) -> None:
@@ -61,7 +53,7 @@ def make_folder(folder: Path, num_videos: int, num_different: int) -> None:
 
 
 def measure(folder: str, source: str, cache: Path, args: argparse.Namespace) -> tuple[float, float]:
-    """Load the batches of a few epochs; opening the data set is not measured.
+    """Load the batches of the epochs; opening the data set and the first batches are not measured.
 
     Returns:
         Clips per second, and CPU time of this process per clip in milliseconds, with its threads.
@@ -76,28 +68,38 @@ def measure(folder: str, source: str, cache: Path, args: argparse.Namespace) -> 
         num_threads=args.threads,
         num_workers=args.workers,
     )
-    num_batches = args.epochs * len(records) // args.batch
+    num_skipped = (args.threads + 1) * max(1, args.workers)  # batches that are not read ahead
+    for _ in range(num_skipped):
+        next(iterator)
+    num_batches = args.epochs * len(records) // args.batch - num_skipped
     num_clips = num_batches * args.batch
     start, cpu = time.perf_counter(), time.process_time()
     for _ in range(num_batches):
         next(iterator)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     iterator.close()
+    wait_for_threads()
     return num_clips / seconds, cpu / num_clips * 1e3
+
+
+def wait_for_threads() -> None:
+    """Wait until no thread loads clips: Grain's threads finish the batches that they have begun."""
+    idle_checks = 0
+    while idle_checks < 20:
+        time.sleep(0.01)
+        idle_checks = 0 if describe_decoding() else idle_checks + 1
+    concurrent.futures.wait(read_ahead.cancel())
 
 
 def compare(source: str, local: Path, args: argparse.Namespace, cache: Path) -> None:
     """Measure one source in alternating rounds, and print the rates and ratios."""
-    address = f"{BUCKET}/{source}"
-    for path in local.rglob("*"):
-        if path.is_file():
-            object_store.upload(path, f"{address}/{path.relative_to(local)}")
+    address = f"s3://{BUCKET}/{local.name}"
     folders = {"local": str(local), "cold": address, "warm": address}
     measured = {name: [] for name in folders}
-    for _ in range(args.rounds):
+    for i in range(args.rounds):
         shutil.rmtree(cache, ignore_errors=True)
-        for name, folder in folders.items():
-            measured[name].append(measure(folder, source, cache, args))
+        for name in ("local", "cold", "warm") if i % 2 else ("cold", "warm", "local"):
+            measured[name].append(measure(folders[name], source, cache, args))
     used = sum(path.stat().st_blocks * 512 for path in cache.rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in local.rglob("*") if path.is_file())
     print(f"\n{source}: {size / 1e6:.1f} MB, {used / 1e6:.1f} MB in the cache")
@@ -119,34 +121,30 @@ def main() -> None:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--videos", type=int, default=24, help="number of videos")
+    parser.add_argument("--videos", type=int, default=48, help="number of videos")
     parser.add_argument("--different", type=int, default=4, help="number of different videos")
-    parser.add_argument("--batch", type=int, default=8, help="clips per batch")
-    parser.add_argument("--epochs", type=int, default=2, help="epochs per round")
-    parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
+    parser.add_argument("--batch", type=int, default=4, help="clips per batch")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs per round")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
     parser.add_argument("--threads", type=int, default=2, help="data.num_threads")
     parser.add_argument("--workers", type=int, default=0, help="data.num_workers")
     parser.add_argument("--latency_ms", type=float, default=0, help="delay of every request")
     args = parser.parse_args()
     flags.FLAGS.mark_as_parsed()  # worker processes need it
-    command = [sys.executable, "-c", SERVER, str(args.latency_ms / 1e3)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}  # it ends when stdin is closed
-    with (
-        tempfile.TemporaryDirectory() as name,
-        subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as server,
-    ):
-        folder, endpoint = Path(name), server.stdout.readline().strip()
-        if not endpoint:
-            sys.exit("the server does not start; install s3fs and moto[server]")
-        os.environ |= {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
-        os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
-        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT")).close()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        folder = Path(name) / BUCKET
+        folder.mkdir()
         make_folder(folder / "videos", args.videos, args.different)
-        # moto copies the whole object for each range, so files are kept small.
-        prepare([folder / "videos"], folder / "pack", Settings(clips_per_file=2), workers=2)
-        print(f"{args.videos} videos, {args.threads} threads, {args.workers} workers")
-        compare("folder", folder / "videos", args, folder / "cache")
-        compare("pack", folder / "pack", args, folder / "cache")
+        prepare([folder / "videos"], folder / "pack", Settings(), workers=2)
+        command = [sys.executable, "-m", "benchmarks.object_server", folder, args.latency_ms / 1e3]
+        with subprocess.Popen([*map(str, command)], cwd=ROOT, text=True, **pipes) as server:
+            endpoint = server.stdout.readline().strip()
+            os.environ |= {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
+            os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+            print(f"{args.videos} videos, {args.threads} threads, {args.workers} workers")
+            compare("folder", folder / "videos", args, Path(name) / "cache")
+            compare("pack", folder / "pack", args, Path(name) / "cache")
 
 
 if __name__ == "__main__":

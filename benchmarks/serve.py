@@ -35,6 +35,8 @@ from benchmarks.windows import write_model, write_video
 from jaxvid.data.synthetic_motion import make_motion
 
 NUM_CLIPS = 64  # generated if no videos are given
+PREDICT = "/v1/predict"
+NUM_EMPTY = 4096  # requests without a video
 
 
 class Run(NamedTuple):
@@ -59,11 +61,15 @@ class Server(NamedTuple):
     process: int
     port: int
 
-    def run(self, bodies: Sequence[bytes], num_clients: int) -> Run:
-        """Classify videos with a number of clients that each send one request at a time."""
+    def run(
+        self, bodies: Sequence[bytes], num_clients: int, method: str = "POST", path: str = PREDICT
+    ) -> Run:
+        """Send requests with a number of clients that each send one request at a time."""
+        check = check_prediction if path == PREDICT else check_status
         cpu, own = measure(self.process).cpu_seconds, time.process_time()
         start = time.perf_counter()
-        seconds = asyncio.run(send_all(self.port, "/v1/predict", bodies, num_clients, check_answer))
+        sending = send_all(self.port, path, bodies, num_clients, check, method=method)
+        seconds = asyncio.run(sending)
         wall = time.perf_counter() - start
         return Run(
             len(bodies) / wall,
@@ -73,10 +79,17 @@ class Server(NamedTuple):
         )
 
 
-def check_answer(answer: Answer) -> None:
-    """Raise a RuntimeError if a video was not classified."""
-    if answer.status != 200 or not json.loads(answer.body)["top"]:
+def check_status(answer: Answer) -> None:
+    """Raise a RuntimeError if a request failed."""
+    if answer.status != 200:
         raise RuntimeError(f"status {answer.status}: {answer.body[:300]!r}")
+
+
+def check_prediction(answer: Answer) -> None:
+    """Raise a RuntimeError if a video was not classified."""
+    check_status(answer)
+    if not json.loads(answer.body)["top"]:
+        raise RuntimeError(f"no classes: {answer.body[:300]!r}")
 
 
 class Loop:
@@ -181,6 +194,8 @@ def compare(args: argparse.Namespace, paths: Sequence[str], servers: Sequence[Se
         f"{median(dynamic, 'client_ms'):.2f} ms, offline loop {median(offline, 'cpu_ms'):.2f} ms, "
         f"server with batches of 1 {median(single, 'cpu_ms'):.2f} ms"
     )
+    empty = servers[0].run([b""] * NUM_EMPTY, num_clients, "GET", "/healthz")
+    print(f"    CPU time of a request without a video (/healthz): server {empty.cpu_ms:.2f} ms")
 
 
 def measure_latency(args: argparse.Namespace, paths: Sequence[str], server: Server) -> None:

@@ -12,12 +12,11 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
     entry_point.run("convert.flax_to_torch")
 
-import os
-
 import numpy as np
 import torch
 
 from jaxvid import parsers
+from jaxvid.atomic import output_path, replacing
 from jaxvid.errors import InputError
 from jaxvid.models import ModelConfig, Params, family_of, split_params
 from jaxvid.storage import model_folder
@@ -45,17 +44,16 @@ def main(argv: list[str] | None = None) -> int:
         model = model_folder.load_model(args.input)
         state = to_state_dict(split_params(model)[1], model.config)
         tree = family_of(model.config).torch.wrap(state)
-        partial = args.output.with_name(f".{args.output.name}.partial")
+        output = output_path(args.output)
         try:
-            torch.save(tree, partial)
-            os.replace(partial, args.output)
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
+            with replacing(output) as partial:
+                torch.save(tree, partial)
+        except RuntimeError as error:  # e.g. there is no such folder
             raise InputError(
-                f"{args.output} cannot be written ({error}); choose another file or free disk space"
+                f"{output} cannot be written ({error}); choose another file or free disk space"
             ) from None
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return InputError.EXIT_CODE
-    print(f"{args.output}: {len(state)} tensors for the original program of {model.config.name}")
+    print(f"{output}: {len(state)} tensors for the original program of {model.config.name}")
     return 0

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from jaxvid import parsers
+from jaxvid.atomic import output_path
 from jaxvid.errors import InputError
 from jaxvid.models import ModelConfig, Params, abstract_model, family_of, merge_params
 from jaxvid.storage import model_card, model_folder
@@ -120,12 +121,13 @@ def _run(args: argparse.Namespace) -> int:
     print(describe(converted.plan, config))
     if args.check:
         _print_check(converted.kind, args.input, config, params)
-    model_folder.save_model_folder(args.output, params, card)
+    output = output_path(args.output)
+    model_folder.save_model_folder(str(output), params, card)
     print(f"\nclass names: {card['labels_source'] or 'none; set them with --labels FILE'}")
-    if warning := model_card.describe_assumed_labels(card, args.output):
+    if warning := model_card.describe_assumed_labels(card, str(output)):
         print(f"warning: {warning}", file=sys.stderr)
     count = sum(array.size for array in params.values())
-    print(f"{args.output}: {config.name}, {count / 1e6:.2f} M parameters")
+    print(f"{output}: {config.name}, {count / 1e6:.2f} M parameters")
     return 0
 
 

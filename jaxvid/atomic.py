@@ -27,12 +27,16 @@ def output_path(path: str | Path) -> OutputPath:
         return Path(path)
     address = to_address(path)
     if address.startswith("http"):
-        raise InputError(f"{path} cannot be written; choose a file, or an address gs:// or s3://")
+        raise InputError(
+            f"{path} cannot be written; choose a local path, or an address gs:// or s3://"
+        )
     return RemoteFile(address)
 
 
 def is_same_file(output: str | Path, source: str | Path) -> bool:
     """Return whether an output would replace the file that it is made from."""
+    if is_remote(output) or is_remote(source):
+        return is_remote(output) and is_remote(source) and to_address(output) == to_address(source)
     return os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source)
 
 
@@ -102,7 +106,7 @@ def replacing(path: OutputPath) -> Iterator[Path]:
             partial.unlink()
 
 
-def write_json(path: Path, value: Any) -> Path:
+def write_json(path: OutputPath, value: Any) -> OutputPath:
     """Write a value as indented JSON, atomically; see `format_json`.
 
     Raises:

@@ -2,7 +2,7 @@
 
 The cache is a folder `jaxvid-objects` of sparse files: `s3/BUCKET/KEY` has the size of the object,
 and contains those blocks of it that have been read. Therefore all code that lists folders or looks
-at files works unchanged; only code that reads the contents calls `pin` and `Pinned.fetch` first.
+at files works unchanged; only code that reads the contents calls `Pinned.fetch` first.
 The modification time of a file is the `stamp` of the object's version.
 
 `jaxvid-objects-state` has a file of the same name: the stamp, then one byte per block, 1 if the

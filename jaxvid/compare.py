@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxvid import parsers
-from jaxvid.atomic import check_output
+from jaxvid.atomic import OutputPath, check_output, output_path, write_json
 from jaxvid.errors import InputError
 from jaxvid.evaluation import comparison
 
 
 def compare(
     before: str | Path, after: str | Path, output: str | Path | None = None
-) -> tuple[str, Path | None]:
+) -> tuple[str, OutputPath | None]:
     """Compare two evaluations on the videos that both have.
 
     Args:
         before: The `eval.json` of the first evaluation, or its folder.
         after: The same of the second evaluation.
-        output: Folder of `comparison.json`; None: it is not written.
+        output: Folder of `comparison.json`, or its address; None: it is not written.
 
     Returns:
         The text to print, and the file that was written, or None.
@@ -31,8 +31,9 @@ def compare(
     Raises:
         InputError: A file cannot be read or written, or the evaluations cannot be compared.
     """
-    if output is not None:
-        check_output("--output", Path(output) / "comparison.json")
+    file = None if output is None else output_path(f"{output}/{comparison.FILE}")
+    if file is not None:
+        check_output("--output", file)
     first, second = comparison.read_table(before), comparison.read_table(after)
     comparison.check_shared(first, second["videos"], second["labels"], name=second["path"])
     result = comparison.compare_tables(first, second)
@@ -46,7 +47,7 @@ def compare(
             *comparison.describe(result),
         ]
     )
-    return text, None if output is None else comparison.save_comparison(Path(output), result)
+    return text, None if file is None else write_json(file, result)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

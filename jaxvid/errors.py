@@ -3,6 +3,7 @@
 import importlib
 import re
 import reprlib
+import shlex
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -13,10 +14,10 @@ MEMORY_WORDS = (
     "resource temporarily unavailable",
 )
 
-# Control characters, Unicode's line separators, and surrogates, which represent invalid UTF-8.
 # Names of the folders that contain local copies of remote files, as `SCHEME/BUCKET/KEY`.
 COPIES, WORKDIRS = "jaxvid-objects", "jaxvid-workdirs"
 _COPY = re.compile(rf"[^\s'\"(]*/(?:{COPIES}|{WORKDIRS})/(gs|s3|https?|memory)/")
+# Control characters, Unicode's line separators, and surrogates, which represent invalid UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -70,7 +71,7 @@ def import_or_explain(module: str, package: str, use: str = "packed frames need"
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(f"{use} {package} ({error}): pip install {package}") from None
+        raise InputError(f"{use} {package} ({error}): pip install {shlex.quote(package)}") from None
 
 
 def memory_problem(error: BaseException | None) -> str | None:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxvid import parsers
+from jaxvid import parsers, remote_folder
 from jaxvid.atomic import OutputPath, output_path
 from jaxvid.data import fingerprints
 from jaxvid.data.check import SOME_BROKEN
@@ -97,12 +97,13 @@ def features(
 ) -> FeatureTable:
     """Extract the features of videos on all devices, and write them to a file.
 
-    An interrupted extraction is resumed when it is started again with the same arguments.
+    An interrupted extraction is resumed when it is started again with the same arguments. If the
+    output is in an object store, only on the same machine.
 
     Args:
         videos: The videos.
         folder: Model folder, or another name of a model; see `resolve_model`.
-        output: File to write; its suffix is the format. It must be local.
+        output: File to write; its suffix is the format.
         options: Options of the extraction.
 
     Returns:
@@ -117,9 +118,10 @@ def features(
     run_metadata.check_same_videos(fingerprints.describe_videos(videos.records))
     network = _load_network(folder, options, mesh)
     _warn_of_color_matrix(videos, network.protocol)
-    staging = output.with_name(f".{output.name}.unfinished")
+    local = remote_folder.local_folder(str(output))  # unfinished results are stored beside it
     with contextlib.ExitStack() as stack:
-        collectives.raise_on_all_processes(_lock, stack, output)
+        collectives.raise_on_all_processes(_lock, stack, output, local)
+        staging = local.with_name(f".{local.name}.unfinished")
         unfinished = PartialResults(staging, _resume_key(network, videos))
         extracted = extract_features(
             network.params,
@@ -142,17 +144,18 @@ def features(
     return table
 
 
-def _save(output: Path, table: FeatureTable) -> None:
+def _save(output: OutputPath, table: FeatureTable) -> None:
     if not jax.process_index():
         save_features(output, table)
 
 
-def _lock(stack: contextlib.ExitStack, output: Path) -> None:
+def _lock(stack: contextlib.ExitStack, output: OutputPath, local: Path) -> None:
     """Lock the output until the stack is closed; in the first process only."""
     if jax.process_index():
         return
     try:
-        stack.enter_context(locked(output.with_name(f".{output.name}.lock")))
+        local.parent.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(local.with_name(f".{local.name}.lock")))
     except LockedError as error:
         raise InputError(
             f"--output {output}: in use by another run ({error.holder}); wait until that run has "
@@ -160,7 +163,8 @@ def _lock(stack: contextlib.ExitStack, output: Path) -> None:
         ) from None
     except OSError as error:
         raise InputError(
-            f"--output {output}: its folder cannot be written ({error.strerror}); choose another"
+            f"--output {output}: {local.parent} cannot be written ({error.strerror}); choose "
+            "another folder"
         ) from None
 
 
@@ -336,7 +340,7 @@ def _open(args: argparse.Namespace, skipped: Skipped) -> InputVideos:
     return videos
 
 
-def _print_summary(output: Path, table: FeatureTable) -> None:
+def _print_summary(output: OutputPath, table: FeatureTable) -> None:
     """Print the failed videos, the shape of the features and the number of failed videos."""
     failed, num_videos = table.about["failed"], table.about["num_videos"]
     for video in failed:

@@ -80,6 +80,7 @@ def run(_) -> None:
     from jaxvid.errors import InputError, with_addresses
     from jaxvid.evaluate import evaluate
     from jaxvid.experiment import choose_without_training, resolve
+    from jaxvid.storage import workdir_lock
     from jaxvid.train import train
     from jaxvid.training.plots import draw_schedule
     from jaxvid.training.run_config import check_same_everywhere
@@ -110,7 +111,7 @@ def run(_) -> None:
                 evaluate(CONFIG.value, WORKDIR.value, compare_with=COMPARE.value, onnx=ONNX.value)
             else:
                 experiment = choose_without_training(resolve(CONFIG.value))
-                with remote_folder.opened(WORKDIR.value) as workdir:
+                with workdir_lock.open_workdir(WORKDIR.value) as workdir:
                     picture = draw_schedule(
                         experiment.optimizer,
                         workdir,

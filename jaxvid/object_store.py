@@ -33,7 +33,8 @@ _OPTIONS = {"s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 20}}
 
 # `Path` replaces `//` by `/`.
 _ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}(?=[^/])")
-# Errors that another attempt cannot repair. FileNotFoundError is raised unchanged.
+# Errors that another attempt cannot repair. FileNotFoundError and FileExistsError are raised
+# unchanged.
 _PERMANENT = (ImportError, PermissionError, TypeError, NotImplementedError, IsADirectoryError)
 _PERMANENT_WORDS = ("credential", "forbidden", "denied", "unauthorized", "not valid", "invalid")
 # Keys of fsspec's file information that identify the version of a file, in order of preference.
@@ -85,11 +86,11 @@ def info(address: str) -> ObjectInfo | None:
         InputError: The store cannot be reached or refuses access.
     """
     try:
-        found = call(address, lambda fs, path: fs.info(path, **_refresh(fs)))
+        entry = call(address, lambda fs, path: fs.info(path, **_refresh(fs)))
     except FileNotFoundError:
         return None
-    is_index = address.startswith("http") and "html" in str(found.get("mimetype"))
-    return None if found["type"] == "directory" or is_index else _to_info(found)
+    is_index = address.startswith("http") and "html" in str(entry.get("mimetype"))
+    return None if entry["type"] == "directory" or is_index else _to_info(entry)
 
 
 def find(address: str) -> dict[str, ObjectInfo]:
@@ -104,15 +105,15 @@ def find(address: str) -> dict[str, ObjectInfo]:
     def list_files(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict]:
         fs.invalidate_cache()
         root = fs._strip_protocol(path).rstrip("/")
-        found = fs.find(root, detail=True)
-        if not found and not fs.exists(root.partition("/")[0] if _has_buckets(address) else root):
+        entries = fs.find(root, detail=True)
+        if not entries and not fs.exists(root.partition("/")[0] if _has_buckets(address) else root):
             raise FileNotFoundError(root)
-        if any(entry.get("size") is None for entry in found.values()):  # index pages of a server
-            found = {name: fs.info(name) for name in found}
-        return {name[len(root) :].lstrip("/"): entry for name, entry in found.items()}
+        if any(entry.get("size") is None for entry in entries.values()):  # index pages of a server
+            entries = {name: fs.info(name) for name in entries}
+        return {name[len(root) :].lstrip("/"): entry for name, entry in entries.items()}
 
     try:
-        found = call(address, list_files)
+        entries = call(address, list_files)
     except FileNotFoundError:
         if not _has_buckets(address):
             return {}
@@ -120,7 +121,7 @@ def find(address: str) -> dict[str, ObjectInfo]:
         raise InputError(f"{bucket}: no such bucket; correct the address") from None
     return {
         name: _to_info(entry)
-        for name, entry in found.items()
+        for name, entry in entries.items()
         if is_safe(name) and entry["type"] != "directory"
     }
 
@@ -162,6 +163,35 @@ def read_ranges(address: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
 
     call(address, read_missing)
     return parts
+
+
+def read(address: str) -> bytes | None:
+    """Return the contents of a small file, or None if there is no such file.
+
+    Raises:
+        InputError: The store cannot be reached or refuses access.
+    """
+    try:
+        return call(address, lambda fs, path: fs.cat_file(path))
+    except FileNotFoundError:
+        return None
+
+
+def create(address: str, data: bytes) -> bool:
+    """Write a file unless it exists; return whether it was written.
+
+    S3 and Google Cloud Storage do this atomically. Some other S3 servers ignore the condition and
+    replace the file.
+
+    Raises:
+        InputError: As in `write`.
+    """
+    try:
+        with _missing_bucket(address):
+            call(address, lambda fs, path: fs.pipe_file(path, data, mode="create"))
+    except FileExistsError:
+        return False
+    return True
 
 
 def write(address: str, data: bytes) -> None:
@@ -266,6 +296,7 @@ def call(address: str, function: Callable[[fsspec.AbstractFileSystem, str], Any]
 
     Raises:
         FileNotFoundError: Raised by `function`.
+        FileExistsError: Raised by `function`.
         InputError: The client is not installed, access is refused, or all attempts failed.
     """
     scheme = address.partition("://")[0]
@@ -280,7 +311,7 @@ def call(address: str, function: Callable[[fsspec.AbstractFileSystem, str], Any]
             ) from None
         except Exception as error:  # each client has exceptions of its own
             cause = _cause(address, error)
-            if isinstance(cause, FileNotFoundError):
+            if isinstance(cause, FileNotFoundError | FileExistsError):
                 raise
             reason = f"{type(cause).__name__}: {one_line(cause)}"
             if isinstance(cause, _PERMANENT) or any(

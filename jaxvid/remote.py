@@ -7,8 +7,9 @@ folder, videos and packs are sparse files, whose contents are read when they are
 
 import concurrent.futures
 import contextlib
+import fnmatch
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxvid import block_cache, files, object_store
@@ -35,7 +36,9 @@ def default_cache() -> Path:
         raise InputError("there is no home directory; set JAXVID_CACHE to a folder") from None
 
 
-def local_path(path: str | Path, cache: Path | None = None) -> Path:
+def local_path(
+    path: str | Path, cache: Path | None = None, *, text_folders: Sequence[str] = TEXT_FOLDERS
+) -> Path:
     """Return the local copy of a data folder or file; of a local path, the path itself.
 
     The copy is brought up to date. It contains the text files of `TEXT_SUFFIXES`; other files are
@@ -44,6 +47,8 @@ def local_path(path: str | Path, cache: Path | None = None) -> Path:
     Args:
         path: A path or address.
         cache: The cache folder; None: the default.
+        text_folders: Patterns of the folders, relative to a data folder, whose text files are
+            copied. Those in the data folder itself always are. Other text files are sparse.
 
     Raises:
         InputError: The store cannot be reached, refuses access, or has no such file or folder; or
@@ -51,7 +56,7 @@ def local_path(path: str | Path, cache: Path | None = None) -> Path:
     """
     if not is_remote(path):
         return Path(path)
-    return _copy(to_address(path), cache or default_cache(), everything=False)
+    return _copy(to_address(path), cache or default_cache(), text_folders)
 
 
 def complete_copy(path: str | Path) -> Path:
@@ -67,7 +72,7 @@ def complete_copy(path: str | Path) -> Path:
     """
     if not is_remote(path):
         return Path(path)
-    return _copy(to_address(path), default_cache() / "complete", everything=True)
+    return _copy(to_address(path), default_cache() / "complete", None)
 
 
 def join(folder: Path, path: str) -> Path:
@@ -97,22 +102,25 @@ def look_up(path: Path) -> bool:
     return True
 
 
-def _copy(address: str, cache: Path, *, everything: bool) -> Path:
-    """Bring the copy of a file or folder up to date and return it."""
+def _copy(address: str, cache: Path, text_folders: Sequence[str] | None) -> Path:
+    """Bring the copy of a file or folder up to date and return it.
+
+    `text_folders` is as in `local_path`; None: all files are copied completely.
+    """
     root = block_cache.tree(cache)
     path = block_cache.path_of(address, root)
     with _cache_errors(root):
         has_key = "/" in address.partition("://")[2]
         if has_key and (info := object_store.info(address)):
             is_text = address.endswith(TEXT_SUFFIXES)
-            _copy_file(address, path, info, everything or is_text)
-            if is_text and not everything:
+            _copy_file(address, path, info, complete=is_text or text_folders is None)
+            if is_text and text_folders is not None:
                 _copy_label_files(address.rpartition("/")[0], path.parent)
             return path
-        found = object_store.find(address)
-        if not found:
+        stored = object_store.find(address)
+        if not stored:
             raise InputError(f"{address}: no such file or folder; correct the address")
-        _copy_folder(address, path, found, everything)
+        _copy_folder(address, path, stored, text_folders)
     return path
 
 
@@ -126,21 +134,30 @@ def _copy_label_files(address: str, folder: Path) -> None:
 
 
 def _copy_folder(
-    address: str, folder: Path, found: dict[str, ObjectInfo], everything: bool
+    address: str, folder: Path, stored: dict[str, ObjectInfo], text_folders: Sequence[str] | None
 ) -> None:
-    """Copy the files that `object_store.find` found, and remove copies of other files."""
+    """Copy the files of a folder, and remove copies of other files.
+
+    `stored` is the result of `object_store.find`, `text_folders` is as in `_copy`.
+    """
     for parent, _, names in os.walk(folder):
         for name in names:
             path = Path(parent, name)
-            if str(path.relative_to(folder)) not in found and not name.endswith(".partial"):
+            if str(path.relative_to(folder)) not in stored and not name.endswith(".partial"):
                 block_cache.remove(path)
 
+    def is_complete(name: str) -> bool:
+        if text_folders is None:
+            return True
+        parent = os.path.dirname(name)
+        is_copied = not parent or any(fnmatch.fnmatch(parent, text) for text in text_folders)
+        return is_copied and name.endswith(TEXT_SUFFIXES)
+
     def copy(name: str) -> None:
-        is_text = name.endswith(TEXT_SUFFIXES) and os.path.dirname(name) in ("", *TEXT_FOLDERS)
-        _copy_file(f"{address}/{name}", folder / name, found[name], everything or is_text)
+        _copy_file(f"{address}/{name}", folder / name, stored[name], is_complete(name))
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(copy, found):
+        for _ in pool.map(copy, stored):
             pass
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from jaxvid import parsers
-from jaxvid.atomic import is_same_file, replacing
+from jaxvid.atomic import check_output, is_same_file, output_path, replacing
 from jaxvid.errors import InputError
 from jaxvid.inference.attention_rollout import AttentionRollout
 from jaxvid.inference.classifier import Classifier
@@ -184,7 +184,7 @@ def visualize(
     Args:
         video: Video file or URL.
         folder: Model folder, or another name of a model; see `resolve_model`.
-        output: File to write; an existing one is replaced.
+        output: File to write, which may be in an object store; an existing one is replaced.
         clip: Index of the clip.
         num_clips: Number of clips, which are spread over the video as in evaluation.
 
@@ -192,13 +192,15 @@ def visualize(
         InputError: The model folder or the video is unusable, `clip` is out of range, or the output
             has a different suffix or cannot be written.
     """
-    output = Path(output)
-    if (suffix := output.suffix.lower()) not in (".png", ".mp4"):
-        raise InputError(f"{output}: the suffix must be .png or .mp4; choose another file name")
-    if not output.parent.is_dir():
-        raise InputError(f"{output}: {output.parent} is not a folder; create it or choose another")
     if is_same_file(output, video):
         raise InputError(f"{output} is the video itself; choose another file")
+    output = output_path(output)
+    if (suffix := output.suffix.lower()) not in (".png", ".mp4"):
+        raise InputError(f"{output}: the suffix must be .png or .mp4; choose another file name")
+    if not isinstance(output, Path):
+        check_output("--output", output)
+    elif not output.parent.is_dir():
+        raise InputError(f"{output}: {output.parent} is not a folder; create it or choose another")
     rollout = Classifier(folder).attention(video, clip=clip, num_clips=num_clips)
     with replacing(output) as partial:
         if suffix == ".png":

@@ -44,6 +44,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory():
+    """Free compiled programs after each file: those of all files need several gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _environment(tmp_path_factory):
     """Mark absl flags as parsed, which Grain's workers need, and use a temporary compilation cache.

@@ -87,7 +87,11 @@ def test_table_has_a_row_for_every_model(capsys):
             "jax-bfloat16 ",
             marks=pytest.mark.full,
         ),
-        (("data.py", "--size", "340x256", "--videos", "1", "--rounds", "1"), "AutoAugment"),
+        pytest.param(
+            ("data.py", "--size", "340x256", "--videos", "1", "--rounds", "1"),
+            "AutoAugment",
+            marks=pytest.mark.full,
+        ),
         pytest.param(
             ("train.py", "--input", "pack", "--trace", "--turns", "1", "--steps", "2")
             + ("--config.batch_size=8", "--config.model.depth=1"),

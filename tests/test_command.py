@@ -53,10 +53,14 @@ def run(installed, *arguments):
     )
 
 
-def test_an_installed_wheel_runs_outside_the_checkout(installed, motion_folder):
+def test_an_installed_wheel_runs_outside_the_checkout(installed):
     assert run(installed, "--version").stdout == f"jaxvid {jaxvid.__version__}\n"
     listed = run(installed, "models", "stam_*")
     assert listed.stdout.splitlines()[1].split()[0] == "stam_8"
+
+
+@pytest.mark.full
+def test_an_installed_wheel_trains_predicts_and_converts(installed, motion_folder):
     plan = run(installed, "plan", "--config", "motion:stam", "--config.model.depth=1")
     assert plan.returncode == 0, plan.stderr
     assert plan.stdout.startswith("stam_tiny: ")

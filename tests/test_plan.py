@@ -26,6 +26,7 @@ def experiment():
     return resolve(config.lock())
 
 
+@pytest.mark.full
 def test_memory_is_split_over_the_mesh(experiment):
     shards = {}
     for axis in ("data", "fsdp"):

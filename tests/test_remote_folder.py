@@ -1,9 +1,12 @@
 """Tests of jaxvid/remote_folder.py on fsspec's memory file system."""
 
+import shutil
+import time
+
 import fsspec
 import pytest
 
-from jaxvid import object_store, remote_folder
+from jaxvid import object_store, remote_folder, remote_lock
 from jaxvid.errors import InputError
 from jaxvid.training import checkpoint_files
 
@@ -16,6 +19,7 @@ def store(tmp_path, monkeypatch):
     """Return the class of the memory file system; use an empty cache, and do not wait."""
     monkeypatch.setenv("JAXVID_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(object_store, "BACKOFF", 0.0)
+    monkeypatch.setattr(remote_lock, "SETTLE_SECONDS", 0.0)
     fs = fsspec.filesystem("memory")
     yield type(fs)
     fs.store.clear()
@@ -92,6 +96,60 @@ def test_only_changed_files_are_uploaded(store, monkeypatch):
         assert not written
         (folder / "b").write_text("changed")
     assert written == [f"{ADDRESS}/b", MANIFEST]
+
+
+def write_after_another_run_has_taken_over(folder):
+    taken = f'{{"owner": "x", "holder": "process 7 on node", "time": {time.time()}}}'
+    object_store.write(f"{ADDRESS}/{remote_lock.LOCK}", taken.encode())
+    (folder / "a").write_text("too late")
+
+
+def test_nothing_is_uploaded_once_another_run_has_taken_over(store):
+    message = "in use by another run .process 7 on node"
+    with pytest.raises(InputError, match=message), remote_folder.opened(ADDRESS) as folder:
+        write_after_another_run_has_taken_over(folder)
+    assert contents().keys() == {remote_lock.LOCK}
+    assert (folder / "a").exists()
+
+
+def write_large_files_and_fail(folder, size):
+    for name in ("a.pack", "b.txt"):
+        (folder / name).write_bytes(b"x" * size)
+    remote_folder.push(folder)
+    status = (folder / "a.pack").stat()
+    assert (status.st_size, status.st_blocks) == (size, 0)
+    assert (folder / "b.txt").read_bytes() == b"x" * size
+    raise KeyError
+
+
+def test_uploaded_files_that_are_not_read_again_need_no_disk_space(store):
+    size, sparse = 10**6, ("*.pack",)
+    with pytest.raises(KeyError), remote_folder.opened(ADDRESS, sparse=sparse) as folder:
+        write_large_files_and_fail(folder, size)
+    assert contents()["a.pack"] == b"x" * size  # not replaced by the sparse file
+    shutil.rmtree(folder)  # continue on another machine
+    with remote_folder.opened(ADDRESS, sparse=sparse) as folder:
+        assert (folder / "a.pack").stat().st_blocks == 0
+        assert (folder / "a.pack").stat().st_size == size
+    assert contents()["a.pack"] == b"x" * size
+
+
+def test_a_web_address_is_refused():
+    with (
+        pytest.raises(InputError, match="^https://a.org/run cannot be written; choose a local"),
+        remote_folder.opened("https://a.org/run"),
+    ):
+        pass
+
+
+def test_a_replaced_folder_has_only_the_new_files(store, tmp_path):
+    for name in ("mark", "old/x", "y"):
+        object_store.write(f"{ADDRESS}/{name}", b"before")
+    for name in ("mark", "new/z", "y"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("after")
+    remote_folder.replace(ADDRESS, tmp_path, "mark")
+    assert contents() == {"mark": b"after", "new/z": b"after", "y": b"after"}
 
 
 def test_local_folders_are_unchanged(tmp_path):

@@ -8,8 +8,12 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,14 +31,19 @@ from jaxvid.data.video_order import VideoOrder
 from jaxvid.errors import InputError
 from jaxvid.evaluate import evaluate
 from jaxvid.inference.video_writer import write_h264
+from jaxvid.storage import model_folder
 from jaxvid.train import train
+from jaxvid.weights.resolve import load_model
 from tests.conftest import shrunk_config
+from tests.data.packs import read_pack
+from tests.distributed.test_processes import FIELDS
 from tests.s3_server import serve
 
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed; run make test-remote")
 pytest.importorskip("moto.server", reason="moto is not installed; run make test-remote")
 
 SPEC = ClipSpec(num_frames=4, crop=56, short_side=64, train_short_side=(64, 64))
+ROOT = Path(__file__).parents[1]
 BUCKET = "bucket"
 VARIABLES = (
     *("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"),
@@ -131,7 +140,7 @@ def test_batches_of_worker_processes_equal_local_ones(s3, motion_folder, tmp_pat
         np.testing.assert_array_equal(*batches)
 
 
-def read_pack(folder, count):
+def read_clips(folder, count):
     """Read clips in a random order, without end, and count them."""
     records = open_dataset(DatasetConfig(source="pack", folder=folder), 8, ("train",))
     rng = np.random.default_rng()
@@ -148,7 +157,7 @@ def test_killed_readers_leave_a_usable_cache(s3, motion_folder, tmp_path):
     spawn = multiprocessing.get_context("spawn")
     for _ in range(3):
         count = spawn.Value("i", 0)
-        options = {"target": read_pack, "args": (f"s3://{BUCKET}/pack", count)}
+        options = {"target": read_clips, "args": (f"s3://{BUCKET}/pack", count)}
         readers = [spawn.Process(**options, daemon=True) for _ in range(2)]
         for reader in readers:
             reader.start()
@@ -186,6 +195,84 @@ def test_refusals_are_one_line(s3, tmp_path):
         s3.forbidden = False
 
 
+def start(*arguments, **environment):
+    """Start a program of this checkout; return the process."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    """Wait for a process; return its exit code and its messages."""
+    _, errors = process.communicate()
+    return process.returncode, errors
+
+
+def test_a_killed_prepare_continues(s3, motion_folder, tmp_path):
+    address = f"s3://{BUCKET}/packs/a"
+    command = ["-m", "jaxvid.data.prepare", "--input", str(motion_folder), "--output", address]
+    command += ["--clips_per_file", "4"]
+    first = start(*command)
+    while not any("array_record" in name for name in object_store.find(address)):
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.05)
+    first.send_signal(signal.SIGSTOP)
+    code, errors = finish(start(*command))
+    assert code == 2
+    assert f"error: {address}: in use by another run (process {first.pid}" in errors
+    first.kill()
+    finish(first)
+    code, errors = finish(start(*command))
+    assert code == 0, errors
+    assert "parts are complete" in errors
+    prepare([motion_folder], tmp_path / "pack", Settings(clips_per_file=4), workers=2)
+    files = contents("packs/a")
+    expected = read_pack(tmp_path / "pack")
+    assert {name: files[name] for name in expected} == expected
+    assert not [name for name in files if "lock" in name]
+
+
+def test_several_processes_share_the_local_copy(s3, motion_folder, tmp_path):
+    def run(*caches):
+        with socket.socket() as server:  # finds a free port
+            server.bind(("localhost", 0))
+            port = server.getsockname()[1]
+        fields = FIELDS | {"data.folder": motion_folder, "num_epochs": 1.0, "mesh.data": 2}
+        command = ["main.py", "--config=configs/motion.py", f"--workdir=s3://{BUCKET}/runs/two"]
+        command += [f"--config.{name}={value}" for name, value in fields.items()]
+        command += [f"--coordinator=localhost:{port}", f"--num_processes={len(caches)}"]
+        flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+        runs = [
+            start(*command, f"--process_id={i}", JAXVID_CACHE=str(cache), XLA_FLAGS=flags)
+            for i, cache in enumerate(caches)
+        ]
+        return [finish(process) for process in runs]
+
+    refused = run(tmp_path / "one", tmp_path / "two")
+    assert [code for code, _ in refused] == [2, 2]
+    assert "process 1 does not see " in refused[0][1]
+    results = run(tmp_path / "one", tmp_path / "one")
+    assert [code for code, _ in results] == [0, 0], results
+    files = contents("runs/two")
+    assert {"eval.json", "model/model.json", "checkpoints.json"} <= files.keys()
+    assert not [name for name in files if "lock" in name]
+    model = load_model(f"s3://{BUCKET}/runs/two/model")
+    sha256 = model_folder.fingerprint(model_folder.split_params(model)[1])
+    assert json.loads(files["eval.json"])["weights_sha256"] == sha256
+    assert not (tmp_path / f"one/remote/jaxvid-workdirs/s3/{BUCKET}/runs/two").exists()
+
+
+def test_a_lock_is_created_only_once(s3):
+    address = f"s3://{BUCKET}/lock"
+    assert object_store.create(address, b"first")
+    assert not object_store.create(address, b"second")
+    assert object_store.read(address) == b"first"
+
+
 def write_noise(path, *_, seed):
     frames = np.random.default_rng(seed).integers(0, 255, (20, 64, 64, 3), np.uint8)
     write_h264(path, map(Image.fromarray, frames), Fraction(10), options={})
@@ -195,7 +282,7 @@ def test_the_benchmark_runs_on_small_input(capsys, monkeypatch):
     for name in VARIABLES:  # the benchmark sets them
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(remote_benchmark, "write_video", write_noise)
-    monkeypatch.setattr("sys.argv", ["remote.py", "--videos", "4", "--rounds", "1", "--batch", "2"])
+    monkeypatch.setattr("sys.argv", ["remote.py", "--videos", "8", "--rounds", "1", "--batch", "2"])
     remote_benchmark.main()
     lines = capsys.readouterr().out
     assert lines.count("clips/s") == 6

@@ -120,7 +120,7 @@ def test_a_missing_package_is_one_line(folders, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "starlette", None)
     assert serve.main(["--model", str(folders / "xvit"), "--port", "0"]) == 2
     stderr = capsys.readouterr().err
-    assert stderr.startswith("error: jaxvid serve needs 'jaxvid[serve]' (")
+    assert stderr.startswith("error: jaxvid serve needs jaxvid[serve] (")
     assert stderr.endswith("): pip install 'jaxvid[serve]'\n")
 
 

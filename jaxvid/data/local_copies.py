@@ -30,7 +30,8 @@ def use_local_copies(data: Config) -> Config:
     block_cache.set_limit(cache, data.cache_gb)
     copies = {name: str(remote.local_path(path, cache)) for name, path in paths.items()}
     if has_tfds:  # of the data sets in this folder, only the one that is used
-        name = data.name.partition("/")[0].partition(":")[0]
-        folder = remote.local_path(f"{data.tfds_dir.rstrip('/')}/{name}", cache)
+        name = data.location.partition("/")[0].partition(":")[0]
+        # The metadata is in folders of the configs and versions.
+        folder = remote.local_path(f"{data.tfds_dir}/{name}", cache, text_folders=("*",))
         copies["tfds_dir"] = str(folder.parent)
     return dataclasses.replace(data, **copies)

@@ -24,7 +24,7 @@ from jaxvid import entry_point
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.protocols import VideoRecord
-from jaxvid.data.read_ahead import is_read_ahead, read_ahead
+from jaxvid.data.read_ahead import is_read_ahead, read_ahead, wait
 from jaxvid.data.records import Record
 from jaxvid.data.video_order import VideoOrder
 
@@ -90,8 +90,12 @@ def make_train_iter(
     stream = order.stream(records, batch_size * shard[1])
     load_batch = functools.partial(_load_batch, shape=spec.clip_shape, dtype=np.uint8)
     dataset = stream.random_map(make_loader).batch(batch_size, batch_fn=load_batch)
-    get_record = stream.__getitem__ if is_read_ahead(records) else None
-    return _to_iter(dataset, batch_size, shard, num_threads, num_workers, get_record)
+    prefetch = None
+    if is_read_ahead(records):
+        # It has the seed of `random_map(make_loader)`, so that the same frames are drawn.
+        ahead = stream.random_map(lambda record, rng: read_ahead(record, spec, rng))
+        prefetch = ahead.__getitem__
+    return _to_iter(dataset, batch_size, shard, num_threads, num_workers, prefetch)
 
 
 def make_eval_iter(
@@ -131,14 +135,16 @@ def make_eval_iter(
             _load_example, record, functools.partial(load_eval_views, record, spec), zeros
         )
 
-    def get_record(index: int) -> VideoRecord | None:
-        return records[index] if index < len(records) else None
+    def prefetch(index: int) -> None:
+        if index < len(records):
+            read_ahead(records[index], spec)
 
     load_batch = functools.partial(_load_batch, shape=spec.views_shape, dtype=spec.eval_dtype)
     dataset = grain.MapDataset.range(count).map(make_loader).batch(batch_size, batch_fn=load_batch)
-    if not is_read_ahead(records):
-        return _to_iter(dataset, batch_size, shard, num_threads, num_workers)
-    return _to_iter(dataset, batch_size, shard, num_threads, num_workers, get_record)
+    is_ahead = is_read_ahead(records)
+    return _to_iter(
+        dataset, batch_size, shard, num_threads, num_workers, prefetch if is_ahead else None
+    )
 
 
 def _load_batch(
@@ -175,6 +181,7 @@ def _load_example(
         thread = threading.get_ident()
         _loading[thread] = (record.id, time.monotonic())
         try:
+            wait(record)
             example = load(out)
         except DecodeError as failure:
             error = str(failure)
@@ -235,7 +242,7 @@ def _to_iter(
     shard: tuple[int, int],
     num_threads: int,
     num_workers: int,
-    get_record: Callable[[int], VideoRecord | None] | None = None,
+    prefetch: Callable[[int], None] | None = None,
 ) -> "grain.DatasetIterator | _WorkerIterator":
     """Select this process's part of each global batch, and return an iterator.
 
@@ -243,18 +250,19 @@ def _to_iter(
     depend on positions in the global stream, and therefore not on the number of processes. Batching
     comes before the workers, so that the number of workers does not change the batches either.
 
-    `get_record` returns the record of an example, by its position in the global stream, if remote
-    files are to be read before they are needed; see `read_ahead`.
+    `prefetch` is called with the position of an example in the global stream some time before the
+    example is loaded, if its video is remote; see `read_ahead`.
     """
     index, count = shard
     dataset = dataset[index::count]
-    if get_record is not None:
+    if prefetch is not None:
         # Threads load whole batches: the next ones are being loaded already.
         distance = (num_threads + 1) * max(1, num_workers)
 
         def read_next(number: int, batch: Batch) -> Batch:
             first = ((number + distance) * count + index) * batch_size
-            read_ahead(map(get_record, range(first, first + batch_size)))
+            for position in range(first, first + batch_size):
+                prefetch(position)
             return batch
 
         dataset = dataset.map_with_index(read_next)

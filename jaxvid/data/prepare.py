@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jaxvid import parsers, remote
+from jaxvid import parsers, remote, remote_folder
 from jaxvid.atomic import format_json, write_file
 from jaxvid.data.beam import BeamRunner, make_runner, run_on_workers
 from jaxvid.data.check import (
@@ -39,6 +39,8 @@ from jaxvid.data.records import Record
 from jaxvid.data.validation_split import ValidationSplit
 from jaxvid.errors import InputError, printable
 from jaxvid.locks import LockedError, locked
+
+PACK_FILES = ("*.array_record-*", "seq_h5/*")  # the files of the videos, which are not read again
 
 # ------------------------------------------------------------------ files
 
@@ -128,7 +130,7 @@ def prepare(
 
     Args:
         inputs: Lists and folders, as in `check.gather`.
-        output: Folder of the pack.
+        output: Folder of the pack. In an object store, each part is uploaded when it is finished.
         settings: Settings of the pack.
         workers: Number of threads of this process; or a runner of Apache Beam, whose workers read
             the videos and write the pack under the same paths.
@@ -145,9 +147,12 @@ def prepare(
         InputError: The input is invalid; the output folder cannot be written, contains something
             else or is being written by another run of this job; or no video can be read.
     """
-    if remote.is_remote(output):
-        raise InputError(f"{output}: must be a local folder; copy the finished pack")
-    output, skipped = Path(output), Skipped()
+    if remote.is_remote(output) and (shard != (0, 1) or isinstance(workers, BeamRunner)):
+        raise InputError(
+            f"{output}: only one process can write a pack to an object store; choose a folder that "
+            "the jobs share, or leave out --shard and --runner"
+        )
+    skipped = Skipped()
     records, labels = gather(inputs, prefix, skipped=skipped)
     note_skipped(skipped)
     for record in itertools.chain(*records.values()):
@@ -165,6 +170,34 @@ def prepare(
         print(
             "the class names are the label numbers; write labels.txt to name them", file=sys.stderr
         )
+    with remote_folder.opened(output, sparse=PACK_FILES) as folder:
+        return _pack(records, labels, folder, settings, workers, shard)
+
+
+def _pack(
+    records: dict[str, list[Record]],
+    labels: list[str],
+    output: Path,
+    settings: Settings,
+    workers: int | BeamRunner,
+    shard: tuple[int, int],
+) -> dict:
+    """Write the parts of this job, and finish the pack if all parts are complete.
+
+    Args:
+        records: Split → videos.
+        labels: Class names.
+        output: Folder of the pack, or the local copy of a remote one.
+        settings: As in `prepare`.
+        workers: As in `prepare`.
+        shard: As in `prepare`.
+
+    Returns:
+        The report, as in `prepare`.
+
+    Raises:
+        InputError: As in `prepare`.
+    """
     lines = [[split, r.id, r.label] for split, videos in records.items() for r in videos]
     list_digest = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
     parts = plan(records, settings)
@@ -248,6 +281,7 @@ def _write_parts(
         try:
             for part in remaining:
                 write_part(part, clips_of(part), output, settings, labels, tag)
+                remote_folder.push(output)
         finally:
             progress.close()
 

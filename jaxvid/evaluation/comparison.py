@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxvid import remote
 from jaxvid.atomic import write_json
 from jaxvid.config import differences, translate
-from jaxvid.errors import InputError, one_line, printable
+from jaxvid.errors import InputError, one_line, printable, with_addresses
 from jaxvid.evaluation.metrics import accuracy, compare_hits
 
+FILE = "comparison.json"
 MAX_NAMED = 10  # maximum number of videos that the log lists per kind of change
 MAX_CLASSES = 10  # maximum number of classes in the printed table
 SIGNIFICANCE_LEVEL = 0.05
@@ -22,7 +24,7 @@ def read_table(report: str | Path) -> dict:
     """Read an `eval.json` and the `eval_videos.csv` in the same folder.
 
     Args:
-        report: The `eval.json`, or its folder.
+        report: The `eval.json`, or its folder; or the address of one of them.
 
     Returns:
         The contents of `eval.json`, with `path` and `videos` (id → row of the table). `correct` and
@@ -31,8 +33,7 @@ def read_table(report: str | Path) -> dict:
     Raises:
         InputError: A file is missing or damaged.
     """
-    path = Path(report)
-    path = path / "eval.json" if path.is_dir() else path
+    path = _find_report(report)
     table = path.with_name("eval_videos.csv")
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
@@ -56,7 +57,18 @@ def read_table(report: str | Path) -> dict:
             f"{path}: this file or {table.name} in its folder is damaged ({one_line(error)}); "
             "choose another evaluation"
         ) from None
-    return {"labels": None} | contents | {"videos": videos, "path": str(path)}
+    return {"labels": None} | contents | {"videos": videos, "path": with_addresses(str(path))}
+
+
+def _find_report(report: str | Path) -> Path:
+    """Return the path of an `eval.json`; of a remote one, a local copy beside that of its table."""
+    if not remote.is_remote(report):
+        path = Path(report)
+        return path / "eval.json" if path.is_dir() else path
+    address = remote.to_address(report)
+    address = address if address.endswith(".json") else f"{address}/eval.json"
+    remote.complete_copy(f"{address.rpartition('/')[0]}/eval_videos.csv")
+    return remote.complete_copy(address)
 
 
 def _parse_row(row: dict[str, str], multi_label: bool) -> dict[str, str | bool]:
@@ -206,7 +218,7 @@ def save_comparison(folder: Path, comparison: dict) -> Path:
     Raises:
         InputError: The file cannot be written.
     """
-    return write_json(folder / "comparison.json", comparison)
+    return write_json(folder / FILE, comparison)
 
 
 def describe(comparison: dict) -> list[str]:

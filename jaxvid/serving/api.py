@@ -1,5 +1,6 @@
 """The routes of the API: predictions, features, timelines, model cards, health and metrics."""
 
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -108,9 +109,11 @@ async def timeline(request: Request) -> EventStream:
     model = service.find_model(options["model"])
 
     async def events(upload: Upload) -> AsyncIterator[Event]:
-        items = service.read_windows(model, upload, options["window"], options["stride"])
-        async for event in model.timeline(items, options["top_k"] or TOP_K):
-            yield event
+        window, top_k = options["window"], options["top_k"] or TOP_K
+        items = service.read_windows(model, upload, window, options["stride"])
+        async with contextlib.aclosing(items):
+            async for event in model.timeline(items, window, top_k):
+                yield event
 
     return EventStream(service, request, events)
 

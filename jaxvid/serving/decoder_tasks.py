@@ -117,9 +117,8 @@ def windows(
                 f"stride={stride:g}: gives more than {limit} windows; use a longer stride"
             )
         plan = plan_windows(reader, spec, window, stride, align=align, name=video.id)
-        frame_bytes = spec.num_crops * spec.crop**2 * 3 * np.dtype(spec.eval_dtype).itemsize
         # Windows that share features of frames need much less memory.
-        if not align and max_held_frames(plan.indices) * frame_bytes > video.limits.timeline_bytes:
+        if not align and held_bytes(plan.indices, spec) > video.limits.timeline_bytes:
             raise InputError(
                 f"window={window:g}: the frames that windows share need more than "
                 f"{video.limits.timeline_bytes / 1e9:g} GB of memory; use a shorter window or a "
@@ -129,6 +128,17 @@ def windows(
         needed = np.unique(plan.indices)
         for numbers, crops in read_frames(reader, needed, spec, chunk):
             yield {"numbers": numbers, "crops": crops}
+
+
+def held_bytes(indices: np.ndarray, spec: ClipSpec) -> int:
+    """Return the size of the frames of a timeline that are held in memory at the same time.
+
+    Args:
+        indices: Frame numbers `(windows, t)`.
+        spec: Sizes and number of the crops.
+    """
+    frame_bytes = spec.num_crops * spec.crop**2 * 3 * np.dtype(spec.eval_dtype).itemsize
+    return max_held_frames(indices) * frame_bytes
 
 
 def frames(video: UploadedVideo, spec: ClipSpec) -> Iterator[Message]:

@@ -24,6 +24,16 @@ from jaxvid.serving.limits import Limits
 PROCESS = "jaxvid.serving.decoder_process"
 MAX_DOCUMENT_BYTES = 2**26  # of a message, without its arrays
 
+# Environment variables that decoder processes inherit, by name and by prefix: those of the system,
+# the interpreter and the libraries that decode. Secrets of the server are not among them.
+VARIABLES = (
+    *("PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD"),
+    *("PYTHONHOME", "PYTHONNOUSERSITE", "PYTHONUTF8", "PYTHONDONTWRITEBYTECODE"),
+    "PYTHONPYCACHEPREFIX",
+)
+PREFIXES = ("LC_", "MALLOC_", "OMP_", "OPENBLAS_", "MKL_", "NPY_", "OPENCV_")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
 # Kind of a message → exception. `decoder_process` describes the kinds.
 _ERRORS = {
     "decode_error": DecodeError,
@@ -38,19 +48,12 @@ class Template:
 
     def __init__(self):
         self._control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-        environment = {
-            **os.environ,
-            **dict.fromkeys(threads, "1"),
-            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),  # "": this folder
-            "PYTHONSAFEPATH": "1",  # do not add the working directory
-        }
         with other:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", PROCESS, str(other.fileno())],
                 pass_fds=[other.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=environment,
+                env=_make_environment(),
                 start_new_session=True,  # Ctrl-C must not end tasks that the server still answers
             )
 
@@ -75,6 +78,20 @@ class Template:
         self._control.close()
         self._process.kill()
         self._process.wait()
+
+
+def _make_environment() -> dict[str, str]:
+    """Return the environment of decoder processes, without secrets of the server."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name in VARIABLES or name.startswith(PREFIXES)
+    }
+    return inherited | {
+        **dict.fromkeys(THREAD_VARIABLES, "1"),
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),  # "": this folder
+        "PYTHONSAFEPATH": "1",  # do not add the working directory
+    }
 
 
 class Worker:

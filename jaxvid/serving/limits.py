@@ -26,6 +26,7 @@ class Limits:
         windows: Maximum number of windows of a timeline.
         timeline_bytes: Size of the frames of a timeline that are held in memory, because its
             windows overlap.
+        timelines_bytes: The same, of all timelines. Further timelines wait.
         deadline_seconds: Maximum time from the end of the upload to the answer.
         stream_seconds: The same, for answers that are streams of events.
         drain_seconds: Maximum time in which a stopping server answers the requests in flight.
@@ -47,6 +48,7 @@ class Limits:
     views: int = 64
     windows: int = 4000
     timeline_bytes: int = 1_000_000_000
+    timelines_bytes: int = 2_000_000_000
     deadline_seconds: float = 60.0
     stream_seconds: float = 600.0
     drain_seconds: float = 25.0

@@ -137,8 +137,6 @@ async def timeline(
     """Yield the events `plan` and `window` of a video; see `ServedModel.timeline`."""
     items = service.read_windows(model, upload, window, stride)
     async with contextlib.aclosing(items):
-        async for name, data in model.timeline(items, TIMELINE_TOP_K):
-            if name == "plan":
-                yield name, data | {"window": window}
-            elif name == "window":
+        async for name, data in model.timeline(items, window, TIMELINE_TOP_K):
+            if name in ("plan", "window"):
                 yield name, data

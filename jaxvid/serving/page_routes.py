@@ -15,7 +15,7 @@ from jaxvid.serving import decoder_tasks, page_events, query, samples
 from jaxvid.serving.api import classify, describe_models, service_of
 from jaxvid.serving.errors import RequestError
 from jaxvid.serving.event_stream import EventStream
-from jaxvid.serving.openapi import MAX_TOP_K, TOP_K
+from jaxvid.serving.openapi import MAX_LIVE_FRAMES, MAX_TOP_K, TOP_K
 from jaxvid.serving.report import PAGE, make_report
 from jaxvid.serving.samples import Sample
 from jaxvid.serving.served_model import Event, ServedModel
@@ -25,7 +25,6 @@ from jaxvid.serving.uploads import Upload
 SCRIPTS = ("results.js", "timeline.js", "webcam.js", "page.js")
 FILES = {"page.css": "text/css", **dict.fromkeys(SCRIPTS, "text/javascript")}
 MAX_NAME = 200  # characters of the name of a video in a report
-MAX_LIVE_FRAMES = 256
 SAMPLES_NOTE = (
     "The demo's model distinguishes eight motions of one bright shape. For other videos its "
     "predictions are meaningless."

@@ -268,11 +268,14 @@ class ServedModel:
         outputs = await self.run("embed", list(views[:, None]))
         return np.mean([output["video"] for output in outputs], axis=0)
 
-    async def timeline(self, items: AsyncIterator[Any], top_k: int) -> AsyncIterator[Event]:
+    async def timeline(
+        self, items: AsyncIterator[Any], window: float, top_k: int
+    ) -> AsyncIterator[Event]:
         """Classify sliding windows of a video as its frames arrive.
 
         Args:
             items: Items of the task `decoder_tasks.windows`.
+            window: Length of a window in seconds.
             top_k: Number of classes per window.
 
         Yields:
@@ -285,6 +288,7 @@ class ServedModel:
             {
                 "model": self.name,
                 "windows": total,
+                "window": window,
                 "stride": round(plan.stride, 6),
                 "seconds": round(float(plan.ends[-1]), 3),
             },

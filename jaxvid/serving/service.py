@@ -15,8 +15,10 @@ from jaxvid.errors import short_repr
 from jaxvid.serving import decoder_tasks, uploads, url_download
 from jaxvid.serving.batcher import NetworkThread
 from jaxvid.serving.decoder_pool import DecoderPool
+from jaxvid.serving.decoder_tasks import held_bytes
 from jaxvid.serving.errors import OverloadedError, RequestError
 from jaxvid.serving.limits import Settings
+from jaxvid.serving.memory_budget import MemoryBudget
 from jaxvid.serving.monitoring import Metrics
 from jaxvid.serving.served_model import ServedModel
 from jaxvid.serving.uploads import Upload
@@ -51,8 +53,8 @@ class Service:
         self._starting: asyncio.Task | None = None
         self._requests: set[asyncio.Task] = set()  # those that receive or process a video
         self._has_ended_requests = False
-        self._memory = asyncio.Condition()  # notified when `_reserved_bytes` decreases
-        self._reserved_bytes = 0
+        self._clip_memory = MemoryBudget(settings.limits.decoded_bytes)
+        self._timeline_memory = MemoryBudget(settings.limits.timelines_bytes)
         self.metrics.add_gauge(
             "requests_in_progress", "Videos that are received or processed", self.num_requests
         )
@@ -187,19 +189,10 @@ class Service:
         Args:
             spec: Number and sizes of the views.
         """
-        limit = self.settings.limits.decoded_bytes
         shape = clip_shape(spec, spec.num_clips * spec.num_crops)
-        # A video that needs more than the limit is processed alone.
-        size = min(math.prod(shape) * np.dtype(spec.eval_dtype).itemsize, limit)
-        async with self._memory:
-            await self._memory.wait_for(lambda: self._reserved_bytes + size <= limit)
-        self._reserved_bytes += size
-        try:
+        size = math.prod(shape) * np.dtype(spec.eval_dtype).itemsize
+        async with self._clip_memory.reserve(size):
             yield
-        finally:
-            self._reserved_bytes -= size
-            async with self._memory:
-                self._memory.notify_all()
 
     async def decode(
         self, task: Callable[..., Iterator[Any]], upload: Upload, *args: Any, **options: Any
@@ -223,6 +216,8 @@ class Service:
     ) -> AsyncIterator[Any]:
         """Yield the items of the task `windows`: the plan, and then chunks of frames.
 
+        Wait after the plan until there is memory for the frames that windows share.
+
         Args:
             model: The model, whose preprocessing is used.
             upload: The video.
@@ -244,8 +239,13 @@ class Service:
             seconds=self.settings.limits.stream_seconds,
         )
         async with contextlib.aclosing(items):
-            async for item in items:
-                yield item
+            plan = await anext(items)
+            # Windows that share features of frames need much less memory.
+            size = 0 if model.shares_frames else held_bytes(plan["indices"], model.spec)
+            async with self._timeline_memory.reserve(size):
+                yield plan
+                async for item in items:
+                    yield item
 
 
 def _stopping() -> RequestError:

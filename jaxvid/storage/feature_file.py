@@ -12,13 +12,14 @@ import io
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxvid import atomic
+from jaxvid import atomic, object_store, remote, remote_folder
 from jaxvid.data.records import NO_LABEL
 from jaxvid.errors import InputError, import_or_explain, one_line
 
@@ -70,12 +71,12 @@ class Format(NamedTuple):
 
     Attributes:
         package: The package that it needs, or empty.
-        save: Function that writes a table to a path.
+        save: Function that writes a table to a path or a file in an object store.
         load: Function that reads a table from a path. It raises exceptions of any type.
     """
 
     package: str
-    save: Callable[[Path, FeatureTable], None]
+    save: Callable[[atomic.OutputPath, FeatureTable], None]
     load: Callable[[Path], FeatureTable]
 
 
@@ -91,18 +92,25 @@ def check_feature_file(option: str, path: atomic.OutputPath) -> None:
             cannot be written.
     """
     _find_format(option, path)
-    if not isinstance(path, Path):
-        raise InputError(f"{option} {path}: must be a local file; copy it afterwards")
     if path.suffix != ".zarr":
         atomic.check_output(option, path)
         return
-    if path.exists() and not (path / ZARR_MARK).is_file():
+    if isinstance(path, Path):
+        exists, is_group = path.exists(), (path / ZARR_MARK).is_file()
+        probe = path / "probe" if exists else path
+    else:
+        stored = object_store.find(str(path))
+        exists, is_group, probe = bool(stored), ZARR_MARK in stored, path
+    if exists and not is_group:
         raise InputError(f"{option}: {path} exists and is not a Zarr group; choose another name")
-    atomic.check_output(option, path / "probe" if path.exists() else path)
+    atomic.check_output(option, probe)
 
 
-def save_features(path: Path, table: FeatureTable) -> None:
+def save_features(path: atomic.OutputPath, table: FeatureTable) -> None:
     """Write a file of features atomically. Equal tables give identical files.
+
+    The files of a Zarr group in an object store are replaced one after the other; until the last
+    one is written, the group cannot be opened.
 
     Raises:
         InputError: The file cannot be written.
@@ -111,12 +119,14 @@ def save_features(path: Path, table: FeatureTable) -> None:
 
 
 def load_features(path: Path) -> FeatureTable:
-    """Read a file of features.
+    """Read a file of features; of an address, its local copy.
 
     Raises:
-        InputError: The file is missing or damaged, or its package is not installed.
+        InputError: The file is missing or damaged, its package is not installed, or the store
+            cannot be reached or refuses access.
     """
     file_format = _find_format("features", path)
+    path = remote.complete_copy(path)
     if not atomic.resolve(path, ZARR_MARK).exists():
         raise InputError(f"{path} does not exist; write it with jaxvid features")
     try:
@@ -174,7 +184,7 @@ def _from_arrays(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> Featur
 # ------------------------------------------------------------------ npz
 
 
-def _save_npz(path: Path, table: FeatureTable) -> None:
+def _save_npz(path: atomic.OutputPath, table: FeatureTable) -> None:
     file = io.BytesIO()
     np.savez(file, **table.to_arrays(), about=np.array(json.dumps(table.about)))
     atomic.write_file(path, file.getvalue())
@@ -188,7 +198,7 @@ def _load_npz(path: Path) -> FeatureTable:
 # ------------------------------------------------------------------ Parquet
 
 
-def _save_parquet(path: Path, table: FeatureTable) -> None:
+def _save_parquet(path: atomic.OutputPath, table: FeatureTable) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -237,7 +247,16 @@ def _load_parquet(path: Path) -> FeatureTable:
 # ------------------------------------------------------------------ Zarr
 
 
-def _save_zarr(path: Path, table: FeatureTable) -> None:
+def _save_zarr(path: atomic.OutputPath, table: FeatureTable) -> None:
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory() as folder:
+            _save_local_zarr(Path(folder) / path.name, table)
+            remote_folder.replace(str(path), Path(folder) / path.name, ZARR_MARK)
+        return
+    _save_local_zarr(path, table)
+
+
+def _save_local_zarr(path: Path, table: FeatureTable) -> None:
     import zarr
 
     path = Path(os.path.realpath(path))

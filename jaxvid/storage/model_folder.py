@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxvid import atomic, files
+from jaxvid import atomic, files, object_store, remote_folder
 from jaxvid.distributed import collectives, process_group, sharding
 from jaxvid.errors import InputError, memory_problem, one_line
 from jaxvid.models import (
@@ -35,6 +36,7 @@ from jaxvid.models import (
     split_params,
     transfer,
 )
+from jaxvid.object_store import is_remote
 from jaxvid.storage import older_shapes
 from jaxvid.storage.model_card import (
     CARD_NAME,
@@ -56,14 +58,20 @@ SIZE_FIELDS = ("num_classes", "num_frames", "image_size")
 def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
     """Write a model folder, `model.json` and `params/`, atomically.
 
+    In an object store, `model.json` is written last. Only one process can write there.
+
     Args:
-        folder: Folder to write. An existing model folder is replaced. If writing fails, it is kept.
+        folder: Folder to write, or its address. An existing model folder is replaced. If writing
+            fails, a local folder is kept.
         params: The weights.
         card: The model card, from `model_card.make_card`.
 
     Raises:
         InputError: The folder exists and is not a model folder, or cannot be written.
     """
+    if is_remote(folder):
+        _save_remote(str(atomic.output_path(folder)), params, card)
+        return
     folder = Path(os.path.realpath(folder))
     collectives.raise_on_all_processes(
         _check_target, folder, sum(leaf.nbytes for leaf in params.values())
@@ -98,6 +106,19 @@ def save_model_folder(folder: str | Path, params: Params, card: dict) -> None:
         if is_first:
             atomic.recover(folder, CARD_NAME)
     collectives.barrier(f"saved {folder}")
+
+
+def _save_remote(address: str, params: Params, card: dict) -> None:
+    """Write a model folder to an address."""
+    if process_group.current():
+        raise InputError(f"{address}: several processes cannot write it; choose a local folder")
+    stored = object_store.find(address)
+    if stored and CARD_NAME not in stored:
+        raise InputError(f"{address} exists and is not a model folder; choose another one")
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "model"
+        save_model_folder(local, params, card)
+        remote_folder.replace(address, local, CARD_NAME)
 
 
 def _check_target(folder: Path, need_bytes: int) -> None:
@@ -274,7 +295,7 @@ def save_model(
 
     Args:
         model: A network from `create_model` or `load_model`.
-        folder: Folder to write. An existing model folder is replaced.
+        folder: Folder to write, or its address. An existing model folder is replaced.
         preprocessing: Preprocessing of the network's clips, as in the `model.json` of a trained
             model, or None if it is unknown.
         labels: Class names in the order of the class indices, or None if they are unknown.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxvid import remote_folder
+from jaxvid import remote_folder, remote_lock
 from jaxvid.distributed import collectives, process_group
 from jaxvid.errors import InputError
 from jaxvid.locks import LockedError, locked
@@ -37,18 +37,44 @@ def exclusive(program: Callable) -> Callable:
     return run
 
 
-def open_workdir(workdir: str | Path) -> contextlib.AbstractContextManager[Path]:
-    """Return a context manager of the local copy of a workdir, as in `remote_folder.opened`.
+@contextlib.contextmanager
+def open_workdir(workdir: str | Path) -> Iterator[Path]:
+    """Yield the local copy of a workdir, as `remote_folder.opened`; all processes must call it.
+
+    The processes of a run share the local copy of process 0, which copies and uploads the files.
 
     Raises:
-        InputError: The workdir is an address, and there are several processes.
+        InputError: As in `remote_folder.opened`; or a process does not see the copy of process 0.
     """
-    if is_remote(workdir) and process_group.current():
-        raise InputError(
-            f"{workdir}: the processes of a run need a folder that they share; choose another "
-            "--workdir, e.g. on a network drive"
-        )
-    return remote_folder.opened(workdir)
+    with contextlib.ExitStack() as stack:
+        if not is_remote(workdir) or process_group.current() is None:
+            yield stack.enter_context(remote_folder.opened(workdir))
+            return
+        local = collectives.raise_on_all_processes(_open_in_first_process, stack, workdir)
+        owners = collectives.gather(_read_owner(local))
+        for process, owner in enumerate(owners):
+            if owner is None or owner != owners[0]:
+                raise InputError(
+                    f"{workdir}: process {process} does not see {local.parent} of process 0, the "
+                    "local copy of the workdir; set JAXVID_CACHE to a folder that all processes "
+                    "share"
+                )
+        yield local
+        collectives.barrier("workdir")  # before process 0 removes the copy
+
+
+def _open_in_first_process(stack: contextlib.ExitStack, workdir: str | Path) -> Path:
+    """Open a workdir in process 0; return the path of its local copy in all processes."""
+    if not process_group.current().index:
+        stack.enter_context(remote_folder.opened(workdir))
+    return remote_folder.local_folder(workdir)
+
+
+def _read_owner(local: Path) -> str | None:
+    """Return the id of a local copy, or None if this process does not see it."""
+    with contextlib.suppress(OSError):
+        return remote_lock.owner_path(local).read_text()
+    return None
 
 
 def _lock(stack: contextlib.ExitStack, workdir: Path) -> None:

@@ -143,7 +143,7 @@ def test_names_of_files_are_shown_as_text(page, clips, tmp_path):
 def test_frames_have_times_crops_and_attention(shown):
     figures = shown.locator("#pictures figure")
     expect(figures).to_have_count(8)
-    expect(figures.first).to_contain_text(re.compile(r"^0\.\d\d s\s*frame \d+"))
+    expect(figures.first).to_contain_text(re.compile(r"^0\.\d\d s · frame \d+"))
     heat, weights = figures.locator("canvas.heat"), figures.locator(".weight")
     expect(heat.first).to_be_visible()
     expect(weights.first).to_be_visible()
@@ -267,8 +267,9 @@ def test_report_opens_without_a_server(open_page, report, scheme, device):
 
 def test_report_is_used_with_the_keyboard(open_page, report):
     page = open_page(report[0].as_uri(), offline=True)
-    check_keyboard(page)
     slider = page.get_by_role("slider", name="Time in the video")
+    expect(slider).to_be_visible()  # the timeline is drawn after the frames
+    check_keyboard(page)
     slider.press("End")
     expect(slider).to_have_attribute("aria-valuetext", re.compile(r"^8\.\d\d s: .* %$"))
     page.locator("#frames-model").get_by_label("stam").check()

@@ -71,6 +71,22 @@ def test_live_mode_shows_classes_until_it_is_stopped(open_with_webcam, device):
     assert not is_webcam_on(page)
 
 
+def test_live_mode_of_another_model(open_with_webcam):
+    page = open_with_webcam()
+    page.get_by_role("button", name="Live webcam").click()
+    expect(page.locator("#rate")).to_have_text(RATE)
+    choice = page.locator("#live-model")
+    expect(choice.get_by_label("xvit")).to_be_checked()
+    with page.expect_response(re.compile(r"/v1/frames\?.*model=stam")) as response:
+        choice.get_by_label("stam").press("Space")
+    assert response.value.status == 200
+    expect(choice.get_by_label("stam")).to_be_checked()
+    expect(choice.get_by_label("stam")).to_be_focused()
+    bars = page.get_by_role("list", name="Classes in the last seconds").get_by_role("listitem")
+    expect(bars).to_have_count(5)
+    expect(page.get_by_role("alert")).to_be_empty()
+
+
 def test_choosing_a_file_ends_live_mode(open_with_webcam, clips):
     page = open_with_webcam()
     page.get_by_role("button", name="Live webcam").click()

@@ -222,9 +222,10 @@ EVALUATING = """
 import os, runpy, sys, jax
 from jaxvid import evaluate
 from jaxvid.evaluation import loop
+from jaxvid.storage import model_folder
 from tests import coloured_videos
 
-loop.abstract_model = coloured_videos.abstract_stub
+loop.abstract_model = model_folder.abstract_model = coloured_videos.abstract_stub
 make_step = evaluate.make_eval_step
 
 def make_exiting_step(*args):

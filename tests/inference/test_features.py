@@ -192,7 +192,7 @@ def test_broken_videos_are_left_out_and_counted(data, folders, tmp_path, capsys)
         ("--batch_size 3", "--batch_size=3: must be a positive multiple of 8, the number of dev"),
         ("--split val", "--split val was not found; the input has no splits; leave out --split"),
         ("--output out.csv", "--output out.csv: the file name must end in one of .npz, .parquet"),
-        ("--output gs://bucket/out.npz", "must be a local file; copy it afterwards"),
+        ("--output https://a.org/out.npz", "https://a.org/out.npz cannot be written; choose"),
         ("--model nowhere", "nowhere does not exist"),
     ],
 )
@@ -229,10 +229,10 @@ def test_windows_of_a_pack_are_refused(motion_folder, folders, tmp_path, capsys,
     assert len(table.label_names) == 8
 
 
-def test_urls_are_refused(folders, capsys):
-    arguments = ["https://a.org/b.mp4", "--model", str(folders / "xvit"), "--output", "o.npz"]
+def test_urls_of_unknown_kinds_are_refused(folders, capsys):
+    arguments = ["ftp://a.org/b.mp4", "--model", str(folders / "xvit"), "--output", "o.npz"]
     assert main(arguments) == 2
-    assert "error: https://a.org/b.mp4: is a URL; download" in capsys.readouterr().err
+    assert "error: ftp://a.org/b.mp4: is a URL; download" in capsys.readouterr().err
 
 
 def test_features_that_are_not_finite_are_refused(extract, monkeypatch):

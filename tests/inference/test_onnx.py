@@ -100,7 +100,7 @@ def make_clips(count: int, frames: int = 8, size: int = 64) -> np.ndarray:
 
 
 @needs_onnx
-@pytest.mark.parametrize("name", ["stam", "xvit"])
+@pytest.mark.parametrize("name", [pytest.param("stam", marks=pytest.mark.full), "xvit"])
 def test_an_onnx_file_matches_the_network_for_any_batch_size(files, models, name):
     about = json.loads(files[name].with_name(f"{name}.onnx.json").read_text())
     assert about["sha256"] == hashlib.sha256(files[name].read_bytes()).hexdigest()
@@ -277,5 +277,7 @@ def test_options_of_onnx_files_are_checked(folders, tmp_path, capsys, monkeypatc
     assert "int8: requires --calibrate LIST_OR_FOLDER" in error_of(*int8)
     assert "requires --precision int8" in error_of("--format", "onnx", "--calibrate", tmp_path)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert "--format onnx needs jaxvid[onnx]" in error_of("--format", "onnx")
+    message = error_of("--format", "onnx")
+    assert "--format onnx needs jaxvid[onnx]" in message
+    assert message.endswith("pip install 'jaxvid[onnx]'")
     assert not [*tmp_path.iterdir()]

@@ -109,7 +109,8 @@ def test_aligned_windows_share_frames_of_segments(long_videos):
 
 
 @pytest.mark.parametrize(
-    ("name", "crops", "batch_size"), [("stam", 1, 1), ("stam", 3, 2), ("xvit", 1, 2)]
+    ("name", "crops", "batch_size"),
+    [("stam", 1, 1), pytest.param("stam", 3, 2, marks=pytest.mark.full), ("xvit", 1, 2)],
 )
 def test_window_probabilities_equal_the_model(folders, long_videos, name, crops, batch_size):
     """Windows equal separately computed clips. STAM shares frame features, XViT does not."""

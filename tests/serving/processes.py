@@ -3,6 +3,10 @@
 import contextlib
 from pathlib import Path
 
+MARK = (
+    "LC_DECODERS_OF"  # variable for the mark; decoder processes inherit names that start with LC_
+)
+
 
 def decoder_processes(mark: str) -> set[int]:
     """Return the ids of decoder processes that have not ended.

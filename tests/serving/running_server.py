@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxvid.data.synthetic_motion import LABELS
+from jaxvid.models import PRESETS
 from jaxvid.serve import bind
 from jaxvid.serving.app import make_app
 from jaxvid.serving.http_server import HttpServer
@@ -63,6 +64,27 @@ def make_fake_model(name: str = "fake", **preprocessing: Any) -> ServedModel:
     description = ModelDescription(labels=list(LABELS), config=None, preprocessing=made)
     card = {"name": "fake", "labels_source": None, "activation": "softmax", "provenance": {}}
     return ServedModel(name, card, description, FakeEngine())
+
+
+class AttentiveEngine(FakeEngine):
+    """A `FakeEngine` that attends to the first patch and to the last frame."""
+
+    programs = ("score", "attend")
+
+    def run(self, program: str, batch: np.ndarray) -> Any:
+        if program != "attend":
+            return super().run(program, batch)
+        assert batch.shape[1:] == (8, 64, 64, 3)
+        spatial, temporal = np.zeros((1, 8, 16)), np.zeros((1, 8))
+        spatial[..., 0] = temporal[..., -1] = 1
+        return {"logits": np.zeros((1, 8)), "spatial": spatial, "temporal": temporal}
+
+
+def make_attentive_model(name: str = "fake", **preprocessing: Any) -> ServedModel:
+    """Return a model with an `AttentiveEngine`; `preprocessing` replaces fields."""
+    model = make_fake_model(name, **preprocessing)
+    model.engine, model.config = AttentiveEngine(), PRESETS["xvit_tiny"]
+    return model
 
 
 class RunningServer:

@@ -22,6 +22,7 @@ def report(video):
         "modules": sorted(sys.modules),
         "limits": {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}")) for name in names},
         "open_files": len(os.listdir("/proc/self/fd")),
+        "environment": dict(os.environ),
         "threads": len(os.listdir("/proc/self/task")),
     }
 

@@ -23,7 +23,7 @@ from jaxvid.serving.limits import Limits
 from tests.data.test_pipeline import is_running
 from tests.data.test_video_reader import write_video
 from tests.serving import tasks
-from tests.serving.processes import decoder_processes
+from tests.serving.processes import MARK, decoder_processes
 
 SPEC = ClipSpec(num_frames=4, crop=24, short_side=32, num_clips=2, num_crops=3)
 LIMITS = Limits(decode_seconds=20.0, memory_bytes=2_000_000_000, queue_length=1)
@@ -32,7 +32,7 @@ LIMITS = Limits(decode_seconds=20.0, memory_bytes=2_000_000_000, queue_length=1)
 @pytest.fixture(autouse=True)
 def _mark(monkeypatch):
     """Mark the decoder processes of this process in their environment."""
-    monkeypatch.setenv("DECODERS_OF", f"<{os.getpid()}>")
+    monkeypatch.setenv(MARK, f"<{os.getpid()}>")
 
 
 def run(test, *, limits=LIMITS, num_processes=1):
@@ -55,7 +55,7 @@ def run(test, *, limits=LIMITS, num_processes=1):
 
 def running_decoders() -> set[int]:
     """Return the ids of the decoder processes of this process that have not ended."""
-    return decoder_processes(os.environ["DECODERS_OF"])
+    return decoder_processes(os.environ[MARK])
 
 
 async def collect(pool, task, *arguments, video=b"contents", **options):
@@ -115,6 +115,22 @@ def test_a_process_has_limits_and_does_not_import_jax():
     assert 100 < after["limits"]["CPU"][0] < 120
     assert after["pid"] == before["pid"]
     assert after["open_files"] == before["open_files"]
+
+
+def test_a_process_does_not_inherit_secrets(monkeypatch):
+    for name in ("JAXVID_TOKEN", "AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY", "HOME"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+
+    async def test(pool):
+        [report] = await collect(pool, tasks.report)
+        return report["environment"]
+
+    environment = run(test)
+    assert "secret" not in environment.values()
+    assert environment["TZ"] == "UTC"
+    assert environment["OMP_NUM_THREADS"] == "1"
 
 
 def test_bad_videos_and_arguments_raise_the_errors_of_the_task(video):

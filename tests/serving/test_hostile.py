@@ -18,7 +18,7 @@ from benchmarks.http_load import make_request, serving
 from benchmarks.resources import Resources, measure
 from jaxvid.serving.limits import Limits, Settings
 from tests.serving.hostile import Attack, Attacks, attack_server, run_load
-from tests.serving.processes import decoder_processes
+from tests.serving.processes import MARK, decoder_processes
 from tests.serving.running_server import WAIT_SECONDS, make_fake_model, running
 
 LIMITS = Limits(
@@ -32,7 +32,7 @@ LIMITS = Limits(
 
 
 def test_hostile_requests_affect_no_other_request(clips, tmp_path, capfd, monkeypatch):
-    monkeypatch.setenv("DECODERS_OF", mark := f"<{os.getpid()} hostile>")
+    monkeypatch.setenv(MARK, mark := f"<{os.getpid()} hostile>")
     videos = [Path(clip).read_bytes() for clip in clips[:4]]
     attacks = Attacks(videos, LIMITS, tmp_path)
     before = len(os.listdir("/proc/self/fd"))

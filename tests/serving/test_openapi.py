@@ -5,10 +5,12 @@ import re
 
 import pytest
 
-from jaxvid.serving import api
-from jaxvid.serving.limits import Settings
+from jaxvid.serving.app import make_app
+from jaxvid.serving.limits import Limits, Settings
 from jaxvid.serving.openapi import ERRORS, SCHEMAS, make_document
-from tests.serving.running_server import make_fake_model, running
+from jaxvid.serving.security import PUBLIC_FOLDERS, PUBLIC_PATHS
+from tests.serving.hostile_bodies import make_jpeg
+from tests.serving.running_server import make_attentive_model, make_fake_model, running
 from tests.serving.test_api import make_form
 
 TYPES = {
@@ -23,7 +25,7 @@ TYPES = {
 KEYWORDS = {
     *("type", "description", "properties", "required", "additionalProperties", "items", "enum"),
     *("minimum", "maximum", "exclusiveMinimum", "default", "format", "minLength"),
-    *("contentMediaType", "$ref"),
+    *("contentMediaType", "$ref", "minItems", "maxItems"),
 }
 
 
@@ -38,6 +40,8 @@ def check(value, schema: dict) -> None:
     assert value in schema.get("enum", [value])
     if "minimum" in schema:
         assert value >= schema["minimum"]
+    if "exclusiveMinimum" in schema:
+        assert value > schema["exclusiveMinimum"]
     if "maximum" in schema:
         assert value <= schema["maximum"]
     if "properties" in schema:
@@ -45,7 +49,8 @@ def check(value, schema: dict) -> None:
         assert schema["additionalProperties"] or {*value} <= {*schema["properties"]}
         for name, inner in value.items():
             check(inner, schema["properties"].get(name, {"type": [*TYPES]}))
-    if "items" in schema:
+    if "items" in schema and isinstance(value, list):
+        assert schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value))
         for inner in value:
             check(inner, schema["items"])
 
@@ -65,9 +70,8 @@ def test_all_routes_are_described(document):
     described = {(path, method) for path, item in document["paths"].items() for method in item}
     routes = {
         (route.path, method.lower())
-        for route in api.ROUTES
+        for route in make_app([make_fake_model()], Settings()).routes
         for method in route.methods - {"HEAD"}
-        if route.path != "/openapi.json"
     }
     assert described == routes
     names = [o["operationId"] for item in document["paths"].values() for o in item.values()]
@@ -76,8 +80,7 @@ def test_all_routes_are_described(document):
 
 def test_all_references_exist(document):
     names = re.findall(r'"\$ref": "#/components/schemas/(\w+)"', json.dumps(document))
-    assert {*names} <= {*SCHEMAS}
-    assert {*SCHEMAS} - {*names} == {"Window"}  # only in the description of the events
+    assert {*names} == {*SCHEMAS}
 
 
 def test_answers_fit_their_schemas(server, document, video):
@@ -88,6 +91,11 @@ def test_answers_fit_their_schemas(server, document, video):
         ("GET", "/v1/model", "", None, {}, 200),
         ("GET", "/healthz", "", None, {}, 200),
         ("GET", "/readyz", "", None, {}, 200),
+        ("GET", "/v1/page", "", None, {}, 200),
+        ("GET", "/openapi.json", "", None, {}, 200),
+        ("POST", "/v1/frames", "", *make_form({"video": make_jpeg(72, 72)}), 200),
+        ("POST", "/v1/frames", "", video, {}, 422),
+        ("POST", "/v1/report", "?window=0", video, {}, 400),
         ("POST", "/v1/predict", "?top_k=x", video, {}, 400),
         ("POST", "/v1/predict", "", video, {"Origin": "http://evil.example"}, 403),
         ("POST", "/v1/features", "", b"x", {"Content-Type": "text/plain"}, 415),
@@ -101,10 +109,27 @@ def test_answers_fit_their_schemas(server, document, video):
         check(json.loads(answer), schema_of(document, method, path, status))
 
 
-def test_events_fit_their_schema(server, video):
-    for name, data in server.post_events("/v1/timeline?window=1&stride=0.5", video):
-        if name == "window":
-            check(data, SCHEMAS["Window"])
+@pytest.mark.parametrize(
+    ("path", "query"),
+    [("/v1/timeline", "?window=1&stride=0.5"), ("/v1/explain", "?window=1"), ("/v1/explain", "")],
+)
+def test_events_fit_their_schemas(document, video, path, query):
+    model = make_attentive_model()
+    content = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
+    with running([model]) as server:
+        events = server.post_events(path + query, video)
+    for name, data in events:
+        check(data, content["x-events"][name])
+    if query:
+        assert {name for name, _ in events} == {*content["x-events"]} - {"error"}
+
+
+def test_the_events_of_a_failure_fit_their_schemas(document, video):
+    content = document["paths"]["/v1/explain"]["post"]["responses"]["200"]["content"]
+    with running([make_fake_model()], Settings(limits=Limits(windows=1))) as server:
+        *_, (name, data) = server.post_events("/v1/explain?window=0.5&stride=0.1", video)
+    assert name == "error"
+    check(data, content["text/event-stream"]["x-events"]["error"])
 
 
 def test_the_served_document_has_the_settings(document):
@@ -122,6 +147,13 @@ def test_a_server_with_a_token_does_not_name_its_models():
     assert "secret_name" not in json.dumps(document)
 
 
+def test_operations_that_need_no_token_are_marked(document):
+    for path, item in document["paths"].items():
+        is_public = path in PUBLIC_PATHS or path.startswith(PUBLIC_FOLDERS)
+        for operation in item.values():
+            assert (operation.get("security") == []) == is_public, path
+
+
 def test_every_described_error_is_possible(document):
     used = {
         int(status)
@@ -129,4 +161,4 @@ def test_every_described_error_is_possible(document):
         for operation in item.values()
         for status in operation["responses"]
     }
-    assert used - {200} == {*ERRORS} - {404, 405}  # of paths that are not described
+    assert used - {200} == {*ERRORS} - {405}  # of methods that are not described

@@ -7,33 +7,12 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from jaxvid.models import PRESETS
 from jaxvid.serving import page_events
 from jaxvid.serving.limits import Limits, Settings
 from jaxvid.serving.page_routes import FILES
 from jaxvid.serving.report import PAGE
-from tests.serving.running_server import FakeEngine, make_fake_model, running
+from tests.serving.running_server import make_attentive_model, make_fake_model, running
 from tests.serving.test_api import make_form
-
-
-class AttentiveEngine(FakeEngine):
-    """A `FakeEngine` that attends to the first patch and to the last frame."""
-
-    programs = ("score", "attend")
-
-    def run(self, program, batch):
-        if program != "attend":
-            return super().run(program, batch)
-        assert batch.shape[1:] == (8, 64, 64, 3)
-        spatial, temporal = np.zeros((1, 8, 16)), np.zeros((1, 8))
-        spatial[..., 0] = temporal[..., -1] = 1
-        return {"logits": np.zeros((1, 8)), "spatial": spatial, "temporal": temporal}
-
-
-def make_attentive_model(name="fake", **preprocessing):
-    model = make_fake_model(name, **preprocessing)
-    model.engine, model.config = AttentiveEngine(), PRESETS["xvit_tiny"]
-    return model
 
 
 @pytest.fixture(scope="module")

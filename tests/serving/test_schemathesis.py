@@ -15,7 +15,7 @@ EXCLUDED = "positive_data_acceptance"
 @pytest.mark.full
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(
-    importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed"
+    importlib.util.find_spec("schemathesis") is None, reason="make test-api installs schemathesis"
 )
 def test_schemathesis_finds_no_failure(tmp_path):
     with running([make_fake_model()]) as server:

@@ -94,7 +94,7 @@ def best(tmp_path):
 @pytest.mark.parametrize(
     ("function", "count", "is_new"),
     [
-        ("rename", 0, False),  # before the old folder is moved away
+        pytest.param("rename", 0, False, marks=pytest.mark.full),  # before the old is moved away
         ("rename", 1, False),  # the old folder is moved away, the new one is not yet in its place
         ("rmtree", 2, True),  # the new folder is in its place, the old one is not yet deleted
     ],

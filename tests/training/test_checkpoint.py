@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxvid
 from jaxvid import atomic
+from jaxvid.config import CHOSEN
 from jaxvid.distributed import collectives, sharding
 from jaxvid.errors import InputError
 from jaxvid.models import FAMILIES, abstract_model, make_model_config, split_params
@@ -182,6 +184,7 @@ def test_all_checkpoints_and_models_of_a_run_must_fit_on_the_disk(tmp_path, monk
 
 def test_impossible_policies_for_checkpoints_are_refused():
     checkpoint.CheckpointPolicy(every_epochs=0.01, keep=1)
+    checkpoint.CheckpointPolicy(every_epochs=CHOSEN, keep=1)
     for name, value in (("every_epochs", -2), ("every_epochs", 0), ("keep", -1), ("keep", 0)):
         fields = {"every_epochs": 1.0, "keep": 2, name: value}
         with pytest.raises(InputError, match=f"^checkpoint_{name}={value}: must be above 0$"):
@@ -476,6 +479,30 @@ def test_older_checkpoints_can_be_restored(tmp_path):
     with checkpoint.make_manager(tmp_path, keep=2) as manager:
         state = checkpoint._restore(manager, 2, abstract(tiny_state(0)), resumables)
     assert (int(state["step"]), resumables["data"].value, resumables["log"].value) == (2, 20, 40)
+
+
+def test_checkpoints_are_restored_with_the_requested_sharding(tmp_path):
+    """The weights have the shape of an older version: queries, keys and values on one axis."""
+    older = np.arange(24.0, dtype=np.float32).reshape(4, 6)
+    with checkpoint.make_manager(tmp_path, keep=2) as manager:
+        state = {"step": np.int32(1), "params": {"a.qkv.kernel": older}}
+        checkpoint.save_checkpoint(manager, state, counters(1, 1))
+    mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=4, tensor=1))
+    target = {
+        "step": jax.ShapeDtypeStruct((), np.int32, sharding=sharding.replicated(mesh)),
+        "params": {
+            "a.qkv.kernel": jax.ShapeDtypeStruct(
+                (4, 3, 2), np.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp"))
+            )
+        },
+    }
+    with checkpoint.make_manager(tmp_path, keep=2) as manager:
+        state = checkpoint._restore(manager, 1, target, counters(0, 0))
+    kernel = state["params"]["a.qkv.kernel"]
+    np.testing.assert_array_equal(kernel, older.reshape(4, 3, 2))
+    assert kernel.sharding == target["params"]["a.qkv.kernel"].sharding
+    assert kernel.addressable_shards[0].data.shape == (1, 3, 2)
+    assert state["step"].sharding == sharding.replicated(mesh)
 
 
 def test_checkpoints_without_checksums_are_restored(tmp_path):

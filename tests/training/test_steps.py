@@ -354,6 +354,7 @@ def test_distillation_loss_follows_the_formula():
     np.testing.assert_allclose(distillation_loss(teacher_logits, teacher_logits, t), 0, atol=1e-5)
 
 
+@pytest.mark.full  # the loss of a step is compared with the formula below
 def test_training_decreases_the_distillation_loss():
     """With all weight on the teacher, the loss does not depend on the labels."""
     config = make_model_config("xvit_tiny", **TINY)

@@ -87,6 +87,7 @@ def test_resumed_training_is_bit_identical(run, tmp_path):
     assert losses(tmp_path / "w") == losses(workdir)
 
 
+@pytest.mark.full  # test_signals_at_any_moment_change_no_output stops in a log window too
 def test_stops_within_a_log_window_do_not_change_the_weights(run, tmp_path):
     workdir, config, _ = run
     for step in (1, 5):
@@ -496,6 +497,7 @@ def test_skip_broken_keeps_the_order_of_the_remaining_videos(with_broken, tmp_pa
     ) in log
 
 
+@pytest.mark.full
 def test_resumed_training_with_mixup_and_erasing_is_bit_identical(motion_folder, tmp_path):
     config = shrunk_config(motion_folder, num_epochs=1.0).unlock()
     config.update(mixup_alpha=0.4, erase_prob=0.5)

@@ -163,7 +163,7 @@ def load_train_clip(
         DecodeError: The video cannot be decoded.
     """
     with _open(record, spec) as reader:
-        indices = _indices(reader, spec, rng=rng)
+        indices = clip_frames(reader, spec, rng)
         if out is None:
             out = np.empty(spec.clip_shape, np.uint8)
         if spec.augment:
@@ -244,7 +244,7 @@ def load_eval_views(
     """
     record = Record(Path(video), 0) if isinstance(video, str | Path) else video
     with _open(record, spec) as reader:
-        indices = np.stack([_indices(reader, spec, view=view) for view in range(spec.num_clips)])
+        indices = clip_frames(reader, spec, None).reshape(spec.num_clips, spec.num_frames)
         if out is None:
             out = np.empty(spec.views_shape, spec.eval_dtype)
         for i, frame in _enumerate_frames(reader, indices.reshape(-1)):
@@ -260,6 +260,23 @@ def load_eval_views(
         "padded": np.bool_(padded),
         "released": np.bool_(sampling.in_released_subset(length, spec.num_frames, fps=fps)),
     }
+
+
+def clip_frames(reader: VideoReader, spec: ClipSpec, rng: np.random.Generator | None) -> np.ndarray:
+    """Return the numbers of the frames that a clip is made of.
+
+    Args:
+        reader: The video.
+        spec: Frame sampling of the clip.
+        rng: Generator as in `load_train_clip`; None: the frames of all evaluation views.
+
+    Returns:
+        `(t,)` in training, `(num_clips · t,)` in evaluation.
+    """
+    if rng is not None:
+        return _indices(reader, spec, rng=rng)
+    views = [_indices(reader, spec, view=view) for view in range(spec.num_clips)]
+    return np.concatenate(views)
 
 
 def resize_eval_frames(frames: np.ndarray, spec: ClipSpec) -> np.ndarray:

@@ -15,8 +15,8 @@ from jaxvid.data.formats.jpeg_reader import keep_freed_memory
 class ArrayRecordFile:
     """A file of records. It is thread-safe.
 
-    Of a remote file, the positions of the records are read when it is opened, and then the blocks
-    that contain the requested records. A file with compressed footers is read completely.
+    Of a remote file, the positions of the records are read first, and then the blocks that contain
+    the requested records. A file with compressed footers is read completely.
 
     Args:
         path: The file.
@@ -26,9 +26,7 @@ class ArrayRecordFile:
         self._path, self._lock = path, threading.Lock()
         self._is_remote = address_of(path) is not None
         self._layout: Layout | None = None
-        if self._is_remote:
-            with Pinned(path) as pinned:
-                self._layout = self._read_layout(pinned)
+        self._has_layout = False  # whether `_layout` was read
 
     def _read_layout(self, pinned: Pinned) -> Layout | None:
         """Read the footers into the cache, and return the layout; None if it is not known."""
@@ -68,6 +66,9 @@ class ArrayRecordFile:
                 self._fetch(pinned, positions)
 
     def _fetch(self, pinned: Pinned, positions: Sequence[int]) -> None:
+        with self._lock:
+            if not self._has_layout:
+                self._layout, self._has_layout = self._read_layout(pinned), True
         ranges = None if self._layout is None else [*map(self._layout.range_of, positions)]
         pinned.fetch(ranges)
 

@@ -41,8 +41,8 @@ class JpegFrames:
         get: Function from a frame number to the bytes of the image. Each call of `get_frames`
             requests the frames in ascending order.
         close: Function that closes the underlying file; None: there is nothing to close.
-        prepare: Function that is called with the frame numbers before `get` is called for each of
-            them; None: nothing is called.
+        fetch: Function that reads frames of a remote video into the cache, from their numbers;
+            None: there is nothing to read.
         get_times: Function that returns `times`; None: no times are known.
         max_pixels: Limit of the size of a frame.
     """
@@ -55,12 +55,12 @@ class JpegFrames:
         get: Callable[[int], bytes],
         close: Callable[[], None] | None = None,
         *,
-        prepare: Callable[[Sequence[int]], None] | None = None,
+        fetch: Callable[[Sequence[int]], None] | None = None,
         get_times: Callable[[], np.ndarray] | None = None,
         max_pixels: int = MAX_PIXELS,
     ):
         self._name, self._get, self._get_times, self._close = name, get, get_times, close
-        self._prepare = prepare
+        self._fetch = fetch
         self._max_pixels = max_pixels
         self.num_frames, self.fps = num_frames, fps
 
@@ -75,6 +75,15 @@ class JpegFrames:
             DecodeError: The times cannot be read.
         """
         return self._get_times() if self._get_times else None
+
+    def fetch(self, indices: Sequence[int]) -> None:
+        """Read frames of a remote video into the cache, all at the same time.
+
+        Raises:
+            InputError: The store cannot be reached or refuses access.
+        """
+        if self._fetch:
+            self._fetch(indices)
 
     def get_frames(self, indices: Iterable[int]) -> np.ndarray:
         """Decode frames.
@@ -111,8 +120,7 @@ class JpegFrames:
         numbers = [int(i) for i in indices]
         if not 0 <= min(numbers) <= max(numbers) < self.num_frames:
             raise IndexError(f"{self._name}: {numbers} outside 0..{self.num_frames - 1}")
-        if self._prepare:
-            self._prepare(numbers)
+        self.fetch(numbers)
         frame, last = None, None
         for position in sorted(range(len(numbers)), key=numbers.__getitem__):
             i = numbers[position]

@@ -306,8 +306,8 @@ class PackedVideo:
                 raise self.records.error(listed.record, "has no valid frame times")
             return times
 
-        def prepare(numbers: Sequence[int]) -> None:
-            parts = {i // listed.frames_per_record for i in numbers}
+        def fetch(numbers: Sequence[int]) -> None:
+            parts = {int(i) // listed.frames_per_record for i in numbers}
             self.records.fetch([listed.record + number for number in parts])
 
         return JpegFrames(
@@ -315,7 +315,7 @@ class PackedVideo:
             listed.num_frames,
             listed.fps or None,
             get,
-            prepare=prepare,
+            fetch=fetch,
             get_times=get_times if listed.has_times else None,
         )
 
@@ -373,6 +373,14 @@ class TfdsVideo:
             with contextlib.suppress(DecodeError):
                 self.open()
         return self._label
+
+    def fetch(self) -> None:
+        """Read the record of a remote data set into the cache.
+
+        Raises:
+            InputError: The store cannot be reached or refuses access.
+        """
+        self.records.fetch([self.index])
 
     def open(self) -> JpegFrames:
         """Open the video.

@@ -60,17 +60,27 @@ function addEvent(model, name, data) {
 }
 
 // ------------------------------------------------------------------ radio buttons and check boxes
-function modelChoice(id, onChange) {
-  const names = [...results.runs.keys()], fieldset = $(id);
+// Lets the user choose one of several models in a fieldset.
+function modelChoice(id, names, shown, onChange) {
+  const fieldset = $(id);
   fieldset.hidden = names.length < 2;
   const options = names.map((name) => {
-    const input = el("input", { type: "radio", name: id, onchange: () => { results.shown = name; onChange(); } });
-    input.checked = name === results.shown;
+    const input = el("input", { type: "radio", name: id, onchange: () => onChange(name) });
+    input.checked = name === shown;
     return el("label", {}, input, el("span", {}, bdi(name)));
   });
   const focused = fieldset.contains(document.activeElement);
   fieldset.replaceChildren(fieldset.querySelector("legend"), ...options);
   if (focused) fieldset.querySelector(":checked").focus();
+}
+
+// Lets the user choose the model whose frames and timeline are shown.
+function resultChoice(id) {
+  modelChoice(id, [...results.runs.keys()], results.shown, (name) => {
+    results.shown = name;
+    drawFrames();
+    drawTimeline();
+  });
 }
 
 function describeInfo({ width, height, seconds, frames, fps, bytes }) {
@@ -206,7 +216,7 @@ function drawFrames() {
   $("frames").hidden = !run?.frames;
   if (!run?.frames) return;
   const { frames, attention } = run;
-  modelChoice("frames-model", () => { drawFrames(); drawTimeline(); });
+  resultChoice("frames-model");
   drawLayerChoice(Boolean(attention));
   $("frames-note").replaceChildren(frames.note);
   // At least twice the uniform share, so that almost uniform attention does not look strong.

@@ -65,7 +65,7 @@ function drawTimeline() {
   const run = shownRun(), windows = run?.windows ?? [];
   $("timeline").hidden = !run?.plan;
   if (!run?.plan) return;
-  modelChoice("timeline-model", () => { drawFrames(); drawTimeline(); });
+  resultChoice("timeline-model");
   const { plan } = run, classes = mainClasses(windows);
   const count = windows.length < plan.windows ? `${windows.length} of ${plan.windows} windows` : many(plan.windows, "window");
   $("timeline-note").textContent = `Each window of ${clock(plan.window)} is classified like a separate video. `

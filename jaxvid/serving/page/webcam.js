@@ -48,16 +48,18 @@ async function openCamera() {
   return camera;
 }
 
-const liveCard = () => results.cards.get(results.shown) ?? [...results.cards.values()][0];
-const clipSeconds = () => Math.min(10, Math.max(1, liveCard().clip_seconds));
+let liveName = null; // the model that is chosen for live mode; null: the one whose results are shown
+const liveCard = () => results.cards.get(liveName ?? results.shown) ?? [...results.cards.values()][0];
+const clipSeconds = (card) => Math.min(10, Math.max(1, card.clip_seconds));
 
 // ------------------------------------------------------------------ record a clip
 async function record() {
   const opened = await openCamera();
   if (!opened) return;
-  const recorder = new MediaRecorder(opened.stream), parts = [], length = Math.max(2, clipSeconds());
+  const recorder = new MediaRecorder(opened.stream), parts = [];
+  const length = Math.max(2, ...[...results.cards.values()].map(clipSeconds));
   const begin = performance.now();
-  $("rate").hidden = true;
+  $("rate").hidden = $("live-model").hidden = true;
   $("live-bars").replaceChildren();
   showLiveWarnings([]);
   const showRest = () => {
@@ -83,14 +85,13 @@ async function goLive() {
   if (!opened) return;
   const captures = []; // {time, jpeg} of the last seconds
   opened.timer = setInterval(() => capture(captures), 1000 / CAPTURES_PER_SECOND);
-  const by = results.cards.size > 1 ? ` by ${liveCard().name}` : "";
-  $("camera-text").textContent = `Classes of the last ${clipSeconds().toFixed(1)} s${by}`;
+  showLiveModel(captures);
   $("rate").hidden = false;
   $("rate").textContent = "Waiting for frames…";
   const latencies = []; // of the last requests, in milliseconds, each with its end
   let newest; // last capture of the previous window
   while (camera === opened) {
-    if (captures.at(-1) === newest) await new Promise((resolve) => { setTimeout(resolve, 20); });
+    if (!captures.length || captures.at(-1) === newest) await new Promise((resolve) => { setTimeout(resolve, 20); });
     else {
       newest = captures.at(-1);
       if (!await classifyFrames(sampleWindow(captures), latencies, opened)) return;
@@ -98,23 +99,38 @@ async function goLive() {
   }
 }
 
+// Shows the model of live mode. If the user chooses another one, the captures, which have the size of the
+// previous model's frames, are discarded.
+function showLiveModel(captures) {
+  const card = liveCard();
+  modelChoice("live-model", [...results.cards.keys()], card.name, (name) => {
+    liveName = name;
+    captures.length = 0;
+    showLiveModel(captures);
+  });
+  $("camera-text").textContent = `Classes of the last ${clipSeconds(card).toFixed(1)} s`;
+  $("live-bars").replaceChildren();
+  showLiveWarnings([]);
+}
+
 function capture(captures) {
-  const preview = $("preview"), { videoWidth: width, videoHeight: height } = preview;
+  const card = liveCard(), preview = $("preview"), { videoWidth: width, videoHeight: height } = preview;
   if (!width) return;
-  const scale = Math.min(1, liveCard().preprocessing.short_side / Math.min(width, height));
+  const scale = Math.min(1, card.preprocessing.short_side / Math.min(width, height));
   const canvas = el("canvas", { width: Math.round(width * scale), height: Math.round(height * scale) });
   canvas.getContext("2d").drawImage(preview, 0, 0, canvas.width, canvas.height);
   const time = performance.now() / 1000;
   canvas.toBlob((jpeg) => {
-    if (jpeg) captures.push({ time, jpeg });
-    while (captures.length && captures[0].time < time - clipSeconds() - 1) captures.shift();
+    if (!jpeg || card !== liveCard()) return;
+    captures.push({ time, jpeg });
+    while (captures[0].time < time - clipSeconds(card) - 1) captures.shift();
   }, "image/jpeg", JPEG_QUALITY);
 }
 
 // The captures nearest to evenly spaced times in the last seconds, one per frame of a clip.
 function sampleWindow(captures) {
-  const count = liveCard().preprocessing.num_frames, end = captures.at(-1).time;
-  const begin = Math.max(captures[0].time, end - clipSeconds());
+  const card = liveCard(), count = card.preprocessing.num_frames, end = captures.at(-1).time;
+  const begin = Math.max(captures[0].time, end - clipSeconds(card));
   return Array.from({ length: count }, (_, i) => {
     const time = begin + ((i + 0.5) / count) * (end - begin);
     return captures.reduce((best, next) => (Math.abs(next.time - time) < Math.abs(best.time - time) ? next : best));
@@ -123,15 +139,17 @@ function sampleWindow(captures) {
 
 // Classifies frames and shows the classes; returns whether live mode goes on.
 async function classifyFrames(frames, latencies, opened) {
-  const form = new FormData();
+  const form = new FormData(), card = liveCard();
   for (const { jpeg } of frames) form.append("video", jpeg, "frame.jpg");
   const begin = performance.now();
   try {
-    const query = { model: liveCard().name, top_k: TOP_K };
+    const query = { model: card.name, top_k: TOP_K };
     const { top, warnings } = await (await request("v1/frames", { method: "POST", query, body: form })).json();
     if (camera !== opened) return false;
-    barList($("live-bars"), top);
-    showLiveWarnings(warnings);
+    if (card === liveCard()) {
+      barList($("live-bars"), top);
+      showLiveWarnings(warnings);
+    }
   } catch (error) {
     if (camera === opened && error.status !== 429) {
       stopCamera();
