@@ -36,6 +36,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import cv2
 import numpy as np
 import simplejpeg
+from absl import flags
 from PIL import Image
 
 from benchmarks.data import write_video
@@ -254,6 +255,7 @@ def run_workers(
     folder: Path, source: str, kind: str, num_clips: int, threads: int, workers: int
 ) -> tuple[float, float]:
     """Load `num_clips` clips; return clips per second, and the CPU time per clip in seconds."""
+    flags.FLAGS.mark_as_parsed()  # worker processes need it
     batches = make_batches(folder, source, kind, 0, threads, workers)
     for _ in range(2 * max(threads, workers)):  # until all threads load at different positions
         next(batches)
