@@ -19,15 +19,15 @@ import numpy as np
 
 from jaxvid import parsers
 from jaxvid.atomic import check_output, output_path, write_file
-from jaxvid.data import check
 from jaxvid.data.class_names import (
     PUBLIC_DATASETS,
     class_names,
     names_classes,
     read_class_names,
 )
+from jaxvid.data.gather import gather
 from jaxvid.data.kinetics_ssv2 import is_kinetics
-from jaxvid.data.records import Record
+from jaxvid.data.records import Record, VideoFiles
 from jaxvid.data.video_lists import read_list, read_names
 from jaxvid.errors import InputError, printable
 from jaxvid.evaluation.class_order import NameIndex, Verdict, compare_orders, known_orders
@@ -42,7 +42,7 @@ UNDECIDED = 4  # exit code if nothing can be concluded
 SPLITS = ("val", "test", "train")  # the first of them that the videos have is used
 
 
-def read_videos(path: Path) -> tuple[list[Record], list[str]]:
+def read_videos(path: Path) -> tuple[VideoFiles, list[str]]:
     """Return labelled videos, and the class names that their labels are indices of.
 
     Args:
@@ -56,7 +56,7 @@ def read_videos(path: Path) -> tuple[list[Record], list[str]]:
         names = read_names([path])
         records = read_list(path, None, labels=names, missing="keep")
     else:
-        splits, names = check.gather([path])
+        splits, names = gather([path])
         records = next(splits[split] for split in (*SPLITS, *splits) if split in splits)
     if all(name.isdecimal() for name in names):
         raise InputError(

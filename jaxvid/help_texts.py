@@ -89,6 +89,8 @@ Exit codes: 0 success, 2 invalid input, 3 some videos are broken and left out.
 
 CHECK = """Decode every frame of every video of a data set, and report broken and unusual videos.
 
+The same command continues an interrupted check.
+
 Exit codes: 0 all videos can be read, 2 invalid input, 3 some videos are broken.
 """
 

@@ -191,9 +191,9 @@ def check() -> argparse.ArgumentParser:
         "list's folder)")  # fmt: skip
     add("--json", metavar="OUT", help="write the report to this file")
     add("--workers", type=int, default=os.cpu_count(), help="number of threads (default: CPUs)")
-    add("--state", type=Path, metavar="DIR", help="store the results of finished parts in this "
-        "folder, so that the same command continues an interrupted check (default: not "
-        "stored)")  # fmt: skip
+    add("--state", type=Path, metavar="DIR", help="folder for the results of finished parts, with "
+        "which the same command continues an interrupted check (default: a folder in the cache, "
+        "which is removed when the check has finished)")  # fmt: skip
     _add_beam(parser)
     return parser
 

@@ -75,15 +75,21 @@ def complete_copy(path: str | Path) -> Path:
     return _copy(to_address(path), default_cache() / "complete", None)
 
 
-def join(folder: Path, path: str) -> Path:
+def join(folder: str, path: str) -> str:
     """Return a path that is relative to a folder, or the local path of an address.
 
-    Whether the file exists is not checked; see `look_up`.
+    Whether the file exists is not checked; see `look_up`. The result is text, because lists have
+    hundreds of thousands of paths, and making a `Path` takes much longer.
+
+    Args:
+        folder: The folder; empty: the path is returned unchanged.
+        path: A path, or an address.
     """
-    if not is_remote(path):
-        return folder / path
+    if ":/" not in path or not is_remote(path):
+        is_complete = path.startswith("/") or not folder
+        return path if is_complete else f"{folder.removesuffix('/')}/{path}"
     root = block_cache.root_of(folder) or block_cache.tree(default_cache())
-    return block_cache.path_of(to_address(path), root)
+    return str(block_cache.path_of(to_address(path), root))
 
 
 def look_up(path: Path) -> bool:

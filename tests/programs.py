@@ -90,9 +90,9 @@ PROGRAMS = {
         "fitting: .*",
     ),
     "check": Program(
-        ["-m", "jaxvid.data.check", "{data}", "--json={out}/out.json", "--state={out}/state"],
+        ["-m", "jaxvid.data.check", "{data}", "--json={out}/out.json"],
         ("out.json",),
-        "reading: .*|.* parts are complete",
+        "reading: .*|.* parts are complete|continuing the interrupted check in .*",
     ),
     "prepare": Program(
         ["-m", "jaxvid.data.prepare", "--input", "{data}", "--output={out}/pack"],

@@ -93,6 +93,16 @@ def test_table_has_a_row_for_every_model(capsys):
             marks=pytest.mark.full,
         ),
         pytest.param(
+            ("input_cost.py", "--videos", "1", "--rounds", "1", "--clips", "8"),
+            "4 threads, 0 workers",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            ("pack_formats.py", "--frames", "32", "--rounds", "1"),
+            "H.264, all-intra           JPEG q80: ",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
             ("train.py", "--input", "pack", "--trace", "--turns", "1", "--steps", "2")
             + ("--config.batch_size=8", "--config.model.depth=1"),
             "pack, read at once is",  # name of the side that waits for the device at each step
@@ -103,14 +113,24 @@ def test_table_has_a_row_for_every_model(capsys):
             "frames to compute: 14 with sharing, 32 without",
         ),
         pytest.param(
+            ("scale.py", "list", "--videos", "300", "--folder", "{folder}"),
+            "kinetics       300 videos:",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            ("scale.py", "pack", "--videos", "300", "--folder", "{folder}"),
+            "  child process",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
             ("serve.py", "--requests", "8", "--rounds", "1", "--clients", "1", "2"),
             "server / offline loop in batches of",
             marks=pytest.mark.full,
         ),
     ],
 )
-def test_benchmarks_run(arguments, printed):
-    name, *flags = arguments
+def test_benchmarks_run(arguments, printed, tmp_path):
+    name, *flags = [argument.format(folder=tmp_path) for argument in arguments]
     command = [sys.executable, f"benchmarks/{name}", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

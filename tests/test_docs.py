@@ -69,8 +69,10 @@ NOT_RUN = {
     "tests/evaluation/test_probing.py runs the program if it is installed",
     r"python -m jaxvid(\.export .*--format onnx| eval .*--onnx )": "needs optional packages; "
     "tests/inference/test_onnx.py runs the programs if they are installed",
-    r"python benchmarks/(forward|deploy|data|train|windows|serve)\.py": "takes minutes and an idle "
-    "machine; tests/test_benchmarks.py runs them on small input",
+    r"python benchmarks/(data|deploy|forward|scale|serve|train|windows)\.py": "takes minutes and "
+    "an idle machine; tests/test_benchmarks.py runs them on small input",
+    r"python benchmarks/(input_cost|pack_formats)\.py": "takes minutes and an idle machine; "
+    "tests/test_benchmarks.py runs them on small input",
     r"(python|jaxvid) .*(gs|s3)://": "needs an object store; tests/test_s3.py runs a server",
     r"python benchmarks/remote\.py": "needs s3fs; tests/test_s3.py runs it on small input",
     r"python -m benchmarks\.gpu ": "takes minutes and a GPU; tests/test_benchmarks.py runs it on "

@@ -12,10 +12,11 @@ from jaxvid.data.folder_scan import (
     NOT_IN_CLASS_FOLDER,
     SUBFOLDER,
     Skipped,
+    is_video,
     pick_videos,
 )
 from jaxvid.data.kinetics_ssv2 import is_kinetics, read_kinetics_list, read_something_list
-from jaxvid.data.records import Record
+from jaxvid.data.records import VideoFiles
 from jaxvid.data.video_lists import read_list, read_names
 from jaxvid.errors import InputError
 
@@ -45,14 +46,14 @@ def find_split(folder: Path, split: str) -> Path:
 
 def read_split(
     folder: Path, split: str, labels: list[str], prefix: str, missing: str
-) -> list[Record]:
+) -> VideoFiles:
     """Find and read the list of a split. Other arguments and errors: `read_records`."""
     return read_records(find_split(folder, split), labels, prefix=prefix, missing=missing)
 
 
 def read_records(
     path: Path, labels: list[str] | None, *, prefix: str, missing: str, labelled: bool = True
-) -> list[Record]:
+) -> VideoFiles:
     """Read a list of Kinetics or Something-Something, or one that `read_list` reads.
 
     `labels` are the class names, or None if the classes have no names. For the other arguments, see
@@ -106,7 +107,7 @@ def read_names_in_lists(lists: Sequence[Path]) -> list[str]:
 
 def read_class_folders(
     folder: Path, splits: tuple[str, ...], skipped: Skipped | None = None
-) -> tuple[list[str], dict]:
+) -> tuple[list[str], dict[str, VideoFiles]]:
     """Read the videos in `FOLDER/SPLIT/CLASS`.
 
     If only one split is requested and it has no folder, the videos in `FOLDER/CLASS` are read.
@@ -153,11 +154,10 @@ def read_class_folders(
         )
     records, label_of = {}, {name: i for i, name in enumerate(labels)}
     for split, root in roots.items():
-        records[split] = [
-            Record(root / name / video, label_of[name], f"{name}/{video}")
-            for name in sorted(trees[root])
-            for video in trees[root][name]
-        ]
+        classes = sorted(trees[root].items())
+        ids = [f"{name}/{video}" for name, videos in classes for video in videos]
+        video_labels = [label_of[name] for name, videos in classes for _ in videos]
+        records[split] = VideoFiles(root, ids, video_labels)
         if not records[split]:
             note = f" (skipped: {skipped})" if str(skipped) else ""
             raise InputError(f"{root}: contains no CLASS/*.mp4{note}")
@@ -195,14 +195,16 @@ def _list_classes(root: Path, skipped: Skipped) -> dict[str, list[str]]:
 
 def _list_videos(folder: Path, skipped: Skipped) -> list[str]:
     """Return the sorted file names of the videos in a class folder."""
-    files = []
+    files, videos = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.name.startswith(".") and _false_on_error(entry.is_dir):
+            if is_video(entry.name) and entry.is_file(follow_symlinks=False):  # most entries
+                videos.append(entry.name)
+            elif not entry.name.startswith(".") and _false_on_error(entry.is_dir):
                 skipped.add(SUBFOLDER)
             else:
                 files.append((entry.name, functools.partial(_false_on_error, entry.is_file)))
-        return pick_videos(files, skipped)
+        return sorted(videos + pick_videos(files, skipped))
 
 
 def _false_on_error(test: Callable[[], bool]) -> bool:

@@ -3,41 +3,30 @@
 if __name__ == "__main__":  # before the imports below, which take seconds
     from jaxvid import entry_point
 
-    entry_point.run("jaxvid.data.check")
+    entry_point.run("jaxvid.data.check", "; run the same command to continue")
 
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jaxvid import parsers, progress, remote
+from jaxvid import parsers, progress
 from jaxvid.atomic import check_output, output_path, write_json
 from jaxvid.data import part_results
-from jaxvid.data.annotations import (
-    SPLITS,
-    find_lists,
-    read_class_folders,
-    read_names_in_lists,
-    read_records,
-)
 from jaxvid.data.beam import BeamRunner, make_runner
-from jaxvid.data.class_names import names_classes, read_labels
+from jaxvid.data.file_checks import file_state
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
-from jaxvid.data.kinetics_ssv2 import is_kinetics
-from jaxvid.data.label_sets import classes_of
-from jaxvid.data.records import MAX_LIST_BYTES, Record, file_state
-from jaxvid.data.split_checks import find_overlaps
+from jaxvid.data.gather import gather, note_overlaps, note_skipped
+from jaxvid.data.part_results import Item, SplitVideos
+from jaxvid.data.records import Record
 from jaxvid.errors import InputError, printable, with_addresses
-from jaxvid.files import check_regular
 
 SOME_BROKEN = 3  # exit code if some videos are broken
 MAX_SECONDS = 3600.0  # time limit for opening and decoding a video
@@ -68,110 +57,6 @@ class Finding:
     broken: str | None = None
     readable: int = 0
     size: int = -1
-
-
-def gather(
-    paths: Sequence[str | Path],
-    prefix: str = "",
-    *,
-    labelled: bool = True,
-    skipped: Skipped | None = None,
-) -> tuple[dict[str, list[Record]], list[str]]:
-    """List the videos of lists and folders. The video files need not exist.
-
-    Args:
-        paths: Lists, named after their splits, or folders with lists (`train.csv`, `val.csv`,
-            `test.csv`, or official lists) or with class folders.
-        prefix: Folder that paths in lists are relative to; empty: the list's folder.
-        labelled: Whether labels are required.
-        skipped: Counter of the entries of class folders that are skipped, or None.
-
-    Returns:
-        Split → records; and the class names, or the label numbers if there are no names.
-
-    Raises:
-        InputError: A list or folder is missing, malformed or empty; a split occurs twice; the class
-            names of two inputs differ; or a label is out of range.
-    """
-    records, names, names_path = {}, None, None
-    prefix = prefix and str(remote.local_path(prefix))
-    for path in map(remote.local_path, paths):
-        new_records, labels = _gather_one(path, prefix, labelled, skipped)
-        for split in new_records:
-            if split in records:
-                raise InputError(f"{path}: split {split!r} is given twice; merge the two inputs")
-        records.update(new_records)
-        if labels is not None and names is not None and labels != names:
-            raise InputError(
-                f"{path}: the class names differ from those of {names_path}; use the same "
-                "labels.txt"
-            )
-        if labels is not None:
-            names, names_path = labels, path
-    labels = (record.label for split in records.values() for record in split)
-    highest = max((index for label in labels for index in classes_of(label)), default=0)
-    if names is None:
-        names = [str(i) for i in range(highest + 1)]
-    elif highest >= len(names):
-        raise InputError(
-            f"{names_path}: label {highest} is out of range: there are {len(names)} class names; "
-            "correct the label or add the missing names"
-        )
-    return records, names
-
-
-def _gather_one(
-    path: Path, prefix: str, labelled: bool, skipped: Skipped | None
-) -> tuple[dict[str, list[Record]], list[str] | None]:
-    """Return split → records of one list or folder; and the class names, or None without names."""
-    if not os.path.isdir(path):
-        if not os.path.lexists(path):
-            raise InputError(f"{path} does not exist; choose a list or a data folder")
-        with contextlib.suppress(FileNotFoundError):  # reported when the list is read
-            check_regular(path, MAX_LIST_BYTES)
-        folder, lists = path.parent, {_split_of(path): path}
-    else:
-        folder, lists = path, find_lists(path)
-    if os.path.isfile(path / "dataset_info.json"):
-        raise InputError(
-            f"{path} is a pack, whose videos were checked when it was written; choose a list or a "
-            "folder of videos"
-        )
-    if not lists:
-        splits = tuple(split for split in SPLITS if os.path.isdir(path / split))
-        labels, records = read_class_folders(path, splits or ("train",), skipped)
-        return records, labels
-    files, all_files = [*lists.values()], [*find_lists(folder).values()]
-    if names_classes(folder) or (labelled and any(map(is_kinetics, files))):
-        labels = read_labels(folder)[0]
-    else:  # labels must not depend on the requested splits
-        labels = read_names_in_lists(all_files if {*files} <= {*all_files} else files) or None
-    options = {"prefix": prefix, "missing": "keep", "labelled": labelled}
-    return {split: read_records(file, labels, **options) for split, file in lists.items()}, labels
-
-
-def note_skipped(skipped: Skipped) -> None:
-    """Print one line about the entries that a scan of class folders skipped, if any."""
-    if counts := str(skipped):
-        print(f"skipped in class folders: {counts}", file=sys.stderr)
-
-
-def note_overlaps(records: dict[str, list[Record]]) -> list[str]:
-    """Print and return one line for each pair of splits that have videos in common."""
-    same_files, copies = find_overlaps(records)
-    for line in (*same_files, *copies):
-        print(f"overlap: {line}", file=sys.stderr)
-    return same_files + copies
-
-
-def _split_of(path: Path) -> str:
-    """Return the split that a list is named after."""
-    split = path.stem.removeprefix("something-something-v2-")
-    if not split.isidentifier():
-        raise InputError(
-            f"{path}: the file is not named after a split; rename it, e.g. to train.csv"
-        )
-    return "val" if split in ("validate", "validation") else split
 
 
 def examine(
@@ -266,10 +151,12 @@ class Progress:
     Args:
         total: Number of videos.
         title: Name of the activity.
+        done: Number of videos that an earlier run finished.
     """
 
-    def __init__(self, total: int, title: str):
-        self._progress, self._bytes = progress.Progress(total, title=title, unit="video"), 0
+    def __init__(self, total: int, title: str, done: int = 0):
+        self._progress = progress.Progress(total, title=title, unit="video", done=done)
+        self._bytes = 0
 
     def advance(self, num_bytes: int) -> None:
         """Count a video of `num_bytes` bytes; a negative number counts as 0."""
@@ -281,28 +168,27 @@ class Progress:
         self._progress.close()
 
 
-def make_report(findings: Sequence[Finding], seconds: float) -> dict:
-    """Return the report of a check as a JSON object; `seconds` is the time that reading took."""
-    broken = [
-        {"id": f.id, "split": f.split, "reason": f.broken, "readable": f.readable,
-         "num_frames": f.num_frames}
-        for f in findings
-        if f.broken
-    ]  # fmt: skip
-    odd = [
-        {"id": f.id, "split": f.split, "what": list(f.odd)}
-        for f in findings
-        if f.odd and not f.broken
-    ]
-    return {
-        "videos": len(findings),
-        "readable": len(findings) - len(broken),
-        "frames": sum(f.num_frames for f in findings if not f.broken),
-        "bytes": sum(max(f.size, 0) for f in findings),
-        "broken": broken,
-        "odd": odd,
-        "seconds": round(seconds, 3),
-    }
+def make_report(findings: Iterable[Finding], seconds: float) -> dict:
+    """Return the report of a check as a JSON object; `seconds` is the time that reading took.
+
+    It has an entry for each broken or unusual video, so its size does not depend on the number of
+    the others.
+    """
+    report = {"videos": 0, "readable": 0, "frames": 0, "bytes": 0, "broken": [], "odd": []}
+    for f in findings:
+        report["videos"] += 1
+        report["bytes"] += max(f.size, 0)
+        if f.broken:
+            report["broken"].append(
+                {"id": f.id, "split": f.split, "reason": f.broken, "readable": f.readable,
+                 "num_frames": f.num_frames}
+            )  # fmt: skip
+            continue
+        report["readable"] += 1
+        report["frames"] += f.num_frames
+        if f.odd:
+            report["odd"].append({"id": f.id, "split": f.split, "what": list(f.odd)})
+    return {**report, "seconds": round(seconds, 3)}
 
 
 def print_report(report: dict, done: str) -> None:
@@ -334,44 +220,77 @@ def check(
 
     Args:
         paths: As in `gather`.
-        workers: Number of threads of this process; or a runner of Apache Beam, whose workers read
-            the videos and write `state` under the same paths.
+        workers: As in `read_videos`.
         prefix: As in `gather`.
-        state: Folder with the results of finished parts, which are not read again; None: no
-            results are stored. A runner needs it.
+        state: As in `read_videos`. If it has the results of other videos, it is refused.
 
     Returns:
         The report of `make_report`, with one more key: `overlaps` (lines about videos that are in
         two splits).
 
     Raises:
-        InputError: As in `gather`.
+        InputError: As in `gather` and `read_videos`.
+    """
+    videos, overlaps = list_videos(paths, prefix)
+    if state is not None:
+        part_results.claim(state, videos)
+    return {**read_videos(videos, workers, state), "overlaps": overlaps}
+
+
+def list_videos(paths: Sequence[str | Path], prefix: str) -> tuple[SplitVideos, list[str]]:
+    """List the videos of lists and folders, and find those that are in two splits.
+
+    Arguments and errors: `gather`.
+
+    Returns:
+        The videos, and one line for each overlap of two splits.
     """
     skipped = Skipped()
     records, _ = gather(paths, prefix, labelled=False, skipped=skipped)
     note_skipped(skipped)
-    overlaps = note_overlaps(records)
-    items = [(record, split) for split, videos in records.items() for record in videos]
+    return SplitVideos(records), note_overlaps(records)
+
+
+def read_videos(videos: SplitVideos, workers: int | BeamRunner, state: Path | None) -> dict:
+    """Read every video completely.
+
+    Args:
+        videos: The videos.
+        workers: Number of threads of this process; or a runner of Apache Beam, whose workers read
+            the videos and write `state` under the same paths.
+        state: Folder with the results of finished parts, which are not read again; None: no
+            results are stored. A runner needs it.
+
+    Returns:
+        The report of `make_report`.
+
+    Raises:
+        InputError: The folder cannot be written, or the pipeline failed.
+    """
     start = time.monotonic()
+    read = functools.partial(_read, workers=workers, total=len(videos))
     if state is None:
-        findings = list(_read(items, workers))
+        findings = read(videos)
     else:
         runner = workers if isinstance(workers, BeamRunner) else None
-        read = functools.partial(_read, workers=workers)
-        rows = part_results.run(items, state, read, read_part, runner)
-        findings = [Finding(**row) for row in rows]
-    return make_report(findings, time.monotonic() - start) | {"overlaps": overlaps}
+        rows = part_results.run(videos, state, read, read_part, runner)
+        findings = (Finding(**row) for row in rows)
+    report = make_report(findings, 0.0)
+    return {**report, "seconds": round(time.monotonic() - start, 3)}
 
 
-def _read(items: Sequence[tuple[Record, str]], workers: int) -> Iterator[Finding]:
-    """Read videos in threads; yield the results in order, and show the progress."""
-    with contextlib.closing(Progress(len(items), "reading")) as bar:
+def _read(items: Iterable[Item], done: int = 0, *, workers: int, total: int) -> Iterator[Finding]:
+    """Read videos in threads; yield the results in order, and show the progress.
+
+    `done` is the number of videos that an earlier run read, of `total`.
+    """
+    with contextlib.closing(Progress(total, "reading", done)) as bar:
         for finding in map_in_order(lambda item: examine(*item, lambda _: None), items, workers):
             bar.advance(finding.size)
             yield finding
 
 
-def read_part(items: Sequence[tuple[Record, str]]) -> list[Finding]:
+def read_part(items: Sequence[Item]) -> list[Finding]:
     """Read videos one after the other, on a worker of Beam."""
     return [examine(*item, lambda _: None) for item in items]
 
@@ -387,9 +306,12 @@ def main() -> None:
             raise InputError("--runner needs --state DIR, a folder that all workers can write")
         if output:
             check_output("--json", output)
-        report = check(args.input, beam or max(1, args.workers), args.prefix, args.state)
-        if output:
-            write_json(output, report)
+        videos, overlaps = list_videos(args.input, args.prefix)
+        with part_results.open_folder(args.state, videos) as state:
+            report = read_videos(videos, beam or max(1, args.workers), state)
+            report["overlaps"] = overlaps
+            if output:
+                write_json(output, report)
     except InputError as error:
         parser.exit(InputError.EXIT_CODE, f"error: {printable(error)}\n")
     print_report(report, "can be read")

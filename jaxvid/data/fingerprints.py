@@ -1,13 +1,14 @@
 """SHA-256 fingerprints of the ids, labels and files of a data set."""
 
-import concurrent.futures
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from jaxvid.data.file_checks import map_files
 from jaxvid.data.formats.pack_reader import PackRecords, TfdsVideo
 from jaxvid.data.protocols import VideoRecord
+from jaxvid.data.records import VideoFiles, files_of, ids_of
 
 
 def describe_videos(records: Sequence[VideoRecord]) -> dict[str, int | str]:
@@ -21,7 +22,7 @@ def describe_videos(records: Sequence[VideoRecord]) -> dict[str, int | str]:
 
 def fingerprint(records: Sequence[VideoRecord]) -> str:
     """Return the SHA-256 of the ids of a split's videos, in order."""
-    return digest(record.id for record in records)
+    return digest(ids_of(records))
 
 
 def fingerprint_labels(records: Sequence[VideoRecord]) -> str:
@@ -29,6 +30,8 @@ def fingerprint_labels(records: Sequence[VideoRecord]) -> str:
 
     Labels that are known only after reading the video (`TfdsVideo`) are replaced by empty texts.
     """
+    if isinstance(records, VideoFiles):
+        return digest(map(str, records.labels))
     return digest("" if isinstance(record, TfdsVideo) else str(record.label) for record in records)
 
 
@@ -38,10 +41,8 @@ def fingerprint_files(records: Sequence[VideoRecord]) -> str:
     The files of a pack are its ArrayRecord files. Videos whose file is missing or inaccessible, or
     which have no file, are replaced by empty texts.
     """
-    is_pack = isinstance(records, PackRecords)
-    paths = records.paths if is_pack else [record.path for record in records]
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # network file systems are slow
-        return digest(pool.map(_describe_file, paths))
+    files = records.paths if isinstance(records, PackRecords) else files_of(records)
+    return digest(map_files(_describe_file, files))
 
 
 def _describe_file(path: str | Path | None) -> str:

@@ -66,6 +66,11 @@ def _sort(counts: collections.Counter) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
+def is_video(name: str) -> bool:
+    """Return whether the name of a file is that of a video, and is not hidden."""
+    return name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith(".")
+
+
 def pick_videos(
     entries: Iterable[tuple[str, Callable[[], bool]]], skipped: Skipped | None
 ) -> list[str]:
@@ -84,7 +89,7 @@ def pick_videos(
     for name, is_file in entries:
         if name.startswith("."):
             skipped.add(HIDDEN)
-        elif not name.lower().endswith(VIDEO_SUFFIXES):
+        elif not is_video(name):
             skipped.add(OTHER_KIND, name)
         elif not is_file():
             skipped.add(BROKEN)

@@ -20,7 +20,7 @@ from jaxvid.data.formats.pack_reader import PackRecords
 from jaxvid.data.formats.tfds_api import read_metadata
 from jaxvid.data.kinetics_ssv2 import is_kinetics
 from jaxvid.data.protocols import VideoRecord
-from jaxvid.data.records import NO_LABEL, Record, read_lines
+from jaxvid.data.records import NO_LABEL, Record, VideoFiles, read_lines
 from jaxvid.errors import InputError
 
 
@@ -96,7 +96,7 @@ def _choose_split(path: Path, splits: tuple[str, ...], split: str | None) -> str
     return split or next(iter(splits), None)
 
 
-def _read_list(path: Path, prefix: str) -> tuple[list[Record], list[str]]:
+def _read_list(path: Path, prefix: str) -> tuple[VideoFiles, list[str]]:
     """Return the records of a list and the names of their classes. The files need not exist."""
     options = {"prefix": prefix, "missing": "keep", "labelled": False}
     has_column = is_kinetics(path) and "label" in read_lines(path, names=True)[0]
@@ -104,11 +104,12 @@ def _read_list(path: Path, prefix: str) -> tuple[list[Record], list[str]]:
     if names_classes(path.parent) or has_column or read_names_in_lists([path]):
         labels, _ = read_list_labels(path.parent, [path])
     records = read_records(path, labels, **options)
-    if several := [record.id for record in records if isinstance(record.label, tuple)]:
-        raise InputError(
-            f"{path}: {several[0]} has several classes; choose a list with one class per video"
-        )
-    highest = max(record.label for record in records)
+    for id_, label in zip(records.ids, records.labels, strict=True):
+        if isinstance(label, tuple):
+            raise InputError(
+                f"{path}: {id_} has several classes; choose a list with one class per video"
+            )
+    highest = max(records.labels)
     if labels is None:
         labels = [str(i) for i in range(highest + 1)]
     return records, labels if highest != NO_LABEL else []
@@ -127,5 +128,4 @@ def _read_folder(path: Path, split: str | None, skipped: Skipped) -> InputVideos
     if {name.count(os.sep) for name in names} == {1}:
         labels, records = read_class_folders(path, (split or "train",))
         return InputVideos(records[split or "train"], labels, "class folders")
-    records = [Record(Path(file), NO_LABEL, id_) for file, id_ in zip(files, names, strict=True)]
-    return InputVideos(records, [], "folder")
+    return InputVideos(VideoFiles(root, names, [NO_LABEL] * len(names)), [], "folder")

@@ -8,10 +8,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from jaxvid.atomic import write_file
 from jaxvid.data.check import Finding
 from jaxvid.data.formats import pack_writer
 from jaxvid.data.formats.pack_writer import Clip, Part, Settings, encode
+from jaxvid.data.formats.record_offsets import find_offsets
 from jaxvid.data.formats.xvit_hdf5 import write_h5
 
 
@@ -53,7 +56,9 @@ def write_part(
         name = pack_writer.array_record_name(part.split, part.number, part.count)
         partial = partials / f"{name}{tag}"
         pack_writer.write_array_record(partial, examples, labels)
+        offsets = find_offsets(partial)  # also reads the file back, and checks its hashes
         commit(partial, name)
+        write_offsets(part, output, offsets)
     else:
         (output / "seq_h5" / part.split).mkdir(parents=True, exist_ok=True)
         for name, clip in readable():
@@ -69,6 +74,13 @@ def write_part(
         "seconds": time.monotonic() - start,
     }
     write_text(part.state_path(output), json.dumps(state))
+
+
+def write_offsets(part: Part, output: Path, offsets: np.ndarray | None) -> None:
+    """Write the offsets of the records of a part, unless `find_offsets` did not find them."""
+    if offsets is None:
+        return
+    write_file(part.offsets_path(output), offsets.tobytes(), writer=uuid.uuid4().hex)
 
 
 def load_state(part: Part, output: Path) -> dict | None:

@@ -19,23 +19,22 @@ from pathlib import Path
 from jaxvid import parsers, remote, remote_folder
 from jaxvid.atomic import format_json, write_file
 from jaxvid.data.beam import BeamRunner, make_runner, run_on_workers
-from jaxvid.data.check import (
-    SOME_BROKEN,
-    Progress,
-    gather,
-    make_report,
-    map_in_order,
-    note_overlaps,
-    note_skipped,
-    print_report,
-)
+from jaxvid.data.check import SOME_BROKEN, Progress, make_report, map_in_order, print_report
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats import pack_writer, tfds_api
 from jaxvid.data.formats.pack_index import format_table, list_videos, table_path
 from jaxvid.data.formats.pack_writer import Clip, Part, Settings, encode, plan
+from jaxvid.data.formats.record_offsets import find_offsets, join_offsets, offsets_path
+from jaxvid.data.gather import gather, note_overlaps, note_skipped
 from jaxvid.data.label_sets import SEPARATOR
-from jaxvid.data.pack_parts import encode_and_write, load_state, write_part, write_text
-from jaxvid.data.records import Record
+from jaxvid.data.pack_parts import (
+    encode_and_write,
+    load_state,
+    write_offsets,
+    write_part,
+    write_text,
+)
+from jaxvid.data.records import VideoFiles
 from jaxvid.data.validation_split import ValidationSplit
 from jaxvid.errors import InputError, printable
 from jaxvid.locks import LockedError, locked
@@ -113,6 +112,24 @@ def _write_metadata(
     write_text(output / "labels.txt", "".join(f"{label}\n" for label in labels))
 
 
+def _write_offsets(output: Path, parts: list[Part]) -> None:
+    """Write the offsets of the records of each split."""
+    older = []  # parts of an older version, without offsets, and their files
+    for part in parts:
+        name = pack_writer.array_record_name(part.split, part.number, part.count)
+        # The copy of a file that is in an object store already has no contents.
+        if not part.offsets_path(output).exists() and (output / name).stat().st_blocks:
+            older.append((part, output / name))
+    if older:
+        print(f"reading {len(older)} finished files for their offsets", file=sys.stderr)
+    for part, path in older:
+        write_offsets(part, output, find_offsets(path))
+    for split in {part.split: None for part in parts}:
+        files = [part.offsets_path(output) for part in parts if part.split == split]
+        if all(file.exists() for file in files):
+            join_offsets(files, offsets_path(output, split))
+
+
 # ------------------------------------------------------------------ the program
 
 
@@ -129,13 +146,13 @@ def prepare(
     """Pack the videos of lists and folders, or resume an unfinished pack.
 
     Args:
-        inputs: Lists and folders, as in `check.gather`.
+        inputs: Lists and folders, as in `gather`.
         output: Folder of the pack. In an object store, each part is uploaded when it is finished.
         settings: Settings of the pack.
         workers: Number of threads of this process; or a runner of Apache Beam, whose workers read
             the videos and write the pack under the same paths.
         shard: `(index, count)`: index of this job, and number of jobs that share the work.
-        prefix: Folder that paths in lists are relative to, as in `check.gather`.
+        prefix: Folder that paths in lists are relative to, as in `gather`.
         split: Division of the videos into training and validation, or None.
 
     Returns:
@@ -155,12 +172,13 @@ def prepare(
     skipped = Skipped()
     records, labels = gather(inputs, prefix, skipped=skipped)
     note_skipped(skipped)
-    for record in itertools.chain(*records.values()):
-        if isinstance(record.label, tuple):
-            raise InputError(
-                f"{record.id} has the label {SEPARATOR.join(map(str, record.label))}{SEPARATOR}, "
-                "but a pack stores one class per video; train on the list itself"
-            )
+    for videos in records.values():
+        for id_, label in zip(videos.ids, videos.labels, strict=True):
+            if isinstance(label, tuple):
+                raise InputError(
+                    f"{id_} has the label {SEPARATOR.join(map(str, label))}{SEPARATOR}, but a pack "
+                    "stores one class per video; train on the list itself"
+                )
     if split is not None and split.share:
         records = _divide(records, split, ", ".join(map(str, inputs)))
     for name in labels:
@@ -175,7 +193,7 @@ def prepare(
 
 
 def _pack(
-    records: dict[str, list[Record]],
+    records: dict[str, VideoFiles],
     labels: list[str],
     output: Path,
     settings: Settings,
@@ -198,7 +216,11 @@ def _pack(
     Raises:
         InputError: As in `prepare`.
     """
-    lines = [[split, r.id, r.label] for split, videos in records.items() for r in videos]
+    lines = [
+        [split, id_, label]
+        for split, videos in records.items()
+        for id_, label in zip(videos.ids, videos.labels, strict=True)
+    ]
     list_digest = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
     parts = plan(records, settings)
     job_parts = parts[shard[0] :: shard[1]]
@@ -226,8 +248,8 @@ def _pack(
 
 
 def _divide(
-    records: dict[str, list[Record]], split: ValidationSplit, source: str
-) -> dict[str, list[Record]]:
+    records: dict[str, VideoFiles], split: ValidationSplit, source: str
+) -> dict[str, VideoFiles]:
     """Divide the videos of the only split of an input into training and validation.
 
     Args:
@@ -314,6 +336,8 @@ def _finish(
             for partial in (output / folder).glob("*.partial"):  # files of jobs that were killed
                 partial.unlink(missing_ok=True)
         _write_metadata(output, parts, states, labels, settings)
+        if settings.format == "arrayrecord":
+            _write_offsets(output, parts)
         write_file(output / "report.json", format_json(report), writer=str(os.getpid()))
     return report
 

@@ -1,21 +1,17 @@
 """Records of labelled videos, and helpers to read lists of them."""
 
-import concurrent.futures
 import csv
 import dataclasses
 import difflib
-import functools
 import io
-import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jaxvid import remote
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.label_sets import Label
 from jaxvid.data.protocols import VideoRecord
-from jaxvid.errors import InputError, printable
+from jaxvid.errors import InputError
 from jaxvid.files import check_regular
 
 NO_LABEL = -1  # label of videos in lists without labels
@@ -25,12 +21,6 @@ MAX_LIST_BYTES = 2**30
 MAX_LINES = 20_000_000
 MAX_LINE = 10_000  # maximum number of characters in a line
 HEAD_BYTES = 2**20  # number of bytes at the start of a file that are checked for binary data
-
-# Limits for checking that the files of a list exist.
-CHECK_FILES = 16_000  # number of records that are read before their files are checked
-CHUNK_FILES = 1000  # number of files that one task of the thread pool checks
-MAX_MISSING = 1000  # number of missing files after which reading stops with an error
-NAMED_MISSING = 5  # maximum number of missing files that the error message names
 
 # End of an error message about a list or a line of it.
 HAS_NO_LABEL = (
@@ -98,6 +88,76 @@ class LostVideo:
             DecodeError: Always.
         """
         raise DecodeError(f"{self.id}: no longer in the training list; skipped")
+
+
+class VideoFiles(Sequence[Record]):
+    """The labelled video files of a list or folder, stored as columns.
+
+    A `Record` is made when it is requested. For 400,000 videos, a list of `Record`s would need
+    hundreds of megabytes in each process.
+
+    Attributes:
+        folder: Folder that the paths are relative to.
+        ids: Names of the videos.
+        labels: Their labels.
+        paths: Their paths, as in lists: relative, absolute, or addresses.
+
+    Args:
+        folder: As above.
+        ids: As above.
+        labels: As above.
+        paths: As above; None: the ids.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ids: list[str],
+        labels: list[Label],
+        paths: list[str] | None = None,
+    ):
+        self.folder, self.ids, self.labels = folder, ids, labels
+        self.paths = ids if paths is None else paths
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int | slice) -> "Record | VideoFiles":
+        if isinstance(index, slice):
+            return self.select(range(*index.indices(len(self))))
+        path = Path(remote.join(str(self.folder), self.paths[index]))
+        return Record(path, self.labels[index], self.ids[index])
+
+    def select(self, indices: Iterable[int]) -> "VideoFiles":
+        """Return the videos with the given indices."""
+        indices = [*indices]
+        ids, labels = [self.ids[i] for i in indices], [self.labels[i] for i in indices]
+        paths = None if self.paths is self.ids else [self.paths[i] for i in indices]
+        return VideoFiles(self.folder, ids, labels, paths)
+
+    def with_labels(self, labels: list[Label]) -> "VideoFiles":
+        """Return the same videos with other labels."""
+        return VideoFiles(self.folder, self.ids, labels, self.paths)
+
+
+def ids_of(records: Sequence[VideoRecord]) -> Sequence[str]:
+    """Return the ids of videos."""
+    return records.ids if isinstance(records, VideoFiles) else [record.id for record in records]
+
+
+def labels_of(records: Sequence[VideoRecord]) -> Sequence[Label]:
+    """Return the labels of videos. For some kinds of records, this reads the videos."""
+    if isinstance(records, VideoFiles):
+        return records.labels
+    return [record.label for record in records]
+
+
+def files_of(records: Sequence[VideoRecord]) -> Sequence[str | Path | None]:
+    """Return the files of videos, as in `VideoRecord.path`."""
+    if isinstance(records, VideoFiles):
+        folder = str(records.folder)
+        return [remote.join(folder, path) for path in records.paths]
+    return [record.path for record in records]
 
 
 class Selection(Sequence[VideoRecord]):
@@ -179,165 +239,17 @@ def find_label(
     return label_of[name]
 
 
-class RecordList:
-    """Collector of the records of a list. It checks that ids are unique and that files exist.
-
-    Args:
-        path: The list.
-        missing: `error` to raise an error if files are missing, or `keep` to skip this check.
-    """
-
-    def __init__(self, path: Path, missing: str):
-        self._path, self._must_exist = path, missing != "keep"
-        self._records: list[VideoRecord] = []
-        self._lines: dict[str, int] = {}  # id → line number
-        self._num_checked = 0
-        self._missing: list[tuple[int, str]] = []  # index and state of each missing file
-
-    def add(self, number: int, record: VideoRecord) -> None:
-        """Add the video of line `number`.
-
-        Raises:
-            InputError: An earlier line has the same id, or `MAX_MISSING` files are missing.
-        """
-        if (line := self._lines.get(record.id)) is not None:
-            unit = "entry" if self._path.suffix == ".json" else "line"
-            raise InputError(
-                f"{self._path}:{number}: {record.id!r} is already in {unit} {line}; delete one of "
-                "the two"
-            )
-        self._lines[record.id] = number
-        self._records.append(record)
-        if len(self._records) - self._num_checked == CHECK_FILES:
-            self._check()
-
-    def finish(self) -> list:
-        """Return the records.
-
-        Raises:
-            InputError: The list is empty, or files are missing. The message names the first missing
-                files.
-        """
-        if not self._records:
-            raise InputError(f"{self._path} is empty; it needs one entry per video")
-        self._check()
-        if self._missing:
-            self._refuse(f"{len(self._missing)} in total")
-        return self._records
-
-    def _check(self) -> None:
-        """Check the files that were added since the last call."""
-        if self._must_exist:
-            start, self._num_checked = self._num_checked, len(self._records)
-            new = self._records[start:]
-            self._missing += [(start + i, state) for i, state in find_missing(new)]
-            if len(self._missing) >= MAX_MISSING:
-                self._refuse("the rest of the list was not read")
-
-    def _refuse(self, note: str) -> None:
-        """Raise an InputError that names the first missing files and the number of the others.
-
-        `note` follows this number.
-        """
-        numbers = list(self._lines.values())
-        named = [
-            f"{self._path}:{numbers[i]}: {self._records[i].path} {state}{_hint(self._records[i])}"
-            for i, state in self._missing[:NAMED_MISSING]
-        ]
-        more = len(self._missing) - NAMED_MISSING
-        rest = f"; and {more} more ({note})" if more > 0 else ""
-        remedy = "restore them or delete the lines"
-        if len(self._missing) == 1:
-            remedy = "restore it or delete the line"
-        raise InputError(f"{printable('; '.join(named))}{rest}; {remedy}")
-
-
-def _hint(record: VideoRecord) -> str:
-    return " (separate folders with /)" if "\\" in record.id else ""
-
-
-def find_missing(records: Sequence[VideoRecord]) -> Iterator[tuple[int, str]]:
-    """Find the records whose file is missing, inaccessible, not regular or empty.
-
-    No file is opened. Records whose `path` is None are skipped.
-
-    Yields:
-        The index of each such record, and the `file_state` of its file.
-    """
-
-    def check_chunk(start: int) -> list[tuple[int, str]]:
-        chunk = records[start : start + CHUNK_FILES]
-        states = (
-            (start + i, file_state(record.path))
-            for i, record in enumerate(chunk)
-            if record.path is not None
-        )
-        return [(i, state) for i, state in states if state]
-
-    # Threads hide the latency of network file systems. Chunks save memory: with one task per file,
-    # a million files would take gigabytes.
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        for missing in pool.map(check_chunk, range(0, len(records), CHUNK_FILES)):
-            yield from missing
-
-
-class Listings:
-    """Test whether files exist: `path in listings`.
-
-    Each folder is listed once, which is faster than one look-up per file.
-    """
-
-    def __init__(self):
-        self._names = functools.cache(self._list)
-
-    @staticmethod
-    def _list(folder: str) -> frozenset[str] | None:
-        try:
-            return frozenset(os.listdir(folder))
-        except PermissionError:  # files in the folder may still be readable
-            return None
-        except (OSError, ValueError):
-            return frozenset()
-
-    def __contains__(self, path: str) -> bool:
-        """Return whether a path exists. A broken link may count as existing."""
-        folder, name = os.path.split(path)
-        names = self._names(folder)
-        return os.path.exists(path) if names is None else name in names
-
-
-def file_state(path: Path) -> str:
-    """Return why a file is unusable, e.g. `is empty`, or an empty string if it is usable.
-
-    Only its metadata is read, so a file without read permission counts as usable.
-
-    Raises:
-        InputError: The store of a remote file cannot be reached or refuses access.
-    """
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return file_state(path) if remote.look_up(path) else "does not exist"
-    except OSError as error:  # a loop of links, no permission
-        return f"cannot be read ({error.strerror})"
-    except ValueError as error:  # a null character
-        return f"cannot be read ({error})"
-    if not stat.S_ISREG(status.st_mode):
-        return "is not a file"
-    return "" if status.st_size else "is empty"
-
-
 def read_lines(path: Path, *, names: bool = False, max_bytes: int = MAX_LIST_BYTES) -> list[str]:
     """Return the lines of a text file. Arguments: `read_text`.
 
     Raises:
         InputError: As in `read_text`, or the file has more than `MAX_LINES` lines.
     """
-    text = read_text(path, names=names, max_bytes=max_bytes)
-    if text.count("\n") > MAX_LINES:
+    text = read_text(path, names=names, max_bytes=max_bytes).removesuffix("\n")
+    if text.count("\n") >= MAX_LINES:
         raise InputError(f"{path}: has more than {MAX_LINES} lines; split the list")
     # `splitlines` would also split at the line separators of Unicode, which file names may contain.
-    return text.removesuffix("\n").split("\n")
+    return text.split("\n")
 
 
 def read_text(path: Path, *, names: bool = False, max_bytes: int = MAX_LIST_BYTES) -> str:

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from jaxvid.data.file_checks import find_missing
 from jaxvid.data.formats.pack_reader import PackRecords
 from jaxvid.data.protocols import VideoRecord
-from jaxvid.data.records import Selection, find_missing
+from jaxvid.data.records import Selection, files_of
 from jaxvid.errors import InputError
 
 
@@ -22,7 +23,7 @@ def leave_out_broken(
     if isinstance(records, PackRecords):
         broken = set(records.find_broken())
     else:
-        broken = {i for i, _ in find_missing(records)}
+        broken = {i for i, _ in find_missing(files_of(records))}
     if not broken:
         return records, ()
     remaining = [i for i in range(len(records)) if i not in broken]

@@ -17,6 +17,7 @@ from jaxvid.data.annotations import (
 from jaxvid.data.class_names import names_classes, read_labels_or_numbers
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.pack_reader import PackRecords, read_color_matrix
+from jaxvid.data.formats.record_offsets import note_memory
 from jaxvid.data.formats.tfds_api import find_folder
 from jaxvid.data.formats.xvit_hdf5 import read_xvit_list
 from jaxvid.data.local_copies import DEFAULT_GB, use_local_copies
@@ -190,9 +191,7 @@ def _open_lists(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) 
     # Check the number before reading the lists, which may be long.
     check_num_classes(labels, labels_file, num_classes)
     if unsplit is None:
-        records = {
-            split: read_split(folder, split, labels, data.prefix, missing) for split in splits
-        }
+        records = {s: read_split(folder, s, labels, data.prefix, missing) for s in splits}
         return VideoDataset(records, labels, notes=note_empty_classes(records, labels))
     prefix = data.prefix or (data.folder if data.list else "")
     videos = read_records(unsplit, labels, prefix=prefix, missing=missing)
@@ -235,7 +234,9 @@ def _open_xvit_h5(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]
 def _open_pack(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
     """Read a folder that `jaxvid.data.prepare` wrote."""
     records = {split: PackRecords(data.folder, split) for split in splits}
-    return VideoDataset(records, records[splits[0]].labels, notes=_compare_color_matrix(data))
+    notes = note_memory(data.folder, sum(r.num_without_offset for r in records.values()))
+    notes += _compare_color_matrix(data)
+    return VideoDataset(records, records[splits[0]].labels, notes=notes)
 
 
 def _open_tfds(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
@@ -357,8 +358,7 @@ def check_num_classes(labels: Sequence[str], labels_file: str, num_classes: int)
 
 def _compare_color_matrix(data: DatasetConfig) -> tuple[str, ...]:
     """Return a note if a pack's `color_matrix` differs from the config's, otherwise no note."""
-    used = data.used_color_matrix
-    packed = read_color_matrix(data.folder)
+    used, packed = data.used_color_matrix, read_color_matrix(data.folder)
     if packed in (None, used):
         return ()
     return (

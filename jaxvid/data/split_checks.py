@@ -1,17 +1,19 @@
 """Checks of the splits of a data set: kinds of labels, classes without videos, overlaps."""
 
 import collections
-import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from jaxvid.data.file_checks import map_files
 from jaxvid.data.label_sets import LabelSet, classes_of
 from jaxvid.data.protocols import VideoRecord
-from jaxvid.data.records import CHUNK_FILES, Record
+from jaxvid.data.records import Record, VideoFiles, files_of, labels_of
 from jaxvid.errors import InputError, printable
 
 SAMPLE_BYTES = 2**16  # number of bytes at each end of a file that are compared
@@ -35,21 +37,27 @@ def check_labels(
             source does not support it or no video has a class.
     """
     if multi_label:
-        if any(not isinstance(record, Record) for record in records):
+        is_table = isinstance(records, VideoFiles)
+        if not is_table and any(not isinstance(record, Record) for record in records):
             raise InputError(
                 f"{prefix}the data source has one class per video; use data.source=folder for "
                 "loss.name=sigmoid, or set loss.name=softmax"
             )
-        sets = [LabelSet.make(record.label, num_classes) for record in records]
-        if not any(label.classes for label in sets):
+        labels = labels_of(records)
+        set_of = {label: LabelSet.make(label, num_classes) for label in {*labels}}
+        if not any(label.classes for label in set_of.values()):
             raise InputError(f"{prefix}no video of a split has a class; add labels to the list")
-        pairs = zip(records, sets, strict=True)
-        return [dataclasses.replace(record, label=label) for record, label in pairs]
-    for record in records if isinstance(records, list) else ():
-        if isinstance(record.label, tuple):
+        if is_table:
+            return records.with_labels([set_of[label] for label in labels])
+        pairs = zip(records, labels, strict=True)
+        return [dataclasses.replace(record, label=set_of[label]) for record, label in pairs]
+    # Reading the labels of other kinds of records may read the videos.
+    is_listed = isinstance(records, list | VideoFiles)
+    for i, label in enumerate(labels_of(records) if is_listed else ()):
+        if isinstance(label, tuple):
             raise InputError(
-                f"{prefix}{record.id} has a list of classes as label; for multi-label data, set "
-                "--config.loss.name=sigmoid"
+                f"{prefix}{records[i].id} has a list of classes as label; for multi-label data, "
+                "set --config.loss.name=sigmoid"
             )
     return records
 
@@ -60,7 +68,7 @@ def note_empty_classes(
     """Return one line for each split in which classes have no videos."""
     notes = []
     for split, videos in records.items():
-        present = {index for video in videos for index in classes_of(video.label)}
+        present = {index for label in {*labels_of(videos)} for index in classes_of(label)}
         empty = [name for label, name in enumerate(labels) if label not in present]
         if empty:
             name, more = SPLIT_NAMES.get(split, split), ", …" if len(empty) > NAMED_CLASSES else ""
@@ -85,10 +93,7 @@ def find_overlaps(records: Mapping[str, Sequence[VideoRecord]]) -> tuple[list[st
         For each pair of splits, one line about videos that are the same file, and one line about
         other videos with the same content. Both lists are empty if there is no overlap.
     """
-    files = {
-        split: [record for record in videos if isinstance(record, Record)]
-        for split, videos in records.items()
-    }
+    files = {split: _video_files(videos) for split, videos in records.items()}
     same_files, same_content = [], []
     for first, second in itertools.combinations(files, 2):
         names = [SPLIT_NAMES.get(split, split) for split in (first, second)]
@@ -100,7 +105,7 @@ def find_overlaps(records: Mapping[str, Sequence[VideoRecord]]) -> tuple[list[st
             (same_content, copies, "a copy of"),
         ):
             if shared:
-                a, b = (printable(record.path) for record in shared[0])
+                a, b = map(printable, shared[0])
                 lines.append(
                     f"{len(shared)} of {len(files[second])} {names[1]} videos are also {names[0]} "
                     f"videos: {b} is {phrase} {a}; remove them from one of the splits"
@@ -108,43 +113,38 @@ def find_overlaps(records: Mapping[str, Sequence[VideoRecord]]) -> tuple[list[st
     return same_files, same_content
 
 
+def _video_files(videos: Sequence[VideoRecord]) -> Sequence[str | Path]:
+    if isinstance(videos, VideoFiles):
+        return files_of(videos)
+    return [record.path for record in videos if isinstance(record, Record)]
+
+
 def _find_pairs(
-    first: Sequence[Record], second: Sequence[Record]
-) -> Iterator[tuple[Record, Record]]:
-    """Yield pairs of a record of `first` and a record of `second` with the same content.
+    first: Sequence[str | Path], second: Sequence[str | Path]
+) -> Iterator[tuple[str | Path, str | Path]]:
+    """Yield pairs of a file of `first` and a file of `second` with the same content.
 
-    There is one pair for each such record of `second`. If its file is in `first`, the pair consists
-    of the two records of this file.
+    There is one pair for each such file of `second`. If it is in `first` too, the pair consists of
+    its two paths.
     """
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        sizes = [_map_files(pool, _read_size, [r.path for r in part]) for part in (first, second)]
-        common = set(sizes[0]) & set(sizes[1]) - {0}
-        candidates = [
-            [record for record, size in zip(part, part_sizes, strict=True) if size in common]
-            for part, part_sizes in zip((first, second), sizes, strict=True)
-        ]
-        digests = [_map_files(pool, _digest, [r.path for r in part]) for part in candidates]
+    sizes = [
+        np.fromiter(map_files(_read_size, part), np.int64, len(part)) for part in (first, second)
+    ]
+    common = np.setdiff1d(np.intersect1d(*sizes), [0])
+    candidates = [
+        [part[i] for i in np.flatnonzero(np.isin(part_sizes, common))]
+        for part, part_sizes in zip((first, second), sizes, strict=True)
+    ]
     by_digest = collections.defaultdict(list)
-    for record, digest in zip(candidates[0], digests[0], strict=True):
-        by_digest[digest].append(record)
-    for record, digest in zip(candidates[1], digests[1], strict=True):
+    for file, digest in zip(candidates[0], map_files(_digest, candidates[0]), strict=True):
+        by_digest[digest].append(file)
+    for file, digest in zip(candidates[1], map_files(_digest, candidates[1]), strict=True):
         if digest and (copies := by_digest.get(digest)):
-            same = (copy for copy in copies if _is_same_file(copy, record))
-            yield next(same, copies[0]), record
+            same = (copy for copy in copies if _is_same_file(copy, file))
+            yield next(same, copies[0]), file
 
 
-def _map_files(
-    pool: concurrent.futures.Executor, function: Callable[[Path], object], paths: Sequence[Path]
-) -> list:
-    """Call a function on files in the threads of a pool; missing files give a false value."""
-
-    def call(start: int) -> list:
-        return [function(path) for path in paths[start : start + CHUNK_FILES]]
-
-    return [value for chunk in pool.map(call, range(0, len(paths), CHUNK_FILES)) for value in chunk]
-
-
-def _read_size(path: Path) -> int:
+def _read_size(path: str | Path) -> int:
     """Return the size of a file; 0 if it is missing or inaccessible."""
     try:
         return os.path.getsize(path)
@@ -152,7 +152,7 @@ def _read_size(path: Path) -> int:
         return 0
 
 
-def _digest(path: Path) -> bytes:
+def _digest(path: str | Path) -> bytes:
     """Return a digest of the size and both ends of a file; empty if it cannot be read."""
     try:
         with open(path, "rb") as file:
@@ -164,5 +164,5 @@ def _digest(path: Path) -> bytes:
         return b""
 
 
-def _is_same_file(first: Record, second: Record) -> bool:
-    return os.path.realpath(first.path) == os.path.realpath(second.path)
+def _is_same_file(first: str | Path, second: str | Path) -> bool:
+    return os.path.realpath(first) == os.path.realpath(second)

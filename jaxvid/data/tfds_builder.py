@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from jaxvid.data.beam import BeamRunner
-from jaxvid.data.check import gather
-from jaxvid.data.formats.pack_reader import LABEL_FILE
+from jaxvid.data.formats.pack_index import LABEL_FILE
 from jaxvid.data.formats.pack_writer import Settings
 from jaxvid.data.formats.tfds_api import NAME, import_tfds, make_features, read_metadata
+from jaxvid.data.gather import gather
 from jaxvid.data.prepare import prepare
 from jaxvid.data.validation_split import ValidationSplit
 from jaxvid.errors import InputError

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from jaxvid.data.protocols import VideoRecord
+from jaxvid.data.records import VideoFiles, ids_of
 from jaxvid.errors import InputError, short_repr
 
 
@@ -44,7 +45,7 @@ class ValidationSplit:
 
     def divide(
         self, videos: Sequence[VideoRecord], source: object
-    ) -> tuple[dict[str, list[VideoRecord]], str]:
+    ) -> tuple[dict[str, Sequence[VideoRecord]], str]:
         """Divide videos into training and validation, in their order.
 
         Args:
@@ -57,13 +58,15 @@ class ValidationSplit:
         Raises:
             InputError: `group` does not match an id, or one of the splits would be empty.
         """
-        keys = [self._key(video.id) for video in videos]
+        keys = [self._key(id_) for id_ in ids_of(videos)]
         is_val = {key: _hash(key) < self.share for key in set(keys)}
+        indices = {"train": [], "val": []}
+        for i, key in enumerate(keys):
+            indices["val" if is_val[key] else "train"].append(i)
+        is_table = isinstance(videos, VideoFiles)
         records = {
-            split: [
-                v for v, key in zip(videos, keys, strict=True) if is_val[key] == (split == "val")
-            ]
-            for split in ("train", "val")
+            split: videos.select(chosen) if is_table else [videos[i] for i in chosen]
+            for split, chosen in indices.items()
         }
         plural = "s" if len(is_val) > 1 else ""
         groups = f" in {len(is_val)} group{plural}" if self.group else ""

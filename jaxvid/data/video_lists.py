@@ -2,18 +2,18 @@
 
 import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxvid import remote
 from jaxvid.data.class_names import MAX_CLASSES, check_similar_names, name_problem
+from jaxvid.data.file_checks import check_list
 from jaxvid.data.folder_scan import VIDEO_SUFFIXES
-from jaxvid.data.label_sets import SEPARATOR
+from jaxvid.data.label_sets import SEPARATOR, Label
 from jaxvid.data.records import (
+    MAX_LINE,
     NO_LABEL,
-    Record,
-    RecordList,
+    VideoFiles,
     check_line,
     find_label,
     read_lines,
@@ -25,6 +25,9 @@ from jaxvid.errors import InputError
 _LABEL_HEADERS = ("label", "labels", "class", "class_id", "class_name", "target")
 # End of a path in an unquoted line. The separator follows it.
 _PATH_END = re.compile(rf"(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))})(?=[\s,])", re.IGNORECASE)
+# A line of the most frequent form, a path and a label. It can be divided in only one way, because
+# the label has no dot, comma or quotation mark.
+_PLAIN_LINE = re.compile(r"([^\s,\"][^,\"]*\.\w+)[ ,]([^\s,\".](?:[^,\".]*[^\s,\".])?)")
 
 
 class Row(NamedTuple):
@@ -60,7 +63,7 @@ def read_list(
     prefix: str | Path = "",
     missing: str = "error",
     labelled: bool = True,
-) -> list[Record]:
+) -> VideoFiles:
     """Read a list of videos, as described in `read_rows`.
 
     Args:
@@ -78,23 +81,43 @@ def read_list(
             name is not in `labels`; or a video is missing or empty and `missing` is `error`. The
             message names the list and, if a line is wrong, its number.
     """
-    base, records = Path(prefix) if prefix else path.parent, RecordList(path, missing)
+    base = Path(prefix) if prefix else path.parent
     label_of = labels and {name: i for i, name in enumerate(labels)}
-    for row in read_rows(path, labelled=labelled):
-        classes = row.classes
-        if row.has_names:
-            classes = [find_label(path, row.number, c, label_of, labelled) for c in classes]
-        elif num_classes is not None and max(classes, default=0) >= num_classes:
-            label, note = max(classes), ""
-            if str(label) in (labels or ()):
-                note = f" (a list with class names cannot contain {label}, which is an index)"
-            raise InputError(
-                f"{path}:{row.number}: label {label} is out of range: with {num_classes} classes, "
-                f"labels are 0 to {num_classes - 1}{note}; correct the line or the class names"
-            )
-        label = tuple(sorted(classes)) if isinstance(row.label, tuple) else classes[0]
-        records.add(row.number, Record(remote.join(base, row.path), label, row.path))
-    return records.finish()
+    numbers, paths, listed_labels = _read_columns(path, labelled)
+    known: dict[int | str | tuple, Label] = {}  # label as in the list → classes
+    for number, label in zip(numbers, listed_labels, strict=True):
+        if label not in known:
+            row = Row(number, "", label)
+            known[label] = _find_classes(path, row, num_classes, labels, label_of, labelled)
+    videos = VideoFiles(base, paths, [known[label] for label in listed_labels])
+    check_list(path, videos, numbers, missing)
+    return videos
+
+
+def _find_classes(
+    path: Path,
+    row: Row,
+    num_classes: int | None,
+    labels: Sequence[str] | None,
+    label_of: dict[str, int] | None,
+    labelled: bool,
+) -> Label:
+    """Return the index or, in a multi-label list, the indices of the classes of a line.
+
+    `label_of` is the index of each name in `labels`. Other arguments and errors: `read_list`.
+    """
+    classes = row.classes
+    if row.has_names:
+        classes = [find_label(path, row.number, c, label_of, labelled) for c in classes]
+    elif num_classes is not None and max(classes, default=0) >= num_classes:
+        label, note = max(classes), ""
+        if str(label) in (labels or ()):
+            note = f" (a list with class names cannot contain {label}, which is an index)"
+        raise InputError(
+            f"{path}:{row.number}: label {label} is out of range: with {num_classes} classes, "
+            f"labels are 0 to {num_classes - 1}{note}; correct the line or the class names"
+        )
+    return tuple(sorted(classes)) if isinstance(row.label, tuple) else classes[0]
 
 
 def read_names(paths: Iterable[Path]) -> list[str]:
@@ -105,11 +128,54 @@ def read_names(paths: Iterable[Path]) -> list[str]:
     """
     lines = {}  # name → list and line number of its first occurrence
     for path in paths:
-        for row in read_rows(path, labelled=False):
+        numbers, _, labels = _read_columns(path, labelled=False)
+        for label, number in _first_numbers(labels, numbers).items():
+            row = Row(number, "", label)
             for name in row.classes if row.has_names else ():
-                lines.setdefault(name, f"{path}:{row.number}")
+                lines.setdefault(name, f"{path}:{number}")
     check_similar_names(lines)
     return sorted(lines)
+
+
+def _first_numbers(values: Sequence[Any], numbers: Sequence[int]) -> dict[Any, int]:
+    """Return value → the first of its numbers, in ascending order of the numbers."""
+    first = dict(zip(reversed(values), reversed(numbers), strict=True))
+    return dict(sorted(first.items(), key=lambda item: item[1]))
+
+
+def _read_columns(path: Path, labelled: bool) -> tuple[Sequence[int], list[str], list]:
+    """Return the fields of `read_rows` as columns: line numbers, paths and labels.
+
+    If all lines are plain, they are read several times as fast as by `read_rows`.
+
+    Raises:
+        InputError: As in `read_rows`.
+    """
+    lines = read_lines(path, names=True)
+    paths, texts = [], []
+    for match in map(_PLAIN_LINE.fullmatch, lines):
+        if match:
+            paths.append(match[1])
+            texts.append(match[2])
+    start = int(_PLAIN_LINE.fullmatch(lines[0]) is None)  # the first line may be a header
+    suffixes = {name[name.rindex(".") :] for name in paths}
+    is_plain = 0 < len(paths) == len(lines) - start
+    is_plain &= {suffix.lower() for suffix in suffixes} <= {*VIDEO_SUFFIXES}
+    if not is_plain or max(map(len, lines)) > MAX_LINE:
+        rows = [*_parse_lines(path, lines, labelled)]
+        return [row.number for row in rows], [row.path for row in rows], [r.label for r in rows]
+    numbers = range(start + 1, len(lines) + 1)
+    # The first line, and the first one with each label, are parsed completely.
+    first = _first_numbers(texts, numbers)
+    numbered = {number: lines[number - 1] for number in (1, *first.values())}
+    rows = [*_parse_numbered(path, [item for item in numbered.items() if item[1].strip()])]
+    label_of = {text: row.label for text, row in zip(first, rows[-len(first) :], strict=True)}
+    before = rows[: -len(first)]  # the first line, if it is neither plain nor a header
+    return (
+        range(numbers.start - len(before), numbers.stop),
+        [row.path for row in before] + paths,
+        [row.label for row in before] + [label_of[text] for text in texts],
+    )
 
 
 def read_rows(path: Path, *, labelled: bool = True) -> list[Row]:
@@ -129,17 +195,26 @@ def read_rows(path: Path, *, labelled: bool = True) -> list[Row]:
         InputError: The list is missing or empty, or a line is malformed or too long or has another
             kind of label than the first.
     """
-    lines_read = enumerate(read_lines(path, names=True), 1)
-    lines = [(number, line) for number, line in lines_read if line.strip()]
-    for number, line in lines:
+    return [*_parse_lines(path, read_lines(path, names=True), labelled)]
+
+
+def _parse_lines(path: Path, lines: Sequence[str], labelled: bool) -> Iterator[Row]:
+    """Yield the rows of all lines. Arguments and errors: `read_rows`."""
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    for number, line in numbered:
         check_line(path, number, line)
-    if not labelled and all(line.strip().lower().endswith(VIDEO_SUFFIXES) for _, line in lines):
-        return [Row(number, line.strip(), NO_LABEL) for number, line in lines]
-    rows, first = [], None  # `first`: the first row with a class
-    for number, line in lines:
+    if not labelled and all(line.strip().lower().endswith(VIDEO_SUFFIXES) for _, line in numbered):
+        return (Row(number, line.strip(), NO_LABEL) for number, line in numbered)
+    return _parse_numbered(path, numbered)
+
+
+def _parse_numbered(path: Path, numbered: Sequence[tuple[int, str]]) -> Iterator[Row]:
+    """Yield the rows of lines with labels, given with their numbers; the first may be a header."""
+    first = None  # the first row with a class
+    for number, line in numbered:
         name, text = _split(line)
         is_header = text.lower() in _LABEL_HEADERS and not name.lower().endswith(VIDEO_SUFFIXES)
-        if number == lines[0][0] and is_header:
+        if number == numbered[0][0] and is_header:
             continue
         label = _parse_label(text)
         if not name or is_header or label is None:
@@ -149,7 +224,6 @@ def read_rows(path: Path, *, labelled: bool = True) -> list[Row]:
                 "correct the line, and quote fields that contain commas"
             )
         row = Row(number, name, label)
-        rows.append(row)
         first = row if first is None and row.classes else first
         if row.classes and row.has_names != first.has_names:
             kinds = [
@@ -160,7 +234,7 @@ def read_rows(path: Path, *, labelled: bool = True) -> list[Row]:
                 f"{path}:{number}: has {kinds[0]}, but line {first.number} has {kinds[1]}; use "
                 "class names in all lines, or indices in all lines"
             )
-    return rows
+        yield row
 
 
 def _split(line: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import numpy as np
 from grain.experimental import WindowShuffleMapDataset
 
 from jaxvid.data.protocols import VideoRecord
+from jaxvid.data.records import labels_of
 from jaxvid.errors import InputError, check_option
 
 SAMPLERS = ("uniform", "balanced")
@@ -60,7 +61,7 @@ class VideoOrder:
         """Return the order with the fields that depend on the videos."""
         if self.sampler == "uniform":
             return self
-        return dataclasses.replace(self, labels=tuple(record.label for record in records))
+        return dataclasses.replace(self, labels=tuple(labels_of(records)))
 
     def epoch_clips(self, num_videos: int) -> int:
         """Return the number of clips in an epoch.

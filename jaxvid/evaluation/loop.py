@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jaxvid import logs, progress
 from jaxvid.data.pipeline import LoaderConfig, make_eval_iter, split_batch
+from jaxvid.data.records import ids_of
 from jaxvid.data.sources import Record
 from jaxvid.distributed import collectives, sharding
 from jaxvid.errors import InputError
@@ -216,7 +217,7 @@ class _Collector:
             for name in ("scores", "probabilities", "padded", "released")
         }
         return Results(
-            ids=[record.id for record in self._records],
+            ids=[*ids_of(self._records)],
             labels=np.concatenate([part["label"] for part in self._parts]),
             **arrays,
             errors=[error for part in self._parts for error in part["error"]],

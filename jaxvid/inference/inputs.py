@@ -65,7 +65,7 @@ class VideoInput:
         if isinstance(source, str | os.PathLike):
             self.id = _check_path(source)
             if remote.is_remote(self.id) and not is_web_address(self.id):
-                self.path = remote.join(Path(), self.id)
+                self.path = Path(remote.join("", self.id))
             elif not is_url(self.id):
                 self.path = Path(self.id)
         elif isinstance(source, bytes | bytearray | memoryview):

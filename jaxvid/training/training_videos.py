@@ -18,7 +18,7 @@ from jaxvid.data import fingerprints
 from jaxvid.data.formats.pack_reader import PackRecords
 from jaxvid.data.label_sets import LabelSet, to_json
 from jaxvid.data.pipeline import stored_id
-from jaxvid.data.records import LostVideo, Selection
+from jaxvid.data.records import LostVideo, Selection, ids_of, labels_of
 from jaxvid.data.sources import VideoDataset
 from jaxvid.data.split_checks import find_overlaps
 from jaxvid.errors import InputError, printable
@@ -71,7 +71,7 @@ def align(workdir: Path, data: VideoDataset) -> tuple[VideoDataset, tuple[str, .
     first, records = _load(workdir), data.records["train"]
     if first is None or outputs.starts_over(workdir):
         return data, ()
-    now = {record.id: i for i, record in enumerate(records)}
+    now = {id_: i for i, id_ in enumerate(ids_of(records))}
     if list(now) == first["ids"] or len(now) < len(records):  # unchanged, or ids are not unique
         return data, ()
     known = set(first["ids"])
@@ -132,8 +132,8 @@ def save(workdir: Path, data: VideoDataset) -> None:
     if jax.process_index() or numbered or _load(workdir) is not None:
         return
     listed = {
-        "ids": [record.id for record in records],
-        "labels": [to_json(record.label) for record in records],
+        "ids": ids_of(records),
+        "labels": [*map(to_json, labels_of(records))],
         "left_out": list(data.left_out),
     }
     write_file(workdir / FILE, gzip.compress(json.dumps(listed).encode(), mtime=0))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxvid.data import check, records
+from jaxvid.data import check, file_checks
 from jaxvid.data.annotations import (
     find_split,
     read_class_folders,
@@ -266,10 +266,10 @@ def test_reading_stops_after_too_many_missing_files(tmp_path, monkeypatch):
         checked.append(path)
         return "does not exist"
 
-    monkeypatch.setattr(records, "file_state", report_missing)
+    monkeypatch.setattr(file_checks, "file_state", report_missing)
     with pytest.raises(InputError, match="list.csv:1: .*; and 15995 more .the rest of the list"):
         read_list(write(tmp_path / "list.csv", lines), 1)
-    assert len(checked) == records.CHECK_FILES
+    assert len(checked) == file_checks.CHECK_FILES
 
 
 def test_kinetics_folders_are_listed_once(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
 from jaxvid.data.formats.pack_reader import PackRecords
 from jaxvid.data.formats.pack_writer import Part, Settings, plan
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
+from jaxvid.data.records import VideoFiles
 from jaxvid.data.sources import DatasetConfig, Record, open_dataset
 from jaxvid.data.synthetic_motion import write_clip
 from jaxvid.errors import InputError
@@ -498,7 +499,7 @@ def test_paths_are_relative_to_the_prefix(tmp_path):
 
 def test_the_number_of_files_per_split_is_limited():
     for count, expected in ((1, 1), (65, 2), (240_000, 256)):
-        records = [Record(Path(f"{i}.mp4"), 0) for i in range(count)]
+        records = VideoFiles(Path(), [f"{i}.mp4" for i in range(count)], [0] * count)
         parts = plan({"train": records}, Settings())
         assert len(parts) == parts[0].count == expected
         assert sum(len(part.records) for part in parts) == count
@@ -514,7 +515,7 @@ def test_the_number_of_files_per_split_is_limited():
     ],
 )
 def test_names_of_h5_files_are_unique_and_contain_no_folders(ids, names):
-    records = [Record(Path(name), 0, name) for name in ids]
+    records = VideoFiles(Path(), ids, [0] * len(ids))
     [part] = plan({"train": records}, Settings("h5"))
     assert isinstance(part, Part)
     assert part.names == names

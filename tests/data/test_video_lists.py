@@ -1,10 +1,12 @@
 """Lists with class names."""
 
+import re
+
 import pytest
 
 from jaxvid.data import check
 from jaxvid.data.sources import guess_source, has_validation, open_dataset
-from jaxvid.data.video_lists import Row, read_rows
+from jaxvid.data.video_lists import Row, read_list, read_rows
 from jaxvid.errors import InputError
 from tests.data.test_sources import section, write
 
@@ -27,7 +29,7 @@ def test_class_names_in_lists(tmp_path, form):
     assert data.labels == ["flip a pancake", "run"]
     assert [(r.id, r.label) for r in data.records["val"]] == [("a.mp4", 1), ("b c.mp4", 0)]
     records, labels = check.gather([tmp_path / "val.csv"])
-    assert (labels, records["val"]) == (data.labels, data.records["val"])
+    assert (labels, list(records["val"])) == (data.labels, list(data.records["val"]))
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,41 @@ def test_class_names_in_lists(tmp_path, form):
 )
 def test_paths_and_labels_of_a_line(tmp_path, line, path, label):
     assert read_rows(write(tmp_path / "list.csv", line)) == [Row(1, path, label)]
+
+
+@pytest.mark.parametrize(
+    "path", ["b.mp4", "b", "b c.mp4", '"b.mp4"', "b,c.mp4", "b.mp4 d.MP4", " b.ts"]
+)
+@pytest.mark.parametrize("separator", [",", " ", ", ", "\t"])
+@pytest.mark.parametrize("label", ["run", "push, pull", "a.mp4", "run fast", "flip (side)", "v1.0"])
+@pytest.mark.parametrize("first", ["path,label\n", "", '"a, b.mp4","run"\n', "\n"])
+def test_lists_are_read_as_their_lines(tmp_path, path, separator, label, first):
+    """`read_list` has a faster way to read a list if all lines have the most frequent form."""
+    line = f"{path}{separator}{label}"
+    file = write(tmp_path / "list.csv", f"{first}{line}\n{line.replace('b', 'e', 1)}")
+    try:
+        rows = read_rows(file)
+    except InputError as error:
+        with pytest.raises(InputError, match=re.escape(str(error))):
+            read_list(file, None, missing="keep")
+        return
+    labels = sorted({row.label for row in rows})
+    videos = read_list(file, None, labels=labels, missing="keep")
+    assert [(r.id, labels[r.label]) for r in videos] == [(row.path, row.label) for row in rows]
+
+
+def test_line_numbers_count_headers_and_empty_lines(tmp_path):
+    for first, number in (("", 1), ("path,label\n", 2), ("\n", 2), ('"x y",run\na.mp4,run\n', 3)):
+        (tmp_path / "a.mp4").write_text("x")
+        (tmp_path / "x y").write_text("x")
+        write(tmp_path / "list.csv", f"{first}b.mp4,run\nc.mp4,walk\n")
+        with pytest.raises(InputError, match=f"list.csv:{number}: .*b.mp4 does not exist"):
+            read_list(tmp_path / "list.csv", None, labels=["run", "walk"])
+        with pytest.raises(InputError, match=f"list.csv:{number + 1}: 'walk' is not a class"):
+            read_list(tmp_path / "list.csv", None, labels=["run"])
+        write(tmp_path / "list.csv", f"{first}b.mp4,run\nb.mp4,run\n")
+        with pytest.raises(InputError, match=f"list.csv:{number + 1}: 'b.mp4' is already in line"):
+            read_list(tmp_path / "list.csv", None, labels=["run"])
 
 
 def test_names_follow_the_file_of_class_names(tmp_path):
@@ -74,7 +111,7 @@ def test_class_names_do_not_depend_on_the_split(tmp_path):
             f"jump, {'walk' if split == 'train' else 'run'}",
         )
         records, labels = check.gather([tmp_path / f"{split}.csv"])
-        assert (labels, records[split]) == (data.labels, data.records[split])
+        assert (labels, [*records[split]]) == (data.labels, [*data.records[split]])
     path = write(tmp_path / "other.csv", "0.mp4,swim\n")  # not one of the folder's splits
     assert check.gather([path])[1] == ["swim"]
     assert guess_source(path) == ("folder", 1)

@@ -10,20 +10,26 @@ from typing import Any
 from jaxvid.block_cache import Pinned, address_of
 from jaxvid.data.formats.array_record_layout import Layout, read_layout
 from jaxvid.data.formats.jpeg_reader import keep_freed_memory
+from jaxvid.data.formats.record_offsets import RecordOffsets, open_descriptor
 
 
 class ArrayRecordFile:
     """A file of records. It is thread-safe.
+
+    With `offsets`, records are read without array_record, which needs memory for each record.
 
     Of a remote file, the positions of the records are read first, and then the blocks that contain
     the requested records. A file with compressed footers is read completely.
 
     Args:
         path: The file.
+        offsets: Offsets of the records of the split, for a local file; None: unknown.
+        first: Index of the file's first record in the split.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, offsets: RecordOffsets | None = None, first: int = 0):
         self._path, self._lock = path, threading.Lock()
+        self._offsets, self._first = offsets, first
         self._is_remote = address_of(path) is not None
         self._layout: Layout | None = None
         self._has_layout = False  # whether `_layout` was read
@@ -80,6 +86,8 @@ class ArrayRecordFile:
             InputError: The store cannot be reached or refuses access.
             Exception: The file is damaged; the exceptions of array_record have no common base.
         """
+        if self._offsets is not None and (data := self._read_at_offset(position)) is not None:
+            return data
         # The blocks must stay in the cache until the record is read.
         with Pinned(self._path) if self._is_remote else contextlib.nullcontext() as pinned:
             if pinned is not None:
@@ -90,6 +98,18 @@ class ArrayRecordFile:
             # in the file.
             [data] = reader.read(position, position + 1)
         return data
+
+    @functools.cached_property
+    def _descriptor(self) -> int:
+        keep_freed_memory()
+        return open_descriptor(self, self._path)
+
+    def _read_at_offset(self, position: int) -> bytes | None:
+        """Return a record; None if array_record must read it, because something is damaged."""
+        try:
+            return self._offsets.read(self._first + position, self._descriptor)
+        except OSError:  # the file cannot be opened
+            return None
 
     def _open(self, pinned: Pinned | None) -> Any:
         """Return the reader; make it when it is first needed."""

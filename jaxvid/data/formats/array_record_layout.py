@@ -1,12 +1,13 @@
-"""Positions of the records in an ArrayRecord file, so that a single record can be read remotely.
+"""Positions of the records in an ArrayRecord file, so that a single record can be read.
 
-array_record reads local files only, and does not tell where a record is. An ArrayRecord file is a
+array_record reads local files only, and does not expose where a record is. An ArrayRecord file is a
 Riegeli file (https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md) that
 ends with a chunk of footers, one per data chunk, and a chunk that contains the position of the
-footers. Only the positions are read here. array_record parses the records and checks their hashes.
+footers. Hashes are not checked here.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -53,11 +54,11 @@ def read_layout(read: Callable[[int, int], bytes], size: int) -> Layout | None:
         read completely.
     """
     try:
-        [postscript, *_] = _read_chunk(read, size - BLOCK, size)
+        [postscript, *_] = read_chunk(read, size - BLOCK, size)
         fields = _read_fields(postscript)
         if fields[2] != MAGIC:
             return None
-        footers = [_read_fields(entry) for entry in _read_chunk(read, fields[1], size)[1:]]
+        footers = [_read_fields(entry) for entry in read_chunk(read, fields[1], size)[1:]]
         offsets = np.array([entry[1] for entry in footers] + [fields[1]], np.int64)
         group_size = footers[0][3]
         counts = [entry[3] for entry in footers]
@@ -68,8 +69,13 @@ def read_layout(read: Callable[[int, int], bytes], size: int) -> Layout | None:
     return Layout(offsets, group_size) if is_regular and is_ascending else None
 
 
-def _read_chunk(read: Callable[[int, int], bytes], position: int, size: int) -> Sequence[bytes]:
-    """Return the records of an uncompressed simple chunk.
+def read_chunk(read: Callable[[int, int], bytes], position: int, size: int) -> Sequence[bytes]:
+    """Return the records of an uncompressed simple chunk. Its hashes are not checked.
+
+    Args:
+        read: Function that returns the bytes of a range `(start, stop)` of the file.
+        position: Start of the chunk.
+        size: Size of the file, or end of the chunk.
 
     Raises:
         ValueError: The chunk is compressed, of another type or damaged.
@@ -86,10 +92,10 @@ def _read_chunk(read: Callable[[int, int], bytes], position: int, size: int) -> 
     while i < end:
         record_size, i = _read_varint(data, i)
         sizes.append(record_size)
-    ends = np.cumsum([end, *sizes])
+    ends = [*itertools.accumulate(sizes, initial=end)]
     if ends[-1] != len(data):
         raise ValueError("sizes of records do not match the chunk")
-    return [data[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [data[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def _read_across_blocks(

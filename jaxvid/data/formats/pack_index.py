@@ -1,8 +1,8 @@
-"""Index file of a split of a pack: the metadata and the records of each video."""
+"""Files of a pack besides its records: class names, and the index of the videos of a split."""
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 from jaxvid.errors import InputError
 from jaxvid.files import check_regular
 
+LABEL_FILE = "label.labels.txt"  # class names, as TFDS stores them
 MAX_TABLE_BYTES = 2**30  # size limit of an index file
 # Column → lowest and highest valid value. The upper bounds are far above what `prepare` writes, and
 # low enough that sums of a column stay below 2^63.
@@ -20,6 +21,28 @@ BOUNDS = {
     "fps": (0, 1000),
     "has_times": (0, 1),
 }
+
+
+def check_label_file(path: Path, num_classes: int) -> None:
+    """Check the class names of a pack. Without the file, TFDS would return label numbers as names.
+
+    Raises:
+        InputError: The file is missing or unreadable, or does not contain `num_classes` names.
+    """
+    try:
+        names = {line.strip() for line in path.read_text(encoding="utf-8").split("\n")} - {""}
+    except FileNotFoundError:
+        names = None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); restore it") from None
+    if names is None or len(names) != num_classes:
+        problem = "does not exist"
+        if names is not None:
+            problem = f"contains {len(names)} class names, not {num_classes}"
+        raise InputError(
+            f"{path}: {problem}; write {num_classes} class names, one per line, in the order of "
+            "the labels, or run prepare again"
+        )
 
 
 class PackedVideoInfo(NamedTuple):
@@ -75,11 +98,8 @@ class PackIndex(Sequence):
                 header = next(rows, [])
                 if header[:2] == ["id", "label"] and header != list(PackedVideoInfo._fields):
                     raise InputError(f"{path}: has an older layout; run prepare again")
-                self._ids, numbers = [], []
-                for id_, label, num_frames, fps, *rest in rows:
-                    self._ids.append(id_)
-                    numbers.append((int(label), int(num_frames), float(fps), *map(int, rest)))
-            self._numbers = np.array(numbers, self._NUMBERS)
+                self._ids: list[str] = []
+                self._numbers = np.fromiter(self._parse(rows), self._NUMBERS)
             if not self._numbers["num_frames"].any():
                 raise InputError(f"{path}: lists no readable video; run prepare again")
             self._check(num_records, num_classes)
@@ -89,6 +109,12 @@ class PackIndex(Sequence):
             raise InputError(f"{path} does not exist; run prepare again") from None
         except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
             raise InputError(f"{path}: is damaged ({error}); run prepare again") from None
+
+    def _parse(self, rows: Iterable[list[str]]) -> Iterator[tuple]:
+        """Yield the numbers of each row, and collect the ids."""
+        for id_, label, num_frames, fps, *rest in rows:
+            self._ids.append(id_)
+            yield int(label), int(num_frames), float(fps), *map(int, rest)
 
     def _check(self, num_records: int, num_classes: int) -> None:
         """Raise a ValueError if values are out of range or do not match the records of the pack."""

@@ -13,9 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxvid.block_cache import address_of
 from jaxvid.data.formats.array_record_file import ArrayRecordFile
 from jaxvid.data.formats.jpeg_reader import JpegFrames
-from jaxvid.data.formats.pack_index import PackedVideoInfo, PackIndex, table_path
+from jaxvid.data.formats.pack_index import (
+    LABEL_FILE,
+    PackedVideoInfo,
+    PackIndex,
+    check_label_file,
+    table_path,
+)
+from jaxvid.data.formats.record_offsets import RecordOffsets, offsets_path
 from jaxvid.data.formats.tfds_api import (
     MAX_METADATA_BYTES,
     PREPARE,
@@ -27,32 +35,9 @@ from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.errors import InputError, one_line
 from jaxvid.files import read_limited
 
-LABEL_FILE = "label.labels.txt"  # class names, as TFDS stores them
 FRAMES = ("video", "frames")  # features that may contain the frames
 # Features besides `frames` of a record that `prepare` wrote.
 FIELDS = ("label", "fps", "id", "first", "num_frames", "times")
-
-
-def _check_label_file(path: Path, num_classes: int) -> None:
-    """Check the class names of a pack. Without the file, TFDS would return label numbers as names.
-
-    Raises:
-        InputError: The file is missing or unreadable, or does not contain `num_classes` names.
-    """
-    try:
-        names = {line.strip() for line in path.read_text(encoding="utf-8").split("\n")} - {""}
-    except FileNotFoundError:
-        names = None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); restore it") from None
-    if names is None or len(names) != num_classes:
-        problem = "does not exist"
-        if names is not None:
-            problem = f"contains {len(names)} class names, not {num_classes}"
-        raise InputError(
-            f"{path}: {problem}; write {num_classes} class names, one per line, in the order of "
-            "the labels, or run prepare again"
-        )
 
 
 def read_color_matrix(folder: str | Path) -> str | None:
@@ -106,7 +91,7 @@ class PackRecords(Sequence):
                 "'frames' with JPEG or PNG bytes, and 'label', a ClassLabel"
             )
         if not name:  # other TFDS data sets may have classes without names
-            _check_label_file(Path(info.root) / LABEL_FILE, info.num_classes)
+            check_label_file(Path(info.root) / LABEL_FILE, info.num_classes)
         self.labels, self._ranges = info.labels, info.ranges
         self.paths = [part.path for part in info.ranges]
         # First record after each file.
@@ -120,7 +105,7 @@ class PackRecords(Sequence):
                 f"{remedy}"
             )
         index_file = table_path(Path(root), split)
-        self._index = None
+        self._index = self._offsets = None
         # A pack has both the feature `first` and an index file. If it has only one of them, its
         # layout is older or the index is missing, and PackIndex raises an error.
         if "first" in info.features or os.path.lexists(index_file):
@@ -130,6 +115,9 @@ class PackRecords(Sequence):
                     "per video; choose a whole split, or prepare it with --val_share"
                 )
             self._index = PackIndex(index_file, self._ends[-1], len(self.labels))
+            if address_of(root) is None:
+                path = offsets_path(Path(root), split)
+                self._offsets = RecordOffsets.open(path, self._ends[-1])
         elif not self._ends[-1]:
             raise InputError(f"{self.name}: split {split!r} is empty; recreate it with TFDS")
 
@@ -137,6 +125,11 @@ class PackRecords(Sequence):
     def has_ids(self) -> bool:
         """Whether videos have ids of their own. Otherwise, ids are derived from record numbers."""
         return self._index is not None
+
+    @property
+    def num_without_offset(self) -> int:
+        """Number of records that are read with array_record, which keeps their positions."""
+        return 0 if self._offsets else self._ends[-1]
 
     def find_broken(self) -> list[int]:
         """Return the indices of the videos that could not be decoded when the pack was made."""
@@ -225,7 +218,8 @@ class PackRecords(Sequence):
             return opened
         with self._lock:
             if file not in self._readers:
-                self._readers[file] = ArrayRecordFile(self.paths[file])
+                first = self._ends[file - 1] if file else 0
+                self._readers[file] = ArrayRecordFile(self.paths[file], self._offsets, first)
             return self._readers[file]
 
     def __len__(self) -> int:

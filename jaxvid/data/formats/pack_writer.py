@@ -15,7 +15,7 @@ from jaxvid.data.formats import tfds_api
 from jaxvid.data.formats.pack_reader import encode_id
 from jaxvid.data.formats.rgb import COLOR_MATRICES
 from jaxvid.data.formats.video_reader import VideoFile
-from jaxvid.data.records import Record
+from jaxvid.data.records import Record, VideoFiles
 from jaxvid.errors import InputError, check_option, import_or_explain, one_line
 
 METADATA = ("dataset_info.json", "features.json", "label.labels.txt")  # written by TFDS
@@ -36,10 +36,7 @@ class Settings:
         quality: JPEG quality, 1 to 100; the chroma subsampling is 4:2:0.
         clips_per_file: Videos per ArrayRecord file; 0: 64, or more if a split would have over 256
             files. A run that is resumed after it was killed repeats at most one file.
-        frames_per_record: Frames per record; a record is always read completely. With larger
-            records, more frames are read than requested, but less memory is needed: array_record
-            keeps 8 bytes per record in every reading process (0.6 GB for 240,000 videos of 300
-            frames with one frame per record).
+        frames_per_record: Frames per record; a record is always read completely.
         color_matrix: Conversion to RGB, one of `rgb.COLOR_MATRICES`.
 
     Raises:
@@ -99,12 +96,16 @@ class Part:
     split: str
     number: int
     count: int
-    records: list[Record]
+    records: VideoFiles
     names: list[str]
 
     def state_path(self, output: Path) -> Path:
         """Return the path of the part's state file, which exists once the part is complete."""
         return output / ".parts" / f"{self.split}-{self.number:05d}.json"
+
+    def offsets_path(self, output: Path) -> Path:
+        """Return the path of the offsets of the part's records."""
+        return self.state_path(output).with_suffix(".offsets")
 
 
 def encode(record: Record, split: str, settings: Settings) -> Clip:
@@ -114,7 +115,7 @@ def encode(record: Record, split: str, settings: Settings) -> Clip:
 
     def encode_chunk(frames: np.ndarray) -> None:
         for frame in frames:
-            frame = np.ascontiguousarray(_shrink(frame, settings.short_side))
+            frame = np.ascontiguousarray(shrink(frame, settings.short_side))
             options = {"colorspace": "RGB", "colorsubsampling": "420"}
             jpegs.append(simplejpeg.encode_jpeg(frame, quality=settings.quality, **options))
 
@@ -143,7 +144,7 @@ def _variable_times(times: np.ndarray, fps: float) -> np.ndarray | None:
     return None if is_even else times
 
 
-def _shrink(frame: np.ndarray, short_side: int) -> np.ndarray:
+def shrink(frame: np.ndarray, short_side: int) -> np.ndarray:
     """Scale a larger frame `(h, w, c)` uint8 down to a shorter side of `short_side` pixels."""
     h, w, _ = frame.shape
     if not short_side or min(h, w) <= short_side:
@@ -152,11 +153,11 @@ def _shrink(frame: np.ndarray, short_side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR))
 
 
-def plan(records: dict[str, list[Record]], settings: Settings) -> list[Part]:
+def plan(records: dict[str, VideoFiles], settings: Settings) -> list[Part]:
     """Divide the videos into parts, which depend only on the settings and the lists."""
     parts = []
     for split, videos in records.items():
-        names, size = _make_names(videos), settings.clips_per_file
+        names, size = _make_names(videos.ids), settings.clips_per_file
         size = size or max(MIN_CLIPS, -(-len(videos) // MAX_FILES))
         starts = range(0, len(videos), size)
         parts += [
@@ -166,12 +167,12 @@ def plan(records: dict[str, list[Record]], settings: Settings) -> list[Part]:
     return parts
 
 
-def _make_names(records: list[Record]) -> list[str]:
-    """Return unique file names without suffix: base names of the paths, or paths if needed.
+def _make_names(ids: Sequence[str]) -> list[str]:
+    """Return unique file names without suffix: base names of the ids, or the ids if needed.
 
-    Special characters become `_`. If even the paths are not unique, a number is appended.
+    Special characters become `_`. If even the ids are not unique, a number is appended.
     """
-    paths = [os.path.splitext(record.id)[0] for record in records]
+    paths = [os.path.splitext(id_)[0] for id_ in ids]
     for names in ([os.path.basename(path) for path in paths], paths):
         names = ["".join(c if c.isalnum() or c in "-_.()" else "_" for c in n) for n in names]
         names = [name.strip("._")[-200:] for name in names]

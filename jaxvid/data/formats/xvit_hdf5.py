@@ -11,15 +11,10 @@ from typing import Any
 import numpy as np
 
 from jaxvid.block_cache import Pinned
+from jaxvid.data.file_checks import check_list, file_state
 from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.video_reader import MAX_FRAMES, DecodeError
-from jaxvid.data.records import (
-    RecordList,
-    check_line,
-    file_state,
-    read_lines,
-    split_line,
-)
+from jaxvid.data.records import check_line, read_lines, split_line
 from jaxvid.data.video_lists import is_label
 from jaxvid.errors import InputError, import_or_explain, one_line
 
@@ -173,7 +168,7 @@ def read_xvit_list(
         h5_folder = folder / split
     single = folder / "Something-Something-v2-frames.h5"
     rates = _read_frame_rates(folder, split) if kinetics else {}
-    records = RecordList(path, missing)
+    records, numbers = [], []
     for number, line in enumerate(read_lines(path, names=True), start=1):
         if not line.strip():
             continue
@@ -196,8 +191,10 @@ def read_xvit_list(
             file, key = h5_folder / f"{name}.h5", None
         else:
             file, key = (single if single.is_file() else h5_folder / f"{name}.h5"), name
-        records.add(number, H5Record(file, label, name, key, rates.get(name)))
-    return records.finish()
+        numbers.append(number)
+        records.append(H5Record(file, label, name, key, rates.get(name)))
+    check_list(path, records, numbers, missing)
+    return records
 
 
 def _read_frame_rates(folder: Path, split: str) -> dict[str, float | None]:

@@ -1,0 +1,182 @@
+"""Offsets and checksums of the records of a pack, in one file per split.
+
+array_record needs 8 bytes of memory per record in every process, because it reads the footers of a
+file when it opens it. With this file, a record is read without the footers: its row is read from
+the disk first. The CRC-32 in the row detects damage; array_record then reads the record again and
+reports it. The file is optional, and other programs that read the pack do not need it.
+
+The file starts with `MAGIC`. A row of 16 bytes follows for each record of the split.
+"""
+
+import functools
+import os
+import shutil
+import struct
+import weakref
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from jaxvid.atomic import replacing
+from jaxvid.data.formats.array_record_layout import read_chunk, read_layout
+from jaxvid.errors import InputError, one_line
+from jaxvid.files import open_regular
+
+MAGIC = b"jaxvid offsets 1"
+# Start and size of the chunk that contains the record, and CRC-32 of the record.
+ROW = np.dtype([("start", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
+_ROW = struct.Struct("<QII")
+MAX_CHUNK = 2**28  # bytes; larger records are read by array_record
+NOTED_MEGABYTES = 50
+READ_RECORDS = 64  # number of records that are in memory at the same time
+
+
+def offsets_path(folder: Path, split: str) -> Path:
+    """Return the path of the file of a split."""
+    return folder / f"{split}_offsets.bin"
+
+
+def find_offsets(path: str | Path) -> np.ndarray | None:
+    """Return the rows of all records of an ArrayRecord file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        `(records,)` array of dtype `ROW`; None if the chunks are compressed or have several
+        records.
+
+    Raises:
+        InputError: The file is damaged: array_record cannot read it or finds a wrong hash.
+    """
+    try:
+        return _find_offsets(path)
+    except Exception as error:  # exceptions of array_record have no common base
+        raise InputError(
+            f"{path}: is damaged ({one_line(error)}); delete it and run prepare again"
+        ) from None
+
+
+def _find_offsets(path: str | Path) -> np.ndarray | None:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    options = "readahead_buffer_size:0,max_parallelism:0"
+    reader = ArrayRecordReader(str(path), options=options, file_reader_buffer_size=2**20)
+    rows = np.zeros(reader.num_records(), ROW)
+    if not len(rows):
+        return rows
+    with open(path, "rb") as file:
+        layout = read_layout(
+            lambda start, stop: os.pread(file.fileno(), stop - start, start),
+            os.fstat(file.fileno()).st_size,
+        )
+    if layout is None or layout.group_size != 1 or len(layout.offsets) != len(rows) + 1:
+        return None
+    rows["start"], rows["size"] = layout.offsets[:-1], np.diff(layout.offsets)
+    for start in range(0, len(rows), READ_RECORDS):
+        part = rows["crc32"][start : start + READ_RECORDS]
+        part[:] = [*map(zlib.crc32, reader.read(start, start + len(part)))]
+    return rows
+
+
+def join_offsets(parts: Iterable[Path], path: Path) -> None:
+    """Write the file of a split from the files of its parts, each of which has rows only.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    with replacing(path) as partial, open(partial, "wb") as file:
+        file.write(MAGIC)
+        for part in parts:
+            with open(part, "rb") as rows:
+                shutil.copyfileobj(rows, file)
+
+
+def note_memory(folder: str, num_records: int) -> tuple[str, ...]:
+    """Return a line for the log if reading a pack without offsets needs much memory.
+
+    Args:
+        folder: The pack.
+        num_records: Number of records whose offsets are unknown.
+    """
+    megabytes = num_records * 8 / 1e6
+    if megabytes < NOTED_MEGABYTES:
+        return ()
+    return (
+        f"{folder}: without {offsets_path(Path(), 'SPLIT')}, each process needs {megabytes:.0f} MB "
+        "for the positions of the records; to write it, run the same prepare command again",
+    )
+
+
+class RecordOffsets:
+    """The open file of a split. It can be pickled and is thread-safe.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    @classmethod
+    def open(cls, path: Path, num_records: int) -> "RecordOffsets | None":
+        """Open the file of a split with `num_records` records.
+
+        Returns:
+            The offsets, or None if the file does not exist.
+
+        Raises:
+            InputError: The file cannot be read or is not that of this split.
+        """
+        try:
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                is_valid = size == len(MAGIC) + num_records * ROW.itemsize
+                is_valid = is_valid and file.read(len(MAGIC)) == MAGIC
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); restore it") from None
+        if not is_valid:
+            raise InputError(
+                f"{path}: does not match the pack; delete it, or run prepare again to write it"
+            )
+        return cls(path)
+
+    @functools.cached_property
+    def _descriptor(self) -> int:
+        return open_descriptor(self, self._path)
+
+    def read(self, record: int, descriptor: int) -> bytes | None:
+        """Read a record of the split.
+
+        Args:
+            record: Index of the record in the split.
+            descriptor: The open ArrayRecord file that contains it.
+
+        Returns:
+            The record; None if it or its row is damaged.
+        """
+        try:
+            position = len(MAGIC) + record * _ROW.size
+            row = os.pread(self._descriptor, _ROW.size, position)
+            start, size, crc32 = _ROW.unpack(row)
+            if size > MAX_CHUNK:
+                return None
+            chunk = os.pread(descriptor, size, start)
+            [data] = read_chunk(lambda a, b: chunk[a - start : b - start], start, start + size)
+        except (OSError, ValueError, IndexError, OverflowError, struct.error):
+            return None
+        return data if zlib.crc32(data) == crc32 else None
+
+    def __reduce__(self) -> tuple:
+        return RecordOffsets, (self._path,)
+
+
+def open_descriptor(owner: object, path: str | Path) -> int:
+    """Open a file for reading until `owner` is deleted; return the descriptor."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    weakref.finalize(owner, os.close, descriptor)
+    return descriptor
