@@ -302,7 +302,7 @@ def print_stages(paths: list[Path], rounds: int) -> None:
         marks.append(time.process_time())
         resized = transforms.resize_short_side(augmented, SHORT_SIDE + 32)
         marks.append(time.process_time())
-        clip = transforms.random_crop(resized, CROP, rng)
+        clip = resized[:, *transforms.draw_random_crop(*resized.shape[1:3], CROP, rng)]
         marks.append(time.process_time())
         batch[i % 8] = clip
         marks.append(time.process_time())

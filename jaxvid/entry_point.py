@@ -45,7 +45,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, NoReturn
@@ -56,6 +56,8 @@ from jaxvid.errors import InputError, memory_problem, one_line
 PIPE_STATUS = 128 + signal.SIGPIPE
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
+
+before_stop: Callable[[int], None] | None = None  # called before a signal ends the process
 
 
 def run(module: str, hint: str = "") -> NoReturn:
@@ -111,7 +113,7 @@ def describe(error: Exception) -> tuple[int, str]:
         remedy = "raise the limit" if limits else "free memory or use a smaller batch"
         return 2, f"error: out of memory ({'; '.join([problem, *limits])}); {remedy}"
     if isinstance(error, InputError):
-        return InputError.EXIT_CODE, f"error: {error}"
+        return error.EXIT_CODE, f"error: {error}"
     if isinstance(error, OSError):
         subject = f"{error.filename}: " if error.filename else ""
         return 2, f"error: {subject}{error.strerror or one_line(error)}; fix this and try again"
@@ -203,6 +205,8 @@ class _Process:
                 _kill_workers()  # otherwise they would print errors
                 with contextlib.suppress(OSError):
                     os.write(stderr_fd, f"{erase_bar}{event}{self._hint}\n".encode())
+                if before_stop is not None:
+                    before_stop(number)
             self.end(128 + number)
 
     def _at_exit(self) -> None:

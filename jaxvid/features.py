@@ -368,4 +368,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return InputError.EXIT_CODE
+        return error.EXIT_CODE

@@ -122,7 +122,7 @@ def run(_) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         gc.collect()  # while messages about a failed save can still be hidden
-        sys.exit(InputError.EXIT_CODE)
+        sys.exit(error.EXIT_CODE)
 
 
 def _end_other_processes(values: dict[str, str], cause: str) -> None:

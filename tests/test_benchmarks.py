@@ -93,6 +93,16 @@ def test_table_has_a_row_for_every_model(capsys):
             marks=pytest.mark.full,
         ),
         pytest.param(
+            ("input_cost.py", "--videos", "1", "--rounds", "1", "--clips", "8"),
+            "4 threads, 0 workers",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            ("pack_formats.py", "--frames", "32", "--rounds", "1"),
+            "H.264, all-intra           JPEG q80: ",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
             ("train.py", "--input", "pack", "--trace", "--turns", "1", "--steps", "2")
             + ("--config.batch_size=8", "--config.model.depth=1"),
             "pack, read at once is",  # name of the side that waits for the device at each step

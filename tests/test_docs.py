@@ -48,6 +48,8 @@ NOT_RUN = {
     r"make ": "installs packages, or runs these tests",
     r"python3 -m (venv|pip) |\.venv/bin/pip ": "installs packages",
     r"srun ": "needs a Slurm cluster",
+    r"(sbatch|kubectl) ": "needs a cluster; tests/distributed/test_cluster_files.py checks the "
+    "files",
     r"docker ": "needs Docker; make test-container builds and runs the image",
     r"tfds ": "needs TensorFlow",
     r"python main\.py .*--config\.data\.source=tfds ": "needs UCF101; "
@@ -69,6 +71,8 @@ NOT_RUN = {
     "tests/inference/test_onnx.py runs the programs if they are installed",
     r"python benchmarks/(data|deploy|forward|scale|serve|train|windows)\.py": "takes minutes and "
     "an idle machine; tests/test_benchmarks.py runs them on small input",
+    r"python benchmarks/(input_cost|pack_formats)\.py": "takes minutes and an idle machine; "
+    "tests/test_benchmarks.py runs them on small input",
     r"(python|jaxvid) .*(gs|s3)://": "needs an object store; tests/test_s3.py runs a server",
     r"python benchmarks/remote\.py": "needs s3fs; tests/test_s3.py runs it on small input",
     r"python -m benchmarks\.gpu ": "takes minutes and a GPU; tests/test_benchmarks.py runs it on "
@@ -182,7 +186,7 @@ def check_command(command: str, monkeypatch) -> None:
     if name == "srun":
         check_command(command[command.index("python ") :], monkeypatch)
         return
-    if name in ("python3", ".venv/bin/pip", "docker", "curl", "tfds"):
+    if name in ("python3", ".venv/bin/pip", "docker", "curl", "tfds", "sbatch", "kubectl"):
         return
     assert PYTHON.match(command), command
     module, arguments = program_of(arguments)

@@ -6,7 +6,9 @@ restarts. A video that cannot be decoded is masked in its batch, which also cont
 is not replaced by another video.
 """
 
+import copy
 import dataclasses
+import functools
 import multiprocessing
 import os
 import threading
@@ -32,6 +34,7 @@ CLOSE_SECONDS = 5.0  # time that workers have to stop
 TEXT_BYTES = 512  # size of each id and decode error in a batch; longer texts are truncated
 
 Batch = dict[str, np.ndarray]
+Loader = Callable[[np.ndarray], Batch]  # loads an example; writes its `video` to the argument
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,21 +80,22 @@ def make_train_iter(
         padded with zeros. If a video cannot be decoded, `video`, `indices` and `padded` are zero,
         and `error` is the reason. Otherwise, `error` is empty.
     """
-    zeros = {
-        "video": np.zeros((spec.num_frames, spec.crop, spec.crop, 3), np.uint8),
-        "indices": np.zeros(spec.num_frames, np.int32),
-    }
+    zeros = {"indices": np.zeros(spec.num_frames, np.int32)}
 
-    def load(record: VideoRecord, rng: np.random.Generator) -> Batch:
-        return _example(record, lambda: load_train_clip(record, rng, spec), zeros)
+    def make_loader(record: VideoRecord, rng: np.random.Generator) -> Loader:
+        # Copied, because Grain reuses the generator for the next clip.
+        load = functools.partial(load_train_clip, record, copy.deepcopy(rng), spec)
+        return functools.partial(_load_example, record, load, zeros)
 
     stream = order.stream(records, batch_size * shard[1])
+    load_batch = functools.partial(_load_batch, shape=spec.clip_shape, dtype=np.uint8)
+    dataset = stream.random_map(make_loader).batch(batch_size, batch_fn=load_batch)
     prefetch = None
     if is_read_ahead(records):
-        # It has the seed of `random_map(load)`, so that the same frames are drawn.
+        # It has the seed of `random_map(make_loader)`, so that the same frames are drawn.
         ahead = stream.random_map(lambda record, rng: read_ahead(record, spec, rng))
         prefetch = ahead.__getitem__
-    return _to_iter(stream.random_map(load), batch_size, shard, num_threads, num_workers, prefetch)
+    return _to_iter(dataset, batch_size, shard, num_threads, num_workers, prefetch)
 
 
 def make_eval_iter(
@@ -114,56 +118,78 @@ def make_eval_iter(
         bool is whether STAM's released evaluation counts the video.
     """
     count = -(-len(records) // (batch_size * shard[1])) * batch_size * shard[1]
-    views, t, size = spec.num_clips * spec.num_crops, spec.num_frames, spec.crop
     # Only the labels of `Record`s may be multi-hot. Reading those of others may read the videos.
     has_records = len(records) > 0 and isinstance(records[0], Record)
     label = np.asarray(records[0].label if has_records else 0, np.int32)
     zeros = {
-        "video": np.zeros((views, t, size, size, 3), spec.eval_dtype),
-        "indices": np.zeros((spec.num_clips, t), np.int32),
+        "indices": np.zeros((spec.num_clips, spec.num_frames), np.int32),
         "released": np.bool_(False),
         "label": np.zeros_like(label),
     }
 
-    def load(index: int) -> Batch:
+    def make_loader(index: int) -> Loader:
         if index >= len(records):
-            return _example(None, None, zeros)
+            return functools.partial(_load_example, None, None, zeros)
         record = records[index]
-        return _example(record, lambda: load_eval_views(record, spec), zeros)
+        return functools.partial(
+            _load_example, record, functools.partial(load_eval_views, record, spec), zeros
+        )
 
     def prefetch(index: int) -> None:
         if index < len(records):
             read_ahead(records[index], spec)
 
-    dataset = grain.MapDataset.range(count).map(load)
+    load_batch = functools.partial(_load_batch, shape=spec.views_shape, dtype=spec.eval_dtype)
+    dataset = grain.MapDataset.range(count).map(make_loader).batch(batch_size, batch_fn=load_batch)
     is_ahead = is_read_ahead(records)
     return _to_iter(
         dataset, batch_size, shard, num_threads, num_workers, prefetch if is_ahead else None
     )
 
 
-def _example(record: VideoRecord | None, load: Callable[[], Batch] | None, zeros: Batch) -> Batch:
-    """Return an element of a batch: the clip or views of a video, and the other fields.
+def _load_batch(
+    loaders: Sequence[Loader], *, shape: tuple[int, ...], dtype: type[np.unsignedinteger]
+) -> Batch:
+    """Load the examples of a batch; clips and views are written directly into the batch.
+
+    Args:
+        loaders: Functions that load the examples.
+        shape: Shape of `video` of an example.
+        dtype: Data type of `video`.
+    """
+    video = np.empty((len(loaders), *shape), dtype)
+    rows = [load(out) for load, out in zip(loaders, video, strict=True)]
+    others = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "video"}
+    return {"video": video, **others}
+
+
+def _load_example(
+    record: VideoRecord | None, load: Loader | None, zeros: Batch, out: np.ndarray
+) -> Batch:
+    """Load an example of a batch: the clip or views of a video, and the other fields.
 
     Args:
         record: The video, or None for padding.
         load: Function that loads the clip or views, or None for padding.
-        zeros: Values of the loaded fields except `padded`, for padding and for a video that cannot
-            be decoded. `label` is required for padding.
+        zeros: Values of the loaded fields except `video` and `padded`, for padding and for a video
+            that cannot be decoded. `label` is required for padding.
+        out: Array that receives the clip or views.
     """
-    example = {**zeros, "padded": np.bool_(False)}
-    error = ""
+    example, error = None, ""
     cv2.setNumThreads(0)  # clips are already processed in parallel
     if record is not None:
         thread = threading.get_ident()
         _loading[thread] = (record.id, time.monotonic())
         try:
             wait(record)
-            example = load()
+            example = load(out)
         except DecodeError as failure:
             error = str(failure)
         finally:
             del _loading[thread]
+    if example is None:
+        out[...] = 0
+        example = {**zeros, "padded": np.bool_(False)}
     return {
         **example,
         "label": zeros["label"] if record is None else np.asarray(record.label, np.int32),
@@ -218,17 +244,17 @@ def _to_iter(
     num_workers: int,
     prefetch: Callable[[int], None] | None = None,
 ) -> "grain.DatasetIterator | _WorkerIterator":
-    """Batch the examples, select this process's part of each global batch, and return an iterator.
+    """Select this process's part of each global batch, and return an iterator.
 
-    Random maps come before sharding, so that the random choices for an example depend on its
-    position in the global stream: global batches do not depend on the number of processes. Batching
+    `dataset` contains the parts of all processes, `batch_size` examples each. Its random choices
+    depend on positions in the global stream, and therefore not on the number of processes. Batching
     comes before the workers, so that the number of workers does not change the batches either.
 
     `prefetch` is called with the position of an example in the global stream some time before the
     example is loaded, if its video is remote; see `read_ahead`.
     """
     index, count = shard
-    dataset = dataset.batch(batch_size)[index::count]
+    dataset = dataset[index::count]
     if prefetch is not None:
         # Threads load whole batches: the next ones are being loaded already.
         distance = (num_threads + 1) * max(1, num_workers)

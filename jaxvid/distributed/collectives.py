@@ -1,6 +1,7 @@
 """Collective operations: calls that all processes of a run must make."""
 
 import math
+import platform
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -62,12 +63,12 @@ def raise_on_all_processes(function: Callable[..., Result], *args: Any) -> Resul
         result = function(*args)
     except InputError as error:
         own_error = error
-    causes = gather(own_error and str(own_error))
+    failures = gather(own_error and [str(own_error), platform.node()])
     if own_error is not None:
         raise own_error
-    for process, cause in enumerate(causes):
-        if cause is not None:
-            raise process_group.PeerError(process, cause)
+    for process, failure in enumerate(failures):
+        if failure is not None:
+            raise process_group.PeerError(process, *failure)
     return result
 
 

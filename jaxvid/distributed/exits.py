@@ -14,6 +14,37 @@ from jaxvid.errors import InputError, one_line
 COLLECTIVE_LIBRARIES = ("Gloo", "NCCL", "RCCL")
 
 
+class PeerError(InputError):
+    """Another process of the run failed.
+
+    Args:
+        process: Index of the process.
+        cause: The cause, in one line.
+        host: Name of its machine; empty: unknown.
+        code: Exit code of the processes that end because of it.
+    """
+
+    def __init__(self, process: int, cause: str, host: str = "", code: int = InputError.EXIT_CODE):
+        super().__init__(f"{describe_process(process, host)}: {cause}")
+        self.process, self.cause, self.host, self.EXIT_CODE = process, cause, host, code
+
+    def copy(self) -> "PeerError":
+        """Return an equal exception without a traceback."""
+        return PeerError(self.process, self.cause, self.host, self.EXIT_CODE)
+
+
+def describe_process(process: int, host: str) -> str:
+    """Return the index of a process and the name of its machine, for messages."""
+    return f"process {process} on {host}" if host else f"process {process}"
+
+
+def describe_silence(seconds: float) -> str:
+    """Describe the loss of a process that has sent no heartbeat for a time in seconds."""
+    return (
+        f"no heartbeat for {seconds:.0f} s; the process was killed or hangs, or the network is down"
+    )
+
+
 def is_of_runtime(error: BaseException | None) -> bool:
     """Return whether JAX's runtime raised an exception; another process may have caused it."""
     while error is not None:

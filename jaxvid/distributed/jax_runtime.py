@@ -7,6 +7,7 @@ JaxRuntimeError if process 0 cannot be reached.
 """
 
 import dataclasses
+import platform
 import threading
 import time
 from collections.abc import Callable
@@ -74,12 +75,14 @@ class Connection:
         index: Index of this process.
         count: Number of processes.
         lost: Set once the connection to process 0 is lost; None in process 0.
+        host: Name of this machine; empty: unknown.
     """
 
     store: Store
     index: int
     count: int
     lost: threading.Event | None
+    host: str = ""
 
 
 def connection() -> Connection | None:
@@ -88,7 +91,8 @@ def connection() -> Connection | None:
     if state.client is None:
         return None
     lost = _relay.lost if _relay else None
-    return Connection(JaxStore(state.client), state.process_id, state.num_processes, lost)
+    store = JaxStore(state.client)
+    return Connection(store, state.process_id, state.num_processes, lost, platform.node())
 
 
 class _Joining:
@@ -169,3 +173,5 @@ def join(initialize: Callable[[], None], seconds: float) -> None:
     if errors:
         raise errors[0]
     _relay = joining.relay
+    if _relay is not None:
+        _relay.joined = True

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -21,15 +22,17 @@ import jax
 from jaxvid import entry_point
 from jaxvid.distributed import jax_runtime
 from jaxvid.distributed.exits import (
+    PeerError,
     describe,
+    describe_silence,
     end_at_exit,
     end_now,
     exit_code,
     is_of_runtime,
     report,
 )
-from jaxvid.distributed.heartbeat import Clock, Heartbeat
-from jaxvid.distributed.store import Store
+from jaxvid.distributed.heartbeat import Clock, Heartbeat, SlowProcesses
+from jaxvid.distributed.jax_runtime import Connection
 from jaxvid.errors import InputError
 
 JOIN_SECONDS = 300.0  # time limit for the start of all processes of a run
@@ -37,29 +40,16 @@ BEAT_SECONDS = 1.0  # time between two heartbeats
 LOST_SECONDS = 30.0  # time without a heartbeat after which a process counts as lost
 HUNG_SECONDS = 1800.0  # time without progress after which a running process counts as hung
 GRACE_SECONDS = 5.0  # time for the main thread to report a failure and end the process
-
-
-class PeerError(InputError):
-    """Another process of the run failed.
-
-    Args:
-        process: Index of the process.
-        cause: The cause, in one line.
-    """
-
-    def __init__(self, process: int, cause: str):
-        super().__init__(f"process {process}: {cause}")
-        self.process, self.cause = process, cause
+ANNOUNCE_SECONDS = 5.0  # maximum time that a signal's announcement delays the end of the process
 
 
 def current() -> "ProcessGroup | None":
     """Return the process group of this run, or None if this process runs alone."""
     global _current
     if _current is None and (connection := jax_runtime.connection()):
-        _current = ProcessGroup(
-            connection.store, connection.index, connection.count, lost=connection.lost
-        )
+        _current = ProcessGroup(connection)
         _current.start()
+        entry_point.before_stop = _current.announce_signal
     return _current
 
 
@@ -110,29 +100,27 @@ class ProcessGroup:
     """The processes of this run, as seen by one of them.
 
     Args:
-        store: The key-value store that all processes share.
-        index: Index of this process.
-        count: Number of processes.
-        lost: Set once the connection to process 0 is lost; None in process 0.
+        connection: The connection to the other processes.
     """
 
-    def __init__(
-        self, store: Store, index: int, count: int, *, lost: threading.Event | None = None
-    ):
-        self.index, self.count = index, count
-        self._store, self._lost = store, lost or threading.Event()
+    def __init__(self, connection: Connection):
+        self.index, self.count, self._host = connection.index, connection.count, connection.host
+        self._store, self._lost = connection.store, connection.lost or threading.Event()
         self._rounds = self._reached = self._beats = 0
-        self._others = {other: Heartbeat() for other in range(count) if other != index}
-        self._clock = Clock(2 * BEAT_SECONDS)
+        self._others = {other: Heartbeat() for other in range(self.count) if other != self.index}
+        self._clock, self._slow = Clock(2 * BEAT_SECONDS), SlowProcesses()
         self._contact = True  # whether the store has answered since `_watch` last checked
         self._left = threading.Event()  # set once all processes have left
         self._failed = threading.Event()
         self._failure: PeerError | None = None
         self._own: BaseException | None = None  # failure of this process
         self._report = ""  # message or traceback of `_own`
-        self._lock = threading.Lock()
-        self._reporter = ""  # thread that reports the failure: `main` or `watch`, see `_claim`
+        self._lock = threading.RLock()  # a signal handler may interrupt the main thread
+        # What reports the failure: the thread `main` or `watch`, or a `signal`; see `_claim`.
+        self._reporter = ""
         self._code: int | None = None  # exit code, set when the main thread is about to exit
+        self._signal = 0  # number of the signal that is ending this process
+        self._announced = threading.Event()  # set once the other processes know of the signal
 
     def start(self) -> None:
         """Start the threads that write heartbeats and that detect failures."""
@@ -161,8 +149,9 @@ class ProcessGroup:
         number, self._rounds = self._rounds, self._rounds + 1
         self._check()
         with self._failure_first():
-            self._store.set(f"jaxvid/value/{number}/{self.index}", json.dumps(value))
-            values = [
+            own = json.dumps([self._host, value])
+            self._store.set(f"jaxvid/value/{number}/{self.index}", own)
+            received = [
                 json.loads(self._wait_for(f"jaxvid/value/{number}/{process}", deadline))
                 for process in range(self.count)
             ]
@@ -170,7 +159,9 @@ class ProcessGroup:
             # previous round.
             if number:
                 self._store.delete(f"jaxvid/value/{number - 1}/{self.index}")
-        return values
+        for process, heartbeat in self._others.items():
+            heartbeat.host = received[process][0]  # may fail before its first heartbeat
+        return [value for _, value in received]
 
     def leave(self) -> None:
         """Wait until all processes have finished.
@@ -215,7 +206,7 @@ class ProcessGroup:
         """Return the exception to raise in the main thread for the failure of the run."""
         if self._is_own(failure):
             return InputError(failure.cause)
-        return PeerError(failure.process, failure.cause)
+        return failure.copy()
 
     @contextlib.contextmanager
     def _failure_first(self) -> Iterator[None]:
@@ -229,13 +220,18 @@ class ProcessGroup:
 
     # -------------------------------------------------------------- failures
 
-    def _fail(self, process: int, cause: str) -> PeerError:
+    def _record(self, failure: PeerError) -> PeerError:
         """Record a failure unless one is recorded already; return the recorded one."""
         with self._lock:
             if self._failure is None:
-                self._failure = PeerError(process, cause)
+                self._failure = failure
         self._failed.set()
         return self._failure
+
+    def _fail(self, process: int, cause: str) -> PeerError:
+        """Record a failure of a process, as in `_record`."""
+        host = self._host if process == self.index else self._others[process].host
+        return self._record(PeerError(process, cause, host))
 
     def publish(self, error: BaseException) -> PeerError:
         """Publish a failure of this process, unless it was caused by another process.
@@ -244,7 +240,7 @@ class ProcessGroup:
             The failure that ends the run.
         """
         if isinstance(error, PeerError):
-            failure = self._fail(error.process, error.cause)
+            failure = self._record(error.copy())
         elif is_of_runtime(error) and self._failed.wait(LOST_SECONDS + GRACE_SECONDS):
             failure = self._failure
         else:
@@ -257,15 +253,13 @@ class ProcessGroup:
 
     def _write_failure(self) -> None:
         """Write the failure to the store, and a note that this process knows it."""
-        failure = json.dumps([self._failure.process, self._failure.cause])
-        self._store.set_first("jaxvid/state/failure", failure)
+        failure = self._failure
+        fields = [failure.process, failure.cause, failure.host, failure.EXIT_CODE]
+        self._store.set_first("jaxvid/state/failure", json.dumps(fields))
         self._store.set(f"jaxvid/state/knows/{self.index}", "")
 
     def end_together(self, error: BaseException) -> BaseException:
         """Publish a failure, and make this process end within seconds even if its threads hang.
-
-        Process 0 hosts the store. Therefore it first waits until the others have read the failure,
-        for at most 10 s.
 
         Returns:
             The exception to raise: `error`, or the failure of another process that caused it.
@@ -274,21 +268,26 @@ class ProcessGroup:
         if not self._claim("main"):
             threading.Event().wait()  # `_watch` has reported the failure and is ending the process
         caused = is_of_runtime(error) and error is not self._own
-        deadline = time.monotonic() + 2 * GRACE_SECONDS
-        while not self.index and time.monotonic() < deadline and not self._all_know():
-            time.sleep(0.1)
-        self._code = InputError.EXIT_CODE if caused else exit_code(error)
+        self._wait_until_all_know()
+        self._code = failure.EXIT_CODE if caused else exit_code(error)
         end_at_exit(self._code)
         return self._as_error(failure) if caused else error
 
-    def _all_know(self) -> bool:
-        """Return whether the other processes know the failure, not counting the one that failed."""
-        states = self._store.list("jaxvid/state/")
+    def _wait_until_all_know(self) -> None:
+        """In process 0, wait until the others have read the failure, for at most 10 s.
+
+        Process 0 hosts the store. The process that failed is not waited for.
+        """
         others = self._others.keys() - {self._failure.process}
-        return all(f"jaxvid/state/knows/{process}" in states for process in others)
+        deadline = time.monotonic() + 2 * GRACE_SECONDS
+        while not self.index and time.monotonic() < deadline:
+            states = self._store.list("jaxvid/state/")
+            if all(f"jaxvid/state/knows/{process}" in states for process in others):
+                return
+            time.sleep(0.1)
 
     def _claim(self, reporter: str) -> bool:
-        """Decide which thread reports the failure, `main` or `watch`: the first that calls this.
+        """Decide what reports the failure, `main`, `watch` or `signal`: the first that calls this.
 
         Returns:
             Whether `reporter` reports the failure.
@@ -307,25 +306,39 @@ class ProcessGroup:
     def beat(self) -> None:
         """Write a heartbeat, and check those of the other processes."""
         self._beats += 1
-        own = json.dumps([self._beats, self._reached])
+        own = json.dumps([self._host, self._beats, self._reached])
         self._store.set(f"jaxvid/state/alive/{self.index}", own)
         states, passed = self._store.list("jaxvid/state/"), self._clock.tick()
         self._contact = True
         if failure := states.get("jaxvid/state/failure"):
-            self._fail(*json.loads(failure))
+            self._record(PeerError(*json.loads(failure)))
         for process, heartbeat in self._others.items():
             if (left := states.get(f"jaxvid/state/left/{process}")) is not None:
+                heartbeat.reached = int(left)
                 if int(left) < self._reached:
                     self._fail(process, "ended before the others were done")
                 continue
-            alive = json.loads(states.get(f"jaxvid/state/alive/{process}", "[0, 0]"))
-            heartbeat.update(*alive, self._reached, passed)
+            alive = states.get(f"jaxvid/state/alive/{process}")
+            status = json.loads(alive) if alive else (heartbeat.host, 0, 0)
+            heartbeat.update(*status, self._reached, passed)
             if heartbeat.silent > LOST_SECONDS:
-                self._fail(process, _describe_silence(LOST_SECONDS))
+                self._fail_silent(process)
             elif heartbeat.behind > HUNG_SECONDS:
                 self._fail(process, f"has blocked the others for {HUNG_SECONDS:.0f} s")
         if self._failure is not None:
             self._write_failure()
+        elif not self.index:
+            own = Heartbeat(self._host, reached=self._reached)
+            self._slow.update({self.index: own, **self._others}, passed)
+
+    def _fail_silent(self, process: int) -> None:
+        """Record that a process was lost, or this one if no other has sent heartbeats lately."""
+        silent = [other.silent > LOST_SECONDS / 2 for other in self._others.values()]
+        if len(silent) > 1 and all(silent):
+            cause = f"no heartbeat from any other process for {LOST_SECONDS:.0f} s"
+            self._fail(self.index, f"{cause}; they were killed, or its network is down")
+        else:
+            self._fail(process, describe_silence(LOST_SECONDS))
 
     def _watch(self) -> None:
         """Detect the loss of process 0. After a failure, end this process even if it hangs."""
@@ -333,10 +346,12 @@ class ProcessGroup:
         while not self._left.wait(BEAT_SECONDS / 4):
             silent = clock.tick() + (0.0 if self._contact else silent)
             self._contact = False
+            if self._signal:
+                self._announce()
             if self._lost.is_set():
                 self._fail(0, "connection lost; the process was killed or is unreachable")
             elif silent > LOST_SECONDS:
-                self._fail(0, _describe_silence(LOST_SECONDS))
+                self._fail(0, describe_silence(LOST_SECONDS))
             if self._failed.is_set():
                 self._end()
                 return
@@ -356,11 +371,30 @@ class ProcessGroup:
             while self._code is None and time.monotonic() < deadline:
                 time.sleep(0.05)
             time.sleep(GRACE_SECONDS)  # the main thread prints the error in this time
-        end_now(InputError.EXIT_CODE if self._code is None else self._code)
+        end_now(self._failure.EXIT_CODE if self._code is None else self._code)
+
+    # -------------------------------------------------------------- signals
+
+    def announce_signal(self, number: int) -> None:
+        """Before a signal ends this process, make the other processes end with the same exit code.
+
+        `_watch` does the work, because this method may interrupt the main thread anywhere.
+
+        Args:
+            number: Number of the signal.
+        """
+        if self._claim("signal") and not self._left.is_set():
+            self._signal = number
+            self._announced.wait(ANNOUNCE_SECONDS)
+
+    def _announce(self) -> None:
+        number, self._signal = self._signal, 0
+        cause = f"received {signal.Signals(number).name}; run the same command to continue"
+        self._record(PeerError(self.index, cause, self._host, 128 + number))
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._write_failure()
+            self._wait_until_all_know()
+        self._announced.set()
 
 
 _current: ProcessGroup | None = None
-
-
-def _describe_silence(seconds: float) -> str:
-    return f"no heartbeat for {seconds:.0f} s; the process was killed or hangs"

@@ -17,7 +17,10 @@ class Relay:
 
     Attributes:
         address: `HOST:PORT` of the relay, to which the client connects.
-        lost: Set once the connection is broken and the coordinator no longer answers.
+        joined: Whether this process has joined the run. From then on, a broken connection means
+            that the coordinator is lost, even if one answers: that of the restarted run, if this
+            process was suspended in the meantime.
+        lost: Set once the connection to the coordinator is lost.
     """
 
     def __init__(self, coordinator: str):
@@ -26,7 +29,7 @@ class Relay:
         self._server = socket.create_server(("127.0.0.1", 0))
         self._clients: list[socket.socket] = []  # references, or Python would close the sockets
         self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
-        self.lost = threading.Event()
+        self.joined, self.lost = False, threading.Event()
         # Bypass any HTTP proxy set in the environment: gRPC would use it to connect to the relay.
         no_proxy = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy")  # noqa: SIM112
         os.environ["no_grpc_proxy"] = f"{no_proxy or ''},127.0.0.1".lstrip(",")  # noqa: SIM112
@@ -56,20 +59,26 @@ class Relay:
             remote.settimeout(None)
             for connection in (client, remote):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            closed = threading.Event()  # set once the client has closed the connection
             for pump in (self._send, self._receive):
-                threading.Thread(target=pump, args=(client, remote), daemon=True).start()
+                threading.Thread(target=pump, args=(client, remote, closed), daemon=True).start()
 
-    def _send(self, client: socket.socket, remote: socket.socket) -> None:
-        ended = _copy(client, remote)
+    def _send(self, client: socket.socket, remote: socket.socket, closed: threading.Event) -> None:
+        if _copy(client, remote):
+            closed.set()
         _shut(remote)
         remote.close()
-        if ended:
+        if closed.is_set():
             self._clients.remove(client)
             client.close()
 
-    def _receive(self, client: socket.socket, remote: socket.socket) -> None:
+    def _receive(
+        self, client: socket.socket, remote: socket.socket, closed: threading.Event
+    ) -> None:
         _copy(remote, client)
-        if self.finds_coordinator():  # the coordinator closed only this connection
+        if closed.is_set():
+            return
+        if not self.joined and self.finds_coordinator():  # it closed only this connection
             _shut(client)
         else:
             self.lost.set()

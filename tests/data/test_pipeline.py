@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 
 from jaxvid.data import pipeline
-from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip, transforms
+from jaxvid.data.clips.clip import (
+    ClipSpec,
+    cut_eval_crops,
+    load_eval_views,
+    load_train_clip,
+    transforms,
+)
 from jaxvid.data.formats import tfds_api
 from jaxvid.data.pipeline import make_eval_iter, make_train_iter, split_batch
 from jaxvid.data.sources import Record, open_dataset, read_list
@@ -149,7 +155,7 @@ def test_order_differs_between_seeds_and_epochs(records):
 
 def clip_numbers(batches) -> list[int]:
     """Return the sorted numbers of the clips in batches of `numbered` records."""
-    return sorted(int(i) for batch in batches for i in batch["video"])
+    return sorted(int(i) for batch in batches for i in batch["indices"])
 
 
 @pytest.fixture
@@ -157,8 +163,8 @@ def numbered(records, monkeypatch):
     """Records for which the pipeline loads their index instead of a clip."""
     numbers = {record.path: i for i, record in enumerate(records)}
 
-    def load(record, rng, spec):
-        return {"video": np.int32(numbers[record.path]), "indices": 0, "padded": False}
+    def load(record, rng, spec, out):
+        return {"video": out, "indices": np.int32(numbers[record.path]), "padded": False}
 
     monkeypatch.setattr(pipeline, "load_train_clip", load)
     return records
@@ -178,15 +184,15 @@ def test_each_process_loads_consecutive_rows_of_every_batch(numbered):
     expected = train_batches(numbered, 5, batch_size=12)
     shards = [train_batches(numbered, 5, batch_size=4, shard=(i, 3)) for i in range(3)]
     for i, batch in enumerate(expected):
-        rows = np.concatenate([shard[i]["video"] for shard in shards])
-        np.testing.assert_array_equal(rows, batch["video"])
+        rows = np.concatenate([shard[i]["indices"] for shard in shards])
+        np.testing.assert_array_equal(rows, batch["indices"])
 
 
 def test_each_process_evaluates_consecutive_rows_of_every_batch(motion_folder, monkeypatch):
     records = read_list(motion_folder / "val.csv", 8)
 
-    def load(record, spec):
-        return {"video": np.uint8(0), "indices": 0, "padded": False, "released": True}
+    def load(record, spec, out):
+        return {"video": out, "indices": 0, "padded": False, "released": True}
 
     monkeypatch.setattr(pipeline, "load_eval_views", load)
     ids = []
@@ -386,15 +392,47 @@ def test_invalid_data_folders_are_refused(config, motion_folder):
         dataclasses.replace(data, source="kinetics")
 
 
-def test_clips_are_mirrored_with_flip_prob(records, monkeypatch):
-    probabilities = []
-
-    def flip(frames, rng, probability):
-        probabilities.append(probability)
-        return frames
-
-    monkeypatch.setattr(transforms, "random_flip", flip)
-    for probability in (0.0, 0.3):
+def test_clips_are_mirrored_with_flip_prob(records):
+    def load(probability, seed=0):
         spec = dataclasses.replace(SPEC, flip_prob=probability)
-        load_train_clip(records[0], np.random.default_rng(0), spec)
-    assert probabilities == [0.3]  # no call for 0.0
+        return load_train_clip(records[0], np.random.default_rng(seed), spec)["video"]
+
+    np.testing.assert_array_equal(load(1.0), load(0.0)[:, :, ::-1])
+    mirrored = sum((load(0.5, seed) != load(0.0, seed)).any() for seed in range(40))
+    assert 8 < mirrored < 32  # four standard deviations
+
+
+@pytest.mark.parametrize("num_crops", [1, 3])
+def test_clips_and_views_are_written_directly_into_the_batch(records, monkeypatch, num_crops):
+    """All crops of a clip are cut from the same frames, without copies in between."""
+    spec = dataclasses.replace(SPEC, short_side=80, num_clips=2, num_crops=num_crops)
+    targets, frames = {"load_train_clip": [], "load_eval_views": []}, []
+    for name, outs in targets.items():
+        original = getattr(pipeline, name)
+
+        def load(*args, outs=outs, original=original):
+            outs.append(args[-1])
+            return original(*args)
+
+        monkeypatch.setattr(pipeline, name, load)
+
+    def cut(resized, spec):
+        frames.append(resized)
+        views = cut_eval_crops(resized, spec)
+        assert all(np.shares_memory(view, resized) for view in views)
+        return views
+
+    monkeypatch.setattr("jaxvid.data.clips.clip.cut_eval_crops", cut)
+    options = {"spec": spec, "batch_size": 2, "num_threads": 1}
+    iterators = (
+        make_train_iter(records[:2], order=VideoOrder(seed=0), **options),
+        make_eval_iter(records[:2], **options),
+    )
+    for batches, outs in zip(iterators, targets.values(), strict=True):
+        batch = next(batches)
+        batches.close()
+        for row, out in zip(batch["video"], outs[:2], strict=True):
+            assert np.shares_memory(row, out)
+    assert len(frames) == 2 * 2 * SPEC.num_frames  # videos · clips · frames
+    for record, views in zip(records[:2], batch["video"], strict=True):
+        np.testing.assert_array_equal(load_eval_views(record, spec)["video"], views)

@@ -1,7 +1,5 @@
 """Resizing, cropping and flipping of clips."""
 
-import types
-
 import cv2
 import numpy as np
 import pytest
@@ -11,11 +9,11 @@ from jaxvid.data.clips.clip import ClipSpec
 from jaxvid.data.clips.transforms import (
     FRACTIONS,
     NUM_CROPS,
+    draw_multi_scale_crop,
+    draw_random_crop,
     eval_crops,
-    multi_scale_crop,
+    mirror,
     multi_scale_sizes,
-    random_crop,
-    random_flip,
     resize,
     resize_bilinear,
     resize_short_side,
@@ -84,33 +82,27 @@ def test_bilinear_resize_floors_the_longer_side(source, expected):
     assert resize_bilinear(frames(*source), 24).shape == (2, *expected, 3)
 
 
-def test_random_crops_have_one_position_per_clip_and_reach_every_edge():
+def test_random_crops_reach_every_edge():
     clip, rng = frames(10, 12), np.random.default_rng(0)
     corners = set()
     for _ in range(300):
-        crop = random_crop(clip, 8, rng)
-        assert crop.shape == (2, 8, 8, 3)
-        np.testing.assert_array_equal(crop[0, :, :, :2], crop[1, :, :, :2])
-        corners.add(tuple(crop[0, 0, 0, :2]))
+        crop = clip[0, *draw_random_crop(10, 12, 8, rng)]
+        assert crop.shape == (8, 8, 3)
+        corners.add(tuple(crop[0, 0, :2]))
     assert corners == {(y, x) for y in range(3) for x in range(5)}
 
 
-def test_flips_mirror_whole_clips_half_of_the_time():
-    clip, rng, count = frames(4, 7), np.random.default_rng(0), 0
-    for _ in range(400):
-        flipped = random_flip(clip, rng)
-        mirrored = flipped[0, 0, 0, 1] == 6
-        np.testing.assert_array_equal(flipped, clip[:, :, ::-1] if mirrored else clip)
-        count += mirrored
-    assert 160 < count < 240  # four standard deviations
-    for draw, probability, mirrored in ((0.299, 0.3, True), (0.3, 0.3, False)):
-        fixed_rng = types.SimpleNamespace(random=lambda draw=draw: draw)
-        assert (random_flip(clip, fixed_rng, probability) is not clip) == mirrored
-    for draw, mirrored in ((0.499, True), (0.5, False)):  # the default probability is 0.5
-        fixed_rng = types.SimpleNamespace(random=lambda draw=draw: draw)
-        assert (random_flip(clip, fixed_rng) is not clip) == mirrored
-    np.testing.assert_array_equal(random_flip(clip, rng, 1.0), clip[:, :, ::-1])
-    assert random_flip(clip, rng, 0.0) is clip
+@pytest.mark.parametrize("width", [1, 7, 64, 224])
+def test_frames_are_mirrored_into_an_array_or_in_place(width):
+    rng = np.random.default_rng(0)
+    padded = rng.integers(0, 256, (5, width + 2, 3), np.uint8)
+    frame = padded[:, 1:-1]  # not contiguous, as a crop
+    expected = frame[:, ::-1].copy()
+    out = np.zeros_like(expected)
+    mirror(frame, out)
+    np.testing.assert_array_equal(out, expected)
+    mirror(out, out)
+    np.testing.assert_array_equal(out, frame)
 
 
 def test_multi_scale_sizes_are_at_most_one_step_apart():
@@ -146,12 +138,9 @@ def test_multi_scale_crops_start_at_13_positions():
     clip, rng = frames(40, 56), np.random.default_rng(0)
     corners = {}
     for _ in range(3000):
-        crop = multi_scale_crop(clip, 26, rng)
-        assert crop.shape == (2, 26, 26, 3)
-        np.testing.assert_array_equal(crop[0, :, :, :2], crop[1, :, :, :2])
-        # Crops of 26 × 26 pixels are not resized, so their values still are the rows and columns.
-        if crop[0, -1, -1, 0] - crop[0, 0, 0, 0] == 25 == crop[0, -1, -1, 1] - crop[0, 0, 0, 1]:
-            corner = tuple(int(i) for i in crop[0, 0, 0, :2])
+        rows, columns = draw_multi_scale_crop(40, 56, 26, rng)
+        if (rows.stop - rows.start, columns.stop - columns.start) == (26, 26):
+            corner = tuple(int(i) for i in clip[0, rows.start, columns.start, :2])
             corners[corner] = corners.get(corner, 0) + 1
     down, right = (40 - 26) // 4, (56 - 26) // 4
     positions = [(0, 0), (0, 4), (4, 0), (4, 4), (0, 2), (2, 0), (4, 2), (2, 4), (2, 2)]
@@ -178,7 +167,8 @@ def test_multi_scale_crops_equal_resizing_with_pillow(height, width):
                 candidates.append((expected, int(crop_h <= 32 and crop_w <= 32)))
     rng = np.random.default_rng(0)
     for _ in range(10):
-        crop = multi_scale_crop(clip, 32, rng)
+        window = draw_multi_scale_crop(height, width, 32, rng)
+        crop = resize(clip[:, *window], 32, 32, out=np.zeros((2, 32, 32, 3), np.uint8))
         assert crop.shape == (2, 32, 32, 3)
         assert any(np.abs(crop[1] - expected).max() <= atol for expected, atol in candidates)
 

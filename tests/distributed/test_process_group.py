@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import signal
 import socket
 import threading
 import time
@@ -10,7 +11,8 @@ import jax
 import pytest
 
 from jaxvid.distributed import jax_runtime, process_group
-from jaxvid.distributed.heartbeat import Clock
+from jaxvid.distributed.heartbeat import Clock, Heartbeat, SlowProcesses
+from jaxvid.distributed.jax_runtime import Connection
 from jaxvid.distributed.process_group import PeerError, ProcessGroup
 from jaxvid.distributed.relay import Relay
 from jaxvid.errors import InputError
@@ -46,7 +48,10 @@ class MemoryStore:
 
 def make_peers(count: int) -> tuple[MemoryStore, list[ProcessGroup]]:
     store = MemoryStore()
-    return store, [ProcessGroup(store, index, count) for index in range(count)]
+    return store, [
+        ProcessGroup(Connection(store, index, count, None, f"node{index}"))
+        for index in range(count)
+    ]
 
 
 def call_in_threads(*functions) -> list:
@@ -86,9 +91,17 @@ def test_exchange_returns_all_values_and_the_store_stays_small():
     assert call_in_threads(*[peer.leave for peer in peers]) == [None] * 3
 
 
+def test_machines_are_known_after_the_first_exchange():
+    _, (first, second) = make_peers(2)
+    call_in_threads(lambda: first.exchange(0), lambda: second.exchange(0))
+    first.beat()  # before the first heartbeat of the other process
+    assert str(first._fail(1, "was killed")) == "process 1 on node1: was killed"
+
+
 def test_a_process_without_heartbeats_is_lost(monkeypatch):
-    _, (first, second, _) = make_peers(3)
+    _, (first, second, third) = make_peers(3)
     set_beat_interval(first, monkeypatch, 2.0)
+    third.beat()
     for _ in range(14):
         second.beat()
         first.beat()
@@ -96,12 +109,47 @@ def test_a_process_without_heartbeats_is_lost(monkeypatch):
     for _ in range(3):
         second.beat()
         first.beat()
-    message = "process 2: no heartbeat for 30 s; the process was killed or hangs"
+    message = "process 2 on node2: no heartbeat for 30 s; the process was killed or hangs, or the "
+    message += "network is down"
     assert str(first._failure) == message
     second.beat()  # reads the failure
     assert str(second._failure) == message
-    with pytest.raises(PeerError, match="process 2: no heartbeat"):
+    with pytest.raises(PeerError, match="process 2 on node2: no heartbeat"):
         second.exchange(1)
+
+
+def test_a_process_that_loses_all_others_names_its_own_machine(monkeypatch):
+    _, (first, second, third) = make_peers(3)
+    set_beat_interval(first, monkeypatch, 2.0)
+    second.beat()
+    third.beat()
+    for _ in range(17):
+        first.beat()
+    assert str(first._failure) == (
+        "process 0 on node0: no heartbeat from any other process for 30 s; they were killed, or "
+        "its network is down"
+    )
+
+
+def watch_processes(seconds: int, count_of_slow) -> None:
+    """Update a `SlowProcesses` every second; processes 0 and 2 reach a point every 10 s.
+
+    `count_of_slow` returns the number of points that process 1 has reached after some seconds.
+    """
+    slow = SlowProcesses()
+    for second in range(seconds):
+        counts = (second // 10, count_of_slow(second), second // 10)
+        slow.update({i: Heartbeat(f"node{i}", 0, count) for i, count in enumerate(counts)}, 1.0)
+
+
+def test_a_process_for_which_the_others_wait_is_logged(lines):
+    watch_processes(600, lambda second: (second + 1) // 10)
+    watch_processes(600, lambda second: (second - 2) // 10)
+    assert not lines  # a heartbeat may be late, and short waits do not matter
+    watch_processes(70, lambda second: (second - 9) // 10)
+    assert lines == ["process 1 on node1 is slow: the others waited for it for 42 of the last 60 s"]
+    watch_processes(300, lambda second: (second - 9) // 10)
+    assert len(lines) == 4  # after 60, 120 and 240 s
 
 
 def test_clock_ignores_time_while_suspended(monkeypatch):
@@ -133,18 +181,20 @@ def test_a_hung_process_fails_the_run_after_a_timeout(monkeypatch):
     assert first._failure is None
     second.beat()
     first.beat()
-    assert str(first._failure) == "process 1: has blocked the others for 11 s"
+    assert str(first._failure) == "process 1 on node1: has blocked the others for 11 s"
 
 
 def test_a_process_that_ends_early_fails_the_run():
     store, (first, second) = make_peers(2)
+    second.beat()
+    first.beat()
     first.count_sync_point()
     store.set("jaxvid/state/left/1", "1")
     first.beat()
     assert first._failure is None  # it may leave after its last synchronization point
     first.count_sync_point()
     first.beat()
-    assert str(first._failure) == "process 1: ended before the others were done"
+    assert str(first._failure) == "process 1 on node1: ended before the others were done"
 
 
 def test_process_0_ends_after_the_others():
@@ -179,16 +229,16 @@ def ends(monkeypatch):
     return codes
 
 
-DEFECT = "process 1: ZeroDivisionError: division; see the traceback in its output"
+DEFECT = "process 1 on node1: ZeroDivisionError: division; see the traceback in its output"
 
 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (InputError("x does not exist"), 2, "process 1: x does not exist"),
+        (InputError("x does not exist"), 2, "process 1 on node1: x does not exist"),
         (ZeroDivisionError("division\nby zero"), 1, DEFECT),
-        (KeyboardInterrupt(), 130, "process 1: interrupted"),
-        (SystemExit(143), 143, "process 1: ended with exit code 143"),
+        (KeyboardInterrupt(), 130, "process 1 on node1: interrupted"),
+        (SystemExit(143), 143, "process 1 on node1: ended with exit code 143"),
         (PeerError(2, "y is damaged"), 2, "process 2: y is damaged"),
     ],
 )
@@ -217,7 +267,7 @@ def test_runtime_errors_are_replaced_by_their_cause(ends, monkeypatch):
             raise InputError("a checkpoint cannot be written") from None
     except InputError as error:
         raised = first.end_together(error)
-    assert str(raised) == "process 1: the disk is full"
+    assert str(raised) == "process 1 on node1: the disk is full"
     assert ends == [("exit", 2)]
     # If no other process fails, the error itself is returned.
     monkeypatch.setattr(process_group, "LOST_SECONDS", 0.1)
@@ -268,7 +318,7 @@ def test_a_blocked_process_is_ended_with_one_line(ends, capfd):
     first.beat()
     run_watch(first, ends)
     assert ends == [("now", 2)]
-    assert capfd.readouterr().err == "error: process 1: the disk is full\n"
+    assert capfd.readouterr().err == "error: process 1 on node1: the disk is full\n"
 
 
 def test_a_failing_process_that_hangs_reports_its_own_failure(ends, capfd):
@@ -292,6 +342,31 @@ def test_a_process_that_was_suspended_for_too_long_ends(ends, capfd):
         second.exchange(0)
     run_watch(second, ends)
     assert capfd.readouterr().err == "error: process 1: no heartbeat for 30 s\n"
+
+
+def test_a_signal_to_one_process_ends_all_with_its_exit_code(ends, capfd):
+    _, (first, second, third) = make_peers(3)
+    message = "process 1 on node1: received SIGTERM; run the same command to continue"
+
+    def receive_signal():
+        second.announce_signal(signal.SIGTERM)
+        ends.append(("signal", 143))
+
+    signalled = threading.Thread(target=receive_signal)
+    signalled.start()
+    second._watch()
+    signalled.join(60)
+    assert ("signal", 143) in ends
+    ends.clear()
+    first.beat()
+    run_watch(first, ends)
+    assert ends == [("now", 143)]
+    assert capfd.readouterr().err == f"error: {message}\n"
+    third.beat()
+    with pytest.raises(PeerError, match=message) as raised:
+        third.exchange(0)
+    assert third.end_together(raised.value) is raised.value
+    assert ends == [("now", 143), ("exit", 143)]
 
 
 def test_failures_are_reported_once(ends, capfd):
@@ -374,6 +449,23 @@ def test_the_relay_hides_the_loss_of_the_coordinator_from_the_client(monkeypatch
             client.sendall(b"alive?")
             with pytest.raises(TimeoutError):
                 client.recv(100)
+
+
+def test_the_relay_does_not_connect_to_the_coordinator_of_a_restarted_run(monkeypatch):
+    monkeypatch.setenv("no_grpc_proxy", "")  # the relay changes it
+    coordinator = Coordinator()
+    relay = Relay(coordinator.address)
+    with connect(relay.address):
+        pass  # the client closes a connection
+    relay.joined = True
+    with connect(relay.address) as client:
+        assert not relay.lost.wait(0.5)
+        coordinator.hang_up()  # the server accepts connections, as that of a restarted run would
+        assert relay.lost.wait(20)
+        client.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            client.recv(100)
+    coordinator.close()
 
 
 def test_join_names_the_missing_process(monkeypatch, ends):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from jaxvid.errors import InputError
 from jaxvid.models import split_params
 from jaxvid.training import checkpoint, run_config, run_metadata
 from tests import coloured_videos
+from tests.distributed.network import Network
 
 ROOT = Path(__file__).parents[2]
 # 49 videos in batches of 16 are 3 steps per epoch. The mean head, SGD and XLA's lowest optimization
@@ -44,9 +46,10 @@ def running_processes(
     processes: int,
     devices: int,
     mesh: tuple[int, int],
-    process_fields=({}, {}),
-    process_flags=((), ()),
+    process_fields=({},) * 4,
+    process_flags=((),) * 4,
     program=("main.py",),
+    network: Network | None = None,
     **fields,
 ) -> Iterator[list[subprocess.Popen]]:
     """Start a run of one or more processes; kill them at the end.
@@ -59,6 +62,7 @@ def running_processes(
         process_fields: Config fields of each process.
         process_flags: Additional flags of each process.
         program: Arguments of the Python interpreter, to which the flags are appended.
+        network: Hosts on which the processes run, one on each; None: all run on this machine.
         **fields: Config fields of all processes, with `__` in place of dots.
 
     Yields:
@@ -67,6 +71,7 @@ def running_processes(
     with socket.socket() as server:  # finds a free port
         server.bind(("localhost", 0))
         port = server.getsockname()[1]
+    coordinator = f"{network.address(0)}:9876" if network else f"localhost:{port}"
     fields = FIELDS | {name.replace("__", "."): value for name, value in fields.items()}
     fields |= {"mesh.data": mesh[0], "mesh.fsdp": mesh[1]}
     xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
@@ -80,9 +85,11 @@ def running_processes(
             for name, value in (fields | process_fields[process]).items():
                 command.append(f"--config.{name}={value}")
             if processes > 1:
-                command += [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
+                command += [f"--coordinator={coordinator}", f"--num_processes={processes}"]
                 command += [f"--process_id={process}"]
             command += process_flags[process]
+            if network:
+                command = network.command(process, command)
             with open(f"{workdir}.{process}.txt", "w") as output:
                 runs.append(
                     subprocess.Popen(
@@ -306,7 +313,7 @@ def test_invalid_input_in_one_process_ends_all_with_one_line_each(data, tmp_path
         for process in (0, 1)
     ]
     [[first], [second]] = errors
-    assert first.startswith("error: process 1: ")
+    assert first.startswith(f"error: process 1 on {platform.node()}: ")
     assert second.startswith("error: ")
     assert "nowhere does not exist" in first
     assert first.endswith(second.removeprefix("error: "))

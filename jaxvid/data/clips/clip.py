@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +108,16 @@ class ClipSpec(ViewSpec):
                 )
 
     @property
+    def clip_shape(self) -> tuple[int, ...]:
+        """Shape `(t, h, w, c)` of a clip."""
+        return self.num_frames, self.crop, self.crop, 3
+
+    @property
+    def views_shape(self) -> tuple[int, ...]:
+        """Shape `(v, t, h, w, c)` of the evaluation views of a video."""
+        return self.num_clips * self.num_crops, *self.clip_shape
+
+    @property
     def eval_dtype(self) -> type[np.unsignedinteger]:
         """Pixel type of evaluation views: uint8, or uint16 in 1 / `FRACTIONS` grey levels."""
         return np.uint16 if self.resize == "torch_bilinear" else np.uint8
@@ -132,9 +142,18 @@ class ClipSpec(ViewSpec):
 
 
 def load_train_clip(
-    record: VideoRecord, rng: np.random.Generator, spec: ClipSpec
+    record: VideoRecord,
+    rng: np.random.Generator,
+    spec: ClipSpec,
+    out: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Decode and augment one training clip.
+
+    Args:
+        record: The video.
+        rng: Generator of all random choices.
+        spec: Sampling, sizes and augmentation.
+        out: C-contiguous array that receives `video`; by default, a new array.
 
     Returns:
         A dict of `video` `(t, crop, crop, c)` uint8; `indices` `(t,)`, its frame numbers; `padded`,
@@ -145,30 +164,74 @@ def load_train_clip(
     """
     with _open(record, spec) as reader:
         indices = clip_frames(reader, spec, rng)
-        frames = reader.get_frames(indices)
+        if out is None:
+            out = np.empty(spec.clip_shape, np.uint8)
+        if spec.augment:
+            frames = enumerate(_augment(reader.get_frames(indices), rng, spec))
+        else:
+            frames = _enumerate_frames(reader, indices)
+        _crop_frames(frames, rng, spec, out)
         padded = _is_padded(reader, spec)
-    if spec.augment == "autoaugment":
-        frames = autoaugment.autoaugment(frames, rng)
-    elif spec.augment == "randaugment":
-        layers, magnitude = spec.randaugment_layers, spec.randaugment_magnitude
-        frames = autoaugment.randaugment(frames, rng, num_layers=layers, magnitude=magnitude)
-    if spec.train_crop == "multiscale":
-        frames = transforms.multi_scale_crop(frames, spec.crop, rng)
-    else:
-        short_side = int(rng.integers(*spec.train_short_side, endpoint=True))
-        frames = _resize(frames, short_side, spec, exact=False)
-        frames = transforms.random_crop(frames, spec.crop, rng)
-    if spec.flip_prob:
-        frames = transforms.random_flip(frames, rng, spec.flip_prob)
     return {
-        "video": np.ascontiguousarray(frames),
+        "video": out,
         "indices": indices.astype(np.int32),
         "padded": np.bool_(padded),
     }
 
 
-def load_eval_views(video: VideoRecord | str | Path, spec: ClipSpec) -> dict[str, np.ndarray]:
+def _augment(frames: np.ndarray, rng: np.random.Generator, spec: ClipSpec) -> np.ndarray:
+    """Augment frames `(t, h, w, c)` as `spec.augment` says."""
+    if spec.augment == "autoaugment":
+        return autoaugment.autoaugment(frames, rng)
+    layers, magnitude = spec.randaugment_layers, spec.randaugment_magnitude
+    return autoaugment.randaugment(frames, rng, num_layers=layers, magnitude=magnitude)
+
+
+def _crop_frames(
+    frames: Iterable[tuple[int, np.ndarray]],
+    rng: np.random.Generator,
+    spec: ClipSpec,
+    out: np.ndarray,
+) -> None:
+    """Resize, crop and mirror the frames of a training clip, one at a time.
+
+    Args:
+        frames: Positions in the clip and frames `(h, w, c)`.
+        rng: Generator that draws the size and position of the crop, and whether it is mirrored.
+        spec: Sizes and augmentation.
+        out: `(t, crop, crop, c)`, receives the clip.
+    """
+    draw, short_side, window, is_mirrored = transforms.draw_multi_scale_crop, 0, None, False
+    if spec.train_crop == "random":
+        draw = transforms.draw_random_crop
+        short_side = int(rng.integers(*spec.train_short_side, endpoint=True))
+    for t, frame in frames:
+        if short_side:
+            frame = _resize(frame[None], short_side, spec, exact=False)[0]
+        if window is None:
+            window = draw(*frame.shape[:2], spec.crop, rng)
+            is_mirrored = spec.flip_prob > 0 and rng.random() < spec.flip_prob
+        crop, target = frame[window], out[t]
+        if crop.shape != target.shape:
+            transforms.resize(crop[None], spec.crop, spec.crop, out=target[None])
+            crop = target
+        if is_mirrored:
+            transforms.mirror(crop, target)
+        elif crop is not target:
+            target[:] = crop
+
+
+def load_eval_views(
+    video: VideoRecord | str | Path, spec: ClipSpec, out: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Decode a video and return all its evaluation views.
+
+    The crops of a clip are cut from the same decoded and resized frames.
+
+    Args:
+        video: The video.
+        spec: Sampling and sizes.
+        out: C-contiguous array that receives `video`; by default, a new array.
 
     Returns:
         A dict of `video` `(v, t, crop, crop, c)` of `spec.eval_dtype`, with `v = num_clips ·
@@ -182,18 +245,17 @@ def load_eval_views(video: VideoRecord | str | Path, spec: ClipSpec) -> dict[str
     record = Record(Path(video), 0) if isinstance(video, str | Path) else video
     with _open(record, spec) as reader:
         indices = clip_frames(reader, spec, None).reshape(spec.num_clips, spec.num_frames)
-        sizes = (spec.num_clips, spec.num_crops, spec.num_frames, spec.crop, spec.crop, 3)
-        views = np.empty(sizes, spec.eval_dtype)
+        if out is None:
+            out = np.empty(spec.views_shape, spec.eval_dtype)
         for i, frame in _enumerate_frames(reader, indices.reshape(-1)):
             clip, t = divmod(i, spec.num_frames)
             frame = resize_eval_frames(frame[None], spec)
             for crop_index, crop in enumerate(cut_eval_crops(frame, spec)):
-                views[clip, crop_index, t] = crop[0]
+                out[clip * spec.num_crops + crop_index, t] = crop[0]
         padded = _is_padded(reader, spec)
         length, fps = reader.num_frames, reader.fps
-    views = views.reshape(-1, *views.shape[2:])  # (v t h w c)
     return {
-        "video": views,
+        "video": out,
         "indices": indices.astype(np.int32),
         "padded": np.bool_(padded),
         "released": np.bool_(sampling.in_released_subset(length, spec.num_frames, fps=fps)),
@@ -259,6 +321,8 @@ def _enumerate_frames(reader: VideoReader, indices: np.ndarray) -> Iterator[tupl
     """
     if isinstance(reader, JpegFrames):
         return reader.enumerate_frames(indices)
+    if isinstance(reader, VideoFile):
+        return enumerate(reader.list_frames(indices))
     return enumerate(reader.get_frames(indices))
 
 

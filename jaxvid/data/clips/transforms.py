@@ -1,4 +1,4 @@
-"""Resizing, cropping and flipping of clips `(t, h, w, c)` uint8.
+"""Resizing, cropping and mirroring of clips `(t, h, w, c)` uint8.
 
 Random choices are made once per clip and apply to all its frames.
 """
@@ -19,7 +19,14 @@ _SCALES = (1.0, 0.875, 0.75, 0.66)
 _POSITIONS = tuple((i, j) for i in (0, 2, 4) for j in (0, 2, 4)) + ((1, 1), (1, 3), (3, 1), (3, 3))
 
 
-def resize(frames: np.ndarray, height: int, width: int, *, exact: bool = False) -> np.ndarray:
+def resize(
+    frames: np.ndarray,
+    height: int,
+    width: int,
+    *,
+    exact: bool = False,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Resize by bilinear interpolation, with antialiasing along a side that becomes shorter.
 
     Args:
@@ -28,19 +35,20 @@ def resize(frames: np.ndarray, height: int, width: int, *, exact: bool = False) 
         width: Width of the result in pixels.
         exact: Whether to use Pillow for enlarging too. By default, frames are enlarged with OpenCV,
             which is five times as fast and within one grey level of Pillow.
+        out: C-contiguous array that receives the result; by default, a new array.
 
     Returns:
         `(t, height, width, c)` uint8.
     """
-    _, h, w, _ = frames.shape
+    t, h, w, c = frames.shape
+    if out is None:
+        out = np.empty((t, height, width, c), np.uint8)
     if height >= h and width >= w and not exact:
-        return _resize_opencv(frames, height, width)
-    return np.stack(
-        [
-            np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
-            for frame in frames
-        ]
-    )
+        return _resize_opencv(frames, out)
+    for frame, resized in zip(frames, out, strict=True):
+        image = Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)
+        resized[:] = np.asarray(image)
+    return out
 
 
 def resize_short_side(frames: np.ndarray, short_side: int, *, exact: bool = False) -> np.ndarray:
@@ -73,13 +81,13 @@ def resize_bilinear(frames: np.ndarray, short_side: int, *, exact: bool = False)
         returns for float frames. With `exact`: uint16, in which `FRACTIONS` stands for one grey
         level, within 0.003 grey levels of PyTorch.
     """
-    _, h, w, _ = frames.shape
+    t, h, w, c = frames.shape
     if exact:
         frames = frames * np.uint16(FRACTIONS)
     if min(h, w) == short_side:
         return frames
     height, width = int(max(h / w, 1) * short_side), int(max(w / h, 1) * short_side)
-    return _resize_opencv(frames, height, width)
+    return _resize_opencv(frames, np.empty((t, height, width, c), frames.dtype))
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
@@ -92,50 +100,55 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
     return np.rint(frames / FRACTIONS).astype(np.uint8)
 
 
-def _resize_opencv(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    size = (width, height)
-    return np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR) for frame in frames])
+def _resize_opencv(frames: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Resize frames `(t, h, w, c)` to the size of `out`, which receives the result."""
+    size = out.shape[2], out.shape[1]
+    for frame, resized in zip(frames, out, strict=True):
+        cv2.resize(frame, size, dst=resized, interpolation=cv2.INTER_LINEAR)
+    return out
 
 
-def random_crop(frames: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Cut a `size` × `size` crop at a random position; frames must be at least that large."""
-    _, h, w, _ = frames.shape
-    top, left = rng.integers(0, h - size + 1), rng.integers(0, w - size + 1)
-    return frames[:, top : top + size, left : left + size]
+def mirror(frame: np.ndarray, out: np.ndarray) -> None:
+    """Mirror a frame `(h, w, c)` left to right; `out` receives the result and may be `frame`."""
+    cv2.flip(frame, 1, dst=out)
 
 
-def random_flip(
-    frames: np.ndarray, rng: np.random.Generator, probability: float = 0.5
-) -> np.ndarray:
-    """Mirror all frames of the clip left to right with the given probability."""
-    if rng.random() >= probability:
-        return frames
-    return np.stack([cv2.flip(frame, 1) for frame in frames])
+def draw_random_crop(
+    height: int, width: int, size: int, rng: np.random.Generator
+) -> tuple[slice, slice]:
+    """Return the rows and columns of a `size` × `size` crop at a random position of a frame.
+
+    The frame must be at least that large.
+    """
+    top, left = rng.integers(0, height - size + 1), rng.integers(0, width - size + 1)
+    return slice(top, top + size), slice(left, left + size)
 
 
-def multi_scale_crop(frames: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Cut a crop of random size and shape at one of 13 positions and resize it.
+def draw_multi_scale_crop(
+    height: int, width: int, size: int, rng: np.random.Generator
+) -> tuple[slice, slice]:
+    """Draw a crop of random size and shape at one of 13 positions.
 
     Wang et al., "Towards good practices for very deep two-stream ConvNets", 2015.
 
     Args:
-        frames: `(t, h, w, c)` uint8 of any size.
-        size: Height and width of the result in pixels.
+        height: Height of the frame in pixels.
+        width: Width of the frame in pixels.
+        size: Height and width of the clip in pixels, to which the crop is resized afterwards.
         rng: Generator that draws the size of the crop, then its position.
 
     Returns:
-        `(t, size, size, c)` uint8, resized by `resize`.
+        The rows and columns of the crop.
     """
-    _, h, w, _ = frames.shape
-    sizes = multi_scale_sizes(min(h, w), size)
+    sizes = multi_scale_sizes(min(height, width), size)
     crop_h, crop_w = sizes[rng.integers(len(sizes))]
     down, right = _POSITIONS[rng.integers(len(_POSITIONS))]
-    top, left = (h - crop_h) // 4 * down, (w - crop_w) // 4 * right
-    return resize(frames[:, top : top + crop_h, left : left + crop_w], size, size)
+    top, left = (height - crop_h) // 4 * down, (width - crop_w) // 4 * right
+    return slice(top, top + crop_h), slice(left, left + crop_w)
 
 
 def multi_scale_sizes(short_side: int, size: int) -> list[tuple[int, int]]:
-    """Return the sizes that `multi_scale_crop` draws from.
+    """Return the sizes that `draw_multi_scale_crop` draws from.
 
     The sides are 1, ⅞, ¾ and 0.66 times the shorter side of the frame. A side within 2 pixels of
     `size` becomes `size` if the frame is large enough. The scales of height and width are equal or

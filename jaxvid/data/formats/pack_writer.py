@@ -115,7 +115,7 @@ def encode(record: Record, split: str, settings: Settings) -> Clip:
 
     def encode_chunk(frames: np.ndarray) -> None:
         for frame in frames:
-            frame = np.ascontiguousarray(_shrink(frame, settings.short_side))
+            frame = np.ascontiguousarray(shrink(frame, settings.short_side))
             options = {"colorspace": "RGB", "colorsubsampling": "420"}
             jpegs.append(simplejpeg.encode_jpeg(frame, quality=settings.quality, **options))
 
@@ -144,7 +144,7 @@ def _variable_times(times: np.ndarray, fps: float) -> np.ndarray | None:
     return None if is_even else times
 
 
-def _shrink(frame: np.ndarray, short_side: int) -> np.ndarray:
+def shrink(frame: np.ndarray, short_side: int) -> np.ndarray:
     """Scale a larger frame `(h, w, c)` uint8 down to a shorter side of `short_side` pixels."""
     h, w, _ = frame.shape
     if not short_side or min(h, w) <= short_side:

@@ -242,9 +242,9 @@ def parse_record(data: bytes) -> dict[str, list]:
     Raises:
         Exception: The record is damaged; the type is one of protobuf's.
     """
-    features = _example_type().FromString(data).features.feature
-    kinds = {name: feature.WhichOneof("kind") for name, feature in features.items()}
-    return {name: getattr(features[name], kind).value for name, kind in kinds.items() if kind}
+    features = _example_type().FromString(data).features.feature.items()
+    kinds = ((name, feature, feature.WhichOneof("kind")) for name, feature in features)
+    return {name: getattr(feature, kind).value for name, feature, kind in kinds if kind}
 
 
 # ------------------------------------------------------------------ writing

@@ -172,14 +172,12 @@ class VideoFile(contextlib.AbstractContextManager):
         self.num_frames, self.times = index.num_frames, index.times(self._stream.time_base)
         rate = self._stream.average_rate
         self.fps = float(rate) if rate and 0.01 <= rate <= 1000 else None
-        claimed = self._stream.frames  # in the header; 0 in containers without this field
+        claimed = self._stream.frames or len(packets)  # 0 in containers without this field
         num_hidden = len(packets) - index.num_headless - self.num_frames
         phrases = {  # phrase → whether it applies
             "no usable timestamps": self.times is None,
             "variable frame rate": index.is_variable(),
-            f"header claims {claimed} frames, there are {len(packets)}": (
-                claimed not in (0, len(packets))
-            ),
+            f"header claims {claimed} frames, there are {len(packets)}": claimed != len(packets),
             f"{index.num_headless} frames before the first key frame, left out": index.num_headless,
             f"{num_hidden} hidden frames": num_hidden,
             "no usable frame rate": self.fps is None,
@@ -199,6 +197,10 @@ class VideoFile(contextlib.AbstractContextManager):
             DecodeError: A frame is damaged, frame sizes differ, or decoding takes too long.
             IndexError: A frame number is out of range.
         """
+        return np.stack(self.list_frames(indices))
+
+    def list_frames(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Decode frames as `get_frames` does, without copying them into one array."""
         requested, intact = sorted({int(i) for i in indices}), set()
         self._check_indices(requested)
         with self._bounded():
@@ -207,7 +209,7 @@ class VideoFile(contextlib.AbstractContextManager):
                 frames = dict(self._decode_all(requested, intact))
                 frames = {i: frame for i, frame in frames.items() if i in intact}
         self._check_frames(requested, frames, {frame.shape for frame in frames.values()})
-        return np.stack([frames[int(i)] for i in indices])
+        return [frames[int(i)] for i in indices]
 
     def iter_frames(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         """Decode frames in one pass, which suits many frames and files without usable timestamps.
@@ -221,9 +223,7 @@ class VideoFile(contextlib.AbstractContextManager):
             Each frame `(h, w, c)` uint8.
 
         Raises:
-            DecodeError: As in `get_frames`, at the latest after the last frame. Damaged frames may
-                be yielded before the error is raised.
-            IndexError: A frame number is out of range.
+            DecodeError, IndexError: As in `get_frames`; damaged frames may be yielded before.
         """
         requested, intact = [int(i) for i in indices], set()
         self._check_indices(requested)
