@@ -128,6 +128,10 @@ class Listings:
         except (OSError, ValueError):
             return frozenset()
 
+    def is_empty(self, folder: str) -> bool:
+        """Return whether a folder is missing or has no files."""
+        return self._list(folder) == frozenset()
+
     def contain(self, folder: str, name: str) -> bool:
         """Return whether a folder contains a file. A broken link may count as existing.
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import operator
 import os
 import re
 from collections.abc import Iterator
@@ -68,11 +69,11 @@ def read_kinetics(path: Path) -> Iterator[KineticsRow]:
         header = next(filter(None, reader), [])
         # The last column of a name counts.
         columns = {name: i for i, name in enumerate(header)}
-        indices = [columns.get(name) for name in KineticsRow._fields[1:]]
+        # The value of missing columns, None, is appended to the fields.
+        select = operator.itemgetter(*(columns.get(name, -1) for name in KineticsRow._fields[1:]))
         for fields in filter(None, reader):
-            fields += [""] * (len(header) - len(fields))
-            values = [None if i is None else fields[i] for i in indices]
-            yield KineticsRow(reader.line_num, *values)
+            fields += [""] * (len(header) - len(fields)) + [None]
+            yield KineticsRow(reader.line_num, *select(fields))
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}: is not valid CSV: {error}") from None
 
@@ -118,9 +119,11 @@ def read_kinetics_list(
         if row.label not in folders:
             classes = ("", row.label, row.label.replace(" ", "_")) if row.label else ("",)
             split_folders = (base / path.stem, base)
-            folders[row.label] = [
+            first, *others = (
                 os.path.join(folder, name, "") for folder in split_folders for name in classes
-            ]
+            )
+            # Errors name the first folder, so it is kept if it does not exist.
+            folders[row.label] = [first, *(name for name in others if not listings.is_empty(name))]
         name = f"{row.youtube_id}_{times}.mp4"
         file = _find_file(listings, folders[row.label], name)
         names.append(name)
