@@ -16,7 +16,8 @@ MEMORY_WORDS = (
 
 # Names of the folders that contain local copies of remote files, as `SCHEME/BUCKET/KEY`.
 COPIES, WORKDIRS = "jaxvid-objects", "jaxvid-workdirs"
-_COPY = re.compile(rf"[^\s'\"(]*/(?:{COPIES}|{WORKDIRS})/(gs|s3|https?|memory)/")
+# A match starts where a word starts; otherwise, long words would take quadratic time.
+_COPY = re.compile(rf"(?<![^\s'\"(])[^\s'\"(]*/(?:{COPIES}|{WORKDIRS})/(gs|s3|https?|memory)/")
 # Control characters, Unicode's line separators, and surrogates, which represent invalid UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 

@@ -23,7 +23,7 @@ from jaxvid.data.input_videos import open_input
 from jaxvid.data.prepare import prepare
 from jaxvid.data.sources import DatasetConfig, guess_source, open_dataset
 from jaxvid.data.video_order import VideoOrder
-from jaxvid.errors import InputError
+from jaxvid.errors import InputError, with_addresses
 from jaxvid.features import FeatureOptions, features
 from jaxvid.inference.inputs import VideoInput
 from jaxvid.models import create_model
@@ -45,6 +45,15 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(remote_lock, "SETTLE_SECONDS", 0.0)
     yield tmp_path / "cache"
     fsspec.filesystem("memory").store.clear()
+
+
+def test_paths_of_copies_are_replaced_by_addresses():
+    copy = "/home/me/.cache/jaxvid/remote/jaxvid-objects/s3/bucket/a.mp4"
+    address = "s3://bucket/a.mp4"
+    text = "error: '{}' and ({}), of {}: broken"
+    assert with_addresses(text.format(copy, copy, copy)) == text.format(address, address, address)
+    word = "/x" * 10**6  # in quadratic time, this would take hours
+    assert with_addresses(word) == word
 
 
 def upload(folder, address):

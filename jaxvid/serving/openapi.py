@@ -74,7 +74,8 @@ def _events(events: Mapping[str, Json]) -> Json:
         events: Name of each event → schema of its data. OpenAPI 3.1 has no field for it.
     """
     description = "Server-sent events. Their data is JSON; `x-events` has its schemas."
-    return {"text/event-stream": {"schema": string(description), "x-events": dict(events)}}
+    # Without a type, because some tools apply the schema to the stream, others to each event.
+    return {"text/event-stream": {"schema": {"description": description}, "x-events": dict(events)}}
 
 
 def _answer(description: str, content: Json) -> Json:
