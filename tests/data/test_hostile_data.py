@@ -18,7 +18,6 @@ import pytest
 
 from jaxvid.data import check
 from jaxvid.data.formats.pack_writer import Settings
-from jaxvid.data.formats.video_reader import DecodeError
 from jaxvid.data.prepare import prepare
 from jaxvid.data.sources import open_dataset
 from jaxvid.data.synthetic_motion import write_clip
@@ -302,7 +301,7 @@ def open_everything(kind: str, folder: Path) -> list[str]:
             try:
                 with record.open() as reader:
                     reader.get_frames(np.array([0, reader.num_frames - 1]))
-            except DecodeError as error:
+            except InputError as error:  # a DecodeError, or an address that needs a package
                 errors.append(str(error))
     if kind in ("list", "something", "classes"):
         try:
