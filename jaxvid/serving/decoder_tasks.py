@@ -165,8 +165,8 @@ def live_clip(
             start, size = parts[i]
             return os.pread(file.fileno(), size, start)
 
-        limit = video.limits.pixels
-        reader = JpegFrames(video.id, len(parts), None, read, max_pixels=limit)
+        reader = JpegFrames(video.id, len(parts), None, read)
+        reader.max_pixels = limit = video.limits.pixels
         try:
             yield video_frames.make_live_clip(reader, spec)
         except DecodeError:

@@ -33,6 +33,7 @@ class JpegFrames:
     Attributes:
         num_frames: Number of frames.
         fps: Frames per second, or None if unknown.
+        max_pixels: Limit of the size of a frame; set it before decoding.
 
     Args:
         name: Name of the video in error messages.
@@ -44,7 +45,6 @@ class JpegFrames:
         fetch: Function that reads frames of a remote video into the cache, from their numbers;
             None: there is nothing to read.
         get_times: Function that returns `times`; None: no times are known.
-        max_pixels: Limit of the size of a frame.
     """
 
     def __init__(
@@ -57,12 +57,10 @@ class JpegFrames:
         *,
         fetch: Callable[[Sequence[int]], None] | None = None,
         get_times: Callable[[], np.ndarray] | None = None,
-        max_pixels: int = MAX_PIXELS,
     ):
         self._name, self._get, self._get_times, self._close = name, get, get_times, close
         self._fetch = fetch
-        self._max_pixels = max_pixels
-        self.num_frames, self.fps = num_frames, fps
+        self.num_frames, self.fps, self.max_pixels = num_frames, fps, MAX_PIXELS
 
     @functools.cached_property
     def times(self) -> np.ndarray | None:
@@ -129,7 +127,7 @@ class JpegFrames:
                     image = self._get(i)
                     is_png = bytes(image[: len(PNG)]) == PNG
                     h, w = _png_size(image) if is_png else simplejpeg.decode_jpeg_header(image)[:2]
-                    if frame is None and h * w <= self._max_pixels:
+                    if frame is None and h * w <= self.max_pixels:
                         frame = np.empty((h, w, 3), np.uint8)
                     if frame is None or frame.shape[:2] != (h, w):
                         raise ValueError(f"size {w}×{h} is too large or differs from other frames")
