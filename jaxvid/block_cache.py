@@ -48,9 +48,9 @@ def path_of(address: str, root: Path) -> Path:
     return root / scheme / key
 
 
-def address_of(path: str | os.PathLike) -> str | None:
-    """Return the address of a copy, or None if the path is not in a cache."""
-    _, marker, rest = os.fspath(path).rpartition(f"/{COPIES}/")
+def address_of(path: str | os.PathLike, tree_name: str = COPIES) -> str | None:
+    """Return the address of a copy, or None if the path is not in a folder named `tree_name`."""
+    _, marker, rest = os.fspath(path).rpartition(f"/{tree_name}/")
     scheme, _, key = rest.partition("/")
     return f"{scheme}://{key}" if marker and scheme in object_store.SCHEMES else None
 

@@ -98,7 +98,7 @@ def export(
         folder: Model folder, or another name of a model; see `resolve_model`.
         output: File to write. The description is written to `OUTPUT.json`.
         format_: One of `parsers.FORMATS`.
-        precision: Of an ONNX file: one of `parsers.PRECISIONS`.
+        precision: Precision of an ONNX file, one of `parsers.PRECISIONS`.
         calibrate: Videos from which the ranges of an int8 file are measured; see `export_onnx`.
 
     Returns:

@@ -39,7 +39,7 @@ def default_cache() -> Path:
 def local_path(
     path: str | Path, cache: Path | None = None, *, text_folders: Sequence[str] = TEXT_FOLDERS
 ) -> Path:
-    """Return the local copy of a data folder or file; of a local path, the path itself.
+    """Return the local copy of a data folder or file. Local paths are returned unchanged.
 
     The copy is brought up to date. It contains the text files of `TEXT_SUFFIXES`; other files are
     sparse, and must be read with `block_cache.Pinned`.
@@ -60,9 +60,9 @@ def local_path(
 
 
 def complete_copy(path: str | Path) -> Path:
-    """Return a copy of a file or folder with all contents; of a local path, the path itself.
+    """Copy a file or folder with all its contents. Local paths are returned unchanged.
 
-    It is meant for models. These copies are in a folder of their own, and are never removed.
+    This is meant for models. These copies are in a folder of their own, and are never removed.
 
     Args:
         path: A path or address. The copy is brought up to date.

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from jaxvid import object_store, remote, remote_lock
 from jaxvid.atomic import output_path, write_json
+from jaxvid.block_cache import address_of, path_of
 from jaxvid.errors import WORKDIRS, InputError
 
 MANIFEST = ".jaxvid-files.json"
@@ -54,18 +55,10 @@ _open_folders: dict[str, _OpenFolder] = {}  # by address
 
 
 def local_folder(folder: str | Path) -> Path:
-    """Return the path of the local copy of a folder; of a local folder, the folder itself."""
+    """Return the path of the local copy of a folder. Local paths are returned unchanged."""
     if not remote.is_remote(folder):
         return Path(folder)
-    scheme, _, key = remote.to_address(folder).partition("://")
-    return remote.default_cache() / WORKDIRS / scheme / key
-
-
-def _address_of(folder: Path) -> str | None:
-    """Return the address of a local copy, or None if the folder is not one."""
-    _, marker, rest = str(folder).rpartition(f"/{WORKDIRS}/")
-    scheme, _, key = rest.partition("/")
-    return f"{scheme}://{key}" if marker else None
+    return path_of(remote.to_address(folder), remote.default_cache() / WORKDIRS)
 
 
 @contextlib.contextmanager
@@ -188,7 +181,7 @@ def push(local: Path) -> None:
         InputError: The store cannot be reached or refuses access, or another run has taken over the
             folder.
     """
-    address = _address_of(local)
+    address = address_of(local, WORKDIRS)
     if (folder := _open_folders.get(address)) is None:
         return
     with _push_lock:

@@ -61,7 +61,7 @@ def read_table(report: str | Path) -> dict:
 
 
 def _find_report(report: str | Path) -> Path:
-    """Return the path of an `eval.json`; of a remote one, a local copy beside that of its table."""
+    """Return the path of an `eval.json`. A remote one is copied, with its table beside it."""
     if not remote.is_remote(report):
         path = Path(report)
         return path / "eval.json" if path.is_dir() else path

@@ -46,8 +46,8 @@ class VideoInput:
             `<array>` or `<bytes 3>`.
         label: `NO_LABEL`.
         is_array: Whether the source is an array of frames.
-        path: The file, or None if the source is not a path. Of an address, the path of its copy in
-            the cache.
+        path: The file, or None if the source is not a path. For an address, this is the path of
+            the copy in the cache.
 
     Raises:
         InputError: The source has a wrong type, dtype or shape, or is a URL of another kind; or

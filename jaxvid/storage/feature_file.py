@@ -119,7 +119,7 @@ def save_features(path: atomic.OutputPath, table: FeatureTable) -> None:
 
 
 def load_features(path: Path) -> FeatureTable:
-    """Read a file of features; of an address, its local copy.
+    """Read a file of features. A remote file is copied first.
 
     Raises:
         InputError: The file is missing or damaged, its package is not installed, or the store

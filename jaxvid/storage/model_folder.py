@@ -322,7 +322,7 @@ def fingerprint(params: Params) -> str:
 def _reason(error: BaseException) -> str:
     """Return the first line of an error, or of the first error in a group.
 
-    Of a long line, only the end is returned.
+    Only the end of a long line is returned.
     """
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -18,8 +18,8 @@ class ArrayRecordFile:
 
     With `offsets`, records are read without array_record, which needs memory for each record.
 
-    Of a remote file, the positions of the records are read first, and then the blocks that contain
-    the requested records. A file with compressed footers is read completely.
+    From a remote file, the positions of the records are read first, and then the blocks that
+    contain the requested records. A file with compressed footers is read completely.
 
     Args:
         path: The file.
