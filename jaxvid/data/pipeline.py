@@ -6,7 +6,6 @@ restarts. A video that cannot be decoded is masked in its batch, which also cont
 is not replaced by another video.
 """
 
-import copy
 import dataclasses
 import functools
 import multiprocessing
@@ -84,7 +83,7 @@ def make_train_iter(
 
     def make_loader(record: VideoRecord, rng: np.random.Generator) -> Loader:
         # Copied, because Grain reuses the generator for the next clip.
-        load = functools.partial(load_train_clip, record, copy.deepcopy(rng), spec)
+        load = functools.partial(load_train_clip, record, _copy_generator(rng), spec)
         return functools.partial(_load_example, record, load, zeros)
 
     stream = order.stream(records, batch_size * shard[1])
@@ -96,6 +95,13 @@ def make_train_iter(
         ahead = stream.random_map(lambda record, rng: read_ahead(record, spec, rng))
         prefetch = ahead.__getitem__
     return _to_iter(dataset, batch_size, shard, num_threads, num_workers, prefetch)
+
+
+def _copy_generator(rng: np.random.Generator) -> np.random.Generator:
+    """Return a generator in the same state; `copy.deepcopy` takes three times as long."""
+    bits = type(rng.bit_generator)(0)
+    bits.state = rng.bit_generator.state
+    return np.random.Generator(bits)
 
 
 def make_eval_iter(

@@ -99,7 +99,7 @@ def test_threads_do_not_import_tfds_at_the_same_time(monkeypatch):
     tfds_api._example_type.cache_clear()
     monkeypatch.setattr(builtins, "__import__", count)
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(tfds_api.parse_record, [b""] * 4)) == [{}] * 4
+        assert list(pool.map(tfds_api.parse_record, [b""] * 4, [()] * 4)) == [{}] * 4
     assert max(counts) == 1
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
 
+from jaxvid.data.formats.tfds_api import parse_record
 from jaxvid.data.sources import DatasetConfig, open_dataset
 from jaxvid.errors import InputError
 from jaxvid.train import train
@@ -67,6 +69,21 @@ def test_png_frames_are_read_exactly(tmp_path, mode, feature):
         frames = video.get_frames(range(8))
     expected = [Image.fromarray(frame).convert(mode).convert("RGB") for frame in make_frames(3)]
     np.testing.assert_array_equal(frames, np.stack(expected))
+
+
+def test_features_of_a_record_are_selected_by_name_and_type():
+    example = tf_example_pb2.Example()
+    features = example.features.feature
+    features["fps"].int64_list.value.append(25)
+    features["label"].bytes_list.value.append(b"3")
+    features["other"].bytes_list.value.append(b"x")
+    features["video"].bytes_list.value.extend([b"a", b"b"])
+    features["id"].bytes_list.value.extend([])
+    names = ("video", "label", "fps", "id", "times")
+    values = parse_record(example.SerializeToString(), names)
+    assert [*values] == ["video", "fps"]
+    assert [*values["video"]] == [b"a", b"b"]
+    assert [*values["fps"]] == [25]
 
 
 def test_slices_keep_the_ids_of_the_whole_split(data_dir):

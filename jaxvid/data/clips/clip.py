@@ -214,11 +214,10 @@ def _crop_frames(
         crop, target = frame[window], out[t]
         if crop.shape != target.shape:
             transforms.resize(crop[None], spec.crop, spec.crop, out=target[None])
-            crop = target
-        if is_mirrored:
-            transforms.mirror(crop, target)
-        elif crop is not target:
+        else:
             target[:] = crop
+        if is_mirrored:
+            transforms.mirror(target)
 
 
 def load_eval_views(

@@ -108,9 +108,13 @@ def _resize_opencv(frames: np.ndarray, out: np.ndarray) -> np.ndarray:
     return out
 
 
-def mirror(frame: np.ndarray, out: np.ndarray) -> None:
-    """Mirror a frame `(h, w, c)` left to right; `out` receives the result and may be `frame`."""
-    cv2.flip(frame, 1, dst=out)
+def mirror(frame: np.ndarray) -> None:
+    """Mirror a frame `(h, w, c)` left to right, in place.
+
+    OpenCV writes the last pixel first, which takes twice as long if the memory is not in a cache.
+    Frames are therefore copied first and then mirrored in place.
+    """
+    cv2.flip(frame, 1, dst=frame)
 
 
 def draw_random_crop(

@@ -7,8 +7,7 @@ footers. Hashes are not checked here.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -69,33 +68,60 @@ def read_layout(read: Callable[[int, int], bytes], size: int) -> Layout | None:
     return Layout(offsets, group_size) if is_regular and is_ascending else None
 
 
-def read_chunk(read: Callable[[int, int], bytes], position: int, size: int) -> Sequence[bytes]:
+def read_chunk(read: Callable[[int, int], bytes], position: int, size: int) -> list[bytes]:
     """Return the records of an uncompressed simple chunk. Its hashes are not checked.
 
     Args:
         read: Function that returns the bytes of a range `(start, stop)` of the file.
         position: Start of the chunk.
-        size: Size of the file, or end of the chunk.
+        size: Size of the file.
 
     Raises:
         ValueError: The chunk is compressed, of another type or damaged.
     """
     header, position = _read_across_blocks(read, position, CHUNK_HEADER, size)
-    data_size = int.from_bytes(header[8:16], "little")
-    if header[24:25] != b"r" or data_size > MAX_FOOTER:
+    data, _ = _read_across_blocks(read, position, _data_size(header), size)
+    return _split_records(data, 0)
+
+
+def parse_chunk(data: bytes, position: int) -> list[bytes]:
+    """Return the records of an uncompressed simple chunk. Its hashes are not checked.
+
+    Args:
+        data: The bytes of the chunk in the file.
+        position: Start of the chunk in the file.
+
+    Raises:
+        ValueError: The chunk is compressed, of another type or damaged.
+    """
+    chunk = _remove_block_headers(data, position)
+    if len(chunk) != CHUNK_HEADER + _data_size(chunk):
+        raise ValueError("its size does not match its header")
+    return _split_records(chunk, CHUNK_HEADER)
+
+
+def _data_size(header: bytes) -> int:
+    """Return the number of bytes of a chunk after its header."""
+    size = int.from_bytes(header[8:16], "little")
+    if header[24:25] != b"r" or size > MAX_FOOTER:
         raise ValueError("not a simple chunk of records")
-    data, _ = _read_across_blocks(read, position, data_size, size)
-    if data[0]:
+    return size
+
+
+def _split_records(data: bytes, start: int) -> list[bytes]:
+    """Return the records of a chunk whose data after the header starts at `start`."""
+    if data[start]:
         raise ValueError("compressed")
-    length, i = _read_varint(data, 1)
-    sizes, end = [], i + length
-    while i < end:
-        record_size, i = _read_varint(data, i)
-        sizes.append(record_size)
-    ends = [*itertools.accumulate(sizes, initial=end)]
-    if ends[-1] != len(data):
+    length, i = _read_varint(data, start + 1)
+    records, record_start = [], i + length  # the sizes come before the records
+    end_of_sizes = record_start
+    while i < end_of_sizes:
+        size, i = _read_varint(data, i)
+        records.append(data[record_start : record_start + size])
+        record_start += size
+    if record_start != len(data):
         raise ValueError("sizes of records do not match the chunk")
-    return [data[a:b] for a, b in itertools.pairwise(ends)]
+    return records
 
 
 def _read_across_blocks(
@@ -111,11 +137,16 @@ def _read_across_blocks(
     end = position + length + headers * BLOCK_HEADER
     if end > size:
         raise ValueError("beyond the end of the file")
-    data, parts = read(position, end), []
-    first = min(len(data), BLOCK - position % BLOCK)
-    parts.append(data[:first])
-    parts += [data[i + BLOCK_HEADER : i + BLOCK] for i in range(first, len(data), BLOCK)]
-    return b"".join(parts), end
+    return _remove_block_headers(read(position, end), position), end
+
+
+def _remove_block_headers(data: bytes, position: int) -> bytes:
+    """Return bytes of a file without the headers of blocks; `position` is that of the first."""
+    first = -position % BLOCK
+    if first >= len(data):
+        return data
+    parts = [data[i + BLOCK_HEADER : i + BLOCK] for i in range(first, len(data), BLOCK)]
+    return b"".join([data[:first], *parts])
 
 
 def _read_fields(message: bytes) -> dict[int, int]:

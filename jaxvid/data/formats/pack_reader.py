@@ -120,6 +120,8 @@ class PackRecords(Sequence):
                 self._offsets = RecordOffsets.open(path, self._ends[-1])
         elif not self._ends[-1]:
             raise InputError(f"{self.name}: split {split!r} is empty; recreate it with TFDS")
+        # Features that are read from a record.
+        self._features = (self._feature, *(("label", "fps") if self._index is None else FIELDS))
 
     @property
     def has_ids(self) -> bool:
@@ -148,13 +150,10 @@ class PackRecords(Sequence):
         """
         try:
             file, position = self._locate(record)
-            features = parse_record(self._open_file(file).read(position))
-            values = {"frames": features.get(self._feature, ())}
-            for name in ("label", "fps") if self._index is None else FIELDS:
-                if name in features:
-                    values[name] = features[name][0]
-            if not values["frames"] or not isinstance(values["frames"][0], bytes):
+            features = parse_record(self._open_file(file).read(position), self._features)
+            if not (frames := features.pop(self._feature, None)):
                 raise ValueError(f"the feature {self._feature!r} is missing, empty or not bytes")
+            values = {"frames": frames, **{name: data[0] for name, data in features.items()}}
             if self._index is not None and len(values) <= len(FIELDS):
                 raise ValueError(f"it has only the features {', '.join(values)}")
             if not 0 <= values["label"] < len(self.labels):
@@ -313,6 +312,13 @@ class PackedVideo:
             get_times=get_times if listed.has_times else None,
         )
 
+    @functools.cached_property
+    def _stored(self) -> tuple[bytes, int, int, float]:
+        """Id, label, number of frames and frame rate as all its records contain them."""
+        listed = self.listed
+        rate = np.float32(listed.fps).item()  # records store it as float32
+        return encode_id(listed.id), listed.label, listed.num_frames, rate
+
     def _read(self, number: int) -> dict:
         """Read record `number` of the video and compare it with the index.
 
@@ -323,12 +329,11 @@ class PackedVideo:
         values = self.records.read(listed.record + number)
         first = number * listed.frames_per_record
         count = min(listed.frames_per_record, listed.num_frames - first)
-        rate = np.float32(listed.fps)  # records store it as float32
-        expected = (encode_id(listed.id), listed.label, count, listed.num_frames, rate, first)
-        names = ("id", "label", "frames", "num_frames", "fps", "first")
-        actual = tuple(len(values[n]) if n == "frames" else values[n] for n in names)
+        expected = (*self._stored, first, count)
+        names = ("id", "label", "num_frames", "fps", "first")
+        actual = (*map(values.__getitem__, names), len(values["frames"]))
         if actual != expected:
-            form = "{!r}, label {}, {} of {} frames, {:.6g} frames/s, from frame {}"
+            form = "{0!r}, label {1}, {5} of {2} frames, {3:.6g} frames/s, from frame {4}"
             texts = [
                 form.format(row[0].decode(errors="replace"), *row[1:]) for row in (actual, expected)
             ]

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxvid.atomic import replacing
-from jaxvid.data.formats.array_record_layout import read_chunk, read_layout
+from jaxvid.data.formats.array_record_layout import parse_chunk, read_layout
 from jaxvid.errors import InputError, one_line
 from jaxvid.files import open_regular
 
@@ -167,8 +167,7 @@ class RecordOffsets:
             start, size, crc32 = _ROW.unpack(row)
             if size > MAX_CHUNK:
                 return None
-            chunk = os.pread(descriptor, size, start)
-            [data] = read_chunk(lambda a, b: chunk[a - start : b - start], start, start + size)
+            [data] = parse_chunk(os.pread(descriptor, size, start), start)
         except (OSError, ValueError, IndexError, OverflowError, struct.error):
             return None
         return data if zlib.crc32(data) == crc32 else None

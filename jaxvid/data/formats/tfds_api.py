@@ -30,6 +30,17 @@ MAX_RECORDS = 2**40  # maximum number of records in a file
 # Ends of error messages about packs and other TFDS data sets.
 PREPARE = "run jaxvid.data.prepare"
 RECREATE = "correct data.splits or recreate it with TFDS"
+# Feature of a record → field of its protobuf message that contains the values.
+KINDS = {
+    "frames": "bytes_list",
+    "video": "bytes_list",
+    "first": "int64_list",
+    "num_frames": "int64_list",
+    "fps": "float_list",
+    "label": "int64_list",
+    "id": "bytes_list",
+    "times": "bytes_list",
+}
 _import_lock = threading.Lock()
 
 
@@ -232,19 +243,25 @@ def _example_type() -> type:
     return tf_example_pb2.Example
 
 
-def parse_record(data: bytes) -> dict[str, list]:
+def parse_record(data: bytes, names: Iterable[str]) -> dict[str, Sequence]:
     """Parse a record.
 
+    Args:
+        data: The record.
+        names: Features to return, keys of `KINDS`.
+
     Returns:
-        Feature → list of its values, each `bytes`, `int` or `float`. Features without values are
-        left out.
+        Feature → its values, each `bytes`, `int` or `float`. Features without values, or with
+        values of another type than in `KINDS`, are left out.
 
     Raises:
         Exception: The record is damaged; the type is one of protobuf's.
     """
-    features = _example_type().FromString(data).features.feature.items()
-    kinds = ((name, feature, feature.WhichOneof("kind")) for name, feature in features)
-    return {name: getattr(feature, kind).value for name, feature, kind in kinds if kind}
+    features = _example_type().FromString(data).features.feature
+    values = {name: getattr(features[name], KINDS[name]).value for name in names}
+    if "fps" in values and not values["fps"]:  # other data sets may store it as an integer
+        values["fps"] = features["fps"].int64_list.value
+    return {name: value for name, value in values.items() if value}
 
 
 # ------------------------------------------------------------------ writing
