@@ -1,12 +1,14 @@
 """Checks of the splits of a data set: kinds of labels, classes without videos, overlaps."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +17,9 @@ from jaxvid.data.label_sets import LabelSet, classes_of
 from jaxvid.data.protocols import VideoRecord
 from jaxvid.data.records import Record, VideoFiles, files_of, labels_of
 from jaxvid.errors import InputError, printable
+from jaxvid.progress import Progress
+
+T = TypeVar("T")
 
 SAMPLE_BYTES = 2**16  # number of bytes at each end of a file that are compared
 NAMED_CLASSES = 3  # maximum number of classes without videos that the log names
@@ -127,21 +132,30 @@ def _find_pairs(
     There is one pair for each such file of `second`. If it is in `first` too, the pair consists of
     its two paths.
     """
-    sizes = [
-        np.fromiter(map_files(_read_size, part), np.int64, len(part)) for part in (first, second)
-    ]
-    common = np.setdiff1d(np.intersect1d(*sizes), [0])
-    candidates = [
-        [part[i] for i in np.flatnonzero(np.isin(part_sizes, common))]
-        for part, part_sizes in zip((first, second), sizes, strict=True)
-    ]
+    files, count = [*first, *second], len(first)
+    sizes = _map_with_progress(_read_size, files, "comparing file sizes")
+    sizes = np.fromiter(sizes, np.int64, len(files))
+    common = np.setdiff1d(np.intersect1d(sizes[:count], sizes[count:]), [0])
+    candidates = np.flatnonzero(np.isin(sizes, common))
+    same_size = [files[i] for i in candidates]
+    digests = _map_with_progress(_digest, same_size, "comparing files of the same size")
     by_digest = collections.defaultdict(list)
-    for file, digest in zip(candidates[0], map_files(_digest, candidates[0]), strict=True):
-        by_digest[digest].append(file)
-    for file, digest in zip(candidates[1], map_files(_digest, candidates[1]), strict=True):
-        if digest and (copies := by_digest.get(digest)):
+    for i, file, digest in zip(candidates, same_size, digests, strict=True):
+        if i < count:
+            by_digest[digest].append(file)
+        elif digest and (copies := by_digest.get(digest)):
             same = (copy for copy in copies if _is_same_file(copy, file))
             yield next(same, copies[0]), file
+
+
+def _map_with_progress(
+    function: Callable[[str | Path], T], files: Sequence[str | Path], title: str
+) -> Iterator[T]:
+    """Call `map_files`, and show the progress."""
+    with contextlib.closing(Progress(len(files), title=title, unit="file")) as progress:
+        for result in map_files(function, files):
+            progress.advance(1)
+            yield result
 
 
 def _read_size(path: str | Path) -> int:

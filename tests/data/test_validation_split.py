@@ -6,6 +6,7 @@ import unicodedata
 
 import pytest
 
+from jaxvid import progress
 from jaxvid.data import check, prepare
 from jaxvid.data.formats.pack_writer import Settings
 from jaxvid.data.records import Record
@@ -211,7 +212,7 @@ def test_prepare_divides_the_videos(tmp_path):
 # ------------------------------------------------------------------ overlaps
 
 
-def test_videos_in_both_splits_are_found(tmp_path, capsys):
+def test_videos_in_both_splits_are_found(tmp_path, capsys, monkeypatch):
     big = "x" * (3 * SAMPLE_BYTES)
     files = {"train/a/same.mp4": "1", "train/a/copy.mp4": big, "train/a/head.mp4": big + "1"}
     files |= {"val/a/copied.mp4": big, "val/a/tail.mp4": big + "2", "val/a/other.mp4": "2"}
@@ -225,5 +226,9 @@ def test_videos_in_both_splits_are_found(tmp_path, capsys):
     end = "remove them from one of the splits"
     assert same_files == [f"{start}: {val}/linked.mp4 is the same file as {train}/same.mp4; {end}"]
     assert copies == [f"{start}: {val}/copied.mp4 is a copy of {train}/copy.mp4; {end}"]
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
     assert check.check([tmp_path], workers=1)["overlaps"] == same_files + copies
-    assert capsys.readouterr().err.count("overlap: 1 of 4 validation") == 2
+    lines = capsys.readouterr().err
+    assert lines.count("overlap: 1 of 4 validation") == 2
+    assert "comparing file sizes: 7/7 files, " in lines
+    assert "comparing files of the same size: 7/7 files, " in lines
