@@ -20,6 +20,13 @@ from jaxvid.errors import InputError
 LAUNCHERS = ("SLURM_STEP", "OMPI_", "PMI_", "JOB_COMPLETION_INDEX")
 
 CONFIG_FLAGS = ("--config", "-config")  # the spellings that absl accepts
+# Type of a config field → description of its values, for error messages.
+VALUES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    tuple: "a tuple, as in '(1, 2)'",
+}
 
 
 def define_config() -> flags.FlagHolder:
@@ -65,6 +72,8 @@ def parse_flags(
             positional = flags.FLAGS(argv)
         except flags.UnrecognizedFlagError as error:
             raise ValueError(_explain_flag(error.flagname, argv, config)) from None
+        except flags.IllegalFlagValueError as error:
+            raise ValueError(_explain_value(str(error), argv, config)) from None
         if len(positional) > 1:
             raise ValueError(f"{positional[1]!r}: not a flag; see --help")
         for name, value in needed().items():
@@ -129,6 +138,19 @@ def _explain_flag(name: str, argv: list[str], config: ConfigDict) -> str:
         value = next(iter(_flag_values(argv, f"--{name}", f"-{name}")), "") or "VALUE"
         return f"--{name}: is not a flag; set the field of the config with --config.{field}={value}"
     return f"--{name}: is not a flag; " + (f"did you mean --{near[0]}?" if near else "see --help")
+
+
+def _explain_value(message: str, argv: list[str], config: ConfigDict) -> str:
+    """Return the error message for a value of the wrong type; for other errors, `message`."""
+    for argument in argv:
+        name, _, value = argument.partition("=")
+        if name.startswith("--config.") and message.startswith(f"flag {argument}:"):
+            field = config
+            for part in name.split(".")[1:]:
+                field = field[part]
+            if expected := VALUES.get(type(field)):
+                return f"{name}: expected {expected}, got {value!r}"
+    return message
 
 
 def _fields_named(name: str, config: ConfigDict) -> list[str]:

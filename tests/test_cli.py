@@ -32,3 +32,23 @@ def test_values_of_config_fields(monkeypatch, form, field, text, value):
     section, _, name = field.rpartition(".")
     assert getattr(config[section] if section else config, name) == value
     assert config.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "expected"),
+    [
+        ("batch_size", "4.5", "an integer"),
+        ("mesh.data", "", "an integer"),
+        ("optimizer.learning_rate", "1e-3x", "a number"),
+        ("deterministic", "perhaps", "true or false"),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused(monkeypatch, field, text, expected):
+    argv = ["main.py", f"--config.{field}={text}"]
+    monkeypatch.setattr(sys, "argv", argv)
+    values, config = flags.FlagValues(), motion.get_config()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    with pytest.raises(flags.IllegalFlagValueError) as info:
+        values(argv)
+    message = cli._explain_value(str(info.value), argv, config)
+    assert message == f"--config.{field}: expected {expected}, got {text!r}"

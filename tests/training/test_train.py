@@ -378,7 +378,10 @@ MOTION = ("--config", "configs/motion.py", "--workdir")
         ((*MOTION, "w", "--config.model.dept=1"), "did you mean --config.model.depth?"),
         ((*MOTION, "w", "--config.sed=1"), "did you mean --config.seed?"),
         ((*MOTION, "w", "--config.seed.x=1"), "--config.seed has no fields"),
-        ((*MOTION, "w", "--config.seed=one"), "--config.seed=one: invalid literal"),
+        (
+            (*MOTION, "w", "--config.batch_size=four"),
+            "--config.batch_size: expected an integer, got 'four'",
+        ),
         (
             (*MOTION, "w", "--mode=test"),
             "--mode=test: value should be one of <train|eval|sch",
