@@ -6,9 +6,10 @@ python benchmarks/input_cost.py --only workers   clips/s with several threads an
 
 The whole pipeline runs, up to finished batches of uint8 pixels. "Decoding" is the time inside of
 calls of libav (demultiplexing, decoding, and conversion to RGB at the size of the video) and of
-libjpeg. "Resizing" is the time inside of the resizing functions of OpenCV and Pillow. All other CPU
-time of the process counts as "rest": reading and parsing records, frame sampling, cropping,
-mirroring, batching, Grain and Python. The cost of the measurement itself is subtracted.
+libjpeg. "Resizing" is the time inside of the resizing functions of OpenCV and Pillow, and of the
+conversion of arrays to Pillow's images and back. All other CPU time of the process counts as
+"rest": reading and parsing records, frame sampling, cropping, mirroring, batching, Grain and
+Python. The cost of the measurement itself is subtracted.
 
 The clips have 16 frames of 224 px. The kinds of clips and sources take turns, each in a process of
 its own. The tables show the medians of all runs.
@@ -167,6 +168,7 @@ def _clocks() -> tuple[Clock, Clock]:
     cv2.resize = resizing.timed(cv2.resize)
     Image.Image.resize = resizing.timed(Image.Image.resize)
     Image.fromarray = resizing.timed(Image.fromarray)
+    Image.Image.tobytes = resizing.timed(Image.Image.tobytes)  # called by np.asarray(image)
     return decoding, resizing
 
 
