@@ -146,7 +146,7 @@ def _read_kinetics_names(paths: Sequence[Path]) -> list[str]:
                 f"{path}: expected the columns label, youtube_id, time_start and time_end of an "
                 "official Kinetics list; write one name per line to a .txt file"
             )
-    names = {row.label for path in paths for row in read_kinetics(path)}
+    names = {name for path in paths for _, name in read_kinetics(path, "label")}
     if not any(names):
         raise InputError(f"{paths[0]}: {HAS_NO_LABEL}")
     return sorted(filter(None, names))

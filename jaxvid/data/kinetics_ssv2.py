@@ -1,16 +1,18 @@
 """Official annotation files of Kinetics and Something-Something."""
 
 import csv
+import functools
 import json
 import operator
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from jaxvid.data.file_checks import Listings, check_list
 from jaxvid.data.records import (
+    MAX_LINE,
     VideoFiles,
     check_line,
     find_label,
@@ -37,43 +39,32 @@ def is_kinetics(path: Path) -> bool:
         return False
 
 
-class KineticsRow(NamedTuple):
-    """A row of an official Kinetics list.
+def read_kinetics(path: Path, *columns: str) -> Iterator[tuple[int, Any]]:
+    """Read columns of an official Kinetics list.
 
-    Attributes:
-        number: Line number, from 1.
-        label: Name of the class; empty if the field is empty, None if there is no such column.
-        youtube_id: Id of the source video.
-        time_start: Start of the clip in the source video, in seconds.
-        time_end: End of the clip in the source video, in seconds.
-    """
-
-    number: int
-    label: str | None
-    youtube_id: str
-    time_start: str
-    time_end: str
-
-
-def read_kinetics(path: Path) -> Iterator[KineticsRow]:
-    """Yield the rows of an official Kinetics list. Missing fields are empty.
+    Yields:
+        For each row, the line number, from 1, and the values of the columns: a tuple, or the value
+        itself if there is only one column. Values are texts. They are empty if the field is empty
+        or missing, and None if there is no such column.
 
     Raises:
         InputError: The file cannot be read, or a line is too long or not CSV.
     """
     lines = read_lines(path, names=True)
-    for number, line in enumerate(lines, 1):
-        check_line(path, number, line)
+    if max(map(len, lines)) > MAX_LINE:
+        for number, line in enumerate(lines, 1):
+            check_line(path, number, line)
     reader = csv.reader(lines, skipinitialspace=True)
     try:
         header = next(filter(None, reader), [])
-        # The last column of a name counts.
-        columns = {name: i for i, name in enumerate(header)}
+        positions = {name: i for i, name in enumerate(header)}  # the last column of a name counts
         # The value of missing columns, None, is appended to the fields.
-        select = operator.itemgetter(*(columns.get(name, -1) for name in KineticsRow._fields[1:]))
+        select = operator.itemgetter(*(positions.get(name, -1) for name in columns))
         for fields in filter(None, reader):
-            fields += [""] * (len(header) - len(fields)) + [None]
-            yield KineticsRow(reader.line_num, *select(fields))
+            if len(fields) < len(header):
+                fields += [""] * (len(header) - len(fields))
+            fields.append(None)
+            yield reader.line_num, select(fields)
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}: is not valid CSV: {error}") from None
 
@@ -108,49 +99,54 @@ def read_kinetics_list(
     numbers, names, video_labels, files, start = [], [], [], [], os.path.join(base, "")
     known: dict[str | None, int] = {}  # class name → label
     folders: dict[str | None, list[str]] = {}  # class name → folders that may contain the file
-    for row in read_kinetics(path):
+    default: dict[str | None, str] = {}  # class name → folder that errors name
+    rows = read_kinetics(path, "label", "youtube_id", "time_start", "time_end")
+    for number, (label, youtube_id, time_start, time_end) in rows:
         try:
-            times = f"{int(row.time_start):06d}_{int(row.time_end):06d}"
+            name = f"{youtube_id}_{_six_digits(time_start)}_{_six_digits(time_end)}.mp4"
         except ValueError:
             raise InputError(
-                f"{path}:{row.number}: time_start and time_end are not whole seconds; correct the "
-                "line"
+                f"{path}:{number}: time_start and time_end are not whole seconds; correct the line"
             ) from None
-        if row.label not in folders:
-            classes = ("", row.label, row.label.replace(" ", "_")) if row.label else ("",)
+        if label not in folders:
+            classes = ("", label, label.replace(" ", "_")) if label else ("",)
             split_folders = (base / path.stem, base)
-            first, *others = (
+            candidates = [
                 os.path.join(folder, name, "") for folder in split_folders for name in classes
-            )
-            # Errors name the first folder, so it is kept if it does not exist.
-            folders[row.label] = [first, *(name for name in others if not listings.is_empty(name))]
-        name = f"{row.youtube_id}_{times}.mp4"
-        file = _find_file(listings, folders[row.label], name)
+            ]
+            default[label] = candidates[0]
+            folders[label] = [name for name in candidates if not listings.is_empty(name)]
+        file = _find_file(listings, folders[label], name) or default[label] + name
         names.append(name)
         files.append(file.removeprefix(start))
-        numbers.append(row.number)
-        if row.label not in known:
-            known[row.label] = find_label(path, row.number, row.label, label_of, labelled)
-        video_labels.append(known[row.label])
+        numbers.append(number)
+        if label not in known:
+            known[label] = find_label(path, number, label, label_of, labelled)
+        video_labels.append(known[label])
     videos = VideoFiles(base, names, video_labels, files)
     check_list(path, videos, numbers, missing)
     return videos
 
 
-def _find_file(listings: Listings, folders: list[str], *names: str) -> str:
-    """Return the path of the first file that exists.
+@functools.lru_cache(10_000)
+def _six_digits(seconds: str) -> str:
+    """Return a whole number with at least six digits; raise a ValueError if it is not one."""
+    return f"{int(seconds):06d}"
+
+
+def _find_file(listings: Listings, folders: list[str], *names: str) -> str | None:
+    """Return the path of the first file that exists, or None.
 
     Args:
         listings: Folders that were listed already.
         folders: Folders that may contain the file, each with a slash at the end.
-        names: Possible names of the file. If none exists, the first one is returned, in the
-            first folder.
+        names: Possible names of the file.
     """
     for folder in folders:
         for name in names:
             if listings.contain(folder, name):
                 return folder + name
-    return folders[0] + names[0]
+    return None
 
 
 def read_something_list(
@@ -186,7 +182,8 @@ def read_something_list(
             name.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError:
             raise InputError(f"{path}:{number}: {name!r} is not UTF-8; correct the id") from None
-        file = _find_file(listings, folders, f"{name}.webm", f"{name}.mp4")
+        file_names = f"{name}.webm", f"{name}.mp4"
+        file = _find_file(listings, folders, *file_names) or folders[0] + file_names[0]
         names.append(name)
         files.append(file.removeprefix(folders[0]))
         video_labels.append(find_label(path, number, template, label_of, labelled))
