@@ -71,7 +71,7 @@ KINDS = {
         dataclasses.replace(_SPEC, short_side=224, resize="torch_bilinear", num_crops=3),
     ),
 }
-SOURCES = ("mp4", "pack")
+SOURCES = {"mp4": 1, "pack": 4}  # source → factor of `--clips`
 
 
 # ------------------------------------------------------------------ in a measuring process
@@ -302,7 +302,7 @@ def print_costs(folder: Path, rounds: int, num_clips: int) -> None:
     cases = {
         (source, kind): functools.partial(run_costs, folder, source, kind, num_clips * factor)
         for kind in KINDS
-        for source, factor in (("mp4", 1), ("pack", 4))
+        for source, factor in SOURCES.items()
     }
     results = take_turns(cases, 1 + rounds)
     print("\nCPU time per clip in ms: decoding, resizing, rest; share of all that is not decoding")
@@ -324,8 +324,10 @@ def print_workers(folder: Path, rounds: int, num_clips: int) -> None:
     kind = "training, multi-scale crop and flip"
     numbers = [(1, 0), (2, 0), (4, 0), (1, 1), (1, 2)]
     cases = {
-        (source, *pair): functools.partial(run_workers, folder, source, kind, num_clips, *pair)
-        for source in SOURCES
+        (source, *pair): functools.partial(
+            run_workers, folder, source, kind, num_clips * factor, *pair
+        )
+        for source, factor in SOURCES.items()
         for pair in numbers
     }
     results = take_turns(cases, rounds)
