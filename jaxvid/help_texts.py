@@ -72,10 +72,10 @@ Exit codes: 0 success, 2 invalid input or a failed check.
 
 CONVERT = """Convert released PyTorch weights into a model folder.
 
-The file is a checkpoint of an original program, or an image ViT of timm (.pth, .safetensors) or
-Google (.npz) whose weights initialise a video model. Every key of the file must be used once or
-ignored for a stated reason. Every weight of the model must be filled once or listed as newly
-initialised. Otherwise nothing is written.
+The file is a checkpoint of the original implementation, or an image ViT of timm (.pth,
+.safetensors) or Google (.npz) whose weights initialise a video model. Nothing is written unless
+every key of the file is used once or ignored for a stated reason, and every weight of the model is
+filled once or listed as newly initialised.
 """
 
 PREPARE = """Convert videos to a pack, a data set of JPEG frames with fast random access.

@@ -140,7 +140,7 @@ def convert_to_torch() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid convert-to-torch`."""
     parser = _make_parser(
         "convert-to-torch",
-        "Convert a model folder to a .pth file that the original program loads with strict=True.",
+        "Convert a model folder to a .pth file for the original implementation (strict=True).",
     )
     parser.add_argument("--input", required=True, type=Path, help="model folder")
     parser.add_argument("--output", required=True, type=Path, help=".pth file that is written")
