@@ -38,18 +38,18 @@ time.
 
 SERVE = """Serve models over HTTP: a page to try them with videos or a webcam, and an API.
 
-The first line printed is the address of the page. The API is described in docs/serving.md and, for
-programs, at /openapi.json. Preprocessing and the number of views come from the model card, so that
-predictions equal those of `jaxvid predict`.
+The first line on stdout has the URL of the page. docs/serving.md and, as OpenAPI document,
+/openapi.json describe the API. Preprocessing and the number of views come from the model card, so
+that predictions equal those of `jaxvid predict`.
 
-Videos are decoded in separate processes with limits of time and memory. Requests that arrive at the
-same time share the batches of the network.
+Videos are decoded in separate processes with limits of time and memory. The views of concurrent
+requests are batched.
 
-Ctrl-C or SIGTERM: the server accepts no more requests, answers those in progress and exits. A
-second signal ends it at once.
+After Ctrl-C or SIGTERM, the server accepts no more requests, completes those in progress and exits.
+A second signal ends it at once.
 
-Exit codes: 0: stopped by a signal, all requests answered; 2: invalid input, or the port is in use;
-130, 143: ended before all requests were answered.
+Exit codes: 0: stopped by a signal, all requests completed; 2: invalid input, or the port is in use;
+130, 143: ended before all requests were completed.
 """
 
 EXPORT = """Export a model folder.

@@ -6,8 +6,8 @@ The template imports the decoder once and handles no videos. It forks a worker i
 that a worker that crashed or was killed is replaced without delay. It has one thread, which makes
 forking safe. Neither the template nor the workers import JAX.
 
-A worker is a process that a malicious video may take over. Therefore it has resource limits, it
-sees one video at a time, and the server reads its messages without unpickling them.
+A malicious video may compromise a worker. Therefore workers have resource limits and see one video
+at a time, and the server does not unpickle their messages.
 
 A message from a worker is `HEADER`, a JSON document, and the contents of the arrays that the
 document lists. Kinds of messages:

@@ -1,8 +1,7 @@
 """Tasks that a decoder process runs on an uploaded video; see `decoder_pool.DecoderPool`.
 
-A task is a generator function. Its first argument is the `UploadedVideo`. Each item that it yields
-is a dict, whose values are NumPy arrays, or values that JSON can represent. Everything that this
-module imports is free of JAX.
+A task is a generator function. Its first argument is the `UploadedVideo`. It yields dicts, whose
+values are NumPy arrays or values that JSON can represent. This module must not import JAX.
 """
 
 import dataclasses
@@ -58,7 +57,7 @@ class UploadedVideo:
         if seconds > limit:
             reader.close()
             raise DecodeError(
-                f"{self.id}: lasts {seconds:.0f} s, and the limit is {limit:g} s; send a part of it"
+                f"{self.id}: lasts {seconds:.0f} s, more than the limit of {limit:g} s; send a part"
             )
         return reader
 
@@ -152,12 +151,12 @@ def frames(video: UploadedVideo, spec: ClipSpec) -> Iterator[Message]:
 def live_clip(
     video: UploadedVideo, spec: ClipSpec, parts: Sequence[tuple[int, int]]
 ) -> Iterator[Message]:
-    """Yield the clip of JPEG pictures; see `make_live_clip`.
+    """Yield the clip of JPEG images; see `make_live_clip`.
 
     Args:
-        video: A file that contains the pictures.
+        video: A file that contains the images.
         spec: Resize and crop.
-        parts: Start and size in bytes of each picture.
+        parts: Start and size in bytes of each image.
     """
     with open(video.file, "rb") as file:
 
@@ -171,5 +170,5 @@ def live_clip(
             yield video_frames.make_live_clip(reader, spec)
         except DecodeError:
             raise DecodeError(
-                f"{video.id}: expected JPEG pictures of one size, with at most {limit} pixels"
+                f"{video.id}: expected JPEG images of one size, with at most {limit} pixels"
             ) from None

@@ -1,4 +1,4 @@
-"""Decoder processes as the server sees them; `decoder_process` is what they run."""
+"""The server's side of decoder processes; `decoder_process` is the other side."""
 
 import asyncio
 import contextlib
@@ -54,7 +54,7 @@ class Template:
                 pass_fds=[other.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=_make_environment(),
-                start_new_session=True,  # Ctrl-C must not end tasks that the server still answers
+                start_new_session=True,  # Ctrl-C must not end tasks of requests in progress
             )
 
     def fork(self, limits: Limits) -> socket.socket:
@@ -95,7 +95,7 @@ def _make_environment() -> dict[str, str]:
 
 
 class Worker:
-    """A decoder process, as the server sees it.
+    """The server's side of a decoder process.
 
     Args:
         connection: Non-blocking socket that is connected to the process.
@@ -121,7 +121,7 @@ class Worker:
                 raise ConnectionResetError
             [self._pidfd] = fds
         except BaseException:
-            self._connection.close()  # upon which the process ends
+            self._connection.close()  # ends the process
             raise
 
     def is_alive(self) -> bool:
@@ -176,7 +176,7 @@ class Worker:
             text = str(message["text"]) if kind in _ERRORS else ""
         except OSError:
             raise
-        except Exception as error:  # a decoder that a video has taken over may send anything
+        except Exception as error:  # a compromised decoder may send anything
             raise ConnectionError(f"invalid message ({error})") from error
         self.reusable = kind not in ("message", "memory_error")
         if kind in _ERRORS:

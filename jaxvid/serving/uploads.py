@@ -28,8 +28,8 @@ class Upload:
 
     Attributes:
         file: Unnamed temporary file.
-        parts: Start and size in bytes of each part of the file: one video, or several pictures.
-        url: Address of the video, instead of a file; empty: none.
+        parts: Start and size in bytes of each part of the file: one video, or several images.
+        url: URL of the video, instead of a file; empty: none.
     """
 
     def __init__(self, file: BinaryIO):
