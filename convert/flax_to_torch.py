@@ -24,7 +24,7 @@ from jaxvid.weights import rules
 
 
 def to_state_dict(params: Params, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Return the state_dict of the original implementation; tensors that it never uses are zeros."""
+    """Return the state_dict of the original implementation; tensors that it ignores are zeros."""
     state = {
         rules.torch_key(name): torch.from_numpy(
             np.array(rules.to_torch(name, np.asarray(array)), order="C")

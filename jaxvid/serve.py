@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
 MAX_BATCH = 256
-# While the event loop is busy, the thread of the networks waits this long for the GIL, several times
-# per batch. Python's default is 5 ms.
+# While the event loop is busy, the thread of the networks waits this long for the GIL, several
+# times per batch. Python's default is 5 ms.
 SWITCH_SECONDS = 0.0005
 
 
