@@ -3,10 +3,10 @@
     python benchmarks/serve.py --model runs/motion/model        the demo's network and clips
     python benchmarks/serve.py --video_seconds 10 --requests 64         a ViT-Ti/16, 340×256 px
 
-The server and the loop classify the same videos, in turn, on this machine. The loop uses batches of
-1 or 8 videos, whichever is faster. The clients run on this machine too, so that they take CPU time
-from the server. All ratios are of runs that follow each other; the median over the rounds is
-printed, with the lowest and the highest value.
+The server and the loop classify the same videos, in alternating runs. The loop uses batches of 1 or
+8 videos, whichever is faster. The clients run on the same machine, and share its CPU time with the
+server. A ratio is that of two consecutive runs. The median over the rounds is printed, with the
+range.
 """
 
 import sys
@@ -93,7 +93,7 @@ def check_prediction(answer: Answer) -> None:
 
 
 class Loop:
-    """The loop `Classifier.stream` in a process of its own.
+    """A loop over `Classifier.stream` in a separate process.
 
     Args:
         model: Model folder.
@@ -217,22 +217,28 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--model", default="", help="model folder; empty: stam_16 as a ViT-Ti/16, not trained"
+        "--model", default="", help="model folder (default: stam_16 as a ViT-Ti/16, not trained)"
     )
-    parser.add_argument("--videos", nargs="+", default=[], help="files; none: generated")
+    parser.add_argument("--videos", nargs="+", default=[], help="video files (default: generated)")
     parser.add_argument(
         "--video_seconds",
         type=float,
         default=0.0,
-        help="duration of generated videos of 340×256 px; 0: 72 px clips of the demo, 1.1 s",
+        help="duration of generated 340×256 px videos; 0: the demo's 72 px clips of 1.1 s",
     )
-    parser.add_argument("--requests", type=int, default=512, help="videos per run")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each side")
+    parser.add_argument("--requests", type=int, default=512, help="videos per run (default: 512)")
     parser.add_argument(
-        "--max_batch", type=int, help="views per batch of the server; None: chosen by the server"
+        "--rounds", type=int, default=5, help="runs of each server and of the loop (default: 5)"
     )
     parser.add_argument(
-        "--clients", type=int, nargs="+", default=[1, 8, 64], help="numbers of clients; last: most"
+        "--max_batch", type=int, help="maximum views per batch (default: chosen by the server)"
+    )
+    parser.add_argument(
+        "--clients",
+        type=int,
+        nargs="+",
+        default=[1, 8, 64],
+        help="numbers of concurrent clients, ascending (default: 1 8 64)",
     )
     args = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
