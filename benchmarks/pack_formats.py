@@ -7,9 +7,9 @@ Each video is decoded and scaled down to a short side of 256 px, as `prepare` do
 encodes the frames with several qualities. Its bytes and the CPU time of reading are interpolated to
 the PSNR (RGB, over every fourth frame) of JPEG with quality 90 and 80.
 
-The CPU time is that of decoding 16 frames with a random start and stride to RGB, on one thread, from
-bytes in memory. The position of each frame's data is known: a frame of a video with short GOPs is
-decoded from the last key frame on. Runs of a format alternate with runs of JPEG with quality 90.
+The CPU time is that of decoding 16 frames with a random start and stride to RGB, on one thread,
+from bytes in memory. The position of each frame's data is known: a frame of a video with short GOPs
+is decoded from the last key frame on. Runs of a format alternate with runs of JPEG with quality 90.
 """
 
 import argparse
