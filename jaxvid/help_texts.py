@@ -81,8 +81,8 @@ filled once or listed as newly initialised.
 PREPARE = """Convert videos to a pack, a data set of JPEG frames with fast random access.
 
 The same command resumes an interrupted run. The pack is bit-identical to that of an uninterrupted
-run. With `--shard 0/8` to `--shard 7/8`, eight jobs share the work, and the last job
-to finish completes the pack.
+run. With `--shard 0/8` to `--shard 7/8`, eight jobs share the work, and the last job to finish
+completes the pack.
 
 Exit codes: 0 success, 2 invalid input, 3 some videos are broken.
 """
