@@ -72,7 +72,7 @@ class DecoderPool:
         Close the generator (`contextlib.aclosing`) if it is not exhausted: this frees the process.
 
         Args:
-            task: Generator function, which the process imports by its name.
+            task: Function of `decoder_tasks`, which the process imports by its name.
             fd: File with the video. It is duplicated, and may be closed after the first message.
             *arguments: Arguments of the task after the video; they are pickled.
             seconds: Time limit, without the time in which the messages are processed; None:
@@ -80,7 +80,7 @@ class DecoderPool:
             **options: Keyword arguments of the task; they are pickled.
 
         Yields:
-            The messages of the task.
+            The message that the task returns, or the messages that it yields.
 
         Raises:
             DecodeError: The video cannot be decoded, exceeds a limit, or crashes the decoder.
@@ -100,6 +100,8 @@ class DecoderPool:
                 max_bytes = self._limits.memory_bytes
                 while (message := await clock.limit(worker.receive(max_bytes))) is not None:
                     yield message
+                    if worker.reusable:  # the task has ended
+                        break
             except ConnectionError:
                 if self._closed:
                     raise RuntimeError("the decoder pool is closed") from None

@@ -1,7 +1,8 @@
 """Tasks that a decoder process runs on an uploaded video; see `decoder_pool.DecoderPool`.
 
-A task is a generator function. Its first argument is the `UploadedVideo`. It yields dicts, whose
-values are NumPy arrays or values that JSON can represent. This module must not import JAX.
+A task is a function whose first argument is the `UploadedVideo`. It returns one message or yields
+several. A message is a dict, whose values are NumPy arrays or values that JSON can represent. This
+module must not import JAX.
 """
 
 import dataclasses
@@ -68,16 +69,16 @@ def _duration(reader: VideoFile) -> float:
     return at_fps if reader.times is None else max(at_fps, float(reader.times[-1]))
 
 
-Task = Callable[..., Iterator[Message]]
+Task = Callable[..., Message | Iterator[Message]]
 
 
-def views(video: UploadedVideo, spec: ClipSpec) -> Iterator[Message]:
-    """Yield the evaluation views of a video: one message, the result of `load_eval_views`.
+def views(video: UploadedVideo, spec: ClipSpec) -> Message:
+    """Return the evaluation views of a video, the result of `load_eval_views`.
 
     Raises:
         DecodeError: The video cannot be decoded.
     """
-    yield load_eval_views(video, spec)
+    return load_eval_views(video, spec)
 
 
 def windows(
@@ -148,10 +149,8 @@ def frames(video: UploadedVideo, spec: ClipSpec) -> Iterator[Message]:
         yield video_frames.describe_clip(reader, loaded["indices"][0], spec)
 
 
-def live_clip(
-    video: UploadedVideo, spec: ClipSpec, parts: Sequence[tuple[int, int]]
-) -> Iterator[Message]:
-    """Yield the clip of JPEG images; see `make_live_clip`.
+def live_clip(video: UploadedVideo, spec: ClipSpec, parts: Sequence[tuple[int, int]]) -> Message:
+    """Return the clip of JPEG images; see `make_live_clip`.
 
     Args:
         video: A file that contains the images.
@@ -167,7 +166,7 @@ def live_clip(
         reader = JpegFrames(video.id, len(parts), None, read)
         reader.max_pixels = limit = video.limits.pixels
         try:
-            yield video_frames.make_live_clip(reader, spec)
+            return video_frames.make_live_clip(reader, spec)
         except DecodeError:
             raise DecodeError(
                 f"{video.id}: expected JPEG images of one size, with at most {limit} pixels"

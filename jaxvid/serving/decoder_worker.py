@@ -156,11 +156,15 @@ class Worker:
             ConnectionError: The process has died.
         """
         self.reusable = False
-        socket.send_fds(self._connection, [JOB_HEADER.pack(len(job))], [fd])
-        await asyncio.get_running_loop().sock_sendall(self._connection, job)
+        data = JOB_HEADER.pack(len(job)) + job
+        num_sent = socket.send_fds(self._connection, [data], [fd])
+        if num_sent < len(data):
+            await asyncio.get_running_loop().sock_sendall(self._connection, data[num_sent:])
 
     async def receive(self, max_bytes: int) -> Message | None:
-        """Return the next message, or None at the end of the task.
+        """Return the next message, or None if all were returned.
+
+        After the last message of a task that does not yield, the process is `reusable`.
 
         Args:
             max_bytes: Maximum size of the arrays of a message.
@@ -181,7 +185,7 @@ class Worker:
         self.reusable = kind not in ("message", "memory_error")
         if kind in _ERRORS:
             raise _ERRORS[kind](text)
-        return message if kind == "message" else None
+        return message if kind != "end" else None
 
     async def _receive(self, max_bytes: int) -> tuple[str, Message]:
         """Return the kind and the contents of the next message."""
@@ -191,7 +195,7 @@ class Worker:
         data = await self._read(size + num_bytes)
         document, position = json.loads(bytes(data[:size])), size
         kind, message = document["kind"], dict(document["values"])
-        if kind not in ("message", "end", *_ERRORS):
+        if kind not in ("message", "result", "end", *_ERRORS):
             raise ValueError(f"the kind {kind}")
         for name, dtype, shape in document["arrays"]:
             if min(shape, default=0) < 0:

@@ -197,7 +197,7 @@ class Service:
     async def decode(
         self, task: Callable[..., Iterator[Any]], upload: Upload, *args: Any, **options: Any
     ) -> Any:
-        """Return the only item of a decoder task.
+        """Return the result of a decoder task that returns one message.
 
         Raises:
             DecodeError: The video cannot be decoded.
