@@ -2,9 +2,8 @@
 
     python benchmarks/minimal_server.py runs/motion/model
 
-It serves one model with the same libraries, without limits, checks and metrics. The processes of a `ProcessPoolExecutor` decode the videos.
-The functions that decode and classify are those of `jaxvid serve`. `benchmarks/serve.py` compares
-the two servers.
+It has no limits, checks and metrics. A `ProcessPoolExecutor` decodes the videos. The functions that
+decode and classify are those of `jaxvid serve`. `benchmarks/serve.py` compares the two servers.
 """
 
 import argparse
