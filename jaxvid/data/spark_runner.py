@@ -18,6 +18,8 @@ from apache_beam.runners.trivial_runner import (
 )
 from pyspark import SparkConf, SparkContext
 
+from jaxvid.errors import InputError
+
 
 class PySparkRunner(TrivialRunner):
     """Runs batch pipelines without side inputs on a Spark cluster.
@@ -32,14 +34,24 @@ class PySparkRunner(TrivialRunner):
     def run_portable_pipeline(
         self, pipeline: beam_runner_api_pb2.Pipeline, options: PipelineOptions
     ) -> PipelineResult:
-        """Run a pipeline on the cluster `--spark_master_url`, and wait until it has finished."""
+        """Run a pipeline on the cluster `--spark_master_url`, and wait until it has finished.
+
+        Raises:
+            InputError: The cluster cannot be reached, or Java is not installed.
+        """
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         url = options.view_as(SparkRunnerOptions).spark_master_url
         conf = SparkConf().setMaster(url).setAppName("jaxvid")
         with warnings.catch_warnings():
             # PySpark starts Java with fork and exec, which is safe; JAX warns of any fork.
             warnings.filterwarnings("ignore", r"os\.fork", RuntimeWarning)
-            self._context = SparkContext(conf=conf)
+            try:
+                self._context = SparkContext(conf=conf)
+            except Exception:  # PySpark raises exceptions of many types
+                raise InputError(
+                    f"Spark cannot be started with --spark_master_url={url}; Java's messages above "
+                    "have the reason"
+                ) from None
         with self._context:
             self._context.setLogLevel("ERROR")
             return super().run_portable_pipeline(pipeline, options)

@@ -335,15 +335,22 @@ def test_a_lost_spark_worker_does_not_change_the_features(spark, folder, folders
 
 
 @pytest.mark.full
-def test_an_error_in_a_spark_task_is_one_line(beam):
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("local[1]", "--runner='unknown': must be one of"),
+        ("nothing", "Spark cannot be started with --spark_master_url=nothing; Java's messages"),
+    ],
+)
+def test_an_error_of_spark_is_one_line(beam, url, message):
     pytest.importorskip("pyspark", reason="pyspark (make test-beam)")
     script = (
         "import functools\n"
         "from jaxvid.data.beam import make_runner, run_on_workers\n"
-        "runner = make_runner('PySparkRunner', '--spark_master_url=local[1]')\n"
+        f"runner = make_runner('PySparkRunner', '--spark_master_url={url}')\n"
         "run_on_workers(functools.partial(make_runner, options=''), ['unknown'], runner)\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     error = result.stderr.splitlines()[-1]
     assert "PySparkRunner failed (" in error
-    assert "--runner='unknown': must be one of" in error
+    assert message in error
