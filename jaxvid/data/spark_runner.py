@@ -4,7 +4,9 @@ Beam's own SparkRunner needs a job server in Java, which is not part of Beam's P
 """
 
 import os
+import signal
 import sys
+import threading
 import warnings
 
 from apache_beam.options.pipeline_options import PipelineOptions, SparkRunnerOptions
@@ -41,17 +43,7 @@ class PySparkRunner(TrivialRunner):
         """
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         url = options.view_as(SparkRunnerOptions).spark_master_url
-        conf = SparkConf().setMaster(url).setAppName("jaxvid")
-        with warnings.catch_warnings():
-            # PySpark starts Java with fork and exec, which is safe; JAX warns of any fork.
-            warnings.filterwarnings("ignore", r"os\.fork", RuntimeWarning)
-            try:
-                self._context = SparkContext(conf=conf)
-            except Exception:  # PySpark raises exceptions of many types
-                raise InputError(
-                    f"Spark cannot be started with --spark_master_url={url}; Java's messages above "
-                    "have the reason"
-                ) from None
+        self._context = _start(SparkConf().setMaster(url).setAppName("jaxvid"))
         with self._context:
             self._context.setLogLevel("ERROR")
             return super().run_portable_pipeline(pipeline, options)
@@ -82,6 +74,29 @@ class PySparkRunner(TrivialRunner):
         execution_state.set_pcollection_contents(
             output_pcoll, [encode_all([group], coder) for group in groups]
         )
+
+
+def _start(conf: SparkConf) -> SparkContext:
+    """Connect to a cluster.
+
+    Raises:
+        InputError: The cluster cannot be reached, or Java is not installed.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with warnings.catch_warnings():
+            # PySpark starts Java with fork and exec, which is safe; JAX warns of any fork.
+            warnings.filterwarnings("ignore", r"os\.fork", RuntimeWarning)
+            return SparkContext(conf=conf)
+    except Exception:  # PySpark raises exceptions of many types
+        raise InputError(
+            f"Spark cannot be started with --spark_master_url={conf.get('spark.master')}; Java's "
+            "messages above have the reason"
+        ) from None
+    finally:
+        # PySpark's handler reports an interruption as a failed job.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def _payload(
