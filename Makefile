@@ -92,7 +92,7 @@ $(VENV)-remote/.installed: requirements-remote.txt requirements.txt
 	@touch $@
 
 $(VENV)-beam/.installed: requirements-beam.txt pyproject.toml
-	@echo "installing jaxvid, PySpark and requirements-beam.txt into $(VENV)-beam (0.9 GB)"
+	@echo "installing jaxvid, PySpark and requirements-beam.txt into $(VENV)-beam (1.6 GB)"
 	@$(PYTHON) -m venv $(VENV)-beam
 	@$(VENV)-beam/bin/python -m pip install --quiet --disable-pip-version-check \
 		-r requirements-beam.txt '.[beam,spark]' $(PYSPARK) $(PYTEST)
