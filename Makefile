@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PYTEST := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0
+PYSPARK := pyspark==4.0.5
 
 .PHONY: demo demo-stam test test-full test-browser test-api test-container test-beam test-tfds \
 	test-remote test-mutation chromium lint format
@@ -91,10 +92,10 @@ $(VENV)-remote/.installed: requirements-remote.txt requirements.txt
 	@touch $@
 
 $(VENV)-beam/.installed: requirements-beam.txt pyproject.toml
-	@echo "installing jaxvid and requirements-beam.txt into $(VENV)-beam"
+	@echo "installing jaxvid, PySpark and requirements-beam.txt into $(VENV)-beam (1.6 GB)"
 	@$(PYTHON) -m venv $(VENV)-beam
 	@$(VENV)-beam/bin/python -m pip install --quiet --disable-pip-version-check \
-		-r requirements-beam.txt '.[beam]' $(PYTEST)
+		-r requirements-beam.txt '.[beam,spark]' $(PYSPARK) $(PYTEST)
 	@touch $@
 
 $(VENV)-tfds/.installed: pyproject.toml

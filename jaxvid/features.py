@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before the slow imports below
 import argparse
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,29 +16,33 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
 from jaxvid import parsers, remote_folder
 from jaxvid.atomic import OutputPath, output_path
 from jaxvid.data import fingerprints
+from jaxvid.data.beam import BeamRunner, make_runner
 from jaxvid.data.check import SOME_BROKEN
 from jaxvid.data.folder_scan import Skipped
 from jaxvid.data.formats.pack_reader import PackRecords, read_color_matrix
 from jaxvid.data.input_videos import InputVideos, open_input
 from jaxvid.data.records import NO_LABEL
 from jaxvid.distributed import collectives, process_group, setup, sharding
-from jaxvid.errors import InputError, check_option, printable
+from jaxvid.errors import InputError, printable
 from jaxvid.inference.feature_extraction import (
-    LAYERS,
     ExtractedFeatures,
     FeatureProtocol,
     extract_features,
 )
+from jaxvid.inference.feature_network import FeatureOptions, Network, load_network
+from jaxvid.inference.feature_parts import (
+    PART_VIDEOS,
+    FeatureJob,
+    extract_on_workers,
+    parts_folder,
+    remove_parts,
+)
 from jaxvid.locks import LockedError, locked
-from jaxvid.models import ModelConfig, Params, make_model_config
 from jaxvid.object_store import is_remote
-from jaxvid.storage import model_card, model_folder
 from jaxvid.storage.feature_file import (
     FORMAT_VERSION,
     FeatureTable,
@@ -45,57 +50,19 @@ from jaxvid.storage.feature_file import (
     save_features,
 )
 from jaxvid.storage.partial_results import PartialResults
-from jaxvid.storage.preprocessing import check_fit, read_preprocessing
 from jaxvid.training import run_metadata
-from jaxvid.weights.resolve import resolve_model
 
 DEVICE_VIEWS = 8  # views per batch and device, summed over the videos
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FeatureOptions:
-    """Options of the extraction.
-
-    Attributes:
-        layer: `video` for one vector per video or window, or `frames` for one vector per frame of
-            the clip.
-        num_clips: Clips per video; None: from the model card. With windows, it must be None.
-        num_crops: Crops per clip, 1 or 3; None: from the model card.
-        dtype: Compute dtype, one of `precision.DTYPES`.
-        window: Length of a window in seconds. None: features of whole videos.
-        stride: Time between the starts of consecutive windows in seconds; None without windows.
-        batch_size: Videos or windows per batch, over all devices; None: 8 views per device.
-
-    Raises:
-        InputError: Options are out of range or cannot be combined.
-    """
-
-    layer: str = "video"
-    num_clips: int | None = None
-    num_crops: int | None = None
-    dtype: str = "float32"
-    window: float | None = None
-    stride: float | None = None
-    batch_size: int | None = None
-
-    def __post_init__(self):
-        check_option("--layer", self.layer, LAYERS)
-        if self.window is None and self.stride is not None:
-            raise InputError("--stride needs --window SECONDS")
-        if self.window is not None and self.stride is None:
-            raise InputError("--window needs --stride SECONDS, the time between starts of windows")
-        if self.window is not None and self.num_clips is not None:
-            raise InputError("--clips cannot be combined with --window: every window is one clip")
-        for name in ("window", "stride"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"--{name}={value:g}: must be a number of seconds above 0")
-
-
 def features(
-    videos: InputVideos, folder: str | Path, output: OutputPath, options: FeatureOptions
+    videos: InputVideos,
+    folder: str | Path,
+    output: OutputPath,
+    options: FeatureOptions,
+    runner: BeamRunner | None = None,
 ) -> FeatureTable:
-    """Extract the features of videos on all devices, and write them to a file.
+    """Extract the features of videos, and write them to a file.
 
     An interrupted extraction is resumed when it is started again with the same arguments. If the
     output is in an object store, only on the same machine.
@@ -105,43 +72,79 @@ def features(
         folder: Model folder, or another name of a model; see `resolve_model`.
         output: File to write; its suffix is the format.
         options: Options of the extraction.
+        runner: Runner of Apache Beam, whose workers extract the features; None: this process, or
+            all processes of this run, extract them on all devices.
 
     Returns:
         The contents of the file.
 
     Raises:
         InputError: The model folder is unusable, an option is invalid, no video can be decoded, the
-            file cannot be written, or another run is writing it.
+            file cannot be written, another run is writing it, or the pipeline failed.
     """
+    if runner is not None and not isinstance(output, Path):
+        raise InputError(
+            f"--output {output}: is an address; with --runner, choose a folder that all workers "
+            "share"
+        )
     collectives.raise_on_all_processes(check_feature_file, "--output", output)
     mesh = sharding.make_mesh(sharding.MeshShape())
     run_metadata.check_same_videos(fingerprints.describe_videos(videos.records))
-    network = _load_network(folder, options, mesh)
+    network = load_network(folder, options, mesh)
     _warn_of_color_matrix(videos, network.protocol)
     local = remote_folder.local_folder(str(output))  # unfinished results are stored beside it
+    batch_size = _choose_batch_size(options, network.protocol, len(videos.records))
     with contextlib.ExitStack() as stack:
         collectives.raise_on_all_processes(_lock, stack, output, local)
-        staging = local.with_name(f".{local.name}.unfinished")
-        unfinished = PartialResults(staging, _resume_key(network, videos))
-        extracted = extract_features(
-            network.params,
-            videos.records,
-            network.protocol,
-            graphdef=network.graphdef,
-            batch_size=_choose_batch_size(options, network.protocol, len(videos.records)),
-            mesh=mesh,
-            unfinished=unfinished,
-        )
+        if runner is None:
+            staging = local.with_name(f".{local.name}.unfinished")
+            unfinished = PartialResults(staging, _resume_key(network, videos))
+            extracted = extract_features(
+                network.params,
+                videos.records,
+                network.protocol,
+                graphdef=network.graphdef,
+                batch_size=batch_size,
+                mesh=mesh,
+                unfinished=unfinished,
+            )
+            remove = unfinished.remove
+        else:
+            job = _make_job(network, folder, options, batch_size, videos, local)
+            extracted = extract_on_workers(job, videos.records, runner)
+            remove = functools.partial(remove_parts, local)
         if not len(extracted.values):
-            unfinished.remove()
+            remove()
             first = printable(next(iter(extracted.errors.values())))
             raise InputError(
                 f"none of {len(videos.records)} videos can be decoded; the first error: {first}"
             )
         table = _make_table(extracted, videos, network)
         collectives.raise_on_all_processes(_save, output, table)
-        unfinished.remove()
+        remove()
     return table
+
+
+def _make_job(
+    network: Network,
+    folder: str | Path,
+    options: FeatureOptions,
+    batch_size: int,
+    videos: InputVideos,
+    output: Path,
+) -> FeatureJob:
+    """Return the settings of an extraction on the workers of a runner."""
+    records = videos.records
+    key = _resume_key(network, videos) | {"batch_size": batch_size, "part_videos": PART_VIDEOS}
+    is_pack = isinstance(records, PackRecords)
+    return FeatureJob(
+        model=str(folder),
+        sha256=network.sha256,
+        options=options,
+        batch_size=batch_size,
+        pack=(records.name, records.split) if is_pack else None,
+        folder=parts_folder(output, key),
+    )
 
 
 def _save(output: OutputPath, table: FeatureTable) -> None:
@@ -168,60 +171,7 @@ def _lock(stack: contextlib.ExitStack, output: OutputPath, local: Path) -> None:
         ) from None
 
 
-# ------------------------------------------------------------------ the network
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Network:
-    """The network of a model folder, and which features it computes.
-
-    Attributes:
-        name: Name of the model in its card.
-        config: The model config.
-        graphdef: The network's structure.
-        params: The weights, on all devices.
-        sha256: SHA-256 of the weights.
-        protocol: Which features are extracted.
-    """
-
-    name: str
-    config: ModelConfig
-    graphdef: nnx.GraphDef
-    params: Params
-    sha256: str
-    protocol: FeatureProtocol
-
-
-def _load_network(folder: str | Path, options: FeatureOptions, mesh: Mesh) -> Network:
-    """Load a model folder; all processes must call it.
-
-    Raises:
-        InputError: The folder is unusable, or the number of views is invalid.
-    """
-    folder = collectives.raise_on_all_processes(resolve_model, folder)
-    card = model_card.load_card(folder)
-    path = Path(folder) / model_card.CARD_NAME
-    preprocessing = read_preprocessing(card, path)
-    num_clips = options.num_clips if options.window is None else 1
-    preprocessing = preprocessing.with_views(num_clips, options.num_crops)
-    config = make_model_config(**card["config"] | {"dtype": options.dtype})
-    graphdef, abstract_params = model_folder.abstract_sharded_model(config, mesh)
-    check_fit(graphdef, abstract_params, preprocessing, path)
-    params = model_folder.load_params(folder, abstract_params)
-    return Network(
-        name=card["name"],
-        config=config,
-        graphdef=graphdef,
-        params=params,
-        sha256=model_folder.fingerprint(params),
-        protocol=FeatureProtocol(
-            preprocessing=preprocessing,
-            layer=options.layer,
-            dtype=options.dtype,
-            window=options.window,
-            stride=options.stride,
-        ),
-    )
+# ------------------------------------------------------------------ the features
 
 
 def _choose_batch_size(options: FeatureOptions, protocol: FeatureProtocol, num_videos: int) -> int:
@@ -314,6 +264,7 @@ def run(args: argparse.Namespace) -> int:
     values = vars(args) | {"num_clips": args.clips, "num_crops": args.crops}
     options = FeatureOptions(**{name: values[name] for name in names})
     output = output_path(args.output)
+    runner = make_runner(args.runner, args.beam_args)
     is_first, skipped = not jax.process_index(), Skipped()
     videos = collectives.raise_on_all_processes(_open, args, skipped)
     if is_first:
@@ -322,7 +273,7 @@ def run(args: argparse.Namespace) -> int:
         classes = f"{len(videos.labels)} classes" if videos.labels else "no labels"
         count = f"{len(videos.records)} video{'s' * (len(videos.records) != 1)}"
         print(f"{printable(args.input)}: {videos.kind}, {count}, {classes}", file=sys.stderr)
-    table = features(videos, args.model, output, options)
+    table = features(videos, args.model, output, options, runner)
     if is_first:
         _print_summary(output, table)
     return SOME_BROKEN if table.about["failed"] else 0
@@ -358,12 +309,29 @@ def _print_summary(output: OutputPath, table: FeatureTable) -> None:
         print(f"{len(failed)} of {num_videos} videos failed and are left out", file=sys.stderr)
 
 
+def _init_processes(args: argparse.Namespace) -> None:
+    """Join the other processes of this run. With a runner, this process runs alone.
+
+    Raises:
+        InputError: A runner is combined with options of processes, or joining them failed.
+    """
+    given = (args.coordinator, args.num_processes, args.process_id)
+    if args.runner is None:
+        setup.init_processes(*given)
+        return
+    if given != (None, None, None):
+        raise InputError(
+            "--runner cannot be combined with --coordinator, --num_processes or --process_id"
+        )
+    setup.init_processes(num_processes=1)  # a launcher may have started this process
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parsers.features().parse_args(argv)
     try:
         setup.use_compilation_cache()
-        setup.init_processes(args.coordinator, args.num_processes, args.process_id)
+        _init_processes(args)
         with process_group.failing_together():
             return run(args)
     except InputError as error:

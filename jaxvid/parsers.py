@@ -202,8 +202,8 @@ def _add_beam(parser: argparse.ArgumentParser) -> None:
     """Add the options of programs whose work Apache Beam can divide among machines."""
     add = parser.add_argument
     add("--runner", metavar="NAME", help="runner of Apache Beam: DirectRunner, FlinkRunner, "
-        "SparkRunner, DataflowRunner or PortableRunner (default: threads of this "
-        "process)")  # fmt: skip
+        "SparkRunner, PySparkRunner, DataflowRunner or PortableRunner (default: "
+        "this process)")  # fmt: skip
     add("--beam_args", default="", metavar="'ARG ...'", help="options of the runner, as one quoted "
         "text (default: none)")  # fmt: skip
 
@@ -264,6 +264,7 @@ def features() -> argparse.ArgumentParser:
     add("--num_processes", type=int, help="number of processes (default: from the launcher)")
     add("--process_id", type=int, help="index of this process, from 0 (default: from the "
         "launcher)")  # fmt: skip
+    _add_beam(parser)
     return parser
 
 

@@ -54,6 +54,7 @@ NOT_RUN = {
     r"tfds ": "needs TensorFlow",
     r"python main\.py .*--config\.data\.source=tfds ": "needs UCF101; "
     "tests/data/test_tfds.py trains on a miniature",
+    r"spark-class ": "needs pyspark; tests/data/test_beam.py starts a cluster if it is installed",
     r"python -m jaxvid .*--runner ": "needs apache-beam; tests/data/test_beam.py runs the programs "
     "if it is installed",
     r"python main\.py .*--num_processes 2 ": "waits for a second process; "
@@ -186,7 +187,16 @@ def check_command(command: str, monkeypatch) -> None:
     if name == "srun":
         check_command(command[command.index("python ") :], monkeypatch)
         return
-    if name in ("python3", ".venv/bin/pip", "docker", "curl", "tfds", "sbatch", "kubectl"):
+    if name in (
+        "python3",
+        ".venv/bin/pip",
+        "docker",
+        "curl",
+        "tfds",
+        "sbatch",
+        "kubectl",
+        "spark-class",
+    ):
         return
     assert PYTHON.match(command), command
     module, arguments = program_of(arguments)

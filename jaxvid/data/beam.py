@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +13,14 @@ from typing import Any
 
 from jaxvid.errors import InputError, check_option, import_or_explain, one_line
 
-RUNNERS = ("DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner", "PortableRunner")
+RUNNERS = (
+    "DirectRunner",
+    "FlinkRunner",
+    "SparkRunner",
+    "PySparkRunner",
+    "DataflowRunner",
+    "PortableRunner",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +45,14 @@ class BeamRunner:
         """Return an empty `beam.Pipeline`. Workers log errors only, unless the options say more.
 
         Raises:
-            InputError: Apache Beam is not installed, or an option has an invalid value or is
-                unknown.
+            InputError: Apache Beam or PySpark is not installed, or an option has an invalid value
+                or is unknown.
         """
         beam = import_or_explain("apache_beam", "apache-beam", "--runner needs")
+        name = self.name
+        if name == "PySparkRunner":
+            import_or_explain("pyspark", "pyspark", "--runner PySparkRunner needs")
+            name = "jaxvid.data.spark_runner.PySparkRunner"
         from apache_beam.options.pipeline_options import PipelineOptions
 
         logging.getLogger().setLevel(logging.ERROR)  # Beam logs every step
@@ -57,7 +70,7 @@ class BeamRunner:
                 f"{flags}: Beam has no option {', '.join(sorted(unknown))}; correct it"
             )
         defaults = ["--default_sdk_harness_log_level=ERROR"]
-        options = PipelineOptions([f"--runner={self.name}", *defaults, *self.options])
+        options = PipelineOptions([f"--runner={name}", *defaults, *self.options])
         return beam.Pipeline(options=options)
 
 
@@ -84,7 +97,8 @@ def run_on_workers(
     """Call a function on each item, on the workers of a runner; wait until all have finished.
 
     A runner may call the function again for an item whose worker was lost. Therefore the function
-    must be idempotent. Its results must be files that the workers and this process share.
+    must be idempotent. Its results must be files that the workers and this process share. Paths
+    may be relative if the working directory of this process exists on the workers too.
 
     Args:
         function: Function of a module of jaxvid, which must be installed on the workers.
@@ -99,6 +113,7 @@ def run_on_workers(
     new_pipeline = runner.make_pipeline()
     import apache_beam as beam
 
+    work = functools.partial(_call, function=function, folder=os.getcwd())
     print(f"running {len(items)} parts on {runner.name}", file=sys.stderr)
     try:
         with new_pipeline as pipeline:
@@ -107,7 +122,7 @@ def run_on_workers(
                 | "Parts" >> beam.Create(list(items))
                 # Without it, a runner may fuse all steps and run them on one worker.
                 | "Distribute" >> beam.Reshuffle()
-                | "Work" >> beam.Map(function)
+                | "Work" >> beam.Map(work)
             )
     except Exception as error:  # runners raise exceptions of many types
         raise InputError(
@@ -116,7 +131,18 @@ def run_on_workers(
         ) from None
 
 
+def _call(item: Any, function: Callable[[Any], None], folder: str) -> None:
+    """Call a function on a worker, in the working directory of the command if it exists there."""
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
+    function(item)
+
+
 def _last_line(error: Exception) -> str:
-    """Return the last line of an error: runners put the traceback of a worker into the message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """Return the last line of an error: runners put the traceback of a worker into the message.
+
+    Spark and Flink append the Java stack, whose lines are skipped.
+    """
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("at ", "... "))]
     return one_line(lines[-1] if lines else repr(error))

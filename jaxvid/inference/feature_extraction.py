@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,9 @@ from jaxvid.storage.partial_results import PartialResults
 from jaxvid.storage.preprocessing import Preprocessing, normalize
 
 LAYERS = ("video", "frames")  # keys of the result of a network's `features`
+Step = Callable[[Params, dict[str, jax.Array]], jax.Array]
+# The columns of `Rows` as arrays, `error` as a list, and `features`, `(b, d)` or `(b, t, d)`.
+Batch = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,8 +97,50 @@ def extract_features(
     Raises:
         InputError: The features are not finite, or cannot be stored.
     """
+    collector = _Collector(len(records), unfinished=unfinished)
+    batches = extract_batches(
+        params,
+        records,
+        protocol,
+        step=make_feature_step(protocol, graphdef, mesh),
+        batch_size=batch_size,
+        mesh=mesh,
+        todo=collector.unfinished_videos(),
+    )
+    with contextlib.closing(collector), contextlib.closing(batches):
+        for batch in batches:
+            collector.add(batch)
+    return collector.results()
+
+
+def extract_batches(
+    params: Params,
+    records: Sequence[VideoRecord],
+    protocol: FeatureProtocol,
+    *,
+    step: Step,
+    batch_size: int,
+    mesh: Mesh,
+    todo: dict[int, int],
+) -> Iterator[Batch]:
+    """Extract the features of videos batch by batch. All processes must call it.
+
+    Args:
+        params: As in `extract_features`.
+        records: As in `extract_features`.
+        protocol: As in `extract_features`.
+        step: The result of `make_feature_step`.
+        batch_size: As in `extract_features`.
+        mesh: As in `extract_features`.
+        todo: Index of each video to read → number of its rows that are finished.
+
+    Yields:
+        The rows of each batch, of all processes, without those that pad it.
+
+    Raises:
+        InputError: The features are not finite.
+    """
     shard = sharding.batch_shard(mesh, batch_size)
-    collector = _Collector(len(records), shard_index=shard[0], unfinished=unfinished)
     make_batches = video_batches
     if protocol.window is not None:
         times = {"window": protocol.window, "stride": protocol.stride}
@@ -103,20 +148,38 @@ def extract_features(
     batches = make_batches(
         records,
         protocol.preprocessing.spec,
-        todo=collector.unfinished_videos(),
+        todo=todo,
         batch_size=batch_size // shard[1],
         shard=shard,
     )
-    step = make_feature_step(protocol, graphdef, mesh)
-    with contextlib.closing(collector), contextlib.closing(batches):
+    with contextlib.closing(batches):
         for features, rows in run_ahead(step, params, batches, mesh):
-            collector.add(features, rows)
-    return collector.results()
+            batch = _join_columns(features, collectives.gather_columns(shard[0], rows))
+            if len(batch["video"]):
+                yield batch
 
 
-def make_feature_step(
-    protocol: FeatureProtocol, graphdef: nnx.GraphDef, mesh: Mesh
-) -> Callable[[Params, dict[str, jax.Array]], jax.Array]:
+def _join_columns(features: jax.Array, columns: Rows) -> Batch:
+    """Return the rows of a batch with their features; wait for the device.
+
+    Raises:
+        InputError: The features are not finite.
+    """
+    used = [i for i, video in enumerate(columns["video"]) if video != NO_VIDEO]
+    batch = {name: np.array(column)[used] for name, column in columns.items()}
+    batch["error"] = batch["error"].tolist()
+    is_decoded = np.array([not error for error in batch["error"]], bool)
+    batch["features"] = np.asarray(features)[used]
+    if not np.isfinite(batch["features"][is_decoded]).all():
+        raise InputError(
+            "the features are not finite, so the weights are damaged; choose another model "
+            "folder, or retrain or reconvert the model"
+        )
+    batch["features"][~is_decoded] = 0
+    return batch
+
+
+def make_feature_step(protocol: FeatureProtocol, graphdef: nnx.GraphDef, mesh: Mesh) -> Step:
     """Make the jitted step that extracts features: `feature_step`. Its compilation is announced."""
     step = functools.partial(
         feature_step,
@@ -167,21 +230,20 @@ class _Collector:
 
     Args:
         num_videos: Number of videos.
-        shard_index: Index of this process's part of each batch.
         unfinished: Stores the features of each batch.
     """
 
-    def __init__(self, num_videos: int, *, shard_index: int, unfinished: PartialResults):
-        self._shard_index, self._unfinished = shard_index, unfinished
-        self._parts, self._num_failed = [], 0
+    def __init__(self, num_videos: int, *, unfinished: PartialResults):
+        self._unfinished = unfinished
+        self._batches, self._num_failed = [], 0
         self._num_rows = dict.fromkeys(range(num_videos), 0)  # of each video that is not finished
-        for part in unfinished.load():
-            self._keep(part)
+        for batch in unfinished.load():
+            self._keep(batch)
         done = num_videos - len(self._num_rows)
         is_first = not jax.process_index()
         if is_first and unfinished.note:
             progress.print_above_bar(unfinished.note)
-        if is_first and self._parts:
+        if is_first and self._batches:
             progress.print_above_bar(f"{done} of {num_videos} videos were finished before")
         self._progress = progress.Progress(
             num_videos,
@@ -196,40 +258,22 @@ class _Collector:
         """Return the index of each video that is not finished → its number of finished rows."""
         return self._num_rows.copy()
 
-    def add(self, features: jax.Array, rows: Rows) -> None:
-        """Add the features of a batch; wait for the device. All processes must call it.
-
-        Args:
-            features: Features of the rows of all processes.
-            rows: The rows of this process.
+    def add(self, batch: Batch) -> None:
+        """Add a batch. All processes must call it.
 
         Raises:
-            InputError: The features are not finite, or cannot be stored.
+            InputError: The batch cannot be stored.
         """
-        columns = collectives.gather_columns(self._shard_index, rows)
-        used = [i for i, video in enumerate(columns["video"]) if video != NO_VIDEO]
-        if not used:
-            return
-        part = {name: np.array(column)[used] for name, column in columns.items()}
-        part["error"] = part["error"].tolist()
-        is_decoded = np.array([not error for error in part["error"]])
-        part["features"] = np.asarray(features)[used]
-        if not np.isfinite(part["features"][is_decoded]).all():
-            raise InputError(
-                "the features are not finite, so the weights are damaged; choose another model "
-                "folder, or retrain or reconvert the model"
-            )
-        part["features"][~is_decoded] = 0
-        collectives.raise_on_all_processes(self._unfinished.add, part)
-        self._keep(part)
+        collectives.raise_on_all_processes(self._unfinished.add, batch)
+        self._keep(batch)
         note = f"{self._num_failed} failed" if self._num_failed else ""
-        self._progress.advance(int(part["last"].sum()), note)
+        self._progress.advance(int(batch["last"].sum()), note)
 
-    def _keep(self, part: dict[str, Any]) -> None:
+    def _keep(self, batch: Batch) -> None:
         """Keep the rows of a batch, and count them."""
-        self._parts.append(part)
-        self._num_failed += sum(bool(error) for error in part["error"])
-        for video, is_last in zip(part["video"].tolist(), part["last"], strict=True):
+        self._batches.append(batch)
+        self._num_failed += sum(bool(error) for error in batch["error"])
+        for video, is_last in zip(batch["video"].tolist(), batch["last"], strict=True):
             self._num_rows[video] += 1
             if is_last:
                 del self._num_rows[video]
@@ -242,19 +286,24 @@ class _Collector:
         """Return the features of all videos, in order."""
         if self._num_rows:
             raise RuntimeError(f"{len(self._num_rows)} videos are not finished")
-        names = ("features", "video", "padded", "start", "end")
-        columns = {name: np.concatenate([part[name] for part in self._parts]) for name in names}
-        texts = [error for part in self._parts for error in part["error"]]
-        pairs = zip(columns["video"].tolist(), texts, strict=True)
-        errors = {video: error for video, error in pairs if error}
-        # The windows of a video are in order, because one process loads them one after the other.
-        order = np.argsort(columns["video"], kind="stable")
-        order = order[~np.isin(columns["video"][order], list(errors))]
-        return ExtractedFeatures(
-            values=columns["features"][order],
-            videos=columns["video"][order],
-            padded=columns["padded"][order],
-            starts=columns["start"][order],
-            ends=columns["end"][order],
-            errors=errors,
-        )
+        return join_batches(self._batches)
+
+
+def join_batches(batches: Sequence[Batch]) -> ExtractedFeatures:
+    """Return the features of all videos in order, from batches with all their rows."""
+    names = ("features", "video", "padded", "start", "end")
+    columns = {name: np.concatenate([batch[name] for batch in batches]) for name in names}
+    texts = [error for batch in batches for error in batch["error"]]
+    pairs = zip(columns["video"].tolist(), texts, strict=True)
+    errors = {video: error for video, error in pairs if error}
+    # The windows of a video are in order, because one process loads them one after the other.
+    order = np.argsort(columns["video"], kind="stable")
+    order = order[~np.isin(columns["video"][order], list(errors))]
+    return ExtractedFeatures(
+        values=columns["features"][order],
+        videos=columns["video"][order],
+        padded=columns["padded"][order],
+        starts=columns["start"][order],
+        ends=columns["end"][order],
+        errors=errors,
+    )

@@ -43,7 +43,8 @@ class PartialResults:
             collectives.raise_on_all_processes(self._start_over)
             return []
         parts = []
-        while part := self._read(len(parts)):
+        # A damaged batch and all batches after it are evaluated again.
+        while part := read_batch(self._folder, len(parts)):
             parts.append(part)
         # Use only batches that all processes see: on a shared file system, new files may not be
         # visible to all machines yet.
@@ -78,33 +79,46 @@ class PartialResults:
         except (OSError, ValueError):  # missing or damaged
             return False
 
-    def _read(self, number: int) -> dict | None:
-        """Return a batch, or None if it is missing or damaged.
-
-        A damaged batch and all batches after it are evaluated again.
-        """
-        try:
-            # np.load does not close a damaged file that it opened itself.
-            file = io.BytesIO((self._folder / f"{number}.npz").read_bytes())
-            with np.load(file) as arrays:
-                return {**arrays, "error": arrays["error"].tolist()}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return None
-
     def add(self, part: dict) -> None:
         """Store the next batch (on process 0).
 
         Raises:
             InputError: The file cannot be written.
         """
-        path = self._folder / f"{self._count}.npz"
+        number = self._count
         self._count += 1
         if not jax.process_index():
-            file = io.BytesIO()
-            np.savez(file, **{**part, "error": np.array(part["error"], str)})
-            write_file(path, file.getvalue())
+            write_batch(self._folder, number, part)
 
     def remove(self) -> None:
         """Delete all stored batches (on process 0)."""
         if not jax.process_index():
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def write_batch(folder: Path, number: int, batch: dict, *, writer: str = "") -> None:
+    """Write a batch atomically.
+
+    Args:
+        folder: Folder of the stored batches.
+        number: Number of the batch.
+        batch: Name → array; `error` is a list of texts.
+        writer: As in `write_file`.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    file = io.BytesIO()
+    np.savez(file, **{**batch, "error": np.array(batch["error"], str)})
+    write_file(folder / f"{number}.npz", file.getvalue(), writer=writer)
+
+
+def read_batch(folder: Path, number: int) -> dict | None:
+    """Return a batch that `write_batch` wrote, or None if it is missing or damaged."""
+    try:
+        # np.load does not close a damaged file that it opened itself.
+        file = io.BytesIO((folder / f"{number}.npz").read_bytes())
+        with np.load(file) as arrays:
+            return {**arrays, "error": arrays["error"].tolist()}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None

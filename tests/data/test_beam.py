@@ -1,4 +1,4 @@
-"""`prepare` and `check` on runners of Apache Beam, which `make test-beam` installs."""
+"""`prepare`, `check` and `features` on runners of Apache Beam, which `make test-beam` installs."""
 
 import contextlib
 import json
@@ -11,11 +11,13 @@ import time
 
 import pytest
 
-from jaxvid.data.beam import BeamRunner, make_runner
+from jaxvid.data.beam import BeamRunner, _last_line, make_runner
 from jaxvid.data.check import check
 from jaxvid.data.formats.pack_writer import Settings
+from jaxvid.data.input_videos import open_input
 from jaxvid.data.prepare import prepare
 from jaxvid.errors import InputError
+from jaxvid.features import FeatureOptions, features
 from tests.data.packs import read_pack
 
 SETTINGS = Settings(clips_per_file=5, short_side=32)
@@ -60,11 +62,11 @@ def command(folder, output, *options):
     return [sys.executable, "-m", "jaxvid.data.prepare", *paths, *settings, *options]
 
 
-def wait_for_a_part(process, output):
+def wait_for_a_part(process, output, pattern=".parts/[tv]*-?????.json"):
     """Wait until one part is finished; return the names of the finished parts."""
     deadline = time.monotonic() + STARTED
     while time.monotonic() < deadline and process.poll() is None:
-        finished = {path.name for path in output.glob(".parts/[tv]*-?????.json")}
+        finished = {path.name for path in output.glob(pattern)}
         if finished:
             return finished
         time.sleep(0.01)
@@ -77,6 +79,13 @@ def test_workers_need_only_the_data_part():
         "from jaxvid.data import check, pack_parts, part_results"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_an_error_of_a_java_runner_is_its_last_line_before_the_stack():
+    text = (
+        "Job aborted\nTraceback (most recent call last):\nInputError: no\n\n\tat org.A(B.scala:1)"
+    )
+    assert _last_line(Exception(f"{text}\n\t... 1 more")) == "InputError: no"
 
 
 def test_options_are_checked():
@@ -111,6 +120,16 @@ def test_a_check_equals_that_of_one_process(beam, folder, tmp_path):
     runner = make_runner("DirectRunner", "")
     report = check([folder], runner, state=tmp_path / "state")
     assert without_times(report) == without_times(check([folder], 1))
+
+
+def test_features_equal_those_of_one_process(beam, folder, folders, tmp_path):
+    videos = open_input(folder, "val")
+    options = FeatureOptions(batch_size=8)
+    features(videos, folders / "xvit", tmp_path / "one.npz", options)
+    runner = make_runner("DirectRunner", PROCESSES)
+    table = features(videos, folders / "xvit", tmp_path / "beam.npz", options, runner)
+    assert (tmp_path / "beam.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+    assert [row["id"] for row in table.about["failed"]] == ["val/00002.mp4"]
 
 
 def test_the_tfds_builder_uses_the_runner(beam, folder, local, tmp_path):
@@ -155,12 +174,14 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(stack, module, *arguments):
+def start(stack, *arguments, **variables):
     """Start a server in a process group of its own, which is killed when the stack is closed."""
     process = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
+        arguments,
         # The pool starts its workers with the command `python`.
-        env=os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"},
+        env=os.environ
+        | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+        | variables,
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -193,12 +214,12 @@ def start_cluster(stack):
     job_port, pool_port = free_port(), free_port()
     start(
         stack,
-        "apache_beam.runners.portability.local_job_service_main",
+        *(sys.executable, "-m", "apache_beam.runners.portability.local_job_service_main"),
         *("--port", str(job_port)),
     )
     pool = start(
         stack,
-        "apache_beam.runners.worker.worker_pool_main",
+        *(sys.executable, "-m", "apache_beam.runners.worker.worker_pool_main"),
         *("--service_port", str(pool_port)),
     )
     wait_for_port(job_port)
@@ -230,3 +251,106 @@ def test_a_lost_worker_does_not_change_the_pack(beam, folder, local, tmp_path):
     assert {name: (output / ".parts" / name).stat().st_mtime_ns for name in finished} == before
     assert read_pack(output) == local[0]
     assert json.loads((output / "report.json").read_text())["complete"]
+
+
+# ------------------------------------------------------------------ Spark
+
+
+@pytest.fixture
+def spark(beam, tmp_path):
+    """A Spark cluster of a master and two workers with one core each.
+
+    Yields:
+        The options of the runner, and the processes of the workers.
+    """
+    pyspark = pytest.importorskip("pyspark", reason="pyspark (make test-beam)")
+    home, port = os.path.dirname(pyspark.__file__), str(free_port())
+    url = f"spark://localhost:{port}"
+    # Workers have another working directory, in which `import jaxvid` must find this checkout.
+    variables = {"SPARK_HOME": home, "PYTHONPATH": os.getcwd(), "SPARK_LOCAL_IP": "127.0.0.1"}
+    with contextlib.ExitStack() as stack:
+
+        def start_class(name, *arguments):
+            command = (f"{home}/bin/spark-class", f"org.apache.spark.deploy.{name}")
+            options = ("--host", "localhost", "--webui-port", "0")
+            return start(stack, *command, *options, *arguments, **variables)
+
+        start_class("master.Master", "--port", port)
+        wait_for_port(port)
+        workers = [
+            start_class(
+                "worker.Worker", "--cores", "1", "--memory", "1g", "--work-dir", str(folder), url
+            )
+            for folder in (tmp_path / "worker0", tmp_path / "worker1")
+        ]
+        yield ("--runner=PySparkRunner", f"--beam_args=--spark_master_url={url}"), workers
+
+
+def lose_a_worker(command, workers, output, pattern):
+    """Run a command, and kill one of the workers when the first part is finished."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_a_part(process, output, pattern)
+        os.killpg(workers[0].pid, signal.SIGKILL)
+        assert process.poll() is None
+        return process.communicate()[1], process.returncode
+
+
+def has_run_tasks(folder):
+    """Return whether an executor of the Spark worker with this folder has run tasks of Python."""
+    [log] = folder.glob("app-*/*/stderr")
+    return "PythonRunner: Times" in log.read_text()
+
+
+@pytest.mark.full
+def test_a_lost_spark_worker_does_not_change_the_pack(spark, folder, local, tmp_path):
+    options, workers = spark
+    arguments = command(folder, tmp_path / "pack", *options)
+    pattern = ".parts/[tv]*-?????.json"
+    err, code = lose_a_worker(arguments, workers, tmp_path / "pack", pattern)
+    assert code == 3, err  # two videos are broken
+    assert read_pack(tmp_path / "pack") == local[0]
+    assert has_run_tasks(tmp_path / "worker0")
+    assert has_run_tasks(tmp_path / "worker1")
+
+
+@pytest.mark.full
+def test_a_lost_spark_worker_does_not_change_the_features(spark, folder, folders, tmp_path):
+    options, workers = spark
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for i in range(20):  # eight parts
+        for path in (folder / "val").glob("*.mp4"):
+            (videos / f"{i}-{path.name}").symlink_to(path)
+    (videos / "broken.mp4").write_bytes(b"no video")
+    arguments = [sys.executable, "-m", "jaxvid.features", videos, f"--model={folders / 'xvit'}"]
+    arguments += ["--batch_size=8"]
+    output = tmp_path / "spark.npz"
+    spark_command = [*arguments, f"--output={output}", *options]
+    err, code = lose_a_worker(spark_command, workers, tmp_path, ".spark.npz.parts/*/*.npz")
+    assert code == 3, err
+    subprocess.run([*arguments, f"--output={tmp_path / 'one.npz'}"])
+    assert output.read_bytes() == (tmp_path / "one.npz").read_bytes()
+    assert has_run_tasks(tmp_path / "worker0")
+    assert has_run_tasks(tmp_path / "worker1")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("local[1]", "--runner='unknown': must be one of"),
+        ("nothing", "Spark cannot be started with --spark_master_url=nothing; Java's messages"),
+    ],
+)
+def test_an_error_of_spark_is_one_line(beam, url, message):
+    pytest.importorskip("pyspark", reason="pyspark (make test-beam)")
+    script = (
+        "import functools\n"
+        "from jaxvid.data.beam import make_runner, run_on_workers\n"
+        f"runner = make_runner('PySparkRunner', '--spark_master_url={url}')\n"
+        "run_on_workers(functools.partial(make_runner, options=''), ['unknown'], runner)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    error = result.stderr.splitlines()[-1]
+    assert "PySparkRunner failed (" in error
+    assert message in error
