@@ -16,10 +16,10 @@ READ_BYTES = 2**16
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An answer of a server.
+    """A response of a server.
 
     Attributes:
-        status: HTTP status; 0 if the connection was closed before the end of an answer.
+        status: HTTP status; 0 if the connection was closed before the end of the response.
         headers: Names in lower case.
         body: The body.
     """
@@ -30,7 +30,7 @@ class Answer:
 
 
 async def read_answers(reader: asyncio.StreamReader, method: str = "POST") -> AsyncIterator[Answer]:
-    """Yield the answers that arrive on a connection, until it is closed.
+    """Yield the responses that arrive on a connection, until it is closed.
 
     Args:
         reader: The connection.
@@ -59,7 +59,7 @@ async def read_answers(reader: asyncio.StreamReader, method: str = "POST") -> As
 
 
 def _make_parser(method: str) -> h11.Connection:
-    """Return a parser of the answer to one request."""
+    """Return a parser of the response to one request."""
     parser = h11.Connection(h11.CLIENT)
     parser.send(h11.Request(method=method, target="/", headers=[("Host", "localhost")]))
     parser.send(h11.EndOfMessage())
@@ -74,7 +74,7 @@ def make_request(path: str, body: bytes, method: str = "POST", **headers: str) -
 
 
 async def _read_answer(reader: asyncio.StreamReader) -> Answer:
-    """Read an answer with a `Content-Length`; it takes much less CPU time than `read_answers`."""
+    """Read a response with `Content-Length`, in much less CPU time than `read_answers`."""
     status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
     headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
     body = await reader.readexactly(int(headers["content-length"]))
@@ -97,11 +97,11 @@ async def send_all(
         path: Path and query.
         bodies: Bodies of the requests. Each client sends the next one when it is idle.
         num_clients: Number of clients.
-        check: Called with each answer.
+        check: Called with each response.
         method: Method of the requests.
 
     Returns:
-        Seconds from the start of each request to the end of its answer.
+        Seconds from the start of each request to the end of its response.
     """
     waiting, seconds = iter(bodies), []
 
@@ -151,7 +151,7 @@ def serving(command: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def get_status(port: int, path: str) -> int:
-    """Return the status of a GET request to 127.0.0.1; 0 if nothing answers."""
+    """Return the status of a GET request to 127.0.0.1; 0 if there is no response."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     with contextlib.closing(connection), contextlib.suppress(ConnectionError):
         connection.request("GET", path)

@@ -3,7 +3,7 @@
 python -m benchmarks.object_server FOLDER [SECONDS]
 
 It implements the requests that s3fs needs to list and read: ListObjectsV2, HEAD and GET with one
-range. It answers each after at least SECONDS, does not check credentials, and uses little CPU
+range. It responds after at least SECONDS, does not check credentials, and uses little CPU
 time, because the kernel copies the files to the sockets. It prints its address and ends when its
 standard input is closed.
 """
@@ -25,7 +25,7 @@ MODIFIED = "Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n"
 
 
 def list_objects(folder: Path, query: dict[str, str]) -> bytes:
-    """Return the answer to ListObjectsV2, with all objects in one page."""
+    """Return the response to ListObjectsV2, with all objects in one page."""
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
     contents, prefixes = [], set()
     for path in sorted(folder.rglob("*")):

@@ -5,12 +5,11 @@ python benchmarks/pack_formats.py              a generated video
 
 Each video is decoded and scaled down to a short side of 256 px, as `prepare` does. Every format
 encodes the frames with several qualities. Its bytes and the CPU time of reading are interpolated to
-the PSNR (RGB, mean over the pixels of all frames) of JPEG with quality 90 and 80.
+the PSNR (RGB, over every fourth frame) of JPEG with quality 90 and 80.
 
-The CPU time is that of decoding 16 frames with a random start and a random stride to RGB, with one
-thread, from bytes in memory. The position of each frame's data is known, so that a frame of video
-with short GOPs is decoded from the last key frame on. JPEG with quality 90 takes turns with each
-other format.
+The CPU time is that of decoding 16 frames with a random start and stride to RGB, on one thread,
+from bytes in memory. The position of each frame's data is known: a frame of a video with short GOPs
+is decoded from the last key frame on. Runs of a format alternate with runs of JPEG with quality 90.
 """
 
 import argparse
@@ -75,7 +74,7 @@ class Format:
 def encode_images(
     frames: list[np.ndarray], quality: int, *, encode: Callable, decode: Callable
 ) -> Encoded:
-    """Encode frames independently with `encode(frame, quality)`; `decode` inverts it."""
+    """Encode frames independently with `encode(frame, quality)`, to be read with `decode`."""
     images = [encode(frame, quality) for frame in frames]
     size = float(np.mean([len(image) for image in images]))
     return Encoded(size, lambda numbers: [decode(images[i]) for i in numbers])
@@ -293,8 +292,8 @@ def compare(frames: list[np.ndarray], rounds: int) -> dict[tuple[str, int], tupl
     """Compare all formats on a video.
 
     Returns:
-        (format, JPEG quality) → bytes and speed relative to JPEG of this quality at equal PSNR;
-        NaN if no quality of the format gives this PSNR.
+        (format, JPEG quality) → at the PSNR of JPEG with this quality: bytes relative to this JPEG,
+        and speed relative to JPEG with quality 90. NaN if the format does not reach this PSNR.
     """
     formats = list_formats()
     references = {q: formats["JPEG"].encode(frames, q) for q in JPEG_QUALITIES}

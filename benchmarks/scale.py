@@ -3,15 +3,14 @@
 python benchmarks/scale.py pack --folder FOLDER --videos 240000 --frames 300 --workers 2
 python benchmarks/scale.py list --folder FOLDER --videos 400000
 
-`pack` writes a pack of tiny pictures with one frame per record (23 GB with these options), and a
-small pack with the same number of files. Training clips of as many videos as there are files, in
-random order, are read from each pack. Printed is the memory of each process of the pipeline: what
-is resident, and the part of it that no other process shares. The difference between the packs is
-the cost of the size.
+`pack` writes a pack of tiny frames with one frame per record (23 GB with these options), and a
+small pack with the same number of files. From each pack, it reads 16 training clips per file in
+random order, and prints the resident and the private memory of each process of the pipeline. The
+difference between the packs is the cost of the size.
 
-`list` writes a tree of files of one byte, and opens it as a list, as class folders and as an
-official Kinetics list. Printed are the seconds of `open_dataset`, and its peak memory above that of
-the imports.
+`list` writes a tree of 1-byte files, and opens it as a list, as class folders and as an official
+Kinetics list. It prints the seconds of `open_dataset`, and its peak memory above that of the
+imports.
 
 Each measurement runs in a process of its own. Only missing files are written, so that the command
 can be repeated.
@@ -50,7 +49,7 @@ LABELS = [*map("class {:03d}".format, range(NUM_CLASSES))]
 
 
 def write_pack(folder: Path, num_videos: int, num_frames: int) -> None:
-    """Write the missing files of a pack, in which every frame is the same picture."""
+    """Write the missing files of a pack, in which all frames are equal."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,13 @@
     python benchmarks/serve.py --model runs/motion/model        the demo's network and clips
     python benchmarks/serve.py --video_seconds 10 --requests 64         a ViT-Ti/16, 340×256 px
 
-The server and the loop classify the same videos, in turn, on this machine. The loop uses batches of
-1 or 8 videos, whichever is faster. The clients run on this machine too, so that they take CPU time
-from the server. All ratios are of runs that follow each other; the median over the rounds is
-printed, with the lowest and the highest value.
+The servers and the loop classify the same videos, in alternating runs. The loop uses batches of 1
+or 8 videos, whichever is faster. The clients run on the same machine, and share its CPU time with
+the server. A ratio is that of two consecutive runs. The median over the rounds is printed, with the
+range.
+
+`minimal_server.py` serves the same network with the same libraries, but without protection. It
+shows the minimum cost of HTTP and of decoding in other processes.
 """
 
 import sys
@@ -37,6 +40,8 @@ from jaxvid.data.synthetic_motion import make_motion
 NUM_CLIPS = 64  # generated if no videos are given
 PREDICT = "/v1/predict"
 NUM_EMPTY = 4096  # requests without a video
+NUM_TRIALS = 3  # runs per batch size
+TRIAL_VIDEOS = 64  # per run
 
 
 class Run(NamedTuple):
@@ -93,7 +98,7 @@ def check_prediction(answer: Answer) -> None:
 
 
 class Loop:
-    """The loop `Classifier.stream` in a process of its own.
+    """A loop over `Classifier.stream` in a separate process.
 
     Args:
         model: Model folder.
@@ -109,10 +114,12 @@ class Loop:
         return self._pool.submit(_classify, paths, batch_size).result()
 
     def find_fastest(self, paths: Sequence[str], batch_sizes: Sequence[int]) -> int:
-        """Return the batch size with the highest throughput."""
+        """Return the batch size with the highest throughput, the median of `NUM_TRIALS` runs."""
         for size in batch_sizes:  # compile first
             self.run(paths[:1], size)
-        return max(batch_sizes, key=lambda size: self.run(paths, size).videos_per_second)
+        trials = [[self.run(paths, size) for size in batch_sizes] for _ in range(NUM_TRIALS)]
+        speeds = [median(runs, "videos_per_second") for runs in zip(*trials, strict=True)]
+        return batch_sizes[int(np.argmax(speeds))]
 
     def close(self) -> None:
         """End the process."""
@@ -162,22 +169,24 @@ def make_videos(folder: Path, video_seconds: float) -> list[str]:
 
 
 def compare(args: argparse.Namespace, paths: Sequence[str], servers: Sequence[Server]) -> None:
-    """Print the throughput of the two servers and of the loop.
+    """Print the throughput of the servers and of the loop.
 
     Args:
         args: The parsed command line.
         paths: The videos.
-        servers: The server with dynamic batching, and the server with batches of one view.
+        servers: The server with dynamic batching, the server with batches of one view, and the
+            minimal server.
     """
     bodies = [Path(path).read_bytes() for path in paths]
-    loop, num_clients, runs = Loop(args.model), args.clients[-1], ([], [], [])
-    batch_size = loop.find_fastest(paths[:16], (1, args.max_batch or 8))
+    loop, num_clients, runs = Loop(args.model), args.clients[-1], ([], [], [], [])
+    batch_size = loop.find_fastest(paths[:TRIAL_VIDEOS], (1, args.max_batch or 8))
     for _ in range(args.rounds):
         runs[0].append(servers[0].run(bodies, num_clients))
         runs[1].append(loop.run(paths, batch_size))
         runs[2].append(servers[1].run(bodies, num_clients))
+        runs[3].append(servers[2].run(bodies, num_clients))
     loop.close()
-    dynamic, offline, single = runs
+    dynamic, offline, single, minimal = runs
     speeds = [[run.videos_per_second for run in side] for side in runs]
     print(f"saturation, {num_clients} clients, {len(paths)} videos, {args.rounds} rounds:")
     print(
@@ -190,9 +199,14 @@ def compare(args: argparse.Namespace, paths: Sequence[str], servers: Sequence[Se
         f"{np.median(speeds[2]):.1f} videos/s with batches of 1"
     )
     print(
+        f"    server / server without protection: {describe_ratio(speeds[0], speeds[3])}; "
+        f"{np.median(speeds[3]):.1f} videos/s without protection"
+    )
+    print(
         f"    CPU time per video: server {median(dynamic, 'cpu_ms'):.2f} ms, its clients "
         f"{median(dynamic, 'client_ms'):.2f} ms, offline loop {median(offline, 'cpu_ms'):.2f} ms, "
-        f"server with batches of 1 {median(single, 'cpu_ms'):.2f} ms"
+        f"server with batches of 1 {median(single, 'cpu_ms'):.2f} ms, "
+        f"server without protection {median(minimal, 'cpu_ms'):.2f} ms"
     )
     empty = servers[0].run([b""] * NUM_EMPTY, num_clients, "GET", "/healthz")
     print(f"    CPU time of a request without a video (/healthz): server {empty.cpu_ms:.2f} ms")
@@ -217,22 +231,28 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--model", default="", help="model folder; empty: stam_16 as a ViT-Ti/16, not trained"
+        "--model", default="", help="model folder (default: stam_16 as a ViT-Ti/16, not trained)"
     )
-    parser.add_argument("--videos", nargs="+", default=[], help="files; none: generated")
+    parser.add_argument("--videos", nargs="+", default=[], help="video files (default: generated)")
     parser.add_argument(
         "--video_seconds",
         type=float,
         default=0.0,
-        help="duration of generated videos of 340×256 px; 0: 72 px clips of the demo, 1.1 s",
+        help="duration of generated 340×256 px videos; 0: the demo's 72 px clips of 1.1 s",
     )
-    parser.add_argument("--requests", type=int, default=512, help="videos per run")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each side")
+    parser.add_argument("--requests", type=int, default=512, help="videos per run (default: 512)")
     parser.add_argument(
-        "--max_batch", type=int, help="views per batch of the server; None: chosen by the server"
+        "--rounds", type=int, default=5, help="runs of each server and of the loop (default: 5)"
     )
     parser.add_argument(
-        "--clients", type=int, nargs="+", default=[1, 8, 64], help="numbers of clients; last: most"
+        "--max_batch", type=int, help="maximum views per batch (default: chosen by the server)"
+    )
+    parser.add_argument(
+        "--clients",
+        type=int,
+        nargs="+",
+        default=[1, 8, 64],
+        help="numbers of concurrent clients, ascending (default: 1 8 64)",
     )
     args = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -247,9 +267,9 @@ def main() -> None:
         paths = list(itertools.islice(itertools.cycle(paths), args.requests))
         command = [sys.executable, "-m", "jaxvid", "serve", "--model", args.model, "--port=0"]
         size = [f"--max_batch={args.max_batch}"] if args.max_batch else []
-        dynamic = stack.enter_context(serving([*command, *size]))
-        single = stack.enter_context(serving([*command, "--max_batch=1"]))
-        servers = Server(*dynamic), Server(*single)
+        minimal = [sys.executable, str(Path(__file__).with_name("minimal_server.py")), args.model]
+        commands = [*command, *size], [*command, "--max_batch=1"], [*minimal, *size]
+        servers = [Server(*stack.enter_context(serving(command))) for command in commands]
         for server in servers:
             server.run([Path(path).read_bytes() for path in paths[:16]], 4)
         compare(args, paths, servers)

@@ -1,4 +1,4 @@
-"""Convert a model folder to a .pth file that the original program loads with strict=True.
+"""Convert a model folder to a .pth file for the original implementation (strict=True).
 
 python convert/flax_to_torch.py --input FOLDER --output FILE.pth
 """
@@ -24,7 +24,7 @@ from jaxvid.weights import rules
 
 
 def to_state_dict(params: Params, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Return the original program's state_dict; tensors that the program never uses are zeros."""
+    """Return the state_dict of the original implementation; tensors that it ignores are zeros."""
     state = {
         rules.torch_key(name): torch.from_numpy(
             np.array(rules.to_torch(name, np.asarray(array)), order="C")
@@ -55,5 +55,5 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return InputError.EXIT_CODE
-    print(f"{output}: {len(state)} tensors for the original program of {model.config.name}")
+    print(f"{output}: {len(state)} tensors for the original implementation of {model.config.name}")
     return 0

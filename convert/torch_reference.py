@@ -98,7 +98,7 @@ class ImageViT(nn.Module):
 
     Attributes:
         last_queries: Number of tokens that the last block computes: 1 (the class token, the only
-            one that is used) or None (all, as in the original programs).
+            one that is used) or None (all, as in the original implementations).
     """
 
     last_queries: int | None = None

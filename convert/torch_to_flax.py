@@ -2,10 +2,10 @@
 
 python convert/torch_to_flax.py --model PRESET --input FILE.pth --output FOLDER [--check]
 
-The file is a checkpoint of an original program, or an image ViT of timm (.pth, .safetensors) or
-Google (.npz) whose weights initialise a video model. Every key of the file must be used once or
-ignored for a stated reason. Every weight of the model must be filled once or listed as newly
-initialised. Otherwise nothing is written.
+The file is a checkpoint of the original implementation, or an image ViT of timm (.pth,
+.safetensors) or Google (.npz) whose weights initialise a video model. Nothing is written unless
+every key of the file is used once or ignored for a stated reason, and every weight of the model is
+filled once or listed as newly initialised.
 """
 
 import sys
@@ -39,7 +39,7 @@ def check(path: Path, config: ModelConfig, params: Params) -> list[tuple[str, fl
     """Compare a converted model with the PyTorch reference, which loads the file with strict=True.
 
     Args:
-        path: A checkpoint of the original program.
+        path: A checkpoint of the original implementation.
         config: The model's config.
         params: The converted weights.
 

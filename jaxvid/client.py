@@ -23,12 +23,12 @@ MAX_PAUSE = 10.0  # seconds
 
 
 class ServerError(Exception):
-    """A request that the server refused, or did not answer.
+    """An error response, or no response.
 
     Args:
         message: What is wrong.
-        status: HTTP status; 0: no answer.
-        retry_after: Seconds after which the server wants the request again; None: not at all.
+        status: HTTP status; 0: no response.
+        retry_after: Seconds after which to try again (`Retry-After`); None: do not try again.
     """
 
     def __init__(self, message: str, status: int = 0, retry_after: float | None = None):
@@ -112,7 +112,7 @@ class Client:
         url: Address of the server.
         token: The server's secret; None: $JAXVID_TOKEN, or none.
         timeout: Maximum seconds without any data from the server.
-        retry_seconds: While the server is busy, requests are repeated for this time.
+        retry_seconds: Maximum time for which a request is repeated while the server is busy.
 
     Raises:
         InputError: `url` is not an http or https address.
@@ -235,7 +235,7 @@ class Client:
     def _post(
         self, path: str, video: Video, **options: Any
     ) -> contextlib.AbstractContextManager[http.client.HTTPResponse]:
-        """Send a video; return its answer, to be used in a `with` block."""
+        """Send a video; return the response, to be used in a `with` block."""
         given = {name: value for name, value in options.items() if value is not None}
         query = f"?{urllib.parse.urlencode(given)}" if given else ""
         headers = {"Content-Type": "application/octet-stream"}
@@ -252,10 +252,10 @@ class Client:
     def _request(
         self, method: str, path: str, body: bytes | str | os.PathLike | None, headers: dict
     ) -> Iterator[http.client.HTTPResponse]:
-        """Send a request, repeatedly while the server is busy; yield the answer with status 200.
+        """Send a request, repeatedly while the server is busy; yield the response with status 200.
 
         Raises:
-            ServerError: The status is another, or there is no answer.
+            ServerError: Another status, or no response.
         """
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
@@ -274,7 +274,7 @@ class Client:
                     if isinstance(problem, FileNotFoundError | PermissionError):
                         raise
                     reason = getattr(problem, "strerror", None) or problem
-                    raise ServerError(f"{self._parts.geturl()}: no answer ({reason})") from None
+                    raise ServerError(f"{self._parts.geturl()}: no response ({reason})") from None
             pause = min(error.retry_after or 0, MAX_PAUSE)
             if error.status not in BUSY or not pause or time.monotonic() + pause > end:
                 raise error
@@ -298,7 +298,7 @@ def _exchange(
         if isinstance(body, str | os.PathLike):
             body = stack.enter_context(open(body, "rb"))
             headers = headers | {"Content-Length": str(os.fstat(body.fileno()).st_size)}
-        # A server that refuses a request answers, and closes the connection, before it has read the
+        # A server that refuses a request responds and closes the connection before it has read the
         # whole body.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.request(method, path, body, headers)

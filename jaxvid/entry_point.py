@@ -15,7 +15,7 @@ library. If a program is imported as a library, no handlers are installed.
 | stdout cannot be written (`> /dev/full`) | one line | 2 |
 | uncaught InputError or OSError, exhausted memory, no home directory | one line | 2 |
 | crash of a C++ library under `ulimit -v` or `ulimit -d` | one line | 2 |
-| another uncaught exception: a defect of the program | traceback | 1 |
+| another uncaught exception: a bug in the program | traceback | 1 |
 
 A closed stdin, stdout or stderr is replaced by /dev/null.
 
@@ -103,7 +103,7 @@ def run(module: str, hint: str = "") -> NoReturn:
 def describe(error: Exception) -> tuple[int, str]:
     """Return the exit code of an uncaught exception, and the line to print on stderr.
 
-    Code 1 means a defect of the program, to be reported by a traceback. If the line is empty,
+    Code 1 means a bug in the program, to be reported by a traceback. If the line is empty,
     nothing is printed.
     """
     if isinstance(error, BrokenPipeError):

@@ -60,8 +60,7 @@ def evaluate(
             `confusion.png`. If `init_from` is not set, it must contain a training run.
         compare_with: The `eval.json` of another evaluation, or its folder. Its results are compared
             with the new ones, video by video, in the log and in `WORKDIR/comparison.json`.
-        onnx: An ONNX file, written by `jaxvid export`, which is evaluated instead. ONNX Runtime
-            computes it on the CPU.
+        onnx: An ONNX file of `jaxvid export` to evaluate instead, with ONNX Runtime on the CPU.
 
     Returns:
         The contents of `eval.json` without `class_accuracy`, `confusion` and `labels`.

@@ -38,18 +38,18 @@ time.
 
 SERVE = """Serve models over HTTP: a page to try them with videos or a webcam, and an API.
 
-The first line printed is the address of the page. The API is described in docs/serving.md and, for
-programs, at /openapi.json. Preprocessing and the number of views come from the model card, so that
-predictions equal those of `jaxvid predict`.
+The first line on stdout has the URL of the page. docs/serving.md and, as OpenAPI document,
+/openapi.json describe the API. Preprocessing and the number of views come from the model card, so
+that predictions equal those of `jaxvid predict`.
 
-Videos are decoded in separate processes with limits of time and memory. Requests that arrive at the
-same time share the batches of the network.
+Videos are decoded in separate processes with limits of time and memory. The views of concurrent
+requests are batched.
 
-Ctrl-C or SIGTERM: the server accepts no more requests, answers those in progress and exits. A
-second signal ends it at once.
+After Ctrl-C or SIGTERM, the server accepts no more requests, completes those in progress and exits.
+A second signal ends it at once.
 
-Exit codes: 0: stopped by a signal, all requests answered; 2: invalid input, or the port is in use;
-130, 143: ended before all requests were answered.
+Exit codes: 0: stopped by a signal, all requests completed; 2: invalid input, or the port is in use;
+130, 143: ended before all requests were completed.
 """
 
 EXPORT = """Export a model folder.
@@ -72,19 +72,19 @@ Exit codes: 0 success, 2 invalid input or a failed check.
 
 CONVERT = """Convert released PyTorch weights into a model folder.
 
-The file is a checkpoint of an original program, or an image ViT of timm (.pth, .safetensors) or
-Google (.npz) whose weights initialise a video model. Every key of the file must be used once or
-ignored for a stated reason. Every weight of the model must be filled once or listed as newly
-initialised. Otherwise nothing is written.
+The file is a checkpoint of the original implementation, or an image ViT of timm (.pth,
+.safetensors) or Google (.npz) whose weights initialise a video model. Nothing is written unless
+every key of the file is used once or ignored for a stated reason, and every weight of the model is
+filled once or listed as newly initialised.
 """
 
 PREPARE = """Convert videos to a pack, a data set of JPEG frames with fast random access.
 
-If a run is killed, run the same command again to resume it. The pack is bit-identical to that of an
-uninterrupted run. With `--shard 0/8` to `--shard 7/8`, eight jobs share the work, and the last job
-to finish completes the pack.
+The same command resumes an interrupted run. The pack is bit-identical to that of an uninterrupted
+run. With `--shard 0/8` to `--shard 7/8`, eight jobs share the work, and the last job to finish
+completes the pack.
 
-Exit codes: 0 success, 2 invalid input, 3 some videos are broken and left out.
+Exit codes: 0 success, 2 invalid input, 3 some videos are broken.
 """
 
 CHECK = """Decode every frame of every video of a data set, and report broken and unusual videos.

@@ -50,7 +50,9 @@ ONNX = flags.DEFINE_string(
     "checkpoint or model folder. Requires --mode eval.",
 )
 MEMORY = flags.DEFINE_float(
-    "memory_gb", None, "Memory of a device in GB: also print the largest batch size that fits."
+    "memory_gb",
+    None,
+    "Memory of a device in GB: also print the largest batch size that fits, to within 2 %.",
 )
 PROFILE = flags.DEFINE_string(
     "profile", None, "START:STOP: training steps to trace, without STOP. Requires --mode train."

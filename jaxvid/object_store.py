@@ -38,7 +38,7 @@ _OPTIONS = {
 
 # `Path` replaces `//` by `/`.
 _ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}(?=[^/])")
-# Errors that another attempt cannot repair. FileNotFoundError and FileExistsError are raised
+# Errors for which a retry is useless. FileNotFoundError and FileExistsError are raised
 # unchanged.
 _PERMANENT = (ImportError, PermissionError, TypeError, NotImplementedError, IsADirectoryError)
 _PERMANENT_WORDS = ("credential", "forbidden", "denied", "unauthorized", "not valid", "invalid")
@@ -55,7 +55,7 @@ class ObjectInfo:
 
     Attributes:
         size: Size in bytes.
-        stamp: Number of 47 bits that identifies its version.
+        stamp: 47-bit hash of its size and version (`_VERSIONS`).
     """
 
     size: int

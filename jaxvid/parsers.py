@@ -75,30 +75,30 @@ def serve() -> argparse.ArgumentParser:
     add("--model", required=True, action="append", dest="models", metavar="MODEL",
         help=f"{MODEL_HELP}, or .onnx file from jaxvid export; may be repeated to compare "
         "models")  # fmt: skip
-    add("--host", default="127.0.0.1", help="address to listen on; any other than that of this "
-        "machine itself needs a token (default: 127.0.0.1)")  # fmt: skip
+    add("--host", default="127.0.0.1", help="address to listen on; any other than a loopback "
+        "address needs a token (default: 127.0.0.1)")  # fmt: skip
     add("--port", type=int, default=7860, help="TCP port; 0: any free port (default: 7860)")
-    add("--token", help="secret that requests must contain (default: $JAXVID_TOKEN, which other "
-        "users of this machine cannot see in the list of processes)")  # fmt: skip
+    add("--token", help="secret that requests must contain; other users of this machine can "
+        "see it in the list of processes (default: $JAXVID_TOKEN)")  # fmt: skip
     add("--public_host", action="append", default=[], metavar="NAME", help="name under which "
         "browsers reach the server, e.g. videos.example.org; may be repeated (default: only "
         "localhost and IP addresses)")  # fmt: skip
     add("--allow_urls", action="store_true",
-        help="allow requests to name the URL of a video, which the server downloads")  # fmt: skip
-    add("--max_batch", type=int, help="maximum number of views that the network computes together, "
-        "a power of 2 (default: the fastest up to 8, measured at the start)")  # fmt: skip
+        help="let the server download videos whose URL a request contains")  # fmt: skip
+    add("--max_batch", type=int, help="maximum number of views per batch, a power of 2 (default: "
+        "the fastest up to 8, measured at the start)")  # fmt: skip
     add("--max_wait", type=float, default=0.005, metavar="SECONDS", help="maximum time that a view "
-        "waits for others to share its batch (default: 0.005)")  # fmt: skip
+        "waits for its batch to fill (default: 0.005)")  # fmt: skip
     add("--decoders", type=int, default=os.cpu_count(),
         help="number of decoder processes (default: CPUs)")  # fmt: skip
     add("--max_upload", type=float, default=500.0, metavar="MB",
         help="maximum size of a video in megabytes (default: 500)")  # fmt: skip
     add("--deadline", type=float, default=60.0, metavar="SECONDS", help="maximum time from the end "
-        "of an upload to its answer (default: 60)")  # fmt: skip
+        "of an upload to the response (default: 60)")  # fmt: skip
     _add_dtype(parser)
-    add("--engine", choices=ENGINES, default=ENGINES[0], help="what computes predictions; "
-        "onnxruntime needs pip install 'jaxvid[onnx]', and computes in float32 on the CPU; .onnx "
-        f"files always use it (default: {ENGINES[0]})")  # fmt: skip
+    add("--engine", choices=ENGINES, default=ENGINES[0], help="library that computes "
+        "predictions; onnxruntime needs pip install 'jaxvid[onnx]' and computes in float32 on the "
+        f"CPU; .onnx files always use it (default: {ENGINES[0]})")  # fmt: skip
     return parser
 
 
@@ -140,7 +140,7 @@ def convert_to_torch() -> argparse.ArgumentParser:
     """Return the parser of `jaxvid convert-to-torch`."""
     parser = _make_parser(
         "convert-to-torch",
-        "Convert a model folder to a .pth file that the original program loads with strict=True.",
+        "Convert a model folder to a .pth file for the original implementation (strict=True).",
     )
     parser.add_argument("--input", required=True, type=Path, help="model folder")
     parser.add_argument("--output", required=True, type=Path, help=".pth file that is written")

@@ -65,8 +65,8 @@ def local_folder(folder: str | Path) -> Path:
 def opened(folder: str | Path, *, sparse: tuple[str, ...] = ()) -> Iterator[Path]:
     """Lock a folder of outputs, yield its local copy, and upload its changes at the end.
 
-    They are also uploaded if the body raises an exception. Only if it does not, the copy is removed
-    afterwards. A local folder is yielded itself, without a lock.
+    If the body raises an exception, the changes are uploaded too, and the local copy is kept.
+    Otherwise, it is removed. A local folder is yielded unchanged, without a lock.
 
     Args:
         folder: Path or address.
@@ -110,7 +110,7 @@ def _read_state(local: Path) -> dict:
 
 
 def _pull(address: str, local: Path) -> None:
-    """Make the local copy equal to the folder, unless it is a newer version of it."""
+    """Make the local copy equal to the folder, unless the local copy is newer."""
     manifest = object_store.info(f"{address}/{MANIFEST}")
     state = _read_state(local)
     if local.is_dir() and state["manifest"] == (manifest and manifest.stamp):

@@ -67,7 +67,7 @@ class RemoteLock:
         self._thread.start()
 
     def _check_stale(self, stored: dict) -> None:
-        """Refuse to take over a lock that was renewed recently; print that a stale one is taken."""
+        """Refuse to take over a lock that was renewed recently; print a line for a stale one."""
         age = max(0.0, time.time() - stored["time"])
         if age < STALE_SECONDS:
             raise InputError(

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
 MAX_BATCH = 256
-# While the event loop is busy, the thread of the networks waits up to this long for the interpreter
-# (Python's default: 5 ms), several times per batch.
+# While the event loop is busy, the thread of the networks waits this long for the GIL, several
+# times per batch. Python's default is 5 ms.
 SWITCH_SECONDS = 0.0005
 
 
@@ -58,7 +58,7 @@ def check_options(args: argparse.Namespace) -> Settings:
     token = args.token if args.token is not None else os.environ.get("JAXVID_TOKEN", "")
     if not token and not _is_loopback(args.host):
         raise InputError(
-            f"--host {args.host}: other machines can reach this address; set a secret with "
+            f"--host {args.host}: other machines can reach this address; set a token with "
             "--token TOKEN or $JAXVID_TOKEN"
         )
     if not (token.isascii() and token.isprintable()) or " " in token:
@@ -80,7 +80,7 @@ def check_options(args: argparse.Namespace) -> Settings:
 
 
 def _is_loopback(host: str) -> bool:
-    """Return whether only this machine can connect to an address."""
+    """Return whether an address is a loopback address."""
     if host == "localhost":
         return True
     try:
@@ -110,7 +110,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         reason = {
             errno.EADDRINUSE: "is in use; choose another one, e.g. --port 0 for any free port",
-            errno.EACCES: "needs special rights; choose one above 1023",
+            errno.EACCES: "needs root privileges; choose one above 1023",
         }.get(error.errno)
         if reason:
             raise InputError(f"--port {port}: {reason}") from None
@@ -127,9 +127,9 @@ def describe_address(host: str, listener: socket.socket) -> str:
 
 
 async def run_until_stopped(server: "HttpServer", listener: socket.socket, url: str) -> NoReturn:
-    """Serve until a signal arrives and the requests in progress are answered; end the process.
+    """Serve until a signal arrives and the requests in progress are completed; end the process.
 
-    The exit code is 0, or 128 + the signal if requests were not answered in time. A second signal
+    The exit code is 0, or 128 + the signal if requests were not completed in time. A second signal
     ends the process at once.
 
     Args:
@@ -166,7 +166,7 @@ async def run_until_stopped(server: "HttpServer", listener: socket.socket, url: 
     await server.serve(listener, announce)
     if service.failure is not None:
         raise service.failure
-    # The interpreter would wait for the network's thread, which may still compute a batch.
+    # Otherwise, Python would wait for the network's thread, which may still compute a batch.
     entry_point.exit_now(128 + received[0] if server.num_ended else 0)
 
 

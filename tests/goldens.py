@@ -1,4 +1,4 @@
-"""Access to tests/golden: results of the original PyTorch programs with synthetic weights."""
+"""Access to tests/golden: results of the original PyTorch code with synthetic weights."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ def params(abstract: dict, seed: int) -> dict:
 
 
 def assert_forward(golden: dict, graphdef, params: dict, get_vit) -> None:
-    """Check that logits and block outputs differ from the original program by at most 1e-5.
+    """Check that logits and block outputs differ from the original implementation by at most 1e-5.
 
     Args:
         golden: The result of `load`.
@@ -98,7 +98,7 @@ def assert_forward(golden: dict, graphdef, params: dict, get_vit) -> None:
 
 
 def assert_samples(golden: dict, kind: str, arrays: dict) -> None:
-    """Check the norm and sampled entries of each array against the original program.
+    """Check the norm and sampled entries of each array against the original implementation.
 
     The relative tolerance is 1e-4.
 

@@ -83,7 +83,8 @@ def test_errors_of_the_server(client, server, clips, tmp_path):
 def test_other_errors(clips, tmp_path):
     with pytest.raises(InputError, match="expected the address of a server"):
         jaxvid.Client("localhost:7860")
-    with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:9: no answer \(Connection refused"):
+    message = r"http://127\.0\.0\.1:9: no response \(Connection refused"
+    with pytest.raises(ServerError, match=message):
         jaxvid.Client("http://127.0.0.1:9").predict(clips[0])
     with pytest.raises(FileNotFoundError):
         jaxvid.Client("http://127.0.0.1:9").predict(tmp_path / "missing.mp4")

@@ -1,4 +1,4 @@
-"""Released models at full size: equality with the original programs, and conversion."""
+"""Released models at full size: equality with the original implementations, and conversion."""
 
 import json
 
@@ -24,7 +24,7 @@ from tests.golden.synthetic import synthetic_clip, synthetic_param
 from tests.weights.server import serve
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
-# Models with recorded outputs of the original programs.
+# Models with recorded outputs of the original implementations.
 RECORDED = ["stam_8", "stam_16", "xvit_k400", "xvit_k600", "xvit_ssv2"]
 ALL = [*RECORDED, "stam_32", "stam_64"]
 
@@ -46,7 +46,7 @@ def test_full_size_models_equal_the_original_programs(name):
     golden, config = goldens.load_full(name), make_model_config(name)
     _, abstract = abstract_model(config)
     shapes = {rules.torch_key(key): rules.torch_shape(key, v.shape) for key, v in abstract.items()}
-    # The original program of XViT does not use the layer `new_fc`.
+    # The original implementation of XViT does not use the layer `new_fc`.
     assert shapes == {k: v for k, v in manifest(name).items() if not k.startswith("new_fc.")}
     params = goldens.params(abstract, int(golden["seed"]))
     differences = goldens.differences(golden, goldens.outputs(config, params, golden["clip"]))

@@ -48,7 +48,7 @@ def _choice(field: str, title: str) -> Step:
 STEPS = (
     Step("environment", "machine and software", "environment:environment", {}, 15, 25, 5),
     Step("peaks", "matmul peak, bandwidth, precision of products", "peaks:peaks", {}, 30, 40, 10),
-    Step("parity", "differences from the original programs", "parity:parity", {}, 90, 60, 20),
+    Step("parity", "differences from the original code", "parity:parity", {}, 90, 60, 20),
     Step("demo", "accuracy of the demo", "demo:demo", {}, 90, 90, 40),
     Step("resume", "bit-exact resume of deterministic runs", "demo:resume", {}, 75, 75, 40),
     _speed("forward-xvit", "forward pass of XViT against PyTorch", -1, False),

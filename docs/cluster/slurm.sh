@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains on two to four machines with Slurm; docs/scaling.md describes it.
+# Train on two to four machines with Slurm; see docs/scaling.md.
 #
 #     sbatch docs/cluster/slurm.sh
 #
@@ -13,9 +13,9 @@
 #SBATCH --time=24:00:00
 #SBATCH --output=jaxvid-%j.txt
 #SBATCH --open-mode=append
-# Slurm starts the job again if a machine fails or if another job preempts it.
+# Slurm requeues the job if a machine fails or if another job preempts it.
 #SBATCH --requeue
-# 5 minutes before the time limit, the processes receive SIGTERM and save their state.
+# 5 minutes before the time limit, the processes receive SIGTERM and save a checkpoint.
 #SBATCH --signal=TERM@300
 
 # Without --kill-on-bad-exit=0, Slurm could kill the other processes before they have reported the
@@ -24,8 +24,8 @@ srun --kill-on-bad-exit=0 python main.py --config configs/xvit_k600.py \
     --config.data.source=pack --config.data.folder=/shared/k600_pack --workdir /shared/runs/k600
 code=$?
 
-# 143: a signal stopped the processes, which saved their state. 2: invalid input, or a process was
-# lost. Start again at most 10 times.
+# 143: a signal stopped the processes, which saved a checkpoint. 2: invalid input, or a process was
+# lost: requeue at most 10 times.
 if [ "$code" = 143 ] || { [ "$code" = 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ]; }; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

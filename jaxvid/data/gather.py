@@ -1,4 +1,4 @@
-"""The videos of the lists and folders that `jaxvid check` and `jaxvid prepare` are called with."""
+"""Input videos of `jaxvid check` and `jaxvid prepare`: lists and folders."""
 
 import contextlib
 import os

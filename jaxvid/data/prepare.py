@@ -99,10 +99,10 @@ def _write_metadata(
             raise
         return
     (output / "annotations").mkdir(exist_ok=True)
-    # The original program reads the lists from `annotations` and the frame rates from `annotation`.
+    # The original code reads the lists from `annotations` and the frame rates from `annotation`.
     (output / "annotation").mkdir(exist_ok=True)
     for split, split_rows in rows.items():
-        # Leave out videos without frames, on which the original program fails.
+        # Leave out videos without frames, on which the original implementation fails.
         readable = [row for row in split_rows if row[3]]
         lines = "".join(f"{name},{frames},{label}\n" for name, _, label, frames, *_ in readable)
         rates = "".join(f"{row[0]},{row[4]}\n" for row in readable)

@@ -41,8 +41,8 @@ def read_ahead(record: VideoRecord, spec: ClipSpec, rng: np.random.Generator | N
     Args:
         record: The video.
         spec: Frame sampling of the clip.
-        rng: In training, a generator in the state in which it will be when the clip is loaded, so
-            that the same frames are drawn. It is not changed. None: evaluation.
+        rng: In training: a generator in the same state as when the clip is loaded, so that the same
+            frames are drawn. It is not modified. None: evaluation.
     """
     if not _is_remote(record):
         return

@@ -222,7 +222,7 @@ def _open_class_folders(
 
 
 def _open_xvit_h5(data: DatasetConfig, num_classes: int, splits: tuple[str, ...]) -> VideoDataset:
-    """Read the HDF5 files of the original XViT program."""
+    """Read the HDF5 files of the original XViT implementation."""
     folder = Path(data.folder)
     labels, labels_file = read_labels_or_numbers(folder, num_classes)
     check_num_classes(labels, labels_file, num_classes)

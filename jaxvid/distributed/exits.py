@@ -1,4 +1,4 @@
-"""Descriptions and exit codes of exceptions, for the processes of a run, which end together."""
+"""Error messages and exit codes for the processes of a run."""
 
 import atexit
 import contextlib

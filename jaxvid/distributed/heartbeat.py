@@ -7,7 +7,7 @@ import time
 from jaxvid.distributed.exits import describe_process
 from jaxvid.logs import log
 
-SLOW_SECONDS = 60.0  # time that is searched for a process for which the others wait
+SLOW_SECONDS = 60.0  # length of the first window in which waits for a process are counted
 
 
 @dataclasses.dataclass

@@ -109,14 +109,14 @@ class ProcessGroup:
         self._rounds = self._reached = self._beats = 0
         self._others = {other: Heartbeat() for other in range(self.count) if other != self.index}
         self._clock, self._slow = Clock(2 * BEAT_SECONDS), SlowProcesses()
-        self._contact = True  # whether the store has answered since `_watch` last checked
+        self._contact = True  # whether the store was reached since `_watch` last checked
         self._left = threading.Event()  # set once all processes have left
         self._failed = threading.Event()
         self._failure: PeerError | None = None
         self._own: BaseException | None = None  # failure of this process
         self._report = ""  # message or traceback of `_own`
         self._lock = threading.RLock()  # a signal handler may interrupt the main thread
-        # What reports the failure: the thread `main` or `watch`, or a `signal`; see `_claim`.
+        # Which one reports the failure: `main`, `watch` or `signal`; see `_claim`.
         self._reporter = ""
         self._code: int | None = None  # exit code, set when the main thread is about to exit
         self._signal = 0  # number of the signal that is ending this process
@@ -166,8 +166,8 @@ class ProcessGroup:
     def leave(self) -> None:
         """Wait until all processes have finished.
 
-        Process 0 also waits until the other processes know that all have finished. The store
-        disappears when process 0 ends. A process that still waits would report that as a failure.
+        Process 0 also waits until the other processes know that all have finished. It hosts the
+        store, and a process that cannot reach the store would report a failure.
 
         Raises:
             PeerError: Another process failed.
@@ -198,7 +198,7 @@ class ProcessGroup:
     def _is_own(self, failure: PeerError) -> bool:
         """Return whether the run failed because of an exception in this process.
 
-        The alternative is that other processes lost contact with this process.
+        It is False if other processes have lost contact with this process.
         """
         return failure.process == self.index and self._own is not None
 
@@ -287,7 +287,7 @@ class ProcessGroup:
             time.sleep(0.1)
 
     def _claim(self, reporter: str) -> bool:
-        """Decide what reports the failure, `main`, `watch` or `signal`: the first that calls this.
+        """Let the first caller report the failure: `main`, `watch` or `signal`.
 
         Returns:
             Whether `reporter` reports the failure.
@@ -332,7 +332,7 @@ class ProcessGroup:
             self._slow.update({self.index: own, **self._others}, passed)
 
     def _fail_silent(self, process: int) -> None:
-        """Record that a process was lost, or this one if no other has sent heartbeats lately."""
+        """Record the loss of a process, or of this one if it has lost contact with all others."""
         silent = [other.silent > LOST_SECONDS / 2 for other in self._others.values()]
         if len(silent) > 1 and all(silent):
             cause = f"no heartbeat from any other process for {LOST_SECONDS:.0f} s"

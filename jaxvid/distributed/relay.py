@@ -18,8 +18,8 @@ class Relay:
     Attributes:
         address: `HOST:PORT` of the relay, to which the client connects.
         joined: Whether this process has joined the run. From then on, a broken connection means
-            that the coordinator is lost, even if one answers: that of the restarted run, if this
-            process was suspended in the meantime.
+            that the coordinator is lost. If this process was suspended, another coordinator may
+            accept connections: that of the restarted run.
         lost: Set once the connection to the coordinator is lost.
     """
 

@@ -212,7 +212,7 @@ def quantize(network: "ModelProto", views: Iterator[np.ndarray]) -> "ModelProto"
     ]
     with tempfile.TemporaryDirectory() as folder, _quiet_logging():
         prepared, output = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
-        # Without the optimisations of ONNX Runtime, whose operators others do not read.
+        # Without ONNX Runtime's optimisations, which add operators that other engines cannot read.
         quant_pre_process(network, prepared, skip_optimization=True, skip_symbolic_shape=True)
         quantization.quantize_static(
             prepared,

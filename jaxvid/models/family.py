@@ -80,7 +80,7 @@ class PublishedCost:
 
 @dataclasses.dataclass(frozen=True)
 class ReleasedClasses:
-    """Classes of the original program's checkpoint of a preset.
+    """Classes of the original implementation's checkpoint of a preset.
 
     Attributes:
         dataset: The data set, a key of `jaxvid.data.class_names.PUBLIC_DATASETS`.
@@ -98,7 +98,7 @@ class ReleasedClasses:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TorchFormat:
-    """Format of the original program's checkpoint files.
+    """Format of the original implementation's checkpoint files.
 
     Attributes:
         marker: Prefix of state_dict keys that occurs only in this family's files.
@@ -107,7 +107,7 @@ class TorchFormat:
         ignored: Regular expression for keys that are not read → the reason.
         unused_shapes: Function from a config to `{key: shape}` of the tensors that the original
             program requires in a file but never uses.
-        wrap: Function from a state_dict to the contents of a file that the original program loads.
+        wrap: Function from a state_dict to the contents of a file that the original code loads.
     """
 
     marker: str
@@ -147,9 +147,9 @@ class Family:
         multiply_adds: Function `(config, attention)` → multiply-adds of the matrix products in the
             forward pass of one view. `attention` also counts the attention products, q·kᵀ and
             weights·v.
-        released_preprocessing: Config → the preprocessing of the released program, in the format of
+        released_preprocessing: Config → the preprocessing of the released code, in the format of
             `model.json`.
-        torch: Format of the original program's checkpoint files.
+        torch: Format of the original implementation's checkpoint files.
         frame_embeddings: Name of an embedding with one row per frame → its layout.
         optional_parts: Regular expressions for prefixes of weights, the largest part first.
             Depending on its config, a network has either all weights of such a part or none.

@@ -1,7 +1,7 @@
 """STAM: an image ViT for each frame, then a transformer over the frames' class tokens.
 
 Sharir et al., "An Image is Worth 16x16 Words, What is a Video Worth?", 2021, arXiv:2103.13915.
-Modules are named as in the state_dicts of the original program. For axis letters see layers.py.
+Modules are named as in the state_dicts of the original code. For axis letters see layers.py.
 """
 
 import dataclasses
@@ -288,7 +288,7 @@ def multiply_adds(config: STAMConfig, attention: bool) -> int:
 
 
 def released_preprocessing(config: STAMConfig) -> dict[str, Any]:
-    """Return the preprocessing of the released program: one centre crop of 7/8 of the short side.
+    """Return the preprocessing of the released code: one centre crop of 7/8 of the short side.
 
     Args:
         config: The network's config; its number of frames and image size are used.
@@ -338,7 +338,7 @@ FAMILY = Family(
         marker="aggregate.",
         zeros={r"blocks\.\d+\.attn\.qkv\.bias": "missing from files of the first released version"},
     ),
-    # The original program sorts the names of the class folders.
+    # The original implementation sorts the names of the class folders.
     released_classes={
         "stam_8": ReleasedClasses("kinetics400", 77.5),
         "stam_16": ReleasedClasses("kinetics400", 79.3),

@@ -1,7 +1,7 @@
 """XViT: a ViT whose keys and values are shifted in time (space-time mixing attention).
 
 Bulat et al., "Space-time Mixing Attention for Video Transformer", NeurIPS 2021, arXiv:2106.05968.
-Attributes have the names of the modules in the original program, as in the state_dict of its
+Attributes have the names of the modules in the original implementation, as in the state_dict of its
 checkpoints. The axis letters of shapes are listed in layers.py.
 """
 
@@ -343,7 +343,7 @@ def released_preprocessing(config: XViTConfig) -> dict[str, Any]:
 
 
 def unused_torch_shapes(config: XViTConfig) -> dict[str, tuple[int, ...]]:
-    """Return `{key: shape}` of the tensors that the original program requires but never uses."""
+    """Return `{key: shape}` of the tensors that the original code requires but never uses."""
     return {
         "new_fc.weight": (config.num_classes, config.width),
         "new_fc.bias": (config.num_classes,),
@@ -378,7 +378,7 @@ FAMILY = Family(
     released_preprocessing=released_preprocessing,
     torch=TorchFormat(
         marker="base_model.",
-        ignored={r"new_fc\..*": "the original program has this layer, but never uses it"},
+        ignored={r"new_fc\..*": "the original implementation has this layer, but never uses it"},
         unused_shapes=unused_torch_shapes,
         wrap=wrap_checkpoint,
     ),

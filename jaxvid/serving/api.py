@@ -35,7 +35,7 @@ async def classify(
     *,
     max_parts: int = 1,
 ) -> Response:
-    """Receive a video, and answer with its prediction.
+    """Receive a video and return its prediction.
 
     Args:
         request: The request.
@@ -98,7 +98,7 @@ async def features(request: Request) -> Response:
 
 
 async def timeline(request: Request) -> EventStream:
-    """Classify sliding windows of a video, and send the classes as events."""
+    """Classify sliding windows of a video and send their classes as events."""
     service = service_of(request)
     kinds = {"model": query.text, "top_k": query.whole_number(1, MAX_TOP_K)}
     kinds |= {"window": query.seconds, "stride": query.seconds}
@@ -119,7 +119,7 @@ async def timeline(request: Request) -> EventStream:
 
 
 def describe_models(service: Service) -> list[dict[str, Any]]:
-    """Return the cards of all models, with the limits of the server."""
+    """Return the model cards, with the limits of the server."""
     limits = service.settings.limits
     shown = ("upload_bytes", "video_seconds", "pixels", "views", "windows", "deadline_seconds")
     described = {"limits": {name: getattr(limits, name) for name in shown}}
@@ -132,12 +132,12 @@ async def list_models(request: Request) -> Response:
 
 
 async def is_alive(_: Request) -> Response:
-    """Answer as long as the server runs."""
+    """Return status 200 while the server runs."""
     return JSONResponse({"status": "ok"})
 
 
 async def is_ready(request: Request) -> Response:
-    """Answer whether all networks are compiled."""
+    """Return status 200 once all networks are compiled, otherwise 503."""
     status = service_of(request).status
     return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 

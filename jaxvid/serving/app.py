@@ -1,4 +1,4 @@
-"""The ASGI application: routes, error answers and middleware."""
+"""The ASGI application: routes, error responses and middleware."""
 
 import contextlib
 import errno
@@ -27,7 +27,7 @@ HTTP_ERRORS = {
 
 
 def make_app(models: Sequence[ServedModel], settings: Settings) -> Starlette:
-    """Make the application. Its networks are compiled after it has started.
+    """Make the application. It compiles its networks after it has started.
 
     Args:
         models: The models; the first one is the default.
@@ -78,7 +78,7 @@ async def _answer_http_error(request: Request, error: HTTPException) -> Response
 
 
 async def _answer_os_error(request: Request, error: OSError) -> Response:
-    """Answer a full disk; another error is a defect."""
+    """Return status 507 if the disk is full, otherwise 500."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         raise error
     return await _answer_error(request, RequestError(507, "the disk of the server is full"))
@@ -89,5 +89,5 @@ async def _answer_nobody(*_: object) -> Response:
 
 
 async def _answer_defect(request: Request, _: Exception) -> Response:
-    """Answer an unexpected exception, whose traceback is then printed on stderr."""
+    """Return status 500 for an unexpected exception; its traceback is printed on stderr."""
     return await _answer_error(request, RequestError(500, "internal error; see the server's log"))

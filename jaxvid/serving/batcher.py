@@ -1,4 +1,4 @@
-"""Dynamic batching: items of several requests share the batches of a network."""
+"""Dynamic batching: items of concurrent requests are computed in one batch."""
 
 import asyncio
 import collections
@@ -44,7 +44,7 @@ class _Item:
 
 
 class Batcher:
-    """Gathers items into batches for one program of a network.
+    """Dynamic batching for one program of a network.
 
     A batch starts when it is full, when its first item has waited for `max_wait` seconds, or at
     once if no other request is in progress. While the network computes, more items may join. A
@@ -140,7 +140,7 @@ class Batcher:
         return batch
 
     async def _compute(self, batch: list[_Item]) -> None:
-        """Compute a batch and hand its outputs to the requests."""
+        """Compute a batch and return its outputs to the requests."""
         self._observe(len(batch))
         try:
             outputs = await self._thread.call(self._run_padded, [item.value for item in batch])

@@ -21,7 +21,7 @@ from jaxvid.serving.decoder_worker import Template, Worker
 from jaxvid.serving.errors import DecodeTimeoutError, OverloadedError
 from jaxvid.serving.limits import Limits
 
-GRACE_SECONDS = 2.0  # a task that exceeds its time limit may report it itself before it is killed
+GRACE_SECONDS = 2.0  # time for a task above its time limit to report it, before it is killed
 SMOOTHING = 0.1  # weight of the last task in the average duration of tasks
 
 
@@ -31,9 +31,8 @@ class DecoderPool:
     Every process decodes one video at a time. Tasks with a longer time limit than
     `limits.decode_seconds` leave one process to other tasks, if there are several.
 
-    A task that ends early, because it exceeds a limit, its process crashes or its client has gone
-    away, costs a process, which is replaced when the next task starts. Starting a process takes
-    milliseconds; see `decoder_process`.
+    A process is killed if its task exceeds a limit or its client disconnects. A killed or crashed
+    process is replaced when the next task starts, within milliseconds; see `decoder_process`.
 
     Args:
         num_processes: Number of videos that are decoded at the same time.
@@ -73,7 +72,7 @@ class DecoderPool:
         Close the generator (`contextlib.aclosing`) if it is not exhausted: this frees the process.
 
         Args:
-            task: Generator function, which the process imports by its name.
+            task: Function of `decoder_tasks`, which the process imports by its name.
             fd: File with the video. It is duplicated, and may be closed after the first message.
             *arguments: Arguments of the task after the video; they are pickled.
             seconds: Time limit, without the time in which the messages are processed; None:
@@ -81,14 +80,14 @@ class DecoderPool:
             **options: Keyword arguments of the task; they are pickled.
 
         Yields:
-            The messages of the task.
+            The message that the task returns, or the messages that it yields.
 
         Raises:
             DecodeError: The video cannot be decoded, exceeds a limit, or crashes the decoder.
             DecodeTimeoutError: Decoding takes too long.
             RequestError: An argument of the task is invalid.
             OverloadedError: Too many tasks are waiting.
-            RuntimeError: The task failed in another way, which is a defect; or the pool is closed.
+            RuntimeError: The task raised an unexpected exception, or the pool is closed.
         """
         seconds = self._limits.decode_seconds if seconds is None else seconds
         job = pickle.dumps((task, arguments, options, seconds))
@@ -101,6 +100,8 @@ class DecoderPool:
                 max_bytes = self._limits.memory_bytes
                 while (message := await clock.limit(worker.receive(max_bytes))) is not None:
                     yield message
+                    if worker.reusable:  # the task has ended
+                        break
             except ConnectionError:
                 if self._closed:
                     raise RuntimeError("the decoder pool is closed") from None

@@ -6,8 +6,8 @@ The template imports the decoder once and handles no videos. It forks a worker i
 that a worker that crashed or was killed is replaced without delay. It has one thread, which makes
 forking safe. Neither the template nor the workers import JAX.
 
-A worker is a process that a malicious video may take over. Therefore it has resource limits, it
-sees one video at a time, and the server reads its messages without unpickling them.
+A malicious video may compromise a worker. Therefore workers have resource limits and see one video
+at a time, and the server does not unpickle their messages.
 
 A message from a worker is `HEADER`, a JSON document, and the contents of the arrays that the
 document lists. Kinds of messages:
@@ -15,7 +15,8 @@ document lists. Kinds of messages:
 | kind | meaning |
 |---|---|
 | `message` | item that the task has yielded |
-| `end` | the task has ended |
+| `end` | the task has yielded all items |
+| `result` | what the task has returned, if it is not a generator |
 | `decode_error`, `input_error` | the task has raised a DecodeError or InputError: `text` |
 | `memory_error` | the task needs too much memory; the worker ends |
 | `defect` | the task has raised another exception, whose traceback is `text` |
@@ -45,6 +46,7 @@ from jaxvid.serving.decoder_tasks import Message, Task, UploadedVideo
 from jaxvid.serving.limits import Limits
 
 JOB_HEADER = struct.Struct("!Q")  # size of the pickled job
+JOB_BYTES = 2**16  # size of the first piece of a job that is read
 HEADER = struct.Struct("!QQ")  # of a message: sizes of the JSON document and of the arrays
 REQUEST_BYTES = 2**16  # maximum size of a message to the template
 MAX_FILES = 32  # open files of a worker
@@ -88,11 +90,12 @@ def _work(connection: socket.socket, limits: Limits) -> None:
     socket.send_fds(connection, [b"."], [pidfd])
     reusable = True
     while reusable:
-        header, fds, _, _ = socket.recv_fds(connection, JOB_HEADER.size, 1)
+        data, fds, _, _ = socket.recv_fds(connection, JOB_BYTES, 1)
         if not fds:
             return
         try:
-            job = _receive(connection, *JOB_HEADER.unpack(header))
+            [size] = JOB_HEADER.unpack_from(data)
+            job = _complete(connection, data[JOB_HEADER.size :], size)
             reusable = _run_job(connection, fds[0], job, limits)
         finally:
             os.close(fds[0])
@@ -136,7 +139,11 @@ def _run_job(connection: socket.socket, fd: int, job: bytes, limits: Limits) -> 
     resource.setrlimit(resource.RLIMIT_CPU, (used + 1, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     try:
         video = UploadedVideo(f"/proc/self/fd/{fd}", limits, seconds)
-        for message in task(video, *arguments, **options):
+        result = task(video, *arguments, **options)
+        if isinstance(result, dict):
+            _send(connection, "result", result)
+            return True
+        for message in result:
             _send(connection, "message", message)
     except Exception as error:
         _send(connection, *_describe(error, limits))
@@ -157,14 +164,13 @@ def _describe(error: Exception, limits: Limits) -> tuple[str, Message]:
     return "defect", {"text": traceback.format_exc()}
 
 
-def _receive(connection: socket.socket, size: int) -> bytes:
-    """Read `size` bytes; raise an OSError if the connection is closed."""
-    data = bytearray()
+def _complete(connection: socket.socket, data: bytes, size: int) -> bytes:
+    """Read until there are `size` bytes; raise an OSError if the connection is closed."""
     while len(data) < size:
         if not (chunk := connection.recv(size - len(data))):
             raise ConnectionResetError
         data += chunk
-    return bytes(data)
+    return data
 
 
 def _send(connection: socket.socket, kind: str, message: Message) -> None:
@@ -180,9 +186,12 @@ def _send(connection: socket.socket, kind: str, message: Message) -> None:
         "arrays": [[name, array.dtype.str, array.shape] for name, array in arrays.items()],
     }
     data = json.dumps(document).encode()
-    contents = b"".join(array.tobytes() for array in arrays.values())
-    connection.sendall(HEADER.pack(len(data), len(contents)) + data)
-    connection.sendall(contents)
+    contents = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays.values()]
+    num_bytes = sum(map(len, contents))
+    pieces = [HEADER.pack(len(data), num_bytes), data, *contents]
+    num_sent = connection.sendmsg(pieces)  # in one call, which wakes the server once
+    if num_sent < HEADER.size + len(data) + num_bytes:  # interrupted
+        connection.sendall(b"".join(pieces)[num_sent:])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Tasks that a decoder process runs on an uploaded video; see `decoder_pool.DecoderPool`.
 
-A task is a generator function. Its first argument is the `UploadedVideo`. Each item that it yields
-is a dict, whose values are NumPy arrays, or values that JSON can represent. Everything that this
-module imports is free of JAX.
+A task is a function whose first argument is the `UploadedVideo`. It returns one message or yields
+several. A message is a dict, whose values are NumPy arrays or values that JSON can represent. This
+module must not import JAX.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class UploadedVideo:
         if seconds > limit:
             reader.close()
             raise DecodeError(
-                f"{self.id}: lasts {seconds:.0f} s, and the limit is {limit:g} s; send a part of it"
+                f"{self.id}: lasts {seconds:.0f} s, more than the limit of {limit:g} s; send a part"
             )
         return reader
 
@@ -69,16 +69,16 @@ def _duration(reader: VideoFile) -> float:
     return at_fps if reader.times is None else max(at_fps, float(reader.times[-1]))
 
 
-Task = Callable[..., Iterator[Message]]
+Task = Callable[..., Message | Iterator[Message]]
 
 
-def views(video: UploadedVideo, spec: ClipSpec) -> Iterator[Message]:
-    """Yield the evaluation views of a video: one message, the result of `load_eval_views`.
+def views(video: UploadedVideo, spec: ClipSpec) -> Message:
+    """Return the evaluation views of a video, the result of `load_eval_views`.
 
     Raises:
         DecodeError: The video cannot be decoded.
     """
-    yield load_eval_views(video, spec)
+    return load_eval_views(video, spec)
 
 
 def windows(
@@ -149,15 +149,13 @@ def frames(video: UploadedVideo, spec: ClipSpec) -> Iterator[Message]:
         yield video_frames.describe_clip(reader, loaded["indices"][0], spec)
 
 
-def live_clip(
-    video: UploadedVideo, spec: ClipSpec, parts: Sequence[tuple[int, int]]
-) -> Iterator[Message]:
-    """Yield the clip of JPEG pictures; see `make_live_clip`.
+def live_clip(video: UploadedVideo, spec: ClipSpec, parts: Sequence[tuple[int, int]]) -> Message:
+    """Return the clip of JPEG images; see `make_live_clip`.
 
     Args:
-        video: A file that contains the pictures.
+        video: A file that contains the images.
         spec: Resize and crop.
-        parts: Start and size in bytes of each picture.
+        parts: Start and size in bytes of each image.
     """
     with open(video.file, "rb") as file:
 
@@ -168,8 +166,8 @@ def live_clip(
         reader = JpegFrames(video.id, len(parts), None, read)
         reader.max_pixels = limit = video.limits.pixels
         try:
-            yield video_frames.make_live_clip(reader, spec)
+            return video_frames.make_live_clip(reader, spec)
         except DecodeError:
             raise DecodeError(
-                f"{video.id}: expected JPEG pictures of one size, with at most {limit} pixels"
+                f"{video.id}: expected JPEG images of one size, with at most {limit} pixels"
             ) from None

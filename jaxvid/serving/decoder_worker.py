@@ -1,4 +1,4 @@
-"""Decoder processes as the server sees them; `decoder_process` is what they run."""
+"""The server's side of decoder processes; `decoder_process` is the other side."""
 
 import asyncio
 import contextlib
@@ -54,7 +54,7 @@ class Template:
                 pass_fds=[other.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=_make_environment(),
-                start_new_session=True,  # Ctrl-C must not end tasks that the server still answers
+                start_new_session=True,  # Ctrl-C must not end tasks of requests in progress
             )
 
     def fork(self, limits: Limits) -> socket.socket:
@@ -95,7 +95,7 @@ def _make_environment() -> dict[str, str]:
 
 
 class Worker:
-    """A decoder process, as the server sees it.
+    """The server's side of a decoder process.
 
     Args:
         connection: Non-blocking socket that is connected to the process.
@@ -121,7 +121,7 @@ class Worker:
                 raise ConnectionResetError
             [self._pidfd] = fds
         except BaseException:
-            self._connection.close()  # upon which the process ends
+            self._connection.close()  # ends the process
             raise
 
     def is_alive(self) -> bool:
@@ -156,11 +156,15 @@ class Worker:
             ConnectionError: The process has died.
         """
         self.reusable = False
-        socket.send_fds(self._connection, [JOB_HEADER.pack(len(job))], [fd])
-        await asyncio.get_running_loop().sock_sendall(self._connection, job)
+        data = JOB_HEADER.pack(len(job)) + job
+        num_sent = socket.send_fds(self._connection, [data], [fd])
+        if num_sent < len(data):
+            await asyncio.get_running_loop().sock_sendall(self._connection, data[num_sent:])
 
     async def receive(self, max_bytes: int) -> Message | None:
-        """Return the next message, or None at the end of the task.
+        """Return the next message, or None if all were returned.
+
+        After the last message of a task that does not yield, the process is `reusable`.
 
         Args:
             max_bytes: Maximum size of the arrays of a message.
@@ -176,12 +180,12 @@ class Worker:
             text = str(message["text"]) if kind in _ERRORS else ""
         except OSError:
             raise
-        except Exception as error:  # a decoder that a video has taken over may send anything
+        except Exception as error:  # a compromised decoder may send anything
             raise ConnectionError(f"invalid message ({error})") from error
         self.reusable = kind not in ("message", "memory_error")
         if kind in _ERRORS:
             raise _ERRORS[kind](text)
-        return message if kind == "message" else None
+        return message if kind != "end" else None
 
     async def _receive(self, max_bytes: int) -> tuple[str, Message]:
         """Return the kind and the contents of the next message."""
@@ -191,7 +195,7 @@ class Worker:
         data = await self._read(size + num_bytes)
         document, position = json.loads(bytes(data[:size])), size
         kind, message = document["kind"], dict(document["values"])
-        if kind not in ("message", "end", *_ERRORS):
+        if kind not in ("message", "result", "end", *_ERRORS):
             raise ValueError(f"the kind {kind}")
         for name, dtype, shape in document["arrays"]:
             if min(shape, default=0) < 0:

@@ -13,10 +13,10 @@ from jaxvid.storage.preprocessing import clip_shape
 
 
 class Engine(Protocol):
-    """Programs of a network. A program maps a batch to an array, or to a dict of arrays.
+    """Compiled functions ("programs") of a network.
 
-    The first axis of all inputs and outputs is the batch. `score` is required; what needs another
-    program is refused if the engine does not have it.
+    A program maps a batch to an array or a dict of arrays. The first axis of all inputs and outputs
+    is the batch. Only `score` is required; requests that need a missing program are refused.
 
     | program | input | output |
     |---|---|---|
@@ -92,9 +92,9 @@ class JaxEngine:
 
 
 class OnnxEngine:
-    """An engine that computes `score` with ONNX Runtime, and other programs with JAX, if possible.
+    """An engine that computes `score` with ONNX Runtime, and the other programs with JAX, if any.
 
-    Clips with fractions of a grey level are rounded (see `ClipSpec.eval_dtype`).
+    Clips in uint16 are rounded to uint8 (see `ClipSpec.eval_dtype`).
 
     Args:
         network: The exported network.

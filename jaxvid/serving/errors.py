@@ -1,4 +1,4 @@
-"""Errors that a request is answered with."""
+"""Error responses."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ class RequestError(Exception):
     Args:
         status: HTTP status.
         message: One line: what is wrong and how to fix it.
-        headers: Headers of the answer.
+        headers: Headers of the response.
     """
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None):
@@ -19,7 +19,7 @@ class RequestError(Exception):
         self.status, self.headers = status, dict(headers or {})
 
     def to_json(self) -> dict:
-        """Return the body of the answer."""
+        """Return the body of the response."""
         return {"error": {"status": self.status, "message": printable(self)}}
 
 

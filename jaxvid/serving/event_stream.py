@@ -1,4 +1,4 @@
-"""Answers that are streams of server-sent events."""
+"""Responses that are streams of server-sent events."""
 
 import contextlib
 import json
@@ -18,8 +18,8 @@ from jaxvid.serving.uploads import Upload
 class EventStream:
     """An ASGI response that receives a video and sends events about it.
 
-    Errors before the first event are answered with their HTTP status. A later error is sent as the
-    last event, `error`, with the contents of an error answer.
+    An error before the first event sets the HTTP status. A later error is sent as the last event,
+    `error`, with the contents of an error response.
 
     Args:
         service: State of the server.
@@ -73,5 +73,5 @@ HEADERS = [
 
 
 def to_request_error(error: RequestError | DecodeError) -> RequestError:
-    """Return the answer to a video that cannot be decoded, or the error itself."""
+    """Return status 422 for a video that cannot be decoded; return other errors unchanged."""
     return error if isinstance(error, RequestError) else RequestError(422, str(error))

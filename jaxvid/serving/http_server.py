@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from jaxvid.serving.limits import Limits
 from jaxvid.serving.service import Service
 
-END_SECONDS = 5.0  # time in which requests that are not answered in time must end
+END_SECONDS = 5.0  # time for requests to end after the drain time
 HEADER_BYTES = 65536  # maximum size of the headers of a request
 
 
@@ -26,7 +26,7 @@ class HttpServer:
 
     Attributes:
         service: State of the application.
-        num_ended: Number of requests that were not answered in time after `stop`.
+        num_ended: Number of requests that were ended with status 503 after `stop`.
     """
 
     def __init__(self, app: Starlette, limits: Limits):
@@ -49,9 +49,9 @@ class HttpServer:
         self.service.on_failure = self.stop
 
     def stop(self) -> None:
-        """Accept no more requests, answer those in progress, and return from `serve`.
+        """Accept no more requests, complete those in progress, and return from `serve`.
 
-        After `drain_seconds`, the rest is answered with status 503.
+        Requests that take longer than `drain_seconds` get status 503.
         """
         self.service.is_stopping = True
         self._server.should_exit = True
@@ -61,7 +61,7 @@ class HttpServer:
         self.num_ended = self.service.end_requests()
 
     async def serve(self, listener: socket.socket, on_start: Callable[[], None]) -> None:
-        """Serve until `stop` is called and the requests in progress are answered.
+        """Serve until `stop` is called and the requests in progress are completed.
 
         Args:
             listener: A listening socket.
@@ -75,7 +75,7 @@ class HttpServer:
 
 
 class _Server(uvicorn.Server):
-    """A server that leaves signals to its caller."""
+    """A server whose caller handles signals."""
 
     on_start: Callable[[], None]
 
@@ -92,9 +92,9 @@ def _make_protocol(header_seconds: float, stall_seconds: float) -> type[H11Proto
     """Return a protocol that closes connections of clients that do not send or read in time.
 
     Args:
-        header_seconds: Maximum time from the connection, or from the end of the last answer, to the
-            end of the headers.
-        stall_seconds: Maximum time in which the client reads nothing although answers wait.
+        header_seconds: Maximum time from the connection, or from the end of the last response, to
+            the end of the headers.
+        stall_seconds: Maximum time without the client reading its response.
     """
 
     class Protocol(H11Protocol):
@@ -132,7 +132,7 @@ def _make_protocol(header_seconds: float, stall_seconds: float) -> type[H11Proto
                 self._header_timer = None
 
         def _close(self) -> None:
-            self.transport.close()  # after the client has read what waits for it
+            self.transport.close()  # sends buffered data first
             self.loop.call_later(stall_seconds, self.transport.abort)
 
         def pause_writing(self) -> None:

@@ -1,4 +1,4 @@
-"""Warnings about videos that are unlike those that models are trained on."""
+"""Warnings about unusual videos."""
 
 from collections.abc import Mapping
 

@@ -12,24 +12,24 @@ class Limits:
         upload_seconds: Maximum duration of an upload.
         upload_rate: Minimum average rate of an upload in bytes per second, after `stall_seconds`.
         stall_seconds: Maximum time between two chunks of an upload.
-        header_seconds: Maximum time from the connection, or from the previous answer, to the end of
-            the headers of a request.
+        header_seconds: Maximum time from the connection, or from the previous response, to the end
+            of the headers of a request.
         decode_seconds: Maximum wall time of decoding a video.
         video_seconds: Maximum duration of a video.
         pixels: Maximum number of pixels of a frame.
         memory_bytes: Address space of a decoder process.
-        decoded_bytes: Size of the decoded clips of all requests. Requests for more wait.
+        decoded_bytes: Maximum size of the decoded clips of all requests. Further requests wait.
         queue_length: Number of requests that may wait for a decoder process.
-        requests: Number of videos that are received and processed at the same time.
+        requests: Number of videos that are received or processed at the same time.
         connections: Number of open connections.
         views: Maximum number of views of a prediction.
         windows: Maximum number of windows of a timeline.
-        timeline_bytes: Size of the frames of a timeline that are held in memory, because its
-            windows overlap.
+        timeline_bytes: Maximum size of the frames that overlapping windows of a timeline keep in
+            memory.
         timelines_bytes: The same, of all timelines. Further timelines wait.
-        deadline_seconds: Maximum time from the end of the upload to the answer.
-        stream_seconds: The same, for answers that are streams of events.
-        drain_seconds: Maximum time in which a stopping server answers the requests in flight.
+        deadline_seconds: Maximum time from the end of the upload to the response.
+        stream_seconds: The same, for event streams and reports.
+        drain_seconds: Time for a stopping server to complete the requests in progress.
     """
 
     upload_bytes: int = 500_000_000
@@ -62,12 +62,12 @@ class Settings:
         token: Secret that requests must contain; empty: none.
         public_hosts: Names in addition to `localhost` and IP addresses under which browsers may
             reach the server, in lower case and without port.
-        allow_urls: Whether a request may name the URL of a video.
+        allow_urls: Whether a request may contain the URL of a video.
         num_decoders: Number of decoder processes.
-        max_batch: Maximum number of views that the network computes together, a power of 2.
+        max_batch: Maximum number of views per batch, a power of 2.
         measure_batches: Whether to use smaller batches than `max_batch` if they are faster when the
             server starts.
-        max_wait: Maximum time in seconds that a view waits for others to share its batch.
+        max_wait: Maximum time in seconds that a view waits for its batch to fill.
         limits: Limits of requests.
     """
 

@@ -1,4 +1,4 @@
-"""Memory that requests share: a request reserves what it needs, or waits until it is free."""
+"""A limit of the memory of all requests: a request reserves memory, or waits until it is free."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 
 class MemoryBudget:
-    """A number of bytes that requests reserve parts of.
+    """A limited number of bytes that requests reserve.
 
     Args:
         limit: The number of bytes.

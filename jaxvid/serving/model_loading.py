@@ -1,4 +1,4 @@
-"""Loading of the models that a server gets on its command line."""
+"""Loading of the models on the command line of the server."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from jaxvid.weights.resolve import resolve_model
 
 
 def load_models(names: Sequence[str], dtype: str, engine_name: str = "jax") -> list[ServedModel]:
-    """Load the models that are named on the command line.
+    """Load the models on the command line.
 
     Args:
         names: Model folders, or other names of models; see `resolve_model`.
@@ -65,7 +65,7 @@ def _load_onnx(name: str, path: Path) -> ServedModel:
 
 
 def _short_name(name: str, taken: Sequence[str]) -> str:
-    """Return a name for requests: of the run if the model belongs to one, else the last part.
+    """Return the name of a model in requests: that of its run, otherwise of its folder or file.
 
     Args:
         name: The model on the command line, e.g. `runs/motion/model`.

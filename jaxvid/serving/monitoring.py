@@ -6,7 +6,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-CLIENT_GONE = 499  # status of a request whose client disconnected before the answer
+CLIENT_GONE = 499  # status of a request whose client disconnected before the response
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)  # bucket limits
 
 
@@ -22,11 +22,11 @@ class Metrics:
         self._registry = CollectorRegistry()
         options = {"registry": self._registry, "namespace": "jaxvid"}
         self._requests = Counter(
-            "requests", "Answered requests", ["route", "method", "status"], **options
+            "requests", "Completed requests", ["route", "method", "status"], **options
         )
         self._seconds = Histogram(
             "request_seconds",
-            "Time to the end of the answer",
+            "Time to the end of the response",
             ["route"],
             buckets=SECONDS,
             **options,
@@ -44,7 +44,7 @@ class Metrics:
         Gauge(name, description, **self._options).set_function(function)
 
     def observe_request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count an answered request."""
+        """Count a completed request."""
         self._requests.labels(route, method, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
@@ -87,7 +87,7 @@ class Monitoring:
             status = 500
             raise
         finally:
-            # Paths that clients invent must not become names of metrics.
+            # Arbitrary paths must not become label values.
             route = getattr(scope.get("route"), "path", "other")
             method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST") else "other"
             self._metrics.observe_request(route, method, status, time.monotonic() - start)

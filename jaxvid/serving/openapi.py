@@ -22,23 +22,23 @@ MAX_TOP_K = 1000
 TOP_K = 5  # default
 MAX_LIVE_FRAMES = 256
 
-# ------------------------------------------------------------------ answers
+# ------------------------------------------------------------------ responses
 
 ERRORS = {
     400: "A parameter or the body is invalid.",
     401: "The token is missing or wrong.",
-    403: "The request comes from another web site, or URLs are not allowed.",
+    403: "The request is cross-origin, or URLs are not allowed.",
     404: "There is no such path or file.",
     405: "The path does not have this method.",
     408: "The upload is too slow.",
     413: "The body is too large.",
     415: "The content type is not that of a video.",
-    421: "The host name is not one of this server.",
+    421: "The `Host` header does not name this server.",
     422: "The video cannot be decoded or downloaded.",
     429: "Too many requests are waiting.",
-    500: "A defect of the server, or the weights are damaged.",
+    500: "Internal error, or the weights are damaged.",
     503: "The network is being compiled, or the server is stopping.",
-    504: "There was no answer within the deadline.",
+    504: "The deadline has passed.",
     507: "The disk of the server is full.",
 }
 ALWAYS = (400, 401, 421, 500)  # statuses of all paths
@@ -47,7 +47,7 @@ WITH_RETRY_AFTER = (429, 503)
 
 
 def _errors(*statuses: int) -> Json:
-    """Return the answers with these statuses."""
+    """Return the responses with these statuses."""
     answers = {}
     for status in statuses:
         answer = {"description": ERRORS[status], "content": _json(reference("Error"))}
@@ -132,7 +132,7 @@ def _video_bodies(settings: Settings) -> Json:
 def _picture_bodies() -> Json:
     """Return the content of a request for live frames."""
     picture = {"type": "string", "contentMediaType": "image/jpeg"}
-    words = "JPEG pictures of one size, evenly spaced over the duration of a clip."
+    words = "JPEG images of one size, evenly spaced over the duration of a clip."
     return _form(array_of(picture, words, minItems=1, maxItems=MAX_LIVE_FRAMES))
 
 
@@ -181,8 +181,8 @@ def _api_paths(models: list[str], settings: Settings) -> Json:
     model = _model_parameter("the first one of /v1/model", models, settings)
     top_k, bodies = _top_k_parameter(), _video_bodies(settings)
     views = integer(
-        "Number of views (default: from the model card). A multiple of the model card's crops has "
-        "these crops; another number has one crop per clip.",
+        "Number of views (default: from the model card). If it is a multiple of the model card's "
+        "number of crops, each clip has these crops; otherwise one.",
         minimum=1,
         maximum=settings.limits.views,
     )
@@ -214,7 +214,7 @@ def _api_paths(models: list[str], settings: Settings) -> Json:
         "/v1/model": _get(
             "list_models", "The cards of all models.", _json(array_of(reference("ModelCard")))
         ),
-        "/healthz": _get("is_alive", "The server runs.", status, public=True),
+        "/healthz": _get("is_alive", "Whether the server runs.", status, public=True),
         "/readyz": ready,
         "/metrics": _get(
             "metrics", "Metrics for Prometheus.", _text("text/plain", "Prometheus's text format.")
@@ -246,7 +246,7 @@ def _page_paths(models: list[str], settings: Settings) -> Json:
         "/samples/{name}": _get(
             "sample", "A sample clip of the page.", clip, 404, parameters=[file], public=True
         ),
-        "/v1/page": _get("page_data", "What the page shows at first.", _json(reference("Page"))),
+        "/v1/page": _get("page_data", "Initial data of the page.", _json(reference("Page"))),
         "/v1/explain": _post(
             "explain",
             "Classify a video; send its classes, frames, attention and timeline.",
@@ -263,7 +263,7 @@ def _page_paths(models: list[str], settings: Settings) -> Json:
         ),
         "/v1/frames": _post(
             "live_frames",
-            "Classify pictures as one clip.",
+            "Classify images as the frames of one clip.",
             [model, top_k],
             _picture_bodies(),
             _json(reference("Prediction")),

@@ -1,4 +1,4 @@
-"""JSON schemas of the answers and events of the server; `openapi` has its operations."""
+"""JSON schemas of the responses and events of the server; `openapi` has the operations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -49,7 +49,7 @@ def or_null(schema: Json) -> Json:
     return schema | {"type": [schema["type"], "null"]}
 
 
-# ------------------------------------------------------------------ answers
+# ------------------------------------------------------------------ responses
 
 MODEL = string("Name of the model.")
 PADDED = boolean("Whether frames are repeated to fill a clip.")
@@ -62,7 +62,7 @@ CARD = {
     "labels": array_of({"type": "string"}, "Class names in the order of their indices."),
     "labels_source": or_null(string("Origin of the class names; null: the data of the training.")),
     "activation": string("Function from logits to probabilities.", enum=["softmax", "sigmoid"]),
-    "preprocessing": {"type": "object", "description": "Parameters of clips: docs/data.md."},
+    "preprocessing": {"type": "object", "description": "Preprocessing; see docs/data.md."},
     "protocol": object_of(
         {
             "num_clips": integer("Clips per video.", minimum=1),
@@ -78,7 +78,7 @@ CARD = {
             "pixels": number("Maximum number of pixels of a frame."),
             "views": number("Maximum number of views."),
             "windows": number("Maximum number of windows of a timeline."),
-            "deadline_seconds": number("Maximum time from the upload to the answer."),
+            "deadline_seconds": number("Maximum time from the upload to the response."),
         }
     ),
 }
@@ -111,7 +111,7 @@ ANSWERS = {
                 {
                     "decode": number("Waiting for a decoder, and decoding.", minimum=0),
                     "network": number("Waiting for a batch, and computing it.", minimum=0),
-                    "total": number("Duration of the request, without the answer.", minimum=0),
+                    "total": number("Time until the response is sent.", minimum=0),
                 },
                 "Wall time on the server.",
             ),
@@ -130,9 +130,9 @@ ANSWERS = {
     "Page": object_of(
         {
             "cards": array_of(object_of(CARD_OF_PAGE), "The cards of all models."),
-            "allow_urls": boolean("Whether a request may have the URL of a video."),
+            "allow_urls": boolean("Whether a request may contain the URL of a video."),
             "samples": array_of(object_of(SAMPLE), "Sample clips."),
-            "samples_note": string("What the samples are for; empty if there are none."),
+            "samples_note": string("Note about the samples; empty if there are none."),
         }
     ),
     "Status": object_of(
@@ -145,7 +145,7 @@ ANSWERS = {
 FRAME = {
     "index": integer("Number of the frame in the video.", minimum=0),
     "time": or_null(number("Seconds from the first frame; null: unknown.")),
-    "image": string("JPEG picture as a data URL, at most 320 pixels wide and high."),
+    "image": string("JPEG image as a data URL, at most 320 pixels wide and high."),
 }
 
 EVENTS = {
@@ -190,7 +190,7 @@ EVENTS = {
     ),
     "Frames": object_of(
         {
-            "note": string("Which of the network's frames are shown."),
+            "note": string("Description of the frames."),
             "frames": array_of(object_of(FRAME), "The frames of the first clip."),
             "crop_box": array_of(
                 {"type": "number"},
@@ -204,9 +204,9 @@ EVENTS = {
         {
             "patches": array_of(
                 array_of(array_of({"type": "number"})),
-                "Attention to each patch (frames, rows, columns); its sum is 1 in each frame.",
+                "Attention to each patch (frames, rows, columns), which sums to 1 in each frame.",
             ),
-            "weights": array_of({"type": "number"}, "Attention to each frame; its sum is 1."),
+            "weights": array_of({"type": "number"}, "Attention to each frame, which sums to 1."),
             "notes": array_of({"type": "string"}, "Explanations, one sentence each."),
         }
     ),

@@ -44,7 +44,7 @@ async def explain(
     window: float | None,
     stride: float | None,
 ) -> AsyncGenerator[Event]:
-    """Classify a video and show why.
+    """Classify a video, and compute its frames, attention and timeline.
 
     Args:
         service: State of the server.
@@ -53,11 +53,11 @@ async def explain(
         top_k: Number of classes of the prediction.
         window: Length of the timeline's windows in seconds; None: the duration of a clip.
         stride: Time between the starts of consecutive windows in seconds; None: see
-            `choose_stride`. If both are None, videos of about one window have no timeline.
+            `choose_stride`. If both are None, videos shorter than `window` + `stride` have none.
 
     Yields:
         The events `prediction`, `info`, `frames` and, unless the engine lacks it, `attention`. For
-        videos longer than a clip, `plan` and one `window` per window. Finally `done`.
+        timelines, `plan` and one `window` per window. Finally `done`.
 
     Raises:
         DecodeError: The video cannot be decoded.
@@ -72,7 +72,7 @@ async def explain(
         end = time.perf_counter()
         seconds = {"decode": decoded - start, "network": end - decoded, "total": end - start}
         yield "prediction", model.describe_prediction(clip, probabilities, top_k, seconds)
-        # A task that is closed before its end costs a process.
+        # Exhausted, because closing a task before its end kills its process.
         [described] = [item async for item in items]
     info = described["info"]
     yield "info", info | {"bytes": sum(size for _, size in upload.parts)}
@@ -91,7 +91,7 @@ async def explain(
 
 
 def describe_frames(spec: ClipSpec) -> str:
-    """Return which of the network's frames are shown."""
+    """Return a description of the frames that are shown."""
     parts = [f"{spec.num_frames} frames, {describe_sampling(spec)}."]
     if spec.num_clips > 1:
         parts.append(f"The network saw {spec.num_clips} clips; this is the first one.")

@@ -50,7 +50,7 @@ async def static(request: Request) -> Response:
     return FileResponse(PAGE / name, media_type=FILES[name])
 
 
-# ------------------------------------------------------------------ what the page shows at first
+# ------------------------------------------------------------------ initial data of the page
 
 
 async def page_data(request: Request) -> Response:
@@ -141,7 +141,7 @@ async def report(request: Request) -> Response:
 
 
 async def live_frames(request: Request) -> Response:
-    """Classify JPEG pictures, evenly spaced over the duration of a clip, as one clip."""
+    """Classify JPEG images, evenly spaced over the duration of a clip, as one clip."""
     service = service_of(request)
     kinds = {name: EXPLAIN_OPTIONS[name] for name in ("model", "top_k")}
     options = query.read(request, kinds)

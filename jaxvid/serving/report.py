@@ -1,4 +1,4 @@
-"""The report of `/v1/report`: one HTML file with the results of the page, which needs no server."""
+"""The report of `/v1/report`: one HTML file with the results of the page."""
 
 import base64
 import datetime
@@ -75,5 +75,5 @@ def _read(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """Return the hash that a content security policy names an inline element by."""
+    """Return the hash of an inline element for a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,4 +1,4 @@
-"""Sample clips of the page: motion clips, if a model is the one that the demo trains."""
+"""Sample clips of the page for the model of the demo."""
 
 import dataclasses
 import tempfile
@@ -30,7 +30,7 @@ class Sample:
 
 
 def is_demo(labels: Sequence[str]) -> bool:
-    """Return whether a model with these classes is the one that the demo trains."""
+    """Return whether these are the classes of the demo."""
     return tuple(labels) == synthetic_motion.LABELS
 
 

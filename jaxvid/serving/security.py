@@ -1,4 +1,4 @@
-"""Checks of every request, and the security headers of every answer."""
+"""Checks of every request, and the security headers of every response."""
 
 import hmac
 import ipaddress
@@ -13,7 +13,7 @@ from jaxvid.errors import short_repr
 from jaxvid.serving.errors import RequestError
 from jaxvid.serving.limits import Settings
 
-# Paths that need no token: the page, which asks for it, and the checks of an orchestrator.
+# Paths that need no token: the page, which asks for it, and health checks.
 PUBLIC_PATHS = ("/", "/healthz", "/readyz", "/openapi.json")
 PUBLIC_FOLDERS = ("/static/", "/samples/")
 SAFE_METHODS = ("GET", "HEAD")
@@ -35,10 +35,10 @@ HEADERS = {
 
 
 class Security:
-    """ASGI middleware that refuses requests of other web sites and requests without the token.
+    """ASGI middleware that refuses cross-origin requests and requests without the token.
 
-    No answer has a header `Access-Control-Allow-Origin`, so that scripts of other web sites cannot
-    read answers.
+    No response has the header `Access-Control-Allow-Origin`, so that scripts of other web sites
+    cannot read responses.
 
     Args:
         app: The application.
@@ -49,7 +49,7 @@ class Security:
         self._app, self._settings = app, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check a request, and add the headers to its answer."""
+        """Check a request, and add the headers to its response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -85,10 +85,9 @@ class Security:
 
 
 def _check_host(headers: Headers, public_hosts: tuple[str, ...]) -> None:
-    """Refuse names of other hosts: with DNS rebinding, a web site gets the address of this server.
+    """Refuse names of other hosts, to protect against DNS rebinding.
 
-    IP addresses are accepted, because a web site that has an IP address as its name cannot get
-    another address.
+    IP addresses are accepted: DNS rebinding needs a host name.
 
     Raises:
         RequestError: The name is unknown.
@@ -123,10 +122,10 @@ def _is_ip_address(name: str) -> bool:
 
 
 def _check_origin(headers: Headers) -> None:
-    """Refuse requests that a browser sends for another web site.
+    """Refuse cross-origin requests of browsers.
 
     Raises:
-        RequestError: The origin is another site.
+        RequestError: The origin is another web site.
     """
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     is_same = site in ("same-origin", "none") if site else True

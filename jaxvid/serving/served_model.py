@@ -27,14 +27,14 @@ Event = tuple[str, dict[str, Any]]  # name and data of a server-sent event
 BATCHED = ("score", "frame_features", "score_features")
 
 # Measurement of the sizes of batches.
-SLOWER = 1.1  # larger batches are not tried after one whose time per item is longer by this factor
+SLOWER = 1.1  # sizes above one that is slower per item by this factor are not measured
 MAX_RUNS = 5  # per size
 MEASURE_SECONDS = 1.0  # per size, after which no other run is started
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelDescription:
-    """What a server needs to know about a model, apart from its network.
+    """Labels, config and preprocessing of a model.
 
     Attributes:
         labels: Class names, in the order of the logits.
@@ -129,7 +129,7 @@ class ServedModel:
         Args:
             program: Name of the program.
             sizes: The sizes, ascending.
-            measures: Whether to leave out the sizes above the one with the shortest time per item.
+            measures: Whether to drop the sizes above the one with the shortest time per item.
 
         Returns:
             The sizes to use.
@@ -163,7 +163,8 @@ class ServedModel:
         """
         if program not in self.engine.programs:
             raise RequestError(
-                400, f"model {self.name}: its engine has no {program}; serve it with another engine"
+                400,
+                f"model {self.name}: an ONNX file computes only classes; serve the model folder",
             )
         try:
             return await self._batchers[program].submit(items)
@@ -229,7 +230,7 @@ class ServedModel:
         top_k: int,
         seconds: Mapping[str, float],
     ) -> dict[str, Any]:
-        """Return the answer to a request for a prediction.
+        """Return the response to a request for a prediction.
 
         Args:
             clip: The result of `load_eval_views`.

@@ -1,4 +1,4 @@
-"""State of a server, and the steps that all requests for a video share."""
+"""State of a server, and the common steps of requests with a video."""
 
 import asyncio
 import contextlib
@@ -56,7 +56,7 @@ class Service:
         self._clip_memory = MemoryBudget(settings.limits.decoded_bytes)
         self._timeline_memory = MemoryBudget(settings.limits.timelines_bytes)
         self.metrics.add_gauge(
-            "requests_in_progress", "Videos that are received or processed", self.num_requests
+            "requests_in_progress", "Videos that are being received or processed", self.num_requests
         )
         self.metrics.add_gauge(
             "decoder_queue_length",
@@ -111,11 +111,11 @@ class Service:
         return "ready" if is_ready else "compiling"
 
     def num_requests(self) -> int:
-        """Return the number of videos that are received or processed."""
+        """Return the number of videos that are being received or processed."""
         return len(self._requests)
 
     def end_requests(self) -> int:
-        """Answer all requests in progress with an error; return their number."""
+        """End all requests in progress with status 503; return their number."""
         self._has_ended_requests = True
         for task in self._requests:
             task.cancel()
@@ -197,7 +197,7 @@ class Service:
     async def decode(
         self, task: Callable[..., Iterator[Any]], upload: Upload, *args: Any, **options: Any
     ) -> Any:
-        """Return the only item of a decoder task.
+        """Return the result of a decoder task that returns one message.
 
         Raises:
             DecodeError: The video cannot be decoded.
@@ -207,7 +207,7 @@ class Service:
         with self.metrics.stages.labels("decode").time():
             items = self.pool.run(task, upload.fd, *args, **options)
             async with contextlib.aclosing(items):
-                # A task that is closed before its end costs a process.
+                # Exhausted, because closing a task before its end kills its process.
                 [item] = [item async for item in items]
                 return item
 
@@ -281,7 +281,7 @@ async def guard(request: Request, seconds: float) -> AsyncIterator[None]:
         if not timeout.expired():
             raise
         raise RequestError(
-            504, f"no answer within {seconds:g} s; try a shorter video, or later"
+            504, f"no response within {seconds:g} s; send a shorter video, or try again later"
         ) from None
     except asyncio.CancelledError:
         if not is_gone:

@@ -1,8 +1,9 @@
-"""Receive the body of a request into an unnamed temporary file, within limits."""
+"""Receive the body of a request into an unnamed file, within limits."""
 
 import asyncio
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from typing import BinaryIO
@@ -19,6 +20,7 @@ FIELD = "video"  # name of the form field that has the video
 FORM_BYTES = 100_000  # allowed in addition to the videos of a form: boundaries and headers
 MAX_OTHER_FIELDS = 100  # of a form; millions of small fields would keep the server busy for minutes
 JSON_BYTES = 10_000
+MEMORY_BYTES = 2**20  # maximum size of a body that is held in memory
 # `curl --data-binary @FILE` sends the type of an HTML form.
 RAW_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded", "image/gif")
 
@@ -27,9 +29,9 @@ class Upload:
     """A received body. The system deletes the file when it is closed.
 
     Attributes:
-        file: Unnamed temporary file.
-        parts: Start and size in bytes of each part of the file: one video, or several pictures.
-        url: Address of the video, instead of a file; empty: none.
+        file: Unnamed file, in memory or in the folder for temporary files.
+        parts: Start and size in bytes of each part of the file: one video, or several images.
+        url: URL of the video, instead of a file; empty: none.
     """
 
     def __init__(self, file: BinaryIO):
@@ -60,7 +62,7 @@ async def receive(request: Request, limits: Limits, *, max_parts: int = 1) -> As
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     kind = kind.decode("latin-1")
-    with tempfile.TemporaryFile(buffering=0) as file:
+    with _make_file(request, kind) as file:
         upload = Upload(file)
         if kind == "multipart/form-data":
             await _receive_form(request, limits, upload, options.get(b"boundary", b""), max_parts)
@@ -75,6 +77,20 @@ async def receive(request: Request, limits: Limits, *, max_parts: int = 1) -> As
                 f"got {short_repr(kind)}",
             )
         yield upload
+
+
+def _make_file(request: Request, kind: str) -> BinaryIO:
+    """Return an unnamed file for a video: in memory if the body is the video and is small."""
+    is_url = kind == "application/json"
+    if is_url or _declared_size(request, MEMORY_BYTES + 1) > MEMORY_BYTES:
+        return tempfile.TemporaryFile(buffering=0)
+    return os.fdopen(os.memfd_create("upload"), "w+b", buffering=0)
+
+
+def _declared_size(request: Request, unknown: int) -> int:
+    """Return the size of a body according to its headers, or `unknown`."""
+    declared = request.headers.get("content-length", "")
+    return int(declared) if declared.isdecimal() else unknown
 
 
 async def read_body(
@@ -92,8 +108,7 @@ async def read_body(
         RequestError: The body is too large or too slow.
         ClientDisconnect: The client has closed the connection.
     """
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes + overhead:
+    if _declared_size(request, 0) > max_bytes + overhead:
         raise _too_large(max_bytes)
     loop = asyncio.get_running_loop()
     start, size = loop.time(), 0

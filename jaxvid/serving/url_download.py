@@ -18,24 +18,24 @@ from jaxvid.serving.limits import Limits
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK_BYTES = 65536
-# Addresses that contain an IPv4 address, which a gateway may reach: NAT64.
+# NAT64: IPv6 addresses that contain an IPv4 address, which a gateway may reach.
 NAT64 = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48")))
 
 
 async def download(url: str, file: BinaryIO, limits: Limits) -> int:
     """Download a file over HTTP or HTTPS; return its size in bytes.
 
-    The addresses of each host, also of redirects, are checked, and the connection is made to a
-    checked address, so that a second answer of the name server cannot replace it. Proxies in
-    environment variables are not used.
+    The IP addresses of each host, also of redirects, are checked. The connection is made to a
+    checked address, so that DNS rebinding has no effect. Proxies in environment variables are not
+    used.
 
     Args:
-        url: The address.
+        url: The URL.
         file: File that is written.
         limits: Maximum size and times.
 
     Raises:
-        RequestError: The address is not allowed, or the file cannot be downloaded.
+        RequestError: The URL is not allowed, or the file cannot be downloaded.
     """
     try:
         async with asyncio.timeout(limits.upload_seconds):
@@ -64,9 +64,9 @@ def parse(url: str) -> SplitResult:
     except ValueError:
         is_valid = False
     if not is_valid:
-        raise RequestError(400, f"url={short_repr(url)}: must be an http or https address")
+        raise RequestError(400, f"url={short_repr(url)}: must be an http or https URL")
     if parts.username is not None:
-        raise RequestError(400, "url: addresses with a user name or password are refused")
+        raise RequestError(400, "url: must not contain a user name or password")
     return parts
 
 
@@ -74,7 +74,7 @@ async def find_addresses(parts: SplitResult) -> list[str]:
     """Return the IP addresses of a URL's host.
 
     Raises:
-        RequestError: The name is unknown, or one of its addresses is not public.
+        RequestError: The host name is unknown, or one of its addresses is not public.
     """
     try:
         found = await asyncio.get_running_loop().getaddrinfo(
@@ -84,7 +84,7 @@ async def find_addresses(parts: SplitResult) -> list[str]:
         raise _failure(parts.geturl(), "the name of the host is unknown") from None
     addresses = list(dict.fromkeys(address[0] for *_, address in found))
     if not all(map(is_public, addresses)):
-        raise RequestError(400, f"url={short_repr(parts.geturl())}: is not a public address")
+        raise RequestError(400, f"url={short_repr(parts.geturl())}: has no public IP address")
     return addresses
 
 
@@ -92,7 +92,7 @@ def is_public(text: str) -> bool:
     """Return whether an IP address belongs to the public internet.
 
     Private, loopback, link-local, multicast and reserved addresses do not, nor do IPv6 addresses
-    that stand for an IPv4 address.
+    that contain an IPv4 address.
     """
     address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
@@ -132,9 +132,9 @@ class _Response:
         """Send a request and receive the headers.
 
         Raises:
-            RequestError: The address is not allowed.
+            RequestError: The URL is not allowed.
             OSError: The connection fails.
-            h11.RemoteProtocolError: The answer is not HTTP.
+            h11.RemoteProtocolError: The response is not HTTP.
         """
         parts = parse(url)
         [address, *_] = await find_addresses(parts)
@@ -177,7 +177,7 @@ class _Response:
         return event
 
     def redirect(self) -> str:
-        """Return the address to which a redirect leads."""
+        """Return the URL to which a redirect leads."""
         return urljoin(self._url, self._headers.get("location", ""))
 
     async def save(self, file: BinaryIO) -> int:

@@ -1,4 +1,4 @@
-"""Frames of a video for the page, as small JPEG pictures; imports no JAX."""
+"""Frames of a video for the page, as small JPEG images; imports no JAX."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.inference.clip_frames import frame_times
 
-PICTURE_PX = 320  # longer side of a picture
+PICTURE_PX = 320  # longer side of an image
 PICTURE_QUALITY = 85
 
 
@@ -61,7 +61,7 @@ def describe_clip(reader: VideoFile, indices: np.ndarray, spec: ClipSpec) -> dic
 
 
 def to_data_url(frame: np.ndarray) -> str:
-    """Return a frame `(h, w, c)` uint8 as the data URL of a JPEG picture, scaled down."""
+    """Return a frame `(h, w, c)` uint8 as the data URL of a JPEG image, scaled down."""
     picture, file = Image.fromarray(frame), io.BytesIO()
     picture.thumbnail((PICTURE_PX, PICTURE_PX))
     picture.save(file, "jpeg", quality=PICTURE_QUALITY)

@@ -26,7 +26,7 @@ CANDIDATES = ("float32", "bfloat16")
 MIN_SPEED_UP = 1.1  # of bfloat16; below it, float32 is chosen, which is more accurate
 ROUNDS = 5  # timed pairs
 MAX_SECONDS = 5.0  # after which no further pair is timed
-MAX_RATIO = 10.0  # a first run that is so much slower than float32 is not repeated
+MAX_RATIO = 10.0  # no pair is timed if the first bfloat16 run takes this many times as long
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,8 +41,8 @@ JAXLIB_RELEASES = {
     "0.12.0.1": "2026-10-21",
 }
 # `precision` of an ONNX file, or `config.dtype` of another file → largest difference of the logits,
-# relative to the largest logit. Another CPU or a GPU adds in another order. A GPU also rounds the
-# factors of a tfloat32 product. Sums of int8 products may saturate on CPUs without VNNI.
+# relative to the largest logit. The order of summation depends on the CPU or GPU. A GPU also rounds
+# the factors of a tfloat32 product. Sums of int8 products may saturate on CPUs without VNNI.
 TOLERANCES = {"float32": 1e-3, "tfloat32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2, "int8": 1e-1}
 MAX_FILE_BYTES = 2**33
 

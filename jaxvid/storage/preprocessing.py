@@ -172,7 +172,7 @@ def read_preprocessing(card: dict[str, Any], path: Path) -> Preprocessing:
 def default_color_matrix(card: dict) -> str:
     """Return the color matrix to use for a model card without the field `color_matrix`.
 
-    For weights converted from an original program, it is the color matrix of that program. For
+    For weights converted from PyTorch, it is the color matrix of the original code. For
     other models, it is `tagged`.
     """
     kind = (card["provenance"] or {}).get("kind")

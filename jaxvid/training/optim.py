@@ -28,7 +28,7 @@ class OptimizerConfig:
         warmup_epochs: Length of the linear warm-up; 0: no warm-up.
         weight_decay: Strength of the weight decay.
         decay: Weights with weight decay: `kernels` (matrices), or `released` (all but the heads'
-            biases, as in the released programs).
+            biases, as in the released code).
         b1: Decay rate of AdamW's first moment.
         b2: Decay rate of AdamW's second moment.
         momentum: Momentum of SGD.

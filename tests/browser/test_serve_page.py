@@ -147,10 +147,10 @@ def test_frames_have_times_crops_and_attention(shown):
     heat, weights = figures.locator("canvas.heat"), figures.locator(".weight")
     expect(heat.first).to_be_visible()
     expect(weights.first).to_be_visible()
-    tab_to(shown, shown.get_by_label("attention in the frame"))
+    tab_to(shown, shown.get_by_label("attention within the frame"))
     shown.keyboard.press("Space")
     expect(heat.first).to_be_hidden()
-    shown.get_by_label("weight of the frame").uncheck()
+    shown.get_by_label("attention to the frame").uncheck()
     expect(weights.first).to_be_hidden()
     crop, picture = (figures.first.locator(name).bounding_box() for name in (".crop", "img"))
     assert 0 < crop["width"] < picture["width"] + 1

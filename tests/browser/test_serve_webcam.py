@@ -111,7 +111,7 @@ def test_live_mode_ends_with_the_servers_error(open_with_webcam):
     page.get_by_role("button", name="Live webcam").click()
     expect(page.locator("#rate")).to_have_text(RATE)
     page.route("**/v1/frames*", lambda route: route.abort())
-    expect(page.get_by_role("alert")).to_contain_text("The server does not answer.")
+    expect(page.get_by_role("alert")).to_contain_text("The server does not respond.")
     expect(page.get_by_role("button", name="Try again")).to_be_visible()
     assert not is_webcam_on(page)
 

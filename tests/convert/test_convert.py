@@ -52,7 +52,7 @@ def state_dict(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def save(path, name: str, state: dict):
-    """Save a state_dict as the original program of the model does."""
+    """Save a state_dict as the original implementation of the model does."""
     if name.startswith("stam"):
         torch.save({"model": state}, path)
     else:

@@ -1,4 +1,4 @@
-"""Frame sampling; evaluation indices are identical to those of the original programs."""
+"""Frame sampling; evaluation indices are identical to those of the original implementations."""
 
 import contextlib
 import json

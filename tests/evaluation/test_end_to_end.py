@@ -1,4 +1,4 @@
-"""Evaluation of real video files equals the test loops of the original programs."""
+"""Evaluation of real video files equals the test loops of the original implementations."""
 
 import io
 import math
@@ -42,7 +42,7 @@ def load(name: str) -> dict:
 
 
 def write_data(name: str, golden: dict, folder: Path) -> str:
-    """Write the videos of a golden in the layout that its original program reads.
+    """Write the videos of a golden in the layout that its original implementation reads.
 
     Returns:
         The matching `data.source`.

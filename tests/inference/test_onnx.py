@@ -250,7 +250,7 @@ def test_an_exported_file_is_served(files, folders, clips):
         top = server.post("/v1/predict?top_k=8", video)["top"]
         status, _, body = server.request("POST", "/v1/features", video)
         assert server.request("GET", "/v1/model")[0] == 200
-    assert (status, b"its engine has no embed" in body) == (400, True)
+    assert (status, b"an ONNX file computes only classes" in body) == (400, True)
     spec = load_model_and_preprocessing(folders / "xvit")[2].spec
     logits = OnnxNetwork(files["int8"].read_bytes(), "int8")(
         load_eval_views(clips[0], spec)["video"]

@@ -1,4 +1,4 @@
-"""STAM: parity with the original program, and the properties that define the model."""
+"""STAM: parity with the original implementation, and the properties that define the model."""
 
 import jax
 import jax.numpy as jnp

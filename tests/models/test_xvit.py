@@ -1,4 +1,4 @@
-"""XViT: parity with the original program, and the properties that define the model."""
+"""XViT: parity with the original implementation, and the properties that define the model."""
 
 import dataclasses
 

@@ -155,7 +155,7 @@ def test_bad_videos_and_arguments_raise_the_errors_of_the_task(video):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"video_seconds": 1.0}, r"lasts 2 s, and the limit is 1 s"),
+        ({"video_seconds": 1.0}, r"lasts 2 s, more than the limit of 1 s"),
         ({"pixels": 64 * 48 - 1}, r"the frame size 64×48 is too large"),
         ({"decode_seconds": 1e-6}, r"decoding takes longer than 1e-06 s"),
         ({"windows": 3}, r"stride=0.1: gives more than 3 windows"),

@@ -253,5 +253,5 @@ def test_live_frames_are_refused(server):
     for body in (pictures, {"a": b"not a JPEG"}):
         status, answer = post_pictures(server, body)
         assert status == 422
-        assert "expected JPEG pictures of one size" in answer["error"]["message"]
+        assert "expected JPEG images of one size" in answer["error"]["message"]
     assert post_pictures(server, {f"v{i}": b"x" for i in range(257)})[0] == 400

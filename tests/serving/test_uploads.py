@@ -203,7 +203,7 @@ def test_an_answer_after_the_deadline_is_an_error(video):
         status, _, answer = server.request("POST", "/v1/predict", video)
         model.engine.is_free.set()
         assert status == 504
-        assert "no answer within 0.5 s" in json.loads(answer)["error"]["message"]
+        assert "no response within 0.5 s" in json.loads(answer)["error"]["message"]
         assert server.post("/v1/predict", video)["model"] == "fake"
 
 

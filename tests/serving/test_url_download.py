@@ -79,7 +79,7 @@ def test_other_urls_are_refused(url):
     ],
 )
 def test_private_addresses_are_refused_before_a_connection(url):
-    with pytest.raises(RequestError, match="is not a public address") as caught:
+    with pytest.raises(RequestError, match="has no public IP address") as caught:
         asyncio.run(url_download.download(url, io.BytesIO(), LIMITS))
     assert caught.value.status == 400
 

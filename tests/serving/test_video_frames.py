@@ -100,4 +100,4 @@ def test_live_pictures_above_the_limit_are_refused(tmp_path):
     (tmp_path / "pictures").write_bytes(jpeg)
     video = UploadedVideo(str(tmp_path / "pictures"), Limits(pixels=16 * 32 - 1), 10.0)
     with pytest.raises(DecodeError, match="with at most 511 pixels"):
-        next(decoder_tasks.live_clip(video, make_spec(), [(0, len(jpeg))]))
+        decoder_tasks.live_clip(video, make_spec(), [(0, len(jpeg))])

@@ -123,7 +123,7 @@ def test_non_finite_weights_are_refused(folders, clips, tmp_path, capsys):
     ("kind", "matrix"), [("stam", "bt601"), ("xvit", "tagged"), (None, "tagged")]
 )
 def test_folders_without_color_matrix_use_that_of_the_original_program(damaged, kind, matrix):
-    """Weights that were not converted from an original program (kind None) use `tagged`."""
+    """Weights that were not converted from an original implementation (kind None) use `tagged`."""
     card = model_card.load_card(damaged)
     card["preprocessing"].pop("color_matrix", None)
     card["provenance"] = {"kind": kind} if kind else {}

@@ -29,7 +29,7 @@ class Settings:
     """Settings of a pack.
 
     Attributes:
-        format: `arrayrecord`, which TFDS reads, or `h5`, which the original XViT program reads.
+        format: `arrayrecord`, which TFDS reads, or `h5`, which the original XViT code reads.
         short_side: Shorter side in pixels to which larger frames are scaled down; 0: unchanged.
         frames: Maximum number of frames to pack per video. Longer videos are sampled evenly, which
             lowers the frame rate; 0: all frames.

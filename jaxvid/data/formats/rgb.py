@@ -27,7 +27,7 @@ def to_rgb(
             tables only once.
         color_matrix: `tagged`: the matrix in the frame's tag, or BT.601 if there is no tag or
             swscale does not support the matrix. `bt601`: always BT.601, as in the version of PyAV
-            that STAM's original program used. The value range always follows the frame's tag.
+            that STAM's original code used. The value range always follows the frame's tag.
 
     Returns:
         The image `(h, w, c)` uint8; and a description of the rotation or mirroring that made it

@@ -1,4 +1,4 @@
-"""HDF5 files of JPEG frames in the layout of the original XViT program."""
+"""HDF5 files of JPEG frames in the layout of the original XViT implementation."""
 
 import contextlib
 import dataclasses
@@ -200,7 +200,7 @@ def read_xvit_list(
 def _read_frame_rates(folder: Path, split: str) -> dict[str, float | None]:
     """Return the frame rate of each video name, None if unknown; {} if there is no file of rates.
 
-    The file is in the subfolder `annotations` or `annotation`. The original program reads the
+    The file is in the subfolder `annotations` or `annotation`. The original code reads the
     latter.
     """
     for subfolder in ("annotations", "annotation"):

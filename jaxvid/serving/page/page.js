@@ -22,12 +22,12 @@ async function request(path, { query = {}, headers = {}, ...options } = {}) {
     response = await fetch(search ? `${path}?${search}` : path, { ...options, headers: { ...headers, ...authorization } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new RequestError(0, "The server does not answer. Check that jaxvid serve is still running.", true);
+    throw new RequestError(0, "The server does not respond. Check that jaxvid serve is still running.", true);
   }
   if (response.ok) return response;
   const { error } = await response.json().catch(() => ({}));
   if (response.status === 401) askForToken();
-  throw new RequestError(response.status, error?.message ?? `The server answered with status ${response.status}.`,
+  throw new RequestError(response.status, error?.message ?? `The server responded with status ${response.status}.`,
     [408, 429, 503, 504].includes(response.status));
 }
 

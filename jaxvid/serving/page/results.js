@@ -136,7 +136,7 @@ function drawAgreement() {
   const tops = done.map(([model, run]) => ({ model, ...run.prediction.top[0], all: run.prediction.top.map((c) => c.label) }));
   const known = (label) => done.every(([model]) => results.cards.get(model)?.labels.includes(label));
   if (!tops.some((top) => known(top.label))) {
-    $("agreement").replaceChildren("The models have different classes, so that their predictions cannot be compared.");
+    $("agreement").replaceChildren("The models have different classes, so their predictions cannot be compared.");
     return;
   }
   const agree = tops.every((top) => top.label === tops[0].label);
@@ -144,11 +144,11 @@ function drawAgreement() {
   const verdict = agree ? [el("b", { class: "right" }, "The models agree: "), bdi(tops[0].label), "."]
     : [el("b", { class: "wrong" }, "The models disagree: "), ...tops.flatMap((top, i) =>
       [i ? ", " : "", bdi(top.label), ` (${percent(top.probability)}, `, bdi(top.model), ")"]), "."];
-  $("agreement").replaceChildren(...verdict, ` ${common} of the ${tops[0].all.length} most likely classes are in all lists.`);
+  $("agreement").replaceChildren(...verdict, ` They share ${common} of their ${tops[0].all.length} most likely classes.`);
 }
 
 // ------------------------------------------------------------------ frames and attention
-const LAYERS = [["heat", "attention in the frame"], ["weights", "weight of the frame"]];
+const LAYERS = [["heat", "attention within the frame"], ["weights", "attention to the frame"]];
 // Matplotlib's colour map plasma, which `jaxvid visualize` uses, at 9 evenly spaced values.
 const PLASMA = [[13, 8, 135], [75, 3, 161], [125, 3, 168], [168, 34, 150], [203, 70, 121], [229, 107, 93],
   [248, 148, 65], [253, 195, 40], [240, 249, 33]];
@@ -208,7 +208,7 @@ function drawWeight(attention, i) {
   const mark = el("b", { style: { left: `${(100 * uniform) / most}%` } });
   return [el("div", { class: "weight" },
     el("span", { class: "track", "aria-hidden": "true" }, bar, mark),
-    el("span", { class: "number", title: "share of the attention over time" }, percent(share)))];
+    el("span", { class: "number", title: "share of the temporal attention of the clip" }, percent(share)))];
 }
 
 function drawFrames() {
