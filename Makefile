@@ -41,7 +41,7 @@ test-mutation: $(VENV)/.mutation-installed
 	$(RUN) -m tests.mutation $(MODULES)
 
 test-remote: $(VENV)-remote/.installed
-	$(VENV)-remote/bin/python -m pytest -n 0 tests/test_s3.py
+	$(VENV)-remote/bin/python -m pytest -n 0 tests/test_object_stores.py
 
 lint: $(VENV)/.dev-installed
 	$(RUN) -m ruff check .
@@ -84,7 +84,8 @@ $(VENV)/.mutation-installed: requirements-mutation.txt $(VENV)/.dev-installed
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-mutation.txt
 	@touch $@
 
-# s3fs and moto have many requirements, so they have an environment of their own.
+# The clients and servers of object stores have many requirements, so they have an environment of
+# their own.
 $(VENV)-remote/.installed: requirements-remote.txt requirements.txt
 	@echo "installing requirements-remote.txt into $(VENV)-remote"
 	@$(PYTHON) -m venv $(VENV)-remote

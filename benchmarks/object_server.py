@@ -8,16 +8,20 @@ time, because the kernel copies the files to the sockets. It prints its address 
 standard input is closed.
 """
 
-import asyncio
-import email.utils
+import contextlib
+import os
 import re
+import socketserver
 import sys
+import threading
+import time
 import urllib.parse
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 BUCKET = "bucket"
 RANGE = re.compile(r"bytes=(\d+)-(\d*)")
+MODIFIED = "Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n"
 
 
 def list_objects(folder: Path, query: dict[str, str]) -> bytes:
@@ -50,57 +54,82 @@ def list_objects(folder: Path, query: dict[str, str]) -> bytes:
     return text.encode()
 
 
-async def answer(request: str, writer: asyncio.StreamWriter, folder: Path, latency: float) -> None:
-    """Answer one request, given as its lines without the empty one at the end."""
-    first, *lines = request.split("\r\n")
-    method, target, _ = first.split(" ")
-    headers = {name.lower(): value.strip() for name, _, value in (s.partition(":") for s in lines)}
-    url = urllib.parse.urlsplit(target)
-    key = urllib.parse.unquote(url.path).removeprefix(f"/{BUCKET}").strip("/")
-    await asyncio.sleep(latency)
-    path, start, body = folder / key, 0, b""
-    fields = {"Content-Type": "binary/octet-stream", "Accept-Ranges": "bytes"}
-    if not key:
-        body = list_objects(folder, dict(urllib.parse.parse_qsl(url.query)))
-        status, length = "200 OK", len(body)
-    elif not path.is_file():
-        status, length = "404 Not Found", 0
-    else:
-        size, modified = path.stat().st_size, path.stat().st_mtime_ns
-        status, stop = "200 OK", size
-        if match := RANGE.fullmatch(headers.get("range", "")):
-            start, stop = int(match[1]), min(int(match[2] or size - 1) + 1, size)
-            status = "206 Partial Content"
-            fields["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-        length = stop - start
-        fields["ETag"] = f'"{modified:x}"'
-        fields["Last-Modified"] = email.utils.formatdate(modified / 1e9, usegmt=True)
-    fields["Content-Length"] = str(length)
-    text = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    writer.write(f"HTTP/1.1 {status}\r\n{text}\r\n".encode() + body)
-    await writer.drain()
-    if method == "GET" and key and length:
-        with path.open("rb") as file:
-            loop = asyncio.get_running_loop()
-            await loop.sendfile(writer.transport, file, start, length)
+class Handler(socketserver.StreamRequestHandler):
+    """Answers the requests of a connection to a `Server`."""
 
+    disable_nagle_algorithm = True
 
-async def serve(folder: Path, latency: float) -> None:
-    """Print the address, and serve a folder until standard input is closed."""
+    def handle(self) -> None:
+        """Answer requests until the client closes the connection."""
+        with contextlib.suppress(ConnectionError):
+            while lines := self.read_head():
+                self.answer(lines[0], dict(line.lower().split(": ", 1) for line in lines[1:]))
 
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def read_head(self) -> list[str]:
+        """Return the lines of the next request, or none at the end of the connection."""
+        lines = []
+        while line := self.rfile.readline().decode("latin-1").rstrip("\r\n"):
+            lines.append(line)
+        return lines
+
+    def answer(self, first: str, headers: dict[str, str]) -> None:
+        """Answer one request, given as its first line and its other headers in lower case."""
+        method, target, _ = first.split(" ")
+        url = urllib.parse.urlsplit(target)
+        key = urllib.parse.unquote(url.path).removeprefix(f"/{BUCKET}").strip("/")
+        time.sleep(self.server.latency)
+        if not key:
+            body = list_objects(self.server.folder, dict(urllib.parse.parse_qsl(url.query)))
+            self.write_head("200 OK", len(body))
+            self.wfile.write(body)
+            return
         try:
-            while True:
-                data = await reader.readuntil(b"\r\n\r\n")
-                request = data.decode("latin-1").removesuffix("\r\n\r\n")
-                await answer(request, writer, folder, latency)
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            writer.close()
+            file = open(self.server.folder / key, "rb")  # noqa: SIM115 (closed below)
+        except OSError:
+            self.write_head("404 Not Found", 0)
+            return
+        with file:
+            state = os.fstat(file.fileno())
+            start, stop, size = 0, state.st_size, state.st_size
+            status, fields = "200 OK", f'ETag: "{state.st_mtime_ns:x}"\r\n{MODIFIED}'
+            if match := RANGE.fullmatch(headers.get("range", "")):
+                start, stop = int(match[1]), min(int(match[2] or size - 1) + 1, size)
+                status = "206 Partial Content"
+                fields += f"Content-Range: bytes {start}-{stop - 1}/{size}\r\n"
+            self.write_head(status, stop - start, fields)
+            while method == "GET" and start < stop:
+                start += os.sendfile(self.request.fileno(), file.fileno(), start, stop - start)
 
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
-    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
-    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    def write_head(self, status: str, length: int, fields: str = "") -> None:
+        """Write the headers of an answer."""
+        self.request.sendall(
+            f"HTTP/1.1 {status}\r\nContent-Type: binary/octet-stream\r\nAccept-Ranges: bytes\r\n"
+            f"{fields}Content-Length: {length}\r\n\r\n".encode()
+        )
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """The server, with a thread per connection.
+
+    Args:
+        folder: The folder that it serves.
+        latency: Minimum time of a request in seconds.
+    """
+
+    daemon_threads, request_queue_size = True, 128
+
+    def __init__(self, folder: Path, latency: float):  # noqa: D107
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.latency = folder, latency
+
+
+def main() -> None:
+    """Print the address, and serve a folder until standard input is closed."""
+    server = Server(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
+    sys.stdin.read()
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 0.0))
+    main()

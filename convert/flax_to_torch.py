@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import numpy as np
 import torch
 
-from jaxvid import parsers
+from jaxvid import parsers, remote
 from jaxvid.atomic import output_path, replacing
 from jaxvid.errors import InputError
 from jaxvid.models import ModelConfig, Params, family_of, split_params
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     args = parsers.convert_to_torch().parse_args(argv)
     try:
-        model = model_folder.load_model(args.input)
+        model = model_folder.load_model(remote.complete_copy(args.input))
         state = to_state_dict(split_params(model)[1], model.config)
         tree = family_of(model.config).torch.wrap(state)
         output = output_path(args.output)

@@ -23,7 +23,7 @@ import re
 import jax
 import numpy as np
 
-from jaxvid import parsers
+from jaxvid import parsers, remote
 from jaxvid.atomic import output_path
 from jaxvid.errors import InputError
 from jaxvid.models import ModelConfig, Params, abstract_model, family_of, merge_params
@@ -114,13 +114,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    converted = convert_file(
-        args.input, args.model, num_classes=args.num_classes, labels=args.labels
-    )
+    path = remote.complete_copy(args.input)
+    converted = convert_file(path, args.model, num_classes=args.num_classes, labels=args.labels)
     config, params, card = converted.config, converted.params, converted.card
     print(describe(converted.plan, config))
     if args.check:
-        _print_check(converted.kind, args.input, config, params)
+        _print_check(converted.kind, path, config, params)
     output = output_path(args.output)
     model_folder.save_model_folder(str(output), params, card)
     print(f"\nclass names: {card['labels_source'] or 'none; set them with --labels FILE'}")

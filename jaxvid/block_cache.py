@@ -5,7 +5,7 @@ and contains those blocks of it that have been read. Therefore all code that lis
 at files works unchanged; only code that reads the contents calls `Pinned.fetch` first.
 The modification time of a file is the `stamp` of the object's version.
 
-`jaxvid-objects-state` has a file of the same name: the stamp, then one byte per block, 1 if the
+`jaxvid-objects-state2` has a file of the same name: the stamp, then one byte per block, 1 if the
 block is in the cache. A block is written before its byte, so a process may be killed at any time.
 Readers hold a shared lock on this file. A process that frees space needs an exclusive lock, and
 skips the files of readers. The files that were used least recently are freed first.
@@ -19,17 +19,19 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxvid import object_store
 from jaxvid.errors import COPIES, InputError
 from jaxvid.object_store import ObjectInfo
 
-BLOCK = 2**16  # bytes; the blocks of Riegeli files have the same size and alignment
-# Ranges with smaller gaps between them are read with one request: an object store sends several
-# megabytes in the time that it takes to answer, and later epochs need other frames of a video.
-MAX_GAP = 2**20
+_STATE = "-state2"  # the number changes with the size of the blocks
+BLOCK = 2**14  # bytes
+# Ranges with smaller gaps between them are read with one request: reading and writing such a gap
+# needs less CPU time than another request.
+MAX_GAP = 2**17
 MAX_RANGE = 2**23  # bytes per request
-MAX_RANGES = 16  # ranges that are read at the same time, and are in memory
+MAX_BYTES = 2**27  # bytes of ranges that are read at the same time, and are in memory
 FREE_SHARE = 0.1  # share of the cache that is freed when it is full
 TOUCH_SECONDS = 60  # accuracy of the time of the last use
 DEFAULT_GB = 20.0
@@ -48,22 +50,46 @@ def path_of(address: str, root: Path) -> Path:
     return root / scheme / key
 
 
+class CopyPath(NamedTuple):
+    """The parts of the path of a copy, `CACHE/TREE/KEY`.
+
+    Attributes:
+        cache: The cache folder.
+        tree_name: Name of the tree, `COPIES` or `WORKDIRS`.
+        key: `SCHEME/BUCKET/...`, or empty for the tree itself.
+    """
+
+    cache: str
+    tree_name: str
+    key: str
+
+    @property
+    def root(self) -> Path:
+        """The tree that contains the copy."""
+        return Path(self.cache, self.tree_name)
+
+    @property
+    def state_root(self) -> Path:
+        """The folder of the state files of the tree."""
+        return Path(self.cache, f"{self.tree_name}{_STATE}")
+
+    @property
+    def state(self) -> str:
+        """The state file of the copy."""
+        return f"{self.cache}/{self.tree_name}{_STATE}/{self.key}"
+
+
+def split_path(path: str | os.PathLike, tree_name: str = COPIES) -> CopyPath | None:
+    """Split the path of a copy; return None if the path is not in a folder named `tree_name`."""
+    cache, marker, key = os.fspath(path).rpartition(f"/{tree_name}/")
+    return CopyPath(cache, tree_name, key) if marker else None
+
+
 def address_of(path: str | os.PathLike, tree_name: str = COPIES) -> str | None:
     """Return the address of a copy, or None if the path is not in a folder named `tree_name`."""
-    _, marker, rest = os.fspath(path).rpartition(f"/{tree_name}/")
-    scheme, _, key = rest.partition("/")
-    return f"{scheme}://{key}" if marker and scheme in object_store.SCHEMES else None
-
-
-def root_of(path: str | os.PathLike) -> Path | None:
-    """Return the tree that contains a copy, or None if the path is not in a cache."""
-    before, marker, _ = os.fspath(path).rpartition(f"/{COPIES}/")
-    return Path(f"{before}/{COPIES}") if marker else None
-
-
-def _state_path(path: str | os.PathLike) -> Path:
-    before, _, rest = os.fspath(path).rpartition(f"/{COPIES}/")
-    return Path(f"{before}/{COPIES}-state/{rest}")
+    copy = split_path(path, tree_name)
+    scheme, _, key = copy.key.partition("/") if copy else ("", "", "")
+    return f"{scheme}://{key}" if scheme in object_store.SCHEMES else None
 
 
 def set_limit(folder: Path, max_gb: float) -> None:
@@ -72,7 +98,7 @@ def set_limit(folder: Path, max_gb: float) -> None:
     Raises:
         InputError: The folder cannot be written.
     """
-    state = folder / f"{COPIES}-state"
+    state = folder / f"{COPIES}{_STATE}"
     try:
         state.mkdir(parents=True, exist_ok=True)
         _count(state, 0, limit=int(max_gb * 1e9))
@@ -115,7 +141,7 @@ def _create(path: Path, info: ObjectInfo) -> None:
         os.utime(partial, ns=(time.time_ns(), info.stamp))
         # The state of a deleted file. Losing marks of blocks is safe: they are read again.
         with contextlib.suppress(FileNotFoundError):
-            os.truncate(_state_path(path), 0)
+            os.truncate(split_path(path).state, 0)
         with contextlib.suppress(FileExistsError):
             os.link(partial, path)
     finally:
@@ -138,11 +164,11 @@ def _read_stamp(state: int) -> int | None:
 @contextlib.contextmanager
 def _locked(path: Path, kind: int) -> Iterator[int]:
     """Open and lock the state file of a copy; yield its descriptor."""
-    state = _state_path(path)
+    state = split_path(path).state
     try:
         descriptor = os.open(state, os.O_RDWR | os.O_CREAT, 0o666)
     except FileNotFoundError:
-        state.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(os.path.dirname(state), exist_ok=True)
         descriptor = os.open(state, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, kind)
@@ -211,37 +237,31 @@ class Pinned:
             if time.time_ns() - status.st_atime_ns > TOUCH_SECONDS * 10**9:
                 os.utime(self._path, ns=(time.time_ns(), self._stamp()))
             return
-        for i in range(0, len(missing), MAX_RANGES):
-            ranges = missing[i : i + MAX_RANGES]
-            data = object_store.read_ranges(self._address, ranges)
+        for batch in _batches(missing):
+            data = object_store.read_ranges(self._address, batch)
             try:
-                self._store(ranges, data)
+                self._store(batch, data)
             except OSError as error:
                 raise _not_written(self._path, error) from None
 
     def _missing(self, ranges: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
         """Return the ranges of the missing blocks, joined and ascending."""
-        numbers = sorted(
-            {
-                i
-                for start, stop in ranges
-                for i in range(max(start, 0) // BLOCK, -(-min(stop, size) // BLOCK))
-            }
-        )
-        if not numbers:
-            return []
-        first = numbers[0]
-        known = os.pread(self._state, numbers[-1] + 1 - first, _STAMP.size + first)
-        joined = []
-        for i in numbers:
-            if i - first < len(known) and known[i - first]:
+        joined, done = [], 0  # `done`: end of the blocks that were looked up
+        for first, last in sorted(ranges):
+            first, done = max(first // BLOCK, done), max(done, -(-min(last, size) // BLOCK))
+            if first >= done:
                 continue
-            start, stop = i * BLOCK, min((i + 1) * BLOCK, size)
-            is_near = joined and start - joined[-1][1] <= MAX_GAP
-            if is_near and stop - joined[-1][0] <= MAX_RANGE:
-                joined[-1] = joined[-1][0], stop
-            else:
-                joined.append((start, stop))
+            marks = os.pread(self._state, done - first, _STAMP.size + first)
+            marks = marks.ljust(done - first, b"\0")
+            i = marks.find(0)
+            while i >= 0:
+                start, stop = (first + i) * BLOCK, min((first + i + 1) * BLOCK, size)
+                is_near = joined and start - joined[-1][1] <= MAX_GAP
+                if is_near and stop - joined[-1][0] <= MAX_RANGE:
+                    joined[-1] = joined[-1][0], stop
+                else:
+                    joined.append((start, stop))
+                i = marks.find(0, i + 1)
         return joined
 
     def _stamp(self) -> int:
@@ -259,7 +279,7 @@ class Pinned:
         # Counted first: a process that is killed may count too much, which the next search for
         # files to free corrects, but never too little.
         self._has_fetched, stamp = True, self._stamp()
-        _count(_state_root(self._path), sum(map(len, data)))
+        _count(split_path(self._path).state_root, sum(map(len, data)))
         descriptor = os.open(self._path, os.O_WRONLY)
         try:
             for (start, _), part in zip(ranges, data, strict=True):
@@ -277,13 +297,25 @@ class Pinned:
             self._stack.close()
         if self._has_fetched:
             with contextlib.suppress(OSError):
-                _free_space(_state_root(self._path))
+                _free_space(split_path(self._path).state_root)
 
     def __enter__(self) -> "Pinned":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _batches(ranges: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Yield consecutive ranges `(start, stop)` of at most `MAX_BYTES` together."""
+    batch, size = [], 0
+    for start, stop in ranges:
+        if batch and size + stop - start > MAX_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append((start, stop))
+        size += stop - start
+    yield batch
 
 
 def _not_written(path: str | os.PathLike, error: OSError) -> InputError:
@@ -298,10 +330,6 @@ def _write(descriptor: int, data: bytes, offset: int) -> None:
     while view:
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
-
-
-def _state_root(path: str | os.PathLike) -> Path:
-    return Path(f"{os.fspath(path).rpartition(f'/{COPIES}/')[0]}/{COPIES}-state")
 
 
 def _count(root: Path, num_bytes: int, *, limit: int | None = None) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import fsspec
 
+from jaxvid import signed_urls
 from jaxvid.errors import InputError, one_line
 
 # Scheme → package that fsspec needs for it.
@@ -29,7 +30,11 @@ MAX_WRITE = 2**26  # bytes that are written with one request
 MAX_REQUESTS = 16  # concurrent requests of one call
 
 # Scheme → options of its client, in seconds. A connection without data is closed and made again.
-_OPTIONS = {"s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 20}}}
+_OPTIONS = {
+    "s3": {
+        "config_kwargs": {"connect_timeout": 10, "read_timeout": 20, "signature_version": "s3v4"}
+    }
+}
 
 # `Path` replaces `//` by `/`.
 _ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}(?=[^/])")
@@ -138,7 +143,11 @@ def read_ranges(address: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     parts: list[bytes | None] = [None] * len(ranges)
 
     def read_missing(fs: fsspec.AbstractFileSystem, path: str) -> None:
+        if "s3" in fs.protocol and len(ranges) > 1 and not any(parts):
+            parts[:] = signed_urls.read_ranges(fs, path, ranges, MAX_REQUESTS)
         missing = [i for i, part in enumerate(parts) if part is None]
+        if not missing:
+            return
         starts = [ranges[i][0] for i in missing]
         stops = [ranges[i][1] for i in missing]
         if len(missing) == 1:

@@ -88,7 +88,8 @@ def join(folder: str, path: str) -> str:
     if ":/" not in path or not is_remote(path):
         is_complete = path.startswith("/") or not folder
         return path if is_complete else f"{folder.removesuffix('/')}/{path}"
-    root = block_cache.root_of(folder) or block_cache.tree(default_cache())
+    copy = block_cache.split_path(folder)
+    root = copy.root if copy else block_cache.tree(default_cache())
     return str(block_cache.path_of(to_address(path), root))
 
 

@@ -178,8 +178,8 @@ def push(local: Path) -> None:
     """Upload the changes of a local copy; do nothing for another folder.
 
     Raises:
-        InputError: The store cannot be reached or refuses access, or another run has taken over the
-            folder.
+        LostLockError: Another run has taken over the folder. Nothing was uploaded.
+        InputError: The store cannot be reached or refuses access.
     """
     address = address_of(local, WORKDIRS)
     if (folder := _open_folders.get(address)) is None:

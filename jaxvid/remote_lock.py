@@ -31,6 +31,10 @@ STALE_SECONDS = 120.0
 SETTLE_SECONDS = 1.0
 
 
+class LostLockError(InputError):
+    """Another run holds the lock, or has taken it over."""
+
+
 class RemoteLock:
     """The lock of one run on a folder.
 
@@ -42,7 +46,7 @@ class RemoteLock:
 
     def __init__(self, folder: str, owner: str):
         self._folder, self._address, self._owner = folder, f"{folder}/{LOCK}", owner
-        self._is_released = threading.Event()
+        self._is_released, self._loss = threading.Event(), None
         self._thread = threading.Thread(target=self._renew, name="remote lock", daemon=True)
 
     def acquire(self) -> None:
@@ -78,17 +82,26 @@ class RemoteLock:
         )
 
     def check(self) -> None:
-        """Check that no other run has taken over the lock.
+        """Check that no other run has taken over the lock. Once one has, the lock stays lost.
 
         Raises:
-            InputError: Another run has, or the store cannot be reached or refuses access.
+            LostLockError: Another run has; it may have ended since.
+            InputError: The store cannot be reached or refuses access.
         """
-        stored = self._read()
-        if stored is not None and stored["owner"] != self._owner:
-            raise InputError(
-                f"{self._folder}: in use by another run ({stored['holder']}); wait until that run "
-                "has ended or choose another folder"
-            )
+        if self._loss is None:
+            stored = self._read()
+            if stored is None:
+                self._loss = (
+                    f"{self._folder}: another run has taken over the folder and has ended; run the "
+                    "same command again to continue where it ended, or choose another folder"
+                )
+            elif stored["owner"] != self._owner:
+                self._loss = (
+                    f"{self._folder}: in use by another run ({stored['holder']}); wait until that "
+                    "run has ended or choose another folder"
+                )
+        if self._loss is not None:
+            raise LostLockError(self._loss)
 
     def release(self) -> None:
         """Delete the lock, unless another run has taken it over."""

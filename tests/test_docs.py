@@ -74,8 +74,10 @@ NOT_RUN = {
     "an idle machine; tests/test_benchmarks.py runs them on small input",
     r"python benchmarks/(input_cost|pack_formats)\.py": "takes minutes and an idle machine; "
     "tests/test_benchmarks.py runs them on small input",
-    r"(python|jaxvid) .*(gs|s3)://": "needs an object store; tests/test_s3.py runs a server",
-    r"python benchmarks/remote\.py": "needs s3fs; tests/test_s3.py runs it on small input",
+    r"(python|jaxvid) .*(gs|s3)://": "needs an object store; "
+    "tests/test_object_stores.py runs servers",
+    r"python benchmarks/remote\.py": "needs s3fs; "
+    "tests/test_object_stores.py runs it on small input",
     r"python -m benchmarks\.gpu ": "takes minutes and a GPU; tests/test_benchmarks.py runs it on "
     "a CPU with tiny sizes",
     r"python -m tests\.mutation ": "needs mutmut and takes minutes",

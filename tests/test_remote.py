@@ -12,12 +12,13 @@ import fsspec
 import numpy as np
 import pytest
 
-from jaxvid import object_store, remote, remote_lock
+from jaxvid import block_cache, object_store, remote, remote_lock
 from jaxvid.atomic import output_path
 from jaxvid.compare import compare
 from jaxvid.data import check, pipeline, read_ahead
 from jaxvid.data import prepare as prepare_module
 from jaxvid.data.clips.clip import ClipSpec, load_eval_views, load_train_clip
+from jaxvid.data.formats.array_record_file import ArrayRecordFile
 from jaxvid.data.formats.pack_writer import Settings, encode
 from jaxvid.data.input_videos import open_input
 from jaxvid.data.prepare import prepare
@@ -34,6 +35,7 @@ from jaxvid.weights.resolve import load_model
 from tests.data.packs import read_pack
 from tests.data.tfds_ucf101 import CLASSES, write_ucf101
 
+OFFSETS = "memory://bucket/pack/train_offsets.bin"
 SPEC = ClipSpec(num_frames=4, crop=56, short_side=64, train_short_side=(64, 64))
 
 
@@ -62,9 +64,9 @@ def upload(folder, address):
     )
 
 
-def load(source, folder, **fields):
+def load(source, folder, splits=("train", "val"), **fields):
     data = DatasetConfig(source=source, folder=str(folder), **fields)
-    dataset = open_dataset(data, 8, ("train", "val"))
+    dataset = open_dataset(data, 8, splits)
     clips = [
         load_train_clip(record, np.random.default_rng(i), SPEC)["video"]
         for i, record in enumerate(dataset.records["train"][:5])
@@ -125,6 +127,34 @@ def test_tfds_data_sets_equal_local_ones(tmp_path):
     data = dataclasses.replace(data, name="none")
     with pytest.raises(InputError, match="^memory://bucket/tfds/none: no such file or folder"):
         open_dataset(data, CLASSES, ("train",))
+
+
+def test_packs_are_read_without_array_record_unless_offsets_are_missing(
+    motion_folder, tmp_path, monkeypatch
+):
+    prepare([motion_folder], tmp_path / "pack", Settings(), workers=2)
+    upload(tmp_path / "pack", "memory://bucket/pack")
+    _, expected = load("pack", tmp_path / "pack")
+    with monkeypatch.context() as patch:
+        reader = property(lambda _: pytest.fail("array_record was used"))
+        patch.setattr(ArrayRecordFile, "_reader", reader)
+        dataset, clips = load("pack", "memory://bucket/pack")
+        np.testing.assert_array_equal(clips, expected)
+        # Another process frees the blocks of the open files.
+        records = dataset.records["train"]
+        for path in (records.paths[0], remote.local_path(OFFSETS)):
+            block_cache._empty(Path(path))
+        again = [
+            load_train_clip(record, np.random.default_rng(i), SPEC)["video"]
+            for i, record in enumerate(records[:5])
+        ]
+        np.testing.assert_array_equal(again, expected)
+    object_store.delete([OFFSETS])
+    object_store.write(OFFSETS.replace("train", "val"), b"damaged")
+    _, clips = load("pack", "memory://bucket/pack", splits=("train",))
+    np.testing.assert_array_equal(clips, expected)
+    with pytest.raises(InputError, match="^memory://bucket/pack/val_offsets.bin: does not match"):
+        load("pack", "memory://bucket/pack")
 
 
 @pytest.mark.parametrize("source", ["pack", "folder"])

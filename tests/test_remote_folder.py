@@ -104,12 +104,27 @@ def write_after_another_run_has_taken_over(folder):
     (folder / "a").write_text("too late")
 
 
+def upload_after_another_run_has_taken_over(folder):
+    write_after_another_run_has_taken_over(folder)
+    checkpoint_files.upload(folder)
+    pytest.fail("the run continues")
+
+
 def test_nothing_is_uploaded_once_another_run_has_taken_over(store):
     message = "in use by another run .process 7 on node"
     with pytest.raises(InputError, match=message), remote_folder.opened(ADDRESS) as folder:
         write_after_another_run_has_taken_over(folder)
     assert contents().keys() == {remote_lock.LOCK}
     assert (folder / "a").exists()
+
+
+def test_a_checkpoint_after_that_ends_the_run(store):
+    with (
+        pytest.raises(remote_lock.LostLockError, match="in use by another run"),
+        remote_folder.opened(ADDRESS) as folder,
+    ):
+        upload_after_another_run_has_taken_over(folder)
+    assert contents().keys() == {remote_lock.LOCK}
 
 
 def write_large_files_and_fail(folder, size):

@@ -93,6 +93,21 @@ def test_the_lock_is_renewed_until_another_run_takes_it_over(tmp_path, monkeypat
     assert read()["owner"] == "other"  # not deleted
 
 
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_lost_lock_stays_lost(tmp_path, has_ended):
+    with remote_lock.held(FOLDER, tmp_path / "a") as lock:
+        lock.check()
+        write(seconds_ago=0)
+        if has_ended:
+            object_store.delete([LOCK])
+        message = "has taken over the folder and has ended" if has_ended else "in use by another"
+        with pytest.raises(remote_lock.LostLockError, match=message):
+            lock.check()
+        object_store.delete([LOCK])
+        with pytest.raises(remote_lock.LostLockError, match=message):
+            lock.check()
+
+
 def test_a_repeated_request_that_finds_its_own_lock_succeeds(tmp_path, monkeypatch):
     create = object_store.create
 

@@ -16,6 +16,7 @@ from jaxvid.distributed import collectives, exits, process_group
 from jaxvid.errors import InputError, one_line
 from jaxvid.logs import log
 from jaxvid.models import Params
+from jaxvid.remote_lock import LostLockError
 from jaxvid.storage import older_shapes
 from jaxvid.training.checkpoint_files import (
     check_files,
@@ -68,6 +69,7 @@ class CheckpointManager(ocp.CheckpointManager):
     """
 
     _checksum_thread: threading.Thread | None = None
+    _lost_lock: LostLockError | None = None
 
     def _wait_for_checkpointers(self) -> None:  # overrides a private method of orbax 0.12
         try:
@@ -94,7 +96,19 @@ class CheckpointManager(ocp.CheckpointManager):
         with contextlib.suppress(Exception):  # raised again by the main thread's wait
             self.wait_until_finished()
             write_checksums(Path(self.directory).parent)
-            upload(Path(self.directory).parent)
+            try:
+                upload(Path(self.directory).parent)
+            except LostLockError as error:
+                self._lost_lock = error
+
+    def check_lock(self) -> None:
+        """End the run if another run had taken over its workdir when a checkpoint was uploaded.
+
+        Raises:
+            LostLockError: Another run has.
+        """
+        if self._lost_lock is not None:
+            raise self._lost_lock
 
     def join_checksum_thread(self) -> None:
         """Wait until the checksums of the last save are written."""
@@ -164,11 +178,12 @@ def finish_saving(manager: CheckpointManager) -> None:
     """Wait for the last checkpoint and write the checksums of its files.
 
     Raises:
-        InputError: The checkpoint cannot be written.
+        InputError: The checkpoint cannot be written, or another run has taken over the workdir.
     """
     with _errors_as_input_errors(manager):
         manager.wait_until_finished()
         manager.join_checksum_thread()
+        manager.check_lock()
         if not jax.process_index():
             write_checksums(Path(manager.directory).parent)
 

@@ -11,6 +11,7 @@ from jaxvid.atomic import write_file
 from jaxvid.distributed import collectives
 from jaxvid.errors import InputError, one_line
 from jaxvid.logs import log
+from jaxvid.remote_lock import LostLockError
 
 _write_lock = threading.Lock()
 
@@ -37,9 +38,15 @@ def write_checksums(workdir: Path) -> None:
 
 
 def upload(workdir: Path) -> None:
-    """Upload the changed files of a workdir in an object store; log a failure as a warning."""
+    """Upload the changed files of a workdir in an object store; log a failure as a warning.
+
+    Raises:
+        LostLockError: Another run has taken over the workdir.
+    """
     try:
         remote_folder.push(workdir)
+    except LostLockError:
+        raise
     except InputError as error:  # the next call tries again
         log.warning("the checkpoint was not uploaded: %s", error)
 

@@ -146,8 +146,8 @@ def run_loop(loop: Loop, state: dict) -> tuple[dict, StopReason]:
         The training state, which has been saved; and why the loop ended.
 
     Raises:
-        InputError: The loss is not finite, too many videos cannot be decoded, or an output cannot
-            be written.
+        InputError: The loss is not finite, too many videos cannot be decoded, an output cannot be
+            written, or another run has taken over the workdir.
         SystemExit: A signal was received during an evaluation; the state was saved before the
             evaluation.
     """
@@ -192,6 +192,7 @@ def _train(loop: Loop, state: dict) -> tuple[dict, StopReason]:
             return state, StopReason.FINISHED
         if step == milestones.stop:
             return state, StopReason.STOP_STEP
+        loop.manager.check_lock()
         state = _do_step(loop, state, step, is_first=step == start)
         step += 1
         if step % milestones.log == 0 or step == milestones.total:

@@ -20,6 +20,7 @@ from jaxvid.config import CHOSEN
 from jaxvid.distributed import collectives, sharding
 from jaxvid.errors import InputError
 from jaxvid.models import FAMILIES, abstract_model, make_model_config, split_params
+from jaxvid.remote_lock import LostLockError
 from jaxvid.storage import model_card, model_folder
 from jaxvid.training import checkpoint, outputs, run_config
 
@@ -524,6 +525,23 @@ def test_restore_params_of_checkpoints_prefers_averaged_weights(tmp_path):
     damage(tmp_path / "plain", 3)
     with pytest.raises(InputError, match="step 3 is damaged .*evaluate --config.init_from=.*/best"):
         checkpoint.restore_params(tmp_path / "plain", 3, abstract(params))
+
+
+def test_a_run_whose_workdir_was_taken_over_ends_after_the_upload(tmp_path, monkeypatch):
+    def refuse(_):
+        raise LostLockError("in use by another run")
+
+    monkeypatch.setattr(checkpoint, "upload", refuse)
+    manager = checkpoint.make_manager(tmp_path, keep=2)
+    manager.check_lock()
+    checkpoint.save_checkpoint(manager, tiny_state(1), counters(0, 0))
+    manager.join_checksum_thread()
+    with pytest.raises(LostLockError, match="in use by another run"):
+        manager.check_lock()
+    with pytest.raises(LostLockError, match="in use by another run"):
+        checkpoint.save_checkpoint(manager, tiny_state(2), counters(0, 0))
+    manager.close()
+    assert checkpoint.find_steps(tmp_path) == [1]
 
 
 def test_the_error_of_a_failed_save_lists_the_complete_checkpoints(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """An ArrayRecord file, local or in the cache of remote files, of which single records are read."""
 
-import contextlib
 import functools
 import os
 import threading
@@ -18,12 +17,12 @@ class ArrayRecordFile:
 
     With `offsets`, records are read without array_record, which needs memory for each record.
 
-    From a remote file, the positions of the records are read first, and then the blocks that
-    contain the requested records. A file with compressed footers is read completely.
+    From a remote file, only the blocks that contain the requested records are read. Without
+    `offsets`, the footers are read first, and a file with compressed footers is read completely.
 
     Args:
         path: The file.
-        offsets: Offsets of the records of the split, for a local file; None: unknown.
+        offsets: Offsets of the records of the split; None: unknown.
         first: Index of the file's first record in the split.
     """
 
@@ -72,6 +71,14 @@ class ArrayRecordFile:
                 self._fetch(pinned, positions)
 
     def _fetch(self, pinned: Pinned, positions: Sequence[int]) -> None:
+        if self._offsets is not None:
+            ranges = self._offsets.find_ranges([self._first + i for i in positions])
+            if ranges is not None:
+                pinned.fetch(ranges)
+                return
+        self._fetch_by_layout(pinned, positions)
+
+    def _fetch_by_layout(self, pinned: Pinned, positions: Sequence[int]) -> None:
         with self._lock:
             if not self._has_layout:
                 self._layout, self._has_layout = self._read_layout(pinned), True
@@ -86,17 +93,26 @@ class ArrayRecordFile:
             InputError: The store cannot be reached or refuses access.
             Exception: The file is damaged; the exceptions of array_record have no common base.
         """
-        if self._offsets is not None and (data := self._read_at_offset(position)) is not None:
+        # The blocks of a remote file are usually in the cache. The CRC-32 of the record reveals if
+        # they are not, so the file is not locked here.
+        if (data := self._read_at_offset(position)) is not None:
             return data
-        # The blocks must stay in the cache until the record is read.
-        with Pinned(self._path) if self._is_remote else contextlib.nullcontext() as pinned:
-            if pinned is not None:
-                self._fetch(pinned, [position])
-            with self._lock:
-                reader = self._open(pinned)
-            # A range, because `read([position])` takes time proportional to the number of records
-            # in the file.
-            [data] = reader.read(position, position + 1)
+        if not self._is_remote:
+            return self._read_with_array_record(position, None)
+        with Pinned(self._path) as pinned:  # the blocks stay until the record is read
+            self._fetch(pinned, [position])
+            if (data := self._read_at_offset(position)) is not None:
+                return data
+            self._fetch_by_layout(pinned, [position])
+            return self._read_with_array_record(position, pinned)
+
+    def _read_with_array_record(self, position: int, pinned: Pinned | None) -> bytes:
+        """Return a record of a local file, or of a remote one whose blocks are in the cache."""
+        with self._lock:
+            reader = self._open(pinned)
+        # A range, because `read([position])` takes time proportional to the number of records in
+        # the file.
+        [data] = reader.read(position, position + 1)
         return data
 
     @functools.cached_property
@@ -105,7 +121,9 @@ class ArrayRecordFile:
         return open_descriptor(self, self._path)
 
     def _read_at_offset(self, position: int) -> bytes | None:
-        """Return a record; None if array_record must read it, because something is damaged."""
+        """Return a record; None if the offsets are unknown, or something is missing or damaged."""
+        if self._offsets is None:
+            return None
         try:
             return self._offsets.read(self._first + position, self._descriptor)
         except OSError:  # the file cannot be opened

@@ -31,14 +31,15 @@ class Layout:
     group_size: int
 
     def range_of(self, record: int) -> tuple[int, int]:
-        """Return the range of bytes `(start, stop)` of the chunk that contains a record."""
+        """Return the range of bytes `(start, stop)` of the blocks with the chunk of a record."""
         chunk = record // self.group_size
-        return int(self.offsets[chunk]), int(self.offsets[chunk + 1])
+        start, stop = int(self.offsets[chunk]), int(self.offsets[chunk + 1])
+        return start // BLOCK * BLOCK, -(-stop // BLOCK) * BLOCK
 
     @property
     def tail(self) -> int:
-        """The start of the footers. The bytes from here on are needed to open the file."""
-        return int(self.offsets[-1])
+        """The start of the footers. The bytes from this block on are needed to open the file."""
+        return int(self.offsets[-1]) // BLOCK * BLOCK
 
 
 def read_layout(read: Callable[[int, int], bytes], size: int) -> Layout | None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxvid.block_cache import address_of
 from jaxvid.data.formats.array_record_file import ArrayRecordFile
 from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.pack_index import (
@@ -115,9 +114,7 @@ class PackRecords(Sequence):
                     "per video; choose a whole split, or prepare it with --val_share"
                 )
             self._index = PackIndex(index_file, self._ends[-1], len(self.labels))
-            if address_of(root) is None:
-                path = offsets_path(Path(root), split)
-                self._offsets = RecordOffsets.open(path, self._ends[-1])
+            self._offsets = RecordOffsets.open(offsets_path(Path(root), split), self._ends[-1])
         elif not self._ends[-1]:
             raise InputError(f"{self.name}: split {split!r} is empty; recreate it with TFDS")
         # Features that are read from a record.

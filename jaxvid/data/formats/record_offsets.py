@@ -5,6 +5,9 @@ file when it opens it. With this file, a record is read without the footers: its
 the disk first. The CRC-32 in the row detects damage; array_record then reads the record again and
 reports it. The file is optional, and other programs that read the pack do not need it.
 
+The rows and records of a remote pack are read from the copies in the cache. Blocks that are missing
+there are zeros, so the CRC-32 reveals them too.
+
 The file starts with `MAGIC`. A row of 16 bytes follows for each record of the split.
 """
 
@@ -14,12 +17,13 @@ import shutil
 import struct
 import weakref
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jaxvid.atomic import replacing
+from jaxvid.block_cache import Pinned
 from jaxvid.data.formats.array_record_layout import parse_chunk, read_layout
 from jaxvid.errors import InputError, one_line
 from jaxvid.files import open_regular
@@ -130,15 +134,17 @@ class RecordOffsets:
             The offsets, or None if the file does not exist.
 
         Raises:
-            InputError: The file cannot be read or is not that of this split.
+            InputError: The file cannot be read or is not that of this split; or it is remote, and
+                the store cannot be reached or refuses access.
         """
+        if not os.path.exists(path):
+            return None
         try:
-            with open_regular(path) as file:
+            with Pinned(path) as pinned, open_regular(path) as file:
+                pinned.fetch([(0, len(MAGIC))])
                 size = os.fstat(file.fileno()).st_size
                 is_valid = size == len(MAGIC) + num_records * ROW.itemsize
                 is_valid = is_valid and file.read(len(MAGIC)) == MAGIC
-        except FileNotFoundError:
-            return None
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}); restore it") from None
         if not is_valid:
@@ -150,6 +156,31 @@ class RecordOffsets:
     @functools.cached_property
     def _descriptor(self) -> int:
         return open_descriptor(self, self._path)
+
+    def find_ranges(self, records: Sequence[int]) -> list[tuple[int, int]] | None:
+        """Return the ranges of bytes `(start, stop)` that contain records of a remote file.
+
+        Args:
+            records: Indices of records in the split; all in the same file.
+
+        Returns:
+            A range per record; None if a row is damaged, or the file does not exist any more.
+
+        Raises:
+            InputError: The store cannot be reached or refuses access.
+        """
+        first, last = min(records), max(records)
+        start, stop = (len(MAGIC) + record * _ROW.size for record in (first, last + 1))
+        try:
+            with Pinned(self._path) as pinned:
+                pinned.fetch([(start, stop)])
+                data = os.pread(self._descriptor, stop - start, start)
+            rows = [_ROW.unpack_from(data, (record - first) * _ROW.size) for record in records]
+        except (OSError, struct.error):
+            return None
+        if not all(0 < size <= MAX_CHUNK for _, size, _ in rows):
+            return None
+        return [(start, start + size) for start, size, _ in rows]
 
     def read(self, record: int, descriptor: int) -> bytes | None:
         """Read a record of the split.
