@@ -22,6 +22,7 @@ from jaxvid.training.checkpoint_files import (
     check_files,
     check_files_on_all_processes,
     find_steps,
+    move_aside,
     upload,
     write_checksums,
 )
@@ -263,7 +264,7 @@ def restore_newest(
                 f"({reason}); resume with the package versions in starts.jsonl, or choose "
                 "another --workdir"
             )
-        damaged.append(_move_aside(workdir, step))
+        damaged.append(move_aside(workdir, step))
         log.warning(
             "the checkpoint of step %d is damaged (%s); it was moved to %s, and the previous "
             "checkpoint is used",
@@ -346,24 +347,6 @@ def _read_shapes(path: Path) -> dict:
     """Return the tree of a saved state; its leaves have the shapes of the arrays."""
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         return handler.metadata(path).tree
-
-
-def free_path(path: Path) -> Path:
-    """Return the path, with `_again` appended as often as needed to get a path that is unused."""
-    while path.exists():
-        path = path.with_name(f"{path.name}_again")
-    return path
-
-
-def _move_aside(workdir: Path, step: int) -> Path:
-    """Move a checkpoint to `WORKDIR/damaged` and return its new path. All processes call it."""
-    target = free_path(workdir / "damaged" / f"{step}")
-    collectives.barrier(f"damaged {step}")
-    if not jax.process_index():
-        target.parent.mkdir(exist_ok=True)
-        (workdir / "checkpoints" / str(step)).rename(target)
-    collectives.barrier(f"moved {step}")
-    return target
 
 
 def restore_params(workdir: Path, step: int, abstract_params: Params) -> Params:

@@ -1,9 +1,10 @@
-"""Steps and checksums of a run's checkpoints."""
+"""Files of a run's checkpoints: steps, checksums, uploads, and folders that are moved aside."""
 
 import json
 import threading
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 
 from jaxvid import files, remote_folder
@@ -100,3 +101,21 @@ def check_files_on_all_processes(workdir: Path, step: int) -> bool:
         if reason is not None:
             raise ValueError(reason)
     return all(is_intact for is_intact, _ in checks)
+
+
+def free_path(path: Path) -> Path:
+    """Return the path, with `_again` appended as often as needed to get a path that is unused."""
+    while path.exists():
+        path = path.with_name(f"{path.name}_again")
+    return path
+
+
+def move_aside(workdir: Path, step: int) -> Path:
+    """Move a checkpoint to `WORKDIR/damaged` and return its new path. All processes call it."""
+    target = free_path(workdir / "damaged" / f"{step}")
+    collectives.barrier(f"damaged {step}")
+    if not jax.process_index():
+        target.parent.mkdir(exist_ok=True)
+        (workdir / "checkpoints" / str(step)).rename(target)
+    collectives.barrier(f"moved {step}")
+    return target

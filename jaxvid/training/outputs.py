@@ -14,7 +14,7 @@ from jaxvid.distributed import collectives
 from jaxvid.errors import InputError
 from jaxvid.logs import log
 from jaxvid.storage import model_card
-from jaxvid.training import checkpoint
+from jaxvid.training import checkpoint_files
 
 # Outputs that a run writes only after its first checkpoint.
 LATE_OUTPUTS = (
@@ -88,7 +88,7 @@ def starts_over(workdir: Path) -> bool:
     Only `LATE_OUTPUTS` count. The other outputs may be those of a run that was killed before its
     first checkpoint, which the next start completes.
     """
-    return not checkpoint.find_steps(workdir) and any(
+    return not checkpoint_files.find_steps(workdir) and any(
         (workdir / name).exists() for name in LATE_OUTPUTS
     )
 
@@ -118,7 +118,7 @@ def _tidy_outputs(workdir: Path) -> None:
         atomic.recover(workdir / name, model_card.CARD_NAME)
     if not starts_over(workdir):
         return
-    target = checkpoint.free_path(workdir / "previous")
+    target = checkpoint_files.free_path(workdir / "previous")
     try:
         target.mkdir()
         # LATE_OUTPUTS come last, so that the next start completes an interrupted move.
