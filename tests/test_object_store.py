@@ -1,5 +1,6 @@
 """Tests of jaxvid/object_store.py on fsspec's memory file system."""
 
+import sys
 from pathlib import Path
 
 import fsspec
@@ -90,6 +91,7 @@ def test_a_file_that_became_shorter_is_refused(memory):
         object_store.read_ranges("memory://b/none", [(0, 5)])
 
 
-def test_missing_clients_and_buckets_are_one_line():
+def test_missing_clients_and_buckets_are_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # it cannot be imported
     with pytest.raises(InputError, match="gs://bucket/a: needs gcsfs .*pip install gcsfs"):
         object_store.info("gs://bucket/a")

@@ -399,5 +399,5 @@ def test_the_benchmark_runs_on_small_input(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["remote.py", "--videos", "8", "--rounds", "1", "--batch", "2"])
     remote_benchmark.main()
     lines = capsys.readouterr().out
-    assert lines.count("clips/s") == 6
-    assert lines.count("× local") == 4
+    assert lines.count("clips/s") == 7
+    assert lines.count("× local") == 5
