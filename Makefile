@@ -20,6 +20,7 @@ test: $(VENV)/.dev-installed
 
 test-full: $(VENV)/.dev-installed
 	$(RUN) -m pytest -m full -n 0
+	$(MAKE) test-beam test-tfds test-remote
 
 test-browser: $(VENV)/.browser-installed chromium
 	$(RUN) -m pytest -m browser -n 0 tests/browser
