@@ -431,8 +431,8 @@ def test_clips_and_views_are_written_directly_into_the_batch(records, monkeypatc
     for batches, outs in zip(iterators, targets.values(), strict=True):
         batch = next(batches)
         batches.close()
-        for row, out in zip(batch["video"], outs[:2], strict=True):
-            assert np.shares_memory(row, out)
+        for row in batch["video"]:  # the second batch may be loaded already
+            assert any(np.shares_memory(row, out) for out in outs)
     assert len(frames) == 2 * 2 * SPEC.num_frames  # videos · clips · frames
     for record, views in zip(records[:2], batch["video"], strict=True):
         np.testing.assert_array_equal(load_eval_views(record, spec)["video"], views)

@@ -137,7 +137,7 @@ class RecordOffsets:
             InputError: The file cannot be read or is not that of this split; or it is remote, and
                 the store cannot be reached or refuses access.
         """
-        if not os.path.exists(path):
+        if not os.path.lexists(path):
             return None
         try:
             with Pinned(path) as pinned, open_regular(path) as file:
