@@ -216,13 +216,17 @@ def test_importing_a_program_installs_no_handlers():
     assert done.stdout == "True\n"
 
 
-def test_predict_can_be_interrupted_while_importing_jax():
-    command = [sys.executable, "-m", "jaxvid.predict", "a.mp4", "--model=missing_folder"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_for_signal_handlers(process)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=WAIT_SECONDS)
-    assert (process.returncode, stderr) == (130, "interrupted\n")
+def test_predict_can_be_interrupted_while_importing_jax(tmp_path):
+    (tmp_path / "jax.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
+    (tmp_path / "model.pth").touch()
+    command = [sys.executable, "-m", "jaxvid.predict", "a.mp4", f"--model={tmp_path / 'model.pth'}"]
+    options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(tmp_path)}, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **options, **pipes) as process:
+        line = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=WAIT_SECONDS)
+    assert (line, process.returncode, stderr) == ("importing\n", 130, "interrupted\n")
 
 
 # ------------------------------------------------------------------ output, memory
