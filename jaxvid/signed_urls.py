@@ -1,8 +1,8 @@
 """Reading of ranges of S3 objects through signed URLs.
 
-For each request, botocore resolves the endpoint, signs the headers and parses the answer, in 0.7 ms
-of CPU time. A signed URL is made once per object, and fsspec's client for web servers reads its
-ranges, in 0.1 ms per request.
+For each request, botocore resolves the endpoint, signs the headers and parses the response, which
+takes 0.7 ms of CPU time. A signed URL is made once per object, and fsspec's client for web servers
+reads its ranges, in 0.1 ms per request.
 """
 
 import functools

@@ -289,12 +289,17 @@ class _Collector:
         return join_batches(self._batches)
 
 
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """Return the rows of all batches as one batch."""
+    names = [name for name in batches[0] if name != "error"]
+    columns = {name: np.concatenate([batch[name] for batch in batches]) for name in names}
+    return {**columns, "error": [error for batch in batches for error in batch["error"]]}
+
+
 def join_batches(batches: Sequence[Batch]) -> ExtractedFeatures:
     """Return the features of all videos in order, from batches with all their rows."""
-    names = ("features", "video", "padded", "start", "end")
-    columns = {name: np.concatenate([batch[name] for batch in batches]) for name in names}
-    texts = [error for batch in batches for error in batch["error"]]
-    pairs = zip(columns["video"].tolist(), texts, strict=True)
+    columns = concatenate(batches)
+    pairs = zip(columns["video"].tolist(), columns["error"], strict=True)
     errors = {video: error for video, error in pairs if error}
     # The windows of a video are in order, because one process loads them one after the other.
     order = np.argsort(columns["video"], kind="stable")

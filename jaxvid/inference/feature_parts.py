@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxvid.data.beam import BeamRunner, run_on_workers
@@ -21,9 +20,9 @@ from jaxvid.data.protocols import VideoRecord
 from jaxvid.distributed import setup, sharding
 from jaxvid.errors import InputError
 from jaxvid.inference.feature_extraction import (
-    Batch,
     ExtractedFeatures,
     Step,
+    concatenate,
     extract_batches,
     join_batches,
     make_feature_step,
@@ -79,7 +78,7 @@ class FeaturePart(NamedTuple):
     records: Sequence[VideoRecord] | None
 
 
-# ------------------------------------------------------------------ on the machine of the command
+# ------------------------------------------------------------------ on the driver
 
 
 def extract_on_workers(
@@ -177,19 +176,9 @@ def extract_part(part: FeaturePart, job: FeatureJob) -> None:
             mesh=mesh,
             todo=dict.fromkeys(range(len(records)), 0),
         )
-        joined = _join(list(batches))
+        joined = concatenate(list(batches))
         joined["video"] += part.start
         write_batch(job.folder, part.number, joined, writer=uuid.uuid4().hex)
-
-
-def _join(batches: Sequence[Batch]) -> Batch:
-    """Return the rows of all batches as one batch."""
-    joined = {
-        name: np.concatenate([batch[name] for batch in batches])
-        for name in batches[0]
-        if name != "error"
-    }
-    return {**joined, "error": [error for batch in batches for error in batch["error"]]}
 
 
 @functools.lru_cache(maxsize=1)
