@@ -10,7 +10,14 @@ import pytest
 from jaxvid.data.class_names import class_names
 from jaxvid.data.sources import Record, read_list
 from jaxvid.data.synthetic_motion import LABELS
-from tests.browser.checks import check_accessible, check_fits, check_keyboard, expect, tab_to
+from tests.browser.checks import (
+    check_accessible,
+    check_fits,
+    check_keyboard,
+    expect,
+    tab_to,
+    wait_until,
+)
 from tests.browser.conftest import DESKTOP, PHONE
 from tests.conftest import shrunk_config
 from tests.evaluation.report_pages import HOSTILE, save
@@ -250,17 +257,16 @@ def test_switching_to_dark_mode_redraws_the_matrix(open_page, reports):
     page = open_page(reports["motion"], errors="willReadFrequently", color_scheme="light")
     light = canvas_colours(page)
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function("matchMedia('(prefers-color-scheme: dark)').matches")
-    dark = canvas_colours(page)
-    assert not light & dark
+    wait_until(lambda: not light & canvas_colours(page))
 
 
 def test_resized_window_redraws_the_page(open_page, reports):
     page = open_page(reports["motion"])
     wide = page.locator("#canvas").bounding_box()["width"]
     page.set_viewport_size({"width": 360, "height": 740})
-    page.wait_for_function(f"document.getElementById('canvas').clientWidth < {wide}")
-    page.wait_for_function("document.getElementById('bins').viewBox.baseVal.width <= 360")
+    wait_until(lambda: page.evaluate("document.getElementById('canvas').clientWidth") < wide)
+    width = "document.getElementById('bins').viewBox.baseVal.width"
+    wait_until(lambda: page.evaluate(width) <= 360)
     check_fits(page)
 
 
