@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import logging
 import os
 import random
 import re
@@ -24,6 +25,7 @@ from jaxvid.errors import InputError, one_line
 # Scheme → package that fsspec needs for it.
 SCHEMES = {"gs": "gcsfs", "s3": "s3fs", "https": "aiohttp", "http": "aiohttp", "memory": "fsspec"}
 ATTEMPTS = 8  # of a request, including the first
+_ATTEMPTS_GCS = 2  # gcsfs itself sends each request up to six times, within half a minute
 BACKOFF = 0.1  # seconds before the second attempt; doubled before each further attempt
 MAX_WAIT = 20.0  # maximum seconds between two attempts
 MAX_WRITE = 2**26  # bytes that are written with one request
@@ -35,6 +37,9 @@ _OPTIONS = {
         "config_kwargs": {"connect_timeout": 10, "read_timeout": 20, "signature_version": "s3v4"}
     }
 }
+
+# gcsfs logs tracebacks of errors that `call` reports in one line.
+logging.getLogger("gcsfs").addHandler(logging.NullHandler())
 
 # `Path` replaces `//` by `/`.
 _ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}(?=[^/])")
@@ -309,7 +314,8 @@ def call(address: str, function: Callable[[fsspec.AbstractFileSystem, str], Any]
         InputError: The client is not installed, access is refused, or all attempts failed.
     """
     scheme = address.partition("://")[0]
-    for attempt in range(ATTEMPTS):
+    attempts = _ATTEMPTS_GCS if scheme == "gs" else ATTEMPTS
+    for attempt in range(attempts):
         try:
             fs, path = fsspec.core.url_to_fs(address, **_OPTIONS.get(scheme, {}))
             return function(fs, path)
@@ -330,11 +336,11 @@ def call(address: str, function: Callable[[fsspec.AbstractFileSystem, str], Any]
                     f"{address}: access refused ({reason}); check the address, your credentials "
                     "and your access rights"
                 ) from None
-        if attempt + 1 < ATTEMPTS:
+        if attempt + 1 < attempts:
             # Random waits, so that many processes do not repeat their requests at the same time.
             time.sleep(min(MAX_WAIT, BACKOFF * 2**attempt) * random.uniform(0.5, 1.5))
     raise InputError(
-        f"{address}: {ATTEMPTS} requests failed, the last with {reason}; check the network and the "
+        f"{address}: {attempts} requests failed, the last with {reason}; check the network and the "
         "endpoint, then run the same command again"
     )
 

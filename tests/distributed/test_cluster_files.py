@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -25,15 +26,12 @@ def read_manifest() -> dict[str, dict]:
 
 
 def test_the_manifest_conforms_to_the_schemas_of_kubernetes():
-    validator = pytest.importorskip(
-        "kubernetes_validate", reason="the package kubernetes-validate is not installed"
-    )
     for entry in read_manifest().values():
-        validator.validate(entry, "1.31", strict=True)
+        kubernetes_validate.validate(entry, "1.31", strict=True)
     job = read_manifest()["Job"]
     del job["spec"]["template"]["spec"]["containers"][0]["name"]
-    with pytest.raises(validator.ValidationError):
-        validator.validate(job, "1.31", strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, "1.31", strict=True)
 
 
 def test_the_parts_of_the_manifest_fit_together(monkeypatch):
