@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxvid.block_cache import address_of
 from jaxvid.data.formats.array_record_file import ArrayRecordFile
 from jaxvid.data.formats.jpeg_reader import JpegFrames
 from jaxvid.data.formats.pack_index import (
@@ -59,6 +60,7 @@ class PackRecords(Sequence):
     Attributes:
         labels: Names of the classes.
         paths: Files of the split.
+        is_remote: Whether the files are copies in the cache of remote files.
 
     Args:
         folder: Folder of a pack or of another TFDS data set.
@@ -93,6 +95,7 @@ class PackRecords(Sequence):
             check_label_file(Path(info.root) / LABEL_FILE, info.num_classes)
         self.labels, self._ranges = info.labels, info.ranges
         self.paths = [part.path for part in info.ranges]
+        self.is_remote = address_of(self.paths[0]) is not None
         # First record after each file.
         self._ends = list(itertools.accumulate(part.length for part in info.ranges))
         root, remedy = info.root, "recreate it with TFDS" if name else "run prepare again"
@@ -305,7 +308,7 @@ class PackedVideo:
             listed.num_frames,
             listed.fps or None,
             get,
-            fetch=fetch,
+            fetch=fetch if self.records.is_remote else None,
             get_times=get_times if listed.has_times else None,
         )
 
