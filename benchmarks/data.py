@@ -146,7 +146,8 @@ def jpegs_of(video: PackedVideo) -> list[bytes]:
     """Return the JPEG pictures of the frames in a packed video's clip."""
     size = video.listed.frames_per_record
     positions = [divmod(i, size) for i in clip_indices(video.listed.num_frames)]
-    return [video.records.read(video.listed.record + n)["frames"][i] for n, i in positions]
+    records = video.records.read([video.listed.record + n for n, _ in positions])
+    return [values["frames"][i] for (_, i), values in zip(positions, records, strict=True)]
 
 
 def with_pyav(path: Path) -> np.ndarray:

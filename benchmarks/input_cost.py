@@ -9,7 +9,8 @@ calls of libav (demultiplexing, decoding, and conversion to RGB at the size of t
 libjpeg. "Resizing" is the time inside of the resizing functions of OpenCV and Pillow, and of the
 conversion of arrays to Pillow's images and back. All other CPU time of the process counts as
 "rest": reading and parsing records, frame sampling, cropping, mirroring, batching, Grain and
-Python. The cost of the measurement itself is subtracted.
+Python. The cost of the measurement itself is subtracted. The "bare loop" is a lower limit for
+training from packs with array_record, protobuf and Grain.
 
 The clips have 16 frames of 224 px. The kinds of clips and sources take turns, each in a process of
 its own. The tables show the medians of all runs.
@@ -40,6 +41,7 @@ import simplejpeg
 from absl import flags
 from PIL import Image
 
+from benchmarks import minimal_pipeline
 from benchmarks.data import write_video
 from benchmarks.resources import measure
 from jaxvid.data.clips.clip import ClipSpec
@@ -71,6 +73,7 @@ KINDS = {
         dataclasses.replace(_SPEC, short_side=224, resize="torch_bilinear", num_crops=3),
     ),
 }
+BARE = "training, bare loop, crop and flip"  # of packs only; see benchmarks/minimal_pipeline.py
 SOURCES = {"mp4": 1, "pack": 4}  # source → factor of `--clips`
 
 
@@ -208,6 +211,8 @@ def make_batches(
 ) -> Iterator[dict]:
     """Return the iterator of a loader of `num_clips` clips; training batches are endless."""
     records = open_records(folder, source)
+    if kind == BARE:
+        return minimal_pipeline.make_batches(records, BATCH, NUM_FRAMES, _SPEC.crop)
     is_training, spec = KINDS[kind]
     options = {"spec": spec, "batch_size": BATCH, "num_threads": threads, "num_workers": workers}
     if is_training:
@@ -301,8 +306,8 @@ def print_costs(folder: Path, rounds: int, num_clips: int) -> None:
     """Print the CPU time per clip, and the part of it that is not decoding."""
     cases = {
         (source, kind): functools.partial(run_costs, folder, source, kind, num_clips * factor)
-        for kind in KINDS
         for source, factor in SOURCES.items()
+        for kind in (*KINDS, *[BARE] * (source == "pack"))
     }
     results = take_turns(cases, 1 + rounds)
     print("\nCPU time per clip in ms: decoding, resizing, rest; share of all that is not decoding")

@@ -163,7 +163,7 @@ def test_records_satisfy_the_protocol(record):
 def test_readers_satisfy_the_protocol(motion_folder):
     video = VideoFile(motion_folder / "val" / "00000.mp4")
     array = FrameArray(np.zeros((1, 8, 8, 3), np.uint8))
-    for reader in (video, JpegFrames("x", 1, None, lambda i: b""), array):
+    for reader in (video, JpegFrames("x", 1, None, lambda numbers: [b""]), array):
         with reader:
             for name in members(VideoReader):
                 getattr(reader, name)

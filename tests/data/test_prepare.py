@@ -144,9 +144,9 @@ def test_only_records_with_requested_frames_are_read(folder, tmp_path, monkeypat
     records = open_pack(tmp_path / "pack", "arrayrecord", ("val",)).records["val"]
     record_numbers, read = [], PackRecords.read
 
-    def log_and_read(self, record):
-        record_numbers.append(record)
-        return read(self, record)
+    def log_and_read(self, records):
+        record_numbers.extend(records)
+        return read(self, records)
 
     monkeypatch.setattr(PackRecords, "read", log_and_read)
     with records[1].open() as reader:

@@ -492,7 +492,7 @@ def test_damage_affects_only_its_record(pack_copy):
     data = bytearray(path.read_bytes())
     records = open_dataset(section("pack", pack_copy), 2, ("val",)).records["val"]
     intact = [frames_of(records, i) for i in range(3)]
-    [jpeg] = records.read(1)["frames"]  # frame 4 of the first video
+    [jpeg] = next(records.read([1]))["frames"]  # frame 4 of the first video
     data[data.index(jpeg) + len(jpeg) // 2] ^= 8
     path.write_bytes(data)
     records = open_dataset(section("pack", pack_copy), 2, ("val",)).records["val"]
@@ -609,9 +609,9 @@ def test_damaged_records_of_other_tfds_data_sets_are_masked(tfds_folder, monkeyp
     records = open_dataset(section("pack", tfds_folder), 2, ("val",)).records["val"]
     record_numbers, read = [], PackRecords.read
 
-    def log_and_read(self, record):
-        record_numbers.append(record)
-        return read(self, record)
+    def log_and_read(self, records):
+        record_numbers.extend(records)
+        return read(self, records)
 
     monkeypatch.setattr(PackRecords, "read", log_and_read)
     spec = ClipSpec(num_frames=6, crop=32, short_side=32)

@@ -1,9 +1,10 @@
 """An ArrayRecord file, local or in the cache of remote files, of which single records are read."""
 
+import contextlib
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from jaxvid.block_cache import Pinned, address_of
@@ -85,23 +86,27 @@ class ArrayRecordFile:
         ranges = None if self._layout is None else [*map(self._layout.range_of, positions)]
         pinned.fetch(ranges)
 
-    def read(self, position: int) -> bytes:
-        """Return a record.
+    def read(self, positions: Sequence[int]) -> Iterator[bytes]:
+        """Yield records.
 
         Raises:
             FileNotFoundError: The file does not exist.
             InputError: The store cannot be reached or refuses access.
             Exception: The file is damaged; the exceptions of array_record have no common base.
         """
-        # The blocks of a remote file are usually in the cache. The CRC-32 of the record reveals if
+        # The blocks of a remote file are usually in the cache. The CRC-32 of a record reveals if
         # they are not, so the file is not locked here.
-        if (data := self._read_at_offset(position)) is not None:
-            return data
+        for position, data in zip(positions, self._read_at_offsets(positions), strict=True):
+            yield self._read_again(position) if data is None else data
+
+    def _read_again(self, position: int) -> bytes:
+        """Return a record that cannot be read at its offset."""
         if not self._is_remote:
             return self._read_with_array_record(position, None)
         with Pinned(self._path) as pinned:  # the blocks stay until the record is read
             self._fetch(pinned, [position])
-            if (data := self._read_at_offset(position)) is not None:
+            [data] = self._read_at_offsets([position])
+            if data is not None:
                 return data
             self._fetch_by_layout(pinned, [position])
             return self._read_with_array_record(position, pinned)
@@ -120,14 +125,13 @@ class ArrayRecordFile:
         keep_freed_memory()
         return open_descriptor(self, self._path)
 
-    def _read_at_offset(self, position: int) -> bytes | None:
-        """Return a record; None if the offsets are unknown, or something is missing or damaged."""
-        if self._offsets is None:
-            return None
-        try:
-            return self._offsets.read(self._first + position, self._descriptor)
-        except OSError:  # the file cannot be opened
-            return None
+    def _read_at_offsets(self, positions: Sequence[int]) -> Iterable[bytes | None]:
+        """Return records; None if the offset is unknown, or something is missing or damaged."""
+        if self._offsets is not None:
+            with contextlib.suppress(OSError):  # the file cannot be opened
+                descriptor = self._descriptor
+                return self._offsets.read([self._first + i for i in positions], descriptor)
+        return [None] * len(positions)
 
     def _open(self, pinned: Pinned | None) -> Any:
         """Return the reader; make it when it is first needed."""

@@ -146,8 +146,9 @@ def _remove_block_headers(data: bytes, position: int) -> bytes:
     first = -position % BLOCK
     if first >= len(data):
         return data
-    parts = [data[i + BLOCK_HEADER : i + BLOCK] for i in range(first, len(data), BLOCK)]
-    return b"".join([data[:first], *parts])
+    view = memoryview(data)
+    parts = [view[i + BLOCK_HEADER : i + BLOCK] for i in range(first, len(data), BLOCK)]
+    return b"".join([view[:first], *parts])
 
 
 def _read_fields(message: bytes) -> dict[int, int]:

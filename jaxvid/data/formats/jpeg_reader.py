@@ -11,6 +11,7 @@ import numpy as np
 from jaxvid.data.formats.video_reader import MAX_PIXELS, DecodeError
 from jaxvid.errors import import_or_explain, one_line
 
+READ_IMAGES = 32  # number of images that are in memory at the same time
 PNG = b"\x89PNG\r\n\x1a\n"  # first bytes of a PNG image
 
 
@@ -39,8 +40,7 @@ class JpegFrames:
         name: Name of the video in error messages.
         num_frames: Number of frames.
         fps: Frames per second, or None if unknown.
-        get: Function from a frame number to the bytes of the image. Each call of `get_frames`
-            requests the frames in ascending order.
+        get: Function that returns the bytes of images, from ascending frame numbers.
         close: Function that closes the underlying file; None: there is nothing to close.
         fetch: Function that reads frames of a remote video into the cache, from their numbers;
             None: there is nothing to read.
@@ -52,7 +52,7 @@ class JpegFrames:
         name: str,
         num_frames: int,
         fps: float | None,
-        get: Callable[[int], bytes],
+        get: Callable[[Sequence[int]], Iterable[bytes]],
         close: Callable[[], None] | None = None,
         *,
         fetch: Callable[[Sequence[int]], None] | None = None,
@@ -119,12 +119,13 @@ class JpegFrames:
         if not 0 <= min(numbers) <= max(numbers) < self.num_frames:
             raise IndexError(f"{self._name}: {numbers} outside 0..{self.num_frames - 1}")
         self.fetch(numbers)
+        images = self._iter_images(sorted({*numbers}))
         frame, last = None, None
         for position in sorted(range(len(numbers)), key=numbers.__getitem__):
             i = numbers[position]
             if i != last:
+                image = next(images)
                 try:
-                    image = self._get(i)
                     is_png = bytes(image[: len(PNG)]) == PNG
                     h, w = _png_size(image) if is_png else simplejpeg.decode_jpeg_header(image)[:2]
                     if frame is None and h * w <= self.max_pixels:
@@ -135,8 +136,6 @@ class JpegFrames:
                         frame[:] = _decode_png(image)
                     else:
                         simplejpeg.decode_jpeg(image, colorspace="RGB", buffer=frame)
-                except DecodeError:
-                    raise
                 except (ValueError, OSError, RuntimeError, TypeError) as error:
                     raise DecodeError(
                         f"{self._name}: frame {i} of {self.num_frames} cannot be decoded "
@@ -144,6 +143,15 @@ class JpegFrames:
                     ) from None
                 last = i
             yield position, frame
+
+    def _iter_images(self, numbers: Sequence[int]) -> Iterator[bytes]:
+        """Yield the bytes of images.
+
+        Many are read before the first of them is decoded: decoding evicts the code and data of
+        reading from the CPU caches.
+        """
+        for start in range(0, len(numbers), READ_IMAGES):
+            yield from [*self._get(numbers[start : start + READ_IMAGES])]
 
     def close(self) -> None:
         """Close the underlying file."""

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -137,34 +137,42 @@ class PackRecords(Sequence):
         """Return the indices of the videos that could not be decoded when the pack was made."""
         return [] if self._index is None else self._index.find_empty()
 
-    def read(self, record: int) -> dict:
-        """Read a record.
+    def read(self, records: Sequence[int]) -> Iterator[dict]:
+        """Read records.
 
-        Returns:
-            A dict of `frames` (JPEG or PNG bytes), `label`, and `fps` if the record has it. For
-            packs of `prepare`, all features of `tfds_api.make_features`.
+        Yields:
+            For each record, a dict of `frames` (JPEG or PNG bytes), `label`, and `fps` if the
+            record has it. For packs of `prepare`, all features of `tfds_api.make_features`.
 
         Raises:
-            DecodeError: The record is damaged, or a feature is missing or invalid.
+            DecodeError: A record is damaged, or a feature is missing or invalid.
             InputError: The store of a remote pack cannot be reached or refuses access.
         """
-        try:
-            file, position = self._locate(record)
-            features = parse_record(self._open_file(file).read(position), self._features)
-            if not (frames := features.pop(self._feature, None)):
-                raise ValueError(f"the feature {self._feature!r} is missing, empty or not bytes")
-            values = {"frames": frames, **{name: data[0] for name, data in features.items()}}
-            if self._index is not None and len(values) <= len(FIELDS):
-                raise ValueError(f"it has only the features {', '.join(values)}")
-            if not 0 <= values["label"] < len(self.labels):
-                raise ValueError(
-                    f"label {values['label']} is out of range: 0 to {len(self.labels) - 1}"
-                )
-            return values
-        except InputError:  # the store of a remote pack cannot be reached
-            raise
-        except Exception as error:  # exceptions of array_record and protobuf have no common base
-            raise self.error(record, f"cannot be read ({one_line(error)})") from None
+        for file, group in itertools.groupby(records, self._file_of):
+            numbers = [*group]
+            contents = self._open_file(file).read([self._position(file, i) for i in numbers])
+            for record in numbers:
+                try:
+                    values = self._parse(next(contents))
+                except InputError:  # the store of a remote pack cannot be reached
+                    raise
+                except Exception as error:  # those of array_record and protobuf have no common base
+                    raise self.error(record, f"cannot be read ({one_line(error)})") from None
+                yield values
+
+    def _parse(self, data: bytes) -> dict:
+        """Parse a record; see `read`."""
+        features = parse_record(data, self._features)
+        if not (frames := features.pop(self._feature, None)):
+            raise ValueError(f"the feature {self._feature!r} is missing, empty or not bytes")
+        values = {"frames": frames, **{name: data[0] for name, data in features.items()}}
+        if self._index is not None and len(values) <= len(FIELDS):
+            raise ValueError(f"it has only the features {', '.join(values)}")
+        if not 0 <= values["label"] < len(self.labels):
+            raise ValueError(
+                f"label {values['label']} is out of range: 0 to {len(self.labels) - 1}"
+            )
+        return values
 
     def error(self, record: int, problem: str) -> DecodeError:
         """Return an error that names the data set, a record and its problem."""
@@ -199,17 +207,15 @@ class PackRecords(Sequence):
         """
         positions: dict[int, list[int]] = {}
         for record in records:
-            file, position = self._locate(record)
-            positions.setdefault(file, []).append(position)
+            file = self._file_of(record)
+            positions.setdefault(file, []).append(self._position(file, record))
         with contextlib.suppress(FileNotFoundError):  # reported by `read`
             for file, numbers in positions.items():
                 self._open_file(file).fetch(numbers)
 
-    def _locate(self, record: int) -> tuple[int, int]:
-        """Return the index of the file that contains a record, and its position in it."""
-        file = self._file_of(record)
-        in_part = record - (self._ends[file - 1] if file else 0)
-        return file, in_part + self._ranges[file].start
+    def _position(self, file: int, record: int) -> int:
+        """Return the position of a record in the file that contains it."""
+        return record - (self._ends[file - 1] if file else 0) + self._ranges[file].start
 
     def _open_file(self, file: int) -> ArrayRecordFile:
         """Return a file; open it only once."""
@@ -285,14 +291,19 @@ class PackedVideo:
                 "(see report.json in that folder); restore it and run prepare again, or leave it "
                 "out"
             )
-        listed, read = self.listed, functools.lru_cache(1)(self._read)
+        listed, size = self.listed, self.listed.frames_per_record
 
-        def get(i: int) -> bytes:
-            number, position = divmod(i, listed.frames_per_record)
-            return read(number)["frames"][position]
+        def get(numbers: Sequence[int]) -> Iterator[bytes]:
+            groups = {
+                part: [*group] for part, group in itertools.groupby(numbers, lambda i: i // size)
+            }
+            for group, values in zip(groups.values(), self._read([*groups]), strict=True):
+                for i in group:
+                    yield values["frames"][i % size]
 
         def get_times() -> np.ndarray:
-            data = read(0)["times"]
+            [record] = self._read([0])
+            data = record["times"]
             # Drop an incomplete last value, so that the check below reports truncated data.
             times = np.frombuffer(data[: len(data) // 8 * 8], "<f8")
             if len(times) != listed.num_frames or not (np.diff(times) >= 0).all():
@@ -300,7 +311,7 @@ class PackedVideo:
             return times
 
         def fetch(numbers: Sequence[int]) -> None:
-            parts = {int(i) // listed.frames_per_record for i in numbers}
+            parts = {int(i) // size for i in numbers}
             self.records.fetch([listed.record + number for number in parts])
 
         return JpegFrames(
@@ -319,14 +330,20 @@ class PackedVideo:
         rate = np.float32(listed.fps).item()  # records store it as float32
         return encode_id(listed.id), listed.label, listed.num_frames, rate
 
-    def _read(self, number: int) -> dict:
-        """Read record `number` of the video and compare it with the index.
+    def _read(self, numbers: Sequence[int]) -> Iterator[dict]:
+        """Yield records of the video, compared with the index.
 
         Raises:
-            DecodeError: The record is damaged, or differs from the index.
+            DecodeError: A record is damaged, or differs from the index.
         """
+        records = self.records.read([self.listed.record + number for number in numbers])
+        for number, values in zip(numbers, records, strict=True):
+            self._check(number, values)
+            yield values
+
+    def _check(self, number: int, values: dict) -> None:
+        """Compare record `number` of the video with the index."""
         listed = self.listed
-        values = self.records.read(listed.record + number)
         first = number * listed.frames_per_record
         count = min(listed.frames_per_record, listed.num_frames - first)
         expected = (*self._stored, first, count)
@@ -339,7 +356,6 @@ class PackedVideo:
             ]
             problem = f"contains {texts[0]}, but the index lists {texts[1]}"
             raise self.records.error(listed.record + number, problem)
-        return values
 
 
 @dataclasses.dataclass
@@ -388,9 +404,10 @@ class TfdsVideo:
             DecodeError: Its record is damaged.
         """
         self._label = 0  # remains if reading the record fails
-        values = self.records.read(self.index)
+        [values] = self.records.read([self.index])
         self._label = values["label"]
         frames, fps = values["frames"], values.get("fps", 0.0)
         # The shortest decimal gives back 6.4, which float32 stores as 6.4000001.
         rate = float(str(np.float32(fps))) if 0.01 <= fps <= 1000 else None
-        return JpegFrames(f"{self.records.name}: {self.id}", len(frames), rate, frames.__getitem__)
+        get = functools.partial(map, frames.__getitem__)
+        return JpegFrames(f"{self.records.name}: {self.id}", len(frames), rate, get)

@@ -17,7 +17,7 @@ import shutil
 import struct
 import weakref
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ MAGIC = b"jaxvid offsets 1"
 ROW = np.dtype([("start", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 _ROW = struct.Struct("<QII")
 MAX_CHUNK = 2**28  # bytes; larger records are read by array_record
+MAX_SPAN = 2**16  # bytes of rows that are read at once
 NOTED_MEGABYTES = 50
 READ_RECORDS = 64  # number of records that are in memory at the same time
 
@@ -169,42 +170,65 @@ class RecordOffsets:
         Raises:
             InputError: The store cannot be reached or refuses access.
         """
-        first, last = min(records), max(records)
-        start, stop = (len(MAGIC) + record * _ROW.size for record in (first, last + 1))
         try:
             with Pinned(self._path) as pinned:
-                pinned.fetch([(start, stop)])
-                data = os.pread(self._descriptor, stop - start, start)
-            rows = [_ROW.unpack_from(data, (record - first) * _ROW.size) for record in records]
+                pinned.fetch([_range_of_rows(records)])
+                rows = self._read_rows(records)
         except (OSError, struct.error):
             return None
         if not all(0 < size <= MAX_CHUNK for _, size, _ in rows):
             return None
         return [(start, start + size) for start, size, _ in rows]
 
-    def read(self, record: int, descriptor: int) -> bytes | None:
-        """Read a record of the split.
+    def read(self, records: Sequence[int], descriptor: int) -> Iterator[bytes | None]:
+        """Read records of the split.
 
         Args:
-            record: Index of the record in the split.
-            descriptor: The open ArrayRecord file that contains it.
+            records: Indices of records in the split.
+            descriptor: The open ArrayRecord file that contains them.
 
-        Returns:
-            The record; None if it or its row is damaged.
+        Yields:
+            Each record; None if it or a row is damaged.
         """
         try:
-            position = len(MAGIC) + record * _ROW.size
-            row = os.pread(self._descriptor, _ROW.size, position)
-            start, size, crc32 = _ROW.unpack(row)
-            if size > MAX_CHUNK:
-                return None
-            [data] = parse_chunk(os.pread(descriptor, size, start), start)
-        except (OSError, ValueError, IndexError, OverflowError, struct.error):
-            return None
-        return data if zlib.crc32(data) == crc32 else None
+            rows = self._read_rows(records)
+        except (OSError, struct.error):
+            rows = [None] * len(records)
+        for row in rows:
+            yield None if row is None else _read_record(descriptor, *row)
+
+    def _read_rows(self, records: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Return the start, size and CRC-32 of records; rows between them are read too."""
+        start, stop = _range_of_rows(records)
+        if stop - start > MAX_SPAN:
+            return [row for record in records for row in self._read_rows([record])]
+        data = os.pread(self._descriptor, stop - start, start)
+        return [_ROW.unpack_from(data, _row_position(record) - start) for record in records]
 
     def __reduce__(self) -> tuple:
         return RecordOffsets, (self._path,)
+
+
+def _range_of_rows(records: Sequence[int]) -> tuple[int, int]:
+    """Return the range of bytes `(start, stop)` from the first to the last row of records."""
+    start = _row_position(min(records, default=0))
+    return start, _row_position(max(records, default=-1) + 1)
+
+
+def _row_position(record: int) -> int:
+    """Return the position of a record's row in the file of a split."""
+    return len(MAGIC) + record * _ROW.size
+
+
+def _read_record(descriptor: int, start: int, size: int, crc32: int) -> bytes | None:
+    """Return the record in a chunk; None if it or its row is damaged."""
+    if size > MAX_CHUNK:
+        return None
+    try:
+        [data] = parse_chunk(os.pread(descriptor, size, start), start)
+    except (OSError, ValueError, IndexError, OverflowError):
+        return None
+    return data if zlib.crc32(data) == crc32 else None
 
 
 def open_descriptor(owner: object, path: str | Path) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 from pathlib import Path
@@ -71,7 +72,9 @@ class H5Record:
                 ) from None
             return jpeg.tobytes() if hasattr(jpeg, "tobytes") else jpeg
 
-        return JpegFrames(str(self.path), len(frames), self.fps, get, resources.close)
+        return JpegFrames(
+            str(self.path), len(frames), self.fps, functools.partial(map, get), resources.close
+        )
 
     def _unreadable(self, error: Exception) -> DecodeError:
         """Return a DecodeError for a file that h5py cannot read."""
