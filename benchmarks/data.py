@@ -39,8 +39,9 @@ from jaxvid.data.clips.clip import (
     sampling,
     transforms,
 )
-from jaxvid.data.formats.pack_reader import PackedVideo, PackRecords
+from jaxvid.data.formats.pack_reader import PackRecords
 from jaxvid.data.formats.pack_writer import Settings
+from jaxvid.data.formats.packed_videos import PackedVideo
 from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.data.prepare import prepare
 

@@ -15,7 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.proto import tf_example_pb2
 
 from jaxvid.data.formats.jpeg_reader import keep_freed_memory
-from jaxvid.data.formats.pack_reader import PackedVideo
+from jaxvid.data.formats.packed_videos import PackedVideo
 
 
 def make_batches(

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jaxvid.data.file_checks import map_files
-from jaxvid.data.formats.pack_reader import PackRecords, TfdsVideo
+from jaxvid.data.formats.pack_reader import PackRecords
+from jaxvid.data.formats.packed_videos import TfdsVideo
 from jaxvid.data.protocols import VideoRecord
 from jaxvid.data.records import VideoFiles, files_of, ids_of
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxvid.block_cache import Pinned, address_of
 from jaxvid.data.clips.clip import ClipSpec, clip_frames
-from jaxvid.data.formats.pack_reader import PackedVideo, TfdsVideo
+from jaxvid.data.formats.packed_videos import PackedVideo, TfdsVideo
 from jaxvid.data.protocols import VideoRecord
 from jaxvid.errors import DecodeError, InputError
 

@@ -9,7 +9,7 @@ import pytest
 from jaxvid.data import sources
 from jaxvid.data.formats.frame_array import FrameArray
 from jaxvid.data.formats.jpeg_reader import JpegFrames
-from jaxvid.data.formats.pack_reader import PackedVideo, TfdsVideo
+from jaxvid.data.formats.packed_videos import PackedVideo, TfdsVideo
 from jaxvid.data.formats.video_reader import DecodeError, VideoFile
 from jaxvid.data.formats.xvit_hdf5 import H5Record
 from jaxvid.data.protocols import VideoReader, VideoRecord

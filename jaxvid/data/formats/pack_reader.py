@@ -2,8 +2,6 @@
 
 import bisect
 import contextlib
-import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -11,18 +9,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from jaxvid.block_cache import address_of
 from jaxvid.data.formats.array_record_file import ArrayRecordFile
-from jaxvid.data.formats.jpeg_reader import JpegFrames
-from jaxvid.data.formats.pack_index import (
-    LABEL_FILE,
-    PackedVideoInfo,
-    PackIndex,
-    check_label_file,
-    table_path,
-)
+from jaxvid.data.formats.pack_index import LABEL_FILE, PackIndex, check_label_file, table_path
+from jaxvid.data.formats.packed_videos import PackedVideo, TfdsVideo
 from jaxvid.data.formats.record_offsets import RecordOffsets, offsets_path
 from jaxvid.data.formats.tfds_api import (
     MAX_METADATA_BYTES,
@@ -148,31 +138,43 @@ class PackRecords(Sequence):
             DecodeError: A record is damaged, or a feature is missing or invalid.
             InputError: The store of a remote pack cannot be reached or refuses access.
         """
+        for record, data in zip(records, self.read_data(records), strict=True):
+            yield self.parse(record, data)
+
+    def read_data(self, records: Sequence[int]) -> Iterator[bytes]:
+        """Yield records as they are stored. Errors: as in `read`."""
         for file, group in itertools.groupby(records, self._file_of):
             numbers = [*group]
             contents = self._open_file(file).read([self._position(file, i) for i in numbers])
             for record in numbers:
                 try:
-                    values = self._parse(next(contents))
+                    data = next(contents)
                 except InputError:  # the store of a remote pack cannot be reached
                     raise
-                except Exception as error:  # those of array_record and protobuf have no common base
-                    raise self.error(record, f"cannot be read ({one_line(error)})") from None
-                yield values
+                except Exception as error:  # exceptions of array_record have no common base
+                    raise self._unreadable(record, error) from None
+                yield data
 
-    def _parse(self, data: bytes) -> dict:
-        """Parse a record; see `read`."""
-        features = parse_record(data, self._features)
-        if not (frames := features.pop(self._feature, None)):
-            raise ValueError(f"the feature {self._feature!r} is missing, empty or not bytes")
-        values = {"frames": frames, **{name: data[0] for name, data in features.items()}}
-        if self._index is not None and len(values) <= len(FIELDS):
-            raise ValueError(f"it has only the features {', '.join(values)}")
-        if not 0 <= values["label"] < len(self.labels):
-            raise ValueError(
-                f"label {values['label']} is out of range: 0 to {len(self.labels) - 1}"
-            )
-        return values
+    def parse(self, record: int, data: bytes) -> dict:
+        """Parse a record. Result and errors: as in `read`."""
+        try:
+            features = parse_record(data, self._features)
+            if not (frames := features.pop(self._feature, None)):
+                raise ValueError(f"the feature {self._feature!r} is missing, empty or not bytes")
+            values = {"frames": frames, **{name: data[0] for name, data in features.items()}}
+            if self._index is not None and len(values) <= len(FIELDS):
+                raise ValueError(f"it has only the features {', '.join(values)}")
+            if not 0 <= values["label"] < len(self.labels):
+                raise ValueError(
+                    f"label {values['label']} is out of range: 0 to {len(self.labels) - 1}"
+                )
+            return values
+        except Exception as error:  # exceptions of protobuf have no common base
+            raise self._unreadable(record, error) from None
+
+    def _unreadable(self, record: int, error: Exception) -> DecodeError:
+        """Return an error that names a record that cannot be read, and the reason."""
+        return self.error(record, f"cannot be read ({one_line(error)})")
 
     def error(self, record: int, problem: str) -> DecodeError:
         """Return an error that names the data set, a record and its problem."""
@@ -230,7 +232,7 @@ class PackRecords(Sequence):
     def __len__(self) -> int:
         return self._ends[-1] if self._index is None else len(self._index)
 
-    def __getitem__(self, index: int | slice) -> "PackedVideo | TfdsVideo | list":
+    def __getitem__(self, index: int | slice) -> PackedVideo | TfdsVideo | list:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
@@ -245,169 +247,3 @@ class PackRecords(Sequence):
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
-
-
-def encode_id(id_: str) -> bytes:
-    """Encode an id as records store it: as the bytes of a file name, which need not be UTF-8."""
-    return id_.encode("utf-8", "surrogateescape")
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedVideo:
-    """A labelled video of a pack with an index. Opening the video does not read any record.
-
-    Attributes:
-        records: The split that contains it.
-        listed: Its row in the index.
-    """
-
-    records: PackRecords
-    listed: PackedVideoInfo
-
-    @property
-    def id(self) -> str:
-        """Its id, unique in the split."""
-        return self.listed.id
-
-    @property
-    def label(self) -> int:
-        """Index of its class."""
-        return self.listed.label
-
-    @property
-    def path(self) -> Path:
-        """The file that contains its first record."""
-        return self.records.path_of(self.listed.record)
-
-    def open(self) -> JpegFrames:
-        """Open the video. Damage is found only when a record is read.
-
-        Raises:
-            DecodeError: The video could not be decoded when the pack was made.
-        """
-        if not self.listed.num_frames:
-            raise DecodeError(
-                f"{self.records.name}: {self.listed.id}: could not be decoded when it was packed "
-                "(see report.json in that folder); restore it and run prepare again, or leave it "
-                "out"
-            )
-        listed, size = self.listed, self.listed.frames_per_record
-
-        def get(numbers: Sequence[int]) -> Iterator[bytes]:
-            groups = {
-                part: [*group] for part, group in itertools.groupby(numbers, lambda i: i // size)
-            }
-            for group, values in zip(groups.values(), self._read([*groups]), strict=True):
-                for i in group:
-                    yield values["frames"][i % size]
-
-        def get_times() -> np.ndarray:
-            [record] = self._read([0])
-            data = record["times"]
-            # Drop an incomplete last value, so that the check below reports truncated data.
-            times = np.frombuffer(data[: len(data) // 8 * 8], "<f8")
-            if len(times) != listed.num_frames or not (np.diff(times) >= 0).all():
-                raise self.records.error(listed.record, "has no valid frame times")
-            return times
-
-        def fetch(numbers: Sequence[int]) -> None:
-            parts = {int(i) // size for i in numbers}
-            self.records.fetch([listed.record + number for number in parts])
-
-        return JpegFrames(
-            f"{self.records.name}: {listed.id}",
-            listed.num_frames,
-            listed.fps or None,
-            get,
-            fetch=fetch if self.records.is_remote else None,
-            get_times=get_times if listed.has_times else None,
-        )
-
-    @functools.cached_property
-    def _stored(self) -> tuple[bytes, int, int, float]:
-        """Id, label, number of frames and frame rate as all its records contain them."""
-        listed = self.listed
-        rate = np.float32(listed.fps).item()  # records store it as float32
-        return encode_id(listed.id), listed.label, listed.num_frames, rate
-
-    def _read(self, numbers: Sequence[int]) -> Iterator[dict]:
-        """Yield records of the video, compared with the index.
-
-        Raises:
-            DecodeError: A record is damaged, or differs from the index.
-        """
-        records = self.records.read([self.listed.record + number for number in numbers])
-        for number, values in zip(numbers, records, strict=True):
-            self._check(number, values)
-            yield values
-
-    def _check(self, number: int, values: dict) -> None:
-        """Compare record `number` of the video with the index."""
-        listed = self.listed
-        first = number * listed.frames_per_record
-        count = min(listed.frames_per_record, listed.num_frames - first)
-        expected = (*self._stored, first, count)
-        names = ("id", "label", "num_frames", "fps", "first")
-        actual = (*map(values.__getitem__, names), len(values["frames"]))
-        if actual != expected:
-            form = "{0!r}, label {1}, {5} of {2} frames, {3:.6g} frames/s, from frame {4}"
-            texts = [
-                form.format(row[0].decode(errors="replace"), *row[1:]) for row in (actual, expected)
-            ]
-            problem = f"contains {texts[0]}, but the index lists {texts[1]}"
-            raise self.records.error(listed.record + number, problem)
-
-
-@dataclasses.dataclass
-class TfdsVideo:
-    """A labelled video that is one record of a TFDS data set. Reading the label reads the record.
-
-    Attributes:
-        records: The split that contains it.
-        index: Index of its record in the split.
-    """
-
-    records: PackRecords
-    index: int
-    _label: int | None = dataclasses.field(default=None, init=False, repr=False)
-
-    @property
-    def id(self) -> str:
-        """Split and index of its record: an id that is known without reading the record."""
-        return self.records.id_of(self.index)
-
-    @property
-    def path(self) -> Path:
-        """The file that contains it."""
-        return self.records.path_of(self.index)
-
-    @property
-    def label(self) -> int:
-        """Index of its class; 0 if the record cannot be read."""
-        if self._label is None:
-            with contextlib.suppress(DecodeError):
-                self.open()
-        return self._label
-
-    def fetch(self) -> None:
-        """Read the record of a remote data set into the cache.
-
-        Raises:
-            InputError: The store cannot be reached or refuses access.
-        """
-        self.records.fetch([self.index])
-
-    def open(self) -> JpegFrames:
-        """Open the video.
-
-        Raises:
-            DecodeError: Its record is damaged.
-        """
-        self._label = 0  # remains if reading the record fails
-        [values] = self.records.read([self.index])
-        self._label = values["label"]
-        frames, fps = values["frames"], values.get("fps", 0.0)
-        # The shortest decimal gives back 6.4, which float32 stores as 6.4000001.
-        rate = float(str(np.float32(fps))) if 0.01 <= fps <= 1000 else None
-        get = functools.partial(map, frames.__getitem__)
-        return JpegFrames(f"{self.records.name}: {self.id}", len(frames), rate, get)

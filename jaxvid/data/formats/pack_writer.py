@@ -12,7 +12,7 @@ from PIL import Image
 from jaxvid.data.check import MAX_SECONDS, Finding, examine, spread
 from jaxvid.data.clips.sampling import frames_at_times
 from jaxvid.data.formats import tfds_api
-from jaxvid.data.formats.pack_reader import encode_id
+from jaxvid.data.formats.packed_videos import encode_id
 from jaxvid.data.formats.rgb import COLOR_MATRICES
 from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.data.records import Record, VideoFiles

@@ -264,6 +264,39 @@ def parse_record(data: bytes, names: Iterable[str]) -> dict[str, Sequence]:
     return {name: value for name, value in values.items() if value}
 
 
+def make_example(features: dict[str, bytes | int | float]) -> Any:
+    """Return a protobuf message with one value per feature.
+
+    Args:
+        features: Feature, a key of `KINDS`, → its value.
+    """
+    example = _example_type()()
+    for name, value in features.items():
+        getattr(example.features.feature[name], KINDS[name]).value.append(value)
+    return example
+
+
+def take_frames(data: bytes, others: Any) -> Sequence[bytes] | None:
+    """Return the feature `frames` of a record whose other features are known.
+
+    `parse_record` and a comparison of the features take 2.5 times as long.
+
+    Args:
+        data: The record.
+        others: Message with all other features.
+
+    Returns:
+        The values; None if the record is damaged or another feature differs.
+    """
+    try:
+        example = _example_type().FromString(data)
+    except Exception:  # one of protobuf's
+        return None
+    frames = example.features.feature["frames"].bytes_list.value  # empty if there are none
+    del example.features.feature["frames"]
+    return frames if example == others else None
+
+
 # ------------------------------------------------------------------ writing
 
 
