@@ -42,6 +42,7 @@ from jaxvid.storage.model_card import (
     CARD_NAME,
     FORMAT_VERSION,
     RATE_FIELDS,
+    card_of,
     describe_label_difference,
     load_card,
     make_card,
@@ -293,21 +294,28 @@ def save_model(
 ) -> None:
     """Save a network as a model folder.
 
+    A network from `load_model` keeps the function from its logits to probabilities.
+
     Args:
         model: A network from `create_model` or `load_model`.
         folder: Folder to write, or its address. An existing model folder is replaced.
         preprocessing: Preprocessing of the network's clips, as in the `model.json` of a trained
-            model, or None if it is unknown.
-        labels: Class names in the order of the class indices, or None if they are unknown.
+            model. None: that of the folder that the network was loaded from, otherwise unknown.
+        labels: Class names in the order of the class indices, or None if they are unknown. Those
+            of a loaded network are not kept, because the classes may have changed in training.
 
     Raises:
         InputError: The folder exists and is not a model folder, or cannot be written.
     """
-    save_model_folder(
-        folder,
-        split_params(model)[1],
-        make_card(model.config, preprocessing=preprocessing, labels=labels, provenance={}),
+    loaded = card_of(model) or {"preprocessing": None, "activation": "softmax"}
+    card = make_card(
+        model.config,
+        preprocessing=loaded["preprocessing"] if preprocessing is None else preprocessing,
+        labels=labels,
+        activation=loaded["activation"],
+        provenance={},
     )
+    save_model_folder(folder, split_params(model)[1], card)
 
 
 def fingerprint(params: Params) -> str:

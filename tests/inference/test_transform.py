@@ -1,5 +1,7 @@
 """The preprocessing of a model as a function."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import jaxvid
 from jaxvid.data.formats.video_reader import VideoFile
 from jaxvid.errors import InputError
 from jaxvid.models import merge_params, split_params
+from jaxvid.storage.model_card import load_card
 
 
 def test_the_model_and_its_transform_equal_the_classifier(folders, clips):
@@ -42,11 +45,24 @@ def test_frame_rate_of_an_array(folders, clips):
     assert (transform(frames, 5) != transform(clips[3])).any()
 
 
+def test_saved_networks_keep_their_preprocessing_but_not_their_class_names(folders, tmp_path):
+    jaxvid.save_model(jaxvid.load_model(folders / "xvit"), tmp_path / "again")
+    before, after = (load_card(folder) for folder in (folders / "xvit", tmp_path / "again"))
+    assert after["preprocessing"] == before["preprocessing"]
+    assert (after["labels"], after["activation"]) == (None, before["activation"])
+    card = json.loads((tmp_path / "again" / "model.json").read_text())
+    (tmp_path / "again" / "model.json").write_text(json.dumps(card | {"activation": "sigmoid"}))
+    jaxvid.save_model(
+        jaxvid.load_model(tmp_path / "again"), tmp_path / "third", labels=before["labels"]
+    )
+    assert load_card(tmp_path / "third")["activation"] == "sigmoid"
+
+
 def test_unknown_preprocessing_is_refused(folders, tmp_path):
     model = jaxvid.load_model(folders / "xvit")
     with pytest.raises(InputError, match="does not come from load_model, .* pass its model folder"):
         jaxvid.make_transform(merge_params(*split_params(model)))
-    jaxvid.save_model(model, tmp_path / "bare")
+    jaxvid.save_model(merge_params(*split_params(model)), tmp_path / "bare")
     for source in (tmp_path / "bare", jaxvid.load_model(tmp_path / "bare")):
         with pytest.raises(InputError, match="preprocessing is missing; export the model again"):
             jaxvid.make_transform(source)
