@@ -24,6 +24,7 @@ class NoiseRecord:
     """A video that repeats one generated frame of noise, so that nothing is decoded."""
 
     label = 0
+    path = None
     num_frames = 32
     fps = 30.0
 
