@@ -159,9 +159,9 @@ def live_clip(video: UploadedVideo, spec: ClipSpec, parts: Sequence[tuple[int, i
     """
     with open(video.file, "rb") as file:
 
-        def read(i: int) -> bytes:
-            start, size = parts[i]
-            return os.pread(file.fileno(), size, start)
+        def read(numbers: Sequence[int]) -> Iterator[bytes]:
+            for start, size in map(parts.__getitem__, numbers):
+                yield os.pread(file.fileno(), size, start)
 
         reader = JpegFrames(video.id, len(parts), None, read)
         reader.max_pixels = limit = video.limits.pixels

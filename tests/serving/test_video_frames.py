@@ -1,6 +1,7 @@
 """Frames of a video as pictures, and clips of live pictures."""
 
 import base64
+import functools
 import io
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_pictures_are_scaled_down_only():
 def make_jpegs(levels, size=(24, 32)):
     pictures = [np.full((*size, 3), level, np.uint8) for level in levels]
     jpegs = [simplejpeg.encode_jpeg(picture, quality=95) for picture in pictures]
-    return JpegFrames("video", len(jpegs), None, jpegs.__getitem__)
+    return JpegFrames("video", len(jpegs), None, functools.partial(map, jpegs.__getitem__))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_live_clips_are_the_centre_crop():
     picture = np.zeros((18, 60, 3), np.uint8)
     picture[:, 22:38] = 200  # the centre
     jpeg = simplejpeg.encode_jpeg(picture, quality=95)
-    reader = JpegFrames("video", 4, None, lambda i: jpeg)
+    reader = JpegFrames("video", 4, None, lambda numbers: [jpeg] * len(numbers))
     clip = video_frames.make_live_clip(reader, make_spec(num_crops=3))
     assert clip["video"].mean() > 190
 
@@ -92,7 +93,7 @@ def test_live_pictures_of_different_sizes_are_refused():
         simplejpeg.encode_jpeg(np.zeros((side, side, 3), np.uint8)) for side in (16, 24, 16, 16)
     ]
     with pytest.raises(DecodeError):
-        video_frames.make_live_clip(JpegFrames("v", 4, None, jpegs.__getitem__), make_spec())
+        video_frames.make_live_clip(JpegFrames("v", 4, None, lambda _: jpegs), make_spec())
 
 
 def test_live_pictures_above_the_limit_are_refused(tmp_path):
