@@ -1,8 +1,9 @@
-"""The least that a program does which reads training clips from a pack with existing libraries.
+"""A minimal loader of training clips from a pack, which only calls existing libraries.
 
-It reads records with array_record, parses them with protobuf, decodes them with simplejpeg, and
-crops and mirrors them. Grain draws and batches them. It checks nothing and handles no errors, and
-it needs 8 bytes of memory per record. `benchmarks/input_cost.py` compares its cost with jaxvid's.
+It reads records with array_record, parses them with protobuf, decodes the frames with simplejpeg,
+and crops and mirrors them. Grain shuffles and batches the clips. It checks nothing, handles no
+errors, and needs 8 bytes of memory per record. `benchmarks/input_cost.py` compares its cost with
+jaxvid's.
 """
 
 from collections.abc import Iterator, Sequence

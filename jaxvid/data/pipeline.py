@@ -37,7 +37,7 @@ class _Thread(threading.local):
     """State of a decoding thread."""
 
     def __init__(self):
-        # Of the same type as Grain's. A new one per clip takes 10 times as long as its state.
+        # Philox as in Grain. Setting its state is 10 times as fast as a new generator per clip.
         self.generator = np.random.Generator(np.random.Philox(0))
 
 

@@ -35,7 +35,7 @@ class OnnxNetwork:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = num_threads or 0  # 0: chosen by ONNX Runtime
         options.log_severity_level = 3  # errors; they are also raised
-        # Without it, int8 products overflow on CPUs that have AVX2 or AVX512, but not VNNI.
+        # By default, int8 products overflow on CPUs that have AVX2 or AVX512, but not VNNI.
         options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             session = runtime.InferenceSession(data, options, ["CPUExecutionProvider"])

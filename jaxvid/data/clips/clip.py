@@ -206,7 +206,7 @@ def _crop_frames(
         draw = transforms.draw_random_crop
         short_side = int(rng.integers(*spec.train_short_side, endpoint=True))
     for t, frame in frames:
-        if short_side not in (0, min(frame.shape[:2])):
+        if short_side:
             frame = _resize(frame[None], short_side, spec, exact=False)[0]
         if window is None:
             window = draw(*frame.shape[:2], spec.crop, rng)

@@ -40,7 +40,7 @@ class JpegFrames:
         name: Name of the video in error messages.
         num_frames: Number of frames.
         fps: Frames per second, or None if unknown.
-        get: Function that returns the bytes of images, from ascending frame numbers.
+        get: Function from ascending frame numbers to the bytes of their images.
         close: Function that closes the underlying file; None: there is nothing to close.
         fetch: Function that reads frames of a remote video into the cache, from their numbers;
             None: there is nothing to read.
@@ -147,8 +147,8 @@ class JpegFrames:
     def _iter_images(self, numbers: Sequence[int]) -> Iterator[bytes]:
         """Yield the bytes of images.
 
-        Many are read before the first of them is decoded: decoding evicts the code and data of
-        reading from the CPU caches.
+        They are read in groups before they are decoded, because decoding evicts the code and data
+        that reading needs from the CPU caches.
         """
         for start in range(0, len(numbers), READ_IMAGES):
             yield from [*self._get(numbers[start : start + READ_IMAGES])]

@@ -290,7 +290,7 @@ def take_frames(data: bytes, others: Any) -> Sequence[bytes] | None:
     """
     try:
         example = _example_type().FromString(data)
-    except Exception:  # one of protobuf's
+    except Exception:  # exceptions of protobuf have no common base
         return None
     frames = example.features.feature["frames"].bytes_list.value  # empty if there are none
     del example.features.feature["frames"]
