@@ -1,11 +1,12 @@
 """JAX's distributed runtime. All uses of its private API are in this file.
 
-This use was checked with jax 0.10.2: `jax._src.xla_bridge.backends_are_initialized`,
+This use was checked with jax 0.10.2 and 0.11.2: `jax._src.xla_bridge.backends_are_initialized`,
 `jax._src.distributed.global_state`, the constructor of the distributed client in
 `jax._src.lib._jax`, and the client's key-value functions, which release the GIL and raise
 JaxRuntimeError if process 0 cannot be reached.
 """
 
+import ctypes
 import dataclasses
 import platform
 import threading
@@ -93,6 +94,18 @@ def connection() -> Connection | None:
     lost = _relay.lost if _relay else None
     store = JaxStore(state.client)
     return Connection(store, state.process_id, state.num_processes, lost, platform.node())
+
+
+def detach() -> None:
+    """Let this process exit without waiting for the others, which must have finished as well.
+
+    JAX's exit handler would wait for the other processes once more. If process 0 ends before it has
+    answered, this process would wait forever, because `Relay` hides that the connection is broken.
+    """
+    state = distributed.global_state
+    for leaked in (state.client, state.service):  # their destructors would wait, or abort
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(leaked))
+    state.client = state.service = None
 
 
 class _Joining:

@@ -71,6 +71,7 @@ def failing_together() -> Iterator[None]:
         except SystemExit as error:  # usually raised in all processes
             stop = error
         peers.leave()
+        jax_runtime.detach()
     except BaseException as error:
         failure = peers.end_together(stop or error)
         if failure is error:
@@ -204,9 +205,7 @@ class ProcessGroup:
 
     def _as_error(self, failure: PeerError) -> InputError:
         """Return the exception to raise in the main thread for the failure of the run."""
-        if self._is_own(failure):
-            return InputError(failure.cause)
-        return failure.copy()
+        return InputError(failure.cause) if self._is_own(failure) else failure.copy()
 
     @contextlib.contextmanager
     def _failure_first(self) -> Iterator[None]:

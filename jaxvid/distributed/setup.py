@@ -26,7 +26,6 @@ LAUNCHERS = {
 # Cluster-detection method → what it requires.
 NEEDS = {"mpi4py": "the package mpi4py", "k8s": "the package kubernetes", "slurm": "srun"}
 LOG_SECONDS = 10  # time waiting for the other processes after which a line is printed
-SHUTDOWN_SECONDS = 60  # timeout of the barrier at exit, once all processes have finished
 # JAX's own timeouts of joining and of heartbeats must never be reached: they abort the process with
 # a stack dump. `jax_runtime.join` limits the join, and `process_group` has its own heartbeats.
 UNLIMITED_SECONDS = 10**6
@@ -91,7 +90,6 @@ def init_processes(
         cluster_detection_method=method,
         initialization_timeout=UNLIMITED_SECONDS,
         heartbeat_timeout_seconds=UNLIMITED_SECONDS,
-        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
     try:
         with _log_long_wait(reason):

@@ -129,6 +129,19 @@ except InputError as error:
     sys.exit(error.EXIT_CODE)
 """
 
+# After two processes have finished, process 0 is gone before process 1 exits.
+FINISHING = """
+import os, sys, time
+from jaxvid.distributed import collectives, process_group, setup
+
+setup.init_processes(sys.argv[1], 2, int(sys.argv[2]))
+with process_group.failing_together():
+    collectives.gather(sys.argv[2])
+if sys.argv[2] == "0":
+    os._exit(0)
+time.sleep(1)
+"""
+
 # Two processes save a checkpoint; files of process 1 are limited to 8000 bytes.
 SAVING = """
 import resource, sys
@@ -256,6 +269,14 @@ def test_a_killed_process_ends_the_other_with_one_line(killed, cause):
     assert output == f"error: process {killed} on {HOST}: {cause}\n"
     assert runs[1 - killed].returncode == InputError.EXIT_CODE
     assert time.monotonic() - start < END_SECONDS
+
+
+def test_a_process_exits_although_process_0_is_gone():
+    """JAX's exit handler would wait for process 0 forever."""
+    with two_processes(FINISHING) as runs:
+        outputs = [run.communicate(timeout=END_SECONDS)[0] for run in runs]
+    assert outputs == ["", ""]
+    assert [run.returncode for run in runs] == [0, 0]
 
 
 def test_a_failed_save_in_one_process_ends_both(tmp_path):
