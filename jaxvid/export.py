@@ -122,7 +122,7 @@ def export(
         data, about = export_onnx(
             model, preprocessing, card["activation"], precision=precision, calibrate=calibrate
         )
-        description |= _describe_onnx(output, model, spec, card["activation"]) | about
+        description |= _describe_onnx(output, model, spec, card["activation"], precision) | about
     else:
         data = export_safetensors(model, card)
         description |= _describe_weights(output, model)
@@ -150,16 +150,27 @@ def _describe_program(output: OutputPath, model: nnx.Module, spec: ClipSpec) -> 
     }
 
 
-def _describe_onnx(output: OutputPath, model: nnx.Module, spec: ClipSpec, activation: str) -> dict:
+def _describe_onnx(
+    output: OutputPath, model: nnx.Module, spec: ClipSpec, activation: str, precision: str
+) -> dict:
     """Describe the input and outputs of an ONNX file, and how to load it."""
     signature = _describe_signature(model, spec)
     probabilities = signature["output"] | {"meaning": f"{activation} of the logits"}
+    options, argument = [], ""
+    if precision == "int8":
+        options = [
+            "options = onnxruntime.SessionOptions()",
+            "# Without this option, int8 products overflow on x86 CPUs that do not have VNNI.",
+            "options.add_session_config_entry('session.x64quantprecision', '1')",
+        ]
+        argument = ", options"
     return {
         **signature,
         "probabilities": probabilities,
         "load": [
             "import onnxruntime  # pip install onnxruntime",
-            f"session = onnxruntime.InferenceSession({output.name!r})",
+            *options,
+            f"session = onnxruntime.InferenceSession({output.name!r}{argument})",
             "logits, probabilities = session.run(None, {'clips': clips})",
         ],
     }

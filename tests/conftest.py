@@ -4,11 +4,10 @@ import logging
 import os
 from pathlib import Path
 
+from tests.xla_flags import fake_devices
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the time of the tests is spent in compilation, which takes half as long without
-# optimisation.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fake_devices(8)}"
 
 import jax
 import pytest

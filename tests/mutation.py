@@ -27,8 +27,10 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.xla_flags import FAST_COMPILATION
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = FAST_COMPILATION
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import cv2  # noqa: F401  slow imports are done once, before the forks

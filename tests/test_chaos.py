@@ -16,6 +16,7 @@ import pytest
 
 from jaxvid.training import checkpoint
 from tests.outputs import check_same_outputs
+from tests.xla_flags import FAST_COMPILATION
 
 ROOT = Path(__file__).parents[1]
 STEPS = 90
@@ -42,8 +43,7 @@ def start(workdir: Path, data: Path, fields: dict = FIELDS) -> subprocess.Popen:
     command = [sys.executable, "main.py", "--config=configs/motion.py", f"--workdir={workdir}"]
     fields = fields | {"data.folder": data}
     command += [f"--config.{name}={value}" for name, value in fields.items()]
-    flags = "--xla_backend_optimization_level=0"  # halves the compilation time
-    environment = os.environ | {"XLA_FLAGS": flags}
+    environment = os.environ | {"XLA_FLAGS": FAST_COMPILATION}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with open(f"{workdir}.txt", "a") as output:
         return subprocess.Popen(

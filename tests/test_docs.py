@@ -35,6 +35,7 @@ from jaxvid.experiment import resolve
 from jaxvid.training import outputs
 from tests.programs import write_evaluation
 from tests.serving.running_server import make_fake_model, running
+from tests.xla_flags import FAST_COMPILATION
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md"]
@@ -442,7 +443,7 @@ def run_command(command: str, folder: str | Path) -> None:
     done = subprocess.run(
         ["bash", "-c", PYTHON.sub(f"{shlex.quote(sys.executable)} ", command, count=1)],
         cwd=folder,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": FAST_COMPILATION},
         capture_output=True,
         text=True,
     )
@@ -511,7 +512,7 @@ def test_notebook_runs(tmp_path):
     done = subprocess.run(
         [sys.executable, "cells.py"],
         cwd=tmp_path,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": FAST_COMPILATION},
         capture_output=True,
         text=True,
     )

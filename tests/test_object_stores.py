@@ -49,6 +49,7 @@ from tests.conftest import shrunk_config
 from tests.data.packs import read_pack
 from tests.distributed.test_processes import FIELDS
 from tests.object_servers import Faults, serve_gcs, serve_s3
+from tests.xla_flags import fake_devices
 
 # aiohttp's warning about uploads by gcsfs of more than 1 MiB
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
@@ -284,9 +285,8 @@ def test_several_processes_share_the_local_copy(store, motion_folder, tmp_path):
         command = ["main.py", "--config=configs/motion.py", f"--workdir={store.root}/runs/two"]
         command += [f"--config.{name}={value}" for name, value in fields.items()]
         command += [f"--coordinator=localhost:{port}", f"--num_processes={len(caches)}"]
-        flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
         runs = [
-            start(*command, f"--process_id={i}", JAXVID_CACHE=str(cache), XLA_FLAGS=flags)
+            start(*command, f"--process_id={i}", JAXVID_CACHE=str(cache), XLA_FLAGS=fake_devices(1))
             for i, cache in enumerate(caches)
         ]
         return [finish(process) for process in runs]

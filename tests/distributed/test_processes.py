@@ -24,6 +24,7 @@ from jaxvid.models import split_params
 from jaxvid.training import checkpoint, run_config, run_metadata
 from tests import coloured_videos
 from tests.distributed.network import Network
+from tests.xla_flags import fake_devices
 
 ROOT = Path(__file__).parents[2]
 # 49 videos in batches of 16 are 3 steps per epoch. The mean head, SGD and XLA's lowest optimization
@@ -74,9 +75,8 @@ def running_processes(
     coordinator = f"{network.address(0)}:9876" if network else f"localhost:{port}"
     fields = FIELDS | {name.replace("__", "."): value for name, value in fields.items()}
     fields |= {"mesh.data": mesh[0], "mesh.fsdp": mesh[1]}
-    xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-    environment |= {"XLA_FLAGS": xla, "PYTHONPATH": str(ROOT)}
+    environment |= {"XLA_FLAGS": fake_devices(devices), "PYTHONPATH": str(ROOT)}
     runs = []
     try:
         for process in range(processes):

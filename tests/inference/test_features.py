@@ -25,6 +25,7 @@ from jaxvid.inference.sliding_windows import plan_windows
 from jaxvid.locks import locked
 from jaxvid.storage import preprocessing
 from jaxvid.storage.feature_file import load_features
+from tests.xla_flags import fake_devices
 
 ROOT = Path(__file__).parents[2]
 NUM_VIDEOS = 17  # three batches of 8
@@ -260,7 +261,7 @@ def test_two_processes_write_the_features_of_one(motion_folder, folders, tmp_pat
         command = [sys.executable, "-m", "jaxvid.features", str(tmp_path / "videos")]
         command += [f"--model={folders / 'xvit'}", f"--output={output}", "--batch_size=8", *times]
         flags = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
-        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        environment = os.environ | {"XLA_FLAGS": fake_devices(2)}
         runs = [
             subprocess.Popen(
                 [*command, *(flags + [f"--process_id={process}"] if count > 1 else [])],
