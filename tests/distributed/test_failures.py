@@ -117,7 +117,7 @@ import sys
 from jaxvid.distributed import collectives, process_group, setup
 from jaxvid.errors import InputError
 
-process_group.LOST_SECONDS = 10.0
+process_group.LOST_SECONDS, process_group.GRACE_SECONDS = 4.0, 1.0
 try:
     setup.init_processes(sys.argv[1], 2, int(sys.argv[2]))
     with process_group.failing_together():
@@ -158,6 +158,7 @@ class DataIterator:
     def get_state(self):
         return {}
 
+process_group.GRACE_SECONDS = 1.0
 logging.set_verbosity(logging.FATAL)
 cli.hide_unfinished_saves()
 try:
@@ -256,7 +257,7 @@ def two_processes(program: str, *arguments: object) -> Iterator[list[subprocess.
         (0, "connection lost; the process was killed or is unreachable"),
         (
             1,
-            "no heartbeat for 10 s; the process was killed or hangs, or the network is down",
+            "no heartbeat for 4 s; the process was killed or hangs, or the network is down",
         ),
     ],
 )
