@@ -17,6 +17,7 @@ import pytest
 from jaxvid import parsers, serve
 from jaxvid.errors import InputError
 from tests.serving.running_server import WAIT_SECONDS, make_fake_model
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
 # Runs the command with a model that needs no compilation. A batch waits until a file `go` exists.
@@ -169,15 +170,10 @@ def start(tmp_path, folders):
 
 def send_video(port: int, clips) -> http.client.HTTPConnection:
     """Send a video, and return when it has been received."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while b"ready" not in get(port, "/readyz"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: b"ready" in get(port, "/readyz"))
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_SECONDS)
     connection.request("POST", "/v1/predict", Path(clips[0]).read_bytes())
-    while b"requests_in_progress 1.0" not in get(port, "/metrics"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: b"requests_in_progress 1.0" in get(port, "/metrics"))
     return connection
 
 

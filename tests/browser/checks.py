@@ -1,8 +1,6 @@
 """Checks that hold for every page: accessibility, width, and use by keyboard."""
 
 import difflib
-import time
-from collections.abc import Callable
 
 import pytest
 
@@ -80,15 +78,3 @@ def tab_to(page, locator) -> None:
             return
         page.keyboard.press("Tab")
     raise AssertionError(f"Tab does not reach {locator}")
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait until `condition()` is true, for at most 10 seconds.
-
-    Playwright's `wait_for_function` evaluates strings in the page, which eval.html's content
-    security policy forbids.
-    """
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "the page has not changed within 10 seconds"
-        time.sleep(0.05)

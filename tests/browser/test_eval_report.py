@@ -16,12 +16,12 @@ from tests.browser.checks import (
     check_keyboard,
     expect,
     tab_to,
-    wait_until,
 )
 from tests.browser.conftest import DESKTOP, PHONE
 from tests.conftest import shrunk_config
 from tests.evaluation.report_pages import HOSTILE, save
 from tests.evaluation.test_metrics import results
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.browser
 

@@ -28,6 +28,7 @@ from jaxvid.data.sources import Record, open_dataset, read_list
 from jaxvid.data.video_order import VideoOrder
 from jaxvid.errors import InputError
 from jaxvid.experiment import resolve
+from tests.waiting import wait_until
 
 SPEC = ClipSpec(num_frames=8, short_side=72, crop=64, train_short_side=(72, 72))
 
@@ -69,10 +70,9 @@ def test_workers_that_hang_are_killed(records, monkeypatch):
         records, spec=SPEC, batch_size=8, order=VideoOrder(seed=0), num_threads=1, num_workers=2
     )
     next(batches)
-    deadline = time.monotonic() + 30
-    while len(workers := multiprocessing.active_children()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)  # Grain may start the second worker after the first batch
-    assert len(workers) == 2
+    # Grain may start the second worker after the first batch.
+    wait_until(lambda: len(multiprocessing.active_children()) == 2)
+    workers = multiprocessing.active_children()
     for worker in workers:
         os.kill(worker.pid, signal.SIGSTOP)
     time.sleep(0.5)  # until the batches in the queues are fetched
@@ -131,11 +131,7 @@ def test_workers_ignore_signals_and_end_with_their_parent(records, tmp_path):
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
         worker = int(parent.stdout.readline())
         assert parent.wait() == -signal.SIGKILL
-        deadline = time.monotonic() + 10
-        while is_running(worker) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        ended = not is_running(worker)
-    assert ended
+        wait_until(lambda: not is_running(worker), 10)
 
 
 def is_running(pid: int) -> bool:

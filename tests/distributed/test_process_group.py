@@ -16,6 +16,7 @@ from jaxvid.distributed.jax_runtime import Connection
 from jaxvid.distributed.process_group import PeerError, ProcessGroup
 from jaxvid.distributed.relay import Relay
 from jaxvid.errors import InputError
+from tests.waiting import wait_until
 
 
 class MemoryStore:
@@ -304,10 +305,7 @@ def run_watch(group: ProcessGroup, ends) -> None:
     """Run the watch thread of a process until it ends the process."""
     watch = threading.Thread(target=group._watch, daemon=True)
     watch.start()
-    deadline = time.monotonic() + 60
-    while not [code for code in ends if code[0] == "now"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: [code for code in ends if code[0] == "now"])
     group._left.set()
     watch.join(60)
 

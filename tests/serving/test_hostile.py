@@ -20,6 +20,7 @@ from jaxvid.serving.limits import Limits, Settings
 from tests.serving.hostile import Attack, Attacks, attack_server, run_load
 from tests.serving.processes import MARK, decoder_processes
 from tests.serving.running_server import WAIT_SECONDS, make_fake_model, running
+from tests.waiting import wait_until
 
 LIMITS = Limits(
     upload_bytes=2_000_000,
@@ -79,14 +80,6 @@ def test_overload_is_refused_with_a_time_to_retry(clips):
         assert server.request("POST", "/v1/predict", video)[0] == 200
     assert {answer.status for answer in answers} == {200, 429}
     assert all(int(a.headers["retry-after"]) >= 1 for a in answers if a.status == 429)
-
-
-def wait_until(condition) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.full

@@ -15,6 +15,7 @@ from jaxvid.serving.errors import RequestError
 from jaxvid.serving.limits import Limits, Settings
 from tests.serving.running_server import make_fake_model, running
 from tests.serving.test_api import make_form
+from tests.waiting import wait_until
 
 LIMITS = Limits(upload_bytes=200_000, stall_seconds=0.2, header_seconds=0.5)
 
@@ -142,10 +143,7 @@ def test_uploads_leave_no_files_and_descriptors(server, video, tmp_path, monkeyp
         body, headers = make_form({"video": video[:200]}, name)
         assert server.request("POST", "/v1/predict", body, headers)[0] == 422
     assert [*tmp_path.iterdir()] == []
-    deadline = time.monotonic() + 30
-    while len(os.listdir("/proc/self/fd")) > before:  # the last connection may still be closing
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)  # a connection may be closing
     assert "evil" not in "".join(capfd.readouterr())
 
 
@@ -215,13 +213,9 @@ def test_a_client_that_disconnects_leaves_the_queue(video):
             data = post(f"Content-Length: {len(video)}").replace(b"/v1/predict", path.encode())
             with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
                 connection.sendall(data + video)
-                while not server.service.num_requests():
-                    time.sleep(0.01)
+                wait_until(server.service.num_requests)
                 time.sleep(0.1)
-            deadline = time.monotonic() + 30
-            while server.service.num_requests():
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_until(lambda: not server.service.num_requests())
         model.engine.is_free.set()
         assert server.post("/v1/predict", video)["model"] == "fake"
         text = server.request("GET", "/metrics")[2].decode()
