@@ -103,8 +103,8 @@ def detach() -> None:
     answered, this process would wait forever, because `Relay` hides that the connection is broken.
     """
     state = distributed.global_state
-    for leaked in (state.client, state.service):  # their destructors would wait, or abort
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(leaked))
+    for kept in (state.client, state.service):  # their destructors would wait or abort
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
     state.client = state.service = None
 
 

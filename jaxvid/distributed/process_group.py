@@ -33,6 +33,7 @@ from jaxvid.distributed.exits import (
 )
 from jaxvid.distributed.heartbeat import Clock, Heartbeat, SlowProcesses
 from jaxvid.distributed.jax_runtime import Connection
+from jaxvid.distributed.store import set_last_key
 from jaxvid.errors import InputError
 
 JOIN_SECONDS = 300.0  # time limit for the start of all processes of a run
@@ -178,11 +179,13 @@ class ProcessGroup:
             for process in range(self.count):
                 self._wait_for(f"jaxvid/state/left/{process}")
         self._left.set()
+        key = "jaxvid/state/knows_end"
+        if self.index:
+            set_last_key(self._store, f"{key}/{self.index}", self._lost, LOST_SECONDS)
+            return
         with contextlib.suppress(jax.errors.JaxRuntimeError, TimeoutError, PeerError):
-            self._store.set(f"jaxvid/state/knows_end/{self.index}", "")
-            for process in range(self.count if not self.index else 0):
-                deadline = time.monotonic() + LOST_SECONDS
-                self._wait_for(f"jaxvid/state/knows_end/{process}", deadline)
+            for process in self._others:
+                self._wait_for(f"{key}/{process}", time.monotonic() + LOST_SECONDS)
 
     def _wait_for(self, key: str, deadline: float = math.inf) -> str:
         while (text := self._store.get(key, BEAT_SECONDS)) is None:
@@ -286,11 +289,7 @@ class ProcessGroup:
             time.sleep(0.1)
 
     def _claim(self, reporter: str) -> bool:
-        """Let the first caller report the failure: `main`, `watch` or `signal`.
-
-        Returns:
-            Whether `reporter` reports the failure.
-        """
+        """Let the first caller report the failure; return whether it is `reporter`."""
         with self._lock:
             self._reporter = self._reporter or reporter
             return self._reporter == reporter

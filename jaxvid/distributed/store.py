@@ -1,6 +1,11 @@
 """The interface of the key-value store that the processes of a run share."""
 
+import contextlib
+import threading
+import time
 from typing import Protocol
+
+import jax
 
 
 class Store(Protocol):
@@ -20,3 +25,27 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Delete a key."""
+
+
+def set_last_key(store: Store, key: str, lost: threading.Event, seconds: float) -> None:
+    """Set a key that allows the process that hosts the store to end. Its value is empty.
+
+    If that process ends before it has answered, `Store.set` never returns, because the client does
+    not notice that the connection is broken. It is therefore called in another thread.
+
+    Args:
+        store: The store.
+        key: The key.
+        lost: Is set once the connection is broken.
+        seconds: Maximum time to wait.
+    """
+
+    def set_key() -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            store.set(key, "")
+
+    thread = threading.Thread(target=set_key, daemon=True)
+    deadline = time.monotonic() + seconds
+    thread.start()
+    while thread.is_alive() and not lost.wait(0.02) and time.monotonic() < deadline:
+        pass

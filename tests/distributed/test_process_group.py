@@ -15,6 +15,7 @@ from jaxvid.distributed.heartbeat import Clock, Heartbeat, SlowProcesses
 from jaxvid.distributed.jax_runtime import Connection
 from jaxvid.distributed.process_group import PeerError, ProcessGroup
 from jaxvid.distributed.relay import Relay
+from jaxvid.distributed.store import set_last_key
 from jaxvid.errors import InputError
 from tests.waiting import wait_until
 
@@ -216,6 +217,25 @@ def test_process_0_ends_after_the_others():
     second._store.values, second._store.get = store.values, read_late
     call_in_threads(lambda: end(first), lambda: end(second))
     assert ended == [1, 0]
+
+
+def test_the_last_key_needs_no_answer():
+    """Process 0 may end before it has answered."""
+    store, lost, answered = MemoryStore(), threading.Event(), threading.Event()
+    set_key = store.set
+
+    def set_without_answer(key, value):
+        set_key(key, value)
+        lost.set()
+        answered.wait(60)
+
+    store.set = set_without_answer
+    start = time.monotonic()
+    set_last_key(store, "end/1", lost, 60)
+    set_last_key(store, "end/2", threading.Event(), 0.1)
+    assert time.monotonic() - start < 30
+    assert store.list("end/") == {"end/1": "", "end/2": ""}
+    answered.set()
 
 
 @pytest.fixture
