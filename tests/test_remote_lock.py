@@ -80,7 +80,7 @@ def test_the_lock_is_renewed_until_another_run_takes_it_over(tmp_path, monkeypat
     monkeypatch.setattr(remote_lock, "RENEW_SECONDS", 0.01)
     with remote_lock.held(FOLDER, tmp_path / "a") as lock:
         first = read()["time"]
-        wait_until(lambda: read()["time"] != first)
+        wait_until(lambda: read()["time"] != first, 30)
         lock.check()
         monkeypatch.setattr(remote_lock, "RENEW_SECONDS", 1000.0)
         while read()["owner"] != "other":  # a renewal may have begun before

@@ -170,10 +170,10 @@ def start(tmp_path, folders):
 
 def send_video(port: int, clips) -> http.client.HTTPConnection:
     """Send a video, and return when it has been received."""
-    wait_until(lambda: b"ready" in get(port, "/readyz"))
+    wait_until(lambda: b"ready" in get(port, "/readyz"), WAIT_SECONDS)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_SECONDS)
     connection.request("POST", "/v1/predict", Path(clips[0]).read_bytes())
-    wait_until(lambda: b"requests_in_progress 1.0" in get(port, "/metrics"))
+    wait_until(lambda: b"requests_in_progress 1.0" in get(port, "/metrics"), WAIT_SECONDS)
     return connection
 
 

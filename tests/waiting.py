@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    """Wait until `condition()` is true; fail after some seconds.
+def wait_until(condition: Callable[[], object], seconds: float) -> None:
+    """Wait until `condition()` is true; fail after `seconds`.
 
     Tests of pages use it, too: Playwright's `wait_for_function` evaluates strings in the page,
     which eval.html's content security policy forbids.

@@ -103,8 +103,9 @@ def detach() -> None:
     answered, this process would wait forever, because `Relay` hides that the connection is broken.
     """
     state = distributed.global_state
-    for kept in (state.client, state.service):  # their destructors would wait or abort
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+    for connection_end in (state.client, state.service):
+        # It is never destroyed: its destructor would wait for the other processes or abort.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection_end))
     state.client = state.service = None
 
 

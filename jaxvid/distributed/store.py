@@ -1,4 +1,4 @@
-"""The interface of the key-value store that the processes of a run share."""
+"""The key-value store that the processes of a run share."""
 
 import contextlib
 import threading

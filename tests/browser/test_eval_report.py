@@ -23,6 +23,7 @@ from tests.evaluation.report_pages import HOSTILE, save
 from tests.evaluation.test_metrics import results
 from tests.waiting import wait_until
 
+PAGE_SECONDS = 10  # for a page to be redrawn
 pytestmark = pytest.mark.browser
 
 BROKEN = "moov atom not found"
@@ -257,16 +258,18 @@ def test_switching_to_dark_mode_redraws_the_matrix(open_page, reports):
     page = open_page(reports["motion"], errors="willReadFrequently", color_scheme="light")
     light = canvas_colours(page)
     page.emulate_media(color_scheme="dark")
-    wait_until(lambda: not light & canvas_colours(page))
+    wait_until(lambda: not light & canvas_colours(page), PAGE_SECONDS)
 
 
 def test_resized_window_redraws_the_page(open_page, reports):
     page = open_page(reports["motion"])
     wide = page.locator("#canvas").bounding_box()["width"]
     page.set_viewport_size({"width": 360, "height": 740})
-    wait_until(lambda: page.evaluate("document.getElementById('canvas').clientWidth") < wide)
+    wait_until(
+        lambda: page.evaluate("document.getElementById('canvas').clientWidth") < wide, PAGE_SECONDS
+    )
     width = "document.getElementById('bins').viewBox.baseVal.width"
-    wait_until(lambda: page.evaluate(width) <= 360)
+    wait_until(lambda: page.evaluate(width) <= 360, PAGE_SECONDS)
     check_fits(page)
 
 

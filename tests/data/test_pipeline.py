@@ -71,7 +71,7 @@ def test_workers_that_hang_are_killed(records, monkeypatch):
     )
     next(batches)
     # Grain may start the second worker after the first batch.
-    wait_until(lambda: len(multiprocessing.active_children()) == 2)
+    wait_until(lambda: len(multiprocessing.active_children()) == 2, 30)
     workers = multiprocessing.active_children()
     for worker in workers:
         os.kill(worker.pid, signal.SIGSTOP)

@@ -325,7 +325,7 @@ def run_watch(group: ProcessGroup, ends) -> None:
     """Run the watch thread of a process until it ends the process."""
     watch = threading.Thread(target=group._watch, daemon=True)
     watch.start()
-    wait_until(lambda: [code for code in ends if code[0] == "now"])
+    wait_until(lambda: [code for code in ends if code[0] == "now"], 60)
     group._left.set()
     watch.join(60)
 

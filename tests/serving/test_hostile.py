@@ -49,7 +49,7 @@ def test_hostile_requests_affect_no_other_request(clips, tmp_path, capfd, monkey
     assert "jaxvid_requests_in_progress 0.0" in text
     assert 'status="500"' not in text
     assert not decoder_processes(mark)
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, WAIT_SECONDS)
     assert capfd.readouterr().err == ""
 
 
@@ -120,7 +120,7 @@ def run_in_process(
             report = asyncio.run(load)
             print(f"{size} requests, slowest {report.slowest}", sorted(report.counts.items()))
             assert not report.failures, "\n".join(report.failures)
-            wait_until(lambda: get_metric(port, "requests_in_progress") == 0)
+            wait_until(lambda: get_metric(port, "requests_in_progress") == 0, WAIT_SECONDS)
             time.sleep(2 * LIMITS.header_seconds)  # the server closes idle connections
             measured.append(measure(process))
     return tuple(measured)

@@ -143,7 +143,8 @@ def test_uploads_leave_no_files_and_descriptors(server, video, tmp_path, monkeyp
         body, headers = make_form({"video": video[:200]}, name)
         assert server.request("POST", "/v1/predict", body, headers)[0] == 422
     assert [*tmp_path.iterdir()] == []
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)  # a connection may be closing
+    # The last connection may still be closing.
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, 30)
     assert "evil" not in "".join(capfd.readouterr())
 
 
@@ -213,9 +214,9 @@ def test_a_client_that_disconnects_leaves_the_queue(video):
             data = post(f"Content-Length: {len(video)}").replace(b"/v1/predict", path.encode())
             with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
                 connection.sendall(data + video)
-                wait_until(server.service.num_requests)
+                wait_until(server.service.num_requests, 30)
                 time.sleep(0.1)
-            wait_until(lambda: not server.service.num_requests())
+            wait_until(lambda: not server.service.num_requests(), 30)
         model.engine.is_free.set()
         assert server.post("/v1/predict", video)["model"] == "fake"
         text = server.request("GET", "/metrics")[2].decode()
